@@ -1,0 +1,45 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format serve bench proto lock clean
+
+BIN := .venv/bin
+CONFIG ?= deployments/local.yaml
+ARGS ?=
+
+help:  ## what there is
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup:  ## make .venv from the lock (PYTHON=... chooses the interpreter)
+	@scripts/setup.sh
+
+demo: setup  ## serve the embedded model and summarize a corpus, end to end
+	@$(BIN)/python scripts/demo.py $(ARGS)
+
+test: setup  ## run every test (ARGS="-m 'not slow'" for the fast ones)
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: setup  ## lint, format and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: setup  ## put the code into the house's format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+serve: setup  ## run the cluster in the foreground (CONFIG=deployments/local.yaml)
+	@$(BIN)/hycluster serve $(CONFIG) $(ARGS)
+
+bench: setup  ## side-by-side benchmarks
+	@$(BIN)/python bench/gateway.py $(ARGS)
+	@$(BIN)/python bench/batch.py $(ARGS)
+
+proto: setup  ## generate the gRPC code from the .proto
+	@$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --mypy_out=. --grpc_python_out=. --mypy_grpc_out=. \
+	  hycluster/ingress/proto/*.proto
+
+lock: setup  ## resolve requirements/cpu.lock anew (UPGRADE=1 moves every version)
+	@scripts/lock.sh
+
+clean:  ## remove what runs leave behind (not .venv)
+	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find hycluster tests scripts bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

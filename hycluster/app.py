@@ -1,0 +1,82 @@
+"""The Ray Serve application: a deployment a model, one for the doors, and how they hang together.
+
+``hycluster serve`` runs it; ``serve deploy`` and KubeRay start the same thing by the import path
+``hycluster.app:build`` with a settings file's content as arguments.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from hycluster.config import Model, Settings, validate
+from hycluster.directory import SHARED_DIRECTORY
+from hycluster.door import Door
+from hycluster.engine.arguments import engine_environment
+from hycluster.replica import Replica
+
+APP_NAME = "hycluster"
+
+
+def build(arguments: dict[str, Any]) -> Application:
+    """Serve's application builder: settings as a mapping."""
+    return application(validate(Settings, arguments, "settings"))
+
+
+def application(settings: Settings, directory: str = SHARED_DIRECTORY) -> Application:
+    """Replicas of every model, and doors that open when all of them can serve."""
+    replicas = [_replicas(model, settings, directory) for model in settings.models]
+    door = serve.deployment(Door).options(
+        name="door",
+        num_replicas=settings.doors,
+        # Next to nothing, so that a laptop's cores stay free for the engine.
+        ray_actor_options={"num_cpus": 0.01, "runtime_env": {"env_vars": _DOOR_ENVIRONMENT}},
+        health_check_period_s=5,
+        graceful_shutdown_timeout_s=settings.drain_timeout_s + 15,
+        max_ongoing_requests=1000,
+    )
+    return door.bind(settings, directory, *replicas)
+
+
+# The door's work is Python on one thread; OpenMP's would only stand in the engine's way.
+_DOOR_ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def deployment_name(model: Model) -> str:
+    """Serve's name of a model's deployment: letters, digits and dashes."""
+    return "replica-" + re.sub(r"[^a-z0-9]+", "-", model.name.lower()).strip("-")
+
+
+def actor_options(model: Model) -> dict[str, Any]:
+    """What Ray reserves for one replica, and its environment."""
+    hardware = model.hardware
+    options: dict[str, Any] = {
+        "num_cpus": hardware.cpus,
+        "runtime_env": {"env_vars": engine_environment(model)},
+    }
+    if hardware.accelerator is not None and model.simulated is None:
+        options["num_gpus"] = model.parallel.devices
+        options["accelerator_type"] = hardware.accelerator
+    if hardware.memory_gib is not None:
+        options["memory"] = int(hardware.memory_gib * (1 << 30))
+    return options
+
+
+def _replicas(model: Model, settings: Settings, directory: str) -> Application:
+    deployment = serve.deployment(Replica).options(
+        name=deployment_name(model),
+        num_replicas=model.replicas.count,
+        ray_actor_options=actor_options(model),
+        health_check_period_s=5,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=settings.drain_timeout_s + 15,
+    )
+    return deployment.bind(model, settings.data_plane, directory, settings.drain_timeout_s)

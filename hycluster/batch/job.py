@@ -1,0 +1,128 @@
+"""A batch job's settings: one of ``jobs/*.yaml``, plus what the command line says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from hycluster.config import Strict, load_yaml, override, validate
+from hycluster.core import Sampling
+from hycluster.errors import SettingsError
+
+Task = Literal["summarize", "rewrite", "outline", "ask", "math", "code", "generate"]
+Engine = Literal["shared", "dedicated"]
+
+
+class Columns(Strict):
+    """Which input columns hold what.
+
+    Attributes:
+        text: string column with the text to work on.
+        messages: chat column: ``list<struct<role, content>>``, or the same as a JSON string. ``generate`` only.
+        question: string column with each row's own question. ``ask`` only.
+    """
+
+    text: str | None = Field(default=None, min_length=1)
+    messages: str | None = Field(default=None, min_length=1)
+    question: str | None = Field(default=None, min_length=1)
+
+
+class Input(Strict):
+    """Where the rows come from: a Parquet file, a folder, a glob or an ``s3://`` URI."""
+
+    path: str = Field(min_length=1)
+    columns: Columns = Columns()
+
+
+class Output(Strict):
+    """The folder (or ``s3://`` prefix) for the results; it holds one job and nothing else."""
+
+    path: str = Field(min_length=1)
+
+
+class Job(Strict):
+    """One bulk run over Parquet.
+
+    Attributes:
+        task: a preset, or ``generate``.
+        prompt: ``generate`` only: a template with ``{column}`` placeholders; ``{{`` and ``}}`` are braces.
+        question: ``ask`` only: one question for all rows.
+        sampling: one completion a row (``n`` is 1), no ``logprobs``.
+        engine: ``shared`` joins the running cluster at low priority; ``dedicated`` starts engines of its own.
+        max_quarantined_fraction: share of all rows, 0 to 1. Above it the job ends with exit code 3.
+        shard_rows: most rows a shard; a shard is what is committed, and lost by a crash, as one.
+        rows_in_flight: most rows of the job that the engines hold at any moment.
+        generate_processes: processes that feed the engines; each has a gateway of its own.
+        retry_s: seconds for which a row is tried again while no engine can serve it; then the job fails.
+    """
+
+    name: str = Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    model: str = Field(min_length=1)
+    task: Task
+    prompt: str | None = Field(default=None, min_length=1)
+    question: str | None = Field(default=None, min_length=1)
+    input: Input
+    output: Output
+    sampling: Sampling = Sampling()
+    engine: Engine = "shared"
+    max_quarantined_fraction: float = Field(0.01, ge=0, le=1)
+    shard_rows: int = Field(256, ge=1, le=100_000)
+    rows_in_flight: int = Field(256, ge=1, le=100_000)
+    generate_processes: int = Field(1, ge=1, le=256)
+    retry_s: float = Field(300, ge=0)
+
+    @model_validator(mode="after")
+    def _task_has_what_it_needs(self) -> Job:
+        columns = self.input.columns
+        if self.task == "generate":
+            given = [self.prompt is not None, columns.messages is not None]
+            if all(given):
+                raise ValueError("prompt: not allowed beside input.columns.messages; give one of the two")
+            if not any(given) and columns.text is None:
+                raise ValueError("task: 'generate' needs prompt, input.columns.messages or input.columns.text")
+        else:
+            for key, value in (("prompt", self.prompt), ("input.columns.messages", columns.messages)):
+                if value is not None:
+                    raise ValueError(f"{key}: only for task 'generate', not for the preset {self.task!r}")
+            if columns.text is None:
+                raise ValueError(f"input.columns.text: must be set for task {self.task!r}")
+        if self.task == "ask" and (self.question is None) == (columns.question is None):
+            raise ValueError("question: task 'ask' needs either question or input.columns.question")
+        if self.task != "ask" and (self.question or columns.question):
+            raise ValueError(f"question: only for task 'ask', not for {self.task!r}")
+        if self.sampling.n != 1:
+            raise ValueError(f"sampling.n: {self.sampling.n} is not allowed; a batch job writes one output a row")
+        if self.sampling.logprobs is not None:
+            raise ValueError("sampling.logprobs: not allowed; a batch job's output has no column for them")
+        return self
+
+
+def load_job(
+    path: str | Path,
+    assignments: Sequence[str] = (),
+    *,
+    input_path: str | None = None,
+    output_path: str | None = None,
+    engine: str | None = None,
+) -> Job:
+    """Read and check a job file; the other arguments replace what it says.
+
+    Raises:
+        SettingsError: names the file, the field, the value and what is allowed.
+    """
+    # JSON is YAML, so a path with YAML's special characters survives.
+    options = [
+        f"{key}={json.dumps(value)}"
+        for key, value in (("input.path", input_path), ("output.path", output_path), ("engine", engine))
+        if value is not None
+    ]
+    data = override(load_yaml(path), [*assignments, *options])
+    for section, option in (("input", "--input"), ("output", "--output")):
+        held: Any = data.setdefault(section, {})
+        if isinstance(held, dict) and held.get("path") is None:
+            raise SettingsError(f"{path}: {section}.path: not set; set it in the job or give {option} PATH")
+    return validate(Job, data, str(path))

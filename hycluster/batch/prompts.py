@@ -1,0 +1,193 @@
+"""From a row to the chat messages that ask for its output.
+
+A template's placeholders are column names: ``{title}``; ``{text}`` is ``input.columns.text`` where that
+is set. Literal braces are doubled: ``{{`` and
+``}}``. Nothing else of Python's format language is allowed (no attributes, indexes, conversions
+or format specs), so a job file can't reach into objects.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.types as pat
+
+from hycluster.batch.job import Job
+from hycluster.errors import InvalidInput, SettingsError
+
+Messages = list[dict[str, Any]]
+Row = Mapping[str, Any]
+
+# Part of a job's fingerprint: raise it when a preset's words change.
+VERSION = 1
+
+PRESETS = {
+    "summarize": "Summarize the following text in a few sentences. Keep names and numbers.\n\nText:\n{text}",
+    "rewrite": "Rewrite the following text in clear and simple words. Keep all facts.\n\nText:\n{text}",
+    "outline": "Write an outline of the following text as headings with short bullet points.\n\nText:\n{text}",
+    "ask": "Answer the question from the text.\n\nText:\n{text}\n\nQuestion: {question}",
+    "math": "Solve the problem step by step. Put the final answer in \\boxed{{}}.\n\nProblem:\n{text}",
+    "code": "Write code that does what is asked. Answer with the code only.\n\nTask:\n{text}",
+}
+
+
+class Prompt(Protocol):
+    """Makes messages from rows.
+
+    Attributes:
+        columns: the input columns that it reads.
+    """
+
+    columns: tuple[str, ...]
+
+    def messages(self, row: Row) -> Messages:
+        """OpenAI's chat messages for one row, given the values of ``columns``.
+
+        Raises:
+            InvalidInput: this row can't be asked: a value is null, empty or no chat.
+        """
+
+    def check(self, schema: pa.Schema, where: str) -> None:
+        """Refuse a schema whose rows can't be asked.
+
+        Raises:
+            SettingsError: names the file (``where``), the column and what there is.
+        """
+
+
+def prompt_of(job: Job) -> Prompt:
+    """The prompt of a job.
+
+    Raises:
+        SettingsError: the template is malformed.
+    """
+    columns = job.input.columns
+    if columns.messages is not None:
+        return ChatPrompt(columns.messages)
+    template = job.prompt or PRESETS.get(job.task, "{text}")
+    aliases = {"text": columns.text, "question": columns.question}
+    constants = {"question": job.question} if job.question is not None else {}
+    return TemplatePrompt(template, {k: v for k, v in aliases.items() if v is not None}, constants)
+
+
+class TemplatePrompt:
+    """One user message from a template."""
+
+    def __init__(self, template: str, aliases: Mapping[str, str], constants: Mapping[str, str]) -> None:
+        self._parts: list[tuple[str, str | None]] = []
+        named = []
+        for literal, name in _parse(template):
+            if name is None or name in constants:
+                self._parts.append((literal + (constants[name] if name else ""), None))
+            else:
+                column = aliases.get(name, name)
+                self._parts.append((literal, column))
+                named.append(column)
+        # A column that the job names must be there even if the template does not use it.
+        self.columns = tuple(dict.fromkeys([*named, *aliases.values()]))
+        self._strings = frozenset(aliases.values())
+
+    def messages(self, row: Row) -> Messages:
+        pieces = []
+        for literal, column in self._parts:
+            pieces.append(literal)
+            if column is not None:
+                value = row[column]
+                if value is None:
+                    raise InvalidInput(f"{column}: is null")
+                text = value if isinstance(value, str) else str(value)
+                if column in self._strings and not text.strip():
+                    raise InvalidInput(f"{column}: is empty")
+                pieces.append(text)
+        content = "".join(pieces)
+        if not content.strip():
+            raise InvalidInput("prompt: is empty for this row")
+        return [{"role": "user", "content": content}]
+
+    def check(self, schema: pa.Schema, where: str) -> None:
+        for column in self.columns:
+            kind = column_type(schema, column, where)
+            if column in self._strings and not _is_string(kind):
+                raise SettingsError(f"{where}: column {column!r} is {kind}; must be string")
+            if pat.is_nested(kind) or pat.is_binary(kind) or pat.is_large_binary(kind):
+                raise SettingsError(f"{where}: column {column!r} is {kind}; a template takes text, numbers and dates")
+
+
+class ChatPrompt:
+    """A column that already holds the messages."""
+
+    def __init__(self, column: str) -> None:
+        self.columns: tuple[str, ...] = (column,)
+
+    def messages(self, row: Row) -> Messages:
+        (column,) = self.columns
+        value = row[column]
+        if value is None:
+            raise InvalidInput(f"{column}: is null")
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise InvalidInput(f"{column}: is not JSON: {error}") from None
+        if not isinstance(value, list) or not value:
+            raise InvalidInput(f"{column}: must be a list of messages that is not empty")
+        for position, message in enumerate(value):
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+                raise InvalidInput(f"{column}: message {position} must have a role and a content")
+            if message.get("content") is None:
+                raise InvalidInput(f"{column}: message {position} has no content")
+        # A struct column gives every message every field; those left null were never said.
+        return [{key: item for key, item in message.items() if item is not None} for message in value]
+
+    def check(self, schema: pa.Schema, where: str) -> None:
+        (column,) = self.columns
+        kind = column_type(schema, column, where)
+        if _is_string(kind):
+            return
+        is_list = pat.is_list(kind) or pat.is_large_list(kind)
+        if not is_list or not pat.is_struct(kind.value_type) or _lacks(kind.value_type, "role", "content"):
+            raise SettingsError(
+                f"{where}: column {column!r} is {kind}; must be list<struct<role, content>> or JSON text"
+            )
+
+
+def column_type(schema: pa.Schema, column: str, where: str) -> pa.DataType:
+    """Type of a column of the input; a dictionary column has the type of its values.
+
+    Raises:
+        SettingsError: there is none, or there are two.
+    """
+    found = schema.get_all_field_indices(column)
+    if len(found) != 1:
+        said = "no column" if not found else f"{len(found)} columns named"
+        raise SettingsError(f"{where}: {said} {column!r}; there are {', '.join(schema.names) or 'none'}")
+    kind = schema.field(found[0]).type
+    return kind.value_type if pat.is_dictionary(kind) else kind
+
+
+def _parse(template: str) -> list[tuple[str, str | None]]:
+    """Pairs of literal text and the placeholder that follows it."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise SettingsError(f"prompt: {error}; write a literal brace as '{{{{' or '}}}}'") from None
+    result = []
+    for literal, name, spec, conversion in parts:
+        if name == "":
+            raise SettingsError("prompt: '{}' names no column; write a literal pair of braces as '{{}}'")
+        if spec or conversion:
+            raise SettingsError(f"prompt: {name!r}: formats and conversions are not allowed; only {{column}}")
+        result.append((literal, name))
+    return result
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return bool(pat.is_string(kind) or pat.is_large_string(kind) or pat.is_string_view(kind))
+
+
+def _lacks(struct: pa.DataType, *names: str) -> bool:
+    return any(struct.get_field_index(name) < 0 for name in names)

@@ -1,0 +1,132 @@
+"""What the one who waits sees: a bar on a terminal, plain lines elsewhere, a table at the end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+LINE_EVERY_S = 5.0
+BAR_EVERY_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Rows that are through (with a result or quarantined) and tokens; they add up."""
+
+    rows: int = 0
+    quarantined: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Totals)))
+
+
+class JobProgress:
+    """Run as a Ray actor: what each generate process has done so far, by its own last word."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, Totals] = {}
+
+    def report(self, process: str, totals: Totals) -> None:
+        self._said[process] = totals
+
+    def total(self) -> Totals:
+        return sum(self._said.values(), Totals())
+
+
+class Reporter:
+    """Shows a job's progress from a thread of its own, until the ``with`` block ends.
+
+    Args:
+        rows: of the whole input.
+        earlier: rows that an earlier run of the job committed.
+        poll: what this run has done so far; called about twice a second.
+    """
+
+    def __init__(self, name: str, rows: int, earlier: int, poll: Callable[[], Totals], console: Console) -> None:
+        self._name = name
+        self._rows = rows
+        self._earlier = earlier
+        self._poll = poll
+        self._console = console
+        self._begun_s = time.monotonic()
+        self._stop = threading.Event()
+        show = self._bar if console.is_terminal else self._lines
+        self._thread = threading.Thread(target=show, name="batch-report", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _bar(self) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rates]}"),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=self._console) as progress:
+            bar = progress.add_task(self._name, total=self._rows, completed=self._earlier, rates="")
+            while True:
+                last = self._stop.wait(BAR_EVERY_S)
+                rows, rates = self._state()
+                progress.update(bar, completed=rows, rates=rates)
+                if last:
+                    return
+
+    def _lines(self) -> None:
+        while not self._stop.wait(LINE_EVERY_S):
+            rows, rates = self._state()
+            self._console.print(f"{self._name}: {rows}/{self._rows} rows, {rates}", highlight=False, soft_wrap=True)
+
+    def _state(self) -> tuple[int, str]:
+        now = self._poll()
+        seconds = time.monotonic() - self._begun_s
+        # A shard that was done twice was counted twice; the bar must not pass its end.
+        rows = min(self._rows, self._earlier + now.rows)
+        rate = now.rows / seconds
+        eta = _duration((self._rows - rows) / rate) if rate else "?"
+        quarantined = f", {now.quarantined} quarantined" if now.quarantined else ""
+        return rows, f"{rate:.1f} rows/s, {now.completion_tokens / seconds:.1f} tokens/s, ETA {eta}{quarantined}"
+
+
+def summarize(console: Console, title: str, all_time: Totals, this_run: Totals, seconds: float) -> None:
+    """Print the final table. Rates are of this run; counts are of the whole output."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(justify="right")
+    seconds = max(seconds, 1e-9)
+    for label, value in (
+        ("rows", f"{all_time.rows}"),
+        ("of these quarantined", f"{all_time.quarantined}"),
+        ("of these done earlier", f"{all_time.rows - this_run.rows}"),
+        ("prompt tokens", f"{all_time.prompt_tokens}"),
+        ("completion tokens", f"{all_time.completion_tokens}"),
+        ("seconds", f"{seconds:.1f}"),
+        ("rows/s", f"{this_run.rows / seconds:.2f}"),
+        ("tokens/s", f"{this_run.completion_tokens / seconds:.1f}"),
+    ):
+        table.add_row(label, value)
+    console.print(table)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -1,0 +1,153 @@
+"""A job from its settings to ``_SUCCESS``; the stops in order.
+
+plan -> claim the output -> engines -> read and generate (Ray Data) -> manifest -> ``_SUCCESS``.
+Run again after any failure, it does the shards that have no record yet.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from rich.console import Console
+
+from hycluster.batch.commit import Output, ShardRecord, identity
+from hycluster.batch.corpus import Plan, plan
+from hycluster.batch.generate import Connect
+from hycluster.batch.job import Job
+from hycluster.batch.prompts import prompt_of
+from hycluster.batch.report import JobProgress, Reporter, Totals, summarize
+from hycluster.batch.storage import one_line
+from hycluster.config import Settings
+from hycluster.errors import HyclusterError, JobFailed, SettingsError, TooManyQuarantined, Unavailable, UnknownModel
+
+Engines = Callable[[Job, Settings | None], AbstractContextManager[Connect]]
+log = logging.getLogger(__name__)
+
+
+def run_job(job: Job, *, settings: Settings | None = None, engines: Engines | None = None) -> None:
+    """Run a job to its committed output, or say that it is there already.
+
+    Args:
+        settings: the deployment; needed for ``engine: dedicated`` only.
+        engines: what to generate with; by default what ``job.engine`` says.
+
+    Raises:
+        SettingsError: job, input or output are refused; nothing was done.
+        TooManyQuarantined: more rows were quarantined than the job allows; there is no ``_SUCCESS``.
+        JobFailed: anything else; the same job goes on where it stopped.
+    """
+    console = Console()
+    begun_s = time.monotonic()
+    prompt = prompt_of(job)
+    corpus = plan(job.input.path, shard_rows=job.shard_rows, check=prompt.check)
+    output = Output(job.output.path)
+    if output.holds(corpus):
+        raise SettingsError(f"output.path: {job.output.path!r} lies in the input's folder {corpus.root!r}; move it out")
+    mine = identity(job, corpus)
+    if output.finished(mine):
+        console.print(f"{job.name}: already done: {job.output.path}", highlight=False, soft_wrap=True)
+        return
+
+    earlier = _totals(output.records())
+    _check_quarantine(job, corpus, earlier)
+    if earlier.rows < corpus.rows:
+        try:
+            with (engines or _engines)(job, settings) as connect:
+                # Only now: a job that finds no engines must not leave its mark.
+                output.claim(mine)
+                _generate(job, corpus, output, connect, earlier, console)
+        except HyclusterError:
+            raise
+        except Exception as error:
+            log.debug("the job failed", exc_info=True)
+            raise JobFailed(f"{type(error).__name__}: {one_line(error)}") from error
+    else:
+        output.claim(mine)
+    committed = _totals(output.records())
+    if committed.rows != corpus.rows:
+        raise JobFailed(f"{committed.rows} of {corpus.rows} rows are committed; run the same command again")
+    _check_quarantine(job, corpus, committed)
+    output.finish(mine, asdict(committed))
+    this_run = Totals(*(getattr(committed, name) - getattr(earlier, name) for name in asdict(earlier)))
+    summarize(console, f"{job.name} -> {job.output.path}", committed, this_run, time.monotonic() - begun_s)
+
+
+@contextmanager
+def _engines(job: Job, settings: Settings | None) -> Iterator[Connect]:
+    """The running cluster's engines, or engines of the job's own while the block lasts."""
+    import ray
+
+    from hycluster import cluster
+    from hycluster.directory import SHARED_DIRECTORY, find_directory
+    from hycluster.generation import open_generator
+
+    if job.engine == "shared":
+        cluster.connect()
+        try:
+            directory: Any = find_directory(SHARED_DIRECTORY)
+        except ValueError:
+            raise Unavailable("engine: 'shared' needs a running hycluster; start one or take 'dedicated'") from None
+        served: Any = ray.get(directory.models.remote())
+        if job.model not in served:
+            raise UnknownModel(job.model, sorted(served))
+        yield partial(open_generator, SHARED_DIRECTORY, job.model)
+    else:
+        if settings is None:
+            raise SettingsError("engine: 'dedicated' needs the settings of a deployment (--config)")
+        with cluster.dedicated_pool(settings, job.model) as directory:
+            yield partial(open_generator, directory, job.model)
+
+
+def _generate(job: Job, corpus: Plan, output: Output, connect: Connect, earlier: Totals, console: Console) -> None:
+    """Read, generate and commit all shards that have no record."""
+    import ray
+    from ray.exceptions import RayTaskError
+
+    from hycluster.batch.stream import stream_records
+
+    progress: Any = ray.remote(num_cpus=0, max_restarts=-1)(JobProgress).remote()
+
+    def so_far() -> Totals:
+        totals: Totals = ray.get(progress.total.remote())
+        return totals
+
+    done = output.done()
+    pending = (shard for shard in corpus.shards() if shard.number not in done)
+    stream = stream_records(corpus, pending, job, output, connect, progress)
+    seen = earlier
+    try:
+        with Reporter(job.name, corpus.rows, earlier.rows, so_far, console):
+            for record in stream:
+                seen += _totals(iter([record]))
+                _check_quarantine(job, corpus, seen)
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, HyclusterError):
+            raise cause from None
+        raise JobFailed(f"{type(cause).__name__}: {one_line(cause)}") from error
+    finally:
+        stream.close()
+        ray.kill(progress)
+
+
+def _totals(records: Iterator[ShardRecord]) -> Totals:
+    return sum((Totals(r.rows, r.quarantined, r.prompt_tokens, r.completion_tokens) for r in records), Totals())
+
+
+def _check_quarantine(job: Job, corpus: Plan, so_far: Totals) -> None:
+    """Stop as soon as the limit can't be kept any more, whatever the rest brings.
+
+    Raises:
+        TooManyQuarantined: says how many, how many are allowed, and where they are.
+    """
+    if so_far.quarantined > job.max_quarantined_fraction * corpus.rows:
+        raise TooManyQuarantined(
+            f"max_quarantined_fraction: {so_far.quarantined} of {corpus.rows} rows are quarantined, more than "
+            f"{job.max_quarantined_fraction:g} of them; see {job.output.path.rstrip('/')}/quarantine"
+        )

@@ -1,0 +1,114 @@
+"""The job as a Ray Data pipeline: read spans of shards, generate, stream the shard records back.
+
+Ray moves input blocks from readers to the generate processes and holds back readers that are
+ahead; that is all that is in its object store. One read brings one block that holds whole shards.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Generator, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext, Datasource
+from ray.data.block import BlockMetadata
+from ray.data.datasource import ReadTask
+
+from hycluster.batch.commit import Output, ShardRecord
+from hycluster.batch.corpus import SPAN_BYTES, Plan, Shard, read, spans
+from hycluster.batch.generate import BLOCKS_AT_ONCE, Connect, Generate
+from hycluster.batch.job import Job
+from hycluster.batch.report import Totals
+
+READERS = 4
+TASK_CPUS = 0.1
+
+
+class CorpusDatasource(Datasource):
+    """Reads the given shards of a plan, a span of them a block."""
+
+    def __init__(self, plan: Plan, shards: Iterable[Shard], span_bytes: int = SPAN_BYTES) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._plan = plan
+        self._spans = list(spans(shards, span_bytes))
+
+    def __len__(self) -> int:
+        """Number of read tasks."""
+        return len(self._spans)
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return sum(shard.bytes for span in self._spans for shard in span)
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
+    ) -> list[ReadTask]:
+        return [ReadTask(partial(_read, self._plan.filesystem, self._plan.root, s), _metadata(s)) for s in self._spans]
+
+
+def stream_records(
+    plan: Plan, shards: Iterable[Shard], job: Job, output: Output, connect: Connect, progress: Any
+) -> Generator[ShardRecord]:
+    """Run shards through generate and commit; yields each one's record soon after its commit.
+
+    Args:
+        progress: handle of a ``JobProgress`` actor.
+    """
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # It says that the bars are off, which was our wish.
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.raise_original_map_exception = True
+    # A read's output stays the one block it is: a shard must not be cut.
+    context.target_max_block_size = None
+    with DataContext.current(context):
+        yield from _records(plan, shards, job, output, connect, progress)
+
+
+def _records(
+    plan: Plan, shards: Iterable[Shard], job: Job, output: Output, connect: Connect, progress: Any
+) -> Iterator[ShardRecord]:
+    # Several blocks for each process, even of a small corpus.
+    corpus_bytes = sum(file.data_bytes for file in plan.files)
+    source = CorpusDatasource(plan, shards, min(SPAN_BYTES, corpus_bytes // (job.generate_processes * 4)))
+    # Engines may have taken every CPU of the cluster; the job must not wait for them to give one back.
+    free = ray.available_resources().get("CPU", 0.0)  # type: ignore[no-untyped-call]
+    cpus = TASK_CPUS if free >= TASK_CPUS * (READERS + job.generate_processes) else 0
+    blocks = ray.data.read_datasource(source, override_num_blocks=len(source), num_cpus=cpus, concurrency=READERS)
+    records = blocks.map_batches(
+        Generate,
+        fn_constructor_args=(job, output, connect, partial(_report, progress)),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=cpus,
+        compute=ActorPoolStrategy(
+            size=job.generate_processes,
+            max_concurrent_calls_per_actor=BLOCKS_AT_ONCE,
+            max_tasks_in_flight_per_actor=BLOCKS_AT_ONCE + 1,
+        ),
+    )
+    for batch in records.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for text in batch.column("record").to_pylist():
+            yield ShardRecord.from_dict(json.loads(text))
+
+
+def _read(filesystem: Any, root: str, span: list[Shard]) -> list[pa.Table]:
+    return [pa.concat_tables(read(filesystem, root, span))]
+
+
+def _metadata(span: list[Shard]) -> BlockMetadata:
+    return BlockMetadata(
+        num_rows=sum(shard.rows for shard in span),
+        size_bytes=sum(shard.bytes for shard in span),
+        input_files=None,
+        exec_stats=None,
+    )
+
+
+def _report(progress: Any, process: str, totals: Totals) -> None:
+    progress.report.remote(process, totals)

@@ -1,0 +1,116 @@
+"""The command line. Parses settings before anything heavy is imported, so ``--help`` is quick."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hycluster import __version__
+from hycluster.batch.cli import app as batch_app
+from hycluster.config import DEFAULT_SETTINGS, load_settings
+from hycluster.errors import HyclusterError
+
+app = typer.Typer(
+    name="hycluster",
+    help="Serve large mixture-of-experts models on Ray and vLLM, and run bulk jobs with the same engines.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(batch_app, name="batch")
+
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; dotted keys; repeatable.")
+]
+
+
+@app.callback()
+def _root() -> None:
+    """Serve large mixture-of-experts models on Ray and vLLM, and run bulk jobs with the same engines."""
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+@app.command()
+def serve(
+    config: Annotated[Path, typer.Argument(help="Settings file.")] = DEFAULT_SETTINGS,
+    http_port: Annotated[int | None, typer.Option(help="Port of the HTTP door; 0 takes a free one.")] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="Port of the gRPC door; 0 takes a free one.")] = None,
+    assignments: SetOption = None,
+) -> None:
+    """Serve the models of CONFIG in the foreground, on the Ray cluster in RAY_ADDRESS or on one of its own.
+
+    Prints one line beginning "ready" once a request would succeed. SIGTERM or Ctrl-C drains, then exits 0.
+    """
+    ports = [
+        f"{door}.port={port}" for door, port in (("http", http_port), ("grpc", grpc_port)) if port is not None
+    ]
+    settings = load_settings(config, [*(assignments or []), *ports])
+    stopping = threading.Event()
+
+    begun = time.monotonic()
+    typer.echo(f"starting {', '.join(model.name for model in settings.models)} ...", err=True)
+    from hycluster.engine.arguments import engine_arguments, model_files
+
+    for model in settings.models:
+        engine_arguments(model, model_files(model))
+
+    from hycluster import cluster
+
+    started_ray = cluster.start()
+    # After Ray's own handlers, which would end this process at once.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    try:
+        deployed = _deploy_unless_stopped(settings, started_ray, stopping)
+        if deployed is not None:
+            typer.echo(
+                f"ready {deployed.doors.http} grpc {deployed.doors.grpc}"
+                f" models {','.join(model.name for model in settings.models)}"
+                f" after {time.monotonic() - begun:.0f} s"
+            )
+            sys.stdout.flush()
+            stopping.wait()
+        typer.echo("draining ...", err=True)
+    finally:
+        cluster.stop()
+        import ray
+
+        ray.shutdown()
+    typer.echo("stopped", err=True)
+
+
+def _deploy_unless_stopped(settings, started_ray, stopping):  # type: ignore[no-untyped-def]
+    """Deploy in a thread, so that a signal during the start is heard."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from hycluster import cluster
+
+    pool = ThreadPoolExecutor(1)
+    deploying = pool.submit(cluster.deploy, settings, started_ray=started_ray)
+    while not stopping.wait(0.1):
+        if deploying.done():
+            return deploying.result()
+    return None
+
+
+def main() -> None:
+    """Entry point of the ``hycluster`` command: hycluster's errors become one line and an exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        app()
+    except HyclusterError as error:
+        for line in error.message.splitlines():
+            typer.echo(f"error: {line}", err=True)
+        sys.exit(error.exit_code)

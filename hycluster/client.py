@@ -1,0 +1,346 @@
+"""The typed Python client of the gRPC door, for threads (``Client``) and for asyncio (``AsyncClient``).
+
+    with Client("127.0.0.1:9000") as client:
+        for delta in client.stream("my-model", prompt="Once", max_tokens=20):
+            print(delta.outputs[0].text, end="")
+
+Both raise the errors of :mod:`hycluster.errors` that the server raised, found by the call's status.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from types import TracebackType
+from typing import Any, Self, TypedDict, Unpack
+
+import grpc
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health_pb2_grpc import HealthStub
+
+from hycluster.core import Generation, GenerationRequest, ModelCard, Priority, Sampling
+from hycluster.errors import (
+    DeadlineExceeded,
+    HyclusterError,
+    InvalidInput,
+    Overloaded,
+    Unauthenticated,
+    Unavailable,
+    UnknownModel,
+)
+from hycluster.ingress import translate
+from hycluster.ingress.proto import inference_pb2 as pb
+from hycluster.ingress.proto.inference_pb2_grpc import InferenceStub
+
+DEFAULT_TARGET = "127.0.0.1:9000"
+SERVICE: str = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+SAMPLING_FIELDS = frozenset(field.name for field in fields(Sampling))
+ERRORS: dict[str, type[HyclusterError]] = {
+    kind.grpc_status: kind
+    for kind in (DeadlineExceeded, InvalidInput, Overloaded, Unauthenticated, Unavailable, UnknownModel)
+}
+
+
+class SamplingFields(TypedDict, total=False):
+    """The fields of :class:`hycluster.core.Sampling`."""
+
+    max_tokens: int | None
+    min_tokens: int
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float | None
+    seed: int | None
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    n: int
+    logprobs: int | None
+
+
+class Ask(SamplingFields, total=False):
+    """The keyword arguments of ``generate`` and ``stream``.
+
+    Exactly one of ``prompt`` (text), ``messages`` (chat, OpenAI's form) and ``token_ids``. Sampling is either
+    ``sampling`` or its fields one by one. ``timeout_s`` is the deadline of the whole call in seconds; None is none.
+    """
+
+    prompt: str | None
+    messages: Sequence[dict[str, Any]] | None
+    token_ids: Sequence[int] | None
+    sampling: Sampling | None
+    priority: Priority
+    request_id: str | None
+    session_id: str | None
+    timeout_s: float | None
+
+
+class _Connection:
+    """What both clients share: how to connect and how to ask.
+
+    Args:
+        target: ``host:port``.
+        token: sent as ``authorization: Bearer ...``.
+        credentials: for TLS; None is plain text.
+        retry_unavailable: let gRPC repeat a call, other than a stream, that met UNAVAILABLE: up to 4 attempts
+            with growing pauses, all within ``timeout_s``.
+        max_message_mib: the server's ``grpc.max_message_mib``.
+    """
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        token: str | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        retry_unavailable: bool = False,
+        max_message_mib: int = 32,
+    ) -> None:
+        self.target = target
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._connect(credentials, _options(retry_unavailable, max_message_mib * 2**20))
+
+    def _connect(self, credentials: grpc.ChannelCredentials | None, options: list[tuple[str, Any]]) -> None:
+        raise NotImplementedError
+
+
+class Client(_Connection):
+    """A connection for threads; any number of them may share it. Use it as a context manager or ``close`` it."""
+
+    def _connect(self, credentials: grpc.ChannelCredentials | None, options: list[tuple[str, Any]]) -> None:
+        self._channel = (
+            grpc.secure_channel(self.target, credentials, options)
+            if credentials
+            else grpc.insecure_channel(self.target, options)
+        )
+        self._inference = InferenceStub(self._channel)
+        self._health: Any = HealthStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; calls in flight are cancelled."""
+        self._channel.close()
+
+    def generate(self, model: str, **ask: Unpack[Ask]) -> Generation:
+        """The whole answer. See :class:`Ask` for the arguments."""
+        with _own_errors():
+            answer = self._inference.Generate(
+                _request(model, ask), timeout=ask.get("timeout_s"), metadata=self._metadata
+            )
+        return translate.response_from_pb(answer)
+
+    def stream(self, model: str, **ask: Unpack[Ask]) -> Generator[Generation]:
+        """The answer in deltas, the last one with the usage. Closing the generator cancels the call.
+
+        The call starts with the first ``next``; wrong arguments raise at once.
+        """
+        return self._stream(model, _request(model, ask), ask.get("timeout_s"))
+
+    def _stream(self, model: str, request: pb.GenerateRequest, timeout_s: float | None) -> Generator[Generation]:
+        call = self._inference.GenerateStream(request, timeout=timeout_s, metadata=self._metadata)
+        try:
+            with _own_errors():
+                for chunk in call:
+                    yield translate.chunk_from_pb(model, chunk)
+        finally:
+            call.cancel()
+
+    def tokenize(
+        self,
+        model: str,
+        *,
+        prompt: str | None = None,
+        messages: Sequence[dict[str, Any]] | None = None,
+        timeout_s: float | None = None,
+    ) -> list[int]:
+        """The token ids of a text, or of a chat by way of the model's template."""
+        with _own_errors():
+            answer = self._inference.Tokenize(
+                _tokenize_request(model, prompt, messages), timeout=timeout_s, metadata=self._metadata
+            )
+        return list(answer.token_ids)
+
+    def list_models(self, *, timeout_s: float | None = None) -> list[ModelCard]:
+        """The models served here."""
+        with _own_errors():
+            answer = self._inference.ListModels(pb.ListModelsRequest(), timeout=timeout_s, metadata=self._metadata)
+        return translate.models_from_pb(answer)
+
+    def ready(self, *, timeout_s: float = 5.0) -> bool:
+        """Whether a request would succeed now; False too if there is no server at the target."""
+        try:
+            with _own_errors():
+                answer = self._health.Check(
+                    health_pb2.HealthCheckRequest(service=SERVICE), timeout=timeout_s, metadata=self._metadata
+                )
+        except (Unavailable, DeadlineExceeded):
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+class AsyncClient(_Connection):
+    """A connection for asyncio; make it in the event loop that uses it.
+
+    Cancelling a task that waits here cancels its call.
+    """
+
+    def _connect(self, credentials: grpc.ChannelCredentials | None, options: list[tuple[str, Any]]) -> None:
+        self._channel = (
+            grpc.aio.secure_channel(self.target, credentials, options)
+            if credentials
+            else grpc.aio.insecure_channel(self.target, options)
+        )
+        self._inference = InferenceStub(self._channel)
+        self._health: Any = HealthStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection; calls in flight are cancelled."""
+        await self._channel.close()
+
+    async def generate(self, model: str, **ask: Unpack[Ask]) -> Generation:
+        """The whole answer. See :class:`Ask` for the arguments."""
+        with _own_errors():
+            answer = await self._inference.Generate(
+                _request(model, ask), timeout=ask.get("timeout_s"), metadata=self._metadata
+            )
+        return translate.response_from_pb(answer)
+
+    def stream(self, model: str, **ask: Unpack[Ask]) -> AsyncGenerator[Generation]:
+        """The answer in deltas, the last one with the usage. Closing the generator cancels the call.
+
+        The call starts with the first ``anext``; wrong arguments raise at once.
+        """
+        return self._stream(model, _request(model, ask), ask.get("timeout_s"))
+
+    async def _stream(
+        self, model: str, request: pb.GenerateRequest, timeout_s: float | None
+    ) -> AsyncGenerator[Generation]:
+        call = self._inference.GenerateStream(request, timeout=timeout_s, metadata=self._metadata)
+        try:
+            with _own_errors():
+                async for chunk in call:
+                    yield translate.chunk_from_pb(model, chunk)
+        finally:
+            call.cancel()
+
+    async def tokenize(
+        self,
+        model: str,
+        *,
+        prompt: str | None = None,
+        messages: Sequence[dict[str, Any]] | None = None,
+        timeout_s: float | None = None,
+    ) -> list[int]:
+        """The token ids of a text, or of a chat by way of the model's template."""
+        with _own_errors():
+            answer = await self._inference.Tokenize(
+                _tokenize_request(model, prompt, messages), timeout=timeout_s, metadata=self._metadata
+            )
+        return list(answer.token_ids)
+
+    async def list_models(self, *, timeout_s: float | None = None) -> list[ModelCard]:
+        """The models served here."""
+        with _own_errors():
+            answer = await self._inference.ListModels(
+                pb.ListModelsRequest(), timeout=timeout_s, metadata=self._metadata
+            )
+        return translate.models_from_pb(answer)
+
+    async def ready(self, *, timeout_s: float = 5.0) -> bool:
+        """Whether a request would succeed now; False too if there is no server at the target."""
+        try:
+            with _own_errors():
+                answer = await self._health.Check(
+                    health_pb2.HealthCheckRequest(service=SERVICE), timeout=timeout_s, metadata=self._metadata
+                )
+        except (Unavailable, DeadlineExceeded):
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def _request(model: str, ask: Ask) -> pb.GenerateRequest:
+    sampling = {name: value for name, value in ask.items() if name in SAMPLING_FIELDS}
+    rest: dict[str, Any] = {name: value for name, value in ask.items() if name not in SAMPLING_FIELDS}
+    rest.pop("timeout_s", None)
+    if isinstance(sampling.get("stop"), str):
+        sampling["stop"] = (sampling["stop"],)
+    if rest.get("sampling") is None:
+        rest["sampling"] = Sampling(**sampling)  # type: ignore[arg-type]  # SamplingFields are its fields
+    elif sampling:
+        raise InvalidInput(f"sampling: give it, or its fields, not both; given are also {', '.join(sampling)}")
+    return translate.request_to_pb(GenerationRequest(model=model, **rest))
+
+
+def _tokenize_request(model: str, prompt: str | None, messages: Sequence[dict[str, Any]] | None) -> pb.TokenizeRequest:
+    # The request of Generate has the same rule, so let it judge.
+    chat = None if messages is None else list(messages)
+    wanted = translate.request_to_pb(GenerationRequest(model=model, prompt=prompt, messages=chat))
+    if messages is not None:
+        return pb.TokenizeRequest(model=model, messages=wanted.messages)
+    return pb.TokenizeRequest(model=model, prompt=wanted.prompt)
+
+
+def _options(retry_unavailable: bool, max_bytes: int) -> list[tuple[str, Any]]:
+    options: list[tuple[str, Any]] = [
+        ("grpc.max_receive_message_length", max_bytes),
+        ("grpc.max_send_message_length", max_bytes),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+    ]
+    if retry_unavailable:
+        methods = [{"service": SERVICE, "method": name} for name in ("Generate", "Tokenize", "ListModels")]
+        policy = {
+            "maxAttempts": 4,
+            "initialBackoff": "0.1s",
+            "maxBackoff": "2s",
+            "backoffMultiplier": 2,
+            "retryableStatusCodes": ["UNAVAILABLE"],
+        }
+        options += [
+            ("grpc.service_config", json.dumps({"methodConfig": [{"name": methods, "retryPolicy": policy}]})),
+            # gRPC repeats only what its buffer holds, 256 KiB by default; a long prompt is more.
+            ("grpc.per_rpc_retry_buffer_size", max_bytes),
+        ]
+    return options
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise _own_error(error) from error
+
+
+def _own_error(failure: Any) -> HyclusterError:
+    """The error for a failed call (``grpc.RpcError`` does not declare the methods that every one has)."""
+    message = failure.details() or failure.code().name
+    kind = ERRORS.get(failure.code().name, HyclusterError)
+    # gRPC's own limits have the status that means "come back later" here, but will never let this message through.
+    if kind is Overloaded and "message larger than max" in message:
+        kind = InvalidInput
+    retry_after_s = dict(failure.trailing_metadata() or ()).get("retry-after-s")
+    # Past the constructors: UnknownModel's would compose the message anew.
+    error = kind.__new__(kind)
+    HyclusterError.__init__(error, message, retry_after_s=None if retry_after_s is None else float(retry_after_s))
+    return error

@@ -1,0 +1,305 @@
+"""Settings: YAML in, frozen pydantic models out, before anything heavy is imported.
+
+Unknown keys are refused. Every error names the field, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hycluster.errors import SettingsError, shown
+from hycluster.explain import explain
+
+DEFAULT_SETTINGS = Path("deployments/local.yaml")
+Port = Annotated[int, Field(ge=0, le=65535)]
+M = TypeVar("M", bound=BaseModel)
+
+
+def home() -> Path:
+    """Where prepared models and state live: ``$HYCLUSTER_HOME``, by default ``~/.cache/hycluster``."""
+    return Path(os.environ.get("HYCLUSTER_HOME") or Path.home() / ".cache" / "hycluster").expanduser()
+
+
+class Strict(BaseModel):
+    """Base of all settings: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Parallel(Strict):
+    """How one replica's engine is cut over devices. Its device count is tensor x pipeline x data."""
+
+    tensor: int = Field(default=1, ge=1)
+    pipeline: int = Field(default=1, ge=1)
+    data: int = Field(default=1, ge=1)
+    expert: bool = False
+
+    @property
+    def devices(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+
+class Hardware(Strict):
+    """What one replica reserves.
+
+    Attributes:
+        accelerator: Ray's name of a GPU type (``H20``, ``H100``, ...), or None to run on CPU.
+        cpus: Ray CPUs, and on CPU also the threads of the engine.
+        memory_gib: memory to reserve for the replica, not counting the KV cache; None reserves none.
+        kv_cache_gib: size of the KV cache on CPU. On a GPU vLLM sizes it (``gpu_memory_utilization``).
+    """
+
+    accelerator: str | None = None
+    cpus: float = Field(default=1, gt=0)
+    memory_gib: float | None = Field(default=None, gt=0)
+    kv_cache_gib: float = Field(default=1, gt=0)
+
+
+class Replicas(Strict):
+    """How many engines a model's pool has. ``initial`` defaults to ``min``."""
+
+    min: int = Field(default=1, ge=1)
+    max: int | None = Field(default=None, ge=1)
+    initial: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _fixed_size(self) -> Replicas:
+        if self.max is not None and self.max < self.min:
+            raise ValueError(f"max: {self.max} is below min ({self.min})")
+        if self.max is not None and self.max != self.min:
+            raise ValueError(f"max: {self.max} differs from min ({self.min}); pools have a fixed size")
+        if self.initial is not None and self.initial != self.min:
+            raise ValueError(f"initial: {self.initial} differs from min ({self.min}); pools have a fixed size")
+        return self
+
+    @property
+    def count(self) -> int:
+        return self.initial or self.min
+
+
+class Simulated(Strict):
+    """A timing model in the place of a real engine: for tests of control logic and for simulation only.
+
+    One step takes ``step_base_s + prefill_token_s * prefill tokens + decode_token_s * decode tokens``.
+    Output tokens are a fixed function of the prompt; they mean nothing.
+    """
+
+    step_base_s: float = Field(default=0.002, ge=0)
+    prefill_token_s: float = Field(default=0.00002, ge=0)
+    decode_token_s: float = Field(default=0.0002, ge=0)
+    max_num_seqs: int = Field(default=64, ge=1)
+    max_num_batched_tokens: int = Field(default=2048, ge=1)
+    kv_blocks: int = Field(default=4096, ge=1)
+    block_size_tokens: int = Field(default=16, ge=1)
+    max_model_len: int = Field(default=32768, ge=2)
+    vocab_size: int = Field(default=32000, ge=1, le=2**31)
+    realtime: bool = True
+
+    @model_validator(mode="after")
+    def _one_fits(self) -> Simulated:
+        tokens = self.kv_blocks * self.block_size_tokens
+        if tokens < self.max_model_len:
+            raise ValueError(
+                f"kv_blocks: {self.kv_blocks} hold {tokens} tokens, fewer than max_model_len ({self.max_model_len})"
+            )
+        return self
+
+
+class Model(Strict):
+    """One model and its pool.
+
+    Attributes:
+        name: what callers put in ``model``.
+        source: a path, a hub id, or ``package:NAME`` for weights that a Python package ships.
+        engine: any argument of vLLM's engine, by its Python name.
+        api: any argument of vLLM's API server that belongs to the model (``tool_call_parser``,
+            ``reasoning_parser``, ``chat_template``, ...), by its Python name.
+        simulated: set to replace the engine by a timing model.
+    """
+
+    name: str = Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]*$")
+    source: str = Field(min_length=1)
+    engine: dict[str, Any] = Field(default_factory=dict)
+    api: dict[str, Any] = Field(default_factory=dict)
+    parallel: Parallel = Parallel()
+    hardware: Hardware = Hardware()
+    replicas: Replicas = Replicas()
+    simulated: Simulated | None = None
+
+
+class Http(Strict):
+    """The HTTP door.
+
+    Attributes:
+        port: 0 takes a free one.
+        control_routes: open also the routes that change an engine's state (sleep, LoRA loading, ...).
+        allowed_origins: origins for CORS.
+    """
+
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    control_routes: bool = False
+    allowed_origins: tuple[str, ...] = ()
+
+
+class Grpc(Strict):
+    """The gRPC door. ``max_message_mib`` holds a 256k-token prompt as text or as ids with room to spare."""
+
+    host: str = "127.0.0.1"
+    port: Port = 9000
+    max_message_mib: int = Field(default=32, ge=1, le=1024)
+
+
+class Admission(Strict):
+    """When a door sheds load, per gateway and model. None is no limit.
+
+    Attributes:
+        max_requests: sequences in flight (``n`` counts as n).
+        max_outstanding_tokens: prompt tokens not yet prefilled plus output tokens still allowed.
+        retry_after_s: what a caller that was shed is told to wait.
+    """
+
+    max_requests: int | None = Field(default=1024, ge=1)
+    max_outstanding_tokens: int | None = Field(default=None, ge=1)
+    retry_after_s: float = Field(default=1.0, gt=0)
+
+
+class Router(Strict):
+    """Which replica a request goes to; see ``hycluster/router.py`` for the policies."""
+
+    policy: Literal["least_outstanding_tokens", "power_of_two"] = "least_outstanding_tokens"
+
+
+class DataPlane(Strict):
+    """Where replicas listen for gateways.
+
+    Attributes:
+        host: address to bind; None is the address by which Ray knows the node.
+        port_min, port_max: range to bind in; both 0 is any free port.
+    """
+
+    host: str | None = None
+    port_min: Port = 0
+    port_max: Port = 0
+
+    @model_validator(mode="after")
+    def _range(self) -> DataPlane:
+        if self.port_max < self.port_min:
+            raise ValueError(f"port_max: {self.port_max} is below port_min ({self.port_min})")
+        return self
+
+
+class Settings(Strict):
+    """A way of running the cluster: one of ``deployments/*.yaml``.
+
+    Attributes:
+        doors: door processes; each holds both doors, and a gateway a model.
+        start_timeout_s: how long a pool may take until its engines are ready.
+        drain_timeout_s: how long work in flight may go on after a shutdown is asked for.
+    """
+
+    models: tuple[Model, ...] = Field(min_length=1)
+    http: Http = Http()
+    grpc: Grpc = Grpc()
+    doors: int = Field(default=1, ge=1, le=64)
+    router: Router = Router()
+    admission: Admission = Admission()
+    data_plane: DataPlane = DataPlane()
+    start_timeout_s: float = Field(default=600, gt=0)
+    drain_timeout_s: float = Field(default=60, gt=0)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Settings:
+        names = [model.name for model in self.models]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"models: the name {name!r} is given {names.count(name)} times; names must differ")
+        return self
+
+    def model(self, name: str) -> Model:
+        """The model of that name.
+
+        Raises:
+            SettingsError: there is none.
+        """
+        for model in self.models:
+            if model.name == name:
+                return model
+        raise SettingsError(f"model: {shown(name)} is not in the settings; there are {[m.name for m in self.models]}")
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        SettingsError: the file is missing, is no YAML, or is no mapping.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(f"{path}: no such file") from None
+    except OSError as error:
+        raise SettingsError(f"{path}: can't be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path}: is not text in UTF-8") from error
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    if data is None:
+        raise SettingsError(f"{path}: is empty; must be a mapping of settings")
+    if not isinstance(data, dict):
+        raise SettingsError(f"{path}: must be a mapping of settings, not {type(data).__name__}")
+    return data
+
+
+def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Apply ``--set a.b.c=VALUE`` (VALUE is YAML) to a copy of ``data``.
+
+    Numbers index into lists: ``models.0.name=x``.
+    """
+    result: dict[str, Any] = copy.deepcopy(data)
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise SettingsError(f"--set: {shown(assignment)} must be of the form KEY=VALUE")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        *parents, last = key.split(".")
+        target: Any = result
+        try:
+            for part in parents:
+                target = target[int(part)] if isinstance(target, list) else target.setdefault(part, {})
+            target[int(last) if isinstance(target, list) else last] = value
+        except (TypeError, ValueError, IndexError, AttributeError):
+            raise SettingsError(f"--set: {shown(key)} names no place in the settings") from None
+    return result
+
+
+def validate(kind: type[M], data: dict[str, Any], where: str) -> M:
+    """Turn a mapping into settings of a kind.
+
+    Raises:
+        SettingsError: one line for each wrong field, with its value and what is allowed.
+    """
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise SettingsError("\n".join(explain(kind, error, where))) from None
+
+
+def load_settings(path: str | Path = DEFAULT_SETTINGS, assignments: Sequence[str] = ()) -> Settings:
+    """Read and check a deployment's settings.
+
+    Raises:
+        SettingsError: names the file, the field, the value and what is allowed.
+    """
+    return validate(Settings, override(load_yaml(path), assignments), str(path))

@@ -1,0 +1,190 @@
+"""The nouns of the house. Standard library only; every other module may import this one."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+from hycluster.errors import InvalidInput, shown
+
+
+class Priority(enum.IntEnum):
+    """Who goes first in the engine's queue: the lower number. Passed on to vLLM's priority scheduling."""
+
+    ONLINE = 0
+    BATCH = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen. Field names and ranges are vLLM's; unset fields take the model's defaults.
+
+    Attributes:
+        max_tokens: most tokens to generate; ``None`` is what the context leaves.
+        temperature: 0 is greedy.
+        top_k: -1 or 0 is all.
+        stop: strings that end the text (not part of the output).
+        logprobs: number of candidates a token to report; ``None`` is none.
+
+    Raises:
+        InvalidInput: names the field, the value and what is allowed.
+    """
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    n: int = 1
+    logprobs: int | None = None
+
+    # Read by pydantic where a settings model holds a Sampling.
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    def __post_init__(self) -> None:
+        def check(name: str, ok: bool, allowed: str) -> None:
+            if not ok:
+                raise InvalidInput(f"sampling.{name}: {shown(getattr(self, name))} is not allowed; must be {allowed}")
+
+        check("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1")
+        check("min_tokens", self.min_tokens >= 0, "at least 0")
+        check(
+            "min_tokens",
+            self.max_tokens is None or self.min_tokens <= self.max_tokens,
+            f"at most max_tokens ({self.max_tokens})",
+        )
+        check("temperature", self.temperature is None or 0 <= self.temperature <= 100, "from 0 to 100")
+        check("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1")
+        check("top_k", self.top_k is None or self.top_k >= -1, "at least -1")
+        check("min_p", self.min_p is None or 0 <= self.min_p <= 1, "from 0 to 1")
+        check("presence_penalty", -2 <= self.presence_penalty <= 2, "from -2 to 2")
+        check("frequency_penalty", -2 <= self.frequency_penalty <= 2, "from -2 to 2")
+        check("repetition_penalty", self.repetition_penalty is None or self.repetition_penalty > 0, "above 0")
+        check("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "a signed 64-bit number")
+        check("stop", all(self.stop), "strings that are not empty")
+        check("n", 1 <= self.n <= 128, "from 1 to 128")
+        check("logprobs", self.logprobs is None or self.logprobs >= 0, "at least 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One request in the house's own words, whichever door it came through.
+
+    Exactly one of ``prompt`` (text), ``messages`` (chat, OpenAI's form) and ``token_ids`` is set.
+    """
+
+    model: str
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    token_ids: list[int] | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    priority: Priority = Priority.ONLINE
+    request_id: str | None = None
+    session_id: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("prompt", "messages", "token_ids") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise InvalidInput(
+                f"prompt, messages, token_ids: exactly one must be set; set are {', '.join(given) or 'none'}"
+            )
+        if not getattr(self, given[0]):
+            raise InvalidInput(f"{given[0]}: must not be empty")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One candidate for one position: its token id, its text and its natural-log probability."""
+
+    token_id: int
+    token: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one of the ``n`` sequences produced since the last chunk (streaming) or in all (unary).
+
+    Attributes:
+        index: which of the ``n``.
+        finish_reason: ``stop`` or ``length``; ``None`` while it goes on.
+        logprobs: one list a token, the sampled token first; ``None`` if not asked for.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None = None
+    logprobs: list[list[TokenLogprob]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens in and out; ``completion_tokens`` is the sum over all ``n`` sequences."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A chunk of a stream, or a whole answer. ``usage`` is set in the last one only."""
+
+    request_id: str
+    model: str
+    outputs: list[Output]
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """A model that this cluster serves."""
+
+    name: str
+    max_model_len: int
+    ready_replicas: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaAddress:
+    """Where and how a gateway reaches one replica's engine.
+
+    Attributes:
+        replica_id: unique over the life of the cluster.
+        requests: ZMQ endpoint that takes requests.
+        outputs: ZMQ endpoint that sends outputs, one message an engine step.
+        token: what the gateway says in its hello; known only inside the Ray cluster.
+    """
+
+    replica_id: str
+    model: str
+    requests: str
+    outputs: str
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaLoad:
+    """What a replica last said of itself.
+
+    Attributes:
+        running: sequences in the current batch.
+        waiting: sequences in the queue.
+        kv_usage: share of the KV cache in use, 0 to 1.
+        outstanding_tokens: by gateway id, tokens still to prefill or decode for it.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0
+    outstanding_tokens: dict[str, int] = field(default_factory=dict)

@@ -1,0 +1,122 @@
+"""A door process: both doors over one generator, on an event loop of its own.
+
+A Ray Serve deployment, so Serve starts, places, watches and replaces it; callers come straight in by
+its own ports. Its own thread and loop keep the streams clear of Serve's control traffic.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from hycluster.config import Settings
+from hycluster.directory import open_directory
+from hycluster.errors import HyclusterError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class DoorAddresses:
+    """Where a door listens."""
+
+    http: str
+    grpc: str
+
+
+class Door:
+    """Opens when every model has a replica that can serve.
+
+    Args:
+        directory: name of the directory to follow.
+        replicas: Serve's handles of the models' deployments: they make the replicas part of the
+            application; no request goes through them.
+
+    Raises:
+        RuntimeError: the door could not open; carries the one-line reason only.
+    """
+
+    def __init__(self, settings: Settings, directory: str, *replicas: Any) -> None:
+        self._settings = settings
+        self._directory = directory
+        self._opened: Future[DoorAddresses] = Future()
+        self._stopping: asyncio.Event | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._able = False
+        open_directory(directory)
+        self._thread = threading.Thread(target=self._run, name="door", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        import uvloop
+
+        try:
+            uvloop.run(self._serve())
+        except HyclusterError as error:
+            self._fail(RuntimeError(f"hycluster: {error.message}"))
+        except BaseException as error:
+            logger.exception("the door broke")
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        if not self._opened.done():
+            self._opened.set_exception(error)
+
+    async def _serve(self) -> None:
+        from hycluster.generation import open_generators
+        from hycluster.ingress.grpc import serve_grpc
+        from hycluster.ingress.http import serve_http
+
+        settings = self._settings
+        self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
+        reuse_port = settings.doors > 1
+        async with open_generators(
+            self._directory,
+            settings.models,
+            router=settings.router,
+            admission=settings.admission,
+            wait_s=settings.start_timeout_s,
+        ) as generator:
+            http = await serve_http(
+                generator, settings.http, reuse_port=reuse_port, drain_timeout_s=settings.drain_timeout_s
+            )
+            grpc = await serve_grpc(generator, settings.grpc, reuse_port=reuse_port)
+            self._opened.set_result(
+                DoorAddresses(f"http://{settings.http.host}:{http.port}", f"{settings.grpc.host}:{grpc.port}")
+            )
+            while not self._stopping.is_set():
+                self._able = await generator.ready()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stopping.wait(), 0.5)
+            self._able = False
+            await asyncio.gather(http.stop(), grpc.stop(settings.drain_timeout_s))
+
+    async def addresses(self) -> DoorAddresses:
+        """Where this door listens, once it is open.
+
+        Raises:
+            RuntimeError: it could not open.
+        """
+        return await asyncio.shield(asyncio.wrap_future(self._opened))
+
+    async def able(self) -> bool:
+        """A request to any model would succeed."""
+        return self._able
+
+    async def check_health(self) -> None:
+        """Called by Ray Serve; raising makes it replace this door."""
+        if self._opened.done():
+            self._opened.result()
+        if not self._thread.is_alive():
+            raise RuntimeError("the door's thread has ended")
+
+    async def __del__(self) -> None:  # type: ignore[misc]
+        """Ray Serve awaits this when it stops a door: finish what is in flight."""
+        if self._loop is not None and self._stopping is not None and self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stopping.set)
+            await asyncio.to_thread(self._thread.join, self._settings.drain_timeout_s + 10)

@@ -1,0 +1,1 @@
+"""Engines: one small protocol (protocol.py), the real one (vllm.py) and a timing model (simulated.py)."""

@@ -1,0 +1,77 @@
+"""What a replica asks of an engine.
+
+The cut is where vLLM itself cuts between its front end and its engine core: an encoded
+``EngineCoreRequest`` goes in, and for each engine step and each client one encoded
+``EngineCoreOutputs`` comes out, with the new token ids of all of that client's streams.
+Clients (gateways) are numbered by the replica; an engine only keeps their outputs apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from hycluster.core import ReplicaLoad
+
+Frame = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What is known of an engine once it has started.
+
+    Attributes:
+        max_model_len: longest prompt plus output, in tokens.
+        kv_tokens: tokens that the KV cache holds.
+        block_size: tokens a KV block.
+        supported_tasks: vLLM's names (``generate``, ...).
+    """
+
+    max_model_len: int
+    kv_tokens: int
+    block_size: int
+    supported_tasks: tuple[str, ...] = ("generate",)
+
+
+class Engine(Protocol):
+    """A started engine. Calls return at once; ``next_output`` blocks. Safe to call from several threads."""
+
+    info: EngineInfo
+
+    def add(self, client: int, frames: Sequence[Frame]) -> None:
+        """Queue a request: the msgpack frames of one ``EngineCoreRequest``.
+
+        Frames that can't be decoded or a request that can't be prepared are answered with an output
+        whose finish reason is ``error``; they never stop the engine.
+        """
+
+    def abort(self, client: int, request_ids: list[str]) -> None:
+        """Drop requests of this client, free their KV blocks before the next step. Unknown ids are ignored."""
+
+    def abort_client(self, client: int) -> None:
+        """Drop all requests of a client that has gone."""
+
+    def call(self, client: int, call_id: int, method: str, args: Sequence[Any]) -> None:
+        """Call a control method; its result comes as an output with ``utility_output``."""
+
+    def next_output(self) -> tuple[int, Sequence[Frame]] | None:
+        """Block for the next message: the client it is for and the frames of one ``EngineCoreOutputs``.
+
+        Returns:
+            None once the engine has ended, by ``shutdown`` or by a fatal error (see ``error``).
+        """
+
+    def load(self) -> ReplicaLoad:
+        """What the engine does now; ``outstanding_tokens`` is left empty."""
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why the engine died, None while it lives or after ``shutdown``."""
+
+    @property
+    def last_step_age_s(self) -> float | None:
+        """Seconds since the last finished engine step while there is work; None while idle."""
+
+    def shutdown(self) -> None:
+        """End the engine and all its processes; returns when they are gone."""

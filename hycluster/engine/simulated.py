@@ -1,0 +1,153 @@
+"""A simulated engine: the timing model (timing.py) behind the engine protocol.
+
+For tests of control logic and for simulation, in the place of a real engine. It speaks the same
+messages, so a gateway cannot tell the two apart but by what the text says.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from hycluster.config import Simulated
+from hycluster.core import ReplicaLoad
+from hycluster.engine import messages
+from hycluster.engine.messages import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from hycluster.engine.protocol import EngineInfo, Frame
+from hycluster.engine.timing import SimulatedScheduler
+from hycluster.errors import InvalidInput
+
+log = logging.getLogger(__name__)
+
+
+class SimulatedEngine:
+    """A thread that steps the timing model; with ``realtime`` each step takes as long as it would."""
+
+    def __init__(self, settings: Simulated) -> None:
+        self.info = EngineInfo(
+            max_model_len=settings.max_model_len,
+            kv_tokens=settings.kv_blocks * settings.block_size_tokens,
+            block_size=settings.block_size_tokens,
+        )
+        self._realtime = settings.realtime
+        self._scheduler = SimulatedScheduler(settings)
+        self._messages: queue.SimpleQueue[tuple[int, Sequence[Frame]] | None] = queue.SimpleQueue()
+        # Guards all below, and the scheduler; told when there may be something to do.
+        self._changed = threading.Condition()
+        self._error: BaseException | None = None
+        self._ended = False
+        self._hanging = False
+        self._in_step = False
+        self._last_progress = 0.0
+        self._thread = threading.Thread(target=self._run, name="simulated-engine", daemon=True)
+        self._thread.start()
+
+    def add(self, client: int, frames: Sequence[Frame]) -> None:
+        try:
+            request = messages.decode_request(frames)
+            with self._changed:
+                if not self._busy:
+                    self._last_progress = time.monotonic()
+                self._scheduler.add(client, request)
+                self._changed.notify_all()
+        except (msgspec.MsgspecError, UnicodeDecodeError, InvalidInput) as error:
+            request_id = messages.request_id_of(frames)
+            log.warning("request %s refused: %s", request_id, error)
+            if request_id is not None:
+                refused = EngineCoreOutput(request_id=request_id, new_token_ids=[], finish_reason=FinishReason.ERROR)
+                self._send(client, EngineCoreOutputs(outputs=[refused], timestamp=time.monotonic()))
+
+    def abort(self, client: int, request_ids: list[str]) -> None:
+        with self._changed:
+            self._scheduler.abort(client, request_ids)
+
+    def abort_client(self, client: int) -> None:
+        with self._changed:
+            self._scheduler.abort(client)
+
+    def call(self, client: int, call_id: int, method: str, args: Sequence[Any]) -> None:
+        if method == "get_supported_tasks":
+            answer = messages.UtilityOutput(call_id, result=(None, self.info.supported_tasks))
+        else:
+            answer = messages.UtilityOutput(call_id, failure_message=f"method: {method!r} is not simulated")
+        self._send(client, EngineCoreOutputs(utility_output=answer, timestamp=time.monotonic()))
+
+    def next_output(self) -> tuple[int, Sequence[Frame]] | None:
+        message = self._messages.get()
+        if message is None:
+            # For whoever asks next.
+            self._messages.put(None)
+        return message
+
+    def load(self) -> ReplicaLoad:
+        with self._changed:
+            return self._scheduler.load()
+
+    @property
+    def error(self) -> BaseException | None:
+        return self._error
+
+    @property
+    def last_step_age_s(self) -> float | None:
+        with self._changed:
+            return time.monotonic() - self._last_progress if self._busy else None
+
+    def shutdown(self) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def hang(self) -> None:
+        """For tests of health checks: take requests, but never step again."""
+        with self._changed:
+            self._hanging = True
+
+    def kill(self, error: BaseException) -> None:
+        """For tests of failover: die of this error at once, with whatever is in work."""
+        with self._changed:
+            if not self._ended:
+                self._error = error
+            self._ended = True
+            self._changed.notify_all()
+
+    @property
+    def _busy(self) -> bool:
+        return self._in_step or self._scheduler.has_work
+
+    def _run(self) -> None:
+        try:
+            while self._step():
+                pass
+        except Exception as error:  # a bug in the model: die as a real engine would, and say of what
+            log.exception("simulated engine died")
+            self._error = error
+        finally:
+            self._messages.put(None)
+
+    def _step(self) -> bool:
+        """Wait for work, step once and send what came out; False once the engine has ended."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or (self._scheduler.has_work and not self._hanging))
+            if self._ended:
+                return False
+            result = self._scheduler.step(time.monotonic())
+            self._in_step = True
+            if self._realtime:
+                self._changed.wait_for(lambda: self._ended, timeout=result.end_s - time.monotonic())
+            if self._ended:
+                return False
+            self._in_step = False
+            self._last_progress = now = time.monotonic()
+        for client, outputs in result.outputs.items():
+            self._send(client, EngineCoreOutputs(outputs=outputs, timestamp=now))
+        return True
+
+    def _send(self, client: int, message: EngineCoreOutputs) -> None:
+        self._messages.put((client, messages.encode(message)))

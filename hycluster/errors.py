@@ -1,0 +1,109 @@
+"""One tree of errors; each knows its HTTP status, its gRPC status and its exit code.
+
+Raise these with one clear line that names the field, the value and what is allowed. The doors
+and the command line translate them by the attributes below and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """How a value is echoed in an error: as Python writes it, cut to ``limit`` characters."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+class HyclusterError(Exception):
+    """Base of everything hycluster raises on purpose.
+
+    Attributes:
+        http_status: status of an HTTP answer.
+        openai_type: the ``error.type`` of an answer in OpenAI's form.
+        grpc_status: name of a member of ``grpc.StatusCode``.
+        exit_code: what the command line exits with.
+        retry_after_s: seconds after which a retry makes sense, if that is known.
+    """
+
+    http_status: ClassVar[int] = 500
+    openai_type: ClassVar[str] = "InternalServerError"
+    grpc_status: ClassVar[str] = "INTERNAL"
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after_s = retry_after_s
+
+
+class InvalidInput(HyclusterError, ValueError):
+    """The caller's input is wrong; sending it again unchanged is of no use."""
+
+    http_status = 400
+    openai_type = "BadRequestError"
+    grpc_status = "INVALID_ARGUMENT"
+    exit_code = 2
+
+
+class SettingsError(InvalidInput):
+    """A settings or job file, or a command-line option, is wrong."""
+
+
+class Unauthenticated(HyclusterError):
+    """No credentials, or wrong ones."""
+
+    http_status = 401
+    openai_type = "AuthenticationError"
+    grpc_status = "UNAUTHENTICATED"
+    exit_code = 2
+
+
+class UnknownModel(HyclusterError):
+    """No model of that name is served here."""
+
+    http_status = 404
+    openai_type = "NotFoundError"
+    grpc_status = "NOT_FOUND"
+    exit_code = 2
+
+    def __init__(self, model: str, served: list[str]) -> None:
+        super().__init__(f"model: {shown(model)} is not served here; served are {', '.join(map(repr, served))}")
+
+
+class Overloaded(HyclusterError):
+    """Shed before any work was done; ``retry_after_s`` says when to come back."""
+
+    http_status = 429
+    openai_type = "RateLimitError"
+    grpc_status = "RESOURCE_EXHAUSTED"
+
+
+class Unavailable(HyclusterError):
+    """No replica can serve this now, or the one that did was lost; a retry may succeed."""
+
+    http_status = 503
+    openai_type = "ServiceUnavailableError"
+    grpc_status = "UNAVAILABLE"
+
+
+class DeadlineExceeded(HyclusterError):
+    """The caller's deadline passed before the work was done."""
+
+    http_status = 504
+    openai_type = "TimeoutError"
+    grpc_status = "DEADLINE_EXCEEDED"
+
+
+class EngineStartFailed(HyclusterError):
+    """An engine could not start: too little memory, more devices than there are, a bad model folder."""
+
+
+class JobFailed(HyclusterError):
+    """A batch job ended without a committed output; the same command resumes it."""
+
+
+class TooManyQuarantined(HyclusterError):
+    """More rows were quarantined than the job allows."""
+
+    exit_code = 3

@@ -1,0 +1,200 @@
+"""The gateway: one model's pool as a vLLM ``EngineClient``.
+
+It is vLLM's own ``AsyncLLM`` around a client that reaches the whole pool (``hycluster/pool.py``), so
+tokenizing, detokenizing, stop strings, logprobs and ``n`` > 1 are vLLM's code, and all text state lives
+here: the death of a replica loses none of it. It holds the model's config and tokenizer, no weights.
+
+Pinned to vLLM 0.32.0: ``__init__`` sets what ``AsyncLLM.__init__`` sets, without starting an engine core;
+``tests/integration/test_vllm_contract.py`` compares the two.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import AsyncIterator
+from http import HTTPStatus
+from typing import Any
+
+from ray.actor import ActorHandle
+from vllm.config import VllmConfig
+from vllm.exceptions import GracefulHTTPError
+from vllm.renderers import renderer_from_config
+from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor
+
+from hycluster.config import Admission, Model, Router
+from hycluster.directory import REPORT_EVERY_S, PoolView
+from hycluster.engine.arguments import model_files
+from hycluster.engine.vllm import engine_config
+from hycluster.errors import Overloaded, Unavailable
+from hycluster.observe.metrics import stat_logger
+from hycluster.pool import PoolClient
+from hycluster.router import make_policy
+
+logger = logging.getLogger(__name__)
+
+
+class PoolOverloaded(Overloaded, GracefulHTTPError):
+    """:class:`Overloaded` in a form that vLLM's own code passes on unchanged."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        GracefulHTTPError.__init__(self, message, HTTPStatus(Overloaded.http_status))
+        self.retry_after_s = retry_after_s
+
+
+class PoolUnavailable(Unavailable, GracefulHTTPError):
+    """:class:`Unavailable` in a form that vLLM's own code passes on unchanged."""
+
+    def __init__(self, message: str, retry_after_s: float | None = 1.0) -> None:
+        GracefulHTTPError.__init__(self, message, HTTPStatus(Unavailable.http_status))
+        self.retry_after_s = retry_after_s
+
+
+class Gateway(AsyncLLM):
+    """A vLLM engine client whose engine is every replica of one model.
+
+    Build it with :func:`open_gateway`.
+    """
+
+    engine_core: PoolClient
+
+    def __init__(
+        self, model: Model, config: VllmConfig, router: Router, admission: Admission, *, metrics: bool
+    ) -> None:
+        maybe_register_config_serialize_by_value()
+        self.model = model
+        self.admission = admission
+        self.vllm_config = config
+        self.model_config = config.model_config
+        self.scheduler_config = config.scheduler_config
+        self.observability_config = config.observability_config
+        self.renderer = renderer_from_config(config)
+        self.input_processor = InputProcessor(config, self.renderer)
+        self.admission_stats = None
+        self.log_requests = False
+        self.log_stats = metrics
+        self.output_processor = OutputProcessor(
+            self.renderer.tokenizer,
+            log_stats=self.log_stats,
+            stream_interval=config.scheduler_config.stream_interval,
+            tracing_enabled=False,
+        )
+        gateway_id = secrets.token_hex(8)
+        self.engine_core = PoolClient(
+            model.name,
+            make_policy(router.policy, gateway_id),
+            gateway_id,
+            replicas=model.replicas.count,
+            on_lost=self._request_lost,
+        )
+        self.logger_manager = stat_logger(config, model.replicas.count) if metrics else None
+        self._client_count = 1
+        self.output_handler = None
+        self.profiler = None
+        self._frontend_profiler_injected = False
+        self._profile_lock = asyncio.Lock()
+        self._profile_session_guard_enabled = True
+        self._profile_session_active = False
+        self._elastic_ep_lock = asyncio.Lock()
+
+    # -- admission and health -----------------------------------------------------------------------
+
+    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+        """Refuse a request before any work is done for it.
+
+        Raises:
+            PoolOverloaded: a bound of the settings' ``admission`` is reached.
+            PoolUnavailable: no replica can serve.
+        """
+        pool, bounds = self.engine_core, self.admission
+        if not pool.able:
+            raise PoolUnavailable(f"model: no replica of {self.model.name!r} can serve now")
+        if bounds.max_requests is not None and pool.requests_in_flight + n > bounds.max_requests:
+            raise PoolOverloaded(
+                f"model: {self.model.name!r} has {pool.requests_in_flight} requests in flight;"
+                f" at most {bounds.max_requests} are admitted",
+                bounds.retry_after_s,
+            )
+        if bounds.max_outstanding_tokens is not None:
+            tokens = sum(pool.outstanding.values())
+            if tokens >= bounds.max_outstanding_tokens:
+                raise PoolOverloaded(
+                    f"model: {self.model.name!r} has {tokens} tokens outstanding;"
+                    f" at most {bounds.max_outstanding_tokens} are admitted",
+                    bounds.retry_after_s,
+                )
+
+    async def check_health(self) -> None:
+        """Raise PoolUnavailable unless a request would find a replica."""
+        if not self.engine_core.able:
+            raise PoolUnavailable(f"model: no replica of {self.model.name!r} can serve now")
+
+    def _request_lost(self, request_id: str, error: Unavailable) -> None:
+        state = self.output_processor.request_states.get(request_id)
+        if state is not None and state.queue is not None:
+            state.queue.put(PoolUnavailable(error.message))
+            self.output_processor.abort_requests([request_id], internal=True)
+
+    # -- the pool -----------------------------------------------------------------------------------
+
+    async def follow(self, directory: ActorHandle[Any]) -> None:
+        """Keep the pool's members and loads as the directory says; runs until cancelled."""
+        while True:
+            try:
+                view: PoolView = await directory.sync.remote(
+                    self.model.name, self.engine_core.gateway_id, self.engine_core.outstanding
+                )
+                await self.engine_core.update(view.replicas)
+            except Exception:
+                # The directory may be starting again; the pool stays as it is meanwhile.
+                logger.warning("the directory does not answer", exc_info=True)
+            await asyncio.sleep(REPORT_EVERY_S)
+
+    def learn(self) -> None:
+        """Take over what only a started engine knows, as ``AsyncLLM`` does from its own."""
+        for info in self.engine_core.infos:
+            self.model_config.max_model_len = min(self.model_config.max_model_len, info.max_model_len)
+            self.vllm_config.cache_config.block_size = info.block_size
+            self.vllm_config.cache_config.num_gpu_blocks = info.kv_tokens // info.block_size
+
+
+@contextlib.asynccontextmanager
+async def open_gateway(
+    model: Model,
+    directory: ActorHandle[Any],
+    *,
+    router: Router,
+    admission: Admission,
+    wait_s: float,
+    metrics: bool = False,
+) -> AsyncIterator[Gateway]:
+    """A gateway that follows the directory; waits until a replica can serve.
+
+    Raises:
+        Unavailable: there is none after ``wait_s`` seconds.
+    """
+    config = await asyncio.to_thread(lambda: engine_config(model, model_files(model)))
+    gateway = Gateway(model, config, router, admission, metrics=metrics)
+    follower = asyncio.create_task(gateway.follow(directory))
+    try:
+        try:
+            async with asyncio.timeout(wait_s):
+                while not gateway.engine_core.able:
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            raise Unavailable(f"model: no replica of {model.name!r} could serve within {wait_s:.0f} s") from None
+        gateway.learn()
+        yield gateway
+    finally:
+        follower.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await follower
+        if gateway.output_handler is not None:
+            gateway.output_handler.cancel()
+        await gateway.engine_core.close()
+        gateway.renderer.shutdown()

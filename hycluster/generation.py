@@ -1,0 +1,256 @@
+"""A request in the house's own words, carried out by the gateway of its model.
+
+The gRPC door and batch jobs come through here; the HTTP door is vLLM's own app over the same gateways.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+from ray.actor import ActorHandle
+from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMNotFoundError
+from vllm.inputs import EngineInput
+from vllm.logprobs import Logprob
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.renderers import ChatParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+from hycluster.config import Admission, Model, Router
+from hycluster.core import Generation, GenerationRequest, ModelCard, Output, Sampling, TokenLogprob, Usage
+from hycluster.directory import find_directory
+from hycluster.errors import DeadlineExceeded, HyclusterError, InvalidInput, Unavailable, UnknownModel
+from hycluster.gateway import Gateway, open_gateway
+
+
+class Generator:
+    """All models of a cluster behind one interface; see :func:`open_generator`."""
+
+    def __init__(self, gateways: Mapping[str, Gateway]) -> None:
+        self.gateways = dict(gateways)
+
+    async def models(self) -> list[ModelCard]:
+        """What is served, and by how many replicas now."""
+        return [
+            ModelCard(name, gateway.model_config.max_model_len, gateway.engine_core.links)
+            for name, gateway in self.gateways.items()
+        ]
+
+    async def ready(self) -> bool:
+        """A request to any model would succeed."""
+        return all(gateway.engine_core.able for gateway in self.gateways.values())
+
+    async def tokenize(
+        self, model: str, *, prompt: str | None = None, messages: list[dict[str, Any]] | None = None
+    ) -> list[int]:
+        """Token ids of a prompt, or of messages under the model's chat template."""
+        gateway = self._gateway(model)
+        with _translated_errors():
+            engine_input = await self._render(gateway, prompt, messages, None)
+        return list(engine_input["prompt_token_ids"])
+
+    async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
+        """The whole answer at once.
+
+        Raises:
+            InvalidInput, UnknownModel, Overloaded, Unavailable, DeadlineExceeded
+        """
+        last: RequestOutput | None = None
+        async with contextlib.aclosing(self._run(request, RequestOutputKind.FINAL_ONLY, deadline_s)) as outputs:
+            async for last in outputs:
+                pass
+        if last is None:
+            raise Unavailable("the engine ended this request without an output")
+        return Generation(
+            last.request_id, request.model, [_output(o) for o in last.outputs], _usage(last, _lengths(last))
+        )
+
+    async def stream(
+        self, request: GenerationRequest, *, deadline_s: float | None = None
+    ) -> AsyncIterator[Generation]:
+        """What is new, as it comes; the last one carries the usage. Closing the iterator aborts the request."""
+        lengths: dict[int, int] = {}
+        async with contextlib.aclosing(self._run(request, RequestOutputKind.DELTA, deadline_s)) as outputs:
+            async for delta in outputs:
+                for output in delta.outputs:
+                    lengths[output.index] = lengths.get(output.index, 0) + len(output.token_ids)
+                usage = _usage(delta, lengths) if delta.finished else None
+                yield Generation(delta.request_id, request.model, [_output(o) for o in delta.outputs], usage)
+
+    async def _run(
+        self, request: GenerationRequest, kind: RequestOutputKind, deadline_s: float | None
+    ) -> AsyncIterator[RequestOutput]:
+        gateway = self._gateway(request.model)
+        gateway.check_admission(request.sampling.n)
+        with _translated_errors():
+            async with asyncio.timeout(deadline_s):
+                engine_input = await self._render(gateway, request.prompt, request.messages, request.token_ids)
+                room = gateway.model_config.max_model_len - len(engine_input["prompt_token_ids"])
+                params = sampling_params(gateway, request.sampling, room, kind)
+                outputs = gateway.generate(
+                    engine_input,
+                    params,
+                    request.request_id or f"gen-{secrets.token_hex(12)}",
+                    priority=int(request.priority),
+                    session_id=request.session_id,
+                )
+                async with contextlib.aclosing(outputs):
+                    async for output in outputs:
+                        yield output
+
+    def _gateway(self, model: str) -> Gateway:
+        try:
+            return self.gateways[model]
+        except KeyError:
+            raise UnknownModel(model, list(self.gateways)) from None
+
+    @staticmethod
+    async def _render(
+        gateway: Gateway,
+        prompt: str | None,
+        messages: list[dict[str, Any]] | None,
+        token_ids: Sequence[int] | None,
+    ) -> EngineInput:
+        renderer = gateway.renderer
+        if messages is not None:
+            _, (engine_input,) = await renderer.render_chat_async(
+                [messages],  # type: ignore[list-item]
+                ChatParams(chat_template_kwargs={"add_generation_prompt": True}),
+                renderer.default_chat_tok_params,
+            )
+            return engine_input
+        text_or_ids: Any = {"prompt": prompt} if prompt is not None else {"prompt_token_ids": list(token_ids or ())}
+        (engine_input,) = await renderer.render_cmpl_async([text_or_ids], renderer.default_cmpl_tok_params)
+        return engine_input
+
+
+def sampling_params(gateway: Gateway, sampling: Sampling, room: int, kind: RequestOutputKind) -> SamplingParams:
+    """vLLM's sampling parameters; what the caller left open is the model's ``generation_config``.
+
+    Args:
+        room: tokens that the context leaves after the prompt.
+
+    Raises:
+        InvalidInput: the prompt fills the context.
+    """
+    limit = gateway.model_config.max_model_len
+    if room < 1:
+        raise InvalidInput(
+            f"prompt: has {limit - room} tokens, too long for a context of {limit} with room for an output"
+        )
+    defaults = gateway.model_config.get_diff_sampling_param()
+    chosen = {
+        name: value
+        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        if (value := getattr(sampling, name)) is not None or (value := defaults.get(name)) is not None
+    }
+    return SamplingParams(
+        n=sampling.n,
+        max_tokens=min(room, sampling.max_tokens or defaults.get("max_tokens") or room),
+        min_tokens=sampling.min_tokens,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        seed=sampling.seed,
+        stop=list(sampling.stop),
+        stop_token_ids=list(sampling.stop_token_ids),
+        ignore_eos=sampling.ignore_eos,
+        logprobs=sampling.logprobs,
+        output_kind=kind,
+        **chosen,
+    )
+
+
+@contextlib.contextmanager
+def _translated_errors() -> Any:
+    """vLLM's errors in the house's words."""
+    try:
+        yield
+    except HyclusterError:
+        raise
+    except TimeoutError:
+        raise DeadlineExceeded("the deadline passed before the answer was complete") from None
+    except VLLMNotFoundError as error:
+        raise InvalidInput(str(error)) from error
+    except GracefulHTTPError as error:
+        raise Unavailable(str(error)) from error
+    except (EngineGenerateError, EngineDeadError) as error:
+        raise Unavailable(f"the engine failed this request: {error.__cause__ or error}") from error
+    except (VLLMClientError, ValueError, TypeError) as error:
+        raise InvalidInput(str(error)) from error
+
+
+def _lengths(output: RequestOutput) -> dict[int, int]:
+    return {o.index: len(o.token_ids) for o in output.outputs}
+
+
+def _usage(output: RequestOutput, lengths: Mapping[int, int]) -> Usage:
+    return Usage(len(output.prompt_token_ids or ()), sum(lengths.values()), output.num_cached_tokens or 0)
+
+
+def _output(output: CompletionOutput) -> Output:
+    logprobs = None
+    if output.logprobs is not None:
+        logprobs = [
+            [_logprob(token_id, entry) for token_id, entry in position.items()] for position in output.logprobs
+        ]
+    return Output(output.index, output.text, list(output.token_ids), output.finish_reason, logprobs)
+
+
+def _logprob(token_id: int, entry: Logprob) -> TokenLogprob:
+    return TokenLogprob(token_id, entry.decoded_token or "", entry.logprob)
+
+
+@contextlib.asynccontextmanager
+async def open_generator(
+    directory: str,
+    model: str,
+    *,
+    router: Router | None = None,
+    admission: Admission | None = None,
+    wait_s: float = 300.0,
+) -> AsyncIterator[Generator]:
+    """A generator over one model of a running pool, from any process of the Ray cluster.
+
+    Args:
+        directory: name of the pool's directory.
+
+    Raises:
+        UnknownModel: the pool has no such model.
+        Unavailable: there is no pool, or no replica can serve.
+    """
+    handle = _directory(directory)
+    view = await handle.sync.remote(model, "", {})
+    if view.model is None:
+        raise UnknownModel(model, sorted(await handle.models.remote()))
+    unbounded = Admission(max_requests=None)
+    async with open_gateway(
+        view.model, handle, router=router or Router(), admission=admission or unbounded, wait_s=wait_s
+    ) as gateway:
+        yield Generator({model: gateway})
+
+
+@contextlib.asynccontextmanager
+async def open_generators(
+    directory: str, models: Sequence[Model], *, router: Router, admission: Admission, wait_s: float
+) -> AsyncIterator[Generator]:
+    """A generator over several models with metrics, as a door needs it."""
+    handle = _directory(directory)
+    async with contextlib.AsyncExitStack() as stack:
+        gateways = {
+            model.name: await stack.enter_async_context(
+                open_gateway(model, handle, router=router, admission=admission, wait_s=wait_s, metrics=True)
+            )
+            for model in models
+        }
+        yield Generator(gateways)
+
+
+def _directory(name: str) -> ActorHandle[Any]:
+    try:
+        return find_directory(name)
+    except ValueError:
+        raise Unavailable(f"directory {name!r}: no hycluster is running in this Ray cluster") from None

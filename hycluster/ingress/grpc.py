@@ -1,0 +1,275 @@
+"""The gRPC door: a thin servicer over a generator, with health, reflection and a drain.
+
+Deadlines and cancellation need no code of their own in the calls: grpc.aio cancels a call's task when the
+client cancels or its deadline passes, and leaving the task closes the generator, which aborts the request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import math
+import socket
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, Protocol, TypeVar
+
+import grpc
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health import aio as health_aio
+from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
+from grpc_reflection.v1alpha import reflection
+
+from hycluster import config
+from hycluster.core import Generation, GenerationRequest, ModelCard
+from hycluster.errors import HyclusterError, SettingsError, Unavailable, UnknownModel
+from hycluster.ingress import translate
+from hycluster.ingress.proto import inference_pb2 as pb
+from hycluster.ingress.proto import inference_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+SERVICE: str = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+READY_TIMEOUT_S = 5.0
+# A status message travels in a header, percent-encoded, and headers over 8 KiB are refused.
+MAX_STATUS_BYTES = 2000
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+Call = Callable[["InferenceServicer", Request, Context], Awaitable[Response]]
+
+
+class Generator(Protocol):
+    """What the door asks of the pool behind it. Every method may raise a :class:`HyclusterError`."""
+
+    async def models(self) -> list[ModelCard]:
+        """The models served, ready or not."""
+
+    def stream(
+        self, request: GenerationRequest, *, deadline_s: float | None = None
+    ) -> AsyncGenerator[Generation, None]:
+        """Deltas; the last one carries the usage. Closing the generator aborts the request in the engine."""
+
+    async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
+        """The whole answer. Cancelling the call aborts the request in the engine."""
+
+    async def tokenize(
+        self, model: str, *, prompt: str | None = None, messages: list[dict[str, Any]] | None = None
+    ) -> list[int]:
+        """The token ids of a text or of a chat. With neither it raises ``InvalidInput``."""
+
+    async def ready(self) -> bool:
+        """Whether a request would succeed now."""
+
+
+def _answer(call: Call[Request, Response]) -> Call[Request, Response]:
+    """Count a call as in flight, and end it with the status that its error knows."""
+
+    @functools.wraps(call)
+    async def answered(self: InferenceServicer, request: Request, context: Context) -> Response:
+        task = asyncio.current_task()
+        assert task is not None
+        self.in_flight.add(task)
+        try:
+            return await call(self, request, context)
+        except HyclusterError as error:
+            failure = error
+        except asyncio.CancelledError:
+            # Either the client has gone, then there is nobody to tell, or the drain ran out of time.
+            if not self.closing or context.done():
+                raise
+            failure = Unavailable("the server shut down before the answer was complete")
+        except Exception:
+            logger.exception("%s failed", call.__name__)
+            failure = HyclusterError("internal error; the server's log has the details")
+        finally:
+            self.in_flight.discard(task)
+        await _abort(context, failure)
+        raise AssertionError("abort always raises")
+
+    return answered
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServicer):
+    """The calls of ``hycluster.v1.Inference``."""
+
+    def __init__(self, generator: Generator) -> None:
+        self._generator = generator
+        self.in_flight: set[asyncio.Task[Any]] = set()
+        self.closing = False
+
+    @_answer
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
+        wanted = translate.request_from_pb(request)
+        return translate.response_to_pb(await self._generator.generate(wanted, deadline_s=context.time_remaining()))
+
+    # Writes rather than yields: a generator left by grpc.aio at a yield would be closed only when collected.
+    @_answer
+    async def GenerateStream(  # type: ignore[override]  # grpc.aio takes both, the generated type only yielding
+        self, request: pb.GenerateRequest, context: Context
+    ) -> None:
+        wanted = translate.request_from_pb(request)
+        async with aclosing(self._generator.stream(wanted, deadline_s=context.time_remaining())) as deltas:
+            async for delta in deltas:
+                for chunk in translate.chunks_to_pb(delta):
+                    await context.write(chunk)
+
+    @_answer
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        given = request.WhichOneof("input")
+        cards = {card.name: card for card in await self._generator.models()}
+        if request.model not in cards:
+            raise UnknownModel(request.model, list(cards))
+        ids = await self._generator.tokenize(
+            request.model,
+            prompt=request.prompt if given == "prompt" else None,
+            messages=translate.messages_from_pb(request.messages) if given == "messages" else None,
+        )
+        return pb.TokenizeResponse(token_ids=ids, count=len(ids), max_model_len=cards[request.model].max_model_len)
+
+    @_answer
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
+        return translate.models_to_pb(await self._generator.models())
+
+    async def drain(self, grace_s: float) -> None:
+        """Wait for the calls in flight; end those that are left after ``grace_s`` seconds with UNAVAILABLE."""
+        if self.in_flight:
+            await asyncio.wait(self.in_flight.copy(), timeout=grace_s)
+        self.closing = True
+        late = self.in_flight.copy()
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+
+
+class GrpcDoor:
+    """A door that is open.
+
+    Attributes:
+        port: the port it listens on.
+    """
+
+    def __init__(
+        self,
+        port: int,
+        server: grpc.aio.Server,
+        servicer: InferenceServicer,
+        health: health_aio.HealthServicer,
+        readiness: asyncio.Task[None],
+    ) -> None:
+        self.port = port
+        self._server = server
+        self._servicer = servicer
+        self._health = health
+        self._readiness = readiness
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new calls, wait up to ``grace_s`` seconds for those in flight, then close. Never raises."""
+        self._readiness.cancel()
+        await asyncio.gather(self._readiness, return_exceptions=True)
+        await self._health.enter_graceful_shutdown()
+        # Closes the listener and tells clients to go elsewhere. It is the drain that keeps the grace, by its own
+        # count: the server's would be held to its end by any client that watches the health.
+        closing = asyncio.create_task(self._server.stop(grace_s + 60))
+        await self._servicer.drain(grace_s)
+        await self._server.stop(None)
+        await closing
+
+
+async def serve_grpc(
+    generator: Generator, settings: config.Grpc, *, reuse_port: bool = False, ready_poll_s: float = 1.0
+) -> GrpcDoor:
+    """Open the gRPC door in the running event loop.
+
+    Args:
+        reuse_port: let other processes listen on the same port; the kernel spreads connections over them.
+        ready_poll_s: seconds between two looks at ``generator.ready()`` for the health service.
+
+    Raises:
+        SettingsError: the port can't be opened.
+    """
+    servicer = InferenceServicer(generator)
+    health = health_aio.HealthServicer()
+    server = grpc.aio.server(options=_options(settings, reuse_port))
+    inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
+    add_HealthServicer_to_server(health, server)
+    reflection.enable_server_reflection(
+        (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME), server
+    )
+    port = _bind(server, settings, reuse_port)
+    # The first caller must find the truth, so look once before the door opens.
+    await _report_readiness(generator, health)
+    await server.start()
+    readiness = asyncio.create_task(_keep_reporting_readiness(generator, health, ready_poll_s))
+    return GrpcDoor(port, server, servicer, health, readiness)
+
+
+def _options(settings: config.Grpc, reuse_port: bool) -> list[tuple[str, int]]:
+    max_bytes = settings.max_message_mib * 2**20
+    return [
+        ("grpc.max_receive_message_length", max_bytes),
+        ("grpc.max_send_message_length", max_bytes),
+        ("grpc.so_reuseport", int(reuse_port)),
+        # Find clients that went without a word, so that their requests are aborted.
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        # And let clients find a dead server, without being cut off for pinging too often.
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ]
+
+
+def _bind(server: grpc.aio.Server, settings: config.Grpc, reuse_port: bool) -> int:
+    # Asks the socket layer first, because gRPC says only that it failed, and not why.
+    where = f"{settings.port} can't be opened on host {settings.host!r}"
+    try:
+        family, *_, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if reuse_port:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise SettingsError(f"grpc.port: {where}: {error.strerror}") from None
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    try:
+        return int(server.add_insecure_port(f"{host}:{settings.port}"))
+    except RuntimeError as error:
+        raise SettingsError(f"grpc.port: {where}: {error}") from None
+
+
+async def _keep_reporting_readiness(generator: Generator, health: health_aio.HealthServicer, every_s: float) -> None:
+    while True:
+        await asyncio.sleep(every_s)
+        await _report_readiness(generator, health)
+
+
+async def _report_readiness(generator: Generator, health: health_aio.HealthServicer) -> None:
+    try:
+        async with asyncio.timeout(READY_TIMEOUT_S):
+            ready = await generator.ready()
+    except (HyclusterError, TimeoutError) as error:
+        logger.debug("not ready: %r", error)
+        ready = False
+    except Exception:
+        logger.exception("can't tell whether a request would succeed")
+        ready = False
+    status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+    for service in ("", SERVICE):
+        await health.set(service, status)
+
+
+async def _abort(context: Context, error: HyclusterError) -> None:
+    metadata: tuple[tuple[str, str], ...] = ()
+    if error.retry_after_s is not None:
+        metadata = (
+            ("retry-after-s", f"{error.retry_after_s:g}"),
+            # What a gRPC client with a retry policy obeys by itself.
+            ("grpc-retry-pushback-ms", str(math.ceil(error.retry_after_s * 1000))),
+        )
+    message = error.message.encode("utf-8", "replace")[:MAX_STATUS_BYTES].decode("utf-8", "ignore")
+    await context.abort(grpc.StatusCode[error.grpc_status], message, metadata)

@@ -1,0 +1,263 @@
+"""The HTTP door: vLLM's own API app over each model's gateway, behind an allowlist of routes.
+
+With one model the door is that app. With several, a small ASGI dispatcher looks into a request's body for
+its ``model`` and hands it to that model's app; an unknown model goes to the first, whose answer is the 404
+in OpenAI's form that vLLM gives. The door listens itself: measured against Ray Serve's proxies in
+``docs/measurements.md``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from argparse import Namespace
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from hycluster.config import Http
+from hycluster.errors import HyclusterError, SettingsError
+from hycluster.gateway import Gateway
+from hycluster.generation import Generator
+from hycluster.ingress.ports import bind
+
+# What a caller may use. Everything else of vLLM's app (scaling, raw token routes, rendering for
+# disaggregated setups, SageMaker's doubles, ...) answers 404 unless ``http.control_routes`` is set.
+OPEN_ROUTES = frozenset(
+    {
+        "/health",
+        "/version",
+        "/metrics",
+        "/openapi.json",
+        "/docs",
+        "/docs/oauth2-redirect",
+        "/redoc",
+        "/v1/models",
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/responses/{response_id}",
+        "/v1/responses/{response_id}/cancel",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/v1/embeddings",
+        "/v1/score",
+        "/v1/rerank",
+        "/pooling",
+        "/classify",
+        "/tokenize",
+        "/detokenize",
+    }
+)
+
+# A 256k-token prompt as text is some 2 MiB; as JSON of token ids under 3.
+MAX_BODY_BYTES = 32 << 20
+
+
+class HttpDoor:
+    """A running door. ``port`` is the one it listens on."""
+
+    def __init__(self, server: uvicorn.Server, serving: asyncio.Task[None], port: int) -> None:
+        self.port = port
+        self._server = server
+        self._serving = serving
+
+    async def stop(self) -> None:
+        """Take no new connections, finish the requests in flight, return."""
+        self._server.should_exit = True
+        await self._serving
+
+
+async def serve_http(
+    generator: Generator, settings: Http, *, reuse_port: bool = False, drain_timeout_s: float = 60.0
+) -> HttpDoor:
+    """Open the door.
+
+    Raises:
+        SettingsError: the port is in use, or a model's ``api`` argument is unknown.
+    """
+    apps = {name: await model_app(gateway, settings) for name, gateway in generator.gateways.items()}
+    app: ASGIApp = next(iter(apps.values())) if len(apps) == 1 else ModelDispatch(apps)
+    sock = bind(settings.host, settings.port, "http.port", reuse_port=reuse_port)
+    config = uvicorn.Config(
+        BodyLimit(app),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=math.ceil(drain_timeout_s),
+    )
+    server = _Server(config)
+    for model in apps.values():
+        model.state.server = server
+    serving = asyncio.create_task(server.serve(sockets=[sock]))
+    while not server.started:
+        if serving.done():
+            await serving
+        await asyncio.sleep(0.01)
+    return HttpDoor(server, serving, sock.getsockname()[1])
+
+
+class _Server(uvicorn.Server):
+    """Signals are the process owner's business, not the door's."""
+
+    def install_signal_handlers(self) -> None: ...
+
+
+async def model_app(gateway: Gateway, settings: Http) -> FastAPI:
+    """vLLM's API app over one gateway, cut down to the open routes."""
+    arguments = api_arguments(gateway, settings)
+    tasks = await gateway.get_supported_tasks()
+    app = build_app(arguments, tasks, gateway.model_config)
+    app.title = "hycluster"
+    await init_app_state(gateway, app.state, arguments, tasks)
+    if not settings.control_routes:
+        app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in OPEN_ROUTES]
+    app.add_exception_handler(HyclusterError, answer_error)
+    # vLLM hands the app over with its middleware built; have it built again, with the handler.
+    app.middleware_stack = None
+    return app
+
+
+def api_arguments(gateway: Gateway, settings: Http) -> Namespace:
+    """Arguments of vLLM's API server: its defaults, the model's own, the settings' ``api``.
+
+    Raises:
+        SettingsError: an unknown ``api`` argument.
+    """
+    arguments: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    model = gateway.model
+    arguments.model = model.source
+    arguments.served_model_name = [model.name]
+    arguments.allowed_origins = list(settings.allowed_origins)
+    arguments.structured_outputs_config = gateway.vllm_config.structured_outputs_config
+    for name, value in model.api.items():
+        if not hasattr(arguments, name):
+            near = get_close_matches(name, vars(arguments), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise SettingsError(f"models: {model.name}: api.{name}: vLLM's API server has no such argument{hint}")
+        setattr(arguments, name, value)
+    if reasoning_parser := model.api.get("reasoning_parser"):
+        arguments.structured_outputs_config.reasoning_parser = reasoning_parser
+    return arguments
+
+
+async def answer_error(_: Request, error: Exception) -> JSONResponse:
+    """One of hycluster's errors in OpenAI's form."""
+    assert isinstance(error, HyclusterError)
+    body = {"error": {"message": error.message, "type": error.openai_type, "param": None, "code": error.http_status}}
+    headers = {"Retry-After": str(math.ceil(error.retry_after_s))} if error.retry_after_s else None
+    return JSONResponse(body, status_code=error.http_status, headers=headers)
+
+
+class BodyLimit:
+    """ASGI middleware: a request's body has a bound, whether or not it says its length."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
+            await _too_large()(scope, receive, send)
+            return
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            if message["type"] == "http.request":
+                seen += len(message.get("body", b""))
+                if seen > MAX_BODY_BYTES:
+                    # Too late for an answer of our own: the caller sees a broken request.
+                    return {"type": "http.disconnect"}
+            return message
+
+        await self.app(scope, counted, send)
+
+
+def _too_large() -> JSONResponse:
+    message = f"body: is over the limit of {MAX_BODY_BYTES} bytes"
+    body = {"error": {"message": message, "type": "BadRequestError", "param": None, "code": 413}}
+    return JSONResponse(body, status_code=413)
+
+
+class ModelDispatch:
+    """ASGI app: hands a request to the app of the model that its JSON body names.
+
+    Args:
+        apps: by model name; the first one answers what names no model.
+    """
+
+    def __init__(self, apps: Mapping[str, ASGIApp]) -> None:
+        self.apps = dict(apps)
+        self.default = next(iter(self.apps.values()))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            if scope["type"] == "http" and scope["path"] in ("/v1/models", "/health"):
+                await self._of_all(scope, receive, send)
+            else:
+                await self.default(scope, receive, send)
+            return
+        messages, body = [], b""
+        while True:
+            message = await receive()
+            messages.append(message)
+            if message["type"] != "http.request":
+                break
+            body += message.get("body", b"")
+            if not message.get("more_body") or len(body) > MAX_BODY_BYTES:
+                break
+        replay = iter(messages)
+
+        async def replayed() -> Message:
+            return next(replay, None) or await receive()
+
+        await self.apps.get(_model_of(body), self.default)(scope, replayed, send)
+
+    async def _of_all(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """``/v1/models`` lists every app's models; ``/health`` is the worst of all."""
+        status, listed = 200, []
+        for app in self.apps.values():
+            code, body = await _ask(app, scope, receive)
+            status = max(status, code)
+            if body:
+                listed += json.loads(body).get("data", [])
+        content: Any = {"object": "list", "data": listed} if scope["path"] == "/v1/models" else None
+        await JSONResponse(content, status_code=status)(scope, receive, send)
+
+
+def _model_of(body: bytes) -> str:
+    try:
+        model = json.loads(body).get("model")
+    except (ValueError, AttributeError):
+        return ""
+    return model if isinstance(model, str) else ""
+
+
+async def _ask(app: ASGIApp, scope: Scope, receive: Receive) -> tuple[int, bytes]:
+    """Call an ASGI app and keep its answer."""
+    status, body = 500, b""
+
+    async def keep(message: Message) -> None:
+        nonlocal status, body
+        if message["type"] == "http.response.start":
+            status = message["status"]
+        else:
+            body += message.get("body", b"")
+
+    await app(dict(scope), receive, keep)
+    return status, body

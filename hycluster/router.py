@@ -1,0 +1,131 @@
+"""Which replica a request goes to, and why.
+
+Pure: what is known of the replicas comes in, a replica's id comes out. The gateway keeps the counts.
+A new policy is a class with ``choose`` and a name in ``POLICIES``.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from hycluster.core import Priority, ReplicaLoad
+from hycluster.errors import SettingsError, Unavailable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A replica that can take the request.
+
+    Attributes:
+        own_tokens: tokens that this gateway has outstanding there: still to prefill or to decode. Always fresh.
+        own_requests: requests that this gateway has outstanding there.
+        load: what the replica last said of itself, a moment old; None if it has not spoken yet.
+    """
+
+    replica_id: str
+    own_tokens: int = 0
+    own_requests: int = 0
+    load: ReplicaLoad | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteRequest:
+    """What a policy may look at.
+
+    Attributes:
+        tokens: prompt tokens plus expected output tokens.
+        session_id: the caller's name for a conversation, None if it gave none.
+    """
+
+    tokens: int
+    session_id: str | None = None
+    priority: Priority = Priority.ONLINE
+
+
+class Policy(Protocol):
+    """How to choose."""
+
+    def choose(self, candidates: Sequence[Candidate], request: RouteRequest) -> str:
+        """The id of the replica that the request goes to.
+
+        Raises:
+            Unavailable: there are no candidates.
+        """
+
+
+class LeastOutstandingTokens:
+    """The replica with the least work left, in tokens. The default.
+
+    Requests differ in length by a factor of a thousand, so tokens tell the work where counts of
+    requests don't. What this gateway has there it knows exactly; what others have there it takes from
+    the replica's last report. Equal ones differ by fewest requests, and then by chance, so that
+    several gateways that see the same reports don't all run to the same replica.
+    """
+
+    def __init__(self, gateway_id: str, seed: int | None = None) -> None:
+        self._gateway_id = gateway_id
+        self._random = random.Random(seed)
+
+    def choose(self, candidates: Sequence[Candidate], request: RouteRequest) -> str:
+        _require(candidates)
+        return min(
+            candidates,
+            key=lambda candidate: (self._outstanding(candidate), candidate.own_requests, self._random.random()),
+        ).replica_id
+
+    def _outstanding(self, candidate: Candidate) -> int:
+        reported = candidate.load.outstanding_tokens if candidate.load else {}
+        # This gateway's own share of the report is older than what it knows itself.
+        others = sum(tokens for gateway, tokens in reported.items() if gateway != self._gateway_id)
+        return candidate.own_tokens + others
+
+
+class PowerOfTwoChoices:
+    """Of two random replicas, the one with fewer requests: the default of Ray Serve, for comparison.
+
+    Good where reports are old or gateways are many: chance keeps gateways from running to the same
+    replica, and two choices keep the longest queue short. It does not see how long requests are.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self._random = random.Random(seed)
+
+    def choose(self, candidates: Sequence[Candidate], request: RouteRequest) -> str:
+        _require(candidates)
+        two = self._random.sample(candidates, min(2, len(candidates)))
+        return min(two, key=self._requests).replica_id
+
+    @staticmethod
+    def _requests(candidate: Candidate) -> int:
+        # The report counts every gateway's requests but is a moment old; the own count is a sure lower bound.
+        reported = candidate.load.running + candidate.load.waiting if candidate.load else 0
+        return max(candidate.own_requests, reported)
+
+
+POLICIES: dict[str, Callable[[str, int | None], Policy]] = {
+    "least_outstanding_tokens": LeastOutstandingTokens,
+    "power_of_two": lambda _, seed: PowerOfTwoChoices(seed),
+}
+
+
+def make_policy(name: str, gateway_id: str, seed: int | None = None) -> Policy:
+    """The policy that the settings name (``router.policy``).
+
+    Args:
+        gateway_id: this gateway's key in ``ReplicaLoad.outstanding_tokens``.
+        seed: fixes what is left to chance, for tests.
+
+    Raises:
+        SettingsError: no policy has that name.
+    """
+    if name not in POLICIES:
+        raise SettingsError(f"router.policy: {name!r} is not allowed; must be one of {', '.join(POLICIES)}")
+    return POLICIES[name](gateway_id, seed)
+
+
+def _require(candidates: Sequence[Candidate]) -> None:
+    if not candidates:
+        raise Unavailable("no replica can take requests now")

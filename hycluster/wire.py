@@ -1,0 +1,229 @@
+"""Between gateway and replica: every stream's tokens of an engine step in one message.
+
+A replica binds two ZMQ ROUTER sockets, for requests and for outputs; a gateway connects a DEALER to
+each under one random identity. What travels is vLLM's own msgpack, never pickle:
+
+    gateway -> replica   [kind, payload...]      kind is one byte, see Kind
+    replica -> gateway   on the request socket   READY with the engine's info, or REFUSED with a reason
+                         on the output socket    the frames of one EngineCoreOutputs; empty = engine ended
+
+A gateway that does not say the replica's token in its HELLO is not heard. Control methods that a
+gateway may call are an allowlist. A gateway that is gone, or does not read, loses its requests in the
+engine; it never holds up the others.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from enum import Enum
+from typing import Any
+
+import msgspec
+import zmq
+
+from hycluster.config import DataPlane
+from hycluster.core import ReplicaAddress
+from hycluster.engine.protocol import Engine, EngineInfo, Frame
+from hycluster.errors import SettingsError
+
+logger = logging.getLogger(__name__)
+
+
+class Kind(bytes, Enum):
+    """First frame of a message to a replica. The first three are vLLM's ``EngineCoreRequestType``."""
+
+    ADD = b"\x00"
+    ABORT = b"\x01"
+    CALL = b"\x03"
+    HELLO = b"H"
+    BYE = b"B"
+
+
+READY, REFUSED = b"READY", b"REFUSED"
+
+# Methods of vLLM's engine core that a gateway may call. ``collective_rpc``, ``save_sharded_state`` and the
+# like run arbitrary code in the engine and stay closed.
+CONTROL_METHODS = frozenset(
+    {
+        "get_supported_tasks",
+        "add_lora",
+        "remove_lora",
+        "list_loras",
+        "pin_lora",
+        "reset_prefix_cache",
+        "reset_mm_cache",
+        "reset_encoder_cache",
+        "pause_scheduler",
+        "resume_scheduler",
+        "is_scheduler_paused",
+        "sleep",
+        "wake_up",
+        "is_sleeping",
+        "profile",
+    }
+)
+
+# Messages that may wait for a gateway that does not read: one a step, so some minutes of decoding.
+OUTPUT_BACKLOG = 10_000
+# How long a gateway that has said hello may take until its output connection is known here.
+CONNECT_GRACE_S = 5.0
+
+
+def encode_info(info: EngineInfo) -> bytes:
+    return msgspec.msgpack.encode(asdict(info))
+
+
+def decode_info(payload: Frame) -> EngineInfo:
+    return msgspec.msgpack.decode(payload, type=EngineInfo)
+
+
+class EngineServer:
+    """Offers one engine to any number of gateways, on two threads.
+
+    Attributes:
+        address: what a gateway needs to connect.
+    """
+
+    def __init__(self, engine: Engine, *, replica_id: str, model: str, host: str, ports: DataPlane) -> None:
+        self._engine = engine
+        self._context = zmq.Context()
+        self._clients: dict[bytes, int] = {}
+        self._identities: dict[int, bytes] = {}
+        self._greeted: dict[int, float] = {}
+        self._next_client = 1
+        self._token = secrets.token_hex(16)
+        self._closing = False
+
+        self._requests = self._context.socket(zmq.ROUTER)
+        self._outputs = self._context.socket(zmq.ROUTER)
+        for sock in (self._requests, self._outputs):
+            sock.linger = 1000
+            sock.setsockopt(zmq.RCVHWM, 0)
+            sock.setsockopt(zmq.SNDHWM, OUTPUT_BACKLOG)
+            # A peer whose machine is gone never says so; a beat finds it within seconds.
+            sock.setsockopt(zmq.HEARTBEAT_IVL, 2000)
+            sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6000)
+            sock.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._outputs.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self.address = ReplicaAddress(
+            replica_id=replica_id,
+            model=model,
+            requests=_bind(self._requests, host, ports),
+            outputs=_bind(self._outputs, host, ports),
+            token=self._token,
+        )
+        self._threads = [
+            threading.Thread(target=self._read_requests, name="wire-requests", daemon=True),
+            threading.Thread(target=self._write_outputs, name="wire-outputs", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def gateways(self) -> int:
+        """Gateways connected now."""
+        return len(self._clients)
+
+    def _read_requests(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._requests, zmq.POLLIN)
+        while not self._closing:
+            if not poller.poll(200):
+                continue
+            identity, kind, *payload = self._requests.recv_multipart(copy=False)
+            try:
+                self._handle(bytes(identity.buffer), Kind(bytes(kind.buffer)), [frame.buffer for frame in payload])
+            except (ValueError, IndexError, TypeError, msgspec.MsgspecError):
+                # Whoever connects may send anything; only what can be understood counts.
+                logger.exception("message from %s dropped", bytes(identity.buffer).hex())
+        self._requests.close()
+
+    def _handle(self, identity: bytes, kind: Kind, payload: Sequence[memoryview]) -> None:
+        if kind is Kind.HELLO:
+            self._hello(identity, bytes(payload[0]))
+            return
+        client = self._clients.get(identity)
+        if client is None:
+            self._requests.send_multipart([identity, REFUSED, b"say hello first"])
+            return
+        if kind is Kind.ADD:
+            self._engine.add(client, payload)
+        elif kind is Kind.ABORT:
+            self._engine.abort(client, msgspec.msgpack.decode(payload[0], type=list[str]))
+        elif kind is Kind.CALL:
+            call_id, method, arguments = msgspec.msgpack.decode(payload[0], type=tuple[int, str, list[Any]])
+            if method not in CONTROL_METHODS:
+                raise ValueError(f"control method {method!r} is not allowed")
+            self._engine.call(client, call_id, method, arguments)
+        elif kind is Kind.BYE:
+            self._forget(client)
+
+    def _hello(self, identity: bytes, token: bytes) -> None:
+        if not hmac.compare_digest(token, self._token.encode()):
+            self._requests.send_multipart([identity, REFUSED, b"wrong token"])
+            return
+        if identity not in self._clients:
+            client, self._next_client = self._next_client, self._next_client + 1
+            self._greeted[client] = time.monotonic()
+            self._identities[client] = identity
+            self._clients[identity] = client
+        self._requests.send_multipart([identity, READY, encode_info(self._engine.info)])
+
+    def _forget(self, client: int) -> None:
+        identity = self._identities.pop(client, None)
+        if identity is not None:
+            self._clients.pop(identity, None)
+            self._greeted.pop(client, None)
+            self._engine.abort_client(client)
+
+    def _write_outputs(self) -> None:
+        while (item := self._engine.next_output()) is not None:
+            client, frames = item
+            identity = self._identities.get(client)
+            if identity is not None and not self._send(client, [identity, *frames]):
+                logger.warning("gateway %s is gone; its requests are dropped", identity.hex())
+                self._forget(client)
+        for client, identity in list(self._identities.items()):
+            self._send(client, [identity, b""])
+        self._outputs.close()
+
+    def _send(self, client: int, message: Sequence[Frame]) -> bool:
+        while True:
+            try:
+                self._outputs.send_multipart(message, flags=zmq.NOBLOCK)
+                return True
+            except zmq.Again:
+                return False
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EHOSTUNREACH:
+                    raise
+                if time.monotonic() - self._greeted.get(client, 0.0) > CONNECT_GRACE_S:
+                    return False
+                time.sleep(0.002)
+
+    def close(self) -> None:
+        """Stop listening. Shut the engine down first: the output thread ends when the engine does."""
+        self._closing = True
+        for thread in self._threads:
+            thread.join(timeout=10)
+        self._context.destroy(linger=500)
+
+
+def _bind(sock: zmq.Socket[bytes], host: str, ports: DataPlane) -> str:
+    address = f"tcp://{host}"
+    try:
+        if ports.port_max:
+            port = sock.bind_to_random_port(address, ports.port_min, ports.port_max + 1, max_tries=200)
+        else:
+            port = sock.bind_to_random_port(address)
+    except zmq.ZMQError as error:
+        raise SettingsError(
+            f"data_plane: no port to bind on {host} from {ports.port_min} to {ports.port_max}: {error}"
+        ) from error
+    return f"{address}:{port}"

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hycluster.batch import generate as module
+from hycluster.batch.commit import Output
+from hycluster.batch.corpus import ROW_ID, SHARD
+from hycluster.batch.generate import Generate
+from hycluster.batch.report import Totals
+from hycluster.core import Generation, GenerationRequest
+from hycluster.errors import (
+    HyclusterError,
+    JobFailed,
+    Overloaded,
+    SettingsError,
+    Unauthenticated,
+    Unavailable,
+    UnknownModel,
+)
+from tests.batch.conftest import MakeJob, broken_utf8
+from tests.batch.stand_in import StandInGenerator
+
+
+@pytest.fixture(autouse=True)
+def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FIRST_BACKOFF_S", 0.001)
+
+
+def block(texts: list[str | None] | pa.Array, shard_rows: int = 2) -> pa.Table:
+    rows = range(len(texts))
+    return pa.table(
+        {
+            "id": pa.array(rows, pa.int32()),
+            "text": texts if isinstance(texts, pa.Array) else pa.array(texts, pa.string()),
+            ROW_ID: [f"f.parquet#{row}" for row in rows],
+            SHARD: pa.array([row // shard_rows for row in rows], pa.int64()),
+        }
+    )
+
+
+class Run:
+    """A ``Generate`` outside of Ray."""
+
+    def __init__(self, make_job: MakeJob, generator: Any, folder: Path, **changes: Any) -> None:
+        @asynccontextmanager
+        async def connect() -> AsyncIterator[Any]:
+            self.opened += 1
+            yield generator
+
+        self.opened = 0
+        self.reports: list[Totals] = []
+        self.folder = folder
+        output = Output(str(folder))
+        output.claim({})
+        self.stage = Generate(
+            make_job(**changes), output, connect, lambda process, totals: self.reports.append(totals)
+        )
+
+    async def __call__(self, table: pa.Table) -> list[dict[str, Any]]:
+        records = await self.stage(table)
+        return [json.loads(text) for text in records.column("record").to_pylist()]
+
+    def rows(self, records: list[dict[str, Any]], kind: str = "part") -> list[dict[str, Any]]:
+        tables = [pq.read_table(self.folder / record[kind]["path"]) for record in records if record[kind]]
+        return [row for table in tables for row in table.to_pylist()]
+
+
+class Failing:
+    """Raises the given errors, one a call, then answers."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors = list(errors)
+        self.calls = 0
+
+    async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
+        self.calls += 1
+        if self.errors:
+            raise self.errors.pop(0)
+        return await StandInGenerator().generate(request)
+
+
+async def test_rows_keep_their_order_and_their_columns(make_job: MakeJob, tmp_path: Path) -> None:
+    run = Run(make_job, StandInGenerator(), tmp_path / "out")
+    texts: list[str | None] = [f"row {n}" for n in range(50)]
+    records = await run(block(texts, shard_rows=20))
+    assert [(record["shard"], record["rows"]) for record in records] == [(0, 20), (1, 20), (2, 10)]
+    rows = run.rows(records)
+    assert [row["text"] for row in rows] == texts
+    assert rows[7] == {
+        "id": 7,
+        "text": "row 7",
+        "row_id": "f.parquet#7",
+        "output": "ROW 7",
+        "finish_reason": "stop",
+        "prompt_tokens": 3,
+        "completion_tokens": 2,
+    }
+    assert run.opened == 1
+    assert run.reports[0] == Totals(1, 0, 3, 2)
+
+
+async def test_rows_in_flight_are_bounded_across_blocks(make_job: MakeJob, tmp_path: Path) -> None:
+    generator = StandInGenerator()
+    run = Run(make_job, generator, tmp_path / "out", rows_in_flight=5)
+    table = block([f"row {n}" for n in range(60)])
+    await asyncio.gather(run(table.slice(0, 20)), run(table.slice(20, 20)), run(table.slice(40, 20)))
+    assert generator.most_in_flight == 5
+    assert run.opened == 1
+
+
+async def test_rows_that_cannot_be_asked_are_quarantined(make_job: MakeJob, tmp_path: Path) -> None:
+    run = Run(make_job, StandInGenerator(), tmp_path / "out")
+    records = await run(block([None, "fine", "refuse me", " "], shard_rows=4))
+    assert [row["row_id"] for row in run.rows(records)] == ["f.parquet#1"]
+    assert [(row["id"], row["error_type"], row["error_message"]) for row in run.rows(records, "quarantine")] == [
+        (0, "InvalidInput", "text: is null"),
+        (2, "InvalidInput", "prompt: refused by the stand-in"),
+        (3, "InvalidInput", "text: is empty"),
+    ]
+    assert run.reports[0].rows == 1
+
+
+async def test_text_that_is_not_utf8_is_quarantined_with_its_bytes(make_job: MakeJob, tmp_path: Path) -> None:
+    run = Run(make_job, StandInGenerator(), tmp_path / "out")
+    records = await run(block(broken_utf8([b"good", b"bad \xff\xfe", b"good too"]), shard_rows=3))
+    assert [row["output"] for row in run.rows(records)] == ["GOOD", "GOOD TOO"]
+    bad = pq.read_table(tmp_path / "out" / records[0]["quarantine"]["path"])
+    assert bad.column("text").cast(pa.binary()).to_pylist() == [b"bad \xff\xfe"]
+    assert bad.column("error_type").to_pylist() == ["UnicodeDecodeError"]
+
+
+@pytest.mark.parametrize("error", [Unavailable("down"), ConnectionResetError("gone"), TimeoutError()])
+async def test_engine_failures_are_retried(make_job: MakeJob, tmp_path: Path, error: Exception) -> None:
+    generator = Failing(error, error)
+    run = Run(make_job, generator, tmp_path / "out", retry_s=60)
+    assert (await run(block(["x"])))[0]["quarantine"] is None
+    assert generator.calls == 3
+
+
+async def test_shedding_is_waited_out_for_as_long_as_it_takes(make_job: MakeJob, tmp_path: Path) -> None:
+    generator = Failing(*[Overloaded("later", retry_after_s=0.001)] * 20)
+    await Run(make_job, generator, tmp_path / "out", retry_s=0)(block(["x"]))
+    assert generator.calls == 21
+
+
+@pytest.mark.parametrize(
+    ("error", "becomes", "said"),
+    [
+        (Unavailable("down"), JobFailed, "row test-f.parquet#0: no engine could serve it for 0 s: down"),
+        (UnknownModel("m", ["other"]), SettingsError, "model: 'm' is not served here"),
+        (Unauthenticated("who?"), SettingsError, "who?"),
+        (KeyError("bug"), JobFailed, "KeyError: 'bug'"),
+    ],
+)
+async def test_other_failures_end_the_job_and_commit_nothing(
+    make_job: MakeJob, tmp_path: Path, error: Exception, becomes: type[HyclusterError], said: str
+) -> None:
+    run = Run(make_job, Failing(*[error] * 9), tmp_path / "out")
+    with pytest.raises(becomes, match=said):
+        await run(block(["x", "y"]))
+    assert not list((tmp_path / "out").rglob("*.parquet"))
+
+
+async def test_a_shard_that_is_committed_is_not_generated_again(make_job: MakeJob, tmp_path: Path) -> None:
+    generator = Failing()
+    run = Run(make_job, generator, tmp_path / "out")
+    table = block(["a", "b", "c", "d"])
+    first = await run(table.slice(0, 2))
+    assert (await run(table))[0] == first[0]
+    assert generator.calls == 4

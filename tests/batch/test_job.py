@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hycluster.batch.job import load_job
+from hycluster.errors import SettingsError
+
+JOBS = Path(__file__).parents[2] / "jobs"
+GOOD = {
+    "name": "n",
+    "model": "m",
+    "task": "summarize",
+    "input": "{path: in, columns: {text: t}}",
+    "output": "{path: out}",
+}
+
+
+def write_job(folder: Path, **changes: str | None) -> Path:
+    lines = [f"{key}: {value}" for key, value in {**GOOD, **changes}.items() if value is not None]
+    path = folder / "job.yaml"
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(JOBS.glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_jobs_need_only_input_and_output(path: Path) -> None:
+    job = load_job(path, input_path="in", output_path="out")
+    assert (job.input.path, job.output.path, job.engine) == ("in", "out", "shared")
+
+
+@pytest.mark.parametrize(("section", "option"), [("input", "--input"), ("output", "--output")])
+def test_a_path_that_is_nowhere_set_names_the_option(tmp_path: Path, section: str, option: str) -> None:
+    with pytest.raises(SettingsError, match=rf"job.yaml: {section}.path: not set; .* {option} PATH"):
+        load_job(write_job(tmp_path, **{section: "{columns: {text: t}}" if section == "input" else None}))
+
+
+def test_options_replace_the_file(tmp_path: Path) -> None:
+    job = load_job(
+        write_job(tmp_path),
+        ["sampling.max_tokens=8"],
+        input_path="s3://bucket/a: b",
+        output_path="o",
+        engine="dedicated",
+    )
+    assert job.sampling.max_tokens == 8
+    assert (job.input.path, job.output.path, job.engine) == ("s3://bucket/a: b", "o", "dedicated")
+    assert job.input.columns.text == "t"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"shards": "3"}, "shards: unknown key.*shard_rows"),
+        ({"task": "sumarize"}, "task: 'sumarize' is not allowed.*'summarize'"),
+        ({"engine": "own"}, "engine: 'own' is not allowed.*'dedicated'"),
+        ({"sampling": "{max_tokens: 0}"}, "sampling.max_tokens: 0 is not allowed; must be at least 1"),
+        ({"sampling": "{n: 2}"}, "sampling.n: 2 is not allowed"),
+        ({"sampling": "{logprobs: 1}"}, "sampling.logprobs: not allowed"),
+        ({"max_quarantined_fraction": "1.5"}, "max_quarantined_fraction: 1.5 is not allowed"),
+        ({"prompt": "x"}, "prompt: only for task 'generate', not for the preset 'summarize'"),
+        ({"task": "generate", "input": "{path: in}"}, "'generate' needs prompt, input.columns.messages or"),
+        (
+            {"task": "generate", "prompt": "x", "input": "{path: in, columns: {messages: m}}"},
+            "prompt: not allowed beside input.columns.messages",
+        ),
+        ({"input": "{path: in}"}, "input.columns.text: must be set for task 'summarize'"),
+        ({"task": "ask"}, "question: task 'ask' needs either question or input.columns.question"),
+        ({"question": "why?"}, "question: only for task 'ask'"),
+        ({"input": "in"}, "input: 'in' is not allowed"),
+    ],
+)
+def test_wrong_settings_name_field_value_and_what_is_allowed(
+    tmp_path: Path, changes: dict[str, str], said: str
+) -> None:
+    with pytest.raises(SettingsError, match=f"job.yaml: .*{said}") as refused:
+        load_job(write_job(tmp_path, **changes))
+    assert "\n" not in refused.value.message

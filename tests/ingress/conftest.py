@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+import pytest_asyncio
+
+from hycluster.ingress.grpc import GrpcDoor
+from hycluster.ingress.proto import inference_pb2_grpc
+from tests.ingress.stand_in import StandInGenerator, open_door
+
+
+@pytest.fixture
+def stand_in() -> StandInGenerator:
+    return StandInGenerator()
+
+
+@pytest_asyncio.fixture
+async def door(stand_in: StandInGenerator) -> AsyncIterator[GrpcDoor]:
+    async with open_door(stand_in) as door:
+        yield door
+
+
+@pytest_asyncio.fixture
+async def channel(door: GrpcDoor) -> AsyncIterator[grpc.aio.Channel]:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{door.port}") as channel:
+        yield channel
+
+
+@pytest.fixture
+def stub(channel: grpc.aio.Channel) -> inference_pb2_grpc.InferenceAsyncStub:
+    return inference_pb2_grpc.InferenceStub(channel)

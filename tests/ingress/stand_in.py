@@ -1,0 +1,154 @@
+"""A stand-in for the pool behind the doors: no model, deterministic words."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+from hycluster import config
+from hycluster.core import Generation, GenerationRequest, ModelCard, Output, TokenLogprob, Usage
+from hycluster.errors import InvalidInput, UnknownModel
+from hycluster.ingress.grpc import GrpcDoor, serve_grpc
+
+MODEL = "stand-in"
+CARD = ModelCard(name=MODEL, max_model_len=262_144, ready_replicas=2)
+
+
+class StandInGenerator:
+    """Says ``w0 w1 w2 ...``, a word a token, for each of the ``n`` sequences.
+
+    Attributes:
+        requests: what it was asked, with the deadline in seconds that came along.
+        error: raised by every method, if set; by ``stream`` after ``error_after`` deltas.
+        failures_left: how many times more ``error`` is raised, other than by ``ready``; None is always.
+        pause_s: seconds before each word.
+        running: number of requests now being answered.
+    """
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[GenerationRequest, float | None]] = []
+        self.error: Exception | None = None
+        self.error_after = 0
+        self.failures_left: int | None = None
+        self.pause_s = 0.0
+        self.running = 0
+        self.is_ready = True
+
+    async def models(self) -> list[ModelCard]:
+        self._fail()
+        return [CARD]
+
+    async def stream(
+        self, request: GenerationRequest, *, deadline_s: float | None = None
+    ) -> AsyncGenerator[Generation, None]:
+        self.requests.append((request, deadline_s))
+        if request.model != MODEL:
+            raise UnknownModel(request.model, [MODEL])
+        words, n = request.sampling.max_tokens or 3, request.sampling.n
+        self.running += 1
+        try:
+            for step in range(words):
+                if step >= self.error_after:
+                    self._fail()
+                await asyncio.sleep(self.pause_s)
+                last = step + 1 == words
+                yield Generation(
+                    request_id=request.request_id or "made-by-server",
+                    model=MODEL,
+                    outputs=[self._output(request, index, step, last) for index in range(n)],
+                    usage=Usage(_prompt_tokens(request), words * n, cached_tokens=1) if last else None,
+                )
+        finally:
+            self.running -= 1
+
+    async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
+        async with aclosing(self.stream(request, deadline_s=deadline_s)) as deltas:
+            return join([delta async for delta in deltas])
+
+    async def tokenize(
+        self, model: str, *, prompt: str | None = None, messages: list[dict[str, Any]] | None = None
+    ) -> list[int]:
+        if prompt is None and messages is None:
+            raise InvalidInput("prompt, messages: exactly one must be set; set are none")
+        text = prompt if prompt is not None else " ".join(m["content"] for m in messages or [])
+        return [len(word) for word in text.split()]
+
+    async def ready(self) -> bool:
+        if self.error:
+            raise self.error
+        return self.is_ready
+
+    def _output(self, request: GenerationRequest, index: int, step: int, last: bool) -> Output:
+        candidates = request.sampling.logprobs
+        return Output(
+            index=index,
+            text=f"w{step} ",
+            token_ids=[100 * index + step],
+            finish_reason="length" if last else None,
+            logprobs=None
+            if candidates is None
+            else [[TokenLogprob(100 * index + step + c, f"w{step + c}", -0.1 * (c + 1)) for c in range(candidates)]],
+        )
+
+    def _fail(self) -> None:
+        if self.error and self.failures_left != 0:
+            if self.failures_left is not None:
+                self.failures_left -= 1
+            raise self.error
+
+    async def until_busy(self) -> None:
+        """Wait until a request is being answered; fails after 2 s."""
+        await until(lambda: self.running > 0)
+
+    async def until_idle(self) -> None:
+        """Wait until no request is being answered; fails after 1 s, the time in which a cancel must arrive."""
+        await until(lambda: self.running == 0, timeout_s=1.0)
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 2.0) -> None:
+    """Wait until the condition holds; fails after ``timeout_s``."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110  # what is waited for has no event
+            await asyncio.sleep(0.005)
+
+
+def join(deltas: list[Generation]) -> Generation:
+    """The whole answer that the deltas make up."""
+    outputs: dict[int, list[Output]] = {}
+    for delta in deltas:
+        for output in delta.outputs:
+            outputs.setdefault(output.index, []).append(output)
+    return Generation(
+        request_id=deltas[-1].request_id,
+        model=deltas[-1].model,
+        outputs=[
+            Output(
+                index=index,
+                text="".join(part.text for part in parts),
+                token_ids=[token for part in parts for token in part.token_ids],
+                finish_reason=parts[-1].finish_reason,
+                logprobs=[position for part in parts for position in part.logprobs or []] or None,
+            )
+            for index, parts in sorted(outputs.items())
+        ],
+        usage=deltas[-1].usage,
+    )
+
+
+@asynccontextmanager
+async def open_door(generator: StandInGenerator, **settings: Any) -> AsyncIterator[GrpcDoor]:
+    """A gRPC door on a free port, that looks at the generator's readiness every 20 ms."""
+    door = await serve_grpc(generator, config.Grpc(port=0, **settings), ready_poll_s=0.02)
+    try:
+        yield door
+    finally:
+        await door.stop(0)
+
+
+def _prompt_tokens(request: GenerationRequest) -> int:
+    if request.token_ids is not None:
+        return len(request.token_ids)
+    texts = [request.prompt] if request.prompt is not None else [m["content"] for m in request.messages or []]
+    return sum(len(text.split()) for text in texts)

@@ -1,0 +1,456 @@
+"""The gRPC door over a real socket, with a stand-in for the pool behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf import descriptor_pool, json_format, message_factory
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health_pb2_grpc import HealthStub
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+from hycluster import config, errors
+from hycluster.core import GenerationRequest, Priority, Sampling
+from hycluster.ingress import grpc as grpc_door
+from hycluster.ingress.grpc import SERVICE, GrpcDoor, serve_grpc
+from hycluster.ingress.proto import inference_pb2 as pb
+from hycluster.ingress.proto import inference_pb2_grpc
+from tests.ingress.stand_in import MODEL, StandInGenerator, open_door
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+Stub = Any  # InferenceAsyncStub exists for the type checker only
+Health: Any = HealthStub  # whose type stub lacks the methods
+
+
+def ask(**fields: Any) -> pb.GenerateRequest:
+    if not {"prompt", "messages", "token_ids"} & fields.keys():
+        fields["prompt"] = "one two three"
+    return pb.GenerateRequest(model=MODEL, **fields)
+
+
+async def failure(call: Any) -> tuple[grpc.StatusCode, str, dict[str, Any]]:
+    """The status, the message and the trailing metadata of a call that must fail."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    error = caught.value
+    return error.code(), error.details() or "", dict(error.trailing_metadata())
+
+
+async def status(channel: grpc.aio.Channel, service: str = SERVICE) -> int:
+    answer = await Health(channel).Check(health_pb2.HealthCheckRequest(service=service))
+    return int(answer.status)
+
+
+async def until_status(channel: grpc.aio.Channel, wanted: int) -> None:
+    """Wait until both services have that status."""
+    for service in ("", SERVICE):
+        watch = Health(channel).Watch(health_pb2.HealthCheckRequest(service=service))
+        async with asyncio.timeout(2):
+            async for answer in watch:
+                if answer.status == wanted:
+                    break
+        watch.cancel()
+        assert await status(channel, service) == wanted
+
+
+async def drained(call: Any) -> None:
+    """Read a stream to its end."""
+    async for _ in call:
+        pass
+
+
+async def test_generate(stub: Stub) -> None:
+    answer = await stub.Generate(ask(request_id="r-1", sampling=pb.Sampling(max_tokens=2)))
+    assert answer == pb.GenerateResponse(
+        request_id="r-1",
+        model=MODEL,
+        outputs=[pb.Output(index=0, text="w0 w1 ", token_ids=[0, 1], finish_reason="length")],
+        usage=pb.Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=1),
+    )
+
+
+async def test_stream_has_a_chunk_a_token_and_usage_in_the_last(stub: Stub) -> None:
+    chunks = [chunk async for chunk in stub.GenerateStream(ask(sampling=pb.Sampling(max_tokens=3)))]
+    assert [(chunk.text, list(chunk.token_ids), chunk.finish_reason) for chunk in chunks] == [
+        ("w0 ", [0], ""),
+        ("w1 ", [1], ""),
+        ("w2 ", [2], "length"),
+    ]
+    assert [chunk.HasField("usage") for chunk in chunks] == [False, False, True]
+    assert chunks[-1].usage == pb.Usage(prompt_tokens=3, completion_tokens=3, cached_tokens=1)
+    assert {chunk.request_id for chunk in chunks} == {"made-by-server"}
+
+
+async def test_first_chunk_comes_before_the_answer_is_complete(stub: Stub, stand_in: StandInGenerator) -> None:
+    stand_in.pause_s = 0.05
+    call = stub.GenerateStream(ask(sampling=pb.Sampling(max_tokens=1000)))
+    async with asyncio.timeout(2):
+        assert (await call.read()).text == "w0 "
+    call.cancel()
+
+
+@pytest.mark.parametrize(
+    ("given", "arrives"),
+    [
+        ({"prompt": "one two"}, {"prompt": "one two"}),
+        ({"token_ids": pb.TokenIds(ids=[5, 0, 7])}, {"token_ids": [5, 0, 7]}),
+        (
+            {"messages": pb.Messages(messages=[pb.ChatMessage(role="user", content="hi", name="Ann")])},
+            {"messages": [{"role": "user", "content": "hi", "name": "Ann"}]},
+        ),
+    ],
+)
+async def test_every_input_arrives(
+    stub: Stub, stand_in: StandInGenerator, given: dict[str, Any], arrives: dict[str, Any]
+) -> None:
+    await stub.Generate(ask(**given))
+    assert stand_in.requests == [(GenerationRequest(model=MODEL, **arrives), None)]
+
+
+async def test_sampling_priority_and_session_arrive_exactly(stub: Stub, stand_in: StandInGenerator) -> None:
+    wanted = Sampling(
+        max_tokens=5,
+        min_tokens=1,
+        temperature=0.7,
+        top_p=0.9,
+        top_k=0,
+        min_p=0.0,
+        presence_penalty=-0.3,
+        frequency_penalty=0.1,
+        repetition_penalty=1.1,
+        seed=-(2**63),
+        stop=("\n\n", "END"),
+        stop_token_ids=(2, 0),
+        ignore_eos=True,
+        n=2,
+        logprobs=0,
+    )
+    sampling = pb.Sampling(**{name: getattr(wanted, name) for name in pb.Sampling.DESCRIPTOR.fields_by_name})
+    await stub.Generate(ask(sampling=sampling, priority=pb.BATCH, session_id="s"))
+    (request, _), *_ = stand_in.requests
+    assert request.sampling == wanted
+    assert (request.priority, request.session_id, request.request_id) == (Priority.BATCH, "s", None)
+
+
+async def test_several_sequences(stub: Stub) -> None:
+    sampling = pb.Sampling(n=3, max_tokens=2)
+    whole = await stub.Generate(ask(sampling=sampling))
+    assert [(output.index, list(output.token_ids)) for output in whole.outputs] == [
+        (0, [0, 1]),
+        (1, [100, 101]),
+        (2, [200, 201]),
+    ]
+    assert whole.usage.completion_tokens == 6
+    chunks = [chunk async for chunk in stub.GenerateStream(ask(sampling=sampling))]
+    assert [chunk.index for chunk in chunks] == [0, 1, 2, 0, 1, 2]
+    assert [chunk.HasField("usage") for chunk in chunks] == [False] * 5 + [True]
+
+
+async def test_logprobs(stub: Stub) -> None:
+    sampling = pb.Sampling(logprobs=2, max_tokens=2)
+    (output,) = (await stub.Generate(ask(sampling=sampling))).outputs
+    chunks = [chunk async for chunk in stub.GenerateStream(ask(sampling=sampling))]
+    expected = [[(0, "w0", -0.1), (1, "w1", -0.2)], [(1, "w1", -0.1), (2, "w2", -0.2)]]
+    for positions in (output.logprobs, [chunk.logprobs[0] for chunk in chunks]):
+        assert [[(c.token_id, c.token, c.logprob) for c in p.candidates] for p in positions] == expected
+
+
+async def test_tokenize(stub: Stub) -> None:
+    answer = await stub.Tokenize(pb.TokenizeRequest(model=MODEL, prompt="a bb ccc"))
+    assert answer == pb.TokenizeResponse(token_ids=[1, 2, 3], count=3, max_model_len=262_144)
+    chat = pb.Messages(messages=[pb.ChatMessage(role="user", content="four five")])
+    assert (await stub.Tokenize(pb.TokenizeRequest(model=MODEL, messages=chat))).token_ids == [4, 4]
+
+
+async def test_tokenize_refuses(stub: Stub) -> None:
+    code, message, _ = await failure(stub.Tokenize(pb.TokenizeRequest(model=MODEL)))
+    assert (code, "prompt, messages" in message) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+    code, message, _ = await failure(stub.Tokenize(pb.TokenizeRequest(model="other", prompt="a")))
+    assert (code, "'other'" in message) == (grpc.StatusCode.NOT_FOUND, True)
+
+
+async def test_list_models(stub: Stub) -> None:
+    answer = await stub.ListModels(pb.ListModelsRequest())
+    assert answer.models == [pb.Model(name=MODEL, max_model_len=262_144, ready_replicas=2)]
+
+
+ERRORS = [
+    (errors.InvalidInput("prompt: 9 tokens"), grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.Unauthenticated("authorization: no token"), grpc.StatusCode.UNAUTHENTICATED),
+    (errors.UnknownModel("x", ["y"]), grpc.StatusCode.NOT_FOUND),
+    (errors.Overloaded("too many requests"), grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (errors.Unavailable("no replica"), grpc.StatusCode.UNAVAILABLE),
+    (errors.DeadlineExceeded("too late"), grpc.StatusCode.DEADLINE_EXCEEDED),
+    (errors.HyclusterError("engine broke"), grpc.StatusCode.INTERNAL),
+]
+
+
+@pytest.mark.parametrize(("error", "code"), ERRORS, ids=lambda value: type(value).__name__)
+async def test_every_error_has_its_status(
+    stub: Stub, stand_in: StandInGenerator, error: errors.HyclusterError, code: grpc.StatusCode
+) -> None:
+    stand_in.error = error
+    for call in (
+        stub.Generate(ask()),
+        stub.GenerateStream(ask()).read(),
+        stub.ListModels(pb.ListModelsRequest()),
+        stub.Tokenize(pb.TokenizeRequest(model=MODEL, prompt="a")),
+    ):
+        came, message, metadata = await failure(call)
+        assert (came, message) == (code, error.message)
+        assert "retry-after-s" not in metadata
+
+
+async def test_an_error_in_mid_stream_comes_after_the_chunks_before_it(stub: Stub, stand_in: StandInGenerator) -> None:
+    stand_in.error, stand_in.error_after = errors.Unavailable("replica lost"), 2
+    call = stub.GenerateStream(ask())
+    assert [(await call.read()).text for _ in range(2)] == ["w0 ", "w1 "]
+    code, *_ = await failure(call.read())
+    assert code is grpc.StatusCode.UNAVAILABLE
+    assert stand_in.running == 0
+
+
+async def test_retry_after(stub: Stub, stand_in: StandInGenerator) -> None:
+    stand_in.error = errors.Overloaded("too many requests", retry_after_s=1.5)
+    *_, metadata = await failure(stub.Generate(ask()))
+    assert metadata["retry-after-s"] == "1.5"
+    assert metadata["grpc-retry-pushback-ms"] == "1500"
+
+
+async def test_the_unexpected_is_internal_and_logged_but_not_told(
+    stub: Stub, stand_in: StandInGenerator, caplog: pytest.LogCaptureFixture
+) -> None:
+    stand_in.error = ZeroDivisionError("secret")
+    code, message, _ = await failure(stub.Generate(ask()))
+    assert code is grpc.StatusCode.INTERNAL
+    assert "secret" not in message
+    (record,) = [
+        record for record in caplog.records if record.name == grpc_door.__name__ and "Generate" in record.message
+    ]
+    assert record.levelno == logging.ERROR
+    assert record.exc_info is not None
+    assert record.exc_info[1] is stand_in.error
+    stand_in.error = None
+    assert (await stub.Generate(ask())).outputs
+
+
+@pytest.mark.parametrize(
+    ("request_", "names"),
+    [
+        (pb.GenerateRequest(model=MODEL), "prompt, messages, token_ids"),
+        (ask(prompt=""), "prompt"),
+        (ask(sampling=pb.Sampling(max_tokens=0)), "sampling.max_tokens"),
+        (ask(sampling=pb.Sampling(max_tokens=-1)), "sampling.max_tokens"),
+        (ask(sampling=pb.Sampling(temperature=float("nan"))), "sampling.temperature"),
+        (ask(priority=3), "priority"),
+    ],
+)
+async def test_a_wrong_request_is_refused_by_name(
+    stub: Stub, stand_in: StandInGenerator, request_: pb.GenerateRequest, names: str
+) -> None:
+    for call in (stub.Generate(request_), stub.GenerateStream(request_).read()):
+        code, message, _ = await failure(call)
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        assert names in message
+    assert stand_in.requests == []
+
+
+async def test_a_message_longer_than_a_header_is_shortened(stub: Stub) -> None:
+    code, message, _ = await failure(stub.Generate(pb.GenerateRequest(model="é" * 100_000, prompt="p")))
+    assert code is grpc.StatusCode.NOT_FOUND
+    assert message.startswith("model: 'éééé")
+
+
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
+async def test_the_deadline_reaches_the_generator_and_closes_it(
+    stub: Stub, stand_in: StandInGenerator, method: str
+) -> None:
+    stand_in.pause_s = 0.05
+    call = getattr(stub, method)(ask(sampling=pb.Sampling(max_tokens=10_000)), timeout=0.4)
+    code, *_ = await failure(drained(call) if method == "GenerateStream" else call)
+    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+    await stand_in.until_idle()
+    ((_, deadline_s),) = stand_in.requests
+    assert deadline_s is not None
+    assert 0 < deadline_s < 0.45
+
+
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
+async def test_cancelling_closes_the_generator(stub: Stub, stand_in: StandInGenerator, method: str) -> None:
+    stand_in.pause_s = 0.05
+    call = getattr(stub, method)(ask(sampling=pb.Sampling(max_tokens=10_000)))
+    await stand_in.until_busy()
+    call.cancel()
+    await stand_in.until_idle()
+
+
+async def test_a_client_that_stops_reading_holds_the_generator_and_its_going_closes_it(
+    stub: Stub, stand_in: StandInGenerator
+) -> None:
+    # Enough words to fill every buffer on the way, so that the door stands in a write, not in the generator.
+    sampling = pb.Sampling(max_tokens=1_000_000, n=128, logprobs=20)
+    call = stub.GenerateStream(ask(sampling=sampling))
+    await call.read()
+    await asyncio.sleep(0.3)
+    assert stand_in.running == 1
+    call.cancel()
+    await stand_in.until_idle()
+
+
+async def test_a_prompt_of_256k_tokens_as_ids(stub: Stub, stand_in: StandInGenerator) -> None:
+    ids = list(range(262_144))
+    answer = await stub.Generate(ask(token_ids=pb.TokenIds(ids=ids)))
+    assert answer.usage.prompt_tokens == 262_144
+    assert stand_in.requests[0][0].token_ids == ids
+
+
+async def test_a_prompt_of_256k_tokens_as_text(stub: Stub, stand_in: StandInGenerator) -> None:
+    text = "word " * 262_144
+    answer = await stub.Generate(ask(prompt=text))
+    assert answer.usage.prompt_tokens == 262_144
+    assert stand_in.requests[0][0].prompt == text
+
+
+async def test_a_message_over_the_limit_is_refused(stand_in: StandInGenerator) -> None:
+    async with (
+        open_door(stand_in, max_message_mib=1) as door,
+        grpc.aio.insecure_channel(f"127.0.0.1:{door.port}") as channel,
+    ):
+        stub: Stub = inference_pb2_grpc.InferenceStub(channel)
+        code, *_ = await failure(stub.Generate(ask(prompt="word " * 262_144)))
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert (await stub.Generate(ask())).outputs
+
+
+async def test_health_follows_the_generator(channel: grpc.aio.Channel, stand_in: StandInGenerator) -> None:
+    assert await status(channel, "") == await status(channel) == SERVING
+    stand_in.is_ready = False
+    await until_status(channel, NOT_SERVING)
+    stand_in.is_ready = True
+    await until_status(channel, SERVING)
+    stand_in.error = errors.Unavailable("no replica")
+    await until_status(channel, NOT_SERVING)
+    stand_in.error = None
+    await until_status(channel, SERVING)
+
+
+async def test_health_is_true_from_the_first_call_on(stand_in: StandInGenerator) -> None:
+    stand_in.is_ready = False
+    door = await serve_grpc(stand_in, config.Grpc(port=0), ready_poll_s=60)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{door.port}") as channel:
+        assert await status(channel) == NOT_SERVING
+    await door.stop(0)
+
+
+async def test_a_generator_that_does_not_answer_is_not_ready(
+    channel: grpc.aio.Channel, stand_in: StandInGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hang() -> bool:
+        await asyncio.Event().wait()
+        return True
+
+    monkeypatch.setattr(grpc_door, "READY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(stand_in, "ready", hang)
+    await until_status(channel, NOT_SERVING)
+
+
+async def test_stop_lets_calls_finish_and_takes_no_new_ones(
+    stub: Stub, channel: grpc.aio.Channel, stand_in: StandInGenerator, door: GrpcDoor
+) -> None:
+    stand_in.pause_s = 0.05
+    watch = Health(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+    assert (await watch.read()).status == SERVING
+    call = stub.GenerateStream(ask(sampling=pb.Sampling(max_tokens=10)))
+    chunks = aiter(call)
+    await anext(chunks)
+    began = time.monotonic()
+    stopping = asyncio.create_task(door.stop(30))
+    assert (await watch.read()).status == NOT_SERVING
+    code, *_ = await failure(stub.Generate(ask()))
+    assert code is grpc.StatusCode.UNAVAILABLE
+    assert len([chunk async for chunk in chunks]) == 9
+    await stopping
+    assert time.monotonic() - began < 5, "a client that watches the health must not hold the drain"
+
+
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
+async def test_calls_left_after_the_grace_end_as_unavailable(
+    stub: Stub, stand_in: StandInGenerator, door: GrpcDoor, method: str
+) -> None:
+    stand_in.pause_s = 0.05
+    call = getattr(stub, method)(ask(sampling=pb.Sampling(max_tokens=10_000)))
+    await stand_in.until_busy()
+    began = time.monotonic()
+    await door.stop(0.2)
+    assert time.monotonic() - began < 2
+    assert stand_in.running == 0
+    code, message, _ = await failure(drained(call) if method == "GenerateStream" else call)
+    assert (code, "shut down" in message) == (grpc.StatusCode.UNAVAILABLE, True)
+
+
+def call_by_reflection(port: int) -> tuple[set[str], dict[str, Any], list[dict[str, Any]]]:
+    """What a stranger's generic client does: knows the address and the names of the contract, no code of ours."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        database = ProtoReflectionDescriptorDatabase(channel)
+        pool = descriptor_pool.DescriptorPool(database)
+        service = pool.FindServiceByName("hycluster.v1.Inference")
+        generate, stream = (service.methods_by_name[name] for name in ("Generate", "GenerateStream"))
+        request_class, answer_class, chunk_class = map(
+            message_factory.GetMessageClass, (generate.input_type, generate.output_type, stream.output_type)
+        )
+        request = json_format.ParseDict(
+            {"model": MODEL, "prompt": "one two", "sampling": {"max_tokens": 2, "temperature": 0}}, request_class()
+        )
+        answer = channel.unary_unary(
+            "/hycluster.v1.Inference/Generate", request_class.SerializeToString, answer_class.FromString
+        )(request)
+        chunks = channel.unary_stream(
+            "/hycluster.v1.Inference/GenerateStream", request_class.SerializeToString, chunk_class.FromString
+        )(request)
+        as_dict = [
+            json_format.MessageToDict(message, preserving_proto_field_name=True) for message in (answer, *chunks)
+        ]
+        return set(database.get_services()), as_dict[0], as_dict[1:]
+
+
+async def test_a_client_that_knows_only_reflection(door: GrpcDoor) -> None:
+    services, answer, chunks = await asyncio.to_thread(call_by_reflection, door.port)
+    assert services == {SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+    assert answer["outputs"] == [{"text": "w0 w1 ", "token_ids": [0, 1], "finish_reason": "length"}]
+    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 2, "cached_tokens": 1}
+    assert "".join(chunk["text"] for chunk in chunks) == "w0 w1 "
+    assert chunks[-1]["usage"]["completion_tokens"] == 2
+
+
+async def test_a_port_in_use_is_a_settings_error(stand_in: StandInGenerator) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for reuse_port in (False, True):
+            with pytest.raises(errors.SettingsError, match=rf"^grpc\.port: {port} .*Address already in use"):
+                await serve_grpc(stand_in, config.Grpc(port=port), reuse_port=reuse_port)
+
+
+async def test_a_host_that_is_not_here_is_a_settings_error(stand_in: StandInGenerator) -> None:
+    with pytest.raises(errors.SettingsError, match=r"grpc\.port: 0 can't be opened on host '192\.0\.2\.1'"):
+        await serve_grpc(stand_in, config.Grpc(host="192.0.2.1", port=0))
+
+
+async def test_doors_share_a_port_only_when_asked_to(stand_in: StandInGenerator) -> None:
+    first = await serve_grpc(stand_in, config.Grpc(port=0), reuse_port=True)
+    second = await serve_grpc(stand_in, config.Grpc(port=first.port), reuse_port=True)
+    assert second.port == first.port
+    with pytest.raises(errors.SettingsError):
+        await serve_grpc(stand_in, config.Grpc(port=first.port))
+    await first.stop(0)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{second.port}") as channel:
+        assert (await inference_pb2_grpc.InferenceStub(channel).Generate(ask())).outputs
+    await second.stop(0)

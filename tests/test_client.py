@@ -1,0 +1,333 @@
+"""The shipped client, sync and async, against a real gRPC door with a stand-in for the pool behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import typing
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import fields
+from typing import Any
+
+import grpc
+import pytest
+import pytest_asyncio
+
+from hycluster import errors
+from hycluster.client import SERVICE, AsyncClient, Client, SamplingFields
+from hycluster.core import Generation, GenerationRequest, Output, Priority, Sampling, TokenLogprob, Usage
+from hycluster.ingress.grpc import GrpcDoor
+from hycluster.ingress.proto import inference_pb2 as pb
+from hycluster.ingress.proto import inference_pb2_grpc
+from tests.ingress.stand_in import CARD, MODEL, StandInGenerator, join, open_door
+
+ANSWER = Generation(
+    request_id="r",
+    model=MODEL,
+    outputs=[Output(index, "w0 w1 ", [100 * index, 100 * index + 1], "length", None) for index in range(2)],
+    usage=Usage(prompt_tokens=3, completion_tokens=4, cached_tokens=1),
+)
+
+
+class Both:
+    """One face for the two clients, so that every test runs on each; the sync one in a thread of its own."""
+
+    def __init__(self, kind: str, target: str, **options: Any) -> None:
+        self.sync = kind == "sync"
+        self.client: Any = Client(target, **options) if self.sync else AsyncClient(target, **options)
+
+    async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        if self.sync:
+            return await asyncio.to_thread(getattr(self.client, method), *args, **kwargs)
+        return await getattr(self.client, method)(*args, **kwargs)
+
+    async def stream(self, *args: Any, most: int | None = None, **kwargs: Any) -> list[Generation]:
+        """The first ``most`` deltas, after which the stream is left."""
+        if self.sync:
+            return await asyncio.to_thread(self._stream, args, most, kwargs)
+        deltas = []
+        async with aclosing(self.client.stream(*args, **kwargs)) as stream:
+            async for delta in stream:
+                deltas.append(delta)
+                if len(deltas) == most:
+                    break
+        return deltas
+
+    def _stream(self, args: Any, most: int | None, kwargs: Any) -> list[Generation]:
+        deltas = []
+        stream = self.client.stream(*args, **kwargs)
+        for delta in stream:
+            deltas.append(delta)
+            if len(deltas) == most:
+                stream.close()
+        return deltas
+
+    async def close(self) -> None:
+        await self.call("close")
+
+
+@pytest.fixture
+def stand_in() -> StandInGenerator:
+    return StandInGenerator()
+
+
+@pytest_asyncio.fixture
+async def door(stand_in: StandInGenerator) -> AsyncIterator[GrpcDoor]:
+    async with open_door(stand_in) as door:
+        yield door
+
+
+@pytest_asyncio.fixture(params=["sync", "async"])
+async def connect(request: pytest.FixtureRequest) -> AsyncIterator[Callable[..., Both]]:
+    made: list[Both] = []
+
+    def connect(target: str, **options: Any) -> Both:
+        made.append(Both(request.param, target, **options))
+        return made[-1]
+
+    yield connect
+    for client in made:
+        await client.close()
+
+
+@pytest.fixture
+def client(door: GrpcDoor, connect: Callable[..., Both]) -> Both:
+    return connect(f"127.0.0.1:{door.port}")
+
+
+async def test_generate(client: Both) -> None:
+    assert await client.call("generate", MODEL, prompt="a b c", max_tokens=2, n=2, request_id="r") == ANSWER
+
+
+async def test_stream(client: Both) -> None:
+    deltas = await client.stream(MODEL, prompt="a b c", max_tokens=2, n=2, request_id="r")
+    assert [len(delta.outputs) for delta in deltas] == [1, 1, 1, 1]
+    assert [delta.usage is None for delta in deltas] == [True, True, True, False]
+    assert join(deltas) == ANSWER
+
+
+async def test_logprobs(client: Both) -> None:
+    answer = await client.call("generate", MODEL, prompt="a", max_tokens=1, logprobs=2)
+    assert answer.outputs[0].logprobs == [[TokenLogprob(0, "w0", -0.1), TokenLogprob(1, "w1", -0.2)]]
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"prompt": "a b"},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "", "tool_call_id": "c"}]},
+        {"token_ids": [3, 0, 5]},
+    ],
+)
+@pytest.mark.parametrize("method", ["generate", "stream"])
+async def test_what_is_asked_arrives(
+    client: Both, stand_in: StandInGenerator, method: str, wanted: dict[str, Any]
+) -> None:
+    rest: dict[str, Any] = {"priority": Priority.BATCH, "request_id": "r", "session_id": "s"}
+    sampling: dict[str, Any] = {"max_tokens": 2, "temperature": 0.0, "stop": ("x",)}
+    send = client.stream if method == "stream" else lambda *args, **ask: client.call(method, *args, **ask)
+    await send(MODEL, **wanted, **rest, **sampling)
+    await send(MODEL, **wanted, **rest, sampling=Sampling(**sampling))
+    expected = GenerationRequest(model=MODEL, **wanted, **rest, sampling=Sampling(**sampling))
+    assert stand_in.requests == [(expected, None), (expected, None)]
+
+
+async def test_a_lone_stop_string_is_one_string(client: Both, stand_in: StandInGenerator) -> None:
+    await client.call("generate", MODEL, prompt="a", stop="END")
+    assert stand_in.requests[0][0].sampling.stop == ("END",)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "names"),
+    [
+        ({}, "prompt, messages, token_ids"),
+        ({"prompt": "a", "token_ids": [1]}, "set are prompt, token_ids"),
+        ({"prompt": "a", "max_tokens": 0}, "sampling.max_tokens: 0"),
+        ({"prompt": "a", "sampling": Sampling(), "seed": 3}, "sampling: .*seed"),
+        ({"token_ids": [-1]}, "token_ids: "),
+    ],
+)
+async def test_wrong_arguments_are_refused_before_any_call(
+    connect: Callable[..., Both], wanted: dict[str, Any], names: str
+) -> None:
+    nowhere = connect("127.0.0.1:1")
+    with pytest.raises(errors.InvalidInput, match=names):
+        await nowhere.call("generate", MODEL, **wanted)
+    with pytest.raises(errors.InvalidInput, match=names):
+        nowhere.client.stream(MODEL, **wanted)
+
+
+async def test_tokenize(client: Both) -> None:
+    assert await client.call("tokenize", MODEL, prompt="a bb") == [1, 2]
+    assert await client.call("tokenize", MODEL, messages=[{"role": "user", "content": "ccc"}]) == [3]
+    with pytest.raises(errors.InvalidInput, match="prompt, messages"):
+        await client.call("tokenize", MODEL)
+    with pytest.raises(errors.UnknownModel, match="'other' is not served here"):
+        await client.call("tokenize", "other", prompt="a")
+
+
+async def test_list_models(client: Both) -> None:
+    assert await client.call("list_models") == [CARD]
+
+
+async def test_ready(client: Both, stand_in: StandInGenerator, connect: Callable[..., Both]) -> None:
+    assert await client.call("ready") is True
+    stand_in.is_ready = False
+    await asyncio.sleep(0.2)  # the door looks every 20 ms
+    assert await client.call("ready") is False
+    assert await connect("127.0.0.1:1").call("ready") is False
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.InvalidInput("prompt: too long"),
+        errors.Unauthenticated("authorization: wrong token"),
+        errors.UnknownModel("x", ["y"]),
+        errors.Overloaded("too many requests", retry_after_s=2.5),
+        errors.Unavailable("no replica"),
+        errors.DeadlineExceeded("too late"),
+        errors.HyclusterError("engine broke"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+async def test_errors_come_back_as_they_were_raised(
+    client: Both, stand_in: StandInGenerator, error: errors.HyclusterError
+) -> None:
+    stand_in.error, stand_in.error_after = error, 1
+    for call in (
+        client.call("generate", MODEL, prompt="a"),
+        client.stream(MODEL, prompt="a"),
+        client.call("list_models"),
+    ):
+        with pytest.raises(errors.HyclusterError) as caught:
+            await call
+        came = caught.value
+        assert (type(came), came.message, came.retry_after_s) == (type(error), error.message, error.retry_after_s)
+
+
+async def test_no_server_is_unavailable(connect: Callable[..., Both]) -> None:
+    with pytest.raises(errors.Unavailable):
+        await connect("127.0.0.1:1").call("generate", MODEL, prompt="a")
+
+
+async def test_a_message_over_the_limit_is_the_callers_fault(
+    stand_in: StandInGenerator, connect: Callable[..., Both]
+) -> None:
+    async with open_door(stand_in, max_message_mib=1) as door:
+        target = f"127.0.0.1:{door.port}"
+        for limit in (1, 32):  # refused by the client, by the server
+            client = connect(target, max_message_mib=limit)
+            with pytest.raises(errors.InvalidInput, match="message larger than max"):
+                await client.call("generate", MODEL, prompt="word " * 262_144)
+
+
+async def test_a_prompt_of_256k_tokens(client: Both, stand_in: StandInGenerator) -> None:
+    ids = list(range(262_144))
+    assert (await client.call("generate", MODEL, token_ids=ids)).usage.prompt_tokens == 262_144
+    assert stand_in.requests[0][0].token_ids == ids
+    last = (await client.stream(MODEL, prompt="word " * 262_144))[-1]
+    assert last.usage is not None
+    assert last.usage.prompt_tokens == 262_144
+
+
+@pytest.mark.parametrize("method", ["generate", "stream"])
+async def test_timeout(client: Both, stand_in: StandInGenerator, method: str) -> None:
+    stand_in.pause_s = 0.05
+    ask: dict[str, Any] = {"prompt": "a", "max_tokens": 10_000, "timeout_s": 0.4}
+    with pytest.raises(errors.DeadlineExceeded):
+        await (client.stream(MODEL, **ask) if method == "stream" else client.call(method, MODEL, **ask))
+    await stand_in.until_idle()
+    assert 0 < (stand_in.requests[0][1] or 0) < 0.45
+
+
+async def test_leaving_a_stream_cancels_it(client: Both, stand_in: StandInGenerator) -> None:
+    stand_in.pause_s = 0.05
+    assert len(await client.stream(MODEL, prompt="a", max_tokens=10_000, most=2)) == 2
+    await stand_in.until_idle()
+
+
+async def test_cancelling_the_task_cancels_the_call(door: GrpcDoor, stand_in: StandInGenerator) -> None:
+    stand_in.pause_s = 0.05
+    async with AsyncClient(f"127.0.0.1:{door.port}") as client:
+        task = asyncio.create_task(client.generate(MODEL, prompt="a", max_tokens=10_000))
+        await stand_in.until_busy()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await stand_in.until_idle()
+
+
+@pytest.mark.parametrize("prompt", ["a", "word " * 262_144], ids=["short", "long"])
+async def test_unavailable_is_retried_only_when_asked(
+    door: GrpcDoor, stand_in: StandInGenerator, connect: Callable[..., Both], prompt: str
+) -> None:
+    target = f"127.0.0.1:{door.port}"
+    stand_in.error = errors.Unavailable("no replica")
+    with pytest.raises(errors.Unavailable):
+        await connect(target).call("generate", MODEL, prompt=prompt)
+    assert len(stand_in.requests) == 1
+    patient = connect(target, retry_unavailable=True)
+    stand_in.failures_left = 2
+    assert (await patient.call("generate", MODEL, prompt=prompt, request_id="same")).request_id == "same"
+    assert len(stand_in.requests) == 4
+    stand_in.error, stand_in.failures_left = errors.Overloaded("not a case for a retry"), None
+    with pytest.raises(errors.Overloaded):
+        await patient.call("generate", MODEL, prompt=prompt)
+    assert len(stand_in.requests) == 5
+
+
+async def test_the_token_is_sent(connect: Callable[..., Both]) -> None:
+    seen: list[str | None] = []
+
+    class Doorman(inference_pb2_grpc.InferenceServicer):
+        async def ListModels(self, request: Any, context: Any) -> pb.ListModelsResponse:
+            seen.append(dict(context.invocation_metadata()).get("authorization"))
+            return pb.ListModelsResponse()
+
+    server = grpc.aio.server()
+    inference_pb2_grpc.add_InferenceServicer_to_server(Doorman(), server)  # type: ignore[abstract]
+    target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    await connect(target, token="secret").call("list_models")
+    await connect(target).call("list_models")
+    await server.stop(None)
+    assert seen == ["Bearer secret", None]
+
+
+async def test_context_manager_closes(door: GrpcDoor) -> None:
+    target = f"127.0.0.1:{door.port}"
+
+    def in_a_thread() -> None:
+        with Client(target) as client:
+            assert client.list_models() == [CARD]
+        with pytest.raises(ValueError, match="closed channel"):
+            client.list_models()
+
+    await asyncio.to_thread(in_a_thread)
+    async with AsyncClient(target) as client:
+        assert await client.list_models() == [CARD]
+    with pytest.raises(grpc.aio.UsageError):
+        await client.list_models()
+
+
+def test_the_typed_fields_are_those_of_sampling() -> None:
+    # What a caller may pass is a little wider: any sequence where Sampling holds a tuple.
+    widened = {"tuple[str, ...]": "Sequence[str]", "tuple[int, ...]": "Sequence[int]"}
+    declared = {name: kind.__forward_arg__ for name, kind in SamplingFields.__annotations__.items()}
+    assert declared == {field.name: widened.get(str(field.type), field.type) for field in fields(Sampling)}
+    assert typing.is_typeddict(SamplingFields)
+
+
+def test_the_service_is_the_contracts() -> None:
+    assert SERVICE == "hycluster.v1.Inference"
+
+
+def test_importing_the_client_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, hycluster.client; print([m for m in ('ray', 'torch', 'vllm', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hycluster import config
+from hycluster.config import Settings, Strict, load_settings, load_yaml, override, validate
+from hycluster.core import Sampling
+from hycluster.errors import SettingsError
+
+ROOT = Path(__file__).parent.parent
+MODEL = {"name": "m", "source": "models/m"}
+
+
+class Job(Strict):
+    name: str
+    sampling: Sampling = Sampling()
+
+
+def refusal(kind: type[Any], data: dict[str, Any]) -> list[str]:
+    with pytest.raises(SettingsError) as refused:
+        validate(kind, data, "job.yaml")
+    return str(refused.value).splitlines()
+
+
+def model_with(**changes: Any) -> dict[str, Any]:
+    return {"models": [MODEL | changes]}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "deployments").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_deployment_loads(path: Path) -> None:
+    assert load_settings(path).models
+
+
+def test_the_default_settings_are_there() -> None:
+    assert load_settings(ROOT / config.DEFAULT_SETTINGS).http.port == 8000
+
+
+def test_a_model_needs_only_a_name_and_a_source() -> None:
+    (model,) = validate(Settings, {"models": [MODEL]}, "x").models
+    assert model.replicas.count == 1
+    assert model.parallel.devices == 1
+    assert model.simulated is None
+
+
+def test_model_by_name() -> None:
+    settings = validate(Settings, {"models": [MODEL, MODEL | {"name": "n"}]}, "x")
+    assert settings.model("n").name == "n"
+    with pytest.raises(SettingsError, match=r"model: 'o' is not in the settings; there are \['m', 'n'\]"):
+        settings.model("o")
+
+
+def test_devices_of_a_replica() -> None:
+    settings = validate(Settings, model_with(parallel={"tensor": 8, "pipeline": 2, "data": 3}), "x")
+    assert settings.models[0].parallel.devices == 48
+
+
+@pytest.mark.parametrize(
+    ("data", "lines"),
+    [
+        ({"models": []}, ["models: [] is not allowed: Tuple should have at least 1 item after validation, not 0"]),
+        ({}, ["models: is missing"]),
+        ({"models": [{"name": "m"}]}, ["models.0.source: is missing"]),
+        (
+            model_with(replicas={"min": 0}),
+            ["models.0.replicas.min: 0 is not allowed: Input should be greater than or equal to 1"],
+        ),
+        (model_with(replicas={"min": 3, "max": 2}), ["models.0.replicas.max: 2 is below min (3)"]),
+        (
+            model_with(replicas={"min": 1, "max": 2}),
+            ["models.0.replicas.max: 2 differs from min (1); pools have a fixed size"],
+        ),
+        (
+            model_with(replicas={"min": 1, "initial": 2}),
+            ["models.0.replicas.initial: 2 differs from min (1); pools have a fixed size"],
+        ),
+        (
+            model_with(simulated={"kv_blocks": 3, "block_size_tokens": 4, "max_model_len": 13}),
+            ["models.0.simulated.kv_blocks: 3 hold 12 tokens, fewer than max_model_len (13)"],
+        ),
+        ({"models": [MODEL, MODEL]}, ["models: the name 'm' is given 2 times; names must differ"]),
+        (
+            {"models": [MODEL, 3]},
+            ["models.1: 3 is not allowed: Input should be a valid dictionary or instance of Model"],
+        ),
+        (
+            {"models": [MODEL], "data_plane": {"port_min": 5, "port_max": 4}},
+            ["data_plane.port_max: 4 is below port_min (5)"],
+        ),
+        (
+            {"models": [MODEL], "http": {"port": 65536}},
+            ["http.port: 65536 is not allowed: Input should be less than or equal to 65535"],
+        ),
+        ({"models": [MODEL], 1: 2}, ["1: 1 is not allowed: Keys should be strings"]),
+    ],
+)
+def test_errors_name_field_value_and_what_is_allowed(data: dict[str, Any], lines: list[str]) -> None:
+    assert refusal(Settings, data) == [f"job.yaml: {line}" for line in lines]
+
+
+def test_each_wrong_field_has_its_line() -> None:
+    lines = refusal(Settings, {"models": [MODEL], "http": {"port": -1}, "grpc": {"port": "x"}, "doors": 0})
+    assert [line.split(": ")[1] for line in lines] == ["http.port", "grpc.port", "doors"]
+
+
+@pytest.mark.parametrize(
+    ("data", "field", "meant"),
+    [
+        ({"models": [MODEL], "modelz": 1}, "modelz", "models"),
+        ({"models": [MODEL], "http": {"prot": 1}}, "http.prot", "port"),
+        (model_with(replicaz={}), "models.0.replicaz", "replicas"),
+        (model_with(simulated={"kv_block": 3}), "models.0.simulated.kv_block", "kv_blocks"),
+    ],
+)
+def test_unknown_keys_get_a_suggestion(data: dict[str, Any], field: str, meant: str) -> None:
+    (line,) = refusal(Settings, data)
+    assert line.startswith(f"job.yaml: {field}: unknown key; did you mean '{meant}'? (allowed: ")
+    assert meant in line.partition("allowed: ")[2]
+
+
+def test_an_unknown_key_like_no_other() -> None:
+    (line,) = refusal(Settings, {"models": [MODEL], "router": {"zzz": 1}})
+    assert line == "job.yaml: router.zzz: unknown key (allowed: policy)"
+
+
+def test_sampling_in_settings() -> None:
+    job = validate(Job, {"name": "j", "sampling": {"max_tokens": 3, "stop": ["a"]}}, "job.yaml")
+    assert job.sampling == Sampling(max_tokens=3, stop=("a",))
+
+
+def test_an_unknown_key_of_sampling_gets_a_suggestion() -> None:
+    (line,) = refusal(Job, {"name": "j", "sampling": {"max_tokenz": 3}})
+    assert line.startswith("job.yaml: sampling.max_tokenz: unknown key; did you mean 'max_tokens'? (allowed: frequency")
+
+
+def test_a_wrong_value_of_sampling_names_its_field_once() -> None:
+    assert refusal(Job, {"name": "j", "sampling": {"max_tokens": 0}}) == [
+        "job.yaml: sampling.max_tokens: 0 is not allowed; must be at least 1"
+    ]
+
+
+def test_long_values_are_cut() -> None:
+    for data in ({"name": ["x" * 10_000]}, {"name": "j", "sampling": {"n": "x" * 10_000}}):
+        (line,) = refusal(Job, data)
+        assert len(line) < 250
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b"- a\n", "must be a mapping of settings, not list"),
+        (b"a: [\n", "is not YAML"),
+        (b"\xff\xfe\xfa", "is not text in UTF-8"),
+    ],
+)
+def test_files_that_are_no_settings(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_bytes(content)
+    with pytest.raises(SettingsError) as refused:
+        load_yaml(path)
+    message = str(refused.value)
+    assert message.startswith(f"{path}: {said}")
+    assert "\n" not in message
+
+
+def test_files_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"none\.yaml: no such file"):
+        load_settings(tmp_path / "none.yaml")
+    with pytest.raises(SettingsError, match="can't be read: Is a directory"):
+        load_settings(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("a=1", {"a": 1, "b": {"c": [{"d": 0}]}}),
+        ("b.c.0.d=true", {"b": {"c": [{"d": True}]}}),
+        ("b.c.0=x=y", {"b": {"c": ["x=y"]}}),
+        ("b.c=[1, 2]", {"b": {"c": [1, 2]}}),
+        ("e.f.g=", {"b": {"c": [{"d": 0}]}, "e": {"f": {"g": None}}}),
+        ("b={broken", {"b": "{broken"}),
+    ],
+)
+def test_override(assignment: str, expected: dict[str, Any]) -> None:
+    data = {"b": {"c": [{"d": 0}]}}
+    assert override(data, [assignment]) == expected
+    assert data == {"b": {"c": [{"d": 0}]}}
+
+
+@pytest.mark.parametrize("assignment", ["a", "=1", ""])
+def test_override_needs_a_key_and_a_value(assignment: str) -> None:
+    with pytest.raises(SettingsError, match=r"--set: '.*' must be of the form KEY=VALUE"):
+        override({}, [assignment])
+
+
+@pytest.mark.parametrize("assignment", ["a.b=1", "l.1=2", "l.x=2", "l.0.y=2", "l.1.y=2", "none.x=1", "s.x.y=1"])
+def test_override_of_a_place_that_is_not_there(assignment: str) -> None:
+    with pytest.raises(SettingsError, match=r"--set: '.*' names no place in the settings"):
+        override({"a": 1, "l": [1], "none": None, "s": "text"}, [assignment])
+
+
+@given(
+    st.lists(st.text("abc", min_size=1, max_size=2), min_size=1, max_size=4),
+    st.none() | st.booleans() | st.integers() | st.text(st.characters(codec="ascii")) | st.lists(st.integers()),
+)
+def test_override_sets_what_it_says(path: list[str], value: Any) -> None:
+    result: Any = override({}, [f"{'.'.join(path)}={yaml.safe_dump(value)}"])
+    for part in path:
+        result = result[part]
+    assert result == value
+
+
+def test_overrides_are_checked_too(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(yaml.safe_dump({"models": [MODEL]}))
+    settings = load_settings(path, ["http.port=0", "models.0.replicas.min=2", "http.port=81"])
+    assert (settings.http.port, settings.models[0].replicas.min) == (81, 2)
+    with pytest.raises(SettingsError, match=r"s\.yaml: http\.prot: unknown key; did you mean 'port'\?"):
+        load_settings(path, ["http.prot=1"])
+
+
+def test_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HYCLUSTER_HOME", str(tmp_path))
+    assert config.home() == tmp_path
+    monkeypatch.delenv("HYCLUSTER_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert config.home() == tmp_path / ".cache" / "hycluster"
