@@ -36,6 +36,7 @@ def application(settings: Settings, directory: str = SHARED_DIRECTORY) -> Applic
         ray_actor_options={"num_cpus": 0.01, "runtime_env": {"env_vars": _DOOR_ENVIRONMENT}},
         health_check_period_s=5,
         graceful_shutdown_timeout_s=settings.drain_timeout_s + 15,
+        graceful_shutdown_wait_loop_s=0.1,
         max_ongoing_requests=1000,
     )
     return door.bind(settings, directory, *replicas)
@@ -78,5 +79,6 @@ def _replicas(model: Model, settings: Settings, directory: str) -> Application:
         health_check_period_s=5,
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=settings.drain_timeout_s + 15,
+        graceful_shutdown_wait_loop_s=0.1,
     )
     return deployment.bind(model, settings.data_plane, directory, settings.drain_timeout_s)

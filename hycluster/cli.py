@@ -76,7 +76,7 @@ def serve(
         deployed = _deploy_unless_stopped(settings, started_ray, stopping)
         if deployed is not None:
             typer.echo(
-                f"ready {deployed.doors.http} grpc {deployed.doors.grpc}"
+                f"ready {deployed.doors.http} grpc {deployed.doors.grpc} ray {deployed.ray}"
                 f" models {','.join(model.name for model in settings.models)}"
                 f" after {time.monotonic() - begun:.0f} s"
             )

@@ -41,6 +41,8 @@ ERRORS: dict[str, type[HyclusterError]] = {
     kind.grpc_status: kind
     for kind in (DeadlineExceeded, InvalidInput, Overloaded, Unauthenticated, Unavailable, UnknownModel)
 }
+# gRPC's own word for a call that reached a server just as it shut down; ours to cancel raises no error.
+ERRORS["CANCELLED"] = Unavailable
 
 
 class SamplingFields(TypedDict, total=False):
@@ -314,7 +316,7 @@ def _options(retry_unavailable: bool, max_bytes: int) -> list[tuple[str, Any]]:
             "initialBackoff": "0.1s",
             "maxBackoff": "2s",
             "backoffMultiplier": 2,
-            "retryableStatusCodes": ["UNAVAILABLE"],
+            "retryableStatusCodes": [code for code, kind in ERRORS.items() if kind is Unavailable],
         }
         options += [
             ("grpc.service_config", json.dumps({"methodConfig": [{"name": methods, "retryPolicy": policy}]})),

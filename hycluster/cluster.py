@@ -6,6 +6,7 @@ Also the pool of a batch job's own (``dedicated``): the same replicas as plain a
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -13,6 +14,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -20,7 +22,7 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from hycluster.app import APP_NAME, actor_options, application
-from hycluster.config import Model, Settings
+from hycluster.config import Model, Settings, home
 from hycluster.directory import NAMESPACE, SHARED_DIRECTORY, open_directory
 from hycluster.door import DoorAddresses
 from hycluster.errors import EngineStartFailed, SettingsError, Unavailable
@@ -35,14 +37,14 @@ _REASON = re.compile(r"RuntimeError: hycluster: (.+)")
 
 
 def connect(address: str | None = None) -> None:
-    """Join the Ray cluster at ``address``, in ``RAY_ADDRESS``, or the one that runs on this machine.
+    """Join the Ray cluster at ``address``, in ``RAY_ADDRESS``, or the one that ``hycluster serve`` started here.
 
     Raises:
         Unavailable: there is none, or it does not answer.
     """
     if ray.is_initialized():
         return
-    address = address or os.environ.get("RAY_ADDRESS") or "auto"
+    address = address or os.environ.get("RAY_ADDRESS") or _remembered() or "auto"
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
@@ -59,8 +61,8 @@ def start() -> bool:
     if os.environ.get("RAY_ADDRESS"):
         connect()
         return False
-    # Loopback only, one user: Ray's token would have to be handed to every tool that joins.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    # Ray gives its workers a nice value of 15; engines and doors are what this machine is for.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(
         address="local",
         namespace=NAMESPACE,
@@ -69,7 +71,23 @@ def start() -> bool:
         logging_level=logging.WARNING,
         _node_ip_address="127.0.0.1",
     )
+    _state_file().parent.mkdir(parents=True, exist_ok=True)
+    _state_file().write_text(json.dumps({"address": ray.get_runtime_context().gcs_address, "pid": os.getpid()}))
     return True
+
+
+def _state_file() -> Path:
+    return home() / "state" / "cluster.json"
+
+
+def _remembered() -> str | None:
+    """Address of the cluster that the last :func:`start` on this machine started, while its process lives."""
+    try:
+        state = json.loads(_state_file().read_text())
+        os.kill(state["pid"], 0)
+        return str(state["address"])
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def check_resources(models: tuple[Model, ...]) -> None:
@@ -106,9 +124,10 @@ def check_resources(models: tuple[Model, ...]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Deployed:
-    """A running application."""
+    """A running application, and the Ray cluster that it runs on."""
 
     doors: DoorAddresses
+    ray: str
 
 
 def deploy(settings: Settings, *, started_ray: bool) -> Deployed:
@@ -135,7 +154,7 @@ def deploy(settings: Settings, *, started_ray: bool) -> Deployed:
     addresses: DoorAddresses = door.addresses.remote().result(timeout_s=settings.start_timeout_s)
     while not door.able.remote().result(timeout_s=settings.start_timeout_s):
         time.sleep(0.1)
-    return Deployed(addresses)
+    return Deployed(addresses, ray.get_runtime_context().gcs_address)
 
 
 def _wait_until_running(timeout_s: float) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from ray.actor import ActorHandle
@@ -71,7 +71,7 @@ class Generator:
 
     async def stream(
         self, request: GenerationRequest, *, deadline_s: float | None = None
-    ) -> AsyncIterator[Generation]:
+    ) -> AsyncGenerator[Generation, None]:
         """What is new, as it comes; the last one carries the usage. Closing the iterator aborts the request."""
         lengths: dict[int, int] = {}
         async with contextlib.aclosing(self._run(request, RequestOutputKind.DELTA, deadline_s)) as outputs:
@@ -83,24 +83,29 @@ class Generator:
 
     async def _run(
         self, request: GenerationRequest, kind: RequestOutputKind, deadline_s: float | None
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         gateway = self._gateway(request.model)
         gateway.check_admission(request.sampling.n)
+        deadline = None if deadline_s is None else asyncio.get_running_loop().time() + deadline_s
         with _translated_errors():
-            async with asyncio.timeout(deadline_s):
+            async with asyncio.timeout_at(deadline):
                 engine_input = await self._render(gateway, request.prompt, request.messages, request.token_ids)
-                room = gateway.model_config.max_model_len - len(engine_input["prompt_token_ids"])
-                params = sampling_params(gateway, request.sampling, room, kind)
-                outputs = gateway.generate(
-                    engine_input,
-                    params,
-                    request.request_id or f"gen-{secrets.token_hex(12)}",
-                    priority=int(request.priority),
-                    session_id=request.session_id,
-                )
-                async with contextlib.aclosing(outputs):
-                    async for output in outputs:
-                        yield output
+            room = gateway.model_config.max_model_len - len(engine_input["prompt_token_ids"])
+            outputs = gateway.generate(
+                engine_input,
+                sampling_params(gateway, request.sampling, room, kind),
+                request.request_id or f"gen-{secrets.token_hex(12)}",
+                priority=int(request.priority),
+                session_id=request.session_id,
+            )
+            async with contextlib.aclosing(outputs):
+                while True:
+                    # Around each step, not around the loop: a deadline must not strike in the caller's code.
+                    async with asyncio.timeout_at(deadline):
+                        output = await anext(outputs, None)
+                    if output is None:
+                        return
+                    yield output
 
     def _gateway(self, model: str) -> Gateway:
         try:

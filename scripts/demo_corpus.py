@@ -47,7 +47,7 @@ def descriptions() -> Iterator[tuple[str, str]]:
     seen = set()
     for distribution in metadata.distributions():
         name = distribution.metadata["Name"].lower()
-        text = plain(distribution.metadata.get_payload() or distribution.metadata["Description"] or "")
+        text = plain(str(distribution.metadata.json.get("description", "")))
         if len(text) >= MIN_CHARS and name not in seen:
             seen.add(name)
             yield name, text

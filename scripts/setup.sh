@@ -85,7 +85,8 @@ install -r requirements/cpu.lock
 echo "setup: installing torch"
 install -r requirements/torch-cpu.txt 2>/dev/null || install --index-url "$TORCH_INDEX_URL" -r requirements/torch-cpu.txt
 echo "setup: installing hycluster"
-install --no-build-isolation -e .
+# setuptools warns at length of what an editable installation always is.
+PYTHONWARNINGS=ignore install --no-build-isolation -e .
 
 echo "$key" >"$stamp"
 echo "setup: done, .venv/bin/hycluster is ready"

@@ -260,6 +260,25 @@ async def test_cancelling_the_task_cancels_the_call(door: GrpcDoor, stand_in: St
         await stand_in.until_idle()
 
 
+async def test_a_server_that_shuts_down_is_unavailable(
+    door: GrpcDoor, client: Both, stand_in: StandInGenerator
+) -> None:
+    stand_in.pause_s = 0.02
+    running = asyncio.create_task(client.call("generate", MODEL, prompt="a", max_tokens=20))
+    await stand_in.until_busy()
+    stopping = asyncio.create_task(door.stop(30))
+    failures = []
+    for _ in range(10):  # the first of them are still taken, or cross the server's good-bye on the way
+        try:
+            await client.call("generate", MODEL, prompt="a", max_tokens=1)
+        except errors.HyclusterError as error:
+            failures.append(type(error))
+    assert failures
+    assert set(failures) == {errors.Unavailable}
+    assert (await running).usage.completion_tokens == 20
+    await stopping
+
+
 @pytest.mark.parametrize("prompt", ["a", "word " * 262_144], ids=["short", "long"])
 async def test_unavailable_is_retried_only_when_asked(
     door: GrpcDoor, stand_in: StandInGenerator, connect: Callable[..., Both], prompt: str

@@ -14,7 +14,7 @@ TREE = [kind for kind in CLASSES if issubclass(kind, HyclusterError)]
 
 
 def test_one_tree() -> None:
-    assert TREE == [kind for kind in CLASSES if issubclass(kind, BaseException)]
+    assert [kind for kind in CLASSES if issubclass(kind, BaseException)] == TREE
 
 
 @pytest.mark.parametrize("kind", TREE)

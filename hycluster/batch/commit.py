@@ -95,11 +95,13 @@ class Output:
             SettingsError: the folder holds something else, with the difference named, or can't be read.
         """
         try:
+            if self._filesystem.get_file_info(self._root).type == pafs.FileType.File:
+                raise SettingsError(f"output.path: {self.path!r} is a file; must be a folder")
             theirs = read_json(self._filesystem, self._at("_job.json"))
             if theirs is None:
                 self._refuse_foreign()
                 return False
-        except (OSError, ValueError) as error:
+        except (OSError, json.JSONDecodeError) as error:
             raise SettingsError(f"output.path: {self.path!r} can't be used: {one_line(error)}") from None
         differences = list(_differences(theirs, mine))
         if differences:
@@ -187,9 +189,9 @@ class Output:
                     self._filesystem.delete_file(info.path)
         write(self._filesystem, self._at("_SUCCESS"), b"")
 
-    def holds(self, plan: Plan) -> bool:
-        """Whether this folder lies among the files of a plan's input."""
-        return type(self._filesystem) is type(plan.filesystem) and f"{self._root}/".startswith(f"{plan.root}/")
+    def is_input(self, plan: Plan) -> bool:
+        """Whether the parts written here would become rows of that input."""
+        return plan.takes(self._filesystem, self._at("part-.parquet"))
 
     def _at(self, relative: str) -> str:
         return f"{self._root}/{relative}" if relative else self._root
@@ -205,8 +207,6 @@ class Output:
 
     def _refuse_foreign(self) -> None:
         info = self._filesystem.get_file_info(self._root)
-        if info.type == pafs.FileType.File:
-            raise SettingsError(f"output.path: {self.path!r} is a file; must be a folder")
         if info.type == pafs.FileType.Directory:
             held = sorted(found.base_name for found in self._filesystem.get_file_info(pafs.FileSelector(self._root)))
             # An earlier start may have died between making the folders and saying whose they are.

@@ -79,10 +79,16 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All files of the input, in order, and how they are cut."""
+    """All files of the input, in order, and how they are cut.
+
+    Attributes:
+        root: folder that all paths are relative to.
+        pattern: what was looked for below it, a glob a folder.
+    """
 
     filesystem: pafs.FileSystem
     root: str
+    pattern: tuple[str, ...]
     files: tuple[File, ...]
     shard_rows: int
 
@@ -102,6 +108,12 @@ class Plan:
     @property
     def shard_count(self) -> int:
         return sum(-(-file.rows // self._rows_a_shard(file)) for file in self.files)
+
+    def takes(self, filesystem: pafs.FileSystem, path: str) -> bool:
+        """Whether a file of that path would be part of this input."""
+        if type(filesystem) is not type(self.filesystem) or not path.startswith(f"{self.root}/"):
+            return False
+        return _wanted(path[len(self.root) + 1 :], self.pattern)
 
     def digest(self) -> str:
         """A name for exactly this input, cut in exactly this way."""
@@ -128,13 +140,13 @@ def plan(path: str, *, shard_rows: int, check: Callable[[pa.Schema, str], None])
     """
     filesystem, inner = locate(path, "input.path")
     try:
-        root, paths = _list(filesystem, inner, path)
+        root, pattern, paths = _list(filesystem, inner, path)
     except OSError as error:
         raise SettingsError(f"input.path: {path!r} can't be read: {one_line(error)}") from None
     with ThreadPoolExecutor(FOOTER_READERS) as readers:
         # Serial for the caller: the first file in order that is wrong is the one that is named.
         files = tuple(readers.map(partial(_inspect, filesystem, root, check), paths))
-    return Plan(filesystem, root, files, shard_rows)
+    return Plan(filesystem, root, pattern, files, shard_rows)
 
 
 def spans(shards: Iterable[Shard], span_bytes: int = SPAN_BYTES) -> Iterator[list[Shard]]:
@@ -205,18 +217,19 @@ def _named(table: pa.Table, shard: Shard) -> pa.Table:
     return table.append_column(SHARD, pa.repeat(pa.scalar(shard.number, pa.int64()), shard.rows))
 
 
-def _list(filesystem: pafs.FileSystem, inner: str, path: str) -> tuple[str, list[str]]:
-    """The folder that row ids are relative to, and the files below it in order."""
+def _list(filesystem: pafs.FileSystem, inner: str, path: str) -> tuple[str, tuple[str, ...], list[str]]:
+    """The folder that row ids are relative to, the pattern below it, and the files there in order."""
     info = filesystem.get_file_info(inner)
     if info.type == pafs.FileType.File:
         root, _, name = inner.rpartition("/")
-        return root, [name]
+        return root, (name,), [name]
+    pattern: tuple[str, ...]
     if info.type == pafs.FileType.Directory:
-        root, pattern = inner, ["**", "*.parquet"]
+        root, pattern = inner, ("**", "*.parquet")
     elif re.search(r"[*?\[]", inner):
         fixed = re.split(r"[*?\[]", inner, maxsplit=1)[0]
         root = fixed.rpartition("/")[0]
-        pattern = inner[len(root) + 1 :].split("/")
+        pattern = tuple(inner[len(root) + 1 :].split("/"))
         if filesystem.get_file_info(root).type != pafs.FileType.Directory:
             raise SettingsError(f"input.path: {path!r}: there is no folder {root!r}")
     else:
@@ -226,15 +239,19 @@ def _list(filesystem: pafs.FileSystem, inner: str, path: str) -> tuple[str, list
         for found in filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
         if found.type == pafs.FileType.File
     )
-    cut = ((path, path.split("/")) for path in below)
-    paths = sorted(p for p, parts in cut if _matches(parts, pattern) and not any(part[0] in "._" for part in parts))
+    paths = sorted(path for path in below if _wanted(path, pattern))
     if not paths:
         what = "no *.parquet file in this folder" if root == inner else "no file matches"
         raise SettingsError(f"input.path: {path!r}: {what}")
-    return root, paths
+    return root, pattern, paths
 
 
-def _matches(parts: list[str], pattern: list[str]) -> bool:
+def _wanted(path: str, pattern: tuple[str, ...]) -> bool:
+    parts = tuple(path.split("/"))
+    return _matches(parts, pattern) and not any(part[0] in "._" for part in parts)
+
+
+def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
     """A glob, folder by folder: ``*`` stays within one, ``**`` is any number of them."""
     if not pattern:
         return not parts

@@ -100,12 +100,17 @@ class Generate:
         """
         try:
             async with asyncio.TaskGroup() as group:
-                # One block after the other feeds the engines, so that few shards are open at a time.
-                async with self._feeding:
-                    commits = [await self._start_shard(shard, group.create_task) for shard in _shards(block)]
+                commits = await self._feed(block, group.create_task)
         except* Exception as errors:
             raise _first(errors) from None
+        finally:
+            self._report(self._process, self._totals)
         return pa.table({"record": pa.array([task.result().to_json() for task in commits], pa.string())})
+
+    async def _feed(self, block: pa.Table, start: Callable[..., asyncio.Task[Any]]) -> list[asyncio.Task[ShardRecord]]:
+        # One block after the other, so that few shards are open at a time.
+        async with self._feeding:
+            return [await self._start_shard(shard, start) for shard in _shards(block)]
 
     async def _start_shard(self, shard: pa.Table, start: Callable[..., asyncio.Task[Any]]) -> asyncio.Task[ShardRecord]:
         number = shard.column(SHARD)[0].as_py()

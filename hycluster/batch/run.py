@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from rich.console import Console
 
 from hycluster.batch.commit import Output, ShardRecord, identity
 from hycluster.batch.corpus import Plan, plan
-from hycluster.batch.generate import Connect
+from hycluster.batch.generate import Connect, Generator
 from hycluster.batch.job import Job
 from hycluster.batch.prompts import prompt_of
 from hycluster.batch.report import JobProgress, Reporter, Totals, summarize
@@ -47,8 +47,8 @@ def run_job(job: Job, *, settings: Settings | None = None, engines: Engines | No
     prompt = prompt_of(job)
     corpus = plan(job.input.path, shard_rows=job.shard_rows, check=prompt.check)
     output = Output(job.output.path)
-    if output.holds(corpus):
-        raise SettingsError(f"output.path: {job.output.path!r} lies in the input's folder {corpus.root!r}; move it out")
+    if output.is_input(corpus):
+        raise SettingsError(f"output.path: {job.output.path!r} lies within the input; give a folder outside of it")
     mine = identity(job, corpus)
     if output.finished(mine):
         console.print(f"{job.name}: already done: {job.output.path}", highlight=False, soft_wrap=True)
@@ -85,7 +85,6 @@ def _engines(job: Job, settings: Settings | None) -> Iterator[Connect]:
 
     from hycluster import cluster
     from hycluster.directory import SHARED_DIRECTORY, find_directory
-    from hycluster.generation import open_generator
 
     if job.engine == "shared":
         cluster.connect()
@@ -96,12 +95,19 @@ def _engines(job: Job, settings: Settings | None) -> Iterator[Connect]:
         served: Any = ray.get(directory.models.remote())
         if job.model not in served:
             raise UnknownModel(job.model, sorted(served))
-        yield partial(open_generator, SHARED_DIRECTORY, job.model)
+        yield partial(_open_generator, SHARED_DIRECTORY, job.model)
     else:
         if settings is None:
             raise SettingsError("engine: 'dedicated' needs the settings of a deployment (--config)")
         with cluster.dedicated_pool(settings, job.model) as directory:
-            yield partial(open_generator, directory, job.model)
+            yield partial(_open_generator, directory, job.model)
+
+
+def _open_generator(directory: str, model: str) -> AbstractAsyncContextManager[Generator]:
+    """Runs where the rows are; the driver has no need of vLLM."""
+    from hycluster.generation import open_generator
+
+    return open_generator(directory, model)
 
 
 def _generate(job: Job, corpus: Plan, output: Output, connect: Connect, earlier: Totals, console: Console) -> None:
@@ -128,8 +134,10 @@ def _generate(job: Job, corpus: Plan, output: Output, connect: Connect, earlier:
                 _check_quarantine(job, corpus, seen)
     except RayTaskError as error:
         cause = error.cause
+        log.debug("the job failed", exc_info=True)
         if isinstance(cause, HyclusterError):
-            raise cause from None
+            # Anew: Ray Data has added advice on its own settings to the text of this one.
+            raise type(cause)(cause.message) from None
         raise JobFailed(f"{type(cause).__name__}: {one_line(cause)}") from error
     finally:
         stream.close()

@@ -57,9 +57,8 @@ def stream_records(
     Args:
         progress: handle of a ``JobProgress`` actor.
     """
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    # It says that the bars are off, which was our wish.
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    # Ray Data prints the stack, twice, of every error that it also raises; the caller tells it in one line.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -77,9 +76,11 @@ def _records(
     corpus_bytes = sum(file.data_bytes for file in plan.files)
     source = CorpusDatasource(plan, shards, min(SPAN_BYTES, corpus_bytes // (job.generate_processes * 4)))
     # Engines may have taken every CPU of the cluster; the job must not wait for them to give one back.
-    free = ray.available_resources().get("CPU", 0.0)  # type: ignore[no-untyped-call]
+    free = ray.available_resources().get("CPU", 0.0)
     cpus = TASK_CPUS if free >= TASK_CPUS * (READERS + job.generate_processes) else 0
-    blocks = ray.data.read_datasource(source, override_num_blocks=len(source), num_cpus=cpus, concurrency=READERS)
+    blocks = ray.data.read_datasource(
+        source, override_num_blocks=len(source), num_cpus=cpus, concurrency=min(READERS, len(source))
+    )
     records = blocks.map_batches(
         Generate,
         fn_constructor_args=(job, output, connect, partial(_report, progress)),

@@ -167,8 +167,8 @@ def _unpack(gguf: Path, folder: Path, source: str) -> None:
         import transformers
 
         # Its own bars and notes would break up ours.
-        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
         where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         try:
             stage("reading the tokenizer")

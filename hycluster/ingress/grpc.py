@@ -135,8 +135,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def drain(self, grace_s: float) -> None:
         """Wait for the calls in flight; end those that are left after ``grace_s`` seconds with UNAVAILABLE."""
-        if self.in_flight:
-            await asyncio.wait(self.in_flight.copy(), timeout=grace_s)
+        try:
+            async with asyncio.timeout(grace_s):
+                # Again and again: a call that was accepted just before may begin only now.
+                while self.in_flight:
+                    await asyncio.wait(self.in_flight.copy())
+        except TimeoutError:
+            logger.warning("ending %d calls that took longer than %g s to finish", len(self.in_flight), grace_s)
         self.closing = True
         late = self.in_flight.copy()
         for task in late:
@@ -222,24 +227,21 @@ def _options(settings: config.Grpc, reuse_port: bool) -> list[tuple[str, int]]:
 
 
 def _bind(server: grpc.aio.Server, settings: config.Grpc, reuse_port: bool) -> int:
-    # Asks the socket layer first, because gRPC says only that it failed, and not why.
-    where = f"{settings.port} can't be opened on host {settings.host!r}"
-    try:
-        family, *_, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if reuse_port:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            probe.bind(address)
-    except OSError as error:
-        raise SettingsError(f"grpc.port: {where}: {error.strerror}") from None
+    where = f"{settings.port} on {settings.host}"
+    if not reuse_port:
+        # Asks the socket layer first, because gRPC says only that it failed, and not why.
+        try:
+            family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+        except OSError as error:
+            raise SettingsError(f"grpc.port: {where} can't be opened: {error.strerror or error}") from None
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     try:
         return int(server.add_insecure_port(f"{host}:{settings.port}"))
     except RuntimeError as error:
-        raise SettingsError(f"grpc.port: {where}: {error}") from None
+        raise SettingsError(f"grpc.port: {where} can't be opened: {error}") from None
 
 
 async def _keep_reporting_readiness(generator: Generator, health: health_aio.HealthServicer, every_s: float) -> None:

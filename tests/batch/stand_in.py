@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import os
+import signal
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
+from hycluster.batch.generate import Connect
 from hycluster.core import Generation, GenerationRequest, Output, Priority, Usage
 from hycluster.errors import InvalidInput, Unavailable
 
@@ -15,14 +18,13 @@ from hycluster.errors import InvalidInput, Unavailable
 class StandInGenerator:
     """Answers in capitals, one token a word.
 
-    Behaviour by what the prompt holds: ``refuse`` is invalid input; ``die FILE`` fails for good while
-    FILE exists; ``flaky`` fails once; the rest is answered after a moment, later rows sooner.
+    Behaviour by what the prompt holds: ``refuse`` is invalid input; ``die FILE`` fails while FILE
+    exists; ``kill FILE`` takes its process along, once; the rest is answered after a moment, out of order.
     """
 
     def __init__(self, log: Path | None = None) -> None:
         self.in_flight = 0
         self.most_in_flight = 0
-        self.failed: set[str] = set()
         self.log = log
 
     async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
@@ -44,11 +46,13 @@ class StandInGenerator:
         await asyncio.sleep(0.001 * (hash(request_id) % 5))
         if "refuse" in text:
             raise InvalidInput("prompt: refused by the stand-in")
-        if "die " in text and Path(text.split("die ")[1].split()[0]).exists():
+        _, die, file = text.partition("die ")
+        if die and os.path.exists(file):  # noqa: ASYNC240
             raise Unavailable("the stand-in is down")
-        if "flaky" in text and request_id not in self.failed:
-            self.failed.add(request_id)
-            raise Unavailable("the stand-in hiccups")
+        _, kill, file = text.partition("kill ")
+        if kill and os.path.exists(file):  # noqa: ASYNC240
+            os.unlink(file)
+            os.kill(os.getpid(), signal.SIGKILL)
         words = text.upper().split()
         output = Output(0, " ".join(words), list(range(len(words))), "stop")
         return Generation(request_id, request.model, [output], Usage(len(words) + 1, len(words)))
@@ -59,6 +63,6 @@ async def open_stand_in(log: Path | None) -> AsyncIterator[StandInGenerator]:
     yield StandInGenerator(log)
 
 
-def stand_in(log: Path | None = None) -> Callable[[], object]:
+def stand_in(log: Path | None = None) -> Connect:
     """What ``Generate`` opens in its process; ``log`` will hold the most requests at once."""
     return partial(open_stand_in, log)

@@ -87,18 +87,22 @@ def test_a_folder_with_anything_else_is_left_alone(tmp_path: Path) -> None:
         Output(str(tmp_path)).finished({})
     with pytest.raises(SettingsError, match="is a file; must be a folder"):
         Output(str(tmp_path / "thesis.doc")).finished({})
-    with pytest.raises(SettingsError, match="^output.path: .* can't be written"):
+    with pytest.raises(SettingsError, match=r"^output.path: .* can't be written"):
         Output(str(tmp_path / "thesis.doc" / "below")).claim({})
 
 
 def test_a_damaged_claim_is_named(tmp_path: Path) -> None:
     (tmp_path / "_job.json").write_text("{")
-    with pytest.raises(SettingsError, match="^output.path: .* can't be used"):
+    with pytest.raises(SettingsError, match=r"^output.path: .* can't be used"):
         Output(str(tmp_path)).finished({})
 
 
 def test_an_output_inside_the_input_is_noticed(corpus: Path, make_job: MakeJob) -> None:
     whole = plan(str(corpus), shard_rows=1, check=lambda schema, where: None)
-    assert Output(str(corpus / "out")).holds(whole)
-    assert Output(str(corpus)).holds(whole)
-    assert not Output(f"{corpus}-out").holds(whole)
+    assert Output(str(corpus / "out")).is_input(whole)
+    assert Output(str(corpus)).is_input(whole)
+    assert not Output(f"{corpus}-out").is_input(whole)
+    assert not Output(str(corpus / "_out")).is_input(whole)
+    for some in ("b.parquet", "*.parquet"):
+        beside = plan(str(corpus / some), shard_rows=1, check=lambda schema, where: None)
+        assert not Output(str(corpus / "out")).is_input(beside)

@@ -86,7 +86,7 @@ def test_input_that_is_not_there_is_named(corpus: Path, path: str, said: str) ->
 
 
 def test_a_scheme_that_does_not_exist_is_named() -> None:
-    with pytest.raises(SettingsError, match="^input.path: 'nfs2://x/y' can't be used"):
+    with pytest.raises(SettingsError, match=r"^input.path: 'nfs2://x/y' can't be used"):
         planned("nfs2://x/y")
 
 
@@ -142,7 +142,7 @@ def file_of(rows: int, row_bytes: int, schema: str = "s") -> File:
 
 
 def plan_of(*files: File, shard_rows: int = 256) -> Plan:
-    return Plan(pafs.LocalFileSystem(), "/", files, shard_rows)
+    return Plan(pafs.LocalFileSystem(), "/", ("f",), files, shard_rows)
 
 
 def test_ten_million_rows_are_planned_one_shard_at_a_time() -> None:

@@ -61,9 +61,7 @@ class Run:
         self.folder = folder
         output = Output(str(folder))
         output.claim({})
-        self.stage = Generate(
-            make_job(**changes), output, connect, lambda process, totals: self.reports.append(totals)
-        )
+        self.stage = Generate(make_job(**changes), output, connect, lambda process, totals: self.reports.append(totals))
 
     async def __call__(self, table: pa.Table) -> list[dict[str, Any]]:
         records = await self.stage(table)

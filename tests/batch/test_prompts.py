@@ -84,7 +84,7 @@ def test_a_template_takes_no_nested_values(make_job: MakeJob) -> None:
 
 @pytest.mark.parametrize("value", [None, "", " \n"])
 def test_rows_without_text_are_refused(make_job: MakeJob, value: str | None) -> None:
-    with pytest.raises(InvalidInput, match="text: is (null|empty)"):
+    with pytest.raises(InvalidInput, match=r"text: is (null|empty)"):
         prompt_of(make_job()).messages({"text": value})
 
 

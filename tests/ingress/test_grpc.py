@@ -60,6 +60,18 @@ async def until_status(channel: grpc.aio.Channel, wanted: int) -> None:
         assert await status(channel, service) == wanted
 
 
+async def until_closed(port: int) -> None:
+    """Wait until nobody listens on the port."""
+    async with asyncio.timeout(2):
+        while True:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+            except ConnectionRefusedError:
+                return
+            writer.close()
+            await writer.wait_closed()
+
+
 async def drained(call: Any) -> None:
     """Read a stream to its end."""
     async for _ in call:
@@ -367,15 +379,19 @@ async def test_stop_lets_calls_finish_and_takes_no_new_ones(
     stand_in.pause_s = 0.05
     watch = Health(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
     assert (await watch.read()).status == SERVING
-    call = stub.GenerateStream(ask(sampling=pb.Sampling(max_tokens=10)))
+    call = stub.GenerateStream(ask(sampling=pb.Sampling(max_tokens=20)))
     chunks = aiter(call)
     await anext(chunks)
     began = time.monotonic()
     stopping = asyncio.create_task(door.stop(30))
     assert (await watch.read()).status == NOT_SERVING
-    code, *_ = await failure(stub.Generate(ask()))
+    await until_closed(door.port)
+    # Over a connection of its own: on the old one a call may cross the server's good-bye, and ends as CANCELLED.
+    apart = [("grpc.use_local_subchannel_pool", 1)]
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{door.port}", apart) as other:
+        code, *_ = await failure(inference_pb2_grpc.InferenceStub(other).Generate(ask()))
     assert code is grpc.StatusCode.UNAVAILABLE
-    assert len([chunk async for chunk in chunks]) == 9
+    assert len([chunk async for chunk in chunks]) == 19
     await stopping
     assert time.monotonic() - began < 5, "a client that watches the health must not hold the drain"
 
@@ -434,13 +450,14 @@ async def test_a_port_in_use_is_a_settings_error(stand_in: StandInGenerator) -> 
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        for reuse_port in (False, True):
-            with pytest.raises(errors.SettingsError, match=rf"^grpc\.port: {port} .*Address already in use"):
-                await serve_grpc(stand_in, config.Grpc(port=port), reuse_port=reuse_port)
+        with pytest.raises(errors.SettingsError, match=rf"^grpc\.port: {port} on .*Address already in use"):
+            await serve_grpc(stand_in, config.Grpc(port=port))
+        with pytest.raises(errors.SettingsError, match=rf"^grpc\.port: {port} on .* can't be opened"):
+            await serve_grpc(stand_in, config.Grpc(port=port), reuse_port=True)
 
 
 async def test_a_host_that_is_not_here_is_a_settings_error(stand_in: StandInGenerator) -> None:
-    with pytest.raises(errors.SettingsError, match=r"grpc\.port: 0 can't be opened on host '192\.0\.2\.1'"):
+    with pytest.raises(errors.SettingsError, match=r"grpc\.port: 0 on 192\.0\.2\.1 can't be opened"):
         await serve_grpc(stand_in, config.Grpc(host="192.0.2.1", port=0))
 
 

@@ -1,0 +1,176 @@
+"""hycluster's HTTP door against vLLM's own API server and Ray Serve LLM: same model, same load, one run.
+
+    make bench          or          python -m bench.gateway --rounds 3 --sides hycluster,vllm,vllm-uni,ray-serve-llm
+
+The model has random weights and next to no size, so the control plane is what is measured. Each side is
+started, warmed up, measured and stopped on its own, round after round, so that none runs beside another;
+the figures are medians over rounds and the ratios are against ``vllm-uni``, the stronger of the two ways to
+run vLLM bare (``vllm`` is how it starts by itself on a CPU: an executor process that waits by spinning).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bench import tiny_llama
+
+MODEL = "tiny"
+LEVELS = {1: 24, 8: 128, 32: 512}
+BASE = "vllm-uni"
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def wait_until_served(url: str, process: subprocess.Popen[bytes], timeout_s: float = 300) -> None:
+    """Wait until a completion succeeds."""
+    body = json.dumps({"model": MODEL, "prompt": "hello", "max_tokens": 2}).encode()
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise SystemExit(f"the server ended with {process.returncode}")
+        request = urllib.request.Request(
+            f"{url}/v1/completions", data=body, headers={"content-type": "application/json"}
+        )
+        with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
+            with urllib.request.urlopen(request, timeout=30):
+                return
+        time.sleep(0.5)
+    raise SystemExit(f"nothing answers at {url} after {timeout_s:.0f} s")
+
+
+@contextlib.contextmanager
+def running(command: list[str], env: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A server in a process group of its own, ended with the context."""
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command, env={**os.environ, **env}, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def side(name: str, model: Path, port: int, work: Path, cpus: float) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of one side."""
+    kv_bytes = str(1 << 30)
+    quiet = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "RAY_AUTH_MODE": "disabled"}
+    if name == "hycluster":
+        settings = {
+            "models": [
+                {
+                    "name": MODEL,
+                    "source": str(model),
+                    "engine": {"max_model_len": 2048, "max_num_seqs": 64},
+                    "hardware": {"cpus": cpus, "kv_cache_gib": 1},
+                }
+            ]
+        }
+        path = work / "settings.yaml"
+        path.write_text(json.dumps(settings))
+        command = [sys.executable, "-m", "hycluster", "serve", str(path), "--http-port", str(port), "--grpc-port", "0"]
+        return command, quiet
+    if name in ("vllm", "vllm-uni"):
+        command = [
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
+            "--served-model-name", MODEL, "--port", str(port), "--host", "127.0.0.1", "--dtype", "float32",
+            "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "64", "--kv-cache-memory-bytes", kv_bytes,
+            "--distributed-executor-backend", "uni", "--disable-uvicorn-access-log",
+        ]  # fmt: skip
+        own = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        return command, quiet | own | ({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if name == "vllm-uni" else {})
+    if name == "ray-serve-llm":
+        return [sys.executable, "-m", "bench.ray_serve_llm", str(model), str(port)], quiet
+    raise SystemExit(f"--sides: {name!r} is unknown; known are hycluster, vllm, vllm-uni, ray-serve-llm")
+
+
+def measure(name: str, model: Path, work: Path, cpus: float) -> dict[int, dict[str, Any]]:
+    """Start one side, warm it up, run every level, stop it."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command, env = side(name, model, port, work, cpus)
+
+    def load(concurrency: int, requests: int) -> dict[str, Any]:
+        process_ids = ["--pid", str(process.pid)]
+        out = subprocess.run(
+            [sys.executable, "-m", "bench.load", url, MODEL, "--concurrency", str(concurrency),
+             "--requests", str(requests), *process_ids],
+            check=True, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+        return dict(json.loads(out))
+
+    with running(command, env, work / f"{name}.log") as process:
+        wait_until_served(url, process)
+        load(32, 96)
+        load(1, 4)
+        return {concurrency: load(concurrency, requests) for concurrency, requests in LEVELS.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sides", default="hycluster,vllm-uni,vllm,ray-serve-llm")
+    parser.add_argument("--cpus", type=float, default=1, help="threads of the engine, on every side")
+    parser.add_argument("--json", type=Path, help="write all figures here")
+    args = parser.parse_args()
+    names = args.sides.split(",")
+    rounds: dict[str, list[dict[int, dict[str, Any]]]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        model = tiny_llama.make(work / "model")
+        for number in range(args.rounds):
+            for name in names:
+                figures = measure(name, model, work, args.cpus)
+                rounds[name].append(figures)
+                print(f"round {number + 1} {name}: " + json.dumps(figures), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(rounds, indent=1))
+    report(rounds)
+
+
+def report(rounds: dict[str, list[dict[int, dict[str, Any]]]]) -> None:
+    """Medians over rounds, and ratios against the base."""
+    fields = ("tokens_s", "ttft_p50_ms", "ttft_p99_ms", "cpu_s_per_1k_tokens")
+
+    def median(name: str, level: int, field: str) -> float:
+        return statistics.median(figures[level][field] for figures in rounds[name])
+
+    base = BASE if BASE in rounds else next(iter(rounds))
+    print(f"\n{'side':<15}{'callers':>8}{'tokens/s':>10}{'ratio':>7}{'TTFT p50':>10}{'p99 ms':>9}"
+          f"{'cpu s/1k':>10}{'ratio':>7}{'failed':>8}")  # fmt: skip
+    for level in LEVELS:
+        for name in rounds:
+            speed, p50, p99, cpu = (median(name, level, field) for field in fields)
+            failed = sum(figures[level]["failed"] for figures in rounds[name])
+            print(
+                f"{name:<15}{level:>8}{speed:>10.0f}{speed / median(base, level, 'tokens_s'):>7.2f}"
+                f"{p50:>10.1f}{p99:>9.1f}{cpu:>10.3f}{cpu / median(base, level, 'cpu_s_per_1k_tokens'):>7.2f}{failed:>8}"
+            )
+
+
+if __name__ == "__main__":
+    main()

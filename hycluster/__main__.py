@@ -1,0 +1,5 @@
+"""``python -m hycluster`` is the ``hycluster`` command."""
+
+from hycluster.cli import main
+
+main()

@@ -1,0 +1,224 @@
+"""Whole jobs on a real Ray and real Parquet; only the engines are a stand-in."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hycluster.batch.job import Job
+from hycluster.batch.run import Engines, run_job
+from hycluster.errors import JobFailed, SettingsError, TooManyQuarantined
+from tests.batch.conftest import MakeJob, write_texts
+from tests.batch.stand_in import stand_in
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("local_ray"),
+    # Ray Data sets its own deprecated fields whenever its settings are copied.
+    pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.data\.context"),
+]
+
+
+def engines(log: Path | None = None) -> Engines:
+    return lambda job, settings: nullcontext(stand_in(log))
+
+
+def no_engines(job: Job, settings: object) -> Any:
+    raise AssertionError("this job must not start engines")
+
+
+def read_out(job: Job) -> list[dict[str, Any]]:
+    """What a reader that follows the manifest sees."""
+    out = Path(job.output.path)
+    manifest = json.loads((out / "_manifest.json").read_text())
+    assert (out / "_SUCCESS").exists()
+    tables = [pq.read_table(out / shard["part"]["path"]) for shard in manifest["shards"] if shard["part"]]
+    return [row for table in tables for row in table.to_pylist()]
+
+
+def test_every_row_is_there_once_in_order(make_job: MakeJob, capsys: pytest.CaptureFixture[str]) -> None:
+    job = make_job()
+    run_job(job, engines=engines())
+    rows = read_out(job)
+    assert [row["row_id"] for row in rows] == [
+        *(f"a/z.parquet#{n}" for n in range(5)),
+        *(f"b.parquet#{n}" for n in range(7)),
+    ]
+    assert [row["output"] for row in rows] == [row["text"].upper() for row in rows]
+    assert len(list(Path(job.output.path).glob("part-*.parquet"))) == 7
+    run_job(job, engines=no_engines)
+    assert "already done" in capsys.readouterr().out
+
+
+def test_input_columns_come_out_unchanged(make_job: MakeJob, corpus: Path) -> None:
+    words = pa.array(["x", None]).dictionary_encode()
+    table = pa.table(
+        {
+            "text": pa.array(["a", "b"], pa.large_string()),
+            "when": pa.array([0, None], pa.timestamp("ms", tz="UTC")),
+            "tags": [["p", "q"], None],
+            "nested": [{"k": 1, "v": [b"\xff"]}, None],
+            "kind": words,
+            "price": pa.array([None, None], pa.decimal128(7, 2)),
+        }
+    ).replace_schema_metadata({"made": "by hand"})
+    pq.write_table(table, corpus / "c.parquet")
+    job = make_job(input={"path": str(corpus / "c.parquet"), "columns": {"text": "text"}})
+    run_job(job, engines=engines())
+    (part,) = Path(job.output.path).glob("part-*.parquet")
+    out = pq.read_table(part)
+    assert out.schema.names == [
+        *table.schema.names,
+        "row_id",
+        "output",
+        "finish_reason",
+        "prompt_tokens",
+        "completion_tokens",
+    ]
+    assert out.select(table.schema.names).cast(table.schema) == table
+    assert [out.schema.field(name).type for name in table.schema.names] == table.schema.types
+    assert [str(out.schema.field(name).type) for name in out.schema.names[-5:]] == [
+        "string",
+        "string",
+        "string",
+        "int64",
+        "int64",
+    ]
+
+
+def test_files_may_differ_in_columns_that_the_job_does_not_read(make_job: MakeJob, corpus: Path) -> None:
+    pq.write_table(pa.table({"text": ["more"], "extra": [1.5]}), corpus / "c.parquet")
+    job = make_job()
+    run_job(job, engines=engines())
+    rows = read_out(job)
+    assert rows[-1]["extra"] == 1.5
+    assert "id" in rows[0]
+    assert "extra" not in rows[0]
+
+
+def test_a_failed_job_goes_on_where_it_stopped(make_job: MakeJob, corpus: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "engine-is-down"
+    broken.touch()
+    write_texts(corpus / "c.parquet", ["fine", "fine", "fine", f"die {broken}"])
+    job = make_job(rows_in_flight=1)
+    out = Path(job.output.path)
+    with pytest.raises(
+        JobFailed, match=r"row test-c.parquet#3: no engine could serve it for 0 s: the stand-in is down"
+    ):
+        run_job(job, engines=engines())
+    assert not (out / "_SUCCESS").exists()
+    assert not (out / "_manifest.json").exists()
+    before = {json.loads(path.read_text())["part"]["path"] for path in (out / "_shards").glob("[0-9]*.json")}
+    # One row at a time: the shards before the one that failed are there, but for those being written.
+    assert 5 <= len(before) <= 8
+    (out / "part-00000008-deadbeef0000.parquet").write_bytes(b"a torn attempt")
+    broken.unlink()
+    run_job(job, engines=engines())
+    rows = read_out(job)
+    assert len({row["row_id"] for row in rows}) == len(rows) == 16
+    after = {path.name for path in out.glob("part-*.parquet")}
+    assert before < after
+    assert len(after) == 9
+
+
+def test_a_generate_process_that_is_killed_costs_no_row_and_doubles_none(
+    make_job: MakeJob, corpus: Path, tmp_path: Path
+) -> None:
+    trigger = tmp_path / "kill-me"
+    trigger.touch()
+    write_texts(corpus / "c.parquet", ["fine", "fine", "fine", f"kill {trigger}", "fine"])
+    job = make_job(rows_in_flight=4)
+    run_job(job, engines=engines())
+    assert not trigger.exists()
+    ids = [row["row_id"] for row in read_out(job)]
+    assert len(set(ids)) == len(ids) == 17
+
+
+def test_another_job_on_the_same_output_is_refused(make_job: MakeJob) -> None:
+    run_job(make_job(), engines=engines())
+    with pytest.raises(SettingsError, match=r"sampling.max_tokens: was None, is 8"):
+        run_job(make_job(sampling={"max_tokens": 8}), engines=no_engines)
+
+
+def test_too_many_quarantined_rows_end_the_job_until_the_limit_is_raised(make_job: MakeJob, corpus: Path) -> None:
+    write_texts(corpus / "c.parquet", ["fine", None, "refuse"])
+    job = make_job(max_quarantined_fraction=0.1)
+    with pytest.raises(TooManyQuarantined, match=r"2 of 15 rows are quarantined, more than 0.1 .*/out/quarantine$"):
+        run_job(job, engines=engines())
+    assert not (Path(job.output.path) / "_SUCCESS").exists()
+    job = make_job(max_quarantined_fraction=0.2)
+    run_job(job, engines=engines())
+    quarantined = pq.read_table(Path(job.output.path) / "quarantine").to_pylist()
+    assert {row["row_id"]: row["error_message"] for row in quarantined} == {
+        "c.parquet#1": "text: is null",
+        "c.parquet#2": "prompt: refused by the stand-in",
+    }
+    assert len(read_out(job)) == 13
+
+
+def test_a_full_cluster_does_not_block_the_job(make_job: MakeJob) -> None:
+    import ray
+
+    class EveryCpu:
+        def here(self) -> bool:
+            return True
+
+    engine: Any = ray.remote(num_cpus=2)(EveryCpu).remote()
+    assert ray.get(engine.here.remote())
+    try:
+        job = make_job()
+        run_job(job, engines=engines())
+        assert len(read_out(job)) == 12
+    finally:
+        ray.kill(engine)
+
+
+def test_many_shards_by_several_processes_within_the_bound(make_job: MakeJob, corpus: Path, tmp_path: Path) -> None:
+    write_texts(corpus / "c.parquet", [f"long {n}" for n in range(3000)], row_group_size=400)
+    job = make_job(shard_rows=7, rows_in_flight=16, generate_processes=2)
+    log = tmp_path / "most"
+    run_job(job, engines=engines(log))
+    assert len(read_out(job)) == 3012
+    assert 1 < int(log.read_text()) <= 8
+
+
+def test_an_input_without_rows_is_done_at_once(make_job: MakeJob, tmp_path: Path) -> None:
+    write_texts(tmp_path / "none" / "e.parquet", [])
+    job = make_job(input={"path": str(tmp_path / "none"), "columns": {"text": "text"}})
+    run_job(job, engines=no_engines)
+    assert read_out(job) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"input": {"path": "nowhere", "columns": {"text": "text"}}}, "^input.path: 'nowhere': no such file"),
+        ({"prompt": "{nothing}"}, "^input: a/z.parquet: no column 'nothing'; there are id, text"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(make_job: MakeJob, changes: dict[str, Any], said: str) -> None:
+    job = make_job(**changes)
+    with pytest.raises(SettingsError, match=said):
+        run_job(job, engines=no_engines)
+    assert not Path(job.output.path).exists()
+
+
+def test_an_output_inside_the_input_is_refused(make_job: MakeJob, corpus: Path) -> None:
+    with pytest.raises(SettingsError, match="lies within the input"):
+        run_job(make_job(output={"path": str(corpus / "out")}), engines=no_engines)
+
+
+def test_ray_data_settings_of_the_process_are_left_as_they_were(make_job: MakeJob) -> None:
+    from ray.data import DataContext
+
+    before = DataContext.get_current()
+    bars, size = before.enable_progress_bars, before.target_max_block_size
+    run_job(make_job(), engines=engines())
+    assert DataContext.get_current() is before
+    assert (before.enable_progress_bars, before.target_max_block_size) == (bars, size)

