@@ -30,8 +30,8 @@ serve: setup  ## run the cluster in the foreground (CONFIG=deployments/local.yam
 	@$(BIN)/hycluster serve $(CONFIG) $(ARGS)
 
 bench: setup  ## side-by-side benchmarks
-	@$(BIN)/python bench/gateway.py $(ARGS)
-	@$(BIN)/python bench/batch.py $(ARGS)
+	@$(BIN)/python -m bench.gateway $(ARGS)
+	@$(BIN)/python -m bench.batch $(ARGS)
 
 proto: setup  ## generate the gRPC code from the .proto
 	@$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --mypy_out=. --grpc_python_out=. --mypy_grpc_out=. \

@@ -50,9 +50,11 @@ def wait_until_served(url: str, process: subprocess.Popen[bytes], timeout_s: flo
         request = urllib.request.Request(
             f"{url}/v1/completions", data=body, headers={"content-type": "application/json"}
         )
-        with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-            with urllib.request.urlopen(request, timeout=30):
-                return
+        with (
+            contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError),
+            urllib.request.urlopen(request, timeout=30),
+        ):
+            return
         time.sleep(0.5)
     raise SystemExit(f"nothing answers at {url} after {timeout_s:.0f} s")
 
@@ -157,18 +159,19 @@ def report(rounds: dict[str, list[dict[int, dict[str, Any]]]]) -> None:
     fields = ("tokens_s", "ttft_p50_ms", "ttft_p99_ms", "cpu_s_per_1k_tokens")
 
     def median(name: str, level: int, field: str) -> float:
-        return statistics.median(figures[level][field] for figures in rounds[name])
+        return statistics.median(float(figures[level][field]) for figures in rounds[name])
 
     base = BASE if BASE in rounds else next(iter(rounds))
     print(f"\n{'side':<15}{'callers':>8}{'tokens/s':>10}{'ratio':>7}{'TTFT p50':>10}{'p99 ms':>9}"
           f"{'cpu s/1k':>10}{'ratio':>7}{'failed':>8}")  # fmt: skip
     for level in LEVELS:
-        for name in rounds:
+        for name, measured in rounds.items():
             speed, p50, p99, cpu = (median(name, level, field) for field in fields)
-            failed = sum(figures[level]["failed"] for figures in rounds[name])
+            failed = sum(figures[level]["failed"] for figures in measured)
+            cpu_ratio = cpu / median(base, level, "cpu_s_per_1k_tokens")
             print(
                 f"{name:<15}{level:>8}{speed:>10.0f}{speed / median(base, level, 'tokens_s'):>7.2f}"
-                f"{p50:>10.1f}{p99:>9.1f}{cpu:>10.3f}{cpu / median(base, level, 'cpu_s_per_1k_tokens'):>7.2f}{failed:>8}"
+                f"{p50:>10.1f}{p99:>9.1f}{cpu:>10.3f}{cpu_ratio:>7.2f}{failed:>8}"
             )
 
 

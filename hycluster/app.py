@@ -29,7 +29,7 @@ def build(arguments: dict[str, Any]) -> Application:
 def application(settings: Settings, directory: str = SHARED_DIRECTORY) -> Application:
     """Replicas of every model, and doors that open when all of them can serve."""
     replicas = [_replicas(model, settings, directory) for model in settings.models]
-    door = serve.deployment(Door).options(
+    door = serve.deployment(
         name="door",
         num_replicas=settings.doors,
         # Next to nothing, so that a laptop's cores stay free for the engine.
@@ -38,7 +38,7 @@ def application(settings: Settings, directory: str = SHARED_DIRECTORY) -> Applic
         graceful_shutdown_timeout_s=settings.drain_timeout_s + 15,
         graceful_shutdown_wait_loop_s=0.1,
         max_ongoing_requests=1000,
-    )
+    )(Door)
     return door.bind(settings, directory, *replicas)
 
 
@@ -72,7 +72,7 @@ def actor_options(model: Model) -> dict[str, Any]:
 
 
 def _replicas(model: Model, settings: Settings, directory: str) -> Application:
-    deployment = serve.deployment(Replica).options(
+    deployment = serve.deployment(
         name=deployment_name(model),
         num_replicas=model.replicas.count,
         ray_actor_options=actor_options(model),
@@ -80,5 +80,5 @@ def _replicas(model: Model, settings: Settings, directory: str) -> Application:
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=settings.drain_timeout_s + 15,
         graceful_shutdown_wait_loop_s=0.1,
-    )
+    )(Replica)
     return deployment.bind(model, settings.data_plane, directory, settings.drain_timeout_s)

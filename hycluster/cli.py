@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hycluster import __version__
 from hycluster.batch.cli import app as batch_app
-from hycluster.config import DEFAULT_SETTINGS, load_settings
+from hycluster.config import DEFAULT_SETTINGS, Settings, load_settings
 from hycluster.errors import HyclusterError
+
+if TYPE_CHECKING:
+    from hycluster.cluster import Deployed
 
 app = typer.Typer(
     name="hycluster",
@@ -53,18 +57,23 @@ def serve(
 
     Prints one line beginning "ready" once a request would succeed. SIGTERM or Ctrl-C drains, then exits 0.
     """
-    ports = [
-        f"{door}.port={port}" for door, port in (("http", http_port), ("grpc", grpc_port)) if port is not None
-    ]
+    ports = [f"{door}.port={port}" for door, port in (("http", http_port), ("grpc", grpc_port)) if port is not None]
     settings = load_settings(config, [*(assignments or []), *ports])
     stopping = threading.Event()
 
     begun = time.monotonic()
     typer.echo(f"starting {', '.join(model.name for model in settings.models)} ...", err=True)
     from hycluster.engine.arguments import engine_arguments, model_files
+    from hycluster.ingress.ports import check_port
 
     for model in settings.models:
         engine_arguments(model, model_files(model))
+    if not os.environ.get("RAY_ADDRESS"):
+        # The doors will be on this machine: better known now than after the engines have started.
+        check_port(settings.http.host, settings.http.port, "http.port")
+        check_port(settings.grpc.host, settings.grpc.port, "grpc.port")
+
+    import ray
 
     from hycluster import cluster
 
@@ -83,15 +92,18 @@ def serve(
             sys.stdout.flush()
             stopping.wait()
         typer.echo("draining ...", err=True)
+        cluster.stop(settings.drain_timeout_s)
+        typer.echo("stopped", err=True)
+    except HyclusterError:
+        if not started_ray:
+            cluster.stop(drain_timeout_s=0)
+        raise
     finally:
-        cluster.stop()
-        import ray
-
+        # A cluster of our own ends with this, whatever became of the application.
         ray.shutdown()
-    typer.echo("stopped", err=True)
 
 
-def _deploy_unless_stopped(settings, started_ray, stopping):  # type: ignore[no-untyped-def]
+def _deploy_unless_stopped(settings: Settings, started_ray: bool, stopping: threading.Event) -> Deployed | None:
     """Deploy in a thread, so that a signal during the start is heard."""
     from concurrent.futures import ThreadPoolExecutor
 

@@ -1,6 +1,8 @@
 """The Ray cluster around it all: join it or start one, deploy, wait until a request would succeed, stop.
 
 Also the pool of a batch job's own (``dedicated``): the same replicas as plain actors, without doors.
+
+Pinned to Ray 2.60.0: ``enable_token_auth_by_default`` is Ray's own and private.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import logging
 import os
 import re
 import secrets
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,48 +22,72 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray._private.authentication.authentication_token_setup import enable_token_auth_by_default
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
 from hycluster.app import APP_NAME, actor_options, application
 from hycluster.config import Model, Settings, home
 from hycluster.directory import NAMESPACE, SHARED_DIRECTORY, open_directory
 from hycluster.door import DoorAddresses
-from hycluster.errors import EngineStartFailed, SettingsError, Unavailable
-from hycluster.ingress.ports import check_port
-from hycluster.replica import Replica
+from hycluster.errors import EngineStartFailed, HyclusterError, SettingsError
+from hycluster.replica import START_FAILURE, Replica
 
 logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
-# How an engine's or a door's one-line reason is told from the rest of Ray's report (see replica.py).
-_REASON = re.compile(r"RuntimeError: hycluster: (.+)")
+# How an engine's or a door's one-line reason is told from the rest of Ray's report.
+_REASON = re.compile(rf"RuntimeError: {START_FAILURE}(\w+): (.+)")
 
 
 def connect(address: str | None = None) -> None:
     """Join the Ray cluster at ``address``, in ``RAY_ADDRESS``, or the one that ``hycluster serve`` started here.
 
     Raises:
-        Unavailable: there is none, or it does not answer.
+        SettingsError: there is none, or it does not answer.
     """
     if ray.is_initialized():
         return
-    address = address or os.environ.get("RAY_ADDRESS") or _remembered() or "auto"
+    started_here = _remembered()
+    address = address or os.environ.get("RAY_ADDRESS") or started_here or "auto"
+    where = "on this machine" if address == "auto" else f"at {address!r}"
+    if address == started_here:
+        # As ``ray.init`` does by itself for a cluster that it starts, but not for one that is named.
+        enable_token_auth_by_default()
+    _quiet()
+    # Ray's C++ prints an error line for each of Ray Data's actors that is none.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
-        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-        where = "on this machine" if address == "auto" else f"at {address!r}"
-        raise Unavailable(f"RAY_ADDRESS: no Ray cluster {where}: {_one_line(error)}") from None
+        _check_reachable(address)
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SettingsError(f"RAY_ADDRESS: no Ray cluster {where}: {_one_line(error)}") from None
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries an address at which nobody listens for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=5).close()
+
+
+def _quiet() -> None:
+    """Ray's own notices are for Ray's developers; its log files keep them all."""
+    for name in ("ray", "ray.serve", "ray._private"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def start() -> bool:
     """Join the cluster in ``RAY_ADDRESS``, or start one on this machine.
 
     Returns:
-        Whether one was started; it ends with this process.
+        Whether one was started; it ends with this process. Ray listens on the machine's own address whatever
+        one asks for; a token that it keeps in the user's home keeps others out.
     """
     if os.environ.get("RAY_ADDRESS"):
         connect()
         return False
+    _quiet()
     # Ray gives its workers a nice value of 15; engines and doors are what this machine is for.
     os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(
@@ -68,8 +95,7 @@ def start() -> bool:
         namespace=NAMESPACE,
         include_dashboard=False,
         log_to_driver=False,
-        logging_level=logging.WARNING,
-        _node_ip_address="127.0.0.1",
+        logging_level=logging.ERROR,
     )
     _state_file().parent.mkdir(parents=True, exist_ok=True)
     _state_file().write_text(json.dumps({"address": ray.get_runtime_context().gcs_address, "pid": os.getpid()}))
@@ -134,15 +160,12 @@ def deploy(settings: Settings, *, started_ray: bool) -> Deployed:
     """Start the application and wait until a request would succeed.
 
     Args:
-        started_ray: whether this process started the Ray cluster; then the doors will be on this machine.
+        started_ray: whether this process started the Ray cluster; then Serve's own proxies have no use.
 
     Raises:
         SettingsError, EngineStartFailed: an engine or a door could not start; one line says why.
     """
     check_resources(settings.models)
-    if started_ray:
-        check_port(settings.http.host, settings.http.port, "http.port")
-        check_port(settings.grpc.host, settings.grpc.port, "grpc.port")
     ray.get(open_directory().set_settings.remote(settings))
     serve.start(proxy_location="Disabled" if started_ray else "EveryNode")
     serve.run_many(
@@ -151,9 +174,13 @@ def deploy(settings: Settings, *, started_ray: bool) -> Deployed:
     )
     _wait_until_running(settings.start_timeout_s)
     door = serve.get_app_handle(APP_NAME)
-    addresses: DoorAddresses = door.addresses.remote().result(timeout_s=settings.start_timeout_s)
-    while not door.able.remote().result(timeout_s=settings.start_timeout_s):
-        time.sleep(0.1)
+    try:
+        door = serve.get_app_handle(APP_NAME)
+        addresses: DoorAddresses = door.addresses.remote().result(timeout_s=settings.start_timeout_s)
+        while not door.able.remote().result(timeout_s=settings.start_timeout_s):
+            time.sleep(0.1)
+    except ray.exceptions.RayError as error:
+        raise _failure(str(error)) from None
     return Deployed(addresses, ray.get_runtime_context().gcs_address)
 
 
@@ -163,22 +190,36 @@ def _wait_until_running(timeout_s: float) -> None:
         app = serve.status().applications.get(APP_NAME)
         messages = [app.message, *(d.message for d in app.deployments.values())] if app else []
         # The first reason that an engine or a door gives is enough: trying again would not change it.
-        if reason := next((m for text in messages for m in _REASON.findall(text)), None):
-            raise EngineStartFailed(reason.strip())
+        if any(_REASON.search(text) for text in messages):
+            raise _failure(" ".join(messages))
         if app and app.status == ApplicationStatus.RUNNING:
             return
         if app and app.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
             raise EngineStartFailed(f"the application did not start: {_one_line(' '.join(messages))}")
         if time.monotonic() > deadline:
-            raise EngineStartFailed(
-                f"start_timeout_s: the application was not running after {timeout_s:g} s: {_one_line(' '.join(messages))}"
-            )
+            state = _one_line(" ".join(messages))
+            raise EngineStartFailed(f"start_timeout_s: the application did not run after {timeout_s:g} s: {state}")
         time.sleep(0.2)
 
 
-def stop() -> None:
-    """Drain the doors and the replicas and remove the application."""
-    serve.delete(APP_NAME)
+def _failure(report: str) -> HyclusterError:
+    """The error that an engine or a door ended with, out of what Ray says about it."""
+    found = _REASON.search(report)
+    if found is None:
+        return EngineStartFailed(_one_line(report))
+    kind = SettingsError if found[1] == SettingsError.__name__ else EngineStartFailed
+    return kind(found[2].strip())
+
+
+def stop(drain_timeout_s: float) -> None:
+    """Drain the doors and the replicas and remove the application, if there is one."""
+    try:
+        serve.delete(APP_NAME, _blocking=False)
+    except RayServeException:
+        return
+    deadline = time.monotonic() + drain_timeout_s + 30
+    while APP_NAME in serve.status().applications and time.monotonic() < deadline:
+        time.sleep(0.1)
     serve.shutdown()
     with contextlib.suppress(ValueError):
         ray.kill(ray.get_actor(SHARED_DIRECTORY, namespace=NAMESPACE))
@@ -198,7 +239,7 @@ def dedicated_pool(settings: Settings, model_name: str) -> Iterator[str]:
     if not ray.is_initialized():
         try:
             connect()
-        except Unavailable:
+        except SettingsError:
             if os.environ.get("RAY_ADDRESS"):
                 raise
             start()
@@ -207,24 +248,34 @@ def dedicated_pool(settings: Settings, model_name: str) -> Iterator[str]:
     directory = open_directory(name)
     replica = ray.remote(Replica).options(**actor_options(model))
     actors: list[Any] = [
-        replica.remote(model, settings.data_plane, name, settings.drain_timeout_s)
-        for _ in range(model.replicas.count)
+        replica.remote(model, settings.data_plane, name, settings.drain_timeout_s) for _ in range(model.replicas.count)
     ]
     try:
-        try:
-            ray.get([actor.ready.remote() for actor in actors], timeout=settings.start_timeout_s)
-        except ray.exceptions.GetTimeoutError:
-            raise EngineStartFailed(
-                f"start_timeout_s: no engine after {settings.start_timeout_s:g} s; is the cluster busy?"
-            ) from None
-        except ray.exceptions.RayError as error:
-            reason = _REASON.search(str(error))
-            raise EngineStartFailed(reason[1].strip() if reason else _one_line(error)) from None
+        _wait_until_ready(actors, model, settings.start_timeout_s)
         yield name
     finally:
         for actor in actors:
             ray.kill(actor)
         ray.kill(directory)
+
+
+def _wait_until_ready(actors: list[Any], model: Model, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    starting = [actor.ready.remote() for actor in actors]
+    while starting:
+        started, starting = ray.wait(starting, timeout=15)
+        try:
+            ray.get(started)
+        except ray.exceptions.RayError as error:
+            raise _failure(str(error)) from None
+        free = ray.available_resources().get("CPU", 0.0)
+        if not started and free < model.hardware.cpus:
+            logger.warning(
+                "waiting for the Ray cluster: %d engines ask for %g CPUs each, %g are free",
+                len(starting), model.hardware.cpus, free,
+            )  # fmt: skip
+        if starting and time.monotonic() > deadline:
+            raise EngineStartFailed(f"start_timeout_s: {len(starting)} engines did not start within {timeout_s:g} s")
 
 
 def _one_line(error: BaseException | str, limit: int = 400) -> str:

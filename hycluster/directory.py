@@ -81,9 +81,7 @@ class Directory:
         pool.outstanding[gateway_id] = (now, outstanding)
         pool.outstanding = {g: said for g, said in pool.outstanding.items() if now - said[0] < FORGET_AFTER_S}
         pool.reports = {r: said for r, said in pool.reports.items() if now - said[0] < FORGET_AFTER_S}
-        return PoolView(
-            pool.model, [self._with_outstanding(pool, report) for _, report in pool.reports.values()]
-        )
+        return PoolView(pool.model, [self._with_outstanding(pool, report) for _, report in pool.reports.values()])
 
     def models(self) -> dict[str, int]:
         """Model names and how many replicas of each take requests."""
@@ -102,7 +100,7 @@ class Directory:
 
 def open_directory(name: str = SHARED_DIRECTORY) -> ActorHandle[Any]:
     """The directory of that name, started if there is none. It lives as long as the Ray cluster."""
-    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=3)(Directory)
+    actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=3)(Directory)
     handle: ActorHandle[Any] = actor.options(
         name=name, namespace=NAMESPACE, get_if_exists=True, lifetime="detached"
     ).remote()

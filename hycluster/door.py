@@ -16,7 +16,8 @@ from typing import Any
 
 from hycluster.config import Settings
 from hycluster.directory import open_directory
-from hycluster.errors import HyclusterError
+from hycluster.errors import HyclusterError, Unavailable
+from hycluster.replica import start_failure
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Door:
             application; no request goes through them.
 
     Raises:
-        RuntimeError: the door could not open; carries the one-line reason only.
+        RuntimeError: the door could not open (from ``addresses`` and ``check_health``).
     """
 
     def __init__(self, settings: Settings, directory: str, *replicas: Any) -> None:
@@ -46,6 +47,7 @@ class Door:
         self._directory = directory
         self._opened: Future[DoorAddresses] = Future()
         self._stopping: asyncio.Event | None = None
+        self._serving: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._able = False
         open_directory(directory)
@@ -58,7 +60,9 @@ class Door:
         try:
             uvloop.run(self._serve())
         except HyclusterError as error:
-            self._fail(RuntimeError(f"hycluster: {error.message}"))
+            self._fail(start_failure(error))
+        except asyncio.CancelledError:
+            self._fail(start_failure(Unavailable("stopped before it was open")))
         except BaseException as error:
             logger.exception("the door broke")
             self._fail(error)
@@ -74,6 +78,7 @@ class Door:
 
         settings = self._settings
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
+        self._serving = asyncio.current_task()
         reuse_port = settings.doors > 1
         async with open_generators(
             self._directory,
@@ -115,8 +120,11 @@ class Door:
         if not self._thread.is_alive():
             raise RuntimeError("the door's thread has ended")
 
-    async def __del__(self) -> None:  # type: ignore[misc]
+    async def __del__(self) -> None:
         """Ray Serve awaits this when it stops a door: finish what is in flight."""
-        if self._loop is not None and self._stopping is not None and self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stopping.set)
+        if self._loop is not None and self._stopping is not None and self._serving is not None:
+            # One that is still waiting for replicas has nothing to finish.
+            end = self._stopping.set if self._opened.done() else self._serving.cancel
+            with contextlib.suppress(RuntimeError):  # its loop has ended already
+                self._loop.call_soon_threadsafe(end)
             await asyncio.to_thread(self._thread.join, self._settings.drain_timeout_s + 10)

@@ -69,6 +69,10 @@ class UnknownModel(HyclusterError):
 
     def __init__(self, model: str, served: list[str]) -> None:
         super().__init__(f"model: {shown(model)} is not served here; served are {', '.join(map(repr, served))}")
+        self.model, self.served = model, served
+
+    def __reduce__(self) -> tuple[type[UnknownModel], tuple[str, list[str]]]:
+        return UnknownModel, (self.model, self.served)
 
 
 class Overloaded(HyclusterError):

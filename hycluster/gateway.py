@@ -23,6 +23,7 @@ from vllm.config import VllmConfig
 from vllm.exceptions import GracefulHTTPError
 from vllm.renderers import renderer_from_config
 from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor
@@ -39,7 +40,7 @@ from hycluster.router import make_policy
 logger = logging.getLogger(__name__)
 
 
-class PoolOverloaded(Overloaded, GracefulHTTPError):
+class PoolOverloaded(Overloaded, GracefulHTTPError):  # type: ignore[misc]  # both have an http_status, the same
     """:class:`Overloaded` in a form that vLLM's own code passes on unchanged."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
@@ -47,7 +48,7 @@ class PoolOverloaded(Overloaded, GracefulHTTPError):
         self.retry_after_s = retry_after_s
 
 
-class PoolUnavailable(Unavailable, GracefulHTTPError):
+class PoolUnavailable(Unavailable, GracefulHTTPError):  # type: ignore[misc]  # as above
     """:class:`Unavailable` in a form that vLLM's own code passes on unchanged."""
 
     def __init__(self, message: str, retry_after_s: float | None = 1.0) -> None:
@@ -134,11 +135,21 @@ class Gateway(AsyncLLM):
         if not self.engine_core.able:
             raise PoolUnavailable(f"model: no replica of {self.model.name!r} can serve now")
 
-    def _request_lost(self, request_id: str, error: Unavailable) -> None:
+    async def _request_lost(self, request_id: str, error: Unavailable) -> None:
         state = self.output_processor.request_states.get(request_id)
         if state is not None and state.queue is not None:
             state.queue.put(PoolUnavailable(error.message))
-            self.output_processor.abort_requests([request_id], internal=True)
+            # With n > 1 its siblings may be on replicas that live; nobody waits for them any more.
+            asked = state.parent_req.request_id if state.parent_req else request_id
+            await self.engine_core.abort_requests_async(self.output_processor.abort_requests([asked], internal=True))
+
+    async def _add_request(self, request: EngineCoreRequest, *rest: Any) -> None:
+        try:
+            await super()._add_request(request, *rest)
+        except Unavailable as error:
+            # The last replica has gone since this request was admitted.
+            self.output_processor.abort_requests([request.request_id], internal=True)
+            raise PoolUnavailable(error.message, error.retry_after_s) from None
 
     # -- the pool -----------------------------------------------------------------------------------
 
@@ -184,8 +195,7 @@ async def open_gateway(
     try:
         try:
             async with asyncio.timeout(wait_s):
-                while not gateway.engine_core.able:
-                    await asyncio.sleep(0.02)
+                await gateway.engine_core.first_replica.wait()
         except TimeoutError:
             raise Unavailable(f"model: no replica of {model.name!r} could serve within {wait_s:.0f} s") from None
         gateway.learn()

@@ -13,7 +13,7 @@ from typing import Any
 
 from ray.actor import ActorHandle
 from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMNotFoundError
-from vllm.inputs import EngineInput
+from vllm.inputs import EngineInput, split_enc_dec_input
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.renderers import ChatParams
@@ -51,7 +51,7 @@ class Generator:
         gateway = self._gateway(model)
         with _translated_errors():
             engine_input = await self._render(gateway, prompt, messages, None)
-        return list(engine_input["prompt_token_ids"])
+        return _prompt_ids(engine_input)
 
     async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
         """The whole answer at once.
@@ -61,8 +61,8 @@ class Generator:
         """
         last: RequestOutput | None = None
         async with contextlib.aclosing(self._run(request, RequestOutputKind.FINAL_ONLY, deadline_s)) as outputs:
-            async for last in outputs:
-                pass
+            async for output in outputs:
+                last = output
         if last is None:
             raise Unavailable("the engine ended this request without an output")
         return Generation(
@@ -90,7 +90,7 @@ class Generator:
         with _translated_errors():
             async with asyncio.timeout_at(deadline):
                 engine_input = await self._render(gateway, request.prompt, request.messages, request.token_ids)
-            room = gateway.model_config.max_model_len - len(engine_input["prompt_token_ids"])
+            room = gateway.model_config.max_model_len - len(_prompt_ids(engine_input))
             outputs = gateway.generate(
                 engine_input,
                 sampling_params(gateway, request.sampling, room, kind),
@@ -121,6 +121,7 @@ class Generator:
         token_ids: Sequence[int] | None,
     ) -> EngineInput:
         renderer = gateway.renderer
+        engine_input: EngineInput
         if messages is not None:
             _, (engine_input,) = await renderer.render_chat_async(
                 [messages],  # type: ignore[list-item]
@@ -188,6 +189,12 @@ def _translated_errors() -> Any:
         raise InvalidInput(str(error)) from error
 
 
+def _prompt_ids(engine_input: EngineInput) -> list[int]:
+    """What takes room in the context: the decoder's side, where a model has two."""
+    _, decoder_input = split_enc_dec_input(engine_input)
+    return list(decoder_input["prompt_token_ids"])
+
+
 def _lengths(output: RequestOutput) -> dict[int, int]:
     return {o.index: len(o.token_ids) for o in output.outputs}
 
@@ -199,9 +206,7 @@ def _usage(output: RequestOutput, lengths: Mapping[int, int]) -> Usage:
 def _output(output: CompletionOutput) -> Output:
     logprobs = None
     if output.logprobs is not None:
-        logprobs = [
-            [_logprob(token_id, entry) for token_id, entry in position.items()] for position in output.logprobs
-        ]
+        logprobs = [[_logprob(token_id, entry) for token_id, entry in position.items()] for position in output.logprobs]
     return Output(output.index, output.text, list(output.token_ids), output.finish_reason, logprobs)
 
 

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -70,6 +70,7 @@ class PoolClient:
         replicas: size of the pool, for the metrics' labels.
         gateway_id: random; tells this gateway's load from that of others.
         on_lost: told of each request that ends because its replica was lost.
+        first_replica: set once there has been a replica to send to.
         resources: what ``AsyncLLM`` reads of its client's state; a pool as such never dies.
     """
 
@@ -80,7 +81,7 @@ class PoolClient:
         gateway_id: str,
         *,
         replicas: int,
-        on_lost: Callable[[str, Unavailable], None],
+        on_lost: Callable[[str, Unavailable], Awaitable[None]],
     ) -> None:
         self.model = model
         self.gateway_id = gateway_id
@@ -99,6 +100,7 @@ class PoolClient:
         self._encoder = MsgpackEncoder()
         self._decoder = MsgpackDecoder(EngineCoreOutputs)
         self._tasks: set[asyncio.Task[None]] = set()
+        self.first_replica = asyncio.Event()
 
     # -- the pool's members -------------------------------------------------------------------------
 
@@ -116,9 +118,7 @@ class PoolClient:
         self._connecting.add(address.replica_id)
         identity = secrets.token_bytes(16)
         requests, outputs = (self._socket(identity) for _ in range(2))
-        monitor = outputs.get_monitor_socket(
-            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
-        )
+        monitor = outputs.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
                 # Say hello only when the other side knows our identity for outputs: none may go astray.
@@ -139,7 +139,8 @@ class PoolClient:
         finally:
             self._connecting.discard(address.replica_id)
         self._links[address.replica_id] = link
-        link.tasks = [asyncio.create_task(self._read(link)), asyncio.create_task(self._watch(link))]
+        self.first_replica.set()
+        link.tasks = [asyncio.create_task(end(link)) for end in (self._read, self._watch, self._heed)]
 
     def _free_slot(self) -> int:
         """The number by which metrics tell replicas apart; a replacement takes over its predecessor's."""
@@ -162,6 +163,11 @@ class PoolClient:
         await recv_monitor_message(link.monitor)
         self._lost(link, "its connection closed")
 
+    async def _heed(self, link: _Link) -> None:
+        """A replica that took this gateway for gone refuses whatever it says, and sends no more outputs."""
+        _, *reason = await link.requests.recv_multipart()
+        self._lost(link, b" ".join(reason).decode(errors="replace"))
+
     def _lost(self, link: _Link, why: str) -> None:
         if self._links.get(link.address.replica_id) is not link:
             return
@@ -169,21 +175,22 @@ class PoolClient:
         del self._links[link.address.replica_id]
         flights = list(link.flights.values())
         link.flights.clear()
-        for flight in flights:
-            self._flights.pop(flight.request.request_id, None)
         self._spawn(self._close(link, say_bye=False))
         self._spawn(self._carry_over(flights))
 
     async def _carry_over(self, flights: list[_Flight]) -> None:
         """Requests without output start over elsewhere; the others are told."""
         for flight in flights:
+            if self._flights.pop(flight.request.request_id, None) is None:
+                # Aborted meanwhile.
+                continue
             if not flight.begun:
                 try:
                     await self.add_request_async(flight.request)
                     continue
                 except Unavailable:
                     pass
-            self._on_lost(flight.request.request_id, Unavailable("the replica that ran this request was lost"))
+            await self._on_lost(flight.request.request_id, Unavailable("the replica that ran this request was lost"))
 
     # -- requests and outputs -----------------------------------------------------------------------
 
@@ -408,6 +415,7 @@ class PoolClient:
 
 
 def _close_sockets(requests: zmq.asyncio.Socket, outputs: zmq.asyncio.Socket, *, linger_ms: int) -> None:
+    outputs.get_monitor_socket().close(linger=0)
     outputs.disable_monitor()
     requests.close(linger=linger_ms)
     outputs.close(linger=linger_ms)

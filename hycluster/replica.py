@@ -45,6 +45,17 @@ def start_engine(model: Model) -> Engine:
     return VllmEngine(model, model_files(model))
 
 
+START_FAILURE = "hycluster: "
+
+
+def start_failure(error: HyclusterError) -> RuntimeError:
+    """Why an engine or a door can't start, in a form that comes through Ray's reports as one line.
+
+    Ray turns an actor's error into text; ``hycluster/cluster.py`` finds this line in it again.
+    """
+    return RuntimeError(f"{START_FAILURE}{type(error).__name__}: {error.message}")
+
+
 class Replica:
     """One engine of one model's pool.
 
@@ -53,8 +64,7 @@ class Replica:
         drain_timeout_s: how long requests in flight may take to finish when the replica is stopped.
 
     Raises:
-        RuntimeError: the engine could not start; carries the one-line reason only, since Ray ships it
-            to whoever waits for the deployment.
+        RuntimeError: the engine could not start; see :func:`start_failure`.
     """
 
     def __init__(self, model: Model, data_plane: DataPlane, directory: str, drain_timeout_s: float) -> None:
@@ -73,7 +83,7 @@ class Replica:
                 ports=data_plane,
             )
         except HyclusterError as error:
-            raise RuntimeError(f"hycluster: {error.message}") from None
+            raise start_failure(error) from None
         self._stopped = threading.Event()
         self._reporter = threading.Thread(target=self._keep_reporting, name="reporter", daemon=True)
         self._reporter.start()
@@ -106,7 +116,8 @@ class Replica:
         await asyncio.sleep(3 * REPORT_EVERY_S)
         try:
             async with asyncio.timeout(self._drain_timeout_s):
-                while (load := self._engine.load()).running or load.waiting:
+                # The engine tells nobody when it has become idle.
+                while (load := self._engine.load()).running or load.waiting:  # noqa: ASYNC110
                     await asyncio.sleep(0.1)
         except TimeoutError:
             logger.warning("drain time of %.0f s is over; %s", self._drain_timeout_s, self._engine.load())
@@ -120,7 +131,7 @@ class Replica:
         await asyncio.to_thread(self._engine.shutdown)
         await asyncio.to_thread(self._server.close)
 
-    async def __del__(self) -> None:  # type: ignore[misc]
+    async def __del__(self) -> None:
         """Ray Serve awaits this when it stops a replica."""
         if hasattr(self, "_reporter"):
             await self.stop()

@@ -72,7 +72,7 @@ CONTROL_METHODS = frozenset(
 # Messages that may wait for a gateway that does not read: one a step, so some minutes of decoding.
 OUTPUT_BACKLOG = 10_000
 # How long a gateway that has said hello may take until its output connection is known here.
-CONNECT_GRACE_S = 5.0
+CONNECT_GRACE_S = 1.0
 
 
 def encode_info(info: EngineInfo) -> bytes:
@@ -111,12 +111,13 @@ class EngineServer:
             sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6000)
             sock.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._outputs.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        try:
+            requests, outputs = (_bind(sock, host, ports) for sock in (self._requests, self._outputs))
+        except SettingsError:
+            self._context.destroy(linger=0)
+            raise
         self.address = ReplicaAddress(
-            replica_id=replica_id,
-            model=model,
-            requests=_bind(self._requests, host, ports),
-            outputs=_bind(self._outputs, host, ports),
-            token=self._token,
+            replica_id=replica_id, model=model, requests=requests, outputs=outputs, token=self._token
         )
         self._threads = [
             threading.Thread(target=self._read_requests, name="wire-requests", daemon=True),
@@ -139,8 +140,8 @@ class EngineServer:
             identity, kind, *payload = self._requests.recv_multipart(copy=False)
             try:
                 self._handle(bytes(identity.buffer), Kind(bytes(kind.buffer)), [frame.buffer for frame in payload])
-            except (ValueError, IndexError, TypeError, msgspec.MsgspecError):
-                # Whoever connects may send anything; only what can be understood counts.
+            except Exception:
+                # Whoever connects may send anything, and vLLM's decoder raises many kinds; the thread must live.
                 logger.exception("message from %s dropped", bytes(identity.buffer).hex())
         self._requests.close()
 
@@ -197,6 +198,7 @@ class EngineServer:
         while True:
             try:
                 self._outputs.send_multipart(message, flags=zmq.NOBLOCK)
+                self._greeted.pop(client, None)
                 return True
             except zmq.Again:
                 return False
@@ -216,14 +218,15 @@ class EngineServer:
 
 
 def _bind(sock: zmq.Socket[bytes], host: str, ports: DataPlane) -> str:
-    address = f"tcp://{host}"
-    try:
-        if ports.port_max:
-            port = sock.bind_to_random_port(address, ports.port_min, ports.port_max + 1, max_tries=200)
-        else:
-            port = sock.bind_to_random_port(address)
-    except zmq.ZMQError as error:
-        raise SettingsError(
-            f"data_plane: no port to bind on {host} from {ports.port_min} to {ports.port_max}: {error}"
-        ) from error
-    return f"{address}:{port}"
+    """Bind to the first port of the range that is free, or to any free port; returns the endpoint."""
+    error: zmq.ZMQError | None = None
+    for port in range(ports.port_min, ports.port_max + 1) if ports.port_max else ["*"]:
+        try:
+            sock.bind(f"tcp://{host}:{port}")
+        except zmq.ZMQError as refused:
+            error = refused
+            if refused.errno == zmq.EADDRINUSE:
+                continue
+            break
+        return sock.get_string(zmq.LAST_ENDPOINT)
+    raise SettingsError(f"data_plane: no port to bind on {host} from {ports.port_min} to {ports.port_max}: {error}")

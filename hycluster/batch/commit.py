@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -48,7 +49,11 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class ShardRecord:
-    """What became of one shard. ``part`` and ``quarantine`` are None where they would have no rows."""
+    """What became of one shard. ``part`` and ``quarantine`` are None where they would have no rows.
+
+    ``begun_at`` (its first row went to the engines) and ``committed_at`` are seconds since the epoch, by the
+    clock of the machine that did it.
+    """
 
     shard: int
     input_file: str
@@ -58,6 +63,8 @@ class ShardRecord:
     quarantine: Written | None
     prompt_tokens: int
     completion_tokens: int
+    begun_at: float
+    committed_at: float
 
     @property
     def quarantined(self) -> int:
@@ -145,7 +152,9 @@ class Output:
             if record is not None:
                 yield record
 
-    def commit(self, shard: int, row_id: str, results: pa.Table, quarantined: pa.Table) -> ShardRecord:
+    def commit(
+        self, shard: int, row_id: str, results: pa.Table, quarantined: pa.Table, *, begun_at: float
+    ) -> ShardRecord:
         """Write one attempt at a shard and its record.
 
         Args:
@@ -167,6 +176,8 @@ class Output:
             quarantine=self._write(f"quarantine/{name}", quarantined),
             prompt_tokens=_total(results, "prompt_tokens"),
             completion_tokens=_total(results, "completion_tokens"),
+            begun_at=begun_at,
+            committed_at=time.time(),
         )
         if create_if_absent(self._filesystem, self._at(_record_name(shard)), mine.to_json().encode()):
             return mine

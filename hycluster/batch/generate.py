@@ -118,12 +118,14 @@ class Generate:
         record = await asyncio.to_thread(self._output.record, number)
         shard = shard.drop_columns([SHARD])
         rows: list[asyncio.Task[Answer | Refusal]] = []
+        begun_at = time.time()
         if record is None:
             generator = await self._open()
+            begun_at = time.time()
             for position in range(shard.num_rows):
                 await self._slots.acquire()
                 rows.append(start(self._row(generator, shard, position)))
-        return start(self._commit(number, shard, rows, record))
+        return start(self._commit(number, shard, rows, record, begun_at))
 
     async def _row(self, generator: Generator, shard: pa.Table, position: int) -> Answer | Refusal:
         try:
@@ -173,14 +175,19 @@ class Generate:
         )
 
     async def _commit(
-        self, number: int, shard: pa.Table, rows: list[asyncio.Task[Answer | Refusal]], record: ShardRecord | None
+        self,
+        number: int,
+        shard: pa.Table,
+        rows: list[asyncio.Task[Answer | Refusal]],
+        record: ShardRecord | None,
+        begun_at: float,
     ) -> ShardRecord:
         if record is not None:
             return record
         answers = [await row for row in rows]
         results, quarantined = split(shard, answers)
         first = shard.column(ROW_ID)[0].as_py()
-        return await asyncio.to_thread(self._output.commit, number, first, results, quarantined)
+        return await asyncio.to_thread(self._output.commit, number, first, results, quarantined, begun_at=begun_at)
 
     async def _open(self) -> Generator:
         # Called by the one block that feeds. Ray kills the process when the job ends: nothing to close.

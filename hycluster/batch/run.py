@@ -24,7 +24,7 @@ from hycluster.batch.prompts import prompt_of
 from hycluster.batch.report import JobProgress, Reporter, Totals, summarize
 from hycluster.batch.storage import one_line
 from hycluster.config import Settings
-from hycluster.errors import HyclusterError, JobFailed, SettingsError, TooManyQuarantined, Unavailable, UnknownModel
+from hycluster.errors import HyclusterError, JobFailed, SettingsError, TooManyQuarantined, UnknownModel
 
 Engines = Callable[[Job, Settings | None], AbstractContextManager[Connect]]
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def _engines(job: Job, settings: Settings | None) -> Iterator[Connect]:
         try:
             directory: Any = find_directory(SHARED_DIRECTORY)
         except ValueError:
-            raise Unavailable("engine: 'shared' needs a running hycluster; start one or take 'dedicated'") from None
+            raise SettingsError("engine: 'shared' needs a running hycluster; start one or take 'dedicated'") from None
         served: Any = ray.get(directory.models.remote())
         if job.model not in served:
             raise UnknownModel(job.model, sorted(served))

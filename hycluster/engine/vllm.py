@@ -12,17 +12,20 @@ vLLM's internals; ``tests/integration/test_vllm_contract.py`` says what they rel
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
+from difflib import get_close_matches
+from typing import Any, cast
 
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.usage.usage_lib import UsageContext
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreRequest, EngineCoreRequestType
 from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
 from vllm.v1.engine.utils import EngineZmqAddresses
@@ -45,6 +48,11 @@ def engine_config(model: Model, model_path: str) -> VllmConfig:
         SettingsError: vLLM refuses an argument or the model; the message is vLLM's.
     """
     arguments = engine_arguments(model, model_path)
+    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    for name in arguments.keys() - known:
+        near = get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise SettingsError(f"models: {model.name}: engine.{name}: vLLM's engine has no such argument{hint}")
     try:
         config = AsyncEngineArgs(**arguments).create_engine_config(UsageContext.ENGINE_CONTEXT)
     except (ValueError, TypeError, OSError, NotImplementedError) as error:
@@ -103,7 +111,7 @@ class VllmEngine:
             logger.exception("engine died")
             self._error = error
         finally:
-            core.shutdown()
+            core.shutdown()  # type: ignore[no-untyped-call]
             core.output_queue.put_nowait(EngineCoreProc.ENGINE_CORE_DEAD)
 
     def add(self, client: int, frames: Sequence[Frame]) -> None:
@@ -135,7 +143,7 @@ class VllmEngine:
         if isinstance(item, bytes):
             return None
         client, outputs = item
-        return client, self._outputs.encode(outputs)
+        return client, cast("Sequence[Frame]", self._outputs.encode(outputs))
 
     def load(self) -> ReplicaLoad:
         running, waiting = self._core.scheduler.get_request_counts()
@@ -182,7 +190,7 @@ class _EngineCore(EngineCoreProc):
 
     def _process_input_queue(self) -> None:
         idle = not self.has_work()
-        super()._process_input_queue()
+        super()._process_input_queue()  # type: ignore[no-untyped-call]
         if idle:
             # Time spent waiting for work is not the age of a step.
             self.stepped_at = time.monotonic()
@@ -194,7 +202,8 @@ class _EngineCore(EngineCoreProc):
 
     def abort_client(self, client: int) -> None:
         """Drop every request of a client; called in the engine's own thread, after what it sent before."""
-        gone = [request.request_id for request in self.scheduler.requests.values() if request.client_index == client]
+        requests = cast(Scheduler, self.scheduler).requests.values()
+        gone = [request.request_id for request in requests if request.client_index == client]
         self.abort_requests(gone)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -169,29 +170,33 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
-            await _too_large()(scope, receive, send)
-            return
-        seen = 0
+        too_large = HTTPException(413, f"body: is over the limit of {MAX_BODY_BYTES} bytes")
+        seen, answering = 0, False
 
         async def counted() -> Message:
             nonlocal seen
             message = await receive()
-            if message["type"] == "http.request":
-                seen += len(message.get("body", b""))
-                if seen > MAX_BODY_BYTES:
-                    # Too late for an answer of our own: the caller sees a broken request.
-                    return {"type": "http.disconnect"}
+            seen += len(message.get("body", b""))
+            if seen > MAX_BODY_BYTES:
+                raise too_large
             return message
 
-        await self.app(scope, counted, send)
+        async def watched(message: Message) -> None:
+            nonlocal answering
+            answering = True
+            await send(message)
 
-
-def _too_large() -> JSONResponse:
-    message = f"body: is over the limit of {MAX_BODY_BYTES} bytes"
-    body = {"error": {"message": message, "type": "BadRequestError", "param": None, "code": 413}}
-    return JSONResponse(body, status_code=413)
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        try:
+            if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
+                raise too_large
+            await self.app(scope, counted, watched)
+        except HTTPException as error:
+            # vLLM's app answers this itself, in the same form, where it was the one that read.
+            if error is not too_large or answering:
+                raise
+            body = {"error": {"message": error.detail, "type": "BadRequestError", "param": None, "code": 413}}
+            await JSONResponse(body, status_code=413)(scope, receive, send)
 
 
 class ModelDispatch:

@@ -29,7 +29,7 @@ def who(make_job: MakeJob, **changes: Any) -> dict[str, Any]:
 def test_an_attempt_is_written_with_its_digest(tmp_path: Path) -> None:
     output = Output(str(tmp_path / "out"))
     output.claim({})
-    record = output.commit(3, "a/f.parquet#10", results("r", "s"), results("q"))
+    record = output.commit(3, "a/f.parquet#10", results("r", "s"), results("q"), begun_at=1.0)
     assert (record.shard, record.input_file, record.first_row, record.rows) == (3, "a/f.parquet", 10, 3)
     assert (record.quarantined, record.prompt_tokens, record.completion_tokens) == (1, 4, 4)
     assert output.done() == {3}
@@ -45,16 +45,16 @@ def test_an_attempt_is_written_with_its_digest(tmp_path: Path) -> None:
 def test_files_without_rows_are_not_written(tmp_path: Path) -> None:
     output = Output(str(tmp_path))
     output.claim({})
-    assert output.commit(0, "f#0", results("r"), results()).quarantine is None
-    assert output.commit(1, "f#1", results(), results("q")).part is None
+    assert output.commit(0, "f#0", results("r"), results(), begun_at=1.0).quarantine is None
+    assert output.commit(1, "f#1", results(), results("q"), begun_at=1.0).part is None
     assert len(list(tmp_path.rglob("*.parquet"))) == 2
 
 
 def test_the_first_attempt_counts_and_the_rest_is_cleaned_up(tmp_path: Path) -> None:
     output = Output(str(tmp_path))
     output.claim({})
-    first = output.commit(0, "f#0", results("r"), results())
-    assert output.commit(0, "f#0", results("r"), results("q")) == first
+    first = output.commit(0, "f#0", results("r"), results(), begun_at=1.0)
+    assert output.commit(0, "f#0", results("r"), results("q"), begun_at=1.0) == first
     assert len(list(tmp_path.rglob("part-*.parquet"))) == 3
     output.finish({"job": {}}, {"rows": 1})
     assert first.part is not None

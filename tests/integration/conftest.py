@@ -20,7 +20,6 @@ from typing import Any
 import pytest
 import ray
 
-from bench import tiny_llama
 from hycluster import cluster
 from hycluster.directory import SHARED_DIRECTORY, ReplicaReport, find_directory
 
@@ -40,11 +39,6 @@ PROMPTS = [
     "The opposite of cold is",
 ]
 MAX_TOKENS = 24
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama.make(tmp_path_factory.mktemp("tiny") / "model")
 
 
 @pytest.fixture(scope="session")
@@ -110,8 +104,10 @@ def launch(arguments: list[str], log: Path, env: dict[str, str] | None = None) -
 
     def read() -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            lines.put(line)
+        # Reads on after the ready line, so that the command never waits for a full pipe; closes it at the end.
+        with process.stdout:
+            for line in process.stdout:
+                lines.put(line)
         lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()
@@ -151,7 +147,7 @@ def served(settings_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 def replicas(model: str) -> list[ReplicaReport]:
     """What the directory knows of a model's pool."""
-    view = ray.get(find_directory(SHARED_DIRECTORY).sync.remote(model, "test", {}))
+    view: Any = ray.get(find_directory(SHARED_DIRECTORY).sync.remote(model, "test", {}))
     return list(view.replicas)
 
 

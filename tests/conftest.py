@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+
+from bench import tiny_llama
+
+
+@pytest.fixture(scope="session")
+def vllm_imported() -> None:
+    """For tests of modules that import vLLM: its import takes seconds and warns of third parties' sins."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import hycluster.generation
+        import hycluster.ingress.http  # noqa: F401
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder: random weights, a byte-level tokenizer of 258 tokens, a context of 2048."""
+    return tiny_llama.make(tmp_path_factory.mktemp("tiny") / "model")

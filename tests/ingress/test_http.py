@@ -1,0 +1,200 @@
+"""The HTTP door's own parts: dispatch over models, the body's bound, errors in OpenAI's form."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from hycluster.errors import HyclusterError, Overloaded, UnknownModel
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("vllm_imported")]
+
+
+def echo(name: str, *, status: int = 200) -> ASGIApp:
+    """An app that says who it is and what body it read; its ``/v1/models`` lists itself."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        from starlette.requests import Request
+        from starlette.responses import JSONResponse, Response
+
+        if scope["path"] == "/health":
+            await Response(status_code=status)(scope, receive, send)
+            return
+        body = (await Request(scope, receive).body()).decode()
+        said = {"data": [{"id": name}]} if scope["path"] == "/v1/models" else {"app": name, "body": body}
+        await JSONResponse(said, status_code=status)(scope, receive, send)
+
+    return app
+
+
+def client(app: ASGIApp) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://door")
+
+
+class TestModelDispatch:
+    @pytest.fixture
+    def dispatch(self) -> ASGIApp:
+        from hycluster.ingress.http import ModelDispatch
+
+        return ModelDispatch({"a": echo("a"), "b": echo("b")})
+
+    @pytest.mark.parametrize(
+        ("body", "app"),
+        [
+            ('{"model": "a", "prompt": "x"}', "a"),
+            ('{"prompt": "x", "model": "b"}', "b"),
+            ('{"model": "neither"}', "a"),
+            ('{"model": ["b"]}', "a"),
+            ('["b"]', "a"),
+            ("{}", "a"),
+            ("not json", "a"),
+            ("", "a"),
+        ],
+    )
+    async def test_the_model_in_the_body_decides(self, dispatch: ASGIApp, body: str, app: str) -> None:
+        async with client(dispatch) as http:
+            answer = await http.post("/v1/completions", content=body)
+        assert answer.json() == {"app": app, "body": body}
+
+    async def test_a_body_in_pieces(self, dispatch: ASGIApp) -> None:
+        whole = json.dumps({"prompt": "x" * 1000, "model": "b"})
+
+        async def pieces() -> AsyncIterator[bytes]:
+            for start in range(0, len(whole), 100):
+                yield whole[start : start + 100].encode()
+
+        async with client(dispatch) as http:
+            answer = await http.post("/v1/completions", content=pieces())
+        assert answer.json() == {"app": "b", "body": whole}
+
+    async def test_after_the_body_the_app_hears_the_client_leave(self) -> None:
+        from hycluster.ingress.http import ModelDispatch
+
+        heard: list[str] = []
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            heard.extend([(await receive())["type"], (await receive())["type"]])
+
+        messages = iter([{"type": "http.request", "body": b"{}"}, {"type": "http.disconnect"}])
+
+        async def receive() -> Any:
+            return next(messages)
+
+        async def send(_: Any) -> None: ...
+
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+        await ModelDispatch({"a": app})(scope, receive, send)
+        assert heard == ["http.request", "http.disconnect"]
+
+    async def test_models_of_all(self, dispatch: ASGIApp) -> None:
+        async with client(dispatch) as http:
+            answer = await http.get("/v1/models")
+        assert answer.json() == {"object": "list", "data": [{"id": "a"}, {"id": "b"}]}
+
+    async def test_health_is_the_worst_of_all(self, dispatch: ASGIApp) -> None:
+        from hycluster.ingress.http import ModelDispatch
+
+        async with client(dispatch) as http:
+            assert (await http.get("/health")).status_code == 200
+        async with client(ModelDispatch({"a": echo("a"), "b": echo("b", status=503)})) as http:
+            assert (await http.get("/health")).status_code == 503
+
+    async def test_other_gets_go_to_the_first(self, dispatch: ASGIApp) -> None:
+        async with client(dispatch) as http:
+            assert (await http.get("/metrics")).json()["app"] == "a"
+
+
+class TestBodyLimit:
+    LIMIT = 1000
+
+    @pytest.fixture(params=["one app", "several", "vLLM's way of reading"])
+    def limited(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ASGIApp:
+        from fastapi import FastAPI
+        from vllm.entrypoints.serve.exception_handling import register
+
+        from hycluster.ingress import http
+
+        monkeypatch.setattr(http, "MAX_BODY_BYTES", self.LIMIT)
+        if request.param == "one app":
+            return http.BodyLimit(echo("a"))
+        if request.param == "several":
+            return http.BodyLimit(http.ModelDispatch({"a": echo("a"), "b": echo("b")}))
+        api = FastAPI()
+
+        @api.post("/v1/completions")
+        async def complete(asked: dict[str, str]) -> dict[str, str]:
+            return {"app": "a", "body": json.dumps(asked)}
+
+        registering: Callable[[FastAPI], None] = next(
+            getattr(register, name) for name in dir(register) if name.startswith("register_")
+        )
+        api.state.args = type("Arguments", (), {"log_error_stack": False})
+        registering(api)
+        return http.BodyLimit(api)
+
+    def body(self, size: int) -> bytes:
+        return json.dumps({"prompt": "x" * (size - 14)}).encode()
+
+    async def in_pieces(self, size: int) -> AsyncIterator[bytes]:
+        whole = self.body(size)
+        for start in range(0, size, 300):
+            yield whole[start : start + 300]
+
+    async def test_up_to_the_bound(self, limited: ASGIApp) -> None:
+        body = self.body(self.LIMIT)
+        assert len(body) == self.LIMIT
+        async with client(limited) as http:
+            assert (await http.post("/v1/completions", content=body)).json() == {"app": "a", "body": body.decode()}
+            answer = await http.post("/v1/completions", content=self.in_pieces(self.LIMIT))
+            assert answer.json() == {"app": "a", "body": body.decode()}
+
+    async def test_a_declared_length_over_it(self, limited: ASGIApp) -> None:
+        async with client(limited) as http:
+            answer = await http.post("/v1/completions", content=self.body(self.LIMIT + 1))
+        self.refused(answer)
+
+    async def test_an_undeclared_length_over_it(self, limited: ASGIApp) -> None:
+        async with client(limited) as http:
+            answer = await http.post("/v1/completions", content=self.in_pieces(self.LIMIT + 1))
+        self.refused(answer)
+
+    def refused(self, answer: httpx.Response) -> None:
+        assert answer.status_code == 413
+        error = answer.json()["error"]
+        assert error["message"] == f"body: is over the limit of {self.LIMIT} bytes"
+        assert error["code"] == 413
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind", "retry_after"),
+    [
+        (Overloaded("full", retry_after_s=0.2), 429, "RateLimitError", "1"),
+        (Overloaded("full", retry_after_s=2.5), 429, "RateLimitError", "3"),
+        (Overloaded("full"), 429, "RateLimitError", None),
+        (UnknownModel("x", ["a"]), 404, "NotFoundError", None),
+    ],
+)
+async def test_errors_in_openais_form(error: HyclusterError, status: int, kind: str, retry_after: str | None) -> None:
+    from fastapi import FastAPI
+
+    from hycluster.ingress.http import answer_error
+
+    api = FastAPI()
+    api.add_exception_handler(HyclusterError, answer_error)
+
+    @api.get("/")
+    async def fail() -> None:
+        raise error
+
+    async with client(api) as http:
+        answer = await http.get("/")
+    assert answer.status_code == status
+    assert answer.json() == {"error": {"message": error.message, "type": kind, "param": None, "code": status}}
+    assert answer.headers.get("retry-after") == retry_after

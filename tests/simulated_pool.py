@@ -1,0 +1,110 @@
+"""Replicas without Ray and vLLM: simulated engines behind real sockets on loopback, and what they would generate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import SimpleNamespace, TracebackType
+from typing import Any
+
+from hycluster.config import DataPlane, Model, Simulated
+from hycluster.core import ReplicaAddress
+from hycluster.directory import Directory, ReplicaReport
+from hycluster.engine import messages
+from hycluster.engine.simulated import SimulatedEngine
+from hycluster.engine.timing import SimulatedScheduler
+from hycluster.wire import EngineServer
+
+LOOPBACK = DataPlane(host="127.0.0.1")
+
+
+class SimulatedReplica:
+    """One engine and its sockets."""
+
+    def __init__(self, settings: Simulated, replica_id: str = "r0", model: str = "tiny") -> None:
+        self.engine = SimulatedEngine(settings)
+        self.server = EngineServer(
+            self.engine, replica_id=replica_id, model=model, host=LOOPBACK.host or "", ports=LOOPBACK
+        )
+        self.accepting = True
+
+    @property
+    def address(self) -> ReplicaAddress:
+        return self.server.address
+
+    @property
+    def report(self) -> ReplicaReport:
+        return ReplicaReport(self.address, self.engine.load(), self.accepting)
+
+    @property
+    def requests(self) -> int:
+        load = self.engine.load()
+        return load.running + load.waiting
+
+    def die(self) -> None:
+        """As when the process is killed: its gateways find out by themselves."""
+        self.engine.kill(RuntimeError("killed"))
+
+    def close(self) -> None:
+        self.engine.shutdown()
+        self.server.close()
+
+
+class SimulatedPool:
+    """Replicas that differ in nothing but their ids."""
+
+    def __init__(self, settings: Simulated, replicas: int) -> None:
+        self.settings = settings
+        self.replicas = [SimulatedReplica(settings, f"r{number}") for number in range(replicas)]
+
+    def __enter__(self) -> SimulatedPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for replica in self.replicas:
+            replica.close()
+
+    def __getitem__(self, index: int) -> SimulatedReplica:
+        return self.replicas[index]
+
+    @property
+    def reports(self) -> list[ReplicaReport]:
+        return [replica.report for replica in self.replicas]
+
+    def directory(self, model: Model) -> Any:
+        """What a gateway follows, without an actor: it knows these replicas and nothing changes."""
+        directory = Directory()
+
+        async def sync(name: str, gateway_id: str, outstanding: dict[str, int]) -> Any:
+            for report in self.reports:
+                directory.report(model, report)
+            return directory.sync(name, gateway_id, outstanding)
+
+        return SimpleNamespace(sync=SimpleNamespace(remote=sync))
+
+
+def predicted(prompt: list[int], max_tokens: int, settings: Simulated) -> list[int]:
+    """The tokens that any simulated engine of these settings gives to this prompt, end of sequence ignored."""
+    scheduler = SimulatedScheduler(settings)
+    params = messages.SamplingParams(max_tokens=max_tokens)
+    scheduler.add(
+        0,
+        messages.EngineCoreRequest(
+            request_id="r", prompt_token_ids=prompt, sampling_params=params, arrival_time=time.time()
+        ),
+    )
+    tokens: list[int] = []
+    while scheduler.has_work:
+        for output in scheduler.step(0.0).outputs.get(0, []):
+            tokens += output.new_token_ids
+    return tokens
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    """Wait until it holds; for what other threads do."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.005)

@@ -1,0 +1,126 @@
+"""The command as a process: what it imports, and how it refuses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = {"ray", "vllm", "torch", "transformers", "pyarrow", "grpc", "pandas"}
+
+# Runs the command in this interpreter and says at its end what was imported.
+SPY = """
+import atexit, sys
+atexit.register(lambda: print("imported:", *sorted({name.partition(".")[0] for name in sys.modules}), file=sys.stderr))
+from hycluster.cli import main
+sys.argv = ["hycluster", *sys.argv[1:]]
+main()
+"""
+
+
+def run(*arguments: str, home: Path) -> tuple[subprocess.CompletedProcess[str], set[str]]:
+    """The finished process, and the top-level modules that it had imported; its standard error without them."""
+    done = subprocess.run(
+        [sys.executable, "-c", SPY, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "HYCLUSTER_HOME": str(home), "COLUMNS": "120", "RAY_ADDRESS": "127.0.0.1:1"},
+    )
+    said, _, imported = done.stderr.rpartition("imported:")
+    done.stderr = said
+    return done, set(imported.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), ["serve", "batch", "version"]),
+        (("serve",), ["CONFIG", "--http-port", "--grpc-port", "--set"]),
+        (("batch",), ["run"]),
+        (("batch", "run"), ["JOB", "--input", "--output", "--engine", "--set"]),
+    ],
+)
+def test_help_imports_nothing_heavy(tmp_path: Path, arguments: tuple[str, ...], says: list[str]) -> None:
+    done, imported = run(*arguments, "--help", home=tmp_path)
+    assert done.returncode == 0
+    assert all(word in done.stdout for word in says)
+    assert "hycluster" in imported
+    assert not HEAVY & imported
+
+
+def test_version(tmp_path: Path) -> None:
+    done, imported = run("version", home=tmp_path)
+    assert done.stdout.strip() == "0.1.0"
+    assert not HEAVY & imported
+
+
+GOOD = """
+models:
+  - name: m
+    source: /nowhere/at/all
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "says"),
+    [
+        (GOOD + "nonsense: 1\n", (), "nonsense"),
+        (GOOD, ("--set", "http.prot=1"), "http.prot"),
+        (GOOD, ("--set", "http.port"), "--set: 'http.port' must be of the form KEY=VALUE"),
+        (GOOD, ("--http-port", "70000"), "http.port: 70000"),
+        (GOOD, ("--grpc-port", "-1"), "grpc.port: -1"),
+        (GOOD, ("--set", "models.0.replicas.min=0"), "replicas.min: 0"),
+        (GOOD, (), "/nowhere/at/all"),
+        ("models: [", (), "is not YAML"),
+        ("", (), "is empty"),
+        (None, (), "no such file"),
+    ],
+)
+def test_wrong_settings_are_one_line_and_exit_2(
+    tmp_path: Path, settings: str | None, arguments: tuple[str, ...], says: str
+) -> None:
+    path = tmp_path / "settings.yaml"
+    if settings is not None:
+        path.write_text(settings)
+    done, imported = run("serve", str(path), *arguments, home=tmp_path)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("starting ")]
+    assert line.startswith("error: ")
+    assert says in line
+    assert not {"ray", "vllm", "torch"} & imported
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("sreve",), "sreve"),
+        (("serve", "--http-prot", "1"), "--http-prot"),
+        (("serve", "--http-port", "many"), "--http-port"),
+        (("batch", "run"), "JOB"),
+    ],
+)
+def test_wrong_use_exits_2_and_names_what(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
+    done, imported = run(*arguments, home=tmp_path)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not HEAVY & imported
+
+
+def test_no_ray_at_the_address_is_one_line(tmp_path: Path) -> None:
+    # A model that is in order, so that the command gets as far as Ray.
+    model = tmp_path / "model"
+    model.mkdir()
+    for name, content in (("config.json", '{"model_type": "llama"}'), ("tokenizer.json", "{}")):
+        (model / name).write_text(content)
+    path = tmp_path / "settings.yaml"
+    path.write_text(f"models: [{{name: m, source: {model}, simulated: {{}}}}]")
+    done, _ = run("serve", str(path), home=tmp_path)
+    assert done.returncode == 2
+    assert "error: RAY_ADDRESS: no Ray cluster at '127.0.0.1:1'" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from hycluster import directory
+from hycluster.config import Model, Settings
+from hycluster.core import ReplicaAddress, ReplicaLoad
+from hycluster.directory import FORGET_AFTER_S, Directory, ReplicaReport
+
+MODEL = Model(name="m", source="/m")
+
+
+class Clock(SimpleNamespace):
+    """In the place of the ``time`` module."""
+
+    now: float = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(directory, "time", clock)
+    return clock
+
+
+def report(replica_id: str, *, accepting: bool = True, running: int = 0) -> ReplicaReport:
+    address = ReplicaAddress(replica_id, MODEL.name, "tcp://h:1", "tcp://h:2", "token")
+    return ReplicaReport(address, ReplicaLoad(running=running), accepting)
+
+
+def seen(there: Directory, gateway: str = "g") -> list[str]:
+    return [r.address.replica_id for r in there.sync(MODEL.name, gateway, {}).replicas]
+
+
+def test_what_replicas_say_gateways_hear() -> None:
+    there = Directory()
+    there.report(MODEL, report("a", running=3))
+    there.report(MODEL, report("b", accepting=False))
+    view = there.sync(MODEL.name, "g", {})
+    assert view.model == MODEL
+    a, b = view.replicas
+    assert (a.address.replica_id, a.load.running, a.accepting) == ("a", 3, True)
+    assert (b.address.replica_id, b.accepting) == ("b", False)
+    assert there.models() == {"m": 1}
+
+
+def test_the_last_word_counts() -> None:
+    there = Directory()
+    there.report(MODEL, report("a", running=3))
+    there.report(MODEL, report("a", running=5))
+    (only,) = there.sync(MODEL.name, "g", {}).replicas
+    assert only.load.running == 5
+
+
+def test_an_unknown_model_has_no_pool() -> None:
+    view = Directory().sync("nope", "g", {"a": 1})
+    assert view.model is None
+    assert view.replicas == []
+
+
+def test_models_are_kept_apart() -> None:
+    there = Directory()
+    other = Model(name="other", source="/o")
+    there.report(MODEL, report("a"))
+    there.report(other, report("b"))
+    assert seen(there) == ["a"]
+    assert there.models() == {"m": 1, "other": 1}
+
+
+def test_a_replica_that_is_silent_is_forgotten(clock: Clock) -> None:
+    there = Directory()
+    there.report(MODEL, report("silent"))
+    clock.now += FORGET_AFTER_S / 2
+    there.report(MODEL, report("talking"))
+    clock.now += FORGET_AFTER_S / 2 - 0.1
+    assert seen(there) == ["silent", "talking"]
+    clock.now += 0.2
+    assert there.models() == {"m": 1}
+    assert seen(there) == ["talking"]
+
+
+def test_a_replica_that_leaves_is_gone_at_once() -> None:
+    there = Directory()
+    there.report(MODEL, report("a"))
+    there.report(MODEL, report("b"))
+    there.leave(MODEL.name, "a")
+    there.leave(MODEL.name, "never there")
+    there.leave("no such model", "a")
+    assert seen(there) == ["b"]
+
+
+def test_outstanding_tokens_by_gateway() -> None:
+    there = Directory()
+    there.report(MODEL, report("a"))
+    there.report(MODEL, report("b"))
+    there.sync(MODEL.name, "g1", {"a": 10, "b": 20})
+    view = there.sync(MODEL.name, "g2", {"a": 5})
+    assert [r.load.outstanding_tokens for r in view.replicas] == [{"g1": 10, "g2": 5}, {"g1": 20, "g2": 0}]
+    view = there.sync(MODEL.name, "g1", {})
+    assert [r.load.outstanding_tokens for r in view.replicas] == [{"g1": 0, "g2": 5}, {"g1": 0, "g2": 0}]
+
+
+def test_what_a_silent_gateway_had_outstanding_is_forgotten(clock: Clock) -> None:
+    there = Directory()
+    there.report(MODEL, report("a"))
+    there.sync(MODEL.name, "gone", {"a": 1000})
+    clock.now += FORGET_AFTER_S + 0.1
+    there.report(MODEL, report("a"))
+    (only,) = there.sync(MODEL.name, "g", {"a": 1}).replicas
+    assert only.load.outstanding_tokens == {"g": 1}
+
+
+def test_settings_are_kept_for_those_who_join() -> None:
+    there = Directory()
+    assert there.settings() is None
+    settings = Settings(models=(MODEL,))
+    there.set_settings(settings)
+    assert there.settings() == settings
