@@ -6,6 +6,8 @@ The model has random weights and next to no size, so the control plane is what i
 started, warmed up, measured and stopped on its own, round after round, so that none runs beside another;
 the figures are medians over rounds and the ratios are against ``vllm-uni``, the stronger of the two ways to
 run vLLM bare (``vllm`` is how it starts by itself on a CPU: an executor process that waits by spinning).
+``serve-proxy`` and ``serve-haproxy`` are hycluster's gateway and replicas with Ray Serve's proxy as the front, in
+place of a door that listens itself.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from bench import tiny_llama
 MODEL = "tiny"
 LEVELS = {1: 24, 8: 128, 32: 512}
 BASE = "vllm-uni"
+SIDES = ("hycluster", "serve-proxy", "serve-haproxy", "vllm-uni", "vllm", "ray-serve-llm")
 
 
 def free_port() -> int:
@@ -80,8 +83,8 @@ def running(command: list[str], env: dict[str, str], log: Path) -> Iterator[subp
 def side(name: str, model: Path, port: int, work: Path, cpus: float) -> tuple[list[str], dict[str, str]]:
     """Command and environment of one side."""
     kv_bytes = str(1 << 30)
-    quiet = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "RAY_AUTH_MODE": "disabled"}
-    if name == "hycluster":
+    quiet = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+    if name in ("hycluster", "serve-proxy", "serve-haproxy"):
         settings = {
             "models": [
                 {
@@ -94,6 +97,9 @@ def side(name: str, model: Path, port: int, work: Path, cpus: float) -> tuple[li
         }
         path = work / "settings.yaml"
         path.write_text(json.dumps(settings))
+        if name != "hycluster":
+            haproxy = {"RAY_SERVE_ENABLE_HA_PROXY": "1"} if name == "serve-haproxy" else {}
+            return [sys.executable, "-m", "bench.serve_front", str(path), str(port)], quiet | haproxy
         command = [sys.executable, "-m", "hycluster", "serve", str(path), "--http-port", str(port), "--grpc-port", "0"]
         return command, quiet
     if name in ("vllm", "vllm-uni"):
@@ -107,7 +113,7 @@ def side(name: str, model: Path, port: int, work: Path, cpus: float) -> tuple[li
         return command, quiet | own | ({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if name == "vllm-uni" else {})
     if name == "ray-serve-llm":
         return [sys.executable, "-m", "bench.ray_serve_llm", str(model), str(port)], quiet
-    raise SystemExit(f"--sides: {name!r} is unknown; known are hycluster, vllm, vllm-uni, ray-serve-llm")
+    raise SystemExit(f"--sides: {name!r} is unknown; known are {SIDES}")
 
 
 def measure(name: str, model: Path, work: Path, cpus: float) -> dict[int, dict[str, Any]]:

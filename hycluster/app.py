@@ -28,7 +28,7 @@ def build(arguments: dict[str, Any]) -> Application:
 
 def application(settings: Settings, directory: str = SHARED_DIRECTORY) -> Application:
     """Replicas of every model, and doors that open when all of them can serve."""
-    replicas = [_replicas(model, settings, directory) for model in settings.models]
+    pools = [replicas(model, settings, directory) for model in settings.models]
     door = serve.deployment(
         name="door",
         num_replicas=settings.doors,
@@ -39,7 +39,7 @@ def application(settings: Settings, directory: str = SHARED_DIRECTORY) -> Applic
         graceful_shutdown_wait_loop_s=0.1,
         max_ongoing_requests=1000,
     )(Door)
-    return door.bind(settings, directory, *replicas)
+    return door.bind(settings, directory, *pools)
 
 
 # The door's work is Python on one thread; OpenMP's would only stand in the engine's way.
@@ -71,7 +71,8 @@ def actor_options(model: Model) -> dict[str, Any]:
     return options
 
 
-def _replicas(model: Model, settings: Settings, directory: str) -> Application:
+def replicas(model: Model, settings: Settings, directory: str) -> Application:
+    """One model's pool as a deployment."""
     deployment = serve.deployment(
         name=deployment_name(model),
         num_replicas=model.replicas.count,

@@ -15,11 +15,11 @@ import typer
 
 from hycluster import __version__
 from hycluster.batch.cli import app as batch_app
-from hycluster.config import DEFAULT_SETTINGS, Settings, load_settings
+from hycluster.config import DEFAULT_SETTINGS, load_settings
 from hycluster.errors import HyclusterError
 
 if TYPE_CHECKING:
-    from hycluster.cluster import Deployed
+    pass
 
 app = typer.Typer(
     name="hycluster",
@@ -82,7 +82,7 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     try:
-        deployed = _deploy_unless_stopped(settings, started_ray, stopping)
+        deployed = cluster.deploy(settings, started_ray=started_ray, stopping=stopping)
         if deployed is not None:
             typer.echo(
                 f"ready {deployed.doors.http} grpc {deployed.doors.grpc} ray {deployed.ray}"
@@ -94,27 +94,9 @@ def serve(
         typer.echo("draining ...", err=True)
         cluster.stop(settings.drain_timeout_s)
         typer.echo("stopped", err=True)
-    except HyclusterError:
-        if not started_ray:
-            cluster.stop(drain_timeout_s=0)
-        raise
     finally:
         # A cluster of our own ends with this, whatever became of the application.
         ray.shutdown()
-
-
-def _deploy_unless_stopped(settings: Settings, started_ray: bool, stopping: threading.Event) -> Deployed | None:
-    """Deploy in a thread, so that a signal during the start is heard."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    from hycluster import cluster
-
-    pool = ThreadPoolExecutor(1)
-    deploying = pool.submit(cluster.deploy, settings, started_ray=started_ray)
-    while not stopping.wait(0.1):
-        if deploying.done():
-            return deploying.result()
-    return None
 
 
 def main() -> None:

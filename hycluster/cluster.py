@@ -14,16 +14,18 @@ import os
 import re
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray import serve
 from ray._private.authentication.authentication_token_setup import enable_token_auth_by_default
 from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
 from hycluster.app import APP_NAME, actor_options, application
@@ -156,8 +158,8 @@ class Deployed:
     ray: str
 
 
-def deploy(settings: Settings, *, started_ray: bool) -> Deployed:
-    """Start the application and wait until a request would succeed.
+def deploy(settings: Settings, *, started_ray: bool, stopping: threading.Event) -> Deployed | None:
+    """Start the application and wait until a request would succeed, or until ``stopping`` is set: then None.
 
     Args:
         started_ray: whether this process started the Ray cluster; then Serve's own proxies have no use.
@@ -166,40 +168,42 @@ def deploy(settings: Settings, *, started_ray: bool) -> Deployed:
         SettingsError, EngineStartFailed: an engine or a door could not start; one line says why.
     """
     check_resources(settings.models)
-    ray.get(open_directory().set_settings.remote(settings))
     serve.start(proxy_location="Disabled" if started_ray else "EveryNode")
+    if APP_NAME in serve.status().applications:
+        raise SettingsError("RAY_ADDRESS: a hycluster is running in this Ray cluster already; stop it first")
     serve.run_many(
         [serve.RunTarget(application(settings), name=APP_NAME, route_prefix=None)],
         wait_for_applications_running=False,
     )
-    _wait_until_running(settings.start_timeout_s)
-    door = serve.get_app_handle(APP_NAME)
     try:
-        door = serve.get_app_handle(APP_NAME)
-        addresses: DoorAddresses = door.addresses.remote().result(timeout_s=settings.start_timeout_s)
-        while not door.able.remote().result(timeout_s=settings.start_timeout_s):
-            time.sleep(0.1)
-    except ray.exceptions.RayError as error:
-        raise _failure(str(error)) from None
-    return Deployed(addresses, ray.get_runtime_context().gcs_address)
+        addresses = _wait_until_open(settings.start_timeout_s, stopping)
+    except (HyclusterError, ray.exceptions.RayError) as error:
+        if not started_ray:
+            stop(drain_timeout_s=0)
+        raise (error if isinstance(error, HyclusterError) else _failure(str(error))) from None
+    return Deployed(addresses, ray.get_runtime_context().gcs_address) if addresses else None
 
 
-def _wait_until_running(timeout_s: float) -> None:
+def _wait_until_open(timeout_s: float, stopping: threading.Event) -> DoorAddresses | None:
+    """Wait until the doors are open; None if ``stopping`` is set before."""
     deadline = time.monotonic() + timeout_s
-    while True:
+    door: DeploymentHandle[Any] | None = None
+    while not stopping.wait(0.2):
         app = serve.status().applications.get(APP_NAME)
         messages = [app.message, *(d.message for d in app.deployments.values())] if app else []
         # The first reason that an engine or a door gives is enough: trying again would not change it.
         if any(_REASON.search(text) for text in messages):
             raise _failure(" ".join(messages))
-        if app and app.status == ApplicationStatus.RUNNING:
-            return
+        state = _one_line(" ".join(messages))
         if app and app.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
-            raise EngineStartFailed(f"the application did not start: {_one_line(' '.join(messages))}")
+            raise EngineStartFailed(f"the application did not start: {state}")
+        if app and app.status == ApplicationStatus.RUNNING:
+            door = door or serve.get_app_handle(APP_NAME)
+            if addresses := door.addresses.remote().result(timeout_s=timeout_s):
+                return cast(DoorAddresses, addresses)
         if time.monotonic() > deadline:
-            state = _one_line(" ".join(messages))
             raise EngineStartFailed(f"start_timeout_s: the application did not run after {timeout_s:g} s: {state}")
-        time.sleep(0.2)
+    return None
 
 
 def _failure(report: str) -> HyclusterError:

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from hycluster.config import Model, Settings
+from hycluster.config import Model
 from hycluster.core import ReplicaAddress, ReplicaLoad
 
 NAMESPACE = "hycluster"
@@ -52,14 +52,6 @@ class Directory:
 
     def __init__(self) -> None:
         self._pools: dict[str, _Pool] = {}
-        self._settings: Settings | None = None
-
-    def set_settings(self, settings: Settings) -> None:
-        """Kept for tools that join a running cluster."""
-        self._settings = settings
-
-    def settings(self) -> Settings | None:
-        return self._settings
 
     def report(self, model: Model, report: ReplicaReport) -> None:
         """A replica is there."""

@@ -101,17 +101,16 @@ class Door:
             self._able = False
             await asyncio.gather(http.stop(), grpc.stop(settings.drain_timeout_s))
 
-    async def addresses(self) -> DoorAddresses:
-        """Where this door listens, once it is open.
+    async def addresses(self) -> DoorAddresses | None:
+        """Where this door listens; None until a request to any model would succeed.
 
         Raises:
             RuntimeError: it could not open.
         """
-        return await asyncio.shield(asyncio.wrap_future(self._opened))
-
-    async def able(self) -> bool:
-        """A request to any model would succeed."""
-        return self._able
+        if not self._opened.done():
+            return None
+        addresses = self._opened.result()
+        return addresses if self._able else None
 
     async def check_health(self) -> None:
         """Called by Ray Serve; raising makes it replace this door."""

@@ -105,6 +105,10 @@ class Generator:
                         output = await anext(outputs, None)
                     if output is None:
                         return
+                    for sequence in output.outputs:
+                        # vLLM hands these out as if they were answers.
+                        if sequence.finish_reason in ("error", "abort"):
+                            raise Unavailable(f"the engine ended this request early ({sequence.finish_reason})")
                     yield output
 
     def _gateway(self, model: str) -> Gateway:
@@ -123,6 +127,10 @@ class Generator:
         renderer = gateway.renderer
         engine_input: EngineInput
         if messages is not None:
+            for number, message in enumerate(messages):
+                # vLLM's own doors check this before they render.
+                if not message.get("role"):
+                    raise InvalidInput(f"messages[{number}].role: must be set")
             _, (engine_input,) = await renderer.render_chat_async(
                 [messages],  # type: ignore[list-item]
                 ChatParams(chat_template_kwargs={"add_generation_prompt": True}),

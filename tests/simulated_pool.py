@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from types import SimpleNamespace, TracebackType
-from typing import Any
+from typing import Any, Self
 
 from hycluster.config import DataPlane, Model, Simulated
 from hycluster.core import ReplicaAddress
@@ -57,7 +57,7 @@ class SimulatedPool:
         self.settings = settings
         self.replicas = [SimulatedReplica(settings, f"r{number}") for number in range(replicas)]
 
-    def __enter__(self) -> SimulatedPool:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

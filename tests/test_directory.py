@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from hycluster import directory
-from hycluster.config import Model, Settings
+from hycluster.config import Model
 from hycluster.core import ReplicaAddress, ReplicaLoad
 from hycluster.directory import FORGET_AFTER_S, Directory, ReplicaReport
 
@@ -113,11 +113,3 @@ def test_what_a_silent_gateway_had_outstanding_is_forgotten(clock: Clock) -> Non
     there.report(MODEL, report("a"))
     (only,) = there.sync(MODEL.name, "g", {"a": 1}).replicas
     assert only.load.outstanding_tokens == {"g": 1}
-
-
-def test_settings_are_kept_for_those_who_join() -> None:
-    there = Directory()
-    assert there.settings() is None
-    settings = Settings(models=(MODEL,))
-    there.set_settings(settings)
-    assert there.settings() == settings

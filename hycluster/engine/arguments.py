@@ -37,6 +37,11 @@ def engine_arguments(model: Model, model_path: str) -> dict[str, Any]:
     for argument, setting in _OWNED.items():
         if argument in model.engine:
             raise SettingsError(f"models: {model.name}: engine.{argument}: is set by {setting!r}; remove it here")
+    if model.parallel.data != 1:
+        raise SettingsError(
+            f"models: {model.name}: parallel.data: {model.parallel.data} is not allowed; must be 1 for now"
+            " (take more replicas: they share nothing)"
+        )
     arguments: dict[str, Any] = {
         "model": model_path,
         "served_model_name": [model.name],

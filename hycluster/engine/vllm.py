@@ -24,9 +24,10 @@ from typing import Any, cast
 
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreRequest, EngineCoreRequestType
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType, FinishReason
 from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
 from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.executor import Executor
@@ -39,6 +40,8 @@ from hycluster.engine.protocol import EngineInfo, Frame
 from hycluster.errors import EngineStartFailed, SettingsError
 
 logger = logging.getLogger(__name__)
+
+WARM_UP_TOKENS = 16
 
 
 def engine_config(model: Model, model_path: str) -> VllmConfig:
@@ -94,6 +97,35 @@ class VllmEngine:
             block_size=cache.block_size,
             supported_tasks=tuple(self._core.get_supported_tasks()),
         )
+        if "generate" in self.info.supported_tasks:
+            self._warm_up(model)
+
+    def _warm_up(self, model: Model) -> None:
+        """Serve one short request: an engine that has started is one that has generated.
+
+        It also takes the first request's dear set-up (lazily made kernels, thread pools) off a caller's hands.
+        """
+        tokens = [i % self._core.vllm_config.model_config.get_vocab_size() for i in range(WARM_UP_TOKENS)]
+        request = EngineCoreRequest(
+            request_id="warm-up",
+            prompt_token_ids=tokens,
+            mm_features=None,
+            sampling_params=SamplingParams(max_tokens=2, temperature=0, ignore_eos=True),
+            pooling_params=None,
+            arrival_time=time.time(),
+            lora_request=None,
+            cache_salt=None,
+            data_parallel_rank=None,
+        )
+        self.add(0, cast("Sequence[Frame]", self._outputs.encode(request)))
+        outputs = MsgpackDecoder(EngineCoreOutputs)
+        while (message := self.next_output()) is not None:
+            for output in outputs.decode(message[1]).outputs:
+                if output.finish_reason is FinishReason.LENGTH:
+                    return
+                if output.finish_reason is not None:
+                    raise EngineStartFailed(f"models: {model.name}: the engine's first request failed; see its log")
+        raise EngineStartFailed(f"models: {model.name}: the engine died at its first request: {self._error}")
 
     def _run(self, config: VllmConfig, started: Future[_EngineCore]) -> None:
         try:

@@ -17,8 +17,7 @@ from difflib import get_close_matches
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request
-from starlette.exceptions import HTTPException
+from fastapi import FastAPI, HTTPException, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -254,8 +253,13 @@ def _model_of(body: bytes) -> str:
 
 
 async def _ask(app: ASGIApp, scope: Scope, receive: Receive) -> tuple[int, bytes]:
-    """Call an ASGI app and keep its answer."""
+    """Call an ASGI app without a body and keep its answer."""
     status, body = 500, b""
+    asked = iter([{"type": "http.request", "body": b"", "more_body": False}])
+
+    async def empty() -> Message:
+        # The caller's own message can be had only once, and there are several apps to ask.
+        return next(asked, None) or await receive()
 
     async def keep(message: Message) -> None:
         nonlocal status, body
@@ -264,5 +268,5 @@ async def _ask(app: ASGIApp, scope: Scope, receive: Receive) -> tuple[int, bytes
         else:
             body += message.get("body", b"")
 
-    await app(dict(scope), receive, keep)
+    await app(dict(scope), empty, keep)
     return status, body

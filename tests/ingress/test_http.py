@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
+from argparse import Namespace
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -14,7 +15,7 @@ from hycluster.errors import HyclusterError, Overloaded, UnknownModel
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("vllm_imported")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60), pytest.mark.usefixtures("vllm_imported")]
 
 
 def echo(name: str, *, status: int = 200) -> ASGIApp:
@@ -35,7 +36,9 @@ def echo(name: str, *, status: int = 200) -> ASGIApp:
 
 
 def client(app: ASGIApp) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://door")
+    return httpx.AsyncClient(
+        transport=httpx.ASGITransport(app), base_url="http://door", headers={"content-type": "application/json"}
+    )
 
 
 class TestModelDispatch:
@@ -117,7 +120,7 @@ class TestBodyLimit:
     @pytest.fixture(params=["one app", "several", "vLLM's way of reading"])
     def limited(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ASGIApp:
         from fastapi import FastAPI
-        from vllm.entrypoints.serve.exception_handling import register
+        from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 
         from hycluster.ingress import http
 
@@ -132,11 +135,8 @@ class TestBodyLimit:
         async def complete(asked: dict[str, str]) -> dict[str, str]:
             return {"app": "a", "body": json.dumps(asked)}
 
-        registering: Callable[[FastAPI], None] = next(
-            getattr(register, name) for name in dir(register) if name.startswith("register_")
-        )
-        api.state.args = type("Arguments", (), {"log_error_stack": False})
-        registering(api)
+        api.state.args = Namespace(log_error_stack=False)
+        init_exception_handler(api)
         return http.BodyLimit(api)
 
     def body(self, size: int) -> bytes:

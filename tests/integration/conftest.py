@@ -138,11 +138,13 @@ def stop(process: subprocess.Popen[str], timeout_s: float = 60) -> int:
 def served(settings_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The cluster. Ends with a drain; a test of its own looks at the exit code."""
     server = launch([str(settings_file)], tmp_path_factory.mktemp("log") / "serve.log")
-    cluster.connect()
-    yield server
-    ray.shutdown()
-    if server.process.poll() is None:
-        stop(server.process)
+    try:
+        cluster.connect()
+        yield server
+    finally:
+        ray.shutdown()
+        if server.process.poll() is None:
+            stop(server.process)
 
 
 def replicas(model: str) -> list[ReplicaReport]:

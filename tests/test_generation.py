@@ -1,0 +1,238 @@
+"""The generator over a gateway and a simulated engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from hycluster.config import Admission, Model, Router, Simulated
+from hycluster.core import Generation, GenerationRequest, ModelCard, Priority, Sampling
+from hycluster.errors import DeadlineExceeded, InvalidInput, Overloaded, Unavailable, UnknownModel
+from tests.simulated_pool import SimulatedPool, eventually, predicted
+
+if TYPE_CHECKING:
+    from hycluster.generation import Generator
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60), pytest.mark.usefixtures("vllm_imported")]
+
+ENGINE: dict[str, Any] = {"vocab_size": 256, "max_model_len": 512}
+FAST = Simulated(**ENGINE, realtime=False)
+SLOW = Simulated(**ENGINE, step_base_s=0.02, decode_token_s=0.0)
+PROMPT = [10, 20, 30]
+
+Open = Callable[..., contextlib.AbstractAsyncContextManager[tuple["Generator", SimulatedPool]]]
+
+
+@pytest.fixture
+def opened(tiny_model: Path) -> Open:
+    @contextlib.asynccontextmanager
+    async def begin(settings: Simulated = FAST, **changes: Any) -> AsyncIterator[tuple[Generator, SimulatedPool]]:
+        from hycluster.gateway import open_gateway
+        from hycluster.generation import Generator
+
+        model = Model(
+            name="tiny",
+            source=str(tiny_model),
+            simulated=settings,
+            engine={"max_model_len": 1024} | changes.pop("engine", {}),
+        )
+        with SimulatedPool(settings, 1) as simulated:
+            async with open_gateway(
+                model,
+                simulated.directory(model),
+                router=Router(),
+                admission=changes.pop("admission", Admission()),
+                wait_s=10,
+            ) as gateway:
+                yield Generator({"tiny": gateway}), simulated
+
+    return begin
+
+
+def ask(max_tokens: int | None = 8, **fields: Any) -> GenerationRequest:
+    if not {"prompt", "messages", "token_ids"} & fields.keys():
+        fields["token_ids"] = PROMPT
+    sampling = {"max_tokens": max_tokens, "ignore_eos": True} | fields.pop("sampling", {})
+    chosen: dict[str, Any] = {"model": "tiny", "sampling": Sampling(**sampling)} | fields
+    return GenerationRequest(**chosen)
+
+
+async def test_generate(opened: Open) -> None:
+    async with opened() as (generator, _):
+        answer = await generator.generate(ask(request_id="mine"))
+    (output,) = answer.outputs
+    assert output.token_ids == predicted(PROMPT, 8, FAST)
+    assert output.text
+    assert (output.index, output.finish_reason, output.logprobs) == (0, "length", None)
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, 8)
+    assert (answer.request_id, answer.model) == ("mine", "tiny")
+
+
+async def test_stream_adds_up_to_the_whole(opened: Open) -> None:
+    async with opened(SLOW) as (generator, _):
+        whole = await generator.generate(ask(sampling={"n": 2, "temperature": 1}))
+        chunks = [chunk async for chunk in generator.stream(ask(sampling={"n": 2, "temperature": 1}))]
+    for index in (0, 1):
+        parts = [output for chunk in chunks for output in chunk.outputs if output.index == index]
+        assert [token for part in parts for token in part.token_ids] == whole.outputs[index].token_ids
+        assert "".join(part.text for part in parts) == whole.outputs[index].text
+        assert [part.finish_reason for part in parts if part.finish_reason] == ["length"]
+    assert len(chunks) > 4
+    assert [chunk.usage for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1].usage == whole.usage
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 16
+
+
+async def test_text_and_chat_are_tokenized_by_the_model(opened: Open) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    async with opened() as (generator, _):
+        text = await generator.tokenize("tiny", prompt="hi")
+        chat = await generator.tokenize("tiny", messages=messages)
+        tokenizer: Any = generator.gateways["tiny"].renderer.tokenizer
+        assert tokenizer.decode(text) == "hi"
+        assert tokenizer.decode(chat) == "user: hi\nassistant:"
+        for asked, ids in ((ask(prompt="hi"), text), (ask(messages=messages), chat)):
+            answer = await generator.generate(asked)
+            assert answer.outputs[0].token_ids == predicted(ids, 8, FAST)
+            assert answer.usage is not None
+            assert answer.usage.prompt_tokens == len(ids)
+
+
+async def test_models(opened: Open) -> None:
+    async with opened() as (generator, simulated):
+        assert await generator.models() == [ModelCard("tiny", 512, 1)]
+        assert await generator.ready()
+        simulated[0].die()
+        async with asyncio.timeout(5):
+            while await generator.ready():  # noqa: ASYNC110 - tests look from outside
+                await asyncio.sleep(0.01)
+        assert await generator.models() == [ModelCard("tiny", 512, 0)]
+        with pytest.raises(Unavailable):
+            await generator.generate(ask())
+
+
+async def test_max_tokens_is_what_the_context_leaves(opened: Open) -> None:
+    async with opened() as (generator, _):
+        for asked in (None, 100_000):
+            answer = await generator.generate(ask(max_tokens=asked))
+            assert len(answer.outputs[0].token_ids) == 512 - len(PROMPT)
+
+
+async def test_sampling_is_the_callers_then_the_models_then_vllms(opened: Open) -> None:
+    from vllm.sampling_params import RequestOutputKind
+
+    from hycluster.generation import sampling_params
+
+    defaults = {"temperature": 0.3, "top_k": 7, "max_new_tokens": 5, "repetition_penalty": 1.25}
+    async with opened(engine={"override_generation_config": defaults}) as (generator, _):
+        gateway = generator.gateways["tiny"]
+        params = sampling_params(gateway, Sampling(), 100, RequestOutputKind.DELTA)
+        assert (params.temperature, params.top_k, params.max_tokens) == (0.3, 7, 5)
+        assert (params.repetition_penalty, params.top_p, params.min_p) == (1.25, 1.0, 0.0)
+        assert params.output_kind is RequestOutputKind.DELTA
+        given = Sampling(temperature=0, top_k=-1, max_tokens=9, top_p=0.5, stop=("x",), stop_token_ids=(4,), seed=3)
+        params = sampling_params(gateway, given, 100, RequestOutputKind.FINAL_ONLY)
+        # Greedy: vLLM sets the others to all.
+        assert (params.temperature, params.max_tokens, params.seed) == (0, 9, 3)
+        assert (params.stop, params.stop_token_ids) == (["x"], [4])
+        assert sampling_params(gateway, given, 2, RequestOutputKind.DELTA).max_tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "says"),
+    [
+        ({"token_ids": [5] * 512}, InvalidInput, "512"),
+        ({"token_ids": [5] * 5000}, InvalidInput, "512"),
+        ({"prompt": "word " * 1000}, InvalidInput, "512"),
+        ({"token_ids": [10**6]}, InvalidInput, "1000000"),
+        ({"token_ids": [-1]}, InvalidInput, "-1"),
+        ({"messages": [{"role": "user", "content": "hi"}, {"content": "hi"}]}, InvalidInput, r"messages\[1\]\.role"),
+        ({"model": "other"}, UnknownModel, "'other' is not served here; served are 'tiny'"),
+        ({"sampling": {"logprobs": 10_000}}, InvalidInput, "logprobs"),
+    ],
+)
+async def test_bad_input_is_named_and_costs_the_others_nothing(
+    opened: Open, fields: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    async with opened() as (generator, simulated):
+        with pytest.raises(error, match=says):
+            await generator.generate(ask(**fields))
+        assert simulated[0].requests == 0
+        assert (await generator.generate(ask())).outputs[0].token_ids == predicted(PROMPT, 8, FAST)
+
+
+async def test_a_request_that_the_engine_fails(opened: Open) -> None:
+    async with opened() as (generator, _):
+        # The engine has no logprobs and says so with an error.
+        with pytest.raises(Unavailable, match=r"the engine ended this request early \(error\)"):
+            await generator.generate(ask(sampling={"logprobs": 1}))
+
+
+async def until_deadline(stream: AsyncIterator[Generation]) -> list[Generation]:
+    """What came before the deadline passed."""
+    chunks: list[Generation] = []
+
+    async def read() -> None:
+        async for chunk in stream:
+            chunks.append(chunk)  # noqa: PERF401 - kept although it raises
+
+    with pytest.raises(DeadlineExceeded):
+        await read()
+    return chunks
+
+
+async def test_deadline(opened: Open) -> None:
+    async with opened(SLOW) as (generator, simulated):
+        with pytest.raises(DeadlineExceeded):
+            await generator.generate(ask(max_tokens=400), deadline_s=0.3)
+        await asyncio.to_thread(eventually, lambda: simulated[0].requests == 0)
+        assert len(await until_deadline(generator.stream(ask(max_tokens=400), deadline_s=0.5))) > 2
+        await asyncio.to_thread(eventually, lambda: simulated[0].requests == 0)
+        assert len((await generator.generate(ask(), deadline_s=10)).outputs[0].token_ids) == 8
+
+
+async def test_a_deadline_is_not_the_callers_fault(opened: Open) -> None:
+    """What the caller does between two chunks is not cut off by its deadline."""
+    async with opened(SLOW) as (generator, _):
+        stream = generator.stream(ask(max_tokens=400), deadline_s=0.2)
+        await anext(stream)
+        await asyncio.sleep(0.4)
+        await until_deadline(stream)
+
+
+async def test_leaving_a_stream_aborts_it(opened: Open) -> None:
+    async with opened(SLOW) as (generator, simulated):
+        async with contextlib.aclosing(generator.stream(ask(max_tokens=400))) as stream:
+            await anext(stream)
+        await asyncio.to_thread(eventually, lambda: simulated[0].requests == 0)
+
+
+async def test_batch_waits_for_online(opened: Open) -> None:
+    settings = Simulated(**ENGINE, step_base_s=0.02, decode_token_s=0.0, max_num_seqs=1)
+    async with opened(settings) as (generator, simulated):
+        ended: list[str] = []
+
+        async def run(name: str, priority: Priority) -> None:
+            await generator.generate(ask(max_tokens=10, priority=priority, request_id=name))
+            ended.append(name)
+
+        first = asyncio.create_task(run("first", Priority.BATCH))
+        await asyncio.to_thread(eventually, lambda: simulated[0].requests == 1)
+        batch = asyncio.create_task(run("batch", Priority.BATCH))
+        await asyncio.to_thread(eventually, lambda: simulated[0].requests == 2)
+        await asyncio.gather(first, batch, run("online", Priority.ONLINE))
+    assert ended.index("online") < ended.index("batch")
+
+
+async def test_admission_counts_every_sequence(opened: Open) -> None:
+    async with opened(admission=Admission(max_requests=2)) as (generator, _):
+        with pytest.raises(Overloaded, match="at most 2"):
+            await generator.generate(ask(sampling={"n": 3, "temperature": 1}))
+        await generator.generate(ask(sampling={"n": 2, "temperature": 1}))
