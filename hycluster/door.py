@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import threading
 from concurrent.futures import Future
@@ -91,6 +92,10 @@ class Door:
                 generator, settings.http, reuse_port=reuse_port, drain_timeout_s=settings.drain_timeout_s
             )
             grpc = await serve_grpc(generator, settings.grpc, reuse_port=reuse_port)
+            # vLLM, torch and Ray leave a heap that a full collection takes a tenth of a second to walk; none of it
+            # will ever be garbage.
+            gc.collect()
+            gc.freeze()
             self._opened.set_result(
                 DoorAddresses(f"http://{settings.http.host}:{http.port}", f"{settings.grpc.host}:{grpc.port}")
             )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any
@@ -248,6 +249,9 @@ async def open_generator(
     async with open_gateway(
         view.model, handle, router=router or Router(), admission=admission or unbounded, wait_s=wait_s
     ) as gateway:
+        # As in a door (see there).
+        gc.collect()
+        gc.freeze()
         yield Generator({model: gateway})
 
 

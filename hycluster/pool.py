@@ -119,6 +119,7 @@ class PoolClient:
         identity = secrets.token_bytes(16)
         requests, outputs = (self._socket(identity) for _ in range(2))
         monitor = outputs.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
+        link = None
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
                 # Say hello only when the other side knows our identity for outputs: none may go astray.
@@ -134,10 +135,11 @@ class PoolClient:
         except (TimeoutError, ConnectionError, OSError, zmq.ZMQError) as error:
             # The directory may still name a replica that has just died; its next word decides.
             logger.warning("no connection to replica %s: %s", address.replica_id, error or "timed out")
-            _close_sockets(requests, outputs, linger_ms=0)
             return
         finally:
             self._connecting.discard(address.replica_id)
+            if link is None:
+                _close_sockets(monitor, requests, outputs)
         self._links[address.replica_id] = link
         self.first_replica.set()
         link.tasks = [asyncio.create_task(end(link)) for end in (self._read, self._watch, self._heed)]
@@ -401,21 +403,26 @@ class PoolClient:
                     await task
         if say_bye:
             await link.requests.send_multipart([Kind.BYE])
-        _close_sockets(link.requests, link.outputs, linger_ms=500 if say_bye else 0)
+        _close_sockets(link.monitor, link.requests, link.outputs, linger_ms=500 if say_bye else 0)
 
     async def close(self) -> None:
         """Say goodbye to every replica; what is still in flight there is dropped."""
         links, self._links = list(self._links.values()), {}
         for link in links:
             await self._close(link, say_bye=True)
+        # A socket that were left open would hold up the context's end for ever.
+        while self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
         self._context.destroy(linger=500)
 
     def shutdown(self, timeout: float | None = None) -> None:
         """``AsyncLLM`` calls this from ``__del__``; :meth:`close` is the way."""
 
 
-def _close_sockets(requests: zmq.asyncio.Socket, outputs: zmq.asyncio.Socket, *, linger_ms: int) -> None:
-    outputs.get_monitor_socket().close(linger=0)
+def _close_sockets(
+    monitor: zmq.asyncio.Socket, requests: zmq.asyncio.Socket, outputs: zmq.asyncio.Socket, *, linger_ms: int = 0
+) -> None:
     outputs.disable_monitor()
+    monitor.close(linger=0)
     requests.close(linger=linger_ms)
     outputs.close(linger=linger_ms)
