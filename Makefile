@@ -34,8 +34,7 @@ bench: setup  ## side-by-side benchmarks
 	@$(BIN)/python -m bench.batch $(ARGS)
 
 proto: setup  ## generate the gRPC code from the .proto
-	@$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --mypy_out=. --grpc_python_out=. --mypy_grpc_out=. \
-	  hycluster/ingress/proto/*.proto
+	@scripts/gen_proto.sh
 
 lock: setup  ## resolve requirements/cpu.lock anew (UPGRADE=1 moves every version)
 	@scripts/lock.sh

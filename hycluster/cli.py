@@ -49,8 +49,12 @@ def version() -> None:
 @app.command()
 def serve(
     config: Annotated[Path, typer.Argument(help="Settings file.")] = DEFAULT_SETTINGS,
-    http_port: Annotated[int | None, typer.Option(help="Port of the HTTP door; 0 takes a free one.")] = None,
-    grpc_port: Annotated[int | None, typer.Option(help="Port of the gRPC door; 0 takes a free one.")] = None,
+    http_port: Annotated[
+        str | None, typer.Option(metavar="PORT", help="Port of the HTTP door; 0 takes a free one.")
+    ] = None,
+    grpc_port: Annotated[
+        str | None, typer.Option(metavar="PORT", help="Port of the gRPC door; 0 takes a free one.")
+    ] = None,
     assignments: SetOption = None,
 ) -> None:
     """Serve the models of CONFIG in the foreground, on the Ray cluster in RAY_ADDRESS or on one of its own.

@@ -127,7 +127,7 @@ def check_resources(models: tuple[Model, ...]) -> None:
     there = ray.cluster_resources()
     wanted = {
         "CPU": sum(m.hardware.cpus * m.replicas.count for m in models),
-        "GPU": sum(m.parallel.devices * m.replicas.count for m in models if m.hardware.accelerator),
+        "GPU": sum(m.parallel.devices * m.replicas.count for m in models if _on_gpu(m)),
         "memory": sum((m.hardware.memory_gib or 0) * GIB * m.replicas.count for m in models),
     }
     for resource, field, unit in (
@@ -142,12 +142,16 @@ def check_resources(models: tuple[Model, ...]) -> None:
             )
     for model in models:
         accelerator = model.hardware.accelerator
-        if accelerator and f"accelerator_type:{accelerator}" not in there:
+        if _on_gpu(model) and f"accelerator_type:{accelerator}" not in there:
             kinds = sorted(name.split(":", 1)[1] for name in there if name.startswith("accelerator_type:"))
             raise SettingsError(
                 f"models: {model.name}: hardware.accelerator: {accelerator!r} is not in this Ray cluster;"
                 f" there are {kinds or 'none'}"
             )
+
+
+def _on_gpu(model: Model) -> bool:
+    return model.hardware.accelerator is not None and model.simulated is None
 
 
 @dataclass(frozen=True, slots=True)

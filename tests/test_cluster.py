@@ -19,6 +19,12 @@ from hycluster.errors import SettingsError
 GIB = 1 << 30
 
 
+@pytest.fixture(autouse=True)
+def _not_joined_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests of this session may have left a Ray cluster running in this process."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+
+
 @pytest.fixture
 def there(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """What the Ray cluster has."""

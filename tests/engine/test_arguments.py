@@ -36,17 +36,22 @@ def test_what_the_settings_own_is_refused(argument: str, setting: str) -> None:
 
 def test_what_the_settings_say_reaches_the_engine() -> None:
     arguments = engine_arguments(
-        model(parallel=Parallel(tensor=2, pipeline=3, data=4, expert=True), hardware=GPU), "/elsewhere"
+        model(parallel=Parallel(tensor=2, pipeline=3, expert=True), hardware=GPU), "/elsewhere"
     )
     assert arguments == {
         "model": "/elsewhere",
         "served_model_name": ["m"],
         "tensor_parallel_size": 2,
         "pipeline_parallel_size": 3,
-        "data_parallel_size": 4,
+        "data_parallel_size": 1,
         "enable_expert_parallel": True,
         "scheduling_policy": "priority",
     }
+
+
+def test_data_parallel_engines_are_refused_for_now() -> None:
+    with pytest.raises(SettingsError, match=r"^models: m: parallel\.data: 2 is not allowed; must be 1"):
+        engine_arguments(model(parallel=Parallel(data=2)), "/folder")
 
 
 def test_defaults_on_cpu() -> None:
