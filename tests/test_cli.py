@@ -100,7 +100,7 @@ def test_wrong_settings_are_one_line_and_exit_2(
     [
         (("sreve",), "sreve"),
         (("serve", "--http-prot", "1"), "--http-prot"),
-        (("serve", "--http-port", "many"), "--http-port"),
+        (("serve", "--http-port", "many"), "http.port: 'many' is not allowed"),
         (("batch", "run"), "JOB"),
     ],
 )
