@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,13 @@ from hycluster.batch.job import Job
 MakeJob = Callable[..., Job]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def local_ray() -> Iterator[None]:
     import ray
     from ray import cloudpickle
 
     from tests.batch import stand_in
 
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     # Ray's worker processes do not have the tests on their path.
     cloudpickle.register_pickle_by_value(stand_in)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
