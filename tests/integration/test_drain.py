@@ -14,7 +14,7 @@ import pytest
 
 from hycluster.client import AsyncClient
 from hycluster.core import Sampling
-from tests.integration.conftest import SIMULATED, launch, stop
+from tests.integration.conftest import SIMULATED, eventually, launch, stop
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 TOKENS = 250
@@ -85,7 +85,9 @@ def test_sigterm_during_the_start(tiny_model: Path, tmp_path: Path) -> None:
         text=True,
         env={**os.environ, "HYCLUSTER_HOME": str(tmp_path / "home")},
     )
-    time.sleep(8)
+    # Ray is up, the engine is not. (While Ray itself starts, its own handler would end the process at once.)
+    eventually((tmp_path / "home" / "state" / "cluster.json").exists, 60, "Ray has started")
+    time.sleep(1)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
