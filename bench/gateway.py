@@ -2,10 +2,11 @@
 
     make bench          or          python -m bench.gateway --rounds 3 --sides hycluster,vllm,vllm-uni,ray-serve-llm
 
-The model has random weights and next to no size, so the control plane is what is measured. Each side is
-started, warmed up, measured and stopped on its own, round after round, so that none runs beside another;
-the figures are medians over rounds and the ratios are against ``vllm-uni``, the stronger of the two ways to
-run vLLM bare (``vllm`` is how it starts by itself on a CPU: an executor process that waits by spinning).
+The model has random weights and next to no size, so the control plane is what is measured. By default each side
+is started, warmed up, measured and stopped on its own, round after round; with ``--together`` the sides stay up
+and take turns, which on a noisy machine is the fairer way (an idle side costs next to nothing, but for ``vllm``,
+which spins). The figures are medians over rounds and the ratios are against ``vllm-uni``, the stronger of the two
+ways to run vLLM bare (``vllm`` is how it starts by itself on a CPU: an executor process that waits by spinning).
 ``serve-proxy`` and ``serve-haproxy`` are hycluster's gateway and replicas with Ray Serve's proxy as the front, in
 place of a door that listens itself.
 """
@@ -25,7 +26,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from bench import tiny_llama
 MODEL = "tiny"
 LEVELS = {1: 24, 8: 128, 32: 512}
 BASE = "vllm-uni"
+# By side, for each round the figures by number of callers.
+Rounds = dict[str, list[dict[int, dict[str, Any]]]]
 SIDES = ("hycluster", "serve-proxy", "serve-haproxy", "vllm-uni", "vllm", "ray-serve-llm")
 
 
@@ -116,17 +119,17 @@ def side(name: str, model: Path, port: int, work: Path, cpus: float) -> tuple[li
     raise SystemExit(f"--sides: {name!r} is unknown; known are {SIDES}")
 
 
-def measure(name: str, model: Path, work: Path, cpus: float) -> dict[int, dict[str, Any]]:
-    """Start one side, warm it up, run every level, stop it."""
+@contextlib.contextmanager
+def started(name: str, model: Path, work: Path, cpus: float) -> Iterator[Callable[[int, int], dict[str, Any]]]:
+    """One side, warm; yields what puts a load on it: callers and requests in, figures out."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command, env = side(name, model, port, work, cpus)
 
     def load(concurrency: int, requests: int) -> dict[str, Any]:
-        process_ids = ["--pid", str(process.pid)]
         out = subprocess.run(
             [sys.executable, "-m", "bench.load", url, MODEL, "--concurrency", str(concurrency),
-             "--requests", str(requests), *process_ids],
+             "--requests", str(requests), "--pid", str(process.pid)],
             check=True, capture_output=True, text=True,
         ).stdout  # fmt: skip
         return dict(json.loads(out))
@@ -135,32 +138,56 @@ def measure(name: str, model: Path, work: Path, cpus: float) -> dict[int, dict[s
         wait_until_served(url, process)
         load(32, 96)
         load(1, 4)
-        return {concurrency: load(concurrency, requests) for concurrency, requests in LEVELS.items()}
+        yield load
+
+
+def one_by_one(names: list[str], rounds: int, model: Path, work: Path, cpus: float) -> Rounds:
+    """Each side is started, measured and stopped on its own."""
+    figures: Rounds = {name: [] for name in names}
+    for number in range(rounds):
+        for name in names:
+            with started(name, model, work, cpus) as load:
+                figures[name].append({level: load(level, requests) for level, requests in LEVELS.items()})
+            print(f"round {number + 1} {name}: " + json.dumps(figures[name][-1]), flush=True)
+    return figures
+
+
+def together(names: list[str], rounds: int, model: Path, work: Path, cpus: float) -> Rounds:
+    """All sides stay up and take turns, some seconds each: a machine's ups and downs then hit all alike."""
+    figures: Rounds = {name: [] for name in names}
+    with contextlib.ExitStack() as stack:
+        loads = {name: stack.enter_context(started(name, model, work, cpus)) for name in names}
+        for number in range(rounds):
+            turn: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in names}
+            for level, requests in LEVELS.items():
+                for name, load in loads.items():
+                    turn[name][level] = load(level, requests)
+            for name in names:
+                figures[name].append(turn[name])
+                print(f"round {number + 1} {name}: " + json.dumps(turn[name]), flush=True)
+    return figures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sides", default="hycluster,vllm-uni,vllm,ray-serve-llm")
+    parser.add_argument("--together", action="store_true", help="keep all sides up and let them take turns")
     parser.add_argument("--cpus", type=float, default=1, help="threads of the engine, on every side")
     parser.add_argument("--json", type=Path, help="write all figures here")
     args = parser.parse_args()
     names = args.sides.split(",")
-    rounds: dict[str, list[dict[int, dict[str, Any]]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         model = tiny_llama.make(work / "model")
-        for number in range(args.rounds):
-            for name in names:
-                figures = measure(name, model, work, args.cpus)
-                rounds[name].append(figures)
-                print(f"round {number + 1} {name}: " + json.dumps(figures), flush=True)
+        way = together if args.together else one_by_one
+        rounds = way(names, args.rounds, model, work, args.cpus)
     if args.json:
         args.json.write_text(json.dumps(rounds, indent=1))
     report(rounds)
 
 
-def report(rounds: dict[str, list[dict[int, dict[str, Any]]]]) -> None:
+def report(rounds: Rounds) -> None:
     """Medians over rounds, and ratios against the base."""
     fields = ("tokens_s", "ttft_p50_ms", "ttft_p99_ms", "cpu_s_per_1k_tokens")
 
