@@ -1,0 +1,1 @@
+"""Model families that hycluster brings to vLLM, as a plugin (``hycluster.models.plugin``)."""
