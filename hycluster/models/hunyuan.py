@@ -54,6 +54,7 @@ from vllm.sequence import IntermediateTensors
 from hycluster.models.configuration import LayerShape, has_qk_norm, head_size, layer_shape, rope_of, share_factor
 from hycluster.models.hunyuan_weights import fold_key_norms, separate
 from hycluster.models.rope import rotary_embedding
+from hycluster.models.routing import router, routing_settings
 
 
 class HunyuanMLP(nn.Module):
@@ -124,6 +125,12 @@ class HunyuanMoE(nn.Module):
             enable_eplb=parallel.enable_eplb,
             num_redundant_experts=self.n_redundant_experts,
             shared_experts=self.shared_mlp,
+            custom_routing_function=router(
+                shape.experts,
+                shape.top_k,
+                shape.layer,
+                routing_settings(get_current_vllm_config().additional_config),
+            ),
         )
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -333,8 +340,7 @@ class HunyuanModel(nn.Module):
 class HunyuanForCausalLM(nn.Module, SupportsLoRA, SupportsPP, MixtureOfExperts):
     """Hunyuan-Large (``HunYuanForCausalLM``) and A13B (``HunYuanMoEV1ForCausalLM``).
 
-    Raises:
-        ValueError: a configuration, or a cut over ranks, that can't be right; the message names the field.
+    What can't be right is refused before, in ``hycluster/models/verify.py``.
     """
 
     packed_modules_mapping = {  # noqa: RUF012
@@ -348,7 +354,6 @@ class HunyuanForCausalLM(nn.Module, SupportsLoRA, SupportsPP, MixtureOfExperts):
         config = vllm_config.model_config.hf_config
         self.config = config
         self.quant_config = vllm_config.quant_config
-        _check_pipeline_cut(config)
         self.model = HunyuanModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             config.vocab_size,
@@ -360,17 +365,15 @@ class HunyuanForCausalLM(nn.Module, SupportsLoRA, SupportsPP, MixtureOfExperts):
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
-        self._set_expert_counts(vllm_config)
+        self._set_expert_counts()
 
     def _moes(self) -> list[HunyuanMoE]:
         layers = (layer for layer in self.model.layers if not isinstance(layer, PPMissingLayer))
         return [layer.mlp for layer in layers if isinstance(layer.mlp, HunyuanMoE)]
 
-    def _set_expert_counts(self, vllm_config: VllmConfig) -> None:
+    def _set_expert_counts(self) -> None:
         """What vLLM's expert load balancer asks of a model (``MixtureOfExperts``)."""
         moes = self._moes()
-        if vllm_config.parallel_config.enable_eplb and len({moe.n_logical_experts for moe in moes}) != 1:
-            raise ValueError("num_experts: expert load balancing needs the same number in all layers")
         self.expert_weights = []
         self.moe_layers = [moe.experts for moe in moes]
         self.num_moe_layers = len(moes)
@@ -414,26 +417,3 @@ class HunyuanForCausalLM(nn.Module, SupportsLoRA, SupportsPP, MixtureOfExperts):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         return AutoWeightsLoader(self).load_weights(weights)
-
-
-def _check_pipeline_cut(config: Any) -> None:
-    """Refuse a pipeline stage that begins inside a group of layers that share keys and values."""
-    from vllm.distributed.utils import get_pp_indices
-
-    share, group = share_factor(config), get_pp_group()
-    start, _ = get_pp_indices(config.num_hidden_layers, group.rank_in_group, group.world_size)
-    if start % share:
-        raise ValueError(
-            f"pipeline parallel size: {group.world_size} cuts the {config.num_hidden_layers} layers at {start}, between"
-            f" layers that share keys and values (cla_share_factor {share}); set VLLM_PP_LAYER_PARTITION to multiples"
-            f" of {share}, such as {','.join(map(str, aligned_partition(config, group.world_size)))}"
-        )
-
-
-def aligned_partition(config: Any, stages: int) -> list[int]:
-    """Layers a pipeline stage, as even as can be without cutting a group that shares keys and values."""
-    share, layers = share_factor(config), int(config.num_hidden_layers)
-    groups = -(-layers // share)
-    counts = [(groups // stages + (stage < groups % stages)) * share for stage in range(stages)]
-    counts[-1] -= groups * share - layers
-    return counts
