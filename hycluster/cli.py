@@ -17,6 +17,7 @@ from hycluster import __version__
 from hycluster.batch.cli import app as batch_app
 from hycluster.config import DEFAULT_SETTINGS, load_settings
 from hycluster.errors import HyclusterError
+from hycluster.models.cli import tiny_model
 
 if TYPE_CHECKING:
     pass
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(batch_app, name="batch")
+app.command("tiny-model")(tiny_model)
 
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; dotted keys; repeatable.")

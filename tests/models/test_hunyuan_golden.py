@@ -1,0 +1,88 @@
+"""The model in a real vLLM against outputs of Tencent's own code, where a folder with them is at hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.models.test_hunyuan import TOLERANCE
+from tests.models.test_hunyuan_golden_reference import CHECKOUT, GOLDEN, NAMES, recorded
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not GOLDEN.is_dir(), reason="no recorded outputs; name their folder in HYCLUSTER_GOLDEN"),
+]
+WAYS: dict[str, dict[str, Any]] = {
+    "one rank": {},
+    "chunked prefill": {"max_num_batched_tokens": 64, "max_num_seqs": 4},
+    "compiled": {"enforce_eager": False},
+    "tensor and expert parallel": {
+        "tensor_parallel_size": 2,
+        "enable_expert_parallel": True,
+        "distributed_executor_backend": "mp",
+    },
+}
+# What compiles needs a minute; once is enough.
+CASES = [(name, way) for way in WAYS for name in NAMES if way != "compiled" or name == "ckpt"]
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("golden")
+    answers: dict[str, Any] = {}
+    for name in NAMES:
+        prompts, _ = recorded(name)
+        # One process by number of ranks: threads are bound to cores when it starts.
+        for ranks in (1, 2):
+            engines = {
+                f"{name} {way}": {
+                    "model": str(GOLDEN / name),
+                    "skip_tokenizer_init": True,
+                    "dtype": "float32",
+                    "enforce_eager": True,
+                    "max_model_len": 1024,
+                    "kv_cache_memory_bytes": 2**26,
+                    **arguments,
+                }
+                for way, arguments in WAYS.items()
+                if (name, way) in CASES and arguments.get("tensor_parallel_size", 1) == ranks
+            }
+            asked = {"prompts": prompts["prompts"], "tokens": len(prompts["greedy_cache"][0]), "engines": engines}
+            done = subprocess.run(
+                [sys.executable, str(Path(__file__).with_name("engine_outputs.py")), str(folder / "told.json")],
+                input=json.dumps(asked),
+                cwd=CHECKOUT,
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": "1",
+                    "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks))),
+                    "VLLM_CACHE_ROOT": str(folder),
+                },
+                capture_output=True,
+                text=True,
+                timeout=280,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr[-4000:]
+            answers |= json.loads((folder / "told.json").read_text())
+    return answers
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("name", "way"), CASES)
+def test_same_tokens_and_logprobs_as_tencents_code(told: Any, name: str, way: str) -> None:
+    expected, arrays = recorded(name)
+    for i, answer in enumerate(told[f"{name} {way}"]["answers"]):
+        assert answer["ids"] == expected["greedy_cache"][i]
+        assert answer["logprobs"] == pytest.approx(arrays[f"p{i}_greedy_logprobs"].tolist(), abs=TOLERANCE)
+        assert answer["prompt_logprobs"] == pytest.approx(arrays[f"p{i}_prompt_logprobs"].tolist(), abs=TOLERANCE)
+    # The same once more comes out of the prefix cache.
+    again = told[f"{name} {way}"]["again"]
+    assert again[-1]["cached_tokens"] > 0
+    assert [answer["ids"] for answer in again] == expected["greedy_cache"]
