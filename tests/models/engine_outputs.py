@@ -4,9 +4,9 @@ One process for all of them: importing vLLM costs more than all the engines. The
 entry point, as in anybody's vLLM.
 
 In: ``{"prompts": [[id, ...], ...], "tokens": n, "engines": {name: {engine argument: value, ...}, ...}}``.
-Out, in the file named by the first argument: ``{name: {"answers": [...], "again": [...]}}``, each answer with ``ids``,
-``logprobs``, ``prompt_logprobs`` (of all tokens but the first) and ``cached_tokens``. ``again`` are the same prompts
-once more, without prompt log-probabilities, for which vLLM would not use its prefix cache.
+Out, in the file named by the first argument: ``{name: {"answers": [...], "again": [...], "kv_tokens": n}}``, each
+answer with ``ids``, ``logprobs``, ``prompt_logprobs`` (of all tokens but the first) and ``cached_tokens``. ``again``
+are the same prompts once more, without prompt log-probabilities, for which vLLM would not use its prefix cache.
 """
 
 from __future__ import annotations
@@ -41,6 +41,12 @@ def logprobs_of(ids: Any, candidates: Any) -> list[float]:
     return [by_id[token].logprob for token, by_id in zip(ids, candidates, strict=False)]
 
 
+def kv_tokens(llm: Any) -> int:
+    """Tokens that the KV cache holds, as vLLM itself counts them."""
+    cache = llm.llm_engine.vllm_config.cache_config
+    return int(cache.num_gpu_blocks * cache.block_size)
+
+
 def main() -> None:
     # In this process: then there is nothing to wait for but the model.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -53,6 +59,7 @@ def main() -> None:
         told[name] = {
             "answers": answers(llm, asked["prompts"], asked["tokens"], 0),
             "again": answers(llm, asked["prompts"], asked["tokens"], None),
+            "kv_tokens": kv_tokens(llm),
         }
         del llm
         gc.collect()

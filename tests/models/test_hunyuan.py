@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from hycluster import planning
 from hycluster.models import tiny
 from hycluster.models.tiny import TinyShape
 from tests.models.hunyuan_reference import Mutation, Reference
@@ -25,6 +26,7 @@ CHECKOUT = Path(__file__).parents[2]
 PROMPTS = [[(37 * i * i + 11 * i + 5 * length) % 500 for i in range(length)] for length in (1, 7, 33, 100, 250)]
 TOKENS = 24
 TOLERANCE = 2e-4
+KV_CACHE_BYTES = 3 * 2**24
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Any:
             "max_model_len": 512,
             "max_num_batched_tokens": 64,
             "max_num_seqs": 8,
-            "kv_cache_memory_bytes": 2**26,
+            "kv_cache_memory_bytes": KV_CACHE_BYTES,
             **case.engine,
         }
     done = subprocess.run(
@@ -122,6 +124,17 @@ def test_the_prefix_cache_changes_nothing(told: Any, name: str) -> None:
     for one, other in zip(first, again, strict=True):
         assert other["ids"] == one["ids"]
         assert other["logprobs"] == pytest.approx(one["logprobs"], abs=TOLERANCE)
+
+
+def test_sharing_by_two_holds_twice_the_tokens_in_the_same_bytes(told: Any) -> None:
+    with_sharing, without = CASES["large"], CASES["bin"]
+    assert (with_sharing.shape.cla, without.shape.cla) == (True, False)
+    assert with_sharing.shape.layers == without.shape.layers
+    assert told["large"]["kv_tokens"] == 2 * told["bin"]["kv_tokens"]
+    # By the same arithmetic as the true configuration's 80 KiB a token.
+    for case, name in ((with_sharing, "large"), (without, "bin")):
+        token_bytes = planning.kv_bytes_per_token(planning.architecture(tiny.config_of(case.shape)), "float32")
+        assert told[name]["kv_tokens"] * token_bytes == KV_CACHE_BYTES
 
 
 @pytest.mark.parametrize(("name", "mistake"), MISTAKES)
