@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import HunYuanMoEV1Config
 
+import hycluster.models as hunyuan_models
 from hycluster.models.configuration import (
     HunyuanConfig,
     Rope,
@@ -95,20 +96,8 @@ def test_other_scalings_are_refused(scaling: dict[str, Any]) -> None:
 
 
 def test_transformers_own_a13b() -> None:
-    config = HunYuanMoEV1Config(
-        hidden_size=4096,
-        intermediate_size=3072,
-        num_hidden_layers=2,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        num_experts=64,
-        moe_topk=[8, 8],
-        moe_intermediate_size=[3072, 3072],
-        num_shared_expert=[1, 1],
-        rope_theta=10000.0,
-        rope_scaling={"alpha": 1000.0, "factor": 1.0, "type": "dynamic"},
-    )
+    published = json.loads((Path(hunyuan_models.__file__).parent / "hunyuan_a13b.json").read_text())
+    config = HunYuanMoEV1Config(**published)
     shape = layer_shape(config, 1)
     assert (shape.experts, shape.top_k, shape.expert_ffn, shape.shared_ffn) == (64, 8, 3072, 3072)
     assert (head_size(config), share_factor(config), has_qk_norm(config)) == (128, 1, True)

@@ -68,6 +68,10 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "adapter": str(adapter),
         "prompts": repeated,
     }
+    return ask(folder, asked) | ask(folder, {"base": str(base), "draft": str(base), "prompts": repeated})
+
+
+def ask(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
     out = folder / "told.json"
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("feature_outputs.py")), str(out)],
@@ -76,12 +80,12 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         env={**os.environ, "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=800,
+        timeout=400,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    answers: dict[str, Any] = json.loads(out.read_text())
-    return answers
+    told: dict[str, Any] = json.loads(out.read_text())
+    return told
 
 
 def test_an_adapter_is_the_model_with_its_weights_added(told: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ class TencentLike(PreTrainedTokenizer):
     def __init__(self, add_bod_token: bool = True, add_eod_token: bool = True, **kwargs: Any) -> None:
         self.add_bod_token, self.add_eod_token = add_bod_token, add_eod_token
         self.special = {START: START_ID, END: END_ID}
-        super().__init__(**kwargs)
+        super().__init__(**kwargs)  # type: ignore[no-untyped-call]
 
     @property
     def vocab_size(self) -> int:
