@@ -15,7 +15,7 @@ from ray.serve import Application
 from hycluster.config import Model, Settings, validate
 from hycluster.directory import SHARED_DIRECTORY
 from hycluster.door import Door
-from hycluster.engine.arguments import engine_environment
+from hycluster.placement import actor_options, bundles, strategy
 from hycluster.replica import Replica
 
 APP_NAME = "hycluster"
@@ -56,27 +56,16 @@ def deployment_name(model: Model) -> str:
     return "replica-" + re.sub(r"[^a-z0-9]+", "-", model.name.lower()).strip("-")
 
 
-def actor_options(model: Model) -> dict[str, Any]:
-    """What Ray reserves for one replica, and its environment."""
-    hardware = model.hardware
-    options: dict[str, Any] = {
-        "num_cpus": hardware.cpus,
-        "runtime_env": {"env_vars": engine_environment(model)},
-    }
-    if hardware.accelerator is not None and model.simulated is None:
-        options["num_gpus"] = model.parallel.devices
-        options["accelerator_type"] = hardware.accelerator
-    if hardware.memory_gib is not None:
-        options["memory"] = int(hardware.memory_gib * (1 << 30))
-    return options
-
-
 def replicas(model: Model, settings: Settings, directory: str) -> Application:
     """One model's pool as a deployment."""
+    placement: dict[str, Any] = {}
+    if reservations := bundles(model):
+        placement = {"placement_group_bundles": reservations, "placement_group_strategy": strategy(model)}
     deployment = serve.deployment(
         name=deployment_name(model),
         num_replicas=model.replicas.count,
         ray_actor_options=actor_options(model),
+        **placement,
         health_check_period_s=5,
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=settings.drain_timeout_s + 15,

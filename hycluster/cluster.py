@@ -27,13 +27,16 @@ from ray._private.authentication.authentication_token_setup import enable_token_
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from hycluster.app import APP_NAME, actor_options, application
+from hycluster.app import APP_NAME, application
 from hycluster.config import Model, Settings, home
 from hycluster.directory import NAMESPACE, SHARED_DIRECTORY, open_directory
 from hycluster.door import DoorAddresses
-from hycluster.errors import EngineStartFailed, HyclusterError, SettingsError
-from hycluster.replica import START_FAILURE, Replica
+from hycluster.errors import START_FAILURE, EngineStartFailed, HyclusterError, SettingsError
+from hycluster.placement import actor_options, bundles, on_gpus, reserved, strategy
+from hycluster.replica import Replica
 
 logger = logging.getLogger(__name__)
 
@@ -126,9 +129,8 @@ def check_resources(models: tuple[Model, ...]) -> None:
     """
     there = ray.cluster_resources()
     wanted = {
-        "CPU": sum(m.hardware.cpus * m.replicas.count for m in models),
-        "GPU": sum(m.parallel.devices * m.replicas.count for m in models if _on_gpu(m)),
-        "memory": sum((m.hardware.memory_gib or 0) * GIB * m.replicas.count for m in models),
+        resource: sum(reserved(m).get(resource, 0.0) * m.replicas.count for m in models)
+        for resource in ("CPU", "GPU", "memory")
     }
     for resource, field, unit in (
         ("CPU", "hardware.cpus", 1),
@@ -142,16 +144,12 @@ def check_resources(models: tuple[Model, ...]) -> None:
             )
     for model in models:
         accelerator = model.hardware.accelerator
-        if _on_gpu(model) and f"accelerator_type:{accelerator}" not in there:
+        if on_gpus(model) and f"accelerator_type:{accelerator}" not in there:
             kinds = sorted(name.split(":", 1)[1] for name in there if name.startswith("accelerator_type:"))
             raise SettingsError(
                 f"models: {model.name}: hardware.accelerator: {accelerator!r} is not in this Ray cluster;"
                 f" there are {kinds or 'none'}"
             )
-
-
-def _on_gpu(model: Model) -> bool:
-    return model.hardware.accelerator is not None and model.simulated is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,9 +252,12 @@ def dedicated_pool(settings: Settings, model_name: str) -> Iterator[str]:
     check_resources((model,))
     name = f"{SHARED_DIRECTORY}-{secrets.token_hex(6)}"
     directory = open_directory(name)
-    replica = ray.remote(Replica).options(**actor_options(model))
+    groups = [_placement_group(model) for _ in range(model.replicas.count)]
     actors: list[Any] = [
-        replica.remote(model, settings.data_plane, name, settings.drain_timeout_s) for _ in range(model.replicas.count)
+        ray.remote(Replica)
+        .options(**actor_options(model), **_in_first_bundle(group))
+        .remote(model, settings.data_plane, name, settings.drain_timeout_s)
+        for group in groups
     ]
     try:
         _wait_until_ready(actors, model, settings.start_timeout_s)
@@ -264,7 +265,22 @@ def dedicated_pool(settings: Settings, model_name: str) -> Iterator[str]:
     finally:
         for actor in actors:
             ray.kill(actor)
+        for group in groups:
+            if group is not None:
+                remove_placement_group(group)
         ray.kill(directory)
+
+
+def _placement_group(model: Model) -> PlacementGroup | None:
+    """What Serve makes for a replica of its own; None if one actor is all there is to place."""
+    reservations = bundles(model)
+    return placement_group(reservations, strategy=strategy(model)) if reservations else None
+
+
+def _in_first_bundle(group: PlacementGroup | None) -> dict[str, Any]:
+    if group is None:
+        return {}
+    return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)}
 
 
 def _wait_until_ready(actors: list[Any], model: Model, timeout_s: float) -> None:
@@ -276,11 +292,11 @@ def _wait_until_ready(actors: list[Any], model: Model, timeout_s: float) -> None
             ray.get(started)
         except ray.exceptions.RayError as error:
             raise _failure(str(error)) from None
-        free = ray.available_resources().get("CPU", 0.0)
-        if not started and free < model.hardware.cpus:
+        free, wanted = ray.available_resources().get("CPU", 0.0), reserved(model)["CPU"]
+        if not started and free < wanted:
             logger.warning(
                 "waiting for the Ray cluster: %d engines ask for %g CPUs each, %g are free",
-                len(starting), model.hardware.cpus, free,
+                len(starting), wanted, free,
             )  # fmt: skip
         if starting and time.monotonic() > deadline:
             raise EngineStartFailed(f"start_timeout_s: {len(starting)} engines did not start within {timeout_s:g} s")

@@ -19,6 +19,8 @@ from hycluster.explain import explain
 
 DEFAULT_SETTINGS = Path("deployments/local.yaml")
 Port = Annotated[int, Field(ge=0, le=65535)]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._/:-]*$"
+Name = Annotated[str, Field(min_length=1, max_length=200, pattern=NAME_PATTERN)]
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -33,17 +35,64 @@ class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Eplb(Strict):
+    """Expert parallel load balancing: vLLM moves and copies experts so that all ranks have as much to do.
+
+    Attributes:
+        redundant_experts: copies of busy experts, over all ranks.
+        window_size: engine steps whose load counts.
+        step_interval: engine steps between two rearrangements.
+    """
+
+    enabled: bool = False
+    redundant_experts: int = Field(default=0, ge=0)
+    window_size: int = Field(default=1000, ge=1)
+    step_interval: int = Field(default=3000, ge=1)
+
+    @model_validator(mode="after")
+    def _redundant_when_enabled(self) -> Eplb:
+        if self.redundant_experts and not self.enabled:
+            raise ValueError(f"redundant_experts: {self.redundant_experts} is without effect; set enabled to true")
+        return self
+
+
 class Parallel(Strict):
-    """How one replica's engine is cut over devices. Its device count is tensor x pipeline x data."""
+    """How one replica's engine is cut over devices. Its device count is tensor x pipeline x data.
+
+    Attributes:
+        tensor: ranks that share each layer.
+        pipeline: stages, each with some of the layers.
+        data: ranks that share the experts and have requests, and all else, of their own.
+        expert: experts lie whole on the tensor x data ranks; otherwise each is cut over all of them.
+    """
 
     tensor: int = Field(default=1, ge=1)
     pipeline: int = Field(default=1, ge=1)
     data: int = Field(default=1, ge=1)
     expert: bool = False
+    eplb: Eplb = Eplb()
+
+    @model_validator(mode="after")
+    def _experts_to_balance(self) -> Parallel:
+        if self.eplb.enabled and not self.expert:
+            raise ValueError("eplb.enabled: true is not allowed; needs expert: true")
+        if self.eplb.enabled and self.expert_ranks == 1:
+            raise ValueError("eplb.enabled: true is not allowed; needs more ranks than one (tensor, data)")
+        return self
 
     @property
     def devices(self) -> int:
         return self.tensor * self.pipeline * self.data
+
+    @property
+    def devices_per_rank(self) -> int:
+        """Devices of one data-parallel rank."""
+        return self.tensor * self.pipeline
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that a layer's experts are spread over."""
+        return self.tensor * self.data
 
 
 class Hardware(Strict):
@@ -51,15 +100,24 @@ class Hardware(Strict):
 
     Attributes:
         accelerator: Ray's name of a GPU type (``H20``, ``H100``, ...), or None to run on CPU.
-        cpus: Ray CPUs, and on CPU also the threads of the engine.
+        cpus: Ray CPUs of each data-parallel rank. On CPU: of each rank, tensor and pipeline too, and its threads.
         memory_gib: memory to reserve for the replica, not counting the KV cache; None reserves none.
-        kv_cache_gib: size of the KV cache on CPU. On a GPU vLLM sizes it (``gpu_memory_utilization``).
+        kv_cache_gib: size of the KV cache on CPU, of each rank. On a GPU vLLM sizes it (``gpu_memory_utilization``).
+        kv_offload_gib: host memory that keeps KV blocks after the KV cache has dropped them, so that a prompt seen
+            before is not computed again; not counted in ``memory_gib``. None keeps none.
+        placement: how Ray lays a replica of several reservations (a data-parallel rank each, or a GPU each where a
+            rank spans nodes) over nodes: few nodes or many, if that can be (``pack``, ``spread``) or else not at
+            all (``strict_pack``: one node; ``strict_spread``: a node each).
+        gpus_per_node: a rank of more devices than that is spread over nodes.
     """
 
     accelerator: str | None = None
     cpus: float = Field(default=1, gt=0)
     memory_gib: float | None = Field(default=None, gt=0)
     kv_cache_gib: float = Field(default=1, gt=0)
+    kv_offload_gib: float | None = Field(default=None, gt=0)
+    placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
+    gpus_per_node: int = Field(default=8, ge=1)
 
 
 class Replicas(Strict):
@@ -112,6 +170,46 @@ class Simulated(Strict):
         return self
 
 
+class Adapter(Strict):
+    """A LoRA adapter in PEFT's format, on all replicas of a model.
+
+    Attributes:
+        name: what callers put in ``model``.
+        source: a folder that every node sees, or a hub id. Changed weights need a source of their own: what is
+            cached is told apart by name and source.
+    """
+
+    name: Name
+    source: str = Field(min_length=1)
+
+
+class Recycle(Strict):
+    """Random compensation: an expert over its capacity hands tokens to experts that have room.
+
+    Attributes:
+        capacity_factor: an expert's capacity in a step, over its fair share of the step's tokens.
+        min_capacity_tokens: capacity is never below it. In a small decode batch an expert's time is that of reading
+            its weights, however many tokens it has, so moving tokens there costs quality and gains nothing.
+        seed: the same batch, seed and factor give the same experts.
+    """
+
+    capacity_factor: float = Field(default=1.0, gt=0, le=1024)
+    min_capacity_tokens: int = Field(default=1, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+
+class Routing(Strict):
+    """How a mixture-of-experts model chooses its experts (models of ``hycluster/models``).
+
+    Attributes:
+        recycle: None is plain top-k. With it a request's output depends on what it shares a batch with.
+        expert_metrics: count tokens by expert and show them under ``/metrics``.
+    """
+
+    recycle: Recycle | None = None
+    expert_metrics: bool = False
+
+
 class Model(Strict):
     """One model and its pool.
 
@@ -121,17 +219,37 @@ class Model(Strict):
         engine: any argument of vLLM's engine, by its Python name.
         api: any argument of vLLM's API server that belongs to the model (``tool_call_parser``,
             ``reasoning_parser``, ``chat_template``, ...), by its Python name.
+        adapters: LoRA adapters, each served under its own name beside the model.
+        routing: how a mixture-of-experts model chooses its experts.
         simulated: set to replace the engine by a timing model.
     """
 
-    name: str = Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]*$")
+    name: Name
     source: str = Field(min_length=1)
     engine: dict[str, Any] = Field(default_factory=dict)
     api: dict[str, Any] = Field(default_factory=dict)
     parallel: Parallel = Parallel()
     hardware: Hardware = Hardware()
     replicas: Replicas = Replicas()
+    adapters: tuple[Adapter, ...] = ()
+    routing: Routing = Routing()
     simulated: Simulated | None = None
+
+    @model_validator(mode="after")
+    def _simulated_has_no_adapters(self) -> Model:
+        if self.simulated is not None and self.adapters:
+            raise ValueError(f"adapters: {self.adapters[0].name!r} is not allowed; a simulated engine has no adapters")
+        return self
+
+    @property
+    def engines(self) -> int:
+        """Engines that requests go to: every data-parallel rank of every replica is one."""
+        return self.replicas.count * self.parallel.data
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What callers may put in ``model`` to reach this pool."""
+        return self.name, *(adapter.name for adapter in self.adapters)
 
 
 class Http(Strict):
@@ -172,9 +290,16 @@ class Admission(Strict):
 
 
 class Router(Strict):
-    """Which replica a request goes to; see ``hycluster/router.py`` for the policies."""
+    """Which replica a request goes to; see ``hycluster/router.py`` for the policies.
+
+    Attributes:
+        session_slack_tokens: requests of one session go to one replica, which has the earlier turns in its KV cache,
+            as long as that one has at most so many tokens more outstanding than the least loaded. None: sessions
+            are of no account.
+    """
 
     policy: Literal["least_outstanding_tokens", "power_of_two"] = "least_outstanding_tokens"
+    session_slack_tokens: int | None = Field(default=8192, ge=0)
 
 
 class DataPlane(Strict):
@@ -217,20 +342,20 @@ class Settings(Strict):
 
     @model_validator(mode="after")
     def _names_differ(self) -> Settings:
-        names = [model.name for model in self.models]
+        names = [name for model in self.models for name in model.names]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"models: the name {name!r} is given {names.count(name)} times; names must differ")
         return self
 
     def model(self, name: str) -> Model:
-        """The model of that name.
+        """The model of that name, or the one that has an adapter of that name.
 
         Raises:
             SettingsError: there is none.
         """
         for model in self.models:
-            if model.name == name:
+            if name in model.names:
                 return model
         raise SettingsError(f"model: {shown(name)} is not in the settings; there are {[m.name for m in self.models]}")
 

@@ -174,6 +174,23 @@ class ReplicaAddress:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertLoad:
+    """How a replica's routers spread tokens over experts; a token counts once for each expert it is given to.
+
+    Attributes:
+        tokens: by expert, over all layers, since the replica started.
+        moved: how many of these random compensation moved.
+        skew: the busiest expert's tokens over the mean's, layer by layer, over the last seconds with work; 1 is even.
+        rank_skew: the same for expert parallel ranks; None without them.
+    """
+
+    tokens: tuple[int, ...]
+    moved: int = 0
+    skew: float = 1.0
+    rank_skew: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaLoad:
     """What a replica last said of itself.
 
@@ -182,9 +199,11 @@ class ReplicaLoad:
         waiting: sequences in the queue.
         kv_usage: share of the KV cache in use, 0 to 1.
         outstanding_tokens: by gateway id, tokens still to prefill or decode for it.
+        experts: None unless the settings ask for it (``routing.expert_metrics``).
     """
 
     running: int = 0
     waiting: int = 0
     kv_usage: float = 0.0
     outstanding_tokens: dict[str, int] = field(default_factory=dict)
+    experts: ExpertLoad | None = None

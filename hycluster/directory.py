@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
+from hycluster.adapters import AdapterTable, Word
 from hycluster.config import Model
 from hycluster.core import ReplicaAddress, ReplicaLoad
 
@@ -25,11 +26,16 @@ FORGET_AFTER_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class ReplicaReport:
-    """What a replica says of itself: where it is, what it does, and whether it takes new requests."""
+    """What a replica says of itself: where it is, what it does, and whether it takes new requests.
+
+    Attributes:
+        group: name of the data-parallel group that it is a rank of; None for a replica of one engine.
+    """
 
     address: ReplicaAddress
     load: ReplicaLoad
     accepting: bool = True
+    group: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +44,7 @@ class PoolView:
 
     model: Model | None
     replicas: list[ReplicaReport]
+    adapters: dict[str, Word] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -45,6 +52,7 @@ class _Pool:
     model: Model | None = None
     reports: dict[str, tuple[float, ReplicaReport]] = field(default_factory=dict)
     outstanding: dict[str, tuple[float, dict[str, int]]] = field(default_factory=dict)
+    adapters: AdapterTable = field(default_factory=AdapterTable)
 
 
 class Directory:
@@ -57,6 +65,7 @@ class Directory:
         """A replica is there."""
         pool = self._pools.setdefault(model.name, _Pool())
         pool.model = model
+        pool.adapters.merge(AdapterTable(model.adapters).words)
         pool.reports[report.address.replica_id] = (time.monotonic(), report)
 
     def leave(self, model: str, replica_id: str) -> None:
@@ -64,24 +73,42 @@ class Directory:
         if model in self._pools:
             self._pools[model].reports.pop(replica_id, None)
 
-    def sync(self, model: str, gateway_id: str, outstanding: dict[str, int]) -> PoolView:
-        """A gateway says what it has outstanding on each replica and hears of the pool."""
+    def sync(
+        self, model: str, gateway_id: str, outstanding: dict[str, int], adapters: dict[str, Word] | None = None
+    ) -> PoolView:
+        """A gateway says what it has outstanding on each replica and which adapters it knows, and hears of the pool."""
         pool = self._pools.get(model)
         if pool is None:
             return PoolView(None, [])
+        pool.adapters.merge(adapters or {})
         now = time.monotonic()
         pool.outstanding[gateway_id] = (now, outstanding)
         pool.outstanding = {g: said for g, said in pool.outstanding.items() if now - said[0] < FORGET_AFTER_S}
         pool.reports = {r: said for r, said in pool.reports.items() if now - said[0] < FORGET_AFTER_S}
-        return PoolView(pool.model, [self._with_outstanding(pool, report) for _, report in pool.reports.values()])
+        reports = [self._with_outstanding(pool, report) for _, report in pool.reports.values()]
+        return PoolView(pool.model, reports, pool.adapters.words)
+
+    def find(self, name: str) -> Model | None:
+        """The model of that name, or the one that has an adapter of that name."""
+        for model, pool in self._pools.items():
+            if name == model or name in pool.adapters.sources:
+                return pool.model
+        return None
 
     def models(self) -> dict[str, int]:
-        """Model names and how many replicas of each take requests."""
+        """Names of models and adapters, and how many replicas of each take requests; a group counts as one."""
         now = time.monotonic()
-        return {
-            name: sum(report.accepting and now - at < FORGET_AFTER_S for at, report in pool.reports.values())
+        ready = {
+            name: len(
+                {
+                    report.group or report.address.replica_id
+                    for at, report in pool.reports.values()
+                    if report.accepting and now - at < FORGET_AFTER_S
+                }
+            )
             for name, pool in self._pools.items()
         }
+        return ready | {adapter: ready[name] for name, pool in self._pools.items() for adapter in pool.adapters.sources}
 
     @staticmethod
     def _with_outstanding(pool: _Pool, report: ReplicaReport) -> ReplicaReport:

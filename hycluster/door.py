@@ -17,8 +17,7 @@ from typing import Any
 
 from hycluster.config import Settings
 from hycluster.directory import open_directory
-from hycluster.errors import HyclusterError, Unavailable
-from hycluster.replica import start_failure
+from hycluster.errors import HyclusterError, Unavailable, start_failure
 
 logger = logging.getLogger(__name__)
 

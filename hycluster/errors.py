@@ -111,3 +111,14 @@ class TooManyQuarantined(HyclusterError):
     """More rows were quarantined than the job allows."""
 
     exit_code = 3
+
+
+START_FAILURE = "hycluster: "
+
+
+def start_failure(error: HyclusterError) -> RuntimeError:
+    """Why an engine or a door can't start, in a form that comes through Ray's reports as one line.
+
+    Ray turns an actor's error into text; ``hycluster/cluster.py`` finds this line in it again.
+    """
+    return RuntimeError(f"{START_FAILURE}{type(error).__name__}: {error.message}")

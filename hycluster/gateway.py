@@ -18,9 +18,11 @@ from collections.abc import AsyncIterator
 from http import HTTPStatus
 from typing import Any
 
+import ray
 from ray.actor import ActorHandle
 from vllm.config import VllmConfig
 from vllm.exceptions import GracefulHTTPError
+from vllm.lora.request import LoRARequest
 from vllm.renderers import renderer_from_config
 from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
 from vllm.v1.engine import EngineCoreRequest
@@ -28,11 +30,13 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor
 
+from hycluster.adapters import AdapterTable, Word, adapter_id
 from hycluster.config import Admission, Model, Router
 from hycluster.directory import REPORT_EVERY_S, PoolView
 from hycluster.engine.arguments import model_files
 from hycluster.engine.vllm import engine_config
-from hycluster.errors import Overloaded, Unavailable
+from hycluster.errors import InvalidInput, Overloaded, Unavailable, shown
+from hycluster.observe.experts import expert_metrics
 from hycluster.observe.metrics import stat_logger
 from hycluster.pool import PoolClient
 from hycluster.router import make_policy
@@ -60,6 +64,9 @@ class Gateway(AsyncLLM):
     """A vLLM engine client whose engine is every replica of one model.
 
     Build it with :func:`open_gateway`.
+
+    Attributes:
+        lora_requests: by name, what a request to an adapter of this model carries. Changes in place.
     """
 
     engine_core: PoolClient
@@ -70,6 +77,10 @@ class Gateway(AsyncLLM):
         maybe_register_config_serialize_by_value()
         self.model = model
         self.admission = admission
+        self._adapters = AdapterTable(model.adapters)
+        self.lora_requests: dict[str, LoRARequest] = {}
+        self._take_over({})
+        self._directory: ActorHandle[Any] | None = None
         self.vllm_config = config
         self.model_config = config.model_config
         self.scheduler_config = config.scheduler_config
@@ -88,12 +99,14 @@ class Gateway(AsyncLLM):
         gateway_id = secrets.token_hex(8)
         self.engine_core = PoolClient(
             model.name,
-            make_policy(router.policy, gateway_id),
+            make_policy(router.policy, gateway_id, session_slack_tokens=router.session_slack_tokens),
             gateway_id,
-            replicas=model.replicas.count,
+            replicas=model.engines,
             on_lost=self._request_lost,
         )
-        self.logger_manager = stat_logger(config, model.replicas.count) if metrics else None
+        self.logger_manager = stat_logger(config, model.engines) if metrics else None
+        if metrics:
+            expert_metrics.watch(model.name, self.engine_core)
         self._client_count = 1
         self.output_handler = None
         self.profiler = None
@@ -154,17 +167,23 @@ class Gateway(AsyncLLM):
     # -- the pool -----------------------------------------------------------------------------------
 
     async def follow(self, directory: ActorHandle[Any]) -> None:
-        """Keep the pool's members and loads as the directory says; runs until cancelled."""
+        """Keep the pool's members, loads and adapters as the directory says; runs until cancelled."""
+        self._directory = directory
         while True:
             try:
-                view: PoolView = await directory.sync.remote(
-                    self.model.name, self.engine_core.gateway_id, self.engine_core.outstanding
-                )
+                view = await self._sync(directory)
                 await self.engine_core.update(view.replicas)
             except Exception:
                 # The directory may be starting again; the pool stays as it is meanwhile.
                 logger.warning("the directory does not answer", exc_info=True)
             await asyncio.sleep(REPORT_EVERY_S)
+
+    async def _sync(self, directory: ActorHandle[Any]) -> PoolView:
+        view: PoolView = await directory.sync.remote(
+            self.model.name, self.engine_core.gateway_id, self.engine_core.outstanding, self._adapters.words
+        )
+        self._take_over(view.adapters)
+        return view
 
     def learn(self) -> None:
         """Take over what only a started engine knows, as ``AsyncLLM`` does from its own."""
@@ -172,6 +191,69 @@ class Gateway(AsyncLLM):
             self.model_config.max_model_len = min(self.model_config.max_model_len, info.max_model_len)
             self.vllm_config.cache_config.block_size = info.block_size
             self.vllm_config.cache_config.num_gpu_blocks = info.kv_tokens // info.block_size
+
+    # -- adapters -----------------------------------------------------------------------------------
+
+    def _take_over(self, words: dict[str, Word]) -> None:
+        self._adapters.merge(words)
+        sources = self._adapters.sources
+        for name in self.lora_requests.keys() - sources.keys():
+            del self.lora_requests[name]
+        for name, source in sources.items():
+            if (known := self.lora_requests.get(name)) is None or known.lora_path != source:
+                self.lora_requests[name] = LoRARequest(
+                    lora_name=name,
+                    lora_int_id=adapter_id(name, source),
+                    lora_path=source,
+                    base_model_name=self.model.name,
+                )
+
+    async def load_adapter(self, name: str, source: str) -> None:
+        """Load an adapter into every replica, then offer it at every door; returns when all doors have heard.
+
+        A name that is in use goes over to the new source. Replicas that start later load it at its first request.
+
+        Raises:
+            InvalidInput: the model takes no adapters, or a replica can't load this one; then nothing has changed.
+            Unavailable: no replica can serve, or one did not answer.
+        """
+        if self.vllm_config.lora_config is None:
+            raise InvalidInput(
+                f"model: {self.model.name!r} takes no adapters; its settings must have adapters or engine.enable_lora"
+            )
+        request = LoRARequest(lora_name=name, lora_int_id=adapter_id(name, source), lora_path=source)
+        try:
+            await self.engine_core.add_lora_async(request)
+        except TimeoutError:
+            raise Unavailable(f"lora_path: a replica did not load {shown(source)} in time") from None
+        except RuntimeError as error:
+            # What the engine said; some replicas may have it already, which costs memory and nothing else.
+            raise InvalidInput(f"lora_path: {shown(source)} can't be loaded: {error}") from None
+        await self._announce(name, source)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Offer an adapter no more, at any door; requests that run go on. Returns when all doors have heard.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        request = self.lora_requests[name]
+        await self._announce(name, None)
+        try:
+            await self.engine_core.remove_lora_async(request.lora_int_id)
+        except (RuntimeError, TimeoutError, Unavailable):
+            # It stays in that engine until others push it out.
+            logger.warning("adapter %s could not be taken out of every replica", name, exc_info=True)
+
+    async def _announce(self, name: str, source: str | None) -> None:
+        self._adapters.say(name, source, self.engine_core.gateway_id)
+        self._take_over({})
+        if self._directory is not None:
+            # If the directory is away now, the next sync tells it.
+            with contextlib.suppress(ray.exceptions.RayError):
+                await self._sync(self._directory)
+        # The other doors hear of it at their next sync.
+        await asyncio.sleep(2 * REPORT_EVERY_S)
 
 
 @contextlib.asynccontextmanager

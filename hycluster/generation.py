@@ -16,15 +16,17 @@ from ray.actor import ActorHandle
 from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMNotFoundError
 from vllm.inputs import EngineInput, split_enc_dec_input
 from vllm.logprobs import Logprob
+from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.renderers import ChatParams
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
+from hycluster.adapters import check_name
 from hycluster.config import Admission, Model, Router
 from hycluster.core import Generation, GenerationRequest, ModelCard, Output, Sampling, TokenLogprob, Usage
 from hycluster.directory import find_directory
-from hycluster.errors import DeadlineExceeded, HyclusterError, InvalidInput, Unavailable, UnknownModel
+from hycluster.errors import DeadlineExceeded, HyclusterError, InvalidInput, Unavailable, UnknownModel, shown
 from hycluster.gateway import Gateway, open_gateway
 
 
@@ -35,11 +37,60 @@ class Generator:
         self.gateways = dict(gateways)
 
     async def models(self) -> list[ModelCard]:
-        """What is served, and by how many replicas now."""
+        """What is served, adapters after their model, and by how many replicas now."""
         return [
             ModelCard(name, gateway.model_config.max_model_len, gateway.engine_core.links)
-            for name, gateway in self.gateways.items()
+            for model, gateway in self.gateways.items()
+            for name in (model, *gateway.lora_requests)
         ]
+
+    def model_of(self, name: str) -> str | None:
+        """The model that a name stands for: its own, or one of its adapters'; None if nothing has that name."""
+        if name in self.gateways:
+            return name
+        return next((model for model, gateway in self.gateways.items() if name in gateway.lora_requests), None)
+
+    async def load_adapter(self, name: str, source: str, *, model: str | None = None, replace: bool = False) -> None:
+        """Serve a LoRA adapter from now on, at all doors and by all replicas of its model.
+
+        Args:
+            source: a folder in PEFT's format that every node sees, or a hub id.
+            model: whose adapter it is; needs not be said where only one model takes adapters.
+            replace: let a name that is in use go over to another source.
+
+        Raises:
+            InvalidInput: names the field and what is allowed; then nothing has changed.
+            UnknownModel: there is no such model.
+            Unavailable: no replica can serve, or one did not answer.
+        """
+        check_name(name, source)
+        if name in self.gateways:
+            raise InvalidInput(f"lora_name: {shown(name)} is the name of a model")
+        takers = [taker for taker, gateway in self.gateways.items() if gateway.vllm_config.lora_config is not None]
+        if model is None:
+            if len(takers) > 1:
+                raise InvalidInput(f"model: must be one of {', '.join(map(repr, takers))}")
+            model = next(iter(takers or self.gateways))
+        holder, gateway = self.model_of(name), self._gateway(model)[0]
+        if holder is not None:
+            if not replace or holder != model:
+                raise InvalidInput(f"lora_name: {shown(name)} is an adapter of {holder!r} already")
+            if gateway.lora_requests[name].lora_path == source:
+                raise InvalidInput(
+                    f"lora_path: {shown(name)} is loaded from there already; changed weights need a path of their own"
+                )
+        await gateway.load_adapter(name, source)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Serve a LoRA adapter no more; requests that run go on.
+
+        Raises:
+            UnknownModel: there is no such adapter.
+        """
+        model = self.model_of(name)
+        if model is None or model == name:
+            raise UnknownModel(name, [name for gateway in self.gateways.values() for name in gateway.lora_requests])
+        await self.gateways[model].unload_adapter(name)
 
     async def ready(self) -> bool:
         """A request to any model would succeed."""
@@ -49,7 +100,7 @@ class Generator:
         self, model: str, *, prompt: str | None = None, messages: list[dict[str, Any]] | None = None
     ) -> list[int]:
         """Token ids of a prompt, or of messages under the model's chat template."""
-        gateway = self._gateway(model)
+        gateway, _ = self._gateway(model)
         with _translated_errors():
             engine_input = await self._render(gateway, prompt, messages, None)
         return _prompt_ids(engine_input)
@@ -85,7 +136,7 @@ class Generator:
     async def _run(
         self, request: GenerationRequest, kind: RequestOutputKind, deadline_s: float | None
     ) -> AsyncGenerator[RequestOutput, None]:
-        gateway = self._gateway(request.model)
+        gateway, lora_request = self._gateway(request.model)
         gateway.check_admission(request.sampling.n)
         deadline = None if deadline_s is None else asyncio.get_running_loop().time() + deadline_s
         with _translated_errors():
@@ -96,6 +147,7 @@ class Generator:
                 engine_input,
                 sampling_params(gateway, request.sampling, room, kind),
                 request.request_id or f"gen-{secrets.token_hex(12)}",
+                lora_request=lora_request,
                 priority=int(request.priority),
                 session_id=request.session_id,
             )
@@ -112,11 +164,14 @@ class Generator:
                             raise Unavailable(f"the engine ended this request early ({sequence.finish_reason})")
                     yield output
 
-    def _gateway(self, model: str) -> Gateway:
-        try:
-            return self.gateways[model]
-        except KeyError:
-            raise UnknownModel(model, list(self.gateways)) from None
+    def _gateway(self, name: str) -> tuple[Gateway, LoRARequest | None]:
+        """The gateway for a name, and the adapter that the name stands for, if it is one's."""
+        model = self.model_of(name)
+        if model is None:
+            served = [name for model, gateway in self.gateways.items() for name in (model, *gateway.lora_requests)]
+            raise UnknownModel(name, served)
+        gateway = self.gateways[model]
+        return gateway, gateway.lora_requests.get(name) if name != model else None
 
     @staticmethod
     async def _render(
@@ -236,23 +291,24 @@ async def open_generator(
 
     Args:
         directory: name of the pool's directory.
+        model: name of the model, or of an adapter.
 
     Raises:
         UnknownModel: the pool has no such model.
         Unavailable: there is no pool, or no replica can serve.
     """
     handle = _directory(directory)
-    view = await handle.sync.remote(model, "", {})
-    if view.model is None:
+    pool: Model | None = await handle.find.remote(model)
+    if pool is None:
         raise UnknownModel(model, sorted(await handle.models.remote()))
     unbounded = Admission(max_requests=None)
     async with open_gateway(
-        view.model, handle, router=router or Router(), admission=admission or unbounded, wait_s=wait_s
+        pool, handle, router=router or Router(), admission=admission or unbounded, wait_s=wait_s
     ) as gateway:
         # As in a door (see there).
         gc.collect()
         gc.freeze()
-        yield Generator({model: gateway})
+        yield Generator({pool.name: gateway})
 
 
 @contextlib.asynccontextmanager

@@ -23,7 +23,7 @@ from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from zmq.utils.monitor import recv_monitor_message
 
-from hycluster.core import ReplicaAddress, ReplicaLoad
+from hycluster.core import ExpertLoad, ReplicaAddress, ReplicaLoad
 from hycluster.directory import ReplicaReport
 from hycluster.engine.protocol import EngineInfo
 from hycluster.errors import Unavailable
@@ -207,6 +207,12 @@ class PoolClient:
         return sum(link.accepting for link in self._links.values())
 
     @property
+    def expert_loads(self) -> dict[str, ExpertLoad]:
+        """By replica id, how its experts are loaded, where it says so."""
+        loads = {replica_id: link.load for replica_id, link in self._links.items()}
+        return {replica_id: load.experts for replica_id, load in loads.items() if load and load.experts}
+
+    @property
     def infos(self) -> list[EngineInfo]:
         return [link.info for link in self._links.values()]
 
@@ -297,7 +303,7 @@ class PoolClient:
                 spent += step
             link.outstanding_tokens -= spent
             outputs.engine_index = link.slot
-            if outputs.outputs:
+            if outputs.outputs or outputs.scheduler_stats is not None:
                 self._arrived.put_nowait(outputs)
 
     async def get_output_async(self) -> EngineCoreOutputs:

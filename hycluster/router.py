@@ -6,6 +6,7 @@ A new policy is a class with ``choose`` and a name in ``POLICIES``.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -73,14 +74,12 @@ class LeastOutstandingTokens:
         _require(candidates)
         return min(
             candidates,
-            key=lambda candidate: (self._outstanding(candidate), candidate.own_requests, self._random.random()),
+            key=lambda candidate: (
+                outstanding_tokens(candidate, self._gateway_id),
+                candidate.own_requests,
+                self._random.random(),
+            ),
         ).replica_id
-
-    def _outstanding(self, candidate: Candidate) -> int:
-        reported = candidate.load.outstanding_tokens if candidate.load else {}
-        # This gateway's own share of the report is older than what it knows itself.
-        others = sum(tokens for gateway, tokens in reported.items() if gateway != self._gateway_id)
-        return candidate.own_tokens + others
 
 
 class PowerOfTwoChoices:
@@ -105,25 +104,66 @@ class PowerOfTwoChoices:
         return max(candidate.own_requests, reported)
 
 
+class SessionAffinity:
+    """Another policy, but the turns of one conversation go to the replica that has the earlier ones in its KV cache.
+
+    A session's home is the candidate that gives the highest hash with its id: every gateway finds the same one
+    without being told, nothing is kept, and a replica that comes or goes moves its own share of the sessions and no
+    more. A turn goes elsewhere while its home has ``slack_tokens`` more outstanding than the least loaded candidate:
+    then waiting there would cost more than computing the earlier turns anew.
+    """
+
+    def __init__(self, policy: Policy, gateway_id: str, slack_tokens: int) -> None:
+        self._policy = policy
+        self._gateway_id = gateway_id
+        self._slack_tokens = slack_tokens
+
+    def choose(self, candidates: Sequence[Candidate], request: RouteRequest) -> str:
+        session = request.session_id
+        if session is None or not candidates:
+            return self._policy.choose(candidates, request)
+        home = max(candidates, key=lambda candidate: _affinity(session, candidate.replica_id))
+        least = min(outstanding_tokens(candidate, self._gateway_id) for candidate in candidates)
+        if outstanding_tokens(home, self._gateway_id) <= least + self._slack_tokens:
+            return home.replica_id
+        return self._policy.choose(candidates, request)
+
+
+def _affinity(session: str, replica_id: str) -> bytes:
+    return hashlib.blake2b(f"{session}\0{replica_id}".encode(), digest_size=8).digest()
+
+
+def outstanding_tokens(candidate: Candidate, gateway_id: str) -> int:
+    """Tokens that a replica has still to prefill or to decode, as far as this gateway knows."""
+    reported = candidate.load.outstanding_tokens if candidate.load else {}
+    # This gateway's own share of the report is older than what it knows itself.
+    others = sum(tokens for gateway, tokens in reported.items() if gateway != gateway_id)
+    return candidate.own_tokens + others
+
+
 POLICIES: dict[str, Callable[[str, int | None], Policy]] = {
     "least_outstanding_tokens": LeastOutstandingTokens,
     "power_of_two": lambda _, seed: PowerOfTwoChoices(seed),
 }
 
 
-def make_policy(name: str, gateway_id: str, seed: int | None = None) -> Policy:
+def make_policy(
+    name: str, gateway_id: str, seed: int | None = None, *, session_slack_tokens: int | None = None
+) -> Policy:
     """The policy that the settings name (``router.policy``).
 
     Args:
         gateway_id: this gateway's key in ``ReplicaLoad.outstanding_tokens``.
         seed: fixes what is left to chance, for tests.
+        session_slack_tokens: ``router.session_slack_tokens``; None leaves sessions out of account.
 
     Raises:
         SettingsError: no policy has that name.
     """
     if name not in POLICIES:
         raise SettingsError(f"router.policy: {name!r} is not allowed; must be one of {', '.join(POLICIES)}")
-    return POLICIES[name](gateway_id, seed)
+    policy = POLICIES[name](gateway_id, seed)
+    return policy if session_slack_tokens is None else SessionAffinity(policy, gateway_id, session_slack_tokens)
 
 
 def _require(candidates: Sequence[Candidate]) -> None:

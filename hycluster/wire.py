@@ -7,6 +7,10 @@ each under one random identity. What travels is vLLM's own msgpack, never pickle
     replica -> gateway   on the request socket   READY with the engine's info, or REFUSED with a reason
                          on the output socket    the frames of one EngineCoreOutputs; empty = engine ended
 
+The ranks of a data-parallel group reach each other by the same request sockets:
+
+    rank -> rank         [SIBLING, token, payload]   payload is the engine's own, see Engine.hear
+
 A gateway that does not say the replica's token in its HELLO is not heard. Control methods that a
 gateway may call are an allowlist. A gateway that is gone, or does not read, loses its requests in the
 engine; it never holds up the others.
@@ -29,7 +33,7 @@ import zmq
 
 from hycluster.config import DataPlane
 from hycluster.core import ReplicaAddress
-from hycluster.engine.protocol import Engine, EngineInfo, Frame
+from hycluster.engine.protocol import SIBLINGS, Engine, EngineInfo, Frame
 from hycluster.errors import SettingsError
 
 logger = logging.getLogger(__name__)
@@ -43,6 +47,7 @@ class Kind(bytes, Enum):
     CALL = b"\x03"
     HELLO = b"H"
     BYE = b"B"
+    SIBLING = b"S"
 
 
 READY, REFUSED = b"READY", b"REFUSED"
@@ -68,6 +73,9 @@ CONTROL_METHODS = frozenset(
         "profile",
     }
 )
+
+# vLLM's number of the client that outputs for none in particular go to; gateways have the numbers from 1.
+NO_CLIENT = 0
 
 # Messages that may wait for a gateway that does not read: one a step, so some minutes of decoding.
 OUTPUT_BACKLOG = 10_000
@@ -97,6 +105,7 @@ class EngineServer:
         self._identities: dict[int, bytes] = {}
         self._greeted: dict[int, float] = {}
         self._next_client = 1
+        self._siblings: list[tuple[zmq.Socket[bytes], bytes]] = []
         self._token = secrets.token_hex(16)
         self._closing = False
 
@@ -126,6 +135,21 @@ class EngineServer:
         for thread in self._threads:
             thread.start()
 
+    def join(self, siblings: Sequence[ReplicaAddress]) -> None:
+        """Learn where the other ranks of the data-parallel group are; once, before the first gateway connects."""
+        known = []
+        for address in siblings:
+            sock = self._context.socket(zmq.DEALER)
+            sock.linger = 0
+            sock.connect(address.requests)
+            known.append((sock, address.token.encode()))
+        # From here on they belong to the thread that writes outputs.
+        self._siblings = known
+
+    def wait_until_ended(self) -> None:
+        """Block until the engine has ended, in good order or not."""
+        self._threads[1].join()
+
     @property
     def gateways(self) -> int:
         """Gateways connected now."""
@@ -149,6 +173,12 @@ class EngineServer:
         if kind is Kind.HELLO:
             self._hello(identity, bytes(payload[0]))
             return
+        if kind is Kind.SIBLING:
+            token, *frames = payload
+            if not self._is_token(bytes(token)):
+                raise ValueError("wrong token")
+            self._engine.hear(frames)
+            return
         client = self._clients.get(identity)
         if client is None:
             self._requests.send_multipart([identity, REFUSED, b"say hello first"])
@@ -166,7 +196,7 @@ class EngineServer:
             self._forget(client)
 
     def _hello(self, identity: bytes, token: bytes) -> None:
-        if not hmac.compare_digest(token, self._token.encode()):
+        if not self._is_token(token):
             self._requests.send_multipart([identity, REFUSED, b"wrong token"])
             return
         if identity not in self._clients:
@@ -175,6 +205,9 @@ class EngineServer:
             self._identities[client] = identity
             self._clients[identity] = client
         self._requests.send_multipart([identity, READY, encode_info(self._engine.info)])
+
+    def _is_token(self, token: bytes) -> bool:
+        return hmac.compare_digest(token, self._token.encode())
 
     def _forget(self, client: int) -> None:
         identity = self._identities.pop(client, None)
@@ -186,13 +219,21 @@ class EngineServer:
     def _write_outputs(self) -> None:
         while (item := self._engine.next_output()) is not None:
             client, frames = item
+            if client == SIBLINGS:
+                for sibling, token in self._siblings:
+                    sibling.send_multipart([Kind.SIBLING, token, *frames])
+                continue
+            if client == NO_CLIENT:
+                # The counts of a step that had no tokens for anybody: any gateway adds them up.
+                client = next(iter(list(self._identities)), NO_CLIENT)
             identity = self._identities.get(client)
             if identity is not None and not self._send(client, [identity, *frames]):
                 logger.warning("gateway %s is gone; its requests are dropped", identity.hex())
                 self._forget(client)
         for client, identity in list(self._identities.items()):
             self._send(client, [identity, b""])
-        self._outputs.close()
+        for sock in (self._outputs, *(sibling for sibling, _ in self._siblings)):
+            sock.close()
 
     def _send(self, client: int, message: Sequence[Frame]) -> bool:
         while True:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import SimpleNamespace, TracebackType
 from typing import Any, Self
 
+from hycluster.adapters import Word
 from hycluster.config import DataPlane, Model, Simulated
 from hycluster.core import ReplicaAddress
 from hycluster.directory import Directory, ReplicaReport
@@ -77,10 +78,10 @@ class SimulatedPool:
         """What a gateway follows, without an actor: it knows these replicas and nothing changes."""
         directory = Directory()
 
-        async def sync(name: str, gateway_id: str, outstanding: dict[str, int]) -> Any:
+        async def sync(name: str, gateway_id: str, outstanding: dict[str, int], adapters: dict[str, Word]) -> Any:
             for report in self.reports:
                 directory.report(model, report)
-            return directory.sync(name, gateway_id, outstanding)
+            return directory.sync(name, gateway_id, outstanding, adapters)
 
         return SimpleNamespace(sync=SimpleNamespace(remote=sync))
 

@@ -5,11 +5,10 @@ from typing import Any
 import pytest
 from ray.serve import Application
 
-from hycluster.app import actor_options, application, build, deployment_name
-from hycluster.config import Hardware, Model, Parallel, Replicas, Settings, Simulated
+from hycluster.app import application, build, deployment_name, replicas
+from hycluster.config import Hardware, Model, Parallel, Replicas, Settings
 from hycluster.errors import SettingsError
 
-GIB = 1 << 30
 SETTINGS: dict[str, Any] = {
     "models": [
         {"name": "Org/Big-1.5", "source": "/big", "replicas": {"min": 3}, "hardware": {"cpus": 2}},
@@ -34,26 +33,6 @@ def deployment(app: Application) -> Any:
 )
 def test_deployment_name(name: str, deployed: str) -> None:
     assert deployment_name(model(name=name)) == deployed
-
-
-def test_a_cpu_replica_reserves_cpus_and_memory() -> None:
-    options = actor_options(model(hardware=Hardware(cpus=1.5, memory_gib=2)))
-    assert options["num_cpus"] == 1.5
-    assert options["memory"] == 2 * GIB
-    assert not {"num_gpus", "accelerator_type"} & options.keys()
-    assert options["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "1"
-
-
-def test_a_gpu_replica_reserves_its_devices() -> None:
-    options = actor_options(model(hardware=Hardware(accelerator="H20"), parallel=Parallel(tensor=4, pipeline=2)))
-    assert (options["num_gpus"], options["accelerator_type"]) == (8, "H20")
-    assert "memory" not in options
-    assert "LD_PRELOAD" not in options["runtime_env"]["env_vars"]
-
-
-def test_a_simulated_replica_reserves_no_device() -> None:
-    options = actor_options(model(hardware=Hardware(accelerator="H20"), simulated=Simulated()))
-    assert not {"num_gpus", "accelerator_type"} & options.keys()
 
 
 def test_an_application_is_doors_over_a_deployment_a_model() -> None:
@@ -81,3 +60,14 @@ def test_doors_leave_the_cores_to_the_engines() -> None:
 def test_wrong_settings_are_refused_before_anything_is_built() -> None:
     with pytest.raises(SettingsError, match="nonsense"):
         build(SETTINGS | {"nonsense": 1})
+
+
+def test_only_a_replica_of_several_reservations_has_a_placement_group() -> None:
+    def config(**fields: Any) -> Any:
+        asked = model(**fields)
+        return deployment(replicas(asked, Settings(models=(asked,)), "directory"))._replica_config
+
+    assert config().placement_group_bundles is None
+    group = config(parallel=Parallel(data=2), hardware=Hardware(cpus=3, placement="strict_spread"))
+    assert group.placement_group_bundles == [{"CPU": 3}] * 2
+    assert group.placement_group_strategy == "STRICT_SPREAD"

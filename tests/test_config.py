@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -57,7 +57,13 @@ def test_model_by_name() -> None:
 
 def test_devices_of_a_replica() -> None:
     settings = validate(Settings, model_with(parallel={"tensor": 8, "pipeline": 2, "data": 3}), "x")
-    assert settings.models[0].parallel.devices == 48
+    parallel = settings.models[0].parallel
+    assert (parallel.devices, parallel.devices_per_rank, parallel.expert_ranks) == (48, 16, 24)
+
+
+def test_every_data_parallel_rank_is_an_engine() -> None:
+    settings = validate(Settings, model_with(parallel={"tensor": 8, "data": 3}, replicas={"min": 2}), "x")
+    assert settings.models[0].engines == 6
 
 
 @pytest.mark.parametrize(
@@ -82,6 +88,18 @@ def test_devices_of_a_replica() -> None:
         (
             model_with(simulated={"kv_blocks": 3, "block_size_tokens": 4, "max_model_len": 13}),
             ["models.0.simulated.kv_blocks: 3 hold 12 tokens, fewer than max_model_len (13)"],
+        ),
+        (
+            model_with(parallel={"data": 2, "eplb": {"enabled": True}}),
+            ["models.0.parallel: eplb.enabled: true is not allowed; needs expert: true"],
+        ),
+        (
+            model_with(parallel={"expert": True, "eplb": {"enabled": True}}),
+            ["models.0.parallel: eplb.enabled: true is not allowed; needs more ranks than one (tensor, data)"],
+        ),
+        (
+            model_with(parallel={"eplb": {"redundant_experts": 2}}),
+            ["models.0.parallel.eplb.redundant_experts: 2 is without effect; set enabled to true"],
         ),
         ({"models": [MODEL, MODEL]}, ["models: the name 'm' is given 2 times; names must differ"]),
         (
@@ -125,7 +143,7 @@ def test_unknown_keys_get_a_suggestion(data: dict[str, Any], field: str, meant: 
 
 def test_an_unknown_key_like_no_other() -> None:
     (line,) = refusal(Settings, {"models": [MODEL], "router": {"zzz": 1}})
-    assert line == "job.yaml: router.zzz: unknown key (allowed: policy)"
+    assert line == "job.yaml: router.zzz: unknown key (allowed: policy, session_slack_tokens)"
 
 
 def test_sampling_in_settings() -> None:
@@ -231,3 +249,25 @@ def test_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("HYCLUSTER_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert config.home() == tmp_path / ".cache" / "hycluster"
+
+
+class TestAdapters:
+    ADAPTERS: ClassVar[list[dict[str, str]]] = [{"name": "a", "source": "/a"}]
+
+    def test_an_adapter_stands_for_its_model(self) -> None:
+        settings = Settings.model_validate({"models": [{"name": "n", "source": "s", "adapters": self.ADAPTERS}]})
+        assert settings.model("a") == settings.model("n")
+
+    @pytest.mark.parametrize("other", ["n", "a"])
+    def test_names_differ_across_models_and_adapters(self, other: str) -> None:
+        models = [
+            {"name": "n", "source": "s", "adapters": self.ADAPTERS},
+            {"name": "o", "source": "s", "adapters": [{"name": other, "source": "/b"}]},
+        ]
+        with pytest.raises(SettingsError, match=f"the name {other!r} is given 2 times"):
+            validate(Settings, {"models": models}, "settings")
+
+    def test_a_simulated_engine_has_none(self) -> None:
+        model = {"name": "n", "source": "s", "adapters": self.ADAPTERS, "simulated": {}}
+        with pytest.raises(SettingsError, match="'a' is not allowed; a simulated engine has no adapters"):
+            validate(Settings, {"models": [model]}, "settings")

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from hycluster import directory
-from hycluster.config import Model
+from hycluster.adapters import Word
+from hycluster.config import Adapter, Model
 from hycluster.core import ReplicaAddress, ReplicaLoad
 from hycluster.directory import FORGET_AFTER_S, Directory, ReplicaReport
 
@@ -113,3 +115,35 @@ def test_what_a_silent_gateway_had_outstanding_is_forgotten(clock: Clock) -> Non
     there.report(MODEL, report("a"))
     (only,) = there.sync(MODEL.name, "g", {"a": 1}).replicas
     assert only.load.outstanding_tokens == {"g": 1}
+
+
+class TestAdapters:
+    STATIC = Model(name="m", source="/m", adapters=(Adapter(name="a", source="/a"),))
+
+    def test_the_settings_adapters_and_what_doors_say(self) -> None:
+        there = Directory()
+        there.report(self.STATIC, report("r"))
+        there.sync("m", "g", {}, {"b": Word(1, "g", "/b")})
+        assert {name: word.source for name, word in there.sync("m", "h", {}).adapters.items()} == {"a": "/a", "b": "/b"}
+        assert there.models() == {"m": 1, "a": 1, "b": 1}
+        assert [there.find(name) for name in ("m", "a", "b", "c")] == [self.STATIC] * 3 + [None]
+
+    def test_a_report_does_not_bring_back_what_was_unloaded(self) -> None:
+        there = Directory()
+        there.report(self.STATIC, report("r"))
+        there.sync("m", "g", {}, {"a": Word(1, "g", None)})
+        there.report(self.STATIC, report("r"))
+        assert there.models() == {"m": 1}
+        assert there.find("a") is None
+
+
+def test_the_ranks_of_a_group_are_one_replica() -> None:
+    there = Directory()
+    for rank in ("a0", "a1"):
+        there.report(MODEL, replace(report(rank), group="a"))
+    there.report(MODEL, report("b"))
+    assert there.models() == {"m": 2}
+    assert sorted(seen(there)) == ["a0", "a1", "b"]
+    there.report(MODEL, replace(report("a0", accepting=False), group="a"))
+    there.report(MODEL, replace(report("a1", accepting=False), group="a"))
+    assert there.models() == {"m": 1}

@@ -236,3 +236,33 @@ async def test_admission_counts_every_sequence(opened: Open) -> None:
         with pytest.raises(Overloaded, match="at most 2"):
             await generator.generate(ask(sampling={"n": 3, "temperature": 1}))
         await generator.generate(ask(sampling={"n": 2, "temperature": 1}))
+
+
+async def test_adapters_where_a_model_takes_none(opened: Open) -> None:
+    async with opened() as (generator, _):
+        for name, source, model, why in (
+            ("x", "/x", None, r"^model: 'tiny' takes no adapters"),
+            ("x", "/x", "tiny", r"^model: 'tiny' takes no adapters"),
+            ("tiny", "/x", None, r"^lora_name: 'tiny' is the name of a model"),
+            ("x", "", None, r"^lora_path: must not be empty"),
+        ):
+            with pytest.raises(InvalidInput, match=why):
+                await generator.load_adapter(name, source, model=model)
+        with pytest.raises(UnknownModel):
+            await generator.load_adapter("x", "/x", model="nope")
+        with pytest.raises(UnknownModel, match="'tiny' is not served here"):
+            await generator.unload_adapter("tiny")
+        assert [card.name for card in await generator.models()] == ["tiny"]
+
+
+async def test_an_adapters_name_stands_for_its_model(opened: Open) -> None:
+    from vllm.lora.request import LoRARequest
+
+    async with opened() as (generator, _):
+        generator.gateways["tiny"].lora_requests["a"] = LoRARequest("a", 1, "/a")
+        assert [generator.model_of(name) for name in ("tiny", "a", "b")] == ["tiny", "tiny", None]
+        assert [card.name for card in await generator.models()] == ["tiny", "a"]
+        assert await generator.tokenize("a", prompt="hi") == await generator.tokenize("tiny", prompt="hi")
+        # The request carries the adapter, which vLLM's front end refuses where the settings make no room for it.
+        with pytest.raises(InvalidInput, match="LoRA is not enabled"):
+            await generator.generate(ask(model="a"))

@@ -139,3 +139,59 @@ def test_power_of_two_beats_chance_on_the_longest_queue() -> None:
         return sum(max(route(make(seed), 50, 250).values()) for seed in range(5))
 
     assert longest(PowerOfTwoChoices) < 0.8 * longest(Chance)  # type: ignore[arg-type]
+
+
+class TestSessionAffinity:
+    SLACK = 1000
+
+    def policy(self, gateway: str = "me") -> Policy:
+        return make_policy("least_outstanding_tokens", gateway, session_slack_tokens=self.SLACK)
+
+    @staticmethod
+    def homes(policy: Policy, replicas: list[str], sessions: int = 300) -> dict[str, str]:
+        candidates = [Candidate(replica_id=replica) for replica in replicas]
+        return {
+            session: policy.choose(candidates, RouteRequest(tokens=1, session_id=session))
+            for session in (f"session-{number}" for number in range(sessions))
+        }
+
+    def test_every_gateway_finds_the_same_home(self) -> None:
+        homes = self.homes(self.policy(), ["a", "b", "c"])
+        assert self.homes(self.policy("you"), ["c", "a", "b"]) == homes
+        # A third each, give or take four standard deviations.
+        assert all(67 <= list(homes.values()).count(replica) <= 133 for replica in "abc")
+
+    def test_a_replica_that_goes_moves_its_own_sessions_only(self) -> None:
+        before, after = self.homes(self.policy(), ["a", "b", "c"]), self.homes(self.policy(), ["a", "b"])
+        assert {session for session in before if before[session] != after[session]} == {
+            session for session, home in before.items() if home == "c"
+        }
+
+    def test_a_home_that_is_much_more_loaded_is_left(self) -> None:
+        (home,) = self.homes(self.policy(), ["a", "b"], sessions=1).values()
+
+        def choose(ahead_tokens: int) -> str:
+            candidates = [
+                Candidate(replica_id=replica, own_tokens=500 + ahead_tokens * (replica == home)) for replica in "ab"
+            ]
+            return self.policy().choose(candidates, RouteRequest(tokens=1, session_id="session-0"))
+
+        assert choose(self.SLACK) == home
+        assert choose(self.SLACK + 1) != home
+
+    def test_what_other_gateways_have_there_counts(self) -> None:
+        (home,) = self.homes(self.policy(), ["a", "b"], sessions=1).values()
+        busy = ReplicaLoad(outstanding_tokens={"you": self.SLACK + 1})
+        candidates = [Candidate(replica_id=replica, load=busy if replica == home else None) for replica in "ab"]
+        assert self.policy().choose(candidates, RouteRequest(tokens=1, session_id="session-0")) != home
+
+    def test_without_a_session_the_policy_decides(self) -> None:
+        candidates = [Candidate(replica_id="a", own_tokens=1), Candidate(replica_id="b")]
+        assert {self.policy().choose(candidates, REQUEST) for _ in range(20)} == {"b"}
+
+    def test_none_turns_it_off(self) -> None:
+        assert isinstance(make_policy("least_outstanding_tokens", "me"), LeastOutstandingTokens)
+
+    def test_no_candidates(self) -> None:
+        with pytest.raises(Unavailable):
+            self.policy().choose([], RouteRequest(tokens=1, session_id="s"))

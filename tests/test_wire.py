@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import secrets
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -16,9 +17,10 @@ from hycluster.config import DataPlane, Simulated
 from hycluster.core import ReplicaAddress
 from hycluster.engine import messages
 from hycluster.engine.messages import EngineCoreOutputs, FinishReason
+from hycluster.engine.protocol import SIBLINGS
 from hycluster.engine.simulated import SimulatedEngine
 from hycluster.errors import SettingsError
-from hycluster.wire import READY, REFUSED, EngineServer, Kind, decode_info
+from hycluster.wire import NO_CLIENT, READY, REFUSED, EngineServer, Kind, decode_info
 from tests.simulated_pool import SimulatedReplica, eventually, predicted
 
 pytestmark = pytest.mark.timeout(60)
@@ -336,3 +338,82 @@ def test_addresses_and_tokens_differ(start: Start) -> None:
     one, two = start(FAST).address, start(FAST).address
     assert len({one.requests, one.outputs, two.requests, two.outputs}) == 4
     assert one.token != two.token
+
+
+def test_what_is_for_no_gateway_in_particular_goes_to_one_of_them(start: Start, join: Join) -> None:
+    replica = start(FAST)
+    gateways = [join(replica), join(replica)]
+    replica.engine.call(NO_CLIENT, 7, "no_such_method", [])
+    poller = zmq.Poller()
+    for gateway in gateways:
+        poller.register(gateway.outputs, zmq.POLLIN)
+    (heard,) = dict(poller.poll(5000))
+    (gateway,) = (gateway for gateway in gateways if gateway.outputs is heard)
+    answer = gateway.read().utility_output
+    assert answer is not None
+    assert answer.call_id == 7
+
+
+class Talking(SimulatedEngine):
+    """A rank that has something to say to the others, and keeps what it hears."""
+
+    def __init__(self) -> None:
+        super().__init__(FAST)
+        self.heard: list[list[bytes]] = []
+
+    def say(self, *frames: bytes) -> None:
+        self._messages.put((SIBLINGS, frames))
+
+    def hear(self, frames: Sequence[Any]) -> None:
+        self.heard.append([bytes(frame) for frame in frames])
+
+
+@pytest.fixture
+def group() -> Iterator[list[tuple[Talking, EngineServer]]]:
+    """Three ranks that know each other."""
+    engines = [Talking() for _ in range(3)]
+    servers = [
+        EngineServer(engine, replica_id=f"r{rank}", model="m", host="127.0.0.1", ports=DataPlane())
+        for rank, engine in enumerate(engines)
+    ]
+    for own in servers:
+        own.join([other.address for other in servers if other is not own])
+    yield list(zip(engines, servers, strict=True))
+    for engine, server in zip(engines, servers, strict=True):
+        engine.shutdown()
+        server.close()
+
+
+def test_a_rank_is_heard_by_the_others(group: list[tuple[Talking, EngineServer]]) -> None:
+    (one, server), (two, _), (three, _) = group
+    one.say(b"wave", b"7")
+    one.say(b"wave", b"8")
+    two.say(b"mine")
+    told = [[b"wave", b"7"], [b"wave", b"8"]]
+    eventually(lambda: two.heard == told and len(three.heard) == 3)
+    assert [frames for frames in three.heard if frames != [b"mine"]] == told
+    eventually(lambda: one.heard == [[b"mine"]])
+    assert server.gateways == 0, "a rank is no gateway"
+
+
+def test_only_a_rank_that_knows_the_token_is_heard(group: list[tuple[Talking, EngineServer]]) -> None:
+    engine, server = group[0]
+    context = zmq.Context()
+    sock = context.socket(zmq.DEALER)
+    sock.connect(server.address.requests)
+    for token in (b"", b"wrong", server.address.token.encode()):
+        sock.send_multipart([Kind.SIBLING, token, token])
+    eventually(lambda: bool(engine.heard))
+    assert engine.heard == [[server.address.token.encode()]]
+    context.destroy(linger=0)
+
+
+def test_whoever_waits_for_the_end_of_an_engine_is_told(start: Start) -> None:
+    replica = start(FAST)
+    waiting = threading.Thread(target=replica.server.wait_until_ended)
+    waiting.start()
+    time.sleep(0.05)
+    assert waiting.is_alive()
+    replica.die()
+    waiting.join(5)
+    assert not waiting.is_alive()

@@ -16,6 +16,25 @@ from hycluster.core import ReplicaLoad
 
 Frame = bytes | bytearray | memoryview
 
+# In the place of a client's number: a message for the other ranks of the engine's data-parallel group.
+SIBLINGS = -2
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRank:
+    """An engine's place in its data-parallel group.
+
+    Attributes:
+        rank: from 0; rank 0 started the others.
+        size: ranks of the group.
+        host, port: torch's ``TCPStore`` of the group, where the ranks find each other.
+    """
+
+    rank: int
+    size: int
+    host: str
+    port: int
+
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
@@ -59,8 +78,12 @@ class Engine(Protocol):
         """Block for the next message: the client it is for and the frames of one ``EngineCoreOutputs``.
 
         Returns:
-            None once the engine has ended, by ``shutdown`` or by a fatal error (see ``error``).
+            None once the engine has ended, by ``shutdown`` or by a fatal error (see ``error``). The client may be
+            SIBLINGS; then the frames are for :meth:`hear` of the other ranks.
         """
+
+    def hear(self, frames: Sequence[Frame]) -> None:
+        """A message from another rank of the data-parallel group."""
 
     def load(self) -> ReplicaLoad:
         """What the engine does now; ``outstanding_tokens`` is left empty."""

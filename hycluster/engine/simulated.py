@@ -85,6 +85,9 @@ class SimulatedEngine:
             self._messages.put(None)
         return message
 
+    def hear(self, frames: Sequence[Frame]) -> None:
+        """Simulated ranks run apart: they have nothing to say to each other."""
+
     def load(self) -> ReplicaLoad:
         with self._changed:
             return self._scheduler.load()

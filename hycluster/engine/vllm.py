@@ -8,6 +8,9 @@ vLLM's internals; ``tests/integration/test_vllm_contract.py`` says what they rel
   too); its loop reads ``input_queue`` and ``aborts_queue`` and fills ``output_queue`` with
   ``(client index, EngineCoreOutputs)``, one a step and client.
 - On CPU ``create_engine_config`` turns the ``uni`` executor into ``mp``, whose workers wait by spinning.
+- The ranks of a data-parallel group step together while one of them has work. ``DPEngineCoreProc`` asks for
+  a start, by ``start_wave`` to client -1, when it gets a request for a wave that is over, and is told of one by
+  ``START_DP_WAVE``. vLLM has a process in between, the coordinator; here the ranks tell each other.
 """
 
 from __future__ import annotations
@@ -22,47 +25,101 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, cast
 
-from vllm.config import VllmConfig
+import msgspec
+from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType, FinishReason
-from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
+from vllm.v1.engine.core import DPEngineCoreProc, EngineCoreProc, EngineShutdownState
 from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.executor import Executor
+from vllm.v1.request import Request
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from hycluster.config import Model
+from hycluster.adapters import adapter_id
+from hycluster.config import Adapter, Model
 from hycluster.core import ReplicaLoad
-from hycluster.engine.arguments import engine_arguments
-from hycluster.engine.protocol import EngineInfo, Frame
+from hycluster.engine.arguments import check_platform, engine_arguments
+from hycluster.engine.expert_load import expert_load_meter
+from hycluster.engine.protocol import SIBLINGS, EngineInfo, Frame, GroupRank
 from hycluster.errors import EngineStartFailed, SettingsError
+from hycluster.models.routing import layer_counts
 
 logger = logging.getLogger(__name__)
 
 WARM_UP_TOKENS = 16
+# The number of no client, and vLLM's number for its coordinator: what is sent there is for no gateway.
+NOBODY = -1
+# Older than any wave.
+PAST_WAVE = -1
 
 
-def engine_config(model: Model, model_path: str) -> VllmConfig:
+def engine_config(model: Model, model_path: str, place: GroupRank | None = None) -> VllmConfig:
     """vLLM's configuration for a model of the settings.
+
+    Args:
+        place: where in its data-parallel group the engine stands; None for one that runs by itself, or a gateway.
 
     Raises:
         SettingsError: vLLM refuses an argument or the model; the message is vLLM's.
     """
-    arguments = engine_arguments(model, model_path)
+    check_platform(model, None)
+    arguments = engine_arguments(model, model_path, place)
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
     for name in arguments.keys() - known:
         near = get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise SettingsError(f"models: {model.name}: engine.{name}: vLLM's engine has no such argument{hint}")
     try:
-        config = AsyncEngineArgs(**arguments).create_engine_config(UsageContext.ENGINE_CONTEXT)
+        engine = AsyncEngineArgs(**arguments)
+        if place is not None or model.parallel.expert:
+            _check_experts(model, engine.create_model_config())
+        config = engine.create_engine_config(UsageContext.ENGINE_CONTEXT)
+    except SettingsError:
+        raise
     except (ValueError, TypeError, OSError, NotImplementedError) as error:
         raise SettingsError(f"models: {model.name}: {_first_lines(error)}") from error
-    if config.parallel_config.world_size == 1:
-        config.parallel_config.distributed_executor_backend = "uni"
+    check_platform(model, config.model_config.quantization)
+    parallel = config.parallel_config
+    if parallel.world_size == 1:
+        parallel.distributed_executor_backend = "uni"
+    if place is not None:
+        # Ray, or the process' environment, shows each rank its own devices only.
+        parallel.data_parallel_rank_local = 0
+        # Ports are agreed upon over this store; those that vLLM has drawn in this process no other rank knows.
+        parallel._coord_store_port = place.port
     return config
+
+
+def _check_experts(model: Model, config: ModelConfig) -> None:
+    """Refuse a cut that the model's experts do not allow.
+
+    Raises:
+        SettingsError: names the field, the value and what is allowed.
+    """
+    parallel, where = model.parallel, f"models: {model.name}: parallel"
+    if not config.is_moe:
+        if parallel.data > 1:
+            raise SettingsError(
+                f"{where}.data: {parallel.data} is not allowed; must be 1 for a model without experts"
+                " (take more replicas: they share nothing)"
+            )
+        raise SettingsError(f"{where}.expert: true is not allowed; the model has no experts")
+    if not parallel.expert:
+        return
+    experts, copies = config.get_num_experts(), parallel.eplb.redundant_experts
+    if parallel.expert_ranks > experts + copies:
+        raise SettingsError(
+            f"{where}: tensor x data is {parallel.expert_ranks}; must be at most the model's {experts + copies} experts"
+        )
+    if parallel.eplb.enabled and (experts + copies) % parallel.expert_ranks:
+        raise SettingsError(
+            f"{where}.eplb.redundant_experts: {copies} is not allowed; with the model's {experts} experts it must"
+            f" make a multiple of tensor x data ({parallel.expert_ranks})"
+        )
 
 
 class VllmEngine:
@@ -76,8 +133,8 @@ class VllmEngine:
         EngineStartFailed: the engine could not start, for instance for want of memory.
     """
 
-    def __init__(self, model: Model, model_path: str) -> None:
-        config = engine_config(model, model_path)
+    def __init__(self, model: Model, model_path: str, place: GroupRank | None = None) -> None:
+        config = engine_config(model, model_path, place)
         started: Future[_EngineCore] = Future()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(config, started), name="engine", daemon=True)
@@ -97,8 +154,24 @@ class VllmEngine:
             block_size=cache.block_size,
             supported_tasks=tuple(self._core.get_supported_tasks()),
         )
+        for adapter in model.adapters:
+            self._load_adapter(model, adapter)
         if "generate" in self.info.supported_tasks:
             self._warm_up(model)
+        self._read_expert_load()
+
+    def _load_adapter(self, model: Model, adapter: Adapter) -> None:
+        """Load one of the settings' adapters; a broken one is found at the start, and not by a caller."""
+        request = LoRARequest(adapter.name, adapter_id(adapter.name, adapter.source), adapter.source)
+        self.call(0, 0, "add_lora", [request])
+        message = self.next_output()
+        answer = MsgpackDecoder(EngineCoreOutputs).decode(message[1]).utility_output if message else None
+        if answer is None:
+            raise EngineStartFailed(f"models: {model.name}: the engine died at its first adapter: {self._error}")
+        if answer.failure_message is not None:
+            raise SettingsError(
+                f"models: {model.name}: adapters: {adapter.name}: {' '.join(answer.failure_message.split())}"
+            )
 
     def _warm_up(self, model: Model) -> None:
         """Serve one short request: an engine that has started is one that has generated.
@@ -120,6 +193,9 @@ class VllmEngine:
         self.add(0, cast("Sequence[Frame]", self._outputs.encode(request)))
         outputs = MsgpackDecoder(EngineCoreOutputs)
         while (message := self.next_output()) is not None:
+            if message[0] == SIBLINGS:
+                # The other ranks warm up as well, and need no telling.
+                continue
             for output in outputs.decode(message[1]).outputs:
                 if output.finish_reason is FinishReason.LENGTH:
                     return
@@ -129,7 +205,7 @@ class VllmEngine:
 
     def _run(self, config: VllmConfig, started: Future[_EngineCore]) -> None:
         try:
-            core = _EngineCore(config)
+            core = _RankCore(config) if config.parallel_config.data_parallel_size > 1 else _EngineCore(config)
         except BaseException as error:
             started.set_exception(error)
             return
@@ -171,15 +247,34 @@ class VllmEngine:
         self._core.input_queue.put_nowait((EngineCoreRequestType.UTILITY, (client, call_id, method, tuple(args))))
 
     def next_output(self) -> tuple[int, Sequence[Frame]] | None:
-        item = self._core.output_queue.get()
-        if isinstance(item, bytes):
-            return None
-        client, outputs = item
-        return client, cast("Sequence[Frame]", self._outputs.encode(outputs))
+        while True:
+            item = self._core.output_queue.get()
+            if isinstance(item, bytes):
+                return None
+            client, outputs = item
+            if client != NOBODY:
+                return client, cast("Sequence[Frame]", self._outputs.encode(outputs))
+            if outputs.start_wave is not None:
+                return SIBLINGS, [msgspec.msgpack.encode((outputs.start_wave, self._core.engine_index))]
+
+    def hear(self, frames: Sequence[Frame]) -> None:
+        wave: tuple[int, int] = msgspec.msgpack.decode(frames[0], type=tuple[int, int])
+        self._core.input_queue.put_nowait((EngineCoreRequestType.START_DP_WAVE, wave))
 
     def load(self) -> ReplicaLoad:
         running, waiting = self._core.scheduler.get_request_counts()
-        return ReplicaLoad(running=running, waiting=waiting, kv_usage=self._core.scheduler.get_kv_cache_usage())
+        self._read_expert_load()
+        return ReplicaLoad(
+            running=running,
+            waiting=waiting,
+            kv_usage=self._core.scheduler.get_kv_cache_usage(),
+            experts=self._core.experts.load if self._core.experts is not None else None,
+        )
+
+    def _read_expert_load(self) -> None:
+        """Have the engine's thread read it between two steps, now and then; the answer is for no client."""
+        if self._core.experts is not None and self._core.experts.due():
+            self.call(NOBODY, 0, "read_expert_load", [])
 
     @property
     def error(self) -> BaseException | None:
@@ -187,7 +282,9 @@ class VllmEngine:
 
     @property
     def last_step_age_s(self) -> float | None:
-        return time.monotonic() - self._core.stepped_at if self._core.has_work() else None
+        # Of its own work: a rank without any steps along with those that have some.
+        busy = self._core.scheduler.has_requests() or bool(self._core.batch_queue)
+        return time.monotonic() - self._core.stepped_at if busy else None
 
     def shutdown(self) -> None:
         if self._thread.is_alive():
@@ -201,6 +298,7 @@ class _EngineCore(EngineCoreProc):
 
     def __init__(self, config: VllmConfig) -> None:
         self.stepped_at = time.monotonic()
+        self._adapters: set[int] = set()
         super().__init__(
             config,
             local_client=True,
@@ -208,6 +306,7 @@ class _EngineCore(EngineCoreProc):
             executor_class=Executor.get_class(config),
             log_stats=True,
         )
+        self.experts = expert_load_meter(config, self.model_executor)
 
     @contextmanager
     def _perform_handshakes(self, *_: Any, **__: Any) -> Generator[EngineZmqAddresses, None, None]:
@@ -219,6 +318,11 @@ class _EngineCore(EngineCoreProc):
 
     def process_output_sockets(self, *_: Any) -> None:
         """Nothing to do: ``VllmEngine.next_output`` empties the output queue."""
+
+    def read_expert_load(self) -> None:
+        """Called in the engine's own thread."""
+        if self.experts is not None:
+            self.experts.take(self.model_executor.collective_rpc(layer_counts))
 
     def _process_input_queue(self) -> None:
         idle = not self.has_work()
@@ -232,11 +336,44 @@ class _EngineCore(EngineCoreProc):
         self.stepped_at = time.monotonic()
         return executed
 
+    def add_request(self, request: Request, request_wave: int = 0) -> None:
+        """Load a request's adapter before it is scheduled; vLLM loads within a step, and dies of a broken one."""
+        wanted, lora = request.lora_request, self.vllm_config.lora_config
+        if wanted is not None and lora is not None and wanted.lora_int_id not in self._adapters:
+            if len(self._adapters) >= (lora.max_cpu_loras or lora.max_loras):
+                # The engine drops the one that was used least recently; which one that is, it does not say.
+                self._adapters.clear()
+            try:
+                self.add_lora(wanted)
+            except Exception:
+                logger.exception("request %s: adapter %s can't be loaded", request.request_id, wanted.lora_name)
+                self._send_error_outputs_to_client([request.request_id], request.client_index)
+                return
+            self._adapters.add(wanted.lora_int_id)
+        super().add_request(request, request_wave)
+
+    def remove_lora(self, lora_id: int) -> bool:
+        self._adapters.discard(lora_id)
+        return super().remove_lora(lora_id)
+
     def abort_client(self, client: int) -> None:
         """Drop every request of a client; called in the engine's own thread, after what it sent before."""
         requests = cast(Scheduler, self.scheduler).requests.values()
         gone = [request.request_id for request in requests if request.client_index == client]
         self.abort_requests(gone)
+
+
+class _RankCore(_EngineCore, DPEngineCoreProc):
+    """The same for a rank of a data-parallel group."""
+
+    @contextmanager
+    def _perform_handshakes(self, *_: Any, **__: Any) -> Generator[EngineZmqAddresses, None, None]:
+        # That there is an address of a coordinator makes the rank ask for waves to be started.
+        yield EngineZmqAddresses(inputs=[], outputs=[], coordinator_input="", coordinator_output="")
+
+    def add_request(self, request: Request, request_wave: int = 0) -> None:
+        # Gateways do not keep count of waves. To one that is over, an idle rank says that it starts the next.
+        super().add_request(request, PAST_WAVE)
 
 
 def _first_lines(error: BaseException, limit: int = 600) -> str:

@@ -1,7 +1,7 @@
 """The HTTP door: vLLM's own API app over each model's gateway, behind an allowlist of routes.
 
 With one model the door is that app. With several, a small ASGI dispatcher looks into a request's body for
-its ``model`` and hands it to that model's app; an unknown model goes to the first, whose answer is the 404
+its ``model`` (or adapter) and hands it to that model's app; an unknown one goes to the first, whose answer is the 404
 in OpenAI's form that vLLM gives. The door listens itself: measured against Ray Serve's proxies in
 ``docs/measurements.md``.
 """
@@ -12,7 +12,7 @@ import asyncio
 import json
 import math
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -29,6 +29,7 @@ from hycluster.config import Http
 from hycluster.errors import HyclusterError, SettingsError
 from hycluster.gateway import Gateway
 from hycluster.generation import Generator
+from hycluster.ingress.adapters import adapter_routes
 from hycluster.ingress.ports import bind
 
 # What a caller may use. Everything else of vLLM's app (scaling, raw token routes, rendering for
@@ -87,7 +88,11 @@ async def serve_http(
         SettingsError: the port is in use, or a model's ``api`` argument is unknown.
     """
     apps = {name: await model_app(gateway, settings) for name, gateway in generator.gateways.items()}
-    app: ASGIApp = next(iter(apps.values())) if len(apps) == 1 else ModelDispatch(apps)
+    if settings.control_routes:
+        for model in apps.values():
+            # Ahead of vLLM's own, which know one engine and one door.
+            model.router.routes[:0] = adapter_routes(generator).routes
+    app: ASGIApp = next(iter(apps.values())) if len(apps) == 1 else ModelDispatch(apps, generator.model_of)
     sock = bind(settings.host, settings.port, "http.port", reuse_port=reuse_port)
     config = uvicorn.Config(
         BodyLimit(app),
@@ -120,6 +125,8 @@ async def model_app(gateway: Gateway, settings: Http) -> FastAPI:
     app = build_app(arguments, tasks, gateway.model_config)
     app.title = "hycluster"
     await init_app_state(gateway, app.state, arguments, tasks)
+    # vLLM's app asks this mapping for a name that is no model's.
+    app.state.openai_serving_models.lora_requests = gateway.lora_requests
     if not settings.control_routes:
         app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in OPEN_ROUTES]
     app.add_exception_handler(HyclusterError, answer_error)
@@ -140,6 +147,8 @@ def api_arguments(gateway: Gateway, settings: Http) -> Namespace:
     arguments.served_model_name = [model.name]
     arguments.allowed_origins = list(settings.allowed_origins)
     arguments.structured_outputs_config = gateway.vllm_config.structured_outputs_config
+    # What a prompt found in the KV cache, as OpenAI's own API tells it.
+    arguments.enable_prompt_tokens_details = True
     for name, value in model.api.items():
         if not hasattr(arguments, name):
             near = get_close_matches(name, vars(arguments), n=1)
@@ -203,10 +212,12 @@ class ModelDispatch:
 
     Args:
         apps: by model name; the first one answers what names no model.
+        model_of: the model that a name stands for: its own, or one of its adapters'.
     """
 
-    def __init__(self, apps: Mapping[str, ASGIApp]) -> None:
+    def __init__(self, apps: Mapping[str, ASGIApp], model_of: Callable[[str], str | None]) -> None:
         self.apps = dict(apps)
+        self._model_of = model_of
         self.default = next(iter(self.apps.values()))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -230,7 +241,8 @@ class ModelDispatch:
         async def replayed() -> Message:
             return next(replay, None) or await receive()
 
-        await self.apps.get(_model_of(body), self.default)(scope, replayed, send)
+        model = self._model_of(_name_in(body))
+        await (self.default if model is None else self.apps[model])(scope, replayed, send)
 
     async def _of_all(self, scope: Scope, receive: Receive, send: Send) -> None:
         """``/v1/models`` lists every app's models; ``/health`` is the worst of all."""
@@ -244,7 +256,7 @@ class ModelDispatch:
         await JSONResponse(content, status_code=status)(scope, receive, send)
 
 
-def _model_of(body: bytes) -> str:
+def _name_in(body: bytes) -> str:
     try:
         model = json.loads(body).get("model")
     except (ValueError, AttributeError):

@@ -8,18 +8,30 @@ imports no model code, and may be called more than once. ``VLLM_PLUGINS`` choose
 from __future__ import annotations
 
 MODEL = "hycluster.models.hunyuan:HunyuanForCausalLM"
+TOKENIZER = ("hycluster.models.tokenizer", "HunyuanTokenizer")
 ARCHITECTURES = ("HunYuanForCausalLM", "HunYuanMoEV1ForCausalLM")
 
 
 def register() -> None:
-    """Make Hunyuan's configuration and model known to vLLM."""
+    """Make Hunyuan's configuration and model known to vLLM, and mend what it lacks."""
     from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.renderers.registry import RENDERER_REGISTRY
+    from vllm.tokenizers.registry import TokenizerRegistry
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
+    from hycluster.models import cpu_lora, cpu_parallel, shared_memory
     from hycluster.models.configuration import HunyuanConfig
+    from hycluster.models.verify import TOKENIZER_MODE, HunyuanVerification
 
     # In vLLM's own registry a configuration counts as local: a checkpoint's ``auto_map`` is not followed,
     # and no remote code runs, even where the caller trusts it.
     _CONFIG_REGISTRY[HunyuanConfig.model_type] = HunyuanConfig
     for architecture in ARCHITECTURES:
         ModelRegistry.register_model(architecture, MODEL)
+        MODELS_CONFIG_MAP[architecture] = HunyuanVerification
+    TokenizerRegistry.tokenizers[TOKENIZER_MODE] = TOKENIZER
+    RENDERER_REGISTRY.renderers[TOKENIZER_MODE] = ("vllm.renderers.hf", "HfRenderer")
+    cpu_parallel.mend()
+    shared_memory.mend()
+    cpu_lora.mend()

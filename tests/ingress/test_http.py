@@ -41,18 +41,24 @@ def client(app: ASGIApp) -> httpx.AsyncClient:
     )
 
 
+def model_of(name: str) -> str | None:
+    """Models a and b; b has the adapter c."""
+    return {"a": "a", "b": "b", "c": "b"}.get(name)
+
+
 class TestModelDispatch:
     @pytest.fixture
     def dispatch(self) -> ASGIApp:
         from hycluster.ingress.http import ModelDispatch
 
-        return ModelDispatch({"a": echo("a"), "b": echo("b")})
+        return ModelDispatch({"a": echo("a"), "b": echo("b")}, model_of)
 
     @pytest.mark.parametrize(
         ("body", "app"),
         [
             ('{"model": "a", "prompt": "x"}', "a"),
             ('{"prompt": "x", "model": "b"}', "b"),
+            ('{"prompt": "x", "model": "c"}', "b"),
             ('{"model": "neither"}', "a"),
             ('{"model": ["b"]}', "a"),
             ('["b"]', "a"),
@@ -93,7 +99,7 @@ class TestModelDispatch:
         async def send(_: Any) -> None: ...
 
         scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
-        await ModelDispatch({"a": app})(scope, receive, send)
+        await ModelDispatch({"a": app}, model_of)(scope, receive, send)
         assert heard == ["http.request", "http.disconnect"]
 
     async def test_models_of_all(self, dispatch: ASGIApp) -> None:
@@ -106,7 +112,7 @@ class TestModelDispatch:
 
         async with client(dispatch) as http:
             assert (await http.get("/health")).status_code == 200
-        async with client(ModelDispatch({"a": echo("a"), "b": echo("b", status=503)})) as http:
+        async with client(ModelDispatch({"a": echo("a"), "b": echo("b", status=503)}, model_of)) as http:
             assert (await http.get("/health")).status_code == 503
 
     async def test_other_gets_go_to_the_first(self, dispatch: ASGIApp) -> None:
@@ -128,7 +134,7 @@ class TestBodyLimit:
         if request.param == "one app":
             return http.BodyLimit(echo("a"))
         if request.param == "several":
-            return http.BodyLimit(http.ModelDispatch({"a": echo("a"), "b": echo("b")}))
+            return http.BodyLimit(http.ModelDispatch({"a": echo("a"), "b": echo("b")}, model_of))
         api = FastAPI()
 
         @api.post("/v1/completions")

@@ -15,17 +15,23 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import ray
 
 from hycluster import cluster
 from hycluster.directory import SHARED_DIRECTORY, ReplicaReport, find_directory
+from hycluster.models import tiny
+
+if TYPE_CHECKING:
+    from tests.integration.featured import Featured
 
 MODEL = "smollm2"
 TINY = "tiny"
 SIMULATED = "simulated"
+HUNYUAN = "hunyuan-tiny"
+HUNYUAN_SHAPE = tiny.TinyShape(layers=4)
 START_TIMEOUT_S = 240
 
 PROMPTS = [
@@ -42,8 +48,14 @@ MAX_TOKENS = 24
 
 
 @pytest.fixture(scope="session")
-def settings_file(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """Three pools: the embedded model on two replicas, a tiny random one, a simulated one on two replicas."""
+def hunyuan_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Hunyuan with all of the real one's parts, in Tencent's fused layout."""
+    return tiny.write(tmp_path_factory.mktemp("hunyuan") / "model", HUNYUAN_SHAPE, layout="fused")
+
+
+@pytest.fixture(scope="session")
+def settings_file(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, hunyuan_model: Path) -> Path:
+    """Pools: the embedded model on two replicas, two tiny random ones, a simulated one on two replicas."""
     settings = {
         "models": [
             {
@@ -59,6 +71,12 @@ def settings_file(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) ->
                 "source": str(tiny_model),
                 "engine": {"max_model_len": 2048, "max_num_seqs": 4},
                 "hardware": {"cpus": 0.2, "kv_cache_gib": 0.25},
+            },
+            {
+                "name": HUNYUAN,
+                "source": str(hunyuan_model),
+                "engine": {"max_model_len": 2048, "max_num_seqs": 8},
+                "hardware": {"cpus": 0.2, "kv_cache_gib": 0.0625},
             },
             {
                 "name": SIMULATED,
@@ -145,6 +163,15 @@ def served(settings_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         ray.shutdown()
         if server.process.poll() is None:
             stop(server.process)
+
+
+@pytest.fixture(scope="session")
+def featured(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Featured]:
+    """The second cluster."""
+    from tests.integration.featured import featured_cluster
+
+    with featured_cluster(tmp_path_factory.mktemp("featured"), tiny_model) as cluster:
+        yield cluster
 
 
 def replicas(model: str) -> list[ReplicaReport]:

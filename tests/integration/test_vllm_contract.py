@@ -96,3 +96,179 @@ def test_requests_and_outputs_travel_without_pickle() -> None:
     from vllm import envs
 
     assert envs.VLLM_ALLOW_INSECURE_SERIALIZATION is False
+
+
+def test_routing_learns_of_padding_and_is_called_by_name() -> None:
+    """``hycluster/models/routing.py``: the mask in the step's context, and how vLLM calls a routing function."""
+    import torch
+    from vllm.forward_context import ForwardContext
+    from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+    from vllm.model_executor.layers.fused_moe.router.custom_routing_router import CustomRoutingRouter
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from hycluster.config import Routing
+    from hycluster.models.routing import Router
+
+    assert "is_padding" in ForwardContext.__dataclass_fields__
+    for method in (GPUModelRunner.execute_model, GPUModelRunner._dummy_run):
+        assert "is_padding=is_padding" in inspect.getsource(method)
+    runner: Any = type("Runner", (), {"is_padding": torch.zeros(8, dtype=torch.bool)})()
+    mask = GPUModelRunner._prepare_padding_mask(runner, 3, 5)
+    assert mask.tolist() == [False] * 3 + [True] * 2
+    assert mask.data_ptr() == runner.is_padding.data_ptr()
+
+    assert "custom_routing_function" in inspect.signature(FusedMoEFactory).parameters
+    logits = torch.randn(5, 4)
+    function = Router(4, 2, 0, Routing(expert_metrics=True))
+    for router in (
+        CPURouter(top_k=2, global_num_experts=4, custom_routing_function=function),
+        CustomRoutingRouter(top_k=2, global_num_experts=4, custom_routing_function=function),
+    ):
+        weights, ids = router._compute_routing(torch.randn(5, 8), logits, torch.int32)
+        assert weights.shape == ids.shape == (5, 2)
+    assert sum(function.counts().tokens) == 2 * 5 * 2  # type: ignore[union-attr]
+
+
+class TestLoraOnCpu:
+    """``hycluster/models/cpu_lora.py``."""
+
+    @staticmethod
+    def added(wrapper: type[Any]) -> Any:
+        """What adapters add to three tokens: of the first slot's, of none, of the second slot's."""
+        import torch
+        from vllm.lora.layers import LoRAMapping
+
+        punica = wrapper(8, 4, "cpu")
+        mapping = LoRAMapping(index_mapping=(11, 0, 12), prompt_mapping=(11, 0, 12), is_prefill=True)
+        punica.update_metadata(mapping, [11, 12], 3, 100)
+        shrink = torch.ones(2, 1, 4, 8)
+        expand = torch.stack([torch.full((1, 6, 4), float(slot + 1)) for slot in range(2)])
+        result = torch.zeros(3, 6)
+        punica.add_lora_linear(result, torch.ones(3, 8), (shrink,), (expand,), 1.0, (6,))
+        return result[:, 0].tolist()
+
+    def test_vllm_still_gives_the_last_slots_adapter_to_requests_without_one(self) -> None:
+        from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+        assert self.added(PunicaWrapperCPU) == [32.0, 64.0, 64.0]
+
+    def test_mended_they_stay_without_one(self) -> None:
+        from hycluster.models.cpu_lora import PunicaWrapper
+
+        assert self.added(PunicaWrapper) == [32.0, 0.0, 64.0]
+
+    def test_vllm_asks_the_platform_for_the_wrapper_and_the_manager_for_the_modules(self) -> None:
+        from vllm.lora import model_manager
+        from vllm.lora.punica_wrapper import punica_selector
+
+        assert calls_on(punica_selector.get_punica_wrapper, "current_platform") == {"get_punica_wrapper"}
+        assert "get_supported_lora_modules(" in inspect.getsource(model_manager.LoRAModelManager)
+
+    def test_vllm_still_takes_triton_for_experts_beside_adapters(self) -> None:
+        from vllm.model_executor.layers.fused_moe.oracle import unquantized
+
+        chosen = inspect.getsource(unquantized.select_unquantized_moe_backend)
+        assert "if moe_config.is_lora_enabled:" in chosen
+        assert chosen.index("is_lora_enabled") < chosen.index("_get_priority_backends")
+
+
+def test_adapters_are_told_apart_by_name_and_path() -> None:
+    """``hycluster/adapters.py``: an adapter that goes over to another source does not find the old one's KV blocks."""
+    from types import SimpleNamespace
+
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.core.kv_cache_utils import _gen_lora_extra_hash_keys
+
+    def keys(name: str, path: str) -> list[Any]:
+        request: Any = SimpleNamespace(lora_request=LoRARequest(name, 1, path))
+        return _gen_lora_extra_hash_keys(request)
+
+    assert len({str(keys(name, path)) for name in "ab" for path in ("/a", "/b")}) == 4
+
+
+def test_ranks_are_those_that_vllm_takes() -> None:
+    from typing import get_args
+
+    from vllm.config.lora import MaxLoRARanks
+
+    from hycluster.adapters import RANKS
+
+    assert get_args(MaxLoRARanks) == RANKS
+
+
+def test_vllms_app_looks_adapters_up_where_the_door_puts_them() -> None:
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+
+    assert "lora_requests" in set_on_self(OpenAIServingModels.__init__)
+
+
+def test_the_host_store_is_named_by_module_and_still_refuses_a_cpu() -> None:
+    """``hycluster/engine/kv_offload.py``."""
+    from vllm.v1.kv_offload.base import OffloadingWorker
+    from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
+    from vllm.v1.kv_offload.factory import OffloadingSpecFactory
+
+    from hycluster.engine.kv_offload import HostOffloadingSpec
+
+    named = {"spec_name": "HostOffloadingSpec", "spec_module_path": "hycluster.engine.kv_offload"}
+    assert OffloadingSpecFactory.get_spec_cls(named) is HostOffloadingSpec
+    assert "CPU Offloading is currently only supported on CUDA-alike" in inspect.getsource(CPUOffloadingSpec.get_worker)
+    assert OffloadingWorker.__abstractmethods__ == {"submit_store", "submit_load", "get_finished", "wait"}
+
+
+def test_the_engine_loads_adapters_where_ours_looks_first() -> None:
+    """``_EngineCore.add_request``: vLLM loads an adapter within a step, where an error ends the engine."""
+    from vllm.v1.engine.core import EngineCoreProc
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+    assert "self.add_request(" in inspect.getsource(EngineCoreProc._handle_client_request)
+    assert "set_active_adapters" in inspect.getsource(LoRAModelRunnerMixin._set_active_loras)
+    assert {"add_lora", "remove_lora"} <= set(dir(EngineCoreProc))
+
+
+def test_ranks_ask_for_a_wave_and_are_told_of_one() -> None:
+    from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequestType
+    from vllm.v1.engine.core import DPEngineCoreProc, EngineCoreProc
+
+    assert "start_wave" in EngineCoreOutputs.__struct_fields__
+    assert EngineCoreRequestType.START_DP_WAVE
+    adding = inspect.getsource(DPEngineCoreProc.add_request)
+    assert "request_wave > self.current_wave" in adding
+    assert "(-1, EngineCoreOutputs(start_wave=self.current_wave))" in adding
+    assert "new_wave, exclude_eng_index = request" in inspect.getsource(DPEngineCoreProc._handle_client_request)
+    started = inspect.getsource(EngineCoreProc.__init__)
+    assert "self.has_coordinator = addresses.coordinator_output is not None" in started
+
+
+def test_ranks_agree_on_ports_over_a_store() -> None:
+    from vllm.config import ParallelConfig
+    from vllm.distributed.parallel_state import init_distributed_environment
+
+    for place in (ParallelConfig._pick_stateless_dp_port, init_distributed_environment):
+        assert "_coord_store_port" in inspect.getsource(place)
+
+
+def test_experts_on_cpu_still_need_the_mends() -> None:
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    # The source of what is mended is that of vLLM's own.
+    tree = ast.parse(textwrap.dedent(inspect.getsource(CPUUnquantizedExperts.apply)))
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "expert_map"]
+    own = inspect.getsource(CpuCommunicator)
+    assert "def all_gatherv" not in own
+    assert "def reduce_scatterv" not in own
+
+
+def test_shared_memory_has_names_that_can_go() -> None:
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+    from vllm.distributed.device_communicators.shm_broadcast import MessageQueue, ShmRingBuffer
+
+    assert {"shared_memory", "is_creator"} <= set_on_self(ShmRingBuffer.__init__)
+    assert "buffer" in set_on_self(MessageQueue.__init__)
+    ready = inspect.getsource(MessageQueue.wait_until_ready)
+    assert "n_local_reader" in ready, "a writer waits for its readers on this machine"
+    assert "group_name" in set_on_self(_CPUSHMDistributed.__init__)
+    started = inspect.getsource(_CPUSHMDistributed._init_cpu_shm)
+    assert started.index("join_shm_manager") < started.rindex("barrier")

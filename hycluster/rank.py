@@ -1,0 +1,139 @@
+"""One engine and what goes with it: its sockets, its reports to the directory, its health, its drain.
+
+A replica has one, or one a rank of its data-parallel group (``hycluster/group.py``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import threading
+from collections.abc import Sequence
+
+import ray
+
+from hycluster.config import DataPlane, Model
+from hycluster.core import ReplicaAddress
+from hycluster.directory import FORGET_AFTER_S, REPORT_EVERY_S, ReplicaReport, open_directory
+from hycluster.engine.arguments import model_files
+from hycluster.engine.protocol import Engine, GroupRank
+from hycluster.wire import EngineServer
+
+logger = logging.getLogger(__name__)
+
+# An engine that has work and finishes no step for this long is taken for hung.
+HUNG_AFTER_S = 120.0
+
+
+def start_engine(model: Model, place: GroupRank | None = None) -> Engine:
+    """The engine that the settings ask for; blocks until it can serve.
+
+    Args:
+        place: its place in its data-parallel group; then blocks until all ranks of the group can.
+
+    Raises:
+        SettingsError: the settings, or the model's files, are wrong.
+        EngineStartFailed: they are right but the engine can't start.
+    """
+    if model.simulated is not None:
+        from hycluster.engine.simulated import SimulatedEngine
+
+        return SimulatedEngine(model.simulated)
+    from hycluster.engine.vllm import VllmEngine
+
+    return VllmEngine(model, model_files(model), place)
+
+
+class Rank:
+    """A started engine, reachable for gateways. They hear of it once it reports.
+
+    Args:
+        directory: name of the directory to report to.
+        group: name of the data-parallel group; None if the engine runs by itself.
+        place: the engine's place in it.
+
+    Raises:
+        SettingsError, EngineStartFailed: as :func:`start_engine`, or the data plane has no free port.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        data_plane: DataPlane,
+        directory: str,
+        group: str | None = None,
+        place: GroupRank | None = None,
+    ) -> None:
+        self._model = model
+        self._group = group
+        self._directory = open_directory(directory)
+        self._accepting = True
+        self._stopped = threading.Event()
+        self._reporter = threading.Thread(target=self._keep_reporting, name="reporter", daemon=True)
+        self._engine = start_engine(model, place)
+        self._server = EngineServer(
+            self._engine,
+            replica_id=secrets.token_hex(8),
+            model=model.name,
+            host=data_plane.host or ray.util.get_node_ip_address(),
+            ports=data_plane,
+        )
+
+    @property
+    def address(self) -> ReplicaAddress:
+        return self._server.address
+
+    def report(self, siblings: Sequence[ReplicaAddress] = ()) -> None:
+        """Be there for gateways, from now on.
+
+        Args:
+            siblings: the other ranks of the group; all of them have started.
+        """
+        self._server.join(siblings)
+        self._reporter.start()
+
+    def _keep_reporting(self) -> None:
+        while self._engine.error is None:
+            report = ReplicaReport(self.address, self._engine.load(), self._accepting, self._group)
+            try:
+                ray.get(self._directory.report.remote(self._model, report), timeout=FORGET_AFTER_S)
+            except ray.exceptions.RayError:
+                # The directory is starting again; the next report finds it.
+                logger.warning("the directory does not answer", exc_info=True)
+            if self._stopped.wait(REPORT_EVERY_S):
+                return
+
+    def check_health(self) -> None:
+        """Raise RuntimeError unless the engine lives and gets on with its work."""
+        if self._engine.error is not None:
+            raise RuntimeError(f"engine died: {self._engine.error}")
+        age = self._engine.last_step_age_s
+        if age is not None and age > HUNG_AFTER_S:
+            raise RuntimeError(f"engine hung: no step for {age:.0f} s while it has work")
+
+    def wait_until_ended(self) -> None:
+        """Block until the engine has ended, in good order or not."""
+        self._server.wait_until_ended()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new requests; return when the last one in flight has ended or the time is over."""
+        self._accepting = False
+        # Gateways hear of it after one report and one sync; until then they may still send.
+        await asyncio.sleep(3 * REPORT_EVERY_S)
+        try:
+            async with asyncio.timeout(timeout_s):
+                # The engine tells nobody when it has become idle.
+                while (load := self._engine.load()).running or load.waiting:  # noqa: ASYNC110
+                    await asyncio.sleep(0.1)
+        except TimeoutError:
+            logger.warning("drain time of %.0f s is over; %s", timeout_s, self._engine.load())
+
+    async def stop(self) -> None:
+        """Leave the directory, end the engine. All ranks of a group stop at the same time."""
+        self._stopped.set()
+        if self._reporter.is_alive():
+            await asyncio.to_thread(self._reporter.join)
+        await self._directory.leave.remote(self._model.name, self.address.replica_id)
+        await asyncio.to_thread(self._engine.shutdown)
+        await asyncio.to_thread(self._server.close)

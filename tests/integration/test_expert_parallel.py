@@ -1,0 +1,237 @@
+"""Replicas that span processes: tensor + expert and data + expert parallel give what one rank gives.
+
+On Serve, beside the session's cluster if that runs, or on a small Ray cluster of its own; without doors, through the
+pool's gateway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from ray import serve
+
+from hycluster.app import replicas
+from hycluster.config import Admission, DataPlane, Hardware, Model, Parallel, Router, Settings
+from hycluster.directory import NAMESPACE, ReplicaReport, open_directory
+from hycluster.models.tiny import TinyShape, write
+from tests.integration.conftest import eventually, gather_bounded
+from tests.models.hunyuan_reference import Reference
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixtures("vllm_imported")]
+
+PROMPTS = [[(7 * step + 11 * length) % 256 for step in range(length)] for length in (1, 3, 9, 40, 90, 150)]
+MAX_TOKENS = 12
+START_S = 150
+TENSOR, DATA = "tensor", "data"
+CUTS = {TENSOR: Parallel(tensor=2, expert=True), DATA: Parallel(data=2, expert=True)}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("moe") / "model", TinyShape(layers=4, topk=2))
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path) -> list[list[int]]:
+    reference = Reference.load(checkpoint)
+    return [reference.greedy(prompt, MAX_TOKENS)[0] for prompt in PROMPTS]
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """Two pools of one replica each."""
+
+    models: dict[str, Model]
+    directory: Any
+
+    def reports(self, name: str) -> list[ReplicaReport]:
+        return list(ray.get(self.directory.sync.remote(name, "test", {})).replicas)
+
+    def pids(self, name: str) -> list[int]:
+        """The actors' processes, rank 0 first."""
+        answer = serve.get_app_handle(name).ready.remote().result(timeout_s=30)
+        return list(answer["pids"])
+
+    def processes(self, name: str) -> list[psutil.Process]:
+        """All of the replica's processes, those below its actors too."""
+        actors = [psutil.Process(pid) for pid in self.pids(name)]
+        return actors + [child for actor in actors for child in actor.children(recursive=True)]
+
+    def wait_until_complete(self, name: str, without: frozenset[str] = frozenset()) -> None:
+        """Until as many ranks as there should be take requests, none of them among ``without``."""
+
+        def complete() -> bool:
+            there = {report.address.replica_id for report in self.reports(name) if report.accepting} - without
+            return len(there) == self.models[name].engines
+
+        eventually(complete, START_S, f"a complete replica of {name}")
+
+    @contextlib.asynccontextmanager
+    async def gateway(self, name: str) -> AsyncIterator[Any]:
+        from hycluster.gateway import open_gateway
+
+        model = self.models[name]
+        async with open_gateway(
+            model, self.directory, router=Router(), admission=Admission(), wait_s=START_S
+        ) as gateway:
+            async with asyncio.timeout(30):
+                while gateway.engine_core.links < model.engines:  # noqa: ASYNC110 - the pool tells nobody
+                    await asyncio.sleep(0.1)
+            yield gateway
+
+
+def shared_memory(processes: list[psutil.Process]) -> set[Path]:
+    """What these processes use of it, but for Ray's own."""
+    paths = {Path(mapped.path) for process in processes for mapped in process.memory_maps()}
+    return {path for path in paths if path.parent == Path("/dev/shm") and not path.name.startswith("plasma")}
+
+
+@pytest.fixture(scope="module")
+def deployed(checkpoint: Path) -> Iterator[Deployed]:
+    own_cluster = not ray.is_initialized()
+    if own_cluster:
+        ray.init(address="local", num_cpus=2, include_dashboard=False, namespace=NAMESPACE, log_to_driver=False)
+        serve.start(proxy_location="Disabled")
+    models = {
+        name: Model(
+            name=name,
+            source=str(checkpoint),
+            engine={"max_model_len": 512, "max_num_seqs": 8},
+            parallel=parallel,
+            hardware=Hardware(cpus=0.1, kv_cache_gib=0.05),
+        )
+        for name, parallel in CUTS.items()
+    }
+    settings = Settings(models=tuple(models.values()), data_plane=DataPlane(host="127.0.0.1"), drain_timeout_s=5)
+    directory_name = f"expert-parallel-{secrets.token_hex(4)}"
+    deployed = Deployed(models, open_directory(directory_name))
+    try:
+        serve.run_many(
+            [
+                serve.RunTarget(replicas(model, settings, directory_name), name=name, route_prefix=None)
+                for name, model in models.items()
+            ],
+            wait_for_applications_running=False,
+        )
+        for name in models:
+            deployed.wait_until_complete(name)
+        yield deployed
+    finally:
+        for name in models:
+            serve.delete(name)
+        ray.kill(deployed.directory)
+        if own_cluster:
+            serve.shutdown()
+            ray.shutdown()
+
+
+def sampling(max_tokens: int = MAX_TOKENS) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+
+
+async def tokens(gateway: Any, prompt: list[int], max_tokens: int = MAX_TOKENS) -> list[int]:
+    params = sampling(max_tokens)
+    chunks = [c async for c in gateway.generate({"prompt_token_ids": prompt}, params, secrets.token_hex(8))]
+    return list(chunks[-1].outputs[0].token_ids)
+
+
+@pytest.mark.parametrize("name", list(CUTS))
+async def test_same_tokens_as_one_rank(deployed: Deployed, expected: list[list[int]], name: str) -> None:
+    async with deployed.gateway(name) as gateway:
+        alone = [await tokens(gateway, prompt) for prompt in PROMPTS]
+        together = await gather_bounded([tokens(gateway, prompt) for prompt in PROMPTS * 2])
+    assert alone == expected
+    assert together == expected * 2
+
+
+async def test_both_data_ranks_serve(deployed: Deployed) -> None:
+    one, other = deployed.reports(DATA)
+    assert one.group == other.group
+    assert one.address.replica_id != other.address.replica_id
+    assert ray.get(deployed.directory.models.remote())[DATA] == 1, "a group is one replica"
+    async with deployed.gateway(DATA) as gateway:
+        pool = gateway.engine_core
+        calls = [asyncio.ensure_future(tokens(gateway, PROMPTS[3], 40)) for _ in range(4)]
+        seen: set[str] = set()
+        while not all(call.done() for call in calls):
+            seen |= {replica_id for replica_id, outstanding in pool.outstanding.items() if outstanding}
+            await asyncio.sleep(0.02)
+        assert len({tuple(call.result()) for call in calls}) == 1
+    assert seen == {one.address.replica_id, other.address.replica_id}
+
+
+async def test_cancelling_frees_the_rank_that_ran_it(deployed: Deployed) -> None:
+    async with deployed.gateway(DATA) as gateway:
+        call = asyncio.ensure_future(tokens(gateway, PROMPTS[4], 400))
+        await asyncio.sleep(1.5)
+        busy = [report for report in deployed.reports(DATA) if report.load.running]
+        assert len(busy) == 1
+        assert busy[0].load.kv_usage > 0
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+        def free() -> bool:
+            return all(not r.load.running and not r.load.kv_usage for r in deployed.reports(DATA))
+
+        await asyncio.to_thread(eventually, free, 10, "no request and no KV block in use")
+
+
+@pytest.mark.parametrize("name", list(CUTS))
+def test_idle_ranks_sleep(deployed: Deployed, name: str) -> None:
+    def cpu_s() -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+    processes = deployed.processes(name)
+    # vLLM's workers wait for a second before they go to sleep.
+    time.sleep(2)
+    before = cpu_s()
+    time.sleep(3)
+    assert cpu_s() - before < 0.6
+
+
+def test_a_lost_rank_takes_its_group_along(deployed: Deployed, expected: list[list[int]]) -> None:
+    processes = [process for name in CUTS for process in deployed.processes(name)]
+    used = shared_memory(processes)
+    assert used
+    old = {name: frozenset(report.address.replica_id for report in deployed.reports(name)) for name in CUTS}
+    for name, rank in ((DATA, 1), (TENSOR, 0)):
+        os.kill(deployed.pids(name)[rank], signal.SIGKILL)
+    _, alive = psutil.wait_procs(processes, 20)
+    assert not alive
+    assert not [path for path in used if path.exists()]
+
+    async def again(name: str) -> list[list[int]]:
+        async with deployed.gateway(name) as gateway:
+            return await gather_bounded([tokens(gateway, prompt) for prompt in PROMPTS])
+
+    for name in CUTS:
+        deployed.wait_until_complete(name, without=old[name])
+        assert asyncio.run(again(name)) == expected
+
+
+def test_stopping_leaves_nothing_behind(deployed: Deployed) -> None:
+    processes = [process for name in CUTS for process in deployed.processes(name)]
+    assert len(processes) >= 5
+    used = shared_memory(processes)
+    assert used
+    for name in CUTS:
+        serve.delete(name)
+    _, alive = psutil.wait_procs(processes, 20)
+    assert not alive
+    assert not any(deployed.reports(name) for name in CUTS)
+    assert not [path for path in used if path.exists()]
