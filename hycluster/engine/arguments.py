@@ -74,6 +74,8 @@ def engine_arguments(model: Model, model_path: str, place: GroupRank | None = No
             "enforce_eager": True,
             "kv_cache_memory_bytes": int(model.hardware.kv_cache_gib * GIB),
         }
+        if model.parallel.pipeline > 1:
+            arguments["worker_cls"] = "hycluster.engine.cpu_pipeline.PipelineWorker"
     arguments |= _eplb(model, place)
     return arguments | adapter_arguments(model) | _kv_offload(model) | model.engine | _routing(model)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import glob
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,13 @@ FOLDER = Path("/dev/shm")
 
 def mend() -> None:
     """Have vLLM's workers drop the names, in this process; more than once does nothing."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
     from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
     from vllm.platforms import current_platform
 
+    if not hasattr(tqdm, "_lock"):
+        # A progress bar's own lock is a named semaphore, in case several processes draw; a worker draws alone.
+        tqdm.set_lock(threading.RLock())
     MessageQueue.wait_until_ready = _once(_drop_queue, MessageQueue.wait_until_ready)  # type: ignore[method-assign]
     if current_platform.is_cpu():
         from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed

@@ -81,6 +81,14 @@ def test_ranks_that_fit_a_node_are_processes(
     assert engine_arguments(asked, "/folder")["distributed_executor_backend"] == chosen
 
 
+def test_a_pipeline_on_cpu_has_a_worker_of_its_own() -> None:
+    cut = Parallel(pipeline=2)
+    on_cpu = engine_arguments(model(parallel=cut), "/folder")
+    assert on_cpu["worker_cls"] == "hycluster.engine.cpu_pipeline.PipelineWorker"
+    assert "worker_cls" not in engine_arguments(model(parallel=cut, hardware=GPU), "/folder")
+    assert "worker_cls" not in engine_arguments(model(parallel=Parallel(tensor=2)), "/folder")
+
+
 BALANCED = Parallel(
     data=4, expert=True, eplb=Eplb(enabled=True, redundant_experts=4, window_size=100, step_interval=500)
 )

@@ -272,3 +272,21 @@ def test_shared_memory_has_names_that_can_go() -> None:
     assert "group_name" in set_on_self(_CPUSHMDistributed.__init__)
     started = inspect.getsource(_CPUSHMDistributed._init_cpu_shm)
     assert started.index("join_shm_manager") < started.rindex("barrier")
+
+
+def test_a_pipeline_stage_on_cpu_still_needs_a_run() -> None:
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from hycluster.engine.cpu_pipeline import PipelineWorker
+
+    assert issubclass(PipelineWorker, Worker)
+    # Set to None at first, made in a dummy run, and that is left out if nothing is compiled.
+    makers = [
+        name
+        for name, method in vars(GPUModelRunner).items()
+        if inspect.isfunction(method) and "intermediate_tensors" in set_on_self(method)
+    ]
+    assert makers == ["__init__", "_dummy_run"]
+    assert "CompilationMode.NONE:\n            return" in inspect.getsource(CPUModelRunner.warming_up_model)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,3 +48,16 @@ def test_mending_again_changes_nothing() -> None:
     before = MessageQueue.wait_until_ready, _CPUSHMDistributed._init_cpu_shm
     shared_memory.mend()
     assert (MessageQueue.wait_until_ready, _CPUSHMDistributed._init_cpu_shm) == before
+
+
+def test_a_progress_bar_makes_no_semaphore() -> None:
+    script = (
+        "import multiprocessing; multiprocessing.set_start_method('spawn')\n"
+        "from multiprocessing import synchronize\n"
+        "made = []; new = synchronize.SemLock.__init__\n"
+        "synchronize.SemLock.__init__ = lambda self, *a, **k: (made.append(self), new(self, *a, **k))[1]\n"
+        "from hycluster.models import shared_memory; shared_memory.mend()\n"
+        "from tqdm import tqdm; list(tqdm(range(2), disable=True))\n"
+        "assert not made, made\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, capture_output=True, timeout=120)
