@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 from vllm.forward_context import get_forward_context, is_forward_context_available
 
 from hycluster.config import Routing, validate
@@ -145,7 +146,7 @@ def _padding(rows: int) -> Tensor | None:
     return padding if padding is not None and len(padding) == rows else None
 
 
-@torch.library.custom_op("hycluster::route_experts", mutates_args=())
+@custom_op("hycluster::route_experts", mutates_args=())
 def _route_experts(logits: Tensor, number: int, top_k: int) -> tuple[Tensor, Tensor]:
     return _routers[number].choose(logits)
 
