@@ -1,7 +1,7 @@
 """The real engine: vLLM's engine core in the replica's own process, without its sockets.
 
-Pinned to vLLM 0.32.0. This file and ``hycluster/gateway.py`` are all of hycluster that reaches into
-vLLM's internals; ``tests/integration/test_vllm_contract.py`` says what they rely on. Here that is:
+Pinned to vLLM 0.32.0, into whose internals it reaches (``docs/README.md`` lists the files that do);
+``tests/integration/test_vllm_contract.py`` says what they rely on. Here that is:
 
 - ``EngineCoreProc`` gets its addresses from ``_perform_handshakes`` and does all socket work in
   ``process_input_sockets`` and ``process_output_sockets`` (vLLM's own Ray actors replace the first one

@@ -290,3 +290,24 @@ def test_a_pipeline_stage_on_cpu_still_needs_a_run() -> None:
     ]
     assert makers == ["__init__", "_dummy_run"]
     assert "CompilationMode.NONE:\n            return" in inspect.getsource(CPUModelRunner.warming_up_model)
+
+
+def test_the_plugins_registries_are_where_vllm_looks() -> None:
+    """``hycluster/models/plugin.py`` puts Hunyuan into them; vLLM's own entry point calls it."""
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+    from vllm.plugins import load_plugins_by_group
+    from vllm.renderers.registry import RENDERER_REGISTRY
+    from vllm.tokenizers.registry import TokenizerRegistry
+    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+
+    from hycluster.models.configuration import HunyuanConfig
+    from hycluster.models.plugin import ARCHITECTURES, register
+    from hycluster.models.tokenizer import HunyuanTokenizer
+    from hycluster.models.verify import TOKENIZER_MODE
+
+    assert load_plugins_by_group("vllm.general_plugins")["hycluster"] is register
+    register()
+    assert _CONFIG_REGISTRY[HunyuanConfig.model_type] is HunyuanConfig
+    assert all(issubclass(MODELS_CONFIG_MAP[name], VerifyAndUpdateConfig) for name in ARCHITECTURES)
+    assert TokenizerRegistry.load_tokenizer_cls(TOKENIZER_MODE).__name__ == HunyuanTokenizer.__name__
+    assert RENDERER_REGISTRY.load_renderer_cls(TOKENIZER_MODE) is RENDERER_REGISTRY.load_renderer_cls("hf")
