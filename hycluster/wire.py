@@ -217,6 +217,7 @@ class EngineServer:
             self._engine.abort_client(client)
 
     def _write_outputs(self) -> None:
+        last = NO_CLIENT
         while (item := self._engine.next_output()) is not None:
             client, frames = item
             if client == SIBLINGS:
@@ -224,8 +225,10 @@ class EngineServer:
                     sibling.send_multipart([Kind.SIBLING, token, *frames])
                 continue
             if client == NO_CLIENT:
-                # The counts of a step that had no tokens for anybody: any gateway adds them up.
-                client = next(iter(list(self._identities)), NO_CLIENT)
+                # The counts of a step that had no tokens for anybody: any gateway adds them up. Most likely they are
+                # of work for the one that had the last tokens.
+                client = last if last in self._identities else next(iter(list(self._identities)), NO_CLIENT)
+            last = client
             identity = self._identities.get(client)
             if identity is not None and not self._send(client, [identity, *frames]):
                 logger.warning("gateway %s is gone; its requests are dropped", identity.hex())

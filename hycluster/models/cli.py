@@ -14,7 +14,9 @@ DEFAULT = TinyShape()
 
 
 def tiny_model(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder to write the checkpoint to.")],
+    path: Annotated[Path, typer.Argument(metavar="[PATH]", help="Folder to write the checkpoint to.")] = Path(
+        "hunyuan-tiny"
+    ),
     architecture: Annotated[str, typer.Option(metavar="|".join(ARCHITECTURES))] = DEFAULT.architecture,
     layers: Annotated[int, typer.Option()] = DEFAULT.layers,
     hidden: Annotated[int, typer.Option(help="Hidden size.")] = DEFAULT.hidden,

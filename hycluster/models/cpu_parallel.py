@@ -118,7 +118,7 @@ def all_gatherv(
         ``[sum(sizes), ...]`` for each tensor.
     """
     if dim != 0:
-        raise NotImplementedError(f"all_gatherv: dim {dim} is not allowed; must be 0")
+        raise ValueError(f"all_gatherv: dim {dim} is not allowed; must be 0")
     if isinstance(input_, list):
         return [_gather_rows(self, tensor, sizes) for tensor in input_]
     return _gather_rows(self, input_, sizes)
@@ -146,7 +146,7 @@ def reduce_scatterv(self: Any, input_: torch.Tensor, dim: int = -1, sizes: Seque
         ``[sizes[rank], ...]``.
     """
     if dim != 0:
-        raise NotImplementedError(f"reduce_scatterv: dim {dim} is not allowed; must be 0")
+        raise ValueError(f"reduce_scatterv: dim {dim} is not allowed; must be 0")
     counts = list(sizes) if sizes is not None else [input_.shape[0] // self.world_size] * self.world_size
     total = input_.clone(memory_format=torch.contiguous_format)
     torch.distributed.all_reduce(total, group=self.device_group)

@@ -1,6 +1,6 @@
 """The entry point of vLLM's ``vllm.general_plugins``: what hycluster adds to any vLLM of the pinned version.
 
-vLLM calls :func:`register` in every process that it starts (API server, engine core, workers), so it is quick,
+vLLM calls :func:`register` in every process that it starts (API server, engine core, workers), so it
 imports no model code, and may be called more than once. ``VLLM_PLUGINS`` chooses among plugins;
 ``--model-impl transformers`` asks for vLLM's generic implementation of A13B instead of ours.
 """
@@ -16,11 +16,12 @@ def register() -> None:
     """Make Hunyuan's configuration and model known to vLLM, and mend what it lacks."""
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.platforms import current_platform
     from vllm.renderers.registry import RENDERER_REGISTRY
     from vllm.tokenizers.registry import TokenizerRegistry
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
-    from hycluster.models import cpu_lora, cpu_parallel, shared_memory
+    from hycluster.models import shared_memory
     from hycluster.models.configuration import HunyuanConfig
     from hycluster.models.verify import TOKENIZER_MODE, HunyuanVerification
 
@@ -32,6 +33,10 @@ def register() -> None:
         MODELS_CONFIG_MAP[architecture] = HunyuanVerification
     TokenizerRegistry.tokenizers[TOKENIZER_MODE] = TOKENIZER
     RENDERER_REGISTRY.renderers[TOKENIZER_MODE] = ("vllm.renderers.hf", "HfRenderer")
-    cpu_parallel.mend()
     shared_memory.mend()
-    cpu_lora.mend()
+    if current_platform.is_cpu():
+        # Their imports take a second or two, which nobody else should pay for.
+        from hycluster.models import cpu_lora, cpu_parallel
+
+        cpu_parallel.mend()
+        cpu_lora.mend()

@@ -31,6 +31,7 @@ MODEL = "smollm2"
 TINY = "tiny"
 SIMULATED = "simulated"
 HUNYUAN = "hunyuan-tiny"
+ALL_MODELS = {MODEL, TINY, SIMULATED, HUNYUAN}
 HUNYUAN_SHAPE = tiny.TinyShape(layers=4)
 START_TIMEOUT_S = 240
 

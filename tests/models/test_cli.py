@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hycluster.config import load_settings
 from tests.test_cli import HEAVY, run
 
 
@@ -89,7 +90,11 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_no_path_exits_2(tmp_path: Path) -> None:
-    done, _ = run("tiny-model", home=tmp_path)
-    assert done.returncode == 2
-    assert "PATH" in done.stderr
+def test_without_a_path_it_writes_what_the_deployment_looks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = load_settings(Path(__file__).parents[2] / "deployments" / "hunyuan-tiny.yaml")
+    monkeypatch.chdir(tmp_path)
+    done, _ = run("tiny-model", "--layers", "2", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / settings.models[0].source / "config.json").is_file()

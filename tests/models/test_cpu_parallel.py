@@ -113,7 +113,7 @@ def test_ranks_exchange_different_numbers_of_rows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("exchange", [all_gatherv, reduce_scatterv])
 def test_only_rows_are_exchanged(exchange: Callable[..., Any]) -> None:
-    with pytest.raises(NotImplementedError, match="dim 1 is not allowed; must be 0"):
+    with pytest.raises(ValueError, match="dim 1 is not allowed; must be 0"):
         exchange(SimpleNamespace(world_size=1), torch.zeros(2, 2), 1)
 
 

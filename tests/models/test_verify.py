@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import pytest
+from vllm import envs
 
 from hycluster.models.configuration import HunyuanConfig
 from hycluster.models.verify import aligned_partition, check_pipeline_cut
+
+
+@pytest.fixture(autouse=True)
+def _environment_is_read() -> None:
+    """An engine that another test has started in this process has vLLM keep what it read of the environment."""
+    envs.disable_envs_cache()
 
 
 def config(layers: int, share: int) -> HunyuanConfig:
