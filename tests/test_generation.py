@@ -266,3 +266,37 @@ async def test_an_adapters_name_stands_for_its_model(opened: Open) -> None:
         # The request carries the adapter, which vLLM's front end refuses where the settings make no room for it.
         with pytest.raises(InvalidInput, match="LoRA is not enabled"):
             await generator.generate(ask(model="a"))
+
+
+async def test_tokens_are_counted_as_the_renderer_makes_them(opened: Open) -> None:
+    async with opened() as (generator, _):
+        count = generator.token_counter("tiny")
+        texts = ["Hello", "", "长江", "two\nlines"]
+        counted, again = await asyncio.gather(asyncio.to_thread(count, texts), asyncio.to_thread(count, texts))
+        assert counted == again == [5, 0, 6, 9]
+        assert count([]) == []
+        hello, nothing = [len(await generator.tokenize("tiny", prompt=text)) for text in ("Hello Hello", "Hello ")]
+        assert hello - nothing == 5
+
+
+async def test_a_text_longer_than_the_context_is_summarized(opened: Open) -> None:
+    from hycluster.batch.job import Summary
+    from hycluster.batch.summary import Summarizer
+
+    async with opened() as (generator, _):
+        summarizer = Summarizer(
+            generator,
+            asyncio.Semaphore(8),
+            model="tiny",
+            sampling=Sampling(max_tokens=32),
+            settings=Summary(),
+            whole=[{"role": "user", "content": "x"}],
+            retry_s=5,
+        )
+        text = "A sentence of some words. " * 800
+        assert not await summarizer.fits(text)
+        tree = await summarizer.summarize(text, "doc")
+        assert sum(node.end - node.start for node in tree.nodes if node.level == 0) == len(text)
+        assert tree.root.level >= 1
+        assert tree.root.completion_tokens == 32
+        assert tree.prompt_tokens > len(text)

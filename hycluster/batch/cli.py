@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +37,9 @@ def run(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: sampling.max_tokens=8.")
     ] = None,
     config: Annotated[Path, typer.Option(help="Deployment, for dedicated engines.")] = DEFAULT_SETTINGS,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the output if it is another job's or another input's.")
+    ] = False,
 ) -> None:
     """Run a job, or resume it: the same command goes on where it stopped.
 
@@ -49,10 +54,62 @@ def run(
 
         from hycluster.batch.run import run_job
 
-        run_job(job, settings=settings)
+        run_job(job, settings=settings, overwrite=overwrite)
     except HyclusterError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         typer.echo("stopped; the same command goes on from here", err=True)
         raise typer.Exit(1) from None
+
+
+@app.command()
+def verify(
+    output_path: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or s3:// URI of a finished job.")],
+    input_path: Annotated[str, typer.Option("--input", metavar="PATH", help="The input that the job ran on.")],
+) -> None:
+    """Prove from the files alone that every input row is exactly once in the output or the quarantine.
+
+    Exit codes: 0 it is so; 1 it is not, a line a fault; 2 there is no such output or input.
+    """
+    with _one_line_errors():
+        from hycluster.batch.verify import verify
+
+        verdict = verify(output_path, input_path)
+    for line in verdict.lines():
+        typer.echo(line)
+    raise typer.Exit(1 if verdict.fault_count else 0)
+
+
+@app.command()
+def status(
+    output_path: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or s3:// URI of a job.")],
+    follow: Annotated[bool, typer.Option("--follow", help="Look again and again until the job has finished.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a look, for programs.")] = False,
+) -> None:
+    """Show how far a job is, from the files of its output alone. Works from any machine."""
+    with _one_line_errors():
+        from hycluster.batch.status import show
+
+        show(output_path, follow=follow, as_json=as_json)
+
+
+@app.command()
+def report(
+    output_path: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or s3:// URI of a job.")],
+) -> None:
+    """Write report.html and report.json into an output, of what is committed there. A finished job has them."""
+    with _one_line_errors():
+        from hycluster.batch.figures import REPORT_HTML, write_report
+
+        written = write_report(output_path)
+    typer.echo(f"{written['output']}/{REPORT_HTML}")
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except HyclusterError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None

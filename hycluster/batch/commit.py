@@ -1,16 +1,20 @@
 """The output folder: what is written, and what of it counts.
 
 Layout:
-    _job.json                                   whose output this is, written before anything else
+    _coordinator/<n>.json                       who is at work here, see lease.py; gone at the end
+    _job.json                                   whose output this is, and which edition
     part-<shard>-<attempt>.parquet              results of one attempt at one shard
     quarantine/part-<shard>-<attempt>.parquet   rows of that attempt that got no result
-    _shards/<shard>.json                        the attempt that counts: created once, first finisher wins
+    _shards/<shard>-<edition>.json              the attempt that counts: created once, first finisher wins
+    report.html, report.json                    what it all came to, see page.py and figures.py
     _manifest.json                              all parts that count, written when all shards are done
     _SUCCESS                                    last
 
 Attempt files have unique names and are never changed, so any number of attempts at a shard may
-run and die; the shard's record picks one. Generation is at least once, commit exactly once, as
-far as ``storage.create_if_absent`` holds (see there for object stores).
+run and die; the shard's record picks one. Generation is at least once, commit exactly once.
+
+``clear`` makes room for another job and begins a new edition. Processes of the job before it, which
+may not know yet that they are to stop, write records of the old edition, which nobody reads.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -31,10 +36,27 @@ import pyarrow.parquet as pq
 from hycluster.batch.corpus import Plan
 from hycluster.batch.job import Job
 from hycluster.batch.prompts import VERSION
-from hycluster.batch.storage import create_if_absent, exists, locate, one_line, read_json, write
+from hycluster.batch.storage import (
+    check_exclusive,
+    create_if_absent,
+    delete,
+    exists,
+    leftover_of,
+    locate,
+    names,
+    one_line,
+    read_json,
+    replace,
+    write,
+)
 from hycluster.errors import SettingsError
 
 Identity = dict[str, Any]
+
+# What is made from the records, beside _job.json, which says whose they are.
+DERIVED = ("_SUCCESS", "_manifest.json", "report.html", "report.json")
+_ATTEMPT = re.compile(r"part-\d{8}-[0-9a-f]{12}\.parquet")
+_RECORD = re.compile(r"\d{8}-[0-9a-f]{12}\.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +103,16 @@ class ShardRecord:
 
 def identity(job: Job, plan: Plan) -> Identity:
     """All that the output depends on: two runs with equal identities may work on one output."""
-    settings = job.model_dump(mode="json", include={"model", "task", "prompt", "question", "sampling", "shard_rows"})
+    fields = {"model", "task", "prompt", "question", "summary", "sampling", "shard_rows"}
+    settings = job.model_dump(mode="json", include=fields)
     return {
         "job": {**settings, "columns": job.input.columns.model_dump(), "prompts_version": VERSION},
-        "input": {"files": len(plan.files), "rows": plan.rows, "digest": plan.digest()},
+        "input": {
+            "files": len(plan.files),
+            "rows": plan.rows,
+            "shards": plan.shard_count,
+            "digest": plan.digest(),
+        },
     }
 
 
@@ -94,6 +122,8 @@ class Output:
     def __init__(self, path: str) -> None:
         self.path = path
         self._filesystem, self._root = locate(path, "output.path")
+        check_exclusive(self._filesystem, path)
+        self._edition: str | None = None
 
     def finished(self, mine: Identity) -> bool:
         """Whether this very job has been here and finished. Writes nothing.
@@ -101,25 +131,41 @@ class Output:
         Raises:
             SettingsError: the folder holds something else, with the difference named, or can't be read.
         """
-        try:
-            if self._filesystem.get_file_info(self._root).type == pafs.FileType.File:
-                raise SettingsError(f"output.path: {self.path!r} is a file; must be a folder")
-            theirs = read_json(self._filesystem, self._at("_job.json"))
-            if theirs is None:
-                self._refuse_foreign()
-                return False
-        except (OSError, json.JSONDecodeError) as error:
-            raise SettingsError(f"output.path: {self.path!r} can't be used: {one_line(error)}") from None
+        theirs = self._owner()
+        if theirs is None:
+            return False
         differences = list(_differences(theirs, mine))
         if differences:
             raise SettingsError(
                 f"output.path: {self.path!r} holds the output of another job or input; give another folder "
-                f"({'; '.join(differences)})"
+                f"or --overwrite ({'; '.join(differences)})"
             )
         return exists(self._filesystem, self._at("_SUCCESS"))
 
-    def claim(self, mine: Identity) -> None:
+    def foreign(self, mine: Identity) -> bool:
+        """Whether the folder is the output of another job or input."""
+        theirs = self._owner()
+        return theirs is not None and any(_differences(theirs, mine))
+
+    def clear(self, mine: Identity) -> None:
+        """Delete what another job has written here, and nothing else; then the folder is this job's.
+
+        Cut off at any point it leaves an output of the old job that is not finished and in itself right.
+        """
+        delete(self._filesystem, [self._at("_SUCCESS")])
+        # Records before what they point to.
+        for folder in ("_shards", "", "quarantine"):
+            found = names(self._filesystem, self._at(folder))
+            delete(self._filesystem, (self._at(_join(folder, name)) for name in found if _is_output(folder, name)))
+        # In one step, so that there is no moment at which the folder is nobody's.
+        replace(self._filesystem, self._at("_job.json"), _job_file(mine))
+        self._edition = None
+
+    def claim(self, mine: Identity) -> bool:
         """Make the folder this job's, unless it is already.
+
+        Returns:
+            Whether the job is finished; another run of it may have just been here.
 
         Raises:
             SettingsError: it can't be written, or another job was faster.
@@ -129,26 +175,38 @@ class Output:
             if isinstance(self._filesystem, pafs.LocalFileSystem):
                 for folder in ("", "quarantine", "_shards"):
                     self._filesystem.create_dir(self._at(folder), recursive=True)
-            create_if_absent(self._filesystem, self._at("_job.json"), json.dumps(mine, indent=1).encode())
+            create_if_absent(self._filesystem, self._at("_job.json"), _job_file(mine))
         except OSError as error:
             raise SettingsError(f"output.path: {self.path!r} can't be written: {one_line(error)}") from None
-        self.finished(mine)
+        # Pinned: what this run and its processes write belongs to this edition, whatever becomes of the folder.
+        self._edition = None
+        self.edition()
+        return self.finished(mine)
+
+    def edition(self) -> str:
+        """Which start of a job on this folder: the one that was there when this object first looked."""
+        if self._edition is None:
+            owner = read_json(self._filesystem, self._at("_job.json"))
+            if owner is None:
+                return ""
+            self._edition = str(owner.get("edition", ""))
+        return self._edition
 
     def done(self) -> set[int]:
         """Numbers of the shards that are committed."""
-        folder = pafs.FileSelector(self._at("_shards"), allow_not_found=True)
-        names = (info.base_name for info in self._filesystem.get_file_info(folder))
-        return {int(name.removesuffix(".json")) for name in names if not name.startswith(".")}
+        end = f"-{self.edition()}.json"
+        found = names(self._filesystem, self._at("_shards"))
+        return {int(name.removesuffix(end)) for name in found if name.endswith(end)}
 
     def record(self, shard: int) -> ShardRecord | None:
         """The record of a committed shard, None if it is not committed."""
-        data = read_json(self._filesystem, self._at(_record_name(shard)))
-        return ShardRecord.from_dict(data) if data else None
+        return self._read_record(shard, self.edition())
 
     def records(self) -> Iterator[ShardRecord]:
         """The records of all committed shards in order, one at a time."""
+        edition = self.edition()
         for shard in sorted(self.done()):
-            record = self.record(shard)
+            record = self._read_record(shard, edition)
             if record is not None:
                 yield record
 
@@ -179,13 +237,14 @@ class Output:
             begun_at=begun_at,
             committed_at=time.time(),
         )
-        if create_if_absent(self._filesystem, self._at(_record_name(shard)), mine.to_json().encode()):
+        record = _record_name(shard, self.edition())
+        if create_if_absent(self._filesystem, self._at(record), mine.to_json().encode()):
             return mine
         return self.record(shard) or mine
 
     def finish(self, mine: Identity, totals: dict[str, Any]) -> None:
         """Write the manifest, delete what attempts without a record left behind, then say ``_SUCCESS``."""
-        counted = {"_manifest.json", "_SUCCESS", "_job.json"}
+        counted: set[str] = set()
         with self._filesystem.open_output_stream(self._at("_manifest.json")) as stream:
             head = json.dumps({"version": 1, **mine, "totals": totals})
             stream.write(head[:-1].encode() + b', "shards": [')
@@ -193,16 +252,38 @@ class Output:
                 stream.write((",\n" if position else "\n").encode() + record.to_json().encode())
                 counted.update(file.path for file in (record.part, record.quarantine) if file)
             stream.write(b"\n]}\n")
-        for folder in ("", "quarantine"):
-            for info in self._filesystem.get_file_info(pafs.FileSelector(self._at(folder), allow_not_found=True)):
-                relative = f"{folder}/{info.base_name}".lstrip("/")
-                if info.base_name.startswith("part-") and relative not in counted:
-                    self._filesystem.delete_file(info.path)
+        for folder in ("", "quarantine", "_shards"):
+            paths = [_join(folder, name) for name in names(self._filesystem, self._at(folder))]
+            delete(self._filesystem, (self._at(path) for path in paths if self._is_orphan(path, counted)))
         write(self._filesystem, self._at("_SUCCESS"), b"")
 
     def is_input(self, plan: Plan) -> bool:
         """Whether the parts written here would become rows of that input."""
         return plan.takes(self._filesystem, self._at("part-.parquet"))
+
+    def _owner(self) -> Identity | None:
+        """Whose output this is; None if it is nobody's yet."""
+        try:
+            if self._filesystem.get_file_info(self._root).type == pafs.FileType.File:
+                raise SettingsError(f"output.path: {self.path!r} is a file; must be a folder")
+            theirs = read_json(self._filesystem, self._at("_job.json"))
+            if theirs is None:
+                self._refuse_foreign()
+        except (OSError, json.JSONDecodeError) as error:
+            raise SettingsError(f"output.path: {self.path!r} can't be used: {one_line(error)}") from None
+        return theirs
+
+    def _is_orphan(self, path: str, counted: set[str]) -> bool:
+        folder, _, name = path.rpartition("/")
+        if leftover_of(name) is not None:
+            return _is_output(folder, name) or leftover_of(path) == "_job.json"
+        if folder == "_shards":
+            return _is_output(folder, name) and not name.endswith(f"-{self.edition()}.json")
+        return bool(_ATTEMPT.fullmatch(name)) and path not in counted
+
+    def _read_record(self, shard: int, edition: str) -> ShardRecord | None:
+        data = read_json(self._filesystem, self._at(_record_name(shard, edition)))
+        return ShardRecord.from_dict(data) if data else None
 
     def _at(self, relative: str) -> str:
         return f"{self._root}/{relative}" if relative else self._root
@@ -221,7 +302,8 @@ class Output:
         if info.type == pafs.FileType.Directory:
             held = sorted(found.base_name for found in self._filesystem.get_file_info(pafs.FileSelector(self._root)))
             # An earlier start may have died between making the folders and saying whose they are.
-            foreign = [name for name in held if name not in ("quarantine", "_shards") and not name.startswith("._job")]
+            ours = ("quarantine", "_shards", "_coordinator")
+            foreign = [name for name in held if name not in ours and leftover_of(name) != "_job.json"]
             if foreign:
                 raise SettingsError(
                     f"output.path: {self.path!r} holds files that no job of hycluster wrote ({foreign[0]!r}); "
@@ -229,8 +311,24 @@ class Output:
                 )
 
 
-def _record_name(shard: int) -> str:
-    return f"_shards/{shard:08d}.json"
+def _record_name(shard: int, edition: str) -> str:
+    return f"_shards/{shard:08d}-{edition}.json"
+
+
+def _job_file(mine: Identity) -> bytes:
+    return json.dumps({"edition": uuid.uuid4().hex[:12], **mine}, indent=1).encode()
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
+def _is_output(folder: str, name: str) -> bool:
+    """Whether a file was written by a job of hycluster, or is what is left of such a write."""
+    name = leftover_of(name) or name
+    if folder == "_shards":
+        return bool(_RECORD.fullmatch(name))
+    return bool(_ATTEMPT.fullmatch(name)) or (not folder and name in DERIVED)
 
 
 def _total(table: pa.Table, column: str) -> int:
@@ -241,6 +339,8 @@ def _differences(theirs: Any, mine: Any, where: str = "") -> Iterator[str]:
     """One line for each value that differs, by its dotted key."""
     if isinstance(theirs, dict) and isinstance(mine, dict):
         for key in dict.fromkeys([*theirs, *mine]):
+            if not where and key == "edition":
+                continue
             yield from _differences(theirs.get(key), mine.get(key), f"{where}.{key}".lstrip("."))
     elif theirs != mine:
         if where == "input.digest":

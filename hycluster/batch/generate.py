@@ -11,40 +11,26 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 
+from hycluster.batch.ask import Generator, ask, first_error
 from hycluster.batch.commit import Output, ShardRecord
 from hycluster.batch.corpus import ROW_ID, SHARD
-from hycluster.batch.job import Job
-from hycluster.batch.prompts import Prompt, prompt_of
+from hycluster.batch.job import Job, Summary
+from hycluster.batch.prompts import TREE, Prompt, Row, prompt_of
 from hycluster.batch.report import Totals
-from hycluster.core import Generation, GenerationRequest, Priority
-from hycluster.errors import (
-    HyclusterError,
-    InvalidInput,
-    JobFailed,
-    Overloaded,
-    SettingsError,
-    Unauthenticated,
-    UnknownModel,
-)
+from hycluster.batch.summary import Summarizer
+from hycluster.core import GenerationRequest, Priority
+from hycluster.errors import HyclusterError, InvalidInput, JobFailed, SettingsError, Unauthenticated, UnknownModel
 
 # Blocks that one actor works on at once, so that the tail of one overlaps the head of the next.
 BLOCKS_AT_ONCE = 4
-FIRST_BACKOFF_S = 0.5
-LONGEST_BACKOFF_S = 15.0
 REPORT_EVERY_S = 1.0
-
-
-class Generator(Protocol):
-    """What answers requests: a gateway over an engine pool."""
-
-    async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation: ...
 
 
 Connect = Callable[[], AbstractAsyncContextManager[Generator]]
@@ -53,12 +39,13 @@ Report = Callable[[str, Totals], Any]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A finished row."""
+    """A finished row. ``tree`` (JSON) is set where the text was longer than the context, and its tree is asked for."""
 
     output: str
     finish_reason: str | None
     prompt_tokens: int
     completion_tokens: int
+    tree: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +77,8 @@ class Generate:
         self._feeding = asyncio.Lock()
         self._opened: AbstractAsyncContextManager[Generator] | None = None
         self._generator: Generator | None = None
+        self._summary = job.summary or Summary()
+        self._summarizer: Summarizer | None = None
 
     async def __call__(self, block: pa.Table) -> pa.Table:
         """Generate and commit all shards of a block; one row each, ``record``: its shard record as JSON.
@@ -133,14 +122,10 @@ class Generate:
             answer: Answer | Refusal
             try:
                 row = {name: shard.column(name)[position].as_py() for name in self._prompt.columns}
-                request = GenerationRequest(
-                    model=self._job.model,
-                    messages=self._prompt.messages(row),
-                    sampling=self._job.sampling,
-                    priority=Priority.BATCH,
-                    request_id=f"{self._job.name}-{row_id}",
-                )
-                answer = await self._ask(generator, request)
+                answer = await self._answer(generator, row, f"{self._job.name}-{row_id}")
+            except SettingsError:
+                # Wrong for every row.
+                raise
             except (InvalidInput, UnicodeDecodeError) as error:
                 answer = Refusal(type(error).__name__, str(error))
         finally:
@@ -148,24 +133,28 @@ class Generate:
         self._count(answer)
         return answer
 
-    async def _ask(self, generator: Generator, request: GenerationRequest) -> Answer:
-        """Ask until there is an answer or ``retry_s`` have passed without one."""
-        give_up_s = time.monotonic() + self._job.retry_s
-        backoff_s = FIRST_BACKOFF_S
-        while True:
-            try:
-                generation = await generator.generate(request)
-                break
-            except (InvalidInput, UnknownModel, Unauthenticated):
-                raise
-            except (HyclusterError, ConnectionError, TimeoutError) as error:
-                # Being told to wait is no failure: online traffic goes first, for as long as it takes.
-                if time.monotonic() >= give_up_s and not isinstance(error, Overloaded):
-                    raise JobFailed(
-                        f"row {request.request_id}: no engine could serve it for {self._job.retry_s:g} s: {error}"
-                    ) from None
-                await asyncio.sleep(getattr(error, "retry_after_s", None) or backoff_s)
-                backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
+    async def _answer(self, generator: Generator, row: Row, request_id: str) -> Answer:
+        messages = self._prompt.messages(row)
+        if self._summarizer:
+            text = row[self._prompt.columns[0]]
+            if not await self._summarizer.fits(text):
+                async with self._slot_lent():
+                    tree = await self._summarizer.summarize(text, request_id)
+                return Answer(
+                    tree.root.summary,
+                    tree.root.finish_reason,
+                    tree.prompt_tokens,
+                    tree.completion_tokens,
+                    tree.to_json() if self._summary.keep_tree else None,
+                )
+        request = GenerationRequest(
+            model=self._job.model,
+            messages=messages,
+            sampling=self._job.sampling,
+            priority=Priority.BATCH,
+            request_id=request_id,
+        )
+        generation = await ask(generator, request, self._job.retry_s)
         (output,), usage = generation.outputs, generation.usage
         return Answer(
             output.text,
@@ -173,6 +162,15 @@ class Generate:
             usage.prompt_tokens if usage else 0,
             usage.completion_tokens if usage else len(output.token_ids),
         )
+
+    @asynccontextmanager
+    async def _slot_lent(self) -> AsyncIterator[None]:
+        """A long text's calls take slots themselves, the one that its row holds among them."""
+        self._slots.release()
+        try:
+            yield
+        finally:
+            await self._slots.acquire()
 
     async def _commit(
         self,
@@ -185,7 +183,7 @@ class Generate:
         if record is not None:
             return record
         answers = [await row for row in rows]
-        results, quarantined = split(shard, answers)
+        results, quarantined = split(shard, answers, with_tree=self._summary.keep_tree)
         first = shard.column(ROW_ID)[0].as_py()
         return await asyncio.to_thread(self._output.commit, number, first, results, quarantined, begun_at=begun_at)
 
@@ -194,6 +192,17 @@ class Generate:
         if self._generator is None:
             self._opened = self._connect()
             self._generator = await self._opened.__aenter__()
+            if self._job.task == "summarize":
+                (column,) = self._prompt.columns
+                self._summarizer = Summarizer(
+                    self._generator,
+                    self._slots,
+                    model=self._job.model,
+                    sampling=self._job.sampling,
+                    settings=self._summary,
+                    whole=self._prompt.messages({column: "x"}),
+                    retry_s=self._job.retry_s,
+                )
         return self._generator
 
     def _count(self, answer: Answer | Refusal) -> None:
@@ -206,7 +215,7 @@ class Generate:
             self._report(self._process, self._totals)
 
 
-def split(shard: pa.Table, answers: list[Answer | Refusal]) -> tuple[pa.Table, pa.Table]:
+def split(shard: pa.Table, answers: list[Answer | Refusal], *, with_tree: bool = False) -> tuple[pa.Table, pa.Table]:
     """The finished rows and the quarantined ones, each in input order, input columns unchanged."""
     finished = pa.array([isinstance(answer, Answer) for answer in answers], pa.bool_())
     results = shard.filter(finished)
@@ -215,6 +224,7 @@ def split(shard: pa.Table, answers: list[Answer | Refusal]) -> tuple[pa.Table, p
         ("finish_reason", pa.string()),
         ("prompt_tokens", pa.int64()),
         ("completion_tokens", pa.int64()),
+        *([(TREE, pa.string())] if with_tree else []),
     ):
         values = [getattr(answer, name) for answer in answers if isinstance(answer, Answer)]
         results = results.append_column(name, pa.array(values, kind))
@@ -237,12 +247,11 @@ def _shards(block: pa.Table) -> Iterator[pa.Table]:
 
 def _first(errors: BaseException) -> Exception:
     """The first real error of a group, as one that survives the way to the driver."""
-    while isinstance(errors, BaseExceptionGroup):
-        errors = errors.exceptions[0]
-    if isinstance(errors, JobFailed):
-        return errors
-    if isinstance(errors, UnknownModel | Unauthenticated):
-        return SettingsError(errors.message)
-    if isinstance(errors, HyclusterError):
-        return JobFailed(errors.message)
-    return JobFailed(f"{type(errors).__name__}: {errors}")
+    error = first_error(errors)
+    if isinstance(error, JobFailed | SettingsError):
+        return error
+    if isinstance(error, UnknownModel | Unauthenticated):
+        return SettingsError(error.message)
+    if isinstance(error, HyclusterError):
+        return JobFailed(error.message)
+    return JobFailed(f"{type(error).__name__}: {error}")

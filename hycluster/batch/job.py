@@ -44,6 +44,28 @@ class Output(Strict):
     path: str = Field(min_length=1)
 
 
+class Summary(Strict):
+    """How ``task: summarize`` treats texts that are longer than the model's context.
+
+    Attributes:
+        part_tokens: most tokens of a part; by default what the context leaves.
+        overlap_tokens: most tokens before a part that are told again with it; at most half of a part.
+        keep_tree: write a column ``tree``: what was summarized from what, as JSON; null where the text fits.
+    """
+
+    part_tokens: int | None = Field(default=None, ge=64)
+    overlap_tokens: int = Field(default=0, ge=0)
+    keep_tree: bool = False
+
+    @model_validator(mode="after")
+    def _overlap_is_less_than_half(self) -> Summary:
+        if self.part_tokens is not None and self.overlap_tokens > self.part_tokens // 2:
+            raise ValueError(
+                f"overlap_tokens: {self.overlap_tokens} is not allowed; must be at most half of part_tokens"
+            )
+        return self
+
+
 class Job(Strict):
     """One bulk run over Parquet.
 
@@ -51,6 +73,7 @@ class Job(Strict):
         task: a preset, or ``generate``.
         prompt: ``generate`` only: a template with ``{column}`` placeholders; ``{{`` and ``}}`` are braces.
         question: ``ask`` only: one question for all rows.
+        summary: ``summarize`` only: texts that are longer than the context.
         sampling: one completion a row (``n`` is 1), no ``logprobs``.
         engine: ``shared`` joins the running cluster at low priority; ``dedicated`` starts engines of its own.
         max_quarantined_fraction: share of all rows, 0 to 1. Above it the job ends with exit code 3.
@@ -67,6 +90,7 @@ class Job(Strict):
     question: str | None = Field(default=None, min_length=1)
     input: Input
     output: Output
+    summary: Summary | None = None
     sampling: Sampling = Sampling()
     engine: Engine = "shared"
     max_quarantined_fraction: float = Field(0.01, ge=0, le=1)
@@ -94,6 +118,8 @@ class Job(Strict):
             raise ValueError("question: task 'ask' needs either question or input.columns.question")
         if self.task != "ask" and (self.question or columns.question):
             raise ValueError(f"question: only for task 'ask', not for {self.task!r}")
+        if self.summary is not None and self.task != "summarize":
+            raise ValueError(f"summary: only for task 'summarize', not for {self.task!r}")
         if self.sampling.n != 1:
             raise ValueError(f"sampling.n: {self.sampling.n} is not allowed; a batch job writes one output a row")
         if self.sampling.logprobs is not None:

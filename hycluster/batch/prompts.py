@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import pyarrow as pa
 import pyarrow.types as pat
@@ -21,9 +21,10 @@ from hycluster.errors import InvalidInput, SettingsError
 
 Messages = list[dict[str, Any]]
 Row = Mapping[str, Any]
+Language = Literal["en", "zh"]
 
 # Part of a job's fingerprint: raise it when a preset's words change.
-VERSION = 1
+VERSION = 2
 
 PRESETS = {
     "summarize": "Summarize the following text in a few sentences. Keep names and numbers.\n\nText:\n{text}",
@@ -33,6 +34,33 @@ PRESETS = {
     "math": "Solve the problem step by step. Put the final answer in \\boxed{{}}.\n\nProblem:\n{text}",
     "code": "Write code that does what is asked. Answer with the code only.\n\nTask:\n{text}",
 }
+
+# For texts that are longer than the context (``hycluster/batch/summary.py``).
+PART = {
+    "en": (
+        "Summarize the following part of a longer text in a few sentences. Keep names and numbers.\n\n"
+        "Part {number} of {parts}:\n{text}"
+    ),
+    "zh": (
+        "请用几句话概括下面这段文字，它是一篇长文的一部分。保留人名、地名和数字。\n\n"
+        "第 {number} 部分，共 {parts} 部分：\n{text}"
+    ),
+}
+MERGE = {
+    "en": (
+        "The following are summaries of consecutive parts of one text. Write one summary of the whole text from them, "
+        "in a few sentences. Keep names and numbers.\n\nSummaries:\n{text}"
+    ),
+    "zh": (
+        "以下是同一篇文章各个连续部分的摘要。请据此写出全文的摘要，用几句话。保留人名、地名和数字。\n\n"
+        "各部分摘要：\n{text}"
+    ),
+}
+# Column of the tree, where the job keeps it.
+TREE = "tree"
+SEPARATOR = "\n\n"
+# How much of a text is looked at to tell its language.
+SAMPLE_CHARACTERS = 10_000
 
 
 class Prompt(Protocol):
@@ -71,13 +99,46 @@ def prompt_of(job: Job) -> Prompt:
     template = job.prompt or PRESETS.get(job.task, "{text}")
     aliases = {"text": columns.text, "question": columns.question}
     constants = {"question": job.question} if job.question is not None else {}
-    return TemplatePrompt(template, {k: v for k, v in aliases.items() if v is not None}, constants)
+    reserved = (TREE,) if job.summary is not None and job.summary.keep_tree else ()
+    return TemplatePrompt(template, {k: v for k, v in aliases.items() if v is not None}, constants, reserved)
+
+
+def language_of(text: str) -> Language:
+    """Chinese if at least a fifth of the letters at its beginning are Han (and none of them kana); else English."""
+    sample = text[:SAMPLE_CHARACTERS]
+    letters = sum(map(str.isalpha, sample))
+    han = sum("\u4e00" <= character <= "\u9fff" for character in sample)
+    kana = any("\u3040" <= character <= "\u30ff" for character in sample)
+    return "zh" if han and 5 * han >= letters and not kana else "en"
+
+
+def part_messages(text: str, number: int, parts: int, language: Language) -> Messages:
+    """Ask for the summary of one of several parts, counted from 1."""
+    return [{"role": "user", "content": PART[language].format(number=number, parts=parts, text=text)}]
+
+
+def merge_messages(summaries: Sequence[str], language: Language) -> Messages:
+    """Ask for one summary of the summaries of consecutive parts."""
+    return [{"role": "user", "content": MERGE[language].format(text=SEPARATOR.join(summaries))}]
 
 
 class TemplatePrompt:
-    """One user message from a template."""
+    """One user message from a template.
 
-    def __init__(self, template: str, aliases: Mapping[str, str], constants: Mapping[str, str]) -> None:
+    Args:
+        aliases: placeholders that stand for another column.
+        constants: placeholders that stand for a text.
+        reserved: columns that the input must not have.
+    """
+
+    def __init__(
+        self,
+        template: str,
+        aliases: Mapping[str, str],
+        constants: Mapping[str, str],
+        reserved: Sequence[str] = (),
+    ) -> None:
+        self._reserved = reserved
         self._parts: list[tuple[str, str | None]] = []
         named = []
         for literal, name in _parse(template):
@@ -109,6 +170,9 @@ class TemplatePrompt:
         return [{"role": "user", "content": content}]
 
     def check(self, schema: pa.Schema, where: str) -> None:
+        for column in self._reserved:
+            if column in schema.names:
+                raise SettingsError(f"{where}: column {column!r} has a name that the output uses; rename it")
         for column in self.columns:
             kind = column_type(schema, column, where)
             if column in self._strings and not _is_string(kind):

@@ -101,7 +101,7 @@ class Reporter:
         # A shard that was done twice was counted twice; the bar must not pass its end.
         rows = min(self._rows, self._earlier + now.rows)
         rate = now.rows / seconds
-        eta = _duration((self._rows - rows) / rate) if rate else "?"
+        eta = duration((self._rows - rows) / rate) if rate else "?"
         quarantined = f", {now.quarantined} quarantined" if now.quarantined else ""
         return rows, f"{rate:.1f} rows/s, {now.completion_tokens / seconds:.1f} tokens/s, ETA {eta}{quarantined}"
 
@@ -126,7 +126,8 @@ def summarize(console: Console, title: str, all_time: Totals, this_run: Totals, 
     console.print(table)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """As ``h:mm:ss``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}"

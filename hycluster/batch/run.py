@@ -1,6 +1,7 @@
 """A job from its settings to ``_SUCCESS``; the stops in order.
 
-plan -> claim the output -> engines -> read and generate (Ray Data) -> manifest -> ``_SUCCESS``.
+plan -> engines -> lease -> claim the output -> read and generate (Ray Data) -> report -> manifest
+-> ``_SUCCESS``.
 Run again after any failure, it does the shards that have no record yet.
 """
 
@@ -16,10 +17,13 @@ from typing import Any
 
 from rich.console import Console
 
-from hycluster.batch.commit import Output, ShardRecord, identity
+from hycluster.batch.ask import Generator
+from hycluster.batch.commit import Identity, Output, ShardRecord, identity
 from hycluster.batch.corpus import Plan, plan
-from hycluster.batch.generate import Connect, Generator
+from hycluster.batch.figures import write_report
+from hycluster.batch.generate import Connect
 from hycluster.batch.job import Job
+from hycluster.batch.lease import Lease
 from hycluster.batch.prompts import prompt_of
 from hycluster.batch.report import JobProgress, Reporter, Totals, summarize
 from hycluster.batch.storage import one_line
@@ -30,12 +34,16 @@ Engines = Callable[[Job, Settings | None], AbstractContextManager[Connect]]
 log = logging.getLogger(__name__)
 
 
-def run_job(job: Job, *, settings: Settings | None = None, engines: Engines | None = None) -> None:
+def run_job(
+    job: Job, *, settings: Settings | None = None, engines: Engines | None = None, overwrite: bool = False
+) -> None:
     """Run a job to its committed output, or say that it is there already.
 
     Args:
         settings: the deployment; needed for ``engine: dedicated`` only.
         engines: what to generate with; by default what ``job.engine`` says.
+        overwrite: if the output is that of another job or input, delete it and start anew, as soon as there are
+            engines. An output of this very job is resumed all the same.
 
     Raises:
         SettingsError: job, input or output are refused; nothing was done.
@@ -50,32 +58,56 @@ def run_job(job: Job, *, settings: Settings | None = None, engines: Engines | No
     if output.is_input(corpus):
         raise SettingsError(f"output.path: {job.output.path!r} lies within the input; give a folder outside of it")
     mine = identity(job, corpus)
-    if output.finished(mine):
-        console.print(f"{job.name}: already done: {job.output.path}", highlight=False, soft_wrap=True)
+    replaces = overwrite and output.foreign(mine)
+    if not replaces and output.finished(mine):
+        _say_done(job, console)
         return
-
-    earlier = _totals(output.records())
+    earlier = Totals() if replaces else _totals(output.records())
     _check_quarantine(job, corpus, earlier)
-    if earlier.rows < corpus.rows:
+    with Lease(job.output.path) as lease:
+        # Now, so that nobody waits for engines in vain; taken only when there is something to write.
+        lease.look()
         try:
-            with (engines or _engines)(job, settings) as connect:
-                # Only now: a job that finds no engines must not leave its mark.
-                output.claim(mine)
-                _generate(job, corpus, output, connect, earlier, console)
+            if earlier.rows < corpus.rows:
+                with (engines or _engines)(job, settings) as connect:
+                    if _claim(output, mine, lease, overwrite):
+                        _say_done(job, console)
+                        return
+                    _generate(job, corpus, output, connect, earlier, lease, console)
+            elif _claim(output, mine, lease, overwrite):
+                _say_done(job, console)
+                return
+            committed = _totals(output.records())
+            if committed.rows != corpus.rows:
+                raise JobFailed(f"{committed.rows} of {corpus.rows} rows are committed; run the same command again")
+            _check_quarantine(job, corpus, committed)
+            write_report(job.output.path)
+            lease.renew()
+            lease.check()
+            output.finish(mine, asdict(committed))
         except HyclusterError:
             raise
         except Exception as error:
             log.debug("the job failed", exc_info=True)
             raise JobFailed(f"{type(error).__name__}: {one_line(error)}") from error
-    else:
-        output.claim(mine)
-    committed = _totals(output.records())
-    if committed.rows != corpus.rows:
-        raise JobFailed(f"{committed.rows} of {corpus.rows} rows are committed; run the same command again")
-    _check_quarantine(job, corpus, committed)
-    output.finish(mine, asdict(committed))
     this_run = Totals(*(getattr(committed, name) - getattr(earlier, name) for name in asdict(earlier)))
     summarize(console, f"{job.name} -> {job.output.path}", committed, this_run, time.monotonic() - begun_s)
+
+
+def _claim(output: Output, mine: Identity, lease: Lease, overwrite: bool) -> bool:
+    """Take the output, emptied first where that is asked for and needed. True if another run of this job finished it.
+
+    Only once there are engines: a job that finds none must not leave its mark.
+    """
+    lease.take()
+    # Looked at again: while there were no engines yet, another run may have been here and gone.
+    if overwrite and output.foreign(mine):
+        output.clear(mine)
+    return output.claim(mine)
+
+
+def _say_done(job: Job, console: Console) -> None:
+    console.print(f"{job.name}: already done: {job.output.path}", highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -110,7 +142,9 @@ def _open_generator(directory: str, model: str) -> AbstractAsyncContextManager[G
     return open_generator(directory, model)
 
 
-def _generate(job: Job, corpus: Plan, output: Output, connect: Connect, earlier: Totals, console: Console) -> None:
+def _generate(
+    job: Job, corpus: Plan, output: Output, connect: Connect, earlier: Totals, lease: Lease, console: Console
+) -> None:
     """Read, generate and commit all shards that have no record."""
     import ray
     from ray.exceptions import RayTaskError
@@ -130,6 +164,7 @@ def _generate(job: Job, corpus: Plan, output: Output, connect: Connect, earlier:
     try:
         with Reporter(job.name, corpus.rows, earlier.rows, so_far, console):
             for record in stream:
+                lease.check()
                 seen += _totals(iter([record]))
                 _check_quarantine(job, corpus, seen)
     except RayTaskError as error:

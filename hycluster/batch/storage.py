@@ -1,22 +1,34 @@
 """Paths and URIs as pyarrow filesystems, and the one write that must not happen twice.
 
-Local disk: ``create_if_absent`` is atomic (a hard link to a finished temporary file).
-Object stores: a PUT is visible whole or not at all, but "only if absent" is a look followed by a
-PUT here, so two writers at the same instant could both believe they were first. That takes the
-store's conditional PUT (``If-None-Match: *``), which pyarrow does not offer.
+``create_if_absent`` is atomic. Local disk: a hard link to a finished temporary file. S3 and stores
+that speak its protocol: a conditional PUT (``If-None-Match: *``,
+https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-writes.html). pyarrow does not
+offer that, so it goes through obstore (https://developmentseed.org/obstore), set up with the
+options of the pyarrow filesystem: URI query (``endpoint_override``, ``scheme``, ``region``), keys
+in the URI or the ``AWS_*`` variables, and the instance's or container's role. Profiles in
+``~/.aws`` are known to pyarrow only: such keys have to be put into the variables.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import uuid
+from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.fs as pafs
 
 from hycluster.errors import SettingsError
+
+if TYPE_CHECKING:
+    from obstore.store import S3Store
+
+# What a write that was cut off may leave on a local disk, see _temporary.
+_LEFTOVER = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{32}")
 
 
 def locate(path: str, field: str) -> tuple[pafs.FileSystem, str]:
@@ -48,23 +60,93 @@ def write(filesystem: pafs.FileSystem, path: str, data: bytes | memoryview | Any
         stream.write(data)
 
 
-def create_if_absent(filesystem: pafs.FileSystem, path: str, data: bytes) -> bool:
-    """Write a small file unless there is one. True if this call wrote it."""
-    if not isinstance(filesystem, pafs.LocalFileSystem):
-        if exists(filesystem, path):
-            return False
+def replace(filesystem: pafs.FileSystem, path: str, data: bytes) -> None:
+    """Write a small file anew; a reader sees the old one or the new one, never a part."""
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        temporary = _temporary(path)
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    else:
         write(filesystem, path, data)
+
+
+def create_if_absent(filesystem: pafs.FileSystem, path: str, data: bytes) -> bool:
+    """Write a small file unless there is one: of many at once, one does.
+
+    Returns:
+        True if this call wrote it. After an answer that was lost on the way, an object store may say
+        False to the one who did; who must know compares what is there.
+
+    Raises:
+        OSError: it can't be written.
+        SettingsError: the filesystem is neither local nor S3.
+    """
+    check_exclusive(filesystem, path)
+    if isinstance(filesystem, pafs.S3FileSystem):
+        from obstore import put
+        from obstore.exceptions import AlreadyExistsError, BaseError
+
+        store, key = _object(filesystem, path)
+        try:
+            put(store, key, data, mode="create", use_multipart=False)
+        except AlreadyExistsError:
+            return False
+        except (BaseError, FileNotFoundError) as error:
+            raise _as_os_error(error) from None
         return True
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    temporary = _temporary(path)
     temporary.write_bytes(data)
     try:
-        os.link(temporary, target)
+        os.link(temporary, path)
     except FileExistsError:
         return False
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
     return True
+
+
+def check_exclusive(filesystem: pafs.FileSystem, path: str) -> None:
+    """Refuse a filesystem without ``create_if_absent``.
+
+    Raises:
+        SettingsError: says which have it.
+    """
+    if not isinstance(filesystem, pafs.LocalFileSystem | pafs.S3FileSystem):
+        raise SettingsError(
+            f"output.path: {path!r} is on {filesystem.type_name!r}, which can't create a file only if it is absent; "
+            "must be a local path or an s3:// URI"
+        )
+
+
+def delete(filesystem: pafs.FileSystem, paths: Iterable[str]) -> None:
+    """Delete files, one after the other; one that is not there is fine."""
+    for path in paths:
+        if isinstance(filesystem, pafs.S3FileSystem):
+            # pyarrow would leave an empty object in the place of the folder.
+            from obstore import delete as delete_object
+            from obstore.exceptions import BaseError, NotFoundError
+
+            store, key = _object(filesystem, path)
+            try:
+                delete_object(store, key)
+            except NotFoundError:
+                continue
+            except BaseError as error:
+                raise _as_os_error(error) from None
+        else:
+            Path(path).unlink(missing_ok=True)
+
+
+def names(filesystem: pafs.FileSystem, folder: str) -> list[str]:
+    """Names of the files in a folder, in no order; none if there is no such folder."""
+    found = filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True))
+    return [info.base_name for info in found if info.type == pafs.FileType.File]
+
+
+def leftover_of(name: str) -> str | None:
+    """The file that was to be written, if the name is that of a write that was cut off."""
+    match = _LEFTOVER.fullmatch(name)
+    return match["target"] if match else None
 
 
 def read_json(filesystem: pafs.FileSystem, path: str) -> dict[str, Any] | None:
@@ -75,3 +157,46 @@ def read_json(filesystem: pafs.FileSystem, path: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     return data
+
+
+def _temporary(path: str) -> Path:
+    target = Path(path)
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+
+
+def _as_os_error(error: Exception) -> OSError:
+    # Below its message obstore prints the whole error once more.
+    return OSError(str(error).partition("Debug source")[0].strip())
+
+
+def _object(filesystem: pafs.S3FileSystem, path: str) -> tuple[S3Store, str]:
+    """The bucket as obstore's, and the key in it."""
+    bucket, _, key = path.partition("/")
+    # Pickling is the one way in which pyarrow tells all options of a filesystem.
+    _, (options,) = filesystem.__reduce__()
+    wanted = ("access_key", "secret_key", "session_token", "anonymous", "region", "scheme", "endpoint_override")
+    return _bucket(bucket, tuple((name, options[name]) for name in wanted if options[name])), key
+
+
+@lru_cache(maxsize=16)
+def _bucket(bucket: str, options: tuple[tuple[str, Any], ...]) -> S3Store:
+    from obstore.store import S3Store
+
+    given = dict(options)
+    config: dict[str, Any] = {
+        ours: given[theirs]
+        for ours, theirs in (
+            ("access_key_id", "access_key"),
+            ("secret_access_key", "secret_key"),
+            ("session_token", "session_token"),
+            ("skip_signature", "anonymous"),
+            ("region", "region"),
+        )
+        if theirs in given
+    }
+    if "endpoint_override" in given:
+        endpoint = given["endpoint_override"]
+        # That of AWS_ENDPOINT_URL comes with its scheme.
+        config["endpoint"] = endpoint if "://" in endpoint else f"{given['scheme']}://{endpoint}"
+    # Plain HTTP is asked for by the URI or by AWS_ENDPOINT_URL, as with pyarrow.
+    return S3Store(bucket, config=config, client_options={"allow_http": True})  # type: ignore[arg-type]

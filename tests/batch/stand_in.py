@@ -5,27 +5,41 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hycluster.batch.generate import Connect
-from hycluster.core import Generation, GenerationRequest, Output, Priority, Usage
+from hycluster.core import Generation, GenerationRequest, ModelCard, Output, Priority, Usage
 from hycluster.errors import InvalidInput, Unavailable
 
 
 class StandInGenerator:
-    """Answers in capitals, one token a word.
+    """Answers in capitals, one token a word, at most ``max_tokens`` words.
 
     Behaviour by what the prompt holds: ``refuse`` is invalid input; ``die FILE`` fails while FILE
     exists; ``kill FILE`` takes its process along, once; the rest is answered after a moment, out of order.
     """
 
-    def __init__(self, log: Path | None = None) -> None:
+    def __init__(self, log: Path | None = None, context_tokens: int = 1000) -> None:
+        self.context_tokens = context_tokens
         self.in_flight = 0
         self.most_in_flight = 0
         self.log = log
+
+    async def models(self) -> list[ModelCard]:
+        return [ModelCard("stand-in", self.context_tokens, 1)]
+
+    async def tokenize(
+        self, model: str, *, prompt: str | None = None, messages: list[dict[str, Any]] | None = None
+    ) -> list[int]:
+        text = prompt or " ".join(str(message["content"]) for message in messages or [])
+        return list(range(len(text.split()) + 1))
+
+    def token_counter(self, model: str) -> Callable[[Sequence[str]], list[int]]:
+        return lambda texts: [len(text.split()) for text in texts]
 
     async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
         assert request.priority is Priority.BATCH
@@ -54,8 +68,9 @@ class StandInGenerator:
             os.unlink(file)
             os.kill(os.getpid(), signal.SIGKILL)
         words = text.upper().split()
-        output = Output(0, " ".join(words), list(range(len(words))), "stop")
-        return Generation(request_id, request.model, [output], Usage(len(words) + 1, len(words)))
+        kept = words[: request.sampling.max_tokens]
+        output = Output(0, " ".join(kept), list(range(len(kept))), "stop" if kept == words else "length")
+        return Generation(request_id, request.model, [output], Usage(len(words) + 1, len(kept)))
 
 
 @asynccontextmanager

@@ -11,6 +11,8 @@ from hycluster.batch.cli import app
 from hycluster.batch.job import Job
 from hycluster.config import Settings
 from hycluster.errors import HyclusterError, JobFailed, SettingsError, TooManyQuarantined
+from tests.batch.committed import commit_all, parts
+from tests.batch.conftest import MakeJob
 
 ROOT = Path(__file__).parents[2]
 JOB = str(ROOT / "jobs" / "summarize.yaml")
@@ -19,7 +21,7 @@ JOB = str(ROOT / "jobs" / "summarize.yaml")
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Job, Settings | None]]:
     calls: list[tuple[Job, Settings | None]] = []
-    monkeypatch.setattr(run_module, "run_job", lambda job, settings: calls.append((job, settings)))
+    monkeypatch.setattr(run_module, "run_job", lambda job, settings, overwrite: calls.append((job, settings)))
     return calls
 
 
@@ -33,6 +35,14 @@ def test_options_reach_the_job(ran: list[tuple[Job, Settings | None]]) -> None:
     ((job, settings),) = ran
     assert (job.input.path, job.output.path, job.sampling.max_tokens, job.name) == ("in", "out", 8, "x")
     assert settings is None
+
+
+@pytest.mark.parametrize("options", [[], ["--overwrite"]])
+def test_overwrite_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch, options: list[str]) -> None:
+    said: list[bool] = []
+    monkeypatch.setattr(run_module, "run_job", lambda job, settings, overwrite: said.append(overwrite))
+    assert invoke(JOB, "--input", "i", "--output", "o", *options).exit_code == 0
+    assert said == [bool(options)]
 
 
 def test_dedicated_engines_take_the_deployment(ran: list[tuple[Job, Settings | None]]) -> None:
@@ -66,10 +76,41 @@ def test_wrong_use_is_one_line_and_exit_2(ran: list[tuple[Job, Settings | None]]
     ("error", "code"), [(JobFailed("x"), 1), (SettingsError("x"), 2), (TooManyQuarantined("x"), 3)]
 )
 def test_errors_become_exit_codes(monkeypatch: pytest.MonkeyPatch, error: HyclusterError, code: int) -> None:
-    def fail(job: Job, settings: Settings | None) -> None:
+    def fail(job: Job, settings: Settings | None, overwrite: bool) -> None:
         raise error
 
     monkeypatch.setattr(run_module, "run_job", fail)
     result = invoke(JOB, "--input", "i", "--output", "o")
     assert result.exit_code == code
     assert result.stderr == "error: x\n"
+
+
+def test_verify_says_one_line_or_a_line_a_fault(make_job: MakeJob, corpus: Path, tmp_path: Path) -> None:
+    out = commit_all(make_job())
+    right = CliRunner().invoke(app, ["verify", str(out), "--input", str(corpus)])
+    assert right.exit_code == 0, right.output
+    assert right.stdout.startswith("verified: 12 rows, each exactly once: 12 in the output, 0 in the quarantine")
+    for path in parts(out)[:2]:
+        path.unlink()
+    wrong = CliRunner().invoke(app, ["verify", str(out), "--input", str(corpus)])
+    assert wrong.exit_code == 1
+    assert [line.partition(":")[0] for line in wrong.stdout.splitlines()] == 2 * ["shard 0"] + 2 * ["shard 1"]
+    for args in (["verify", str(tmp_path / "no"), "--input", str(corpus)], ["verify", str(out), "--input", "no"]):
+        refused = CliRunner().invoke(app, args)
+        assert refused.exit_code == 2
+        assert refused.stderr.count("\n") == 1
+        assert refused.stderr.startswith("error: ")
+
+
+def test_status_and_report_read_an_output(make_job: MakeJob, tmp_path: Path) -> None:
+    out = commit_all(make_job(), first=2, finish=False)
+    for args, code, said in (
+        (["status", str(out)], 0, "shards 2/7, rows 4/12"),
+        (["status", str(out), "--json"], 0, '"shards_done": 2'),
+        (["report", str(out)], 0, f"{out}/report.html\n"),
+        (["status", str(tmp_path / "no")], 2, "holds no output of a job"),
+        (["report", str(tmp_path / "no")], 2, "holds no output of a job"),
+    ):
+        result = CliRunner().invoke(app, args)
+        assert (result.exit_code, said in result.output) == (code, True), result.output
+    assert (out / "report.json").exists()

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hycluster.batch.commit import Output, identity
+from hycluster.batch.commit import Output, ShardRecord, identity
 from hycluster.batch.corpus import plan
 from hycluster.batch.prompts import prompt_of
 from hycluster.errors import SettingsError
@@ -106,3 +108,48 @@ def test_an_output_inside_the_input_is_noticed(corpus: Path, make_job: MakeJob) 
     for some in ("b.parquet", "*.parquet"):
         beside = plan(str(corpus / some), shard_rows=1, check=lambda schema, where: None)
         assert not Output(str(corpus / "out")).is_input(beside)
+
+
+def test_two_runs_at_once_keep_every_shard_once(tmp_path: Path) -> None:
+    runs = [Output(str(tmp_path / "out")) for _ in range(2)]
+    for run in runs:
+        run.claim({"job": {}})
+
+    def commit_all(run: Output) -> list[ShardRecord]:
+        return [run.commit(n, f"f#{n}", results(f"f#{n}"), results(), begun_at=1.0) for n in range(40)]
+
+    with ThreadPoolExecutor(2) as both:
+        first, second = both.map(commit_all, runs)
+    assert first == second
+    for run in runs:
+        run.finish({"job": {}}, {"rows": 40})
+        shards = json.loads((tmp_path / "out" / "_manifest.json").read_text())["shards"]
+        assert [shard["part"] for shard in shards] == [asdict(record.part) for record in first if record.part]
+        assert len(list((tmp_path / "out").glob("part-*"))) == 40
+
+
+def test_another_job_takes_over_a_cleared_output(tmp_path: Path, make_job: MakeJob) -> None:
+    old, new = Output(str(tmp_path / "out")), Output(str(tmp_path / "out"))
+    before, after = who(make_job), who(make_job, sampling={"max_tokens": 8})
+    old.claim(before)
+    old.commit(0, "f#0", results("old"), results("old"), begun_at=1.0)
+    old.finish(before, {"rows": 2})
+    notes = tmp_path / "out" / "quarantine" / "notes.txt"
+    notes.write_text("mine")
+    assert not new.foreign(before)
+    assert new.foreign(after)
+    new.clear(after)
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*") if path.is_file()) == ["_job.json", "notes.txt"]
+    assert not new.claim(after)
+    # A process of the old job that has not heard of it yet.
+    late = old.commit(1, "f#1", results("old"), results(), begun_at=1.0)
+    assert new.done() == set()
+    mine = new.commit(1, "f#1", results("new"), results(), begun_at=1.0)
+    assert list(new.records()) == [mine]
+    new.finish(after, {"rows": 1})
+    assert late.part is not None
+    assert mine.part is not None
+    assert [path.name for path in (tmp_path / "out").glob("part-*")] == [mine.part.path]
+    assert len(list((tmp_path / "out" / "_shards").iterdir())) == 1
+    with pytest.raises(SettingsError, match="holds the output of another job or input; give another folder or --over"):
+        old.finished(before)

@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hycluster.batch import generate as module
+from hycluster.batch import ask as module
 from hycluster.batch.commit import Output
 from hycluster.batch.corpus import ROW_ID, SHARD
 from hycluster.batch.generate import Generate
+from hycluster.batch.prompts import prompt_of
 from hycluster.batch.report import Totals
 from hycluster.core import Generation, GenerationRequest
 from hycluster.errors import (
@@ -175,3 +176,60 @@ async def test_a_shard_that_is_committed_is_not_generated_again(make_job: MakeJo
     first = await run(table.slice(0, 2))
     assert (await run(table))[0] == first[0]
     assert generator.calls == 4
+
+
+class Watched(StandInGenerator):
+    """Keeps the requests by their id."""
+
+    def __init__(self) -> None:
+        super().__init__(context_tokens=200)
+        self.asked: dict[str | None, GenerationRequest] = {}
+
+    async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
+        self.asked[request.request_id] = request
+        return await super().generate(request)
+
+
+LONG = " ".join(f"word{n}." for n in range(2000))
+SUMMARIZE: dict[str, Any] = {"task": "summarize", "sampling": {"max_tokens": 20}}
+
+
+async def test_texts_longer_than_the_context_are_summarized_by_parts(make_job: MakeJob, tmp_path: Path) -> None:
+    generator = Watched()
+    run = Run(make_job, generator, tmp_path / "out", rows_in_flight=2, summary={"keep_tree": True}, **SUMMARIZE)
+    records = await run(block(["short", LONG, LONG, LONG, "short too"], shard_rows=5))
+    assert generator.most_in_flight == 2
+    short, long, *_ = rows = run.rows(records)
+    assert [row["id"] for row in rows] == [0, 1, 2, 3, 4]
+    assert short["tree"] is None
+    nodes = json.loads(long["tree"])["nodes"]
+    assert long["output"] == nodes[-1]["summary"]
+    assert (nodes[0]["start"], nodes[-1]["start"], nodes[-1]["end"]) == (0, 0, len(LONG))
+    for name in ("prompt_tokens", "completion_tokens"):
+        assert long[name] == sum(node[name] for node in nodes)
+        assert records[0][name] == sum(row[name] for row in rows)
+    assert long["prompt_tokens"] > 2000
+    asked = generator.asked["test-f.parquet#0"]
+    assert asked.messages == prompt_of(make_job(**SUMMARIZE)).messages({"text": "short"})
+
+
+async def test_the_tree_is_a_column_only_where_it_is_kept(make_job: MakeJob, tmp_path: Path) -> None:
+    run = Run(make_job, Watched(), tmp_path / "out", **SUMMARIZE)
+    (row,) = run.rows(await run(block([LONG])))
+    assert row["finish_reason"] == "length"
+    assert "tree" not in row
+
+
+async def test_a_long_text_with_a_refused_part_is_quarantined_and_the_job_goes_on(
+    make_job: MakeJob, tmp_path: Path
+) -> None:
+    run = Run(make_job, Watched(), tmp_path / "out", rows_in_flight=2, **SUMMARIZE)
+    records = await run(block([LONG + " refuse " + LONG, LONG], shard_rows=2))
+    assert [row["id"] for row in run.rows(records)] == [1]
+    assert [row["error_message"] for row in run.rows(records, "quarantine")] == ["prompt: refused by the stand-in"]
+
+
+async def test_a_context_too_small_for_the_job_ends_it(make_job: MakeJob, tmp_path: Path) -> None:
+    run = Run(make_job, Watched(), tmp_path / "out", summary={"part_tokens": 500}, **SUMMARIZE)
+    with pytest.raises(SettingsError, match=r"^summary.part_tokens: 500 is not allowed; must be at most 1\d\d"):
+        await run(block([LONG]))

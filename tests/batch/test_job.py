@@ -69,6 +69,12 @@ def test_options_replace_the_file(tmp_path: Path) -> None:
         ({"task": "ask"}, "question: task 'ask' needs either question or input.columns.question"),
         ({"question": "why?"}, "question: only for task 'ask'"),
         ({"input": "in"}, "input: 'in' is not allowed"),
+        ({"task": "rewrite", "summary": "{}"}, "summary: only for task 'summarize', not for 'rewrite'"),
+        ({"summary": "{part_tokens: 63}"}, "summary.part_tokens: 63 is not allowed: .*greater than or equal to 64"),
+        (
+            {"summary": "{part_tokens: 100, overlap_tokens: 51}"},
+            "summary.*overlap_tokens: 51 is not allowed; must be at most half of part_tokens",
+        ),
     ],
 )
 def test_wrong_settings_name_field_value_and_what_is_allowed(

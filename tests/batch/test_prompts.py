@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from hycluster.batch.prompts import PRESETS, prompt_of
+from hycluster.batch.prompts import PRESETS, language_of, merge_messages, part_messages, prompt_of
 from hycluster.errors import InvalidInput, SettingsError
 from tests.batch.conftest import MakeJob
 
@@ -104,3 +104,32 @@ def test_what_is_no_chat_is_refused(make_job: MakeJob, value: Any) -> None:
     prompt = prompt_of(make_job(input={"path": "in", "columns": {"messages": "chat"}}))
     with pytest.raises(InvalidInput, match=r"^chat: "):
         prompt.messages({"chat": value})
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("", "en"),
+        ("1234 !?", "en"),
+        ("A text with one 字.", "en"),
+        ("长江很长，黄河也很长。", "zh"),
+        ("这个 API 返回 token 的数量。", "zh"),
+        ("これは日本語の文章です。", "en"),
+    ],
+)
+def test_language(text: str, language: str) -> None:
+    assert language_of(text) == language
+
+
+def test_texts_of_parts_are_taken_as_they_are() -> None:
+    (message,) = part_messages("{text} {0} }{", 2, 3, "en")
+    assert message["content"].endswith("Part 2 of 3:\n{text} {0} }{")
+    (message,) = merge_messages(["{one}", "two"], "zh")
+    assert message["content"].endswith("\n{one}\n\ntwo")
+
+
+def test_a_kept_tree_needs_its_column(make_job: MakeJob) -> None:
+    schema = pa.schema([("text", pa.string()), ("tree", pa.string())])
+    prompt_of(make_job(task="summarize")).check(schema, "in")
+    with pytest.raises(SettingsError, match="in: column 'tree' has a name that the output uses; rename it"):
+        prompt_of(make_job(task="summarize", summary={"keep_tree": True})).check(schema, "in")

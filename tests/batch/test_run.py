@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from hycluster.batch.job import Job
+from hycluster.batch.lease import Lease
 from hycluster.batch.run import Engines, run_job
+from hycluster.batch.verify import verify
 from hycluster.errors import JobFailed, SettingsError, TooManyQuarantined
 from tests.batch.conftest import MakeJob, write_texts
 from tests.batch.stand_in import stand_in
@@ -146,6 +149,25 @@ def test_another_job_on_the_same_output_is_refused(make_job: MakeJob) -> None:
         run_job(make_job(sampling={"max_tokens": 8}), engines=no_engines)
 
 
+def test_a_second_run_on_the_same_output_is_told_who_is_there(make_job: MakeJob) -> None:
+    job = make_job()
+    with Lease(job.output.path) as lease:
+        lease.take()
+        with pytest.raises(JobFailed, match=rf"is being written by another run \(host .+, pid {os.getpid()}, since"):
+            run_job(job, engines=no_engines)
+    assert [path.name for path in Path(job.output.path).iterdir()] == ["_coordinator"]
+    run_job(job, engines=engines())
+    assert len(read_out(job)) == 12
+
+
+def test_overwrite_replaces_another_job_and_resumes_this_one(make_job: MakeJob) -> None:
+    run_job(make_job(), engines=engines())
+    job = make_job(prompt="new {text}")
+    run_job(job, engines=engines(), overwrite=True)
+    assert {row["output"][:4] for row in read_out(job)} == {"NEW "}
+    run_job(job, engines=no_engines, overwrite=True)
+
+
 def test_too_many_quarantined_rows_end_the_job_until_the_limit_is_raised(make_job: MakeJob, corpus: Path) -> None:
     write_texts(corpus / "c.parquet", ["fine", None, "refuse"])
     job = make_job(max_quarantined_fraction=0.1)
@@ -222,3 +244,40 @@ def test_ray_data_settings_of_the_process_are_left_as_they_were(make_job: MakeJo
     run_job(make_job(), engines=engines())
     assert DataContext.get_current() is before
     assert (before.enable_progress_bars, before.target_max_block_size) == (bars, size)
+
+
+def test_a_finished_job_has_its_report_and_can_be_verified(make_job: MakeJob, corpus: Path) -> None:
+    write_texts(corpus / "c.parquet", ["fine", None, "refuse"], row_group_size=1)
+    job = make_job(max_quarantined_fraction=0.2, shard_rows=3)
+    run_job(job, engines=engines())
+    assert verify(job.output.path, job.input.path).faults == []
+    out = Path(job.output.path)
+    report = json.loads((out / "report.json").read_text())
+    assert report["totals"] == json.loads((out / "_manifest.json").read_text())["totals"]
+    assert report["quarantine_reasons"] == {"InvalidInput": 2}
+    assert report["busy_s"] > 0
+    assert "Rows over time" in (out / "report.html").read_text()
+    assert (out / "report.html").stat().st_mtime_ns <= (out / "_SUCCESS").stat().st_mtime_ns
+
+
+def test_fifty_long_documents_become_a_summary_each(make_job: MakeJob, tmp_path: Path) -> None:
+    texts = [f"Document {n}. " + "Some words are here. " * (400 + 40 * n) for n in range(50)]
+    write_texts(tmp_path / "long" / "a.parquet", texts)
+    job = make_job(
+        task="summarize",
+        summary={"keep_tree": True, "overlap_tokens": 20},
+        input={"path": str(tmp_path / "long"), "columns": {"text": "text"}},
+        sampling={"max_tokens": 50},
+        shard_rows=8,
+        rows_in_flight=16,
+    )
+    log = tmp_path / "most"
+    run_job(job, engines=engines(log))
+    rows = read_out(job)
+    assert [row["row_id"] for row in rows] == [f"a.parquet#{n}" for n in range(50)]
+    for row in rows:
+        nodes = json.loads(row["tree"])["nodes"]
+        parts = [node for node in nodes if node["level"] == 0]
+        assert "".join(row["text"][part["start"] : part["end"]] for part in parts) == row["text"]
+        assert row["output"] == nodes[-1]["summary"]
+    assert int(log.read_text()) == 16

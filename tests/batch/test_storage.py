@@ -2,11 +2,14 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pyarrow.fs as pafs
 import pytest
 
-from hycluster.batch.storage import create_if_absent, exists, locate, read_json
+from hycluster.batch.storage import create_if_absent, delete, exists, locate, names, read_json, replace
+from hycluster.errors import SettingsError
+from tests.batch.object_store import BUCKET, ObjectStore
 
 
 def test_the_first_of_many_writers_wins(tmp_path: Path) -> None:
@@ -20,13 +23,56 @@ def test_the_first_of_many_writers_wins(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
 
 
-def test_other_filesystems_keep_what_is_there(tmp_path: Path) -> None:
+def test_other_filesystems_are_refused(tmp_path: Path) -> None:
     filesystem = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
-    assert create_if_absent(filesystem, "x", b"1")
-    assert not create_if_absent(filesystem, "x", b"2")
-    assert (tmp_path / "x").read_bytes() == b"1"
-    assert exists(filesystem, "x")
-    assert not exists(filesystem, "y")
+    with pytest.raises(SettingsError, match=r"^output.path: 'x' is on 'subtree'.* must be a local path or an s3://"):
+        create_if_absent(filesystem, "x", b"1")
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_of_two_writers_wins_in_an_object_store(store: ObjectStore) -> None:
+    filesystem, root = locate(store.uri("rounds"), "output.path")
+    with ThreadPoolExecutor(2) as writers:
+        for turn in range(60):
+            path = f"{root}/{turn}.json"
+            together = Barrier(2)
+
+            def attempt(writer: int, path: str = path, together: Barrier = together) -> bool:
+                together.wait()
+                return create_if_absent(filesystem, path, b'{"by": %d}' % writer)
+
+            won = list(writers.map(attempt, range(2)))
+            assert won.count(True) == 1
+            assert read_json(filesystem, path) == {"by": won.index(True)}
+    assert store.conditional_writes >= 120
+
+
+def test_an_object_store_is_found_by_the_environment_too(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{store.address}")
+    filesystem, path = locate(f"s3://{BUCKET}/environment", "output.path")
+    assert create_if_absent(filesystem, path, b"1")
+    assert not create_if_absent(filesystem, path, b"2")
+    delete(filesystem, [path, path])
+    assert not exists(filesystem, path)
+
+
+def test_what_an_object_store_refuses_is_one_line(store: ObjectStore) -> None:
+    filesystem, path = locate(store.uri("x").replace(BUCKET, "no-such-bucket"), "output.path")
+    with pytest.raises(OSError, match="NoSuchBucket") as caught:
+        create_if_absent(filesystem, path, b"")
+    assert "Debug source" not in str(caught.value)
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    target = tmp_path / "x.json"
+    replace(pafs.LocalFileSystem(), str(target), b"1")
+    replace(pafs.LocalFileSystem(), str(target), b"2")
+    assert names(pafs.LocalFileSystem(), str(tmp_path)) == ["x.json"]
+    assert target.read_bytes() == b"2"
+    assert names(pafs.LocalFileSystem(), str(tmp_path / "none")) == []
 
 
 def test_local_paths_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,141 @@
+"""A driver that kills itself at one write. The faults are here; the product knows nothing of them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pyarrow as pa
+
+from hycluster.batch import commit, lease, run, storage
+from hycluster.batch.corpus import Plan, read, spans
+from hycluster.batch.generate import Generate
+from hycluster.batch.job import Job
+from tests.batch.stand_in import stand_in
+
+SPAN_BYTES = 30_000
+# The writes of a run, by what they write. The n-th of a kind is the one that kills.
+WRITES = ("_coordinator/", "_job.json", "part", "quarantine/", "_shards/", "_manifest.json", "_SUCCESS")
+WHEN = ("before", "amid", "after")
+# Not a write; the n-th file that --overwrite or the clean-up deletes.
+DELETION = "deletion"
+
+
+def drive(job: Job, kind: str | None, when: str, nth: int, overwrite: bool, begun: Path) -> None:
+    """Run a job without Ray; runs in a process of its own.
+
+    Args:
+        kind: of :data:`WRITES`, or :data:`DELETION`; None lets it live.
+        begun: file for the numbers of the shards whose generation was begun.
+    """
+    if kind is not None:
+        _arm(kind, when, nth)
+    patch.object(run, "_generate", _generate_here(begun)).start()
+    run.run_job(job, engines=lambda job, settings: nullcontext(stand_in()), overwrite=overwrite)
+
+
+def _die(*_: Any, **__: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _arm(kind: str, when: str, nth: int) -> None:
+    seen = 0
+    if kind == DELETION:
+        _arm_deletion(nth)
+        return
+
+    def struck(path: str) -> bool:
+        nonlocal seen
+        folder, name = path.split("/")[-2:]
+        seen += f"{folder}/".startswith(kind) or (name.startswith(kind) and folder != "quarantine")
+        return seen == nth
+
+    def wrapped(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(filesystem: Any, path: str, data: Any) -> Any:
+            if not struck(path):
+                return real(filesystem, path, data)
+            if when == "before":
+                _die()
+            if when == "amid":
+                _cut_off(real, filesystem, path, data)
+            real(filesystem, path, data)
+            return _die()
+
+        return call
+
+    for module in (commit, lease):
+        for name in ("write", "create_if_absent", "replace"):
+            if hasattr(module, name):
+                setattr(module, name, wrapped(getattr(module, name)))
+    if kind == "_manifest.json":
+        _arm_manifest(when)
+
+
+def _cut_off(real: Callable[..., Any], filesystem: Any, path: str, data: Any) -> None:
+    """Die with half of a file on the disk, or with a finished temporary file in its place."""
+    if real is storage.write:
+        real(filesystem, path, bytes(data)[: len(data) // 2])
+        _die()
+    patch.object(os, "link", _die).start()
+    patch.object(Path, "replace", _die).start()
+
+
+def _arm_deletion(nth: int) -> None:
+    real = storage.delete
+    seen = 0
+
+    def delete(filesystem: Any, paths: Iterable[str]) -> None:
+        nonlocal seen
+        for path in paths:
+            seen += 1
+            if seen == nth:
+                _die()
+            real(filesystem, [path])
+
+    patch.object(commit, "delete", delete).start()
+
+
+def _arm_manifest(when: str) -> None:
+    """The manifest is a stream: its write begins with ``finish`` and ends before the next deletion."""
+    finish = commit.Output.finish
+
+    def armed(output: commit.Output, *args: Any) -> None:
+        records = commit.Output.records
+
+        def some(output: commit.Output) -> Iterator[commit.ShardRecord]:
+            for position, record in enumerate(records(output)):
+                if position == 5:
+                    _die()
+                yield record
+
+        if when == "before":
+            _die()
+        if when == "amid":
+            patch.object(commit.Output, "records", some).start()
+        else:
+            patch.object(commit, "delete", _die).start()
+        finish(output, *args)
+
+    patch.object(commit.Output, "finish", armed).start()
+
+
+def _generate_here(log: Path) -> Callable[..., None]:
+    def generate(job: Job, corpus: Plan, output: commit.Output, connect: Any, *_: Any) -> None:
+        done = output.done()
+        pending = [shard for shard in corpus.shards() if shard.number not in done]
+        log.write_text("".join(f"{shard.number}\n" for shard in pending))
+        actor = Generate(job, output, connect, lambda *_: None)
+
+        async def work() -> None:
+            for span in spans(pending, SPAN_BYTES):
+                await actor(pa.concat_tables(read(corpus.filesystem, corpus.root, span)))
+
+        asyncio.run(work())
+
+    return generate
