@@ -280,6 +280,7 @@ async def test_tokens_are_counted_as_the_renderer_makes_them(opened: Open) -> No
 
 
 async def test_a_text_longer_than_the_context_is_summarized(opened: Open) -> None:
+    from hycluster.batch.ask import Asker
     from hycluster.batch.job import Summary
     from hycluster.batch.summary import Summarizer
 
@@ -287,11 +288,11 @@ async def test_a_text_longer_than_the_context_is_summarized(opened: Open) -> Non
         summarizer = Summarizer(
             generator,
             asyncio.Semaphore(8),
+            Asker(retry_s=5),
             model="tiny",
             sampling=Sampling(max_tokens=32),
             settings=Summary(),
             whole=[{"role": "user", "content": "x"}],
-            retry_s=5,
         )
         text = "A sentence of some words. " * 800
         assert not await summarizer.fits(text)

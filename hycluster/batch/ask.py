@@ -1,17 +1,19 @@
-"""One request of a job to the engines, asked again while none of them can serve it."""
+"""A job's calls to the engines, made again while none of them can serve."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 from hycluster.core import Generation, GenerationRequest, ModelCard
 from hycluster.errors import HyclusterError, InvalidInput, JobFailed, Overloaded, Unauthenticated, UnknownModel
 
 FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 15.0
+
+T = TypeVar("T")
 
 
 class Generator(Protocol):
@@ -31,28 +33,40 @@ class Generator(Protocol):
         """Counts the tokens of many texts, special ones aside; may be called from any thread."""
 
 
-async def ask(generator: Generator, request: GenerationRequest, retry_s: float) -> Generation:
-    """Ask until there is an answer or ``retry_s`` have passed without one.
+class Asker:
+    """Asks for all rows of one process.
 
-    Raises:
-        InvalidInput, UnknownModel, Unauthenticated: asking again is of no use.
-        JobFailed: no engine could serve it in all that time.
+    Args:
+        retry_s: seconds for which a call is tried again while no engine can serve it.
     """
-    give_up_s = time.monotonic() + retry_s
-    backoff_s = FIRST_BACKOFF_S
-    while True:
-        try:
-            return await generator.generate(request)
-        except (InvalidInput, UnknownModel, Unauthenticated):
-            raise
-        except (HyclusterError, ConnectionError, TimeoutError) as error:
-            # Being told to wait is no failure: online traffic goes first, for as long as it takes.
-            if time.monotonic() >= give_up_s and not isinstance(error, Overloaded):
-                raise JobFailed(
-                    f"row {request.request_id}: no engine could serve it for {retry_s:g} s: {error}"
-                ) from None
-            await asyncio.sleep(getattr(error, "retry_after_s", None) or backoff_s)
-            backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
+
+    def __init__(self, retry_s: float) -> None:
+        self._retry_s = retry_s
+
+    async def __call__(self, name: str, call: Callable[[], Awaitable[T]]) -> T:
+        """Call until there is an answer or ``retry_s`` have passed without one.
+
+        Args:
+            name: of the row, for errors.
+            call: one attempt.
+
+        Raises:
+            InvalidInput, UnknownModel, Unauthenticated: asking again is of no use.
+            JobFailed: no engine could serve it in all that time.
+        """
+        give_up_s = time.monotonic() + self._retry_s
+        backoff_s = FIRST_BACKOFF_S
+        while True:
+            try:
+                return await call()
+            except (InvalidInput, UnknownModel, Unauthenticated):
+                raise
+            except (HyclusterError, ConnectionError, TimeoutError) as error:
+                # Being told to wait is no failure: online traffic goes first, for as long as it takes.
+                if time.monotonic() >= give_up_s and not isinstance(error, Overloaded):
+                    raise JobFailed(f"row {name}: no engine could serve it for {self._retry_s:g} s: {error}") from None
+                await asyncio.sleep(getattr(error, "retry_after_s", None) or backoff_s)
+                backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
 
 
 def first_error(errors: BaseException) -> BaseException:

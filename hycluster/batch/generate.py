@@ -11,21 +11,18 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
-from hycluster.batch.ask import Generator, ask, first_error
+from hycluster.batch.ask import first_error
 from hycluster.batch.commit import Output, ShardRecord
 from hycluster.batch.corpus import ROW_ID, SHARD
-from hycluster.batch.job import Job, Summary
-from hycluster.batch.prompts import TREE, Prompt, Row, prompt_of
 from hycluster.batch.report import Totals
-from hycluster.batch.summary import Summarizer
-from hycluster.core import GenerationRequest, Priority
+from hycluster.batch.task import Answer, OpenTask, Task
 from hycluster.errors import HyclusterError, InvalidInput, JobFailed, SettingsError, Unauthenticated, UnknownModel
 
 # Blocks that one actor works on at once, so that the tail of one overlaps the head of the next.
@@ -33,19 +30,7 @@ BLOCKS_AT_ONCE = 4
 REPORT_EVERY_S = 1.0
 
 
-Connect = Callable[[], AbstractAsyncContextManager[Generator]]
 Report = Callable[[str, Totals], Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A finished row. ``tree`` (JSON) is set where the text was longer than the context, and its tree is asked for."""
-
-    output: str
-    finish_reason: str | None
-    prompt_tokens: int
-    completion_tokens: int
-    tree: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,25 +45,24 @@ class Generate:
     """The callable class for ``map_batches``: a block with whole shards in, a row a shard out.
 
     Args:
-        connect: opens the generator, once in each process; must be picklable.
+        open_task: opens the task, once in each process; must be picklable.
         report: takes this process' name and its totals, at most once a second.
+        name: what the ids of all requests begin with.
+        slots: most rows in the engines at once.
     """
 
-    def __init__(self, job: Job, output: Output, connect: Connect, report: Report) -> None:
-        self._job = job
+    def __init__(self, output: Output, open_task: OpenTask, report: Report, *, name: str, slots: int) -> None:
         self._output = output
-        self._prompt: Prompt = prompt_of(job)
-        self._connect = connect
+        self._open_task = open_task
         self._report = report
+        self._name = name
         self._process = uuid.uuid4().hex
         self._totals = Totals()
         self._reported_s = 0.0
-        self._slots = asyncio.Semaphore(max(1, job.rows_in_flight // job.generate_processes))
+        self._slots = asyncio.Semaphore(slots)
         self._feeding = asyncio.Lock()
-        self._opened: AbstractAsyncContextManager[Generator] | None = None
-        self._generator: Generator | None = None
-        self._summary = job.summary or Summary()
-        self._summarizer: Summarizer | None = None
+        self._opened: AbstractAsyncContextManager[Task] | None = None
+        self._task: Task | None = None
 
     async def __call__(self, block: pa.Table) -> pa.Table:
         """Generate and commit all shards of a block; one row each, ``record``: its shard record as JSON.
@@ -109,20 +93,20 @@ class Generate:
         rows: list[asyncio.Task[Answer | Refusal]] = []
         begun_at = time.time()
         if record is None:
-            generator = await self._open()
+            task = await self._open()
             begun_at = time.time()
             for position in range(shard.num_rows):
                 await self._slots.acquire()
-                rows.append(start(self._row(generator, shard, position)))
+                rows.append(start(self._row(task, shard, position)))
         return start(self._commit(number, shard, rows, record, begun_at))
 
-    async def _row(self, generator: Generator, shard: pa.Table, position: int) -> Answer | Refusal:
+    async def _row(self, task: Task, shard: pa.Table, position: int) -> Answer | Refusal:
         try:
             row_id = shard.column(ROW_ID)[position].as_py()
             answer: Answer | Refusal
             try:
-                row = {name: shard.column(name)[position].as_py() for name in self._prompt.columns}
-                answer = await self._answer(generator, row, f"{self._job.name}-{row_id}")
+                row = {name: shard.column(name)[position].as_py() for name in task.columns}
+                answer = await task.answer(row, f"{self._name}-{row_id}")
             except SettingsError:
                 # Wrong for every row.
                 raise
@@ -132,45 +116,6 @@ class Generate:
             self._slots.release()
         self._count(answer)
         return answer
-
-    async def _answer(self, generator: Generator, row: Row, request_id: str) -> Answer:
-        messages = self._prompt.messages(row)
-        if self._summarizer:
-            text = row[self._prompt.columns[0]]
-            if not await self._summarizer.fits(text):
-                async with self._slot_lent():
-                    tree = await self._summarizer.summarize(text, request_id)
-                return Answer(
-                    tree.root.summary,
-                    tree.root.finish_reason,
-                    tree.prompt_tokens,
-                    tree.completion_tokens,
-                    tree.to_json() if self._summary.keep_tree else None,
-                )
-        request = GenerationRequest(
-            model=self._job.model,
-            messages=messages,
-            sampling=self._job.sampling,
-            priority=Priority.BATCH,
-            request_id=request_id,
-        )
-        generation = await ask(generator, request, self._job.retry_s)
-        (output,), usage = generation.outputs, generation.usage
-        return Answer(
-            output.text,
-            output.finish_reason,
-            usage.prompt_tokens if usage else 0,
-            usage.completion_tokens if usage else len(output.token_ids),
-        )
-
-    @asynccontextmanager
-    async def _slot_lent(self) -> AsyncIterator[None]:
-        """A long text's calls take slots themselves, the one that its row holds among them."""
-        self._slots.release()
-        try:
-            yield
-        finally:
-            await self._slots.acquire()
 
     async def _commit(
         self,
@@ -183,27 +128,17 @@ class Generate:
         if record is not None:
             return record
         answers = [await row for row in rows]
-        results, quarantined = split(shard, answers, with_tree=self._summary.keep_tree)
+        extra_columns = self._task.extra_columns if self._task else ()
+        results, quarantined = split(shard, answers, extra_columns)
         first = shard.column(ROW_ID)[0].as_py()
         return await asyncio.to_thread(self._output.commit, number, first, results, quarantined, begun_at=begun_at)
 
-    async def _open(self) -> Generator:
+    async def _open(self) -> Task:
         # Called by the one block that feeds. Ray kills the process when the job ends: nothing to close.
-        if self._generator is None:
-            self._opened = self._connect()
-            self._generator = await self._opened.__aenter__()
-            if self._job.task == "summarize":
-                (column,) = self._prompt.columns
-                self._summarizer = Summarizer(
-                    self._generator,
-                    self._slots,
-                    model=self._job.model,
-                    sampling=self._job.sampling,
-                    settings=self._summary,
-                    whole=self._prompt.messages({column: "x"}),
-                    retry_s=self._job.retry_s,
-                )
-        return self._generator
+        if self._task is None:
+            self._opened = self._open_task(self._slots)
+            self._task = await self._opened.__aenter__()
+        return self._task
 
     def _count(self, answer: Answer | Refusal) -> None:
         if isinstance(answer, Answer):
@@ -215,19 +150,22 @@ class Generate:
             self._report(self._process, self._totals)
 
 
-def split(shard: pa.Table, answers: list[Answer | Refusal], *, with_tree: bool = False) -> tuple[pa.Table, pa.Table]:
+def split(
+    shard: pa.Table, answers: list[Answer | Refusal], extra_columns: Sequence[str] = ()
+) -> tuple[pa.Table, pa.Table]:
     """The finished rows and the quarantined ones, each in input order, input columns unchanged."""
-    finished = pa.array([isinstance(answer, Answer) for answer in answers], pa.bool_())
-    results = shard.filter(finished)
+    results = shard.filter(pa.array([isinstance(answer, Answer) for answer in answers], pa.bool_()))
+    finished = [answer for answer in answers if isinstance(answer, Answer)]
     for name, kind in (
         ("output", pa.string()),
         ("finish_reason", pa.string()),
         ("prompt_tokens", pa.int64()),
         ("completion_tokens", pa.int64()),
-        *([(TREE, pa.string())] if with_tree else []),
     ):
-        values = [getattr(answer, name) for answer in answers if isinstance(answer, Answer)]
-        results = results.append_column(name, pa.array(values, kind))
+        results = results.append_column(name, pa.array([getattr(answer, name) for answer in finished], kind))
+    for place, name in enumerate(extra_columns):
+        values = [answer.extra[place] if answer.extra else None for answer in finished]
+        results = results.append_column(name, pa.array(values, pa.string()))
     quarantined = shard.filter(pa.array([isinstance(answer, Refusal) for answer in answers], pa.bool_()))
     for name in ("error_type", "error_message"):
         values = [getattr(answer, name) for answer in answers if isinstance(answer, Refusal)]

@@ -21,12 +21,12 @@ from hycluster.batch.ask import Generator
 from hycluster.batch.commit import Identity, Output, ShardRecord, identity
 from hycluster.batch.corpus import Plan, plan
 from hycluster.batch.figures import write_report
-from hycluster.batch.generate import Connect
 from hycluster.batch.job import Job
 from hycluster.batch.lease import Lease
 from hycluster.batch.prompts import prompt_of
 from hycluster.batch.report import JobProgress, Reporter, Totals, summarize
 from hycluster.batch.storage import one_line
+from hycluster.batch.task import Connect
 from hycluster.config import Settings
 from hycluster.errors import HyclusterError, JobFailed, SettingsError, TooManyQuarantined, UnknownModel
 

@@ -20,9 +20,10 @@ from ray.data.datasource import ReadTask
 
 from hycluster.batch.commit import Output, ShardRecord
 from hycluster.batch.corpus import SPAN_BYTES, Plan, Shard, read, spans
-from hycluster.batch.generate import BLOCKS_AT_ONCE, Connect, Generate
+from hycluster.batch.generate import BLOCKS_AT_ONCE, Generate
 from hycluster.batch.job import Job
 from hycluster.batch.report import Totals
+from hycluster.batch.task import Connect, open_task
 
 READERS = 4
 TASK_CPUS = 0.1
@@ -83,7 +84,8 @@ def _records(
     )
     records = blocks.map_batches(
         Generate,
-        fn_constructor_args=(job, output, connect, partial(_report, progress)),
+        fn_constructor_args=(output, partial(open_task, job, connect), partial(_report, progress)),
+        fn_constructor_kwargs={"name": job.name, "slots": max(1, job.rows_in_flight // job.generate_processes)},
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=cpus,

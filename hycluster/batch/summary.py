@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from hycluster.batch.ask import Generator, ask, first_error
+from hycluster.batch.ask import Asker, Generator, first_error
 from hycluster.batch.documents import CountTokens, Part, split
 from hycluster.batch.job import Summary
 from hycluster.batch.prompts import Language, Messages, language_of, merge_messages, part_messages
@@ -31,27 +32,27 @@ class Summarizer:
 
     Args:
         whole: the messages that ask for the summary of a text that fits.
-        retry_s: seconds for which each call is tried again while no engine can serve it.
+        ask: makes each of its calls.
     """
 
     def __init__(
         self,
         generator: Generator,
         slots: asyncio.Semaphore,
+        ask: Asker,
         *,
         model: str,
         sampling: Sampling,
         settings: Summary,
         whole: Messages,
-        retry_s: float,
     ) -> None:
         self._generator = generator
         self._slots = slots
+        self._asked = ask
         self._model = model
         self._sampling = sampling
         self._settings = settings
         self._whole = whole
-        self._retry_s = retry_s
         self._count: CountTokens = generator.token_counter(model)
         self._budgets: dict[Language, Budget] = {}
 
@@ -145,7 +146,7 @@ class Summarizer:
             priority=Priority.BATCH,
             request_id=request_id,
         )
-        return await ask(self._generator, request, self._retry_s)
+        return await self._asked(request_id, partial(self._generator.generate, request))
 
     async def _budget(self, language: Language) -> Budget:
         """Worked out once a language: the prompts' own tokens differ."""

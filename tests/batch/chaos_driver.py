@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,6 +18,7 @@ from hycluster.batch import commit, lease, run, storage
 from hycluster.batch.corpus import Plan, read, spans
 from hycluster.batch.generate import Generate
 from hycluster.batch.job import Job
+from hycluster.batch.task import open_task
 from tests.batch.stand_in import stand_in
 
 SPAN_BYTES = 30_000
@@ -130,7 +132,8 @@ def _generate_here(log: Path) -> Callable[..., None]:
         done = output.done()
         pending = [shard for shard in corpus.shards() if shard.number not in done]
         log.write_text("".join(f"{shard.number}\n" for shard in pending))
-        actor = Generate(job, output, connect, lambda *_: None)
+        opened = partial(open_task, job, connect)
+        actor = Generate(output, opened, lambda *_: None, name=job.name, slots=job.rows_in_flight)
 
         async def work() -> None:
             for span in spans(pending, SPAN_BYTES):

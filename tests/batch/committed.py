@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 
 from hycluster.batch.commit import Output, identity
 from hycluster.batch.corpus import SHARD, Shard, plan, read, spans
-from hycluster.batch.generate import Answer, Refusal, split
+from hycluster.batch.generate import Refusal, split
 from hycluster.batch.job import Job
 from hycluster.batch.prompts import prompt_of
 from hycluster.batch.report import Totals
+from hycluster.batch.task import Answer
 
 
 def answered(text: str | None) -> Answer | Refusal:

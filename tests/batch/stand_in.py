@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hycluster.batch.generate import Connect
+from hycluster.batch.task import Connect
 from hycluster.core import Generation, GenerationRequest, ModelCard, Output, Priority, Usage
 from hycluster.errors import InvalidInput, Unavailable
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hycluster.batch.corpus import ROW_ID, SHARD
 from hycluster.batch.generate import Generate
 from hycluster.batch.prompts import prompt_of
 from hycluster.batch.report import Totals
+from hycluster.batch.task import open_task
 from hycluster.core import Generation, GenerationRequest
 from hycluster.errors import (
     HyclusterError,
@@ -62,7 +64,14 @@ class Run:
         self.folder = folder
         output = Output(str(folder))
         output.claim({})
-        self.stage = Generate(make_job(**changes), output, connect, lambda process, totals: self.reports.append(totals))
+        job = make_job(**changes)
+        self.stage = Generate(
+            output,
+            partial(open_task, job, connect),
+            lambda process, totals: self.reports.append(totals),
+            name=job.name,
+            slots=job.rows_in_flight,
+        )
 
     async def __call__(self, table: pa.Table) -> list[dict[str, Any]]:
         records = await self.stage(table)

@@ -29,11 +29,11 @@ def summarizer(generator: Any, slots: int = 8, max_tokens: int | None = 40, **se
     return Summarizer(
         generator,
         asyncio.Semaphore(slots),
+        ask.Asker(retry_s=10),
         model="stand-in",
         sampling=Sampling(max_tokens=max_tokens, min_tokens=2),
         settings=Summary(**settings),
         whole=[{"role": "user", "content": "Summarize: x"}],
-        retry_s=10,
     )
 
 
@@ -188,7 +188,7 @@ async def test_a_text_that_cannot_be_summarized(generator: Any, error: type[Exce
 
 async def test_an_engine_that_stays_away_is_a_failed_job() -> None:
     makes = summarizer(Down())
-    makes._retry_s = 0
+    makes._asked = ask.Asker(retry_s=0)
     with pytest.raises(JobFailed, match=r"row doc-0\.0: no engine could serve it for 0 s"):
         await makes.summarize(text_of(2000), "doc")
 
