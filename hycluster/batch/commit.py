@@ -26,7 +26,6 @@ import re
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -34,8 +33,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from hycluster.batch.corpus import Plan
-from hycluster.batch.job import Job
-from hycluster.batch.prompts import VERSION
+from hycluster.batch.identity import Identity, differences
+from hycluster.batch.record import ShardRecord, Written
 from hycluster.batch.storage import (
     check_exclusive,
     create_if_absent,
@@ -51,69 +50,10 @@ from hycluster.batch.storage import (
 )
 from hycluster.errors import SettingsError
 
-Identity = dict[str, Any]
-
 # What is made from the records, beside _job.json, which says whose they are.
 DERIVED = ("_SUCCESS", "_manifest.json", "report.html", "report.json")
 _ATTEMPT = re.compile(r"part-\d{8}-[0-9a-f]{12}\.parquet")
 _RECORD = re.compile(r"\d{8}-[0-9a-f]{12}\.json")
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """One immutable Parquet file, its path relative to the output."""
-
-    path: str
-    rows: int
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class ShardRecord:
-    """What became of one shard. ``part`` and ``quarantine`` are None where they would have no rows.
-
-    ``begun_at`` (its first row went to the engines) and ``committed_at`` are seconds since the epoch, by the
-    clock of the machine that did it.
-    """
-
-    shard: int
-    input_file: str
-    first_row: int
-    rows: int
-    part: Written | None
-    quarantine: Written | None
-    prompt_tokens: int
-    completion_tokens: int
-    begun_at: float
-    committed_at: float
-
-    @property
-    def quarantined(self) -> int:
-        return self.quarantine.rows if self.quarantine else 0
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> ShardRecord:
-        files = {key: Written(**data[key]) if data[key] else None for key in ("part", "quarantine")}
-        return cls(**{**data, **files})
-
-
-def identity(job: Job, plan: Plan) -> Identity:
-    """All that the output depends on: two runs with equal identities may work on one output."""
-    fields = {"model", "task", "prompt", "question", "summary", "sampling", "shard_rows"}
-    settings = job.model_dump(mode="json", include=fields)
-    return {
-        "job": {**settings, "columns": job.input.columns.model_dump(), "prompts_version": VERSION},
-        "input": {
-            "files": len(plan.files),
-            "rows": plan.rows,
-            "shards": plan.shard_count,
-            "digest": plan.digest(),
-        },
-    }
 
 
 class Output:
@@ -134,18 +74,18 @@ class Output:
         theirs = self._owner()
         if theirs is None:
             return False
-        differences = list(_differences(theirs, mine))
-        if differences:
+        found = list(differences(theirs, mine))
+        if found:
             raise SettingsError(
                 f"output.path: {self.path!r} holds the output of another job or input; give another folder "
-                f"or --overwrite ({'; '.join(differences)})"
+                f"or --overwrite ({'; '.join(found)})"
             )
         return exists(self._filesystem, self._at("_SUCCESS"))
 
     def foreign(self, mine: Identity) -> bool:
         """Whether the folder is the output of another job or input."""
         theirs = self._owner()
-        return theirs is not None and any(_differences(theirs, mine))
+        return theirs is not None and any(differences(theirs, mine))
 
     def clear(self, mine: Identity) -> None:
         """Delete what another job has written here, and nothing else; then the folder is this job's.
@@ -333,17 +273,3 @@ def _is_output(folder: str, name: str) -> bool:
 
 def _total(table: pa.Table, column: str) -> int:
     return sum(table.column(column).to_pylist())
-
-
-def _differences(theirs: Any, mine: Any, where: str = "") -> Iterator[str]:
-    """One line for each value that differs, by its dotted key."""
-    if isinstance(theirs, dict) and isinstance(mine, dict):
-        for key in dict.fromkeys([*theirs, *mine]):
-            if not where and key == "edition":
-                continue
-            yield from _differences(theirs.get(key), mine.get(key), f"{where}.{key}".lstrip("."))
-    elif theirs != mine:
-        if where == "input.digest":
-            yield "the input's files differ"
-        else:
-            yield f"{where.removeprefix('job.')}: was {theirs!r}, is {mine!r}"

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hycluster.batch.commit import ShardRecord
 from hycluster.batch.corpus import ROW_ID, SHARD
+from hycluster.batch.record import ShardRecord
 
 TOKEN_COLUMNS = ("prompt_tokens", "completion_tokens")
 # Row ids that one line names.

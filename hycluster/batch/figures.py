@@ -19,8 +19,9 @@ from typing import Any
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from hycluster.batch.commit import Output, ShardRecord, Written
+from hycluster.batch.commit import Output
 from hycluster.batch.page import render
+from hycluster.batch.record import ShardRecord, Written
 from hycluster.batch.report import Totals
 from hycluster.batch.storage import locate, read_json, replace
 from hycluster.errors import SettingsError

@@ -19,8 +19,9 @@ from typing import Any
 import pyarrow as pa
 
 from hycluster.batch.ask import first_error
-from hycluster.batch.commit import Output, ShardRecord
+from hycluster.batch.commit import Output
 from hycluster.batch.corpus import ROW_ID, SHARD
+from hycluster.batch.record import ShardRecord
 from hycluster.batch.report import Totals
 from hycluster.batch.task import Answer, OpenTask, Task
 from hycluster.errors import HyclusterError, InvalidInput, JobFailed, SettingsError, Unauthenticated, UnknownModel

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from hycluster.batch.commit import ShardRecord
+from hycluster.batch.record import ShardRecord
 from hycluster.batch.storage import one_line
 from hycluster.errors import InvalidInput
 

@@ -18,12 +18,14 @@ from typing import Any
 from rich.console import Console
 
 from hycluster.batch.ask import Generator
-from hycluster.batch.commit import Identity, Output, ShardRecord, identity
+from hycluster.batch.commit import Output
 from hycluster.batch.corpus import Plan, plan
 from hycluster.batch.figures import write_report
+from hycluster.batch.identity import Identity, identity
 from hycluster.batch.job import Job
 from hycluster.batch.lease import Lease
 from hycluster.batch.prompts import prompt_of
+from hycluster.batch.record import ShardRecord
 from hycluster.batch.report import JobProgress, Reporter, Totals, summarize
 from hycluster.batch.storage import one_line
 from hycluster.batch.task import Connect

@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from hycluster.batch.commit import Output, ShardRecord
+from hycluster.batch.commit import Output
+from hycluster.batch.record import ShardRecord
 from hycluster.batch.report import LINE_EVERY_S, Totals, duration
 from hycluster.batch.storage import exists, locate, one_line, read_json
 from hycluster.errors import SettingsError

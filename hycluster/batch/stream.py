@@ -18,10 +18,11 @@ from ray.data import ActorPoolStrategy, DataContext, Datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
-from hycluster.batch.commit import Output, ShardRecord
+from hycluster.batch.commit import Output
 from hycluster.batch.corpus import SPAN_BYTES, Plan, Shard, read, spans
 from hycluster.batch.generate import BLOCKS_AT_ONCE, Generate
 from hycluster.batch.job import Job
+from hycluster.batch.record import ShardRecord
 from hycluster.batch.report import Totals
 from hycluster.batch.task import Connect, open_task
 

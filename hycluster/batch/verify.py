@@ -22,10 +22,11 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from hycluster.batch.commit import Output, ShardRecord, Written
+from hycluster.batch.commit import Output
 from hycluster.batch.compare import MOST_ROWS, differences, miscounted
 from hycluster.batch.corpus import REFUSAL_COLUMNS, RESULT_COLUMNS, Plan, Shard, plan, read, spans
 from hycluster.batch.manifest import DAMAGE, read_manifest
+from hycluster.batch.record import ShardRecord, Written
 from hycluster.batch.report import Totals
 from hycluster.batch.storage import exists, locate, one_line, read_json
 from hycluster.errors import HyclusterError, SettingsError

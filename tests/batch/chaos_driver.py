@@ -18,6 +18,7 @@ from hycluster.batch import commit, lease, run, storage
 from hycluster.batch.corpus import Plan, read, spans
 from hycluster.batch.generate import Generate
 from hycluster.batch.job import Job
+from hycluster.batch.record import ShardRecord
 from hycluster.batch.task import open_task
 from tests.batch.stand_in import stand_in
 
@@ -110,7 +111,7 @@ def _arm_manifest(when: str) -> None:
     def armed(output: commit.Output, *args: Any) -> None:
         records = commit.Output.records
 
-        def some(output: commit.Output) -> Iterator[commit.ShardRecord]:
+        def some(output: commit.Output) -> Iterator[ShardRecord]:
             for position, record in enumerate(records(output)):
                 if position == 5:
                     _die()

@@ -11,9 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hycluster.batch.commit import Output, identity
+from hycluster.batch.commit import Output
 from hycluster.batch.corpus import SHARD, Shard, plan, read, spans
 from hycluster.batch.generate import Refusal, split
+from hycluster.batch.identity import identity
 from hycluster.batch.job import Job
 from hycluster.batch.prompts import prompt_of
 from hycluster.batch.report import Totals

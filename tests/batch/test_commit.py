@@ -11,9 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hycluster.batch.commit import Output, ShardRecord, identity
+from hycluster.batch.commit import Output
 from hycluster.batch.corpus import plan
+from hycluster.batch.identity import identity
 from hycluster.batch.prompts import prompt_of
+from hycluster.batch.record import ShardRecord
 from hycluster.errors import SettingsError
 from tests.batch.conftest import MakeJob, write_texts
 
