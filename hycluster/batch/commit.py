@@ -34,21 +34,25 @@ import pyarrow.parquet as pq
 
 from hycluster.batch.corpus import Plan
 from hycluster.batch.identity import Identity, differences
-from hycluster.batch.record import ShardRecord, Written
+from hycluster.batch.record import DAMAGE, ShardRecord, Written
 from hycluster.batch.storage import (
+    check_creates_once,
     check_exclusive,
     create_if_absent,
     delete,
     exists,
     leftover_of,
     locate,
+    make_folder,
     names,
     one_line,
     read_json,
     replace,
+    shown,
     write,
+    writing,
 )
-from hycluster.errors import SettingsError
+from hycluster.errors import JobFailed, SettingsError
 
 # What is made from the records, beside _job.json, which says whose they are.
 DERIVED = ("_SUCCESS", "_manifest.json", "report.html", "report.json")
@@ -65,6 +69,13 @@ class Output:
         check_exclusive(self._filesystem, path)
         self._edition: str | None = None
 
+    def check_store(self) -> None:
+        """Raise SettingsError where two attempts at a shard could both come to count, or if it can't be written."""
+        try:
+            check_creates_once(self._filesystem, self._at("_job.json"))
+        except OSError as error:
+            raise self._not_writable(error) from None
+
     def finished(self, mine: Identity) -> bool:
         """Whether this very job has been here and finished. Writes nothing.
 
@@ -77,7 +88,7 @@ class Output:
         found = list(differences(theirs, mine))
         if found:
             raise SettingsError(
-                f"output.path: {self.path!r} holds the output of another job or input; give another folder "
+                f"output.path: {shown(self.path)!r} holds the output of another job or input; give another folder "
                 f"or --overwrite ({'; '.join(found)})"
             )
         return exists(self._filesystem, self._at("_SUCCESS"))
@@ -111,13 +122,11 @@ class Output:
             SettingsError: it can't be written, or another job was faster.
         """
         try:
-            # Object stores have no folders; making them there leaves marker objects.
-            if isinstance(self._filesystem, pafs.LocalFileSystem):
-                for folder in ("", "quarantine", "_shards"):
-                    self._filesystem.create_dir(self._at(folder), recursive=True)
+            for folder in ("", "quarantine", "_shards"):
+                make_folder(self._filesystem, self._at(folder))
             create_if_absent(self._filesystem, self._at("_job.json"), _job_file(mine))
         except OSError as error:
-            raise SettingsError(f"output.path: {self.path!r} can't be written: {one_line(error)}") from None
+            raise self._not_writable(error) from None
         # Pinned: what this run and its processes write belongs to this edition, whatever becomes of the folder.
         self._edition = None
         self.edition()
@@ -185,7 +194,7 @@ class Output:
     def finish(self, mine: Identity, totals: dict[str, Any]) -> None:
         """Write the manifest, delete what attempts without a record left behind, then say ``_SUCCESS``."""
         counted: set[str] = set()
-        with self._filesystem.open_output_stream(self._at("_manifest.json")) as stream:
+        with writing(self._filesystem, self._at("_manifest.json")) as stream:
             head = json.dumps({"version": 1, **mine, "totals": totals})
             stream.write(head[:-1].encode() + b', "shards": [')
             for position, record in enumerate(self.records()):
@@ -205,12 +214,12 @@ class Output:
         """Whose output this is; None if it is nobody's yet."""
         try:
             if self._filesystem.get_file_info(self._root).type == pafs.FileType.File:
-                raise SettingsError(f"output.path: {self.path!r} is a file; must be a folder")
+                raise SettingsError(f"output.path: {shown(self.path)!r} is a file; must be a folder")
             theirs = read_json(self._filesystem, self._at("_job.json"))
             if theirs is None:
                 self._refuse_foreign()
         except (OSError, json.JSONDecodeError) as error:
-            raise SettingsError(f"output.path: {self.path!r} can't be used: {one_line(error)}") from None
+            raise SettingsError(f"output.path: {shown(self.path)!r} can't be used: {one_line(error)}") from None
         return theirs
 
     def _is_orphan(self, path: str, counted: set[str]) -> bool:
@@ -222,8 +231,19 @@ class Output:
         return bool(_ATTEMPT.fullmatch(name)) and path not in counted
 
     def _read_record(self, shard: int, edition: str) -> ShardRecord | None:
-        data = read_json(self._filesystem, self._at(_record_name(shard, edition)))
-        return ShardRecord.from_dict(data) if data else None
+        name = _record_name(shard, edition)
+        try:
+            data = read_json(self._filesystem, self._at(name))
+            return None if data is None else ShardRecord.from_dict(data)
+        except DAMAGE as error:
+            # Not taken for absent: nothing here leaves such a file, so nobody knows what else is wrong.
+            raise JobFailed(
+                f"output.path: {shown(self.path)!r}: {name} is damaged ({one_line(error)}); delete it and run the "
+                "same command again: its shard is generated anew"
+            ) from None
+
+    def _not_writable(self, error: OSError) -> SettingsError:
+        return SettingsError(f"output.path: {shown(self.path)!r} can't be written: {one_line(error)}")
 
     def _at(self, relative: str) -> str:
         return f"{self._root}/{relative}" if relative else self._root
@@ -246,7 +266,7 @@ class Output:
             foreign = [name for name in held if name not in ours and leftover_of(name) != "_job.json"]
             if foreign:
                 raise SettingsError(
-                    f"output.path: {self.path!r} holds files that no job of hycluster wrote ({foreign[0]!r}); "
+                    f"output.path: {shown(self.path)!r} holds files that no job of hycluster wrote ({foreign[0]!r}); "
                     "give an empty or a new folder"
                 )
 

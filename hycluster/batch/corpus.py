@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from hycluster.batch.storage import locate, one_line
+from hycluster.batch.storage import locate, one_line, shown
 from hycluster.errors import JobFailed, SettingsError
 
 ROW_ID = "row_id"
@@ -142,7 +142,7 @@ def plan(path: str, *, shard_rows: int, check: Callable[[pa.Schema, str], None])
     try:
         root, pattern, paths = _list(filesystem, inner, path)
     except OSError as error:
-        raise SettingsError(f"input.path: {path!r} can't be read: {one_line(error)}") from None
+        raise SettingsError(f"input.path: {shown(path)!r} can't be read: {one_line(error)}") from None
     with ThreadPoolExecutor(FOOTER_READERS) as readers:
         # Serial for the caller: the first file in order that is wrong is the one that is named.
         files = tuple(readers.map(partial(_inspect, filesystem, root, check), paths))
@@ -231,9 +231,9 @@ def _list(filesystem: pafs.FileSystem, inner: str, path: str) -> tuple[str, tupl
         root = fixed.rpartition("/")[0]
         pattern = tuple(inner[len(root) + 1 :].split("/"))
         if filesystem.get_file_info(root).type != pafs.FileType.Directory:
-            raise SettingsError(f"input.path: {path!r}: there is no folder {root!r}")
+            raise SettingsError(f"input.path: {shown(path)!r}: there is no folder {root!r}")
     else:
-        raise SettingsError(f"input.path: {path!r}: no such file or folder")
+        raise SettingsError(f"input.path: {shown(path)!r}: no such file or folder")
     below = (
         found.path[len(root) + 1 :]
         for found in filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
@@ -242,7 +242,7 @@ def _list(filesystem: pafs.FileSystem, inner: str, path: str) -> tuple[str, tupl
     paths = sorted(path for path in below if _wanted(path, pattern))
     if not paths:
         what = "no *.parquet file in this folder" if root == inner else "no file matches"
-        raise SettingsError(f"input.path: {path!r}: {what}")
+        raise SettingsError(f"input.path: {shown(path)!r}: {what}")
     return root, pattern, paths
 
 

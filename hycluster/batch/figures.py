@@ -23,7 +23,7 @@ from hycluster.batch.commit import Output
 from hycluster.batch.page import render
 from hycluster.batch.record import ShardRecord, Written
 from hycluster.batch.report import Totals
-from hycluster.batch.storage import locate, read_json, replace
+from hycluster.batch.storage import locate, read_json, replace, shown
 from hycluster.errors import SettingsError
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
@@ -69,7 +69,7 @@ def write_report(output_path: str) -> dict[str, Any]:
     filesystem, root = locate(output_path, "OUTPUT")
     job = read_json(filesystem, f"{root}/_job.json")
     if job is None:
-        raise SettingsError(f"OUTPUT: {output_path!r} holds no output of a job (there is no _job.json)")
+        raise SettingsError(f"OUTPUT: {shown(output_path)!r} holds no output of a job (there is no _job.json)")
     # The path without what a URI may carry along, such as keys.
     found = {"version": 1, "output": root, "job": job["job"], "input": job["input"]}
     found |= figures(filesystem, root, Output(output_path).records())

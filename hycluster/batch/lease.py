@@ -23,9 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import pyarrow.fs as pafs
-
-from hycluster.batch.storage import create_if_absent, delete, leftover_of, locate, names, replace
+from hycluster.batch.storage import create_if_absent, delete, leftover_of, locate, make_folder, names, replace, shown
 from hycluster.errors import JobFailed
 
 FOLDER = "_coordinator"
@@ -42,7 +40,7 @@ class Lease:
     """
 
     def __init__(self, path: str, *, renew_s: float = RENEW_S, expire_s: float = EXPIRE_S) -> None:
-        self._path = path
+        self._shown = shown(path)
         self._filesystem, root = locate(path, "output.path")
         self._folder = f"{root}/{FOLDER}"
         self._renew_s = renew_s
@@ -87,8 +85,7 @@ class Lease:
             JobFailed: another process holds it; names it.
             OSError: the output can't be written.
         """
-        if isinstance(self._filesystem, pafs.LocalFileSystem):
-            self._filesystem.create_dir(self._folder, recursive=True)
+        make_folder(self._filesystem, self._folder)
         while True:
             number = max(self._numbers(), default=0)
             if number:
@@ -103,7 +100,7 @@ class Lease:
     def check(self) -> None:
         """Raise JobFailed if the lease was lost: this process was not heard of for too long."""
         if self._successor is not None:
-            raise JobFailed(f"output.path: {self._path!r} was taken over by {_named(self._successor)}; this run stops")
+            raise JobFailed(f"output.path: {self._shown!r} was taken over by {_named(self._successor)}; this run stops")
 
     def renew(self) -> None:
         """Show that this process lives, and see whether another has taken over."""
@@ -134,7 +131,9 @@ class Lease:
         else:
             alive = self._changes(number, content)
         if alive:
-            raise JobFailed(f"output.path: {self._path!r} is being written by {_named(holder)}; wait for it or stop it")
+            raise JobFailed(
+                f"output.path: {self._shown!r} is being written by {_named(holder)}; wait for it or stop it"
+            )
         self._known_dead = content
 
     def _changes(self, number: int, content: bytes) -> bool:

@@ -7,12 +7,9 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from hycluster.batch.record import ShardRecord
+from hycluster.batch.record import DAMAGE, ShardRecord
 from hycluster.batch.storage import one_line
 from hycluster.errors import InvalidInput
-
-# What JSON raises that is not JSON, or not what it should hold.
-DAMAGE = (ValueError, KeyError, TypeError, AttributeError)
 
 
 def read_manifest(lines: io.TextIOWrapper) -> tuple[dict[str, Any], Iterator[ShardRecord]]:

@@ -27,7 +27,7 @@ from hycluster.batch.lease import Lease
 from hycluster.batch.prompts import prompt_of
 from hycluster.batch.record import ShardRecord
 from hycluster.batch.report import JobProgress, Reporter, Totals, summarize
-from hycluster.batch.storage import one_line
+from hycluster.batch.storage import one_line, shown
 from hycluster.batch.task import Connect
 from hycluster.config import Settings
 from hycluster.errors import HyclusterError, JobFailed, SettingsError, TooManyQuarantined, UnknownModel
@@ -58,7 +58,9 @@ def run_job(
     corpus = plan(job.input.path, shard_rows=job.shard_rows, check=prompt.check)
     output = Output(job.output.path)
     if output.is_input(corpus):
-        raise SettingsError(f"output.path: {job.output.path!r} lies within the input; give a folder outside of it")
+        raise SettingsError(
+            f"output.path: {shown(job.output.path)!r} lies within the input; give a folder outside of it"
+        )
     mine = identity(job, corpus)
     replaces = overwrite and output.foreign(mine)
     if not replaces and output.finished(mine):
@@ -66,6 +68,7 @@ def run_job(
         return
     earlier = Totals() if replaces else _totals(output.records())
     _check_quarantine(job, corpus, earlier)
+    output.check_store()
     with Lease(job.output.path) as lease:
         # Now, so that nobody waits for engines in vain; taken only when there is something to write.
         lease.look()
@@ -93,7 +96,7 @@ def run_job(
             log.debug("the job failed", exc_info=True)
             raise JobFailed(f"{type(error).__name__}: {one_line(error)}") from error
     this_run = Totals(*(getattr(committed, name) - getattr(earlier, name) for name in asdict(earlier)))
-    summarize(console, f"{job.name} -> {job.output.path}", committed, this_run, time.monotonic() - begun_s)
+    summarize(console, f"{job.name} -> {shown(job.output.path)}", committed, this_run, time.monotonic() - begun_s)
 
 
 def _claim(output: Output, mine: Identity, lease: Lease, overwrite: bool) -> bool:
@@ -109,7 +112,7 @@ def _claim(output: Output, mine: Identity, lease: Lease, overwrite: bool) -> boo
 
 
 def _say_done(job: Job, console: Console) -> None:
-    console.print(f"{job.name}: already done: {job.output.path}", highlight=False, soft_wrap=True)
+    console.print(f"{job.name}: already done: {shown(job.output.path)}", highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -194,5 +197,5 @@ def _check_quarantine(job: Job, corpus: Plan, so_far: Totals) -> None:
     if so_far.quarantined > job.max_quarantined_fraction * corpus.rows:
         raise TooManyQuarantined(
             f"max_quarantined_fraction: {so_far.quarantined} of {corpus.rows} rows are quarantined, more than "
-            f"{job.max_quarantined_fraction:g} of them; see {job.output.path.rstrip('/')}/quarantine"
+            f"{job.max_quarantined_fraction:g} of them; see {shown(job.output.path).rstrip('/')}/quarantine"
         )

@@ -22,7 +22,7 @@ from rich.table import Table
 from hycluster.batch.commit import Output
 from hycluster.batch.record import ShardRecord
 from hycluster.batch.report import LINE_EVERY_S, Totals, duration
-from hycluster.batch.storage import exists, locate, one_line, read_json
+from hycluster.batch.storage import exists, locate, one_line, read_json, shown
 from hycluster.errors import SettingsError
 
 # The shards that rates are taken from: the last so many, as far as they were committed within so long.
@@ -142,12 +142,12 @@ class Watcher:
         try:
             job = read_json(self._filesystem, f"{self._root}/_job.json")
             if job is None:
-                raise SettingsError(f"OUTPUT: {self._path!r} holds no output of a job (there is no _job.json)")
+                raise SettingsError(f"OUTPUT: {shown(self._path)!r} holds no output of a job (there is no _job.json)")
             int(job["input"]["rows"])
         except SettingsError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SettingsError(f"OUTPUT: {self._path!r}: _job.json can't be read: {one_line(error)}") from None
+            raise SettingsError(f"OUTPUT: {shown(self._path)!r}: _job.json can't be read: {one_line(error)}") from None
         return job
 
     def _forget(self, edition: str) -> None:

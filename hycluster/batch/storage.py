@@ -7,6 +7,10 @@ offer that, so it goes through obstore (https://developmentseed.org/obstore), se
 options of the pyarrow filesystem: URI query (``endpoint_override``, ``scheme``, ``region``), keys
 in the URI or the ``AWS_*`` variables, and the instance's or container's role. Profiles in
 ``~/.aws`` are known to pyarrow only: such keys have to be put into the variables.
+
+What was written is still there after a power cut. Local disk: a file and the folder that names it
+are flushed (``fsync``) before a write returns, so whatever is written after it, it is there too. A
+store's answer says as much.
 """
 
 from __future__ import annotations
@@ -15,7 +19,8 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +32,8 @@ from hycluster.errors import SettingsError
 if TYPE_CHECKING:
     from obstore.store import S3Store
 
+# The keys in a URI, also where they hold a slash that should have been escaped.
+_KEYS = re.compile(r"://(?:[^/?#@:\s]+:(?:[^/?#\s]*@|\S*@)|[^/?#@\s]*@)")
 # What a write that was cut off may leave on a local disk, see _temporary.
 _LEFTOVER = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{32}")
 
@@ -42,32 +49,62 @@ def locate(path: str, field: str) -> tuple[pafs.FileSystem, str]:
     try:
         filesystem, inner = pafs.FileSystem.from_uri(path)
     except (ValueError, OSError) as error:
-        raise SettingsError(f"{field}: {path!r} can't be used: {one_line(error)}") from None
+        raise SettingsError(f"{field}: {shown(path)!r} can't be used: {one_line(error)}") from None
     return filesystem, inner.rstrip("/")
 
 
+def shown(text: str) -> str:
+    """A path, or a text with paths in it, as it may be printed: without the keys of ``s3://KEY:SECRET@bucket``."""
+    return _KEYS.sub("://***@", text)
+
+
 def one_line(error: BaseException) -> str:
-    """An error's message on one line, its type where it has none."""
-    return " ".join(str(error).split())[:500] or type(error).__name__
+    """An error's message on one line, its type where it has none; keys in it are masked."""
+    return shown(" ".join(str(error).split())[:500]) or type(error).__name__
 
 
 def exists(filesystem: pafs.FileSystem, path: str) -> bool:
     return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
 
 
+@contextmanager
+def writing(filesystem: pafs.FileSystem, path: str) -> Iterator[Any]:
+    """A binary stream into a new file, which is safe on the disk when the block ends."""
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        with open(path, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        _sync_folder(Path(path).parent)
+    else:
+        with filesystem.open_output_stream(path) as stream:
+            yield stream
+
+
 def write(filesystem: pafs.FileSystem, path: str, data: bytes | memoryview | Any) -> None:
-    with filesystem.open_output_stream(path) as stream:
+    with writing(filesystem, path) as stream:
         stream.write(data)
 
 
 def replace(filesystem: pafs.FileSystem, path: str, data: bytes) -> None:
     """Write a small file anew; a reader sees the old one or the new one, never a part."""
     if isinstance(filesystem, pafs.LocalFileSystem):
-        temporary = _temporary(path)
-        temporary.write_bytes(data)
+        temporary = _write_temporary(path, data)
         temporary.replace(path)
+        _sync_folder(temporary.parent)
     else:
         write(filesystem, path, data)
+
+
+def make_folder(filesystem: pafs.FileSystem, path: str) -> None:
+    """Make a folder and those above it. Object stores have none; there it would leave a marker object."""
+    if not isinstance(filesystem, pafs.LocalFileSystem):
+        return
+    folder = Path(path)
+    new = [made for made in (folder, *folder.parents) if not made.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in new:
+        _sync_folder(made.parent)
 
 
 def create_if_absent(filesystem: pafs.FileSystem, path: str, data: bytes) -> bool:
@@ -94,14 +131,15 @@ def create_if_absent(filesystem: pafs.FileSystem, path: str, data: bytes) -> boo
         except (BaseError, FileNotFoundError) as error:
             raise _as_os_error(error) from None
         return True
-    temporary = _temporary(path)
-    temporary.write_bytes(data)
+    # The name is given to a file that is whole and on the disk: no power cut leaves a torn one under it.
+    temporary = _write_temporary(path, data)
     try:
         os.link(temporary, path)
     except FileExistsError:
         return False
     finally:
         temporary.unlink(missing_ok=True)
+        _sync_folder(temporary.parent)
     return True
 
 
@@ -113,13 +151,38 @@ def check_exclusive(filesystem: pafs.FileSystem, path: str) -> None:
     """
     if not isinstance(filesystem, pafs.LocalFileSystem | pafs.S3FileSystem):
         raise SettingsError(
-            f"output.path: {path!r} is on {filesystem.type_name!r}, which can't create a file only if it is absent; "
-            "must be a local path or an s3:// URI"
+            f"output.path: {shown(path)!r} is on {filesystem.type_name!r}, which can't create a file only if it is "
+            "absent; must be a local path or an s3:// URI"
         )
 
 
+def check_creates_once(filesystem: pafs.FileSystem, path: str) -> None:
+    """Try whether ``create_if_absent`` keeps its word here: there are S3-like stores that ignore the condition.
+
+    Args:
+        path: a file's, which need not exist and is not touched; what is written beside it is deleted again.
+
+    Raises:
+        OSError: it can't be written.
+        SettingsError: it was created twice.
+    """
+    if not isinstance(filesystem, pafs.S3FileSystem):
+        return
+    probe = str(_temporary(path))
+    try:
+        create_if_absent(filesystem, probe, b"1")
+        if create_if_absent(filesystem, probe, b"2"):
+            raise SettingsError(
+                f"output.path: bucket {path.partition('/')[0]!r} is in a store that ignores 'If-None-Match: *' on a "
+                "write; must be one that honours it (Amazon S3, MinIO, Cloudflare R2, ...) or a local path"
+            )
+    finally:
+        delete(filesystem, [probe])
+
+
 def delete(filesystem: pafs.FileSystem, paths: Iterable[str]) -> None:
-    """Delete files, one after the other; one that is not there is fine."""
+    """Delete files, one after the other; one that is not there is fine. When it returns they stay deleted."""
+    folders: set[Path] = set()
     for path in paths:
         if isinstance(filesystem, pafs.S3FileSystem):
             # pyarrow would leave an empty object in the place of the folder.
@@ -135,6 +198,9 @@ def delete(filesystem: pafs.FileSystem, paths: Iterable[str]) -> None:
                 raise _as_os_error(error) from None
         else:
             Path(path).unlink(missing_ok=True)
+            folders.add(Path(path).parent)
+    for folder in folders:
+        _sync_folder(folder)
 
 
 def names(filesystem: pafs.FileSystem, folder: str) -> list[str]:
@@ -162,6 +228,24 @@ def read_json(filesystem: pafs.FileSystem, path: str) -> dict[str, Any] | None:
 def _temporary(path: str) -> Path:
     target = Path(path)
     return target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+
+
+def _write_temporary(path: str, data: bytes) -> Path:
+    temporary = _temporary(path)
+    with temporary.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return temporary
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make sure of the names in a folder; they are written apart from the files."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _as_os_error(error: Exception) -> OSError:

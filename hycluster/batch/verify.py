@@ -25,10 +25,10 @@ import pyarrow.parquet as pq
 from hycluster.batch.commit import Output
 from hycluster.batch.compare import MOST_ROWS, differences, miscounted
 from hycluster.batch.corpus import REFUSAL_COLUMNS, RESULT_COLUMNS, Plan, Shard, plan, read, spans
-from hycluster.batch.manifest import DAMAGE, read_manifest
-from hycluster.batch.record import ShardRecord, Written
+from hycluster.batch.manifest import read_manifest
+from hycluster.batch.record import DAMAGE, ShardRecord, Written
 from hycluster.batch.report import Totals
-from hycluster.batch.storage import exists, locate, one_line, read_json
+from hycluster.batch.storage import exists, locate, one_line, read_json, shown
 from hycluster.errors import HyclusterError, SettingsError
 
 # Faults that are told one by one; the rest is counted.
@@ -84,7 +84,7 @@ class _Verification:
     def __init__(self, filesystem: pafs.FileSystem, root: str, output_path: str, input_path: str) -> None:
         self._filesystem = filesystem
         self._root = root
-        self._output_path = output_path
+        self._shown = shown(output_path)
         self._input_path = input_path
         self._output = Output(output_path)
         self._verdict = Verdict()
@@ -95,7 +95,7 @@ class _Verification:
         identity = self._json("_job.json")
         if identity is None:
             if not finished and not exists(self._filesystem, f"{self._root}/_manifest.json"):
-                raise SettingsError(f"OUTPUT: {self._output_path!r} holds no output of a job (there is no _job.json)")
+                raise SettingsError(f"OUTPUT: {self._shown!r} holds no output of a job (there is no _job.json)")
             self._say("_job.json: is missing or unreadable")
             return self._verdict
         if not finished:
@@ -128,7 +128,7 @@ class _Verification:
         for key, value in found.items():
             if told.get(key) != value:
                 was = "" if key == "digest" else f": {key} was {told.get(key)!r}, is {value!r}"
-                self._say(f"input: {self._input_path!r} is not what the job ran on{was}")
+                self._say(f"input: {shown(self._input_path)!r} is not what the job ran on{was}")
                 return None
         return corpus
 
@@ -180,7 +180,7 @@ class _Verification:
         faults = []
         try:
             kept = self._output.record(shard.number)
-        except (OSError, *DAMAGE) as error:
+        except (OSError, HyclusterError) as error:
             faults.append(f"its record in _shards can't be read: {one_line(error)}")
         else:
             if kept is None:

@@ -16,7 +16,7 @@ from hycluster.batch.corpus import plan
 from hycluster.batch.identity import identity
 from hycluster.batch.prompts import prompt_of
 from hycluster.batch.record import ShardRecord
-from hycluster.errors import SettingsError
+from hycluster.errors import JobFailed, SettingsError
 from tests.batch.conftest import MakeJob, write_texts
 
 
@@ -155,3 +155,17 @@ def test_another_job_takes_over_a_cleared_output(tmp_path: Path, make_job: MakeJ
     assert len(list((tmp_path / "out" / "_shards").iterdir())) == 1
     with pytest.raises(SettingsError, match="holds the output of another job or input; give another folder or --over"):
         old.finished(before)
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"shard": 0, "par'])
+def test_a_damaged_record_stops_the_job_and_says_what_to_do(tmp_path: Path, content: str) -> None:
+    output = Output(str(tmp_path))
+    output.claim({})
+    output.commit(0, "f#0", results("r"), results(), begun_at=1.0)
+    (record,) = (tmp_path / "_shards").iterdir()
+    record.write_text(content)
+    with pytest.raises(JobFailed, match=rf"_shards/{record.name} is damaged .*; delete it and run the same command"):
+        output.record(0)
+    record.unlink()
+    assert output.record(0) is None
+    assert output.done() == set()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -7,7 +8,19 @@ from threading import Barrier
 import pyarrow.fs as pafs
 import pytest
 
-from hycluster.batch.storage import create_if_absent, delete, exists, locate, names, read_json, replace
+from hycluster.batch.storage import (
+    check_creates_once,
+    create_if_absent,
+    delete,
+    exists,
+    locate,
+    make_folder,
+    names,
+    read_json,
+    replace,
+    shown,
+    write,
+)
 from hycluster.errors import SettingsError
 from tests.batch.object_store import BUCKET, ObjectStore
 
@@ -79,3 +92,59 @@ def test_local_paths_are_made_absolute(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     assert locate("a/b", "input.path")[1] == str(tmp_path / "a" / "b")
     assert locate(f"file://{tmp_path}/a/", "input.path")[1] == str(tmp_path / "a")
+
+
+def test_a_store_that_ignores_the_condition_is_refused(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    filesystem, root = locate(store.uri("probed"), "output.path")
+    check_creates_once(filesystem, f"{root}/x.json")
+    monkeypatch.setattr(store, "honours_conditions", False)
+    with pytest.raises(SettingsError, match=r"^output.path: bucket 'corpus' is in a store that ignores 'If-None-Match"):
+        check_creates_once(filesystem, f"{root}/x.json")
+    assert names(filesystem, root) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("s3://KEY:SECRET@bucket/a/b@c?region=r", "s3://***@bucket/a/b@c?region=r"),
+        ("s3://KEY:SEC/RET@bucket/a", "s3://***@bucket/a"),
+        ("s3://KEY@bucket/a", "s3://***@bucket/a"),
+        ("s3://bucket/a:b@c", "s3://bucket/a:b@c"),
+        ("can't read 's3://KEY:SEC+RET@bucket/a' or '/a@b'", "can't read 's3://***@bucket/a' or '/a@b'"),
+        ("/data/a@b", "/data/a@b"),
+    ],
+)
+def test_keys_in_a_uri_are_not_shown(path: str, told: str) -> None:
+    assert shown(path) == told
+
+
+def test_keys_are_not_in_messages(store: ObjectStore) -> None:
+    for bad in ("s3://KEY:SECRET@/x", "s3://KEY:SEC^RET@bucket", "s3://KEY:SECRET@bucket?no_such_option=1"):
+        with pytest.raises(SettingsError) as caught:
+            locate(bad, "output.path")
+        assert "SEC" not in str(caught.value)
+        assert "output.path: 's3://***@" in str(caught.value)
+
+
+def test_a_write_is_flushed_and_so_is_its_name_before_it_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    local, folder = pafs.LocalFileSystem(), tmp_path / "new" / "out"
+    make_folder(local, str(folder))
+    assert flushed == [str(tmp_path / "new"), str(tmp_path)]
+    target = str(folder / "x.json")
+    for write_one, name in ((write, "x.json"), (create_if_absent, ".x.json."), (replace, ".x.json.")):
+        flushed.clear()
+        delete(local, [target])
+        write_one(local, target, b"1")
+        assert [flushed[0], flushed[-1]] == [str(folder)] * 2
+        assert Path(flushed[1]).name.startswith(name)
+        assert len(flushed) == 3
