@@ -70,9 +70,9 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     target = tmp_path / "x.json"
     replace(pafs.LocalFileSystem(), str(target), b"1")
     replace(pafs.LocalFileSystem(), str(target), b"2")
-    assert names(pafs.LocalFileSystem(), str(tmp_path)) == ["x.json"]
+    assert list(names(pafs.LocalFileSystem(), str(tmp_path))) == ["x.json"]
     assert target.read_bytes() == b"2"
-    assert names(pafs.LocalFileSystem(), str(tmp_path / "none")) == []
+    assert list(names(pafs.LocalFileSystem(), str(tmp_path / "none"))) == []
 
 
 def test_local_paths_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
