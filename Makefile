@@ -32,6 +32,8 @@ serve: setup  ## run the cluster in the foreground (CONFIG=deployments/local.yam
 bench: setup  ## side-by-side benchmarks
 	@$(BIN)/python -m bench.gateway $(ARGS)
 	@$(BIN)/python -m bench.batch $(ARGS)
+	@$(BIN)/python -m bench.batch_commit --engine simulated $(ARGS)
+	@$(BIN)/python -m bench.batch_commit --engine real $(ARGS)
 
 proto: setup  ## generate the gRPC code from the .proto
 	@scripts/gen_proto.sh

@@ -32,6 +32,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from hycluster.batch.compact import PartNames, ShardSet
 from hycluster.batch.corpus import Plan
 from hycluster.batch.identity import Identity, differences
 from hycluster.batch.record import DAMAGE, ShardRecord, Written
@@ -106,8 +107,8 @@ class Output:
         delete(self._filesystem, [self._at("_SUCCESS")])
         # Records before what they point to.
         for folder in ("_shards", "", "quarantine"):
-            found = names(self._filesystem, self._at(folder))
-            delete(self._filesystem, (self._at(_join(folder, name)) for name in found if _is_output(folder, name)))
+            found = [name for name in names(self._filesystem, self._at(folder)) if _is_output(folder, name)]
+            delete(self._filesystem, (self._at(_join(folder, name)) for name in found))
         # In one step, so that there is no moment at which the folder is nobody's.
         replace(self._filesystem, self._at("_job.json"), _job_file(mine))
         self._edition = None
@@ -141,11 +142,11 @@ class Output:
             self._edition = str(owner.get("edition", ""))
         return self._edition
 
-    def done(self) -> set[int]:
+    def done(self) -> ShardSet:
         """Numbers of the shards that are committed."""
         end = f"-{self.edition()}.json"
         found = names(self._filesystem, self._at("_shards"))
-        return {int(name.removesuffix(end)) for name in found if name.endswith(end)}
+        return ShardSet(int(name.removesuffix(end)) for name in found if name.endswith(end))
 
     def record(self, shard: int) -> ShardRecord | None:
         """The record of a committed shard, None if it is not committed."""
@@ -154,7 +155,7 @@ class Output:
     def records(self) -> Iterator[ShardRecord]:
         """The records of all committed shards in order, one at a time."""
         edition = self.edition()
-        for shard in sorted(self.done()):
+        for shard in self.done():
             record = self._read_record(shard, edition)
             if record is not None:
                 yield record
@@ -193,17 +194,23 @@ class Output:
 
     def finish(self, mine: Identity, totals: dict[str, Any]) -> None:
         """Write the manifest, delete what attempts without a record left behind, then say ``_SUCCESS``."""
-        counted: set[str] = set()
+        shards = max(self.done(), default=-1) + 1
+        parts, quarantine = PartNames(shards), PartNames(shards)
         with writing(self._filesystem, self._at("_manifest.json")) as stream:
             head = json.dumps({"version": 1, **mine, "totals": totals})
             stream.write(head[:-1].encode() + b', "shards": [')
             for position, record in enumerate(self.records()):
                 stream.write((",\n" if position else "\n").encode() + record.to_json().encode())
-                counted.update(file.path for file in (record.part, record.quarantine) if file)
+                if record.part:
+                    parts.add(record.part.path)
+                if record.quarantine:
+                    quarantine.add(record.quarantine.path.removeprefix("quarantine/"))
             stream.write(b"\n]}\n")
-        for folder in ("", "quarantine", "_shards"):
-            paths = [_join(folder, name) for name in names(self._filesystem, self._at(folder))]
-            delete(self._filesystem, (self._at(path) for path in paths if self._is_orphan(path, counted)))
+        for folder, counted in (("", parts), ("quarantine", quarantine), ("_shards", None)):
+            found = names(self._filesystem, self._at(folder))
+            # Listed to the end before the first is deleted.
+            orphans = [_join(folder, name) for name in found if self._is_orphan(folder, name, counted)]
+            delete(self._filesystem, map(self._at, orphans))
         write(self._filesystem, self._at("_SUCCESS"), b"")
 
     def is_input(self, plan: Plan) -> bool:
@@ -222,13 +229,12 @@ class Output:
             raise SettingsError(f"output.path: {shown(self.path)!r} can't be used: {one_line(error)}") from None
         return theirs
 
-    def _is_orphan(self, path: str, counted: set[str]) -> bool:
-        folder, _, name = path.rpartition("/")
+    def _is_orphan(self, folder: str, name: str, counted: PartNames | None) -> bool:
         if leftover_of(name) is not None:
-            return _is_output(folder, name) or leftover_of(path) == "_job.json"
-        if folder == "_shards":
+            return _is_output(folder, name) or (not folder and leftover_of(name) == "_job.json")
+        if counted is None:
             return _is_output(folder, name) and not name.endswith(f"-{self.edition()}.json")
-        return bool(_ATTEMPT.fullmatch(name)) and path not in counted
+        return bool(_ATTEMPT.fullmatch(name)) and name not in counted
 
     def _read_record(self, shard: int, edition: str) -> ShardRecord | None:
         name = _record_name(shard, edition)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -149,38 +149,71 @@ def plan(path: str, *, shard_rows: int, check: Callable[[pa.Schema, str], None])
     return Plan(filesystem, root, pattern, files, shard_rows)
 
 
-def spans(shards: Iterable[Shard], span_bytes: int = SPAN_BYTES) -> Iterator[list[Shard]]:
+class Span:
+    """Shards that are read as one, in order. Neighbours in a file are held as one run, whatever their number."""
+
+    __slots__ = ("_count", "_runs", "bytes", "rows")
+
+    def __init__(self, shards: Iterable[Shard] = ()) -> None:
+        # The first shard of a run, its shards and its rows. Only a file's last shard is shorter than its others.
+        self._runs: list[tuple[Shard, int, int]] = []
+        self._count = 0
+        self.rows = 0
+        self.bytes = 0
+        for shard in shards:
+            self.append(shard)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Shard]:
+        for first, shards, rows in self._runs:
+            for n in range(shards):
+                done = n * first.rows
+                yield Shard(first.number + n, first.file, first.first_row + done, min(first.rows, rows - done))
+
+    @property
+    def schema(self) -> str | None:
+        """Digest of the schema of all its files; None of no shards."""
+        return self._runs[0][0].file.schema if self._runs else None
+
+    def append(self, shard: Shard) -> None:
+        self._count += 1
+        self.rows += shard.rows
+        self.bytes += shard.bytes
+        if self._runs:
+            first, shards, rows = self._runs[-1]
+            following = (first.file, first.number + shards, first.first_row + shards * first.rows)
+            if (shard.file, shard.number, shard.first_row) == following and shard.rows <= first.rows:
+                self._runs[-1] = (first, shards + 1, rows + shard.rows)
+                return
+        self._runs.append((shard, 1, shard.rows))
+
+
+def spans(shards: Iterable[Shard], span_bytes: int = SPAN_BYTES) -> Iterator[Span]:
     """Cut a run of shards into reads: neighbours with one schema, not much to hold at once."""
-    span: list[Shard] = []
-    size = 0
+    span = Span()
     for shard in shards:
-        full = len(span) == SPAN_SHARDS or size + shard.bytes > span_bytes
-        if span and (full or shard.file.schema != span[0].file.schema):
+        full = len(span) == SPAN_SHARDS or span.bytes + shard.bytes > span_bytes
+        if len(span) and (full or shard.file.schema != span.schema):
             yield span
-            span, size = [], 0
+            span = Span()
         span.append(shard)
-        size += shard.bytes
-    if span:
+    if len(span):
         yield span
 
 
-def read(filesystem: pafs.FileSystem, root: str, span: list[Shard]) -> Iterator[pa.Table]:
+def read(filesystem: pafs.FileSystem, root: str, shards: Iterable[Shard]) -> Iterator[pa.Table]:
     """One table a shard: the input columns, ``row_id`` and the shard's number.
 
     Raises:
         JobFailed: a file can't be read or is not what it was when the job was planned.
     """
-    start = 0
-    while start < len(span):
-        file = span[start].file
-        end = start
-        while end < len(span) and span[end].file == file:
-            end += 1
+    for file, of_file in groupby(shards, lambda shard: shard.file):
         try:
-            yield from _read_file(filesystem, f"{root}/{file.path}", file, span[start:end])
+            yield from _read_file(filesystem, f"{root}/{file.path}", file, list(of_file))
         except (OSError, pa.ArrowException) as error:
             raise JobFailed(f"input: {file.path}: can't be read: {one_line(error)}") from None
-        start = end
 
 
 def _read_file(filesystem: pafs.FileSystem, path: str, file: File, shards: list[Shard]) -> Iterator[pa.Table]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import json
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
@@ -36,14 +38,21 @@ READERS = 16
 WINDOW = 256
 
 
-@dataclass(frozen=True, slots=True)
-class _Span:
-    """When a shard was worked on, and what came of it."""
+class Spans:
+    """When each shard was worked on and what came of it, 32 bytes a shard."""
 
-    begun_at: float
-    committed_at: float
-    rows: int
-    completion_tokens: int
+    def __init__(self) -> None:
+        self.begun_at, self.committed_at = array("d"), array("d")
+        self.rows, self.completion_tokens = array("q"), array("q")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def add(self, begun_at: float, committed_at: float, rows: int, completion_tokens: int) -> None:
+        self.begun_at.append(begun_at)
+        self.committed_at.append(committed_at)
+        self.rows.append(rows)
+        self.completion_tokens.append(completion_tokens)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -89,7 +98,7 @@ def figures(filesystem: pafs.FileSystem, root: str, records: Iterator[ShardRecor
         ``quarantine_reasons``, rows each; ``slowest_shards``.
     """
     totals = Totals()
-    spans: list[_Span] = []
+    spans = Spans()
     slowest: list[_Slow] = []
     lengths: Counter[int] = Counter()
     finish_reasons: Counter[str] = Counter()
@@ -98,7 +107,7 @@ def figures(filesystem: pafs.FileSystem, root: str, records: Iterator[ShardRecor
         while some := list(islice(records, WINDOW)):
             for record, columns in zip(some, readers.map(partial(_columns, filesystem, root), some), strict=True):
                 totals += Totals(record.rows, record.quarantined, record.prompt_tokens, record.completion_tokens)
-                spans.append(_Span(record.begun_at, record.committed_at, record.rows, record.completion_tokens))
+                spans.add(record.begun_at, record.committed_at, record.rows, record.completion_tokens)
                 slow = _Slow(
                     record.committed_at - record.begun_at,
                     record.shard,
@@ -115,8 +124,8 @@ def figures(filesystem: pafs.FileSystem, root: str, records: Iterator[ShardRecor
     return {
         "totals": asdict(totals),
         "shards": len(spans),
-        "begun_at": min((span.begun_at for span in spans), default=None),
-        "committed_at": max((span.committed_at for span in spans), default=None),
+        "begun_at": min(spans.begun_at, default=None),
+        "committed_at": max(spans.committed_at, default=None),
         "busy_s": busy,
         "rows_per_s": totals.rows / busy if busy else None,
         "tokens_per_s": totals.completion_tokens / busy if busy else None,
@@ -128,37 +137,35 @@ def figures(filesystem: pafs.FileSystem, root: str, records: Iterator[ShardRecor
     }
 
 
-def busy_s(spans: list[_Span]) -> float:
+def busy_s(spans: Spans) -> float:
     """Seconds in which at least one shard was in work: a job that was resumed after a night has no night in it."""
-    total, until = 0.0, float("-inf")
-    for span in sorted(spans, key=lambda span: span.begun_at):
-        total += max(0.0, span.committed_at - max(span.begun_at, until))
-        until = max(until, span.committed_at)
-    return total
+    begun_at, committed_at = np.asarray(spans.begun_at), np.asarray(spans.committed_at)
+    order = np.argsort(begun_at)
+    begun_at, until = begun_at[order], np.maximum.accumulate(committed_at[order])
+    # What a shard adds is what is after all that began before it.
+    from_s = np.maximum(begun_at, np.concatenate([begun_at[:1], until[:-1]]))
+    return float(np.maximum(until - from_s, 0.0).sum())
 
 
-def throughput(spans: list[_Span]) -> list[dict[str, float]]:
+def throughput(spans: Spans) -> list[dict[str, float]]:
     """Rates over time: each shard's rows and tokens spread evenly over the time that it was in work."""
-    if not spans:
+    if not len(spans):
         return []
-    begin = min(span.begun_at for span in spans)
-    width = (max(span.committed_at for span in spans) - begin) / TIMES
+    begun_at, committed_at = np.asarray(spans.begun_at), np.asarray(spans.committed_at)
+    begin = begun_at.min()
+    width = float(committed_at.max() - begin) / TIMES
     if width <= 0:
         return []
-    rows, tokens = [0.0] * TIMES, [0.0] * TIMES
-    for span in spans:
-        seconds = max(span.committed_at - span.begun_at, 1e-9)
-        first = min(TIMES - 1, int((span.begun_at - begin) / width))
-        last = min(TIMES - 1, int((span.committed_at - begin) / width))
-        for time in range(first, last + 1):
-            inside = min(span.committed_at, begin + (time + 1) * width) - max(span.begun_at, begin + time * width)
-            share = max(0.0, inside) / seconds if last > first else 1.0
-            rows[time] += share * span.rows
-            tokens[time] += share * span.completion_tokens
-    return [
-        {"from_s": time * width, "rows_per_s": rows[time] / width, "tokens_per_s": tokens[time] / width}
-        for time in range(TIMES)
-    ]
+    begun_s = begun_at - begin
+    # Of no time at all, a shard would have no part in any.
+    committed_s = np.maximum(committed_at - begin, begun_s + 1e-6)
+    times = []
+    for time in range(TIMES):
+        inside = np.minimum(committed_s, (time + 1) * width) - np.maximum(begun_s, time * width)
+        share = np.maximum(inside, 0.0) / (committed_s - begun_s) / width
+        rows_per_s, tokens_per_s = float(share @ spans.rows), float(share @ spans.completion_tokens)
+        times.append({"from_s": time * width, "rows_per_s": rows_per_s, "tokens_per_s": tokens_per_s})
+    return times
 
 
 def length_figures(lengths: Counter[int]) -> dict[str, Any]:

@@ -82,14 +82,17 @@ class Generate:
         return pa.table({"record": pa.array([task.result().to_json() for task in commits], pa.string())})
 
     async def _feed(self, block: pa.Table, start: Callable[..., asyncio.Task[Any]]) -> list[asyncio.Task[ShardRecord]]:
+        # Ray runs a block again when its process died; what that one had committed is kept. Asked for before the
+        # block's turn, so that no engine waits for the store.
+        records = [(shard, start(asyncio.to_thread(self._output.record, _number(shard)))) for shard in _shards(block)]
         # One block after the other, so that few shards are open at a time.
         async with self._feeding:
-            return [await self._start_shard(shard, start) for shard in _shards(block)]
+            return [await self._start_shard(shard, await record, start) for shard, record in records]
 
-    async def _start_shard(self, shard: pa.Table, start: Callable[..., asyncio.Task[Any]]) -> asyncio.Task[ShardRecord]:
-        number = shard.column(SHARD)[0].as_py()
-        # Ray runs a block again when its process died; what that one had committed is kept.
-        record = await asyncio.to_thread(self._output.record, number)
+    async def _start_shard(
+        self, shard: pa.Table, record: ShardRecord | None, start: Callable[..., asyncio.Task[Any]]
+    ) -> asyncio.Task[ShardRecord]:
+        number = _number(shard)
         shard = shard.drop_columns([SHARD])
         rows: list[asyncio.Task[Answer | Refusal]] = []
         begun_at = time.time()
@@ -182,6 +185,11 @@ def _shards(block: pa.Table) -> Iterator[pa.Table]:
         end = start + int((numbers[start:] == numbers[start]).sum())
         yield block.slice(start, end - start)
         start = end
+
+
+def _number(shard: pa.Table) -> int:
+    number: int = shard.column(SHARD)[0].as_py()
+    return number
 
 
 def _first(errors: BaseException) -> Exception:

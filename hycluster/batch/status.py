@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -20,6 +20,7 @@ from rich.live import Live
 from rich.table import Table
 
 from hycluster.batch.commit import Output
+from hycluster.batch.compact import ShardSet
 from hycluster.batch.record import ShardRecord
 from hycluster.batch.report import LINE_EVERY_S, Totals, duration
 from hycluster.batch.storage import exists, locate, one_line, read_json, shown
@@ -116,7 +117,7 @@ class Watcher:
         # Before the records: what is finished has them all.
         finished = exists(self._filesystem, f"{self._root}/_SUCCESS")
         new = self._output.done() - self._seen
-        for record in self._records(sorted(new)):
+        for record in self._records(new):
             self._seen.add(record.shard)
             self._done += Totals(record.rows, record.quarantined, record.prompt_tokens, record.completion_tokens)
             recent = _Recent(record.committed_at, record.begun_at, record.rows, record.completion_tokens)
@@ -154,11 +155,11 @@ class Watcher:
         self._edition = edition
         # Anew, because it keeps to the edition that it saw first.
         self._output = Output(self._path)
-        self._seen: set[int] = set()
+        self._seen = ShardSet()
         self._done = Totals()
         self._recent: list[_Recent] = []
 
-    def _records(self, shards: list[int]) -> Iterator[ShardRecord]:
+    def _records(self, shards: Iterable[int]) -> Iterator[ShardRecord]:
         waiting = iter(shards)
         with ThreadPoolExecutor(READERS) as readers:
             while some := list(islice(waiting, WINDOW)):

@@ -203,10 +203,21 @@ def delete(filesystem: pafs.FileSystem, paths: Iterable[str]) -> None:
         _sync_folder(folder)
 
 
-def names(filesystem: pafs.FileSystem, folder: str) -> list[str]:
-    """Names of the files in a folder, in no order; none if there is no such folder."""
+def names(filesystem: pafs.FileSystem, folder: str) -> Iterator[str]:
+    """Names of the files in a folder, in no order; none if there is no such folder.
+
+    On a local disk one after the other: there may be tens of thousands.
+    """
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        try:
+            entries = os.scandir(folder)
+        except FileNotFoundError:
+            return
+        with entries:
+            yield from (entry.name for entry in entries if entry.is_file())
+        return
     found = filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True))
-    return [info.base_name for info in found if info.type == pafs.FileType.File]
+    yield from (info.base_name for info in found if info.type == pafs.FileType.File)
 
 
 def leftover_of(name: str) -> str | None:

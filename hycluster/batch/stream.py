@@ -19,7 +19,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
 from hycluster.batch.commit import Output
-from hycluster.batch.corpus import SPAN_BYTES, Plan, Shard, read, spans
+from hycluster.batch.corpus import SPAN_BYTES, Plan, Shard, Span, read, spans
 from hycluster.batch.generate import BLOCKS_AT_ONCE, Generate
 from hycluster.batch.job import Job
 from hycluster.batch.record import ShardRecord
@@ -43,7 +43,7 @@ class CorpusDatasource(Datasource):
         return len(self._spans)
 
     def estimate_inmemory_data_size(self) -> int | None:
-        return sum(shard.bytes for span in self._spans for shard in span)
+        return sum(span.bytes for span in self._spans)
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
@@ -101,17 +101,12 @@ def _records(
             yield ShardRecord.from_dict(json.loads(text))
 
 
-def _read(filesystem: Any, root: str, span: list[Shard]) -> list[pa.Table]:
+def _read(filesystem: Any, root: str, span: Span) -> list[pa.Table]:
     return [pa.concat_tables(read(filesystem, root, span))]
 
 
-def _metadata(span: list[Shard]) -> BlockMetadata:
-    return BlockMetadata(
-        num_rows=sum(shard.rows for shard in span),
-        size_bytes=sum(shard.bytes for shard in span),
-        input_files=None,
-        exec_stats=None,
-    )
+def _metadata(span: Span) -> BlockMetadata:
+    return BlockMetadata(num_rows=span.rows, size_bytes=span.bytes, input_files=None, exec_stats=None)
 
 
 def _report(progress: Any, process: str, totals: Totals) -> None:

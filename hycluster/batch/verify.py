@@ -23,16 +23,19 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from hycluster.batch.commit import Output
+from hycluster.batch.compact import PartNames
 from hycluster.batch.compare import MOST_ROWS, differences, miscounted
 from hycluster.batch.corpus import REFUSAL_COLUMNS, RESULT_COLUMNS, Plan, Shard, plan, read, spans
 from hycluster.batch.manifest import read_manifest
 from hycluster.batch.record import DAMAGE, ShardRecord, Written
 from hycluster.batch.report import Totals
-from hycluster.batch.storage import exists, locate, one_line, read_json, shown
+from hycluster.batch.storage import exists, locate, names, one_line, read_json, shown
 from hycluster.errors import HyclusterError, SettingsError
 
 # Faults that are told one by one; the rest is counted.
 MOST_FAULTS = 20
+# Where parts are; the path of one begins with it.
+FOLDERS = ("", "quarantine/")
 # Shards whose files are fetched at once.
 READERS = 8
 
@@ -138,7 +141,7 @@ class _Verification:
         for key in ("job", "input"):
             if head.get(key) != identity.get(key):
                 self._say(f"_manifest.json: {key} is not that of _job.json")
-        named: set[str] = set()
+        named = {folder: PartNames(corpus.shard_count) for folder in FOLDERS}
         with ThreadPoolExecutor(READERS) as readers:
             in_order = _InOrder(records, self._say)
             for span in spans(corpus.shards()):
@@ -156,7 +159,10 @@ class _Verification:
                     self._verdict.totals += Totals(
                         record.rows, record.quarantined, record.prompt_tokens, record.completion_tokens
                     )
-                    named.update(file.path for file in (record.part, record.quarantine) if file)
+                    for file in (record.part, record.quarantine):
+                        folder, slash, name = file.path.rpartition("/") if file else ("", "", "")
+                        if folder + slash in named:
+                            named[folder + slash].add(name)
             in_order.skip_to(None)
         if head.get("totals") != asdict(self._verdict.totals):
             self._say(
@@ -164,13 +170,11 @@ class _Verification:
             )
         self._find_unnamed(named)
 
-    def _find_unnamed(self, named: set[str]) -> None:
-        for folder in ("", "quarantine/"):
-            selector = pafs.FileSelector(f"{self._root}/{folder}".rstrip("/"), allow_not_found=True)
-            for info in self._filesystem.get_file_info(selector):
-                path = folder + info.base_name
-                if path.endswith(".parquet") and info.base_name[0] not in "._" and path not in named:
-                    self._say(f"{path}: is not in the manifest; a reader by file name would see its rows")
+    def _find_unnamed(self, named: dict[str, PartNames]) -> None:
+        for folder, counted in named.items():
+            for name in names(self._filesystem, f"{self._root}/{folder}".rstrip("/")):
+                if name.endswith(".parquet") and name[0] not in "._" and name not in counted:
+                    self._say(f"{folder}{name}: is not in the manifest; a reader by file name would see its rows")
 
     def _check(self, pair: tuple[Shard, ShardRecord | None], table: pa.Table) -> tuple[int, list[str]]:
         """Bytes read and what is wrong with one shard. Runs in a thread of its own."""

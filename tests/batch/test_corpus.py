@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import tracemalloc
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from hycluster.batch.corpus import ROW_ID, SHARD, SHARD_BYTES, File, Plan, Shard, plan, read, spans
+from hycluster.batch.corpus import ROW_ID, SHARD, SHARD_BYTES, File, Plan, Shard, Span, plan, read, spans
 from hycluster.errors import JobFailed, SettingsError
 from tests.batch.conftest import write_texts
 
@@ -172,6 +173,25 @@ def test_spans_hold_one_schema_and_little_at_once() -> None:
     assert sizes(30) == [3, 1, 3, 1]
     assert sizes(0) == [1] * 8
     assert [len(span) for span in spans([Shard(0, files[0], 0, 1)] * 100)] == [64, 36]
+
+
+def test_a_span_gives_back_its_shards_and_holds_runs_of_them() -> None:
+    # The last shard of each file is shorter.
+    shards = list(plan_of(file_of(10, 8), file_of(10, 8), file_of(9, 8), shard_rows=3).shards())
+    for picked in (shards, shards[1:3], shards[::2], [s for s in shards if s.number not in (2, 5)], shards[:1], []):
+        span = Span(picked)
+        assert list(span) == picked
+        assert (len(span), span.rows) == (len(picked), sum(shard.rows for shard in picked))
+        assert span.bytes == sum(shard.bytes for shard in picked)
+        assert list(pickle.loads(pickle.dumps(span))) == picked
+    assert len(Span(shards)._runs) == 3
+    assert len(Span(shards[:3] + shards[4:6])._runs) == 2
+
+
+def test_a_shard_after_a_shorter_one_begins_a_run_of_its_own() -> None:
+    file = file_of(10, 8)
+    odd = [Shard(0, file, 0, 4), Shard(1, file, 4, 2), Shard(2, file, 6, 4), Shard(3, file, 0, 4)]
+    assert list(Span(odd)) == odd
 
 
 def test_an_empty_file_has_no_shards(tmp_path: Path) -> None:

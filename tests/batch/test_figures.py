@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hycluster.batch.figures import TIMES, _Span, busy_s, length_figures, throughput, write_report
+from hycluster.batch.figures import TIMES, Spans, busy_s, length_figures, throughput, write_report
 from hycluster.errors import SettingsError
 from tests.batch.committed import commit_all, parts
 from tests.batch.conftest import MakeJob, write_texts
@@ -46,15 +46,20 @@ def test_a_report_of_nothing(make_job: MakeJob, tmp_path: Path) -> None:
         write_report(str(tmp_path))
 
 
+def spans_of(*shards: tuple[float, float, int, int]) -> Spans:
+    spans = Spans()
+    for shard in shards:
+        spans.add(*shard)
+    return spans
+
+
 def test_time_in_work_has_no_pauses_and_nothing_twice() -> None:
-    spans = [_Span(0, 10, 1, 1), _Span(5, 20, 1, 1), _Span(6, 7, 1, 1), _Span(1000, 1010, 1, 1)]
-    assert busy_s(spans) == 30
-    assert busy_s([]) == 0
+    assert busy_s(spans_of((5, 20, 1, 1), (0, 10, 1, 1), (6, 7, 1, 1), (1000, 1010, 1, 1))) == 30
+    assert busy_s(Spans()) == 0
 
 
 def test_throughput_spreads_shards_over_their_time_and_loses_nothing() -> None:
-    spans = [_Span(0.0, 60.0, 60, 600), _Span(30.0, 90.0, 120, 0), _Span(119.5, 120.0, 5, 50), _Span(7.0, 7.0, 3, 3)]
-    times = throughput(spans)
+    times = throughput(spans_of((0.0, 60.0, 60, 600), (30.0, 90.0, 120, 0), (119.5, 120.0, 5, 50), (7.0, 7.0, 3, 3)))
     assert len(times) == TIMES
     assert times[10] == {"from_s": 10.0, "rows_per_s": pytest.approx(1), "tokens_per_s": pytest.approx(10)}
     assert times[45]["rows_per_s"] == pytest.approx(3)

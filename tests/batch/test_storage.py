@@ -83,9 +83,9 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     target = tmp_path / "x.json"
     replace(pafs.LocalFileSystem(), str(target), b"1")
     replace(pafs.LocalFileSystem(), str(target), b"2")
-    assert names(pafs.LocalFileSystem(), str(tmp_path)) == ["x.json"]
+    assert list(names(pafs.LocalFileSystem(), str(tmp_path))) == ["x.json"]
     assert target.read_bytes() == b"2"
-    assert names(pafs.LocalFileSystem(), str(tmp_path / "none")) == []
+    assert list(names(pafs.LocalFileSystem(), str(tmp_path / "none"))) == []
 
 
 def test_local_paths_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +100,7 @@ def test_a_store_that_ignores_the_condition_is_refused(store: ObjectStore, monke
     monkeypatch.setattr(store, "honours_conditions", False)
     with pytest.raises(SettingsError, match=r"^output.path: bucket 'corpus' is in a store that ignores 'If-None-Match"):
         check_creates_once(filesystem, f"{root}/x.json")
-    assert names(filesystem, root) == []
+    assert list(names(filesystem, root)) == []
 
 
 @pytest.mark.parametrize(
