@@ -190,7 +190,7 @@ class TestBodyLimit:
 async def test_errors_in_openais_form(error: HyclusterError, status: int, kind: str, retry_after: str | None) -> None:
     from fastapi import FastAPI
 
-    from hycluster.ingress.http import answer_error
+    from hycluster.batches.routes import answer_error
 
     api = FastAPI()
     api.add_exception_handler(HyclusterError, answer_error)
