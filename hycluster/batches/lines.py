@@ -16,21 +16,24 @@ from typing import Any
 import httpx
 from starlette.types import ASGIApp
 
+from hycluster import errors
 from hycluster.batch.ask import FIRST_BACKOFF_S, Asker
 from hycluster.batch.prompts import Row
 from hycluster.batch.task import Answer
 from hycluster.batches.requests import BODY
 from hycluster.core import Priority
-from hycluster.errors import InvalidInput, Overloaded, Unavailable
+from hycluster.errors import HyclusterError, InvalidInput, Overloaded, Unavailable
+from hycluster.ingress.errors import KIND_HEADER, error_body
 
 OK = 200
 HEADERS = {"Content-Type": "application/json"}
 # Come back later, in HTTP.
-SHED = 429
-NOT_NOW = frozenset({502, 503, 504})
+COME_BACK: dict[int, type[HyclusterError]] = {429: Overloaded, 502: Unavailable, 503: Unavailable, 504: Unavailable}
 SERVER_ERROR = 500
 # What fails inside is asked so often; then the answer stands.
 ATTEMPTS = 3
+# What the quarantine says of a line that was not asked.
+NOT_RUN = "not run"
 # Columns beside the usual ones.
 EXTRA = ("cached_tokens", "reasoning_tokens")
 
@@ -42,6 +45,9 @@ class LineFailed(InvalidInput):
 class NotRun(InvalidInput):
     """The batch ended before this line was answered."""
 
+    def __init__(self) -> None:
+        super().__init__(NOT_RUN)
+
 
 class Lines:
     """The task of a batch, as ``hycluster/batch/generate.py`` runs it.
@@ -49,6 +55,9 @@ class Lines:
     Args:
         app: the API's app over all models.
         in_flight: what lines of all batches hold while they are asked.
+
+    Attributes:
+        completed, failed: lines that were answered with 200, and with anything else.
     """
 
     columns: tuple[str, ...] = (BODY,)
@@ -60,9 +69,10 @@ class Lines:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         self._client = httpx.AsyncClient(transport=transport, base_url="http://batch", timeout=None, trust_env=False)
         # The batch's window bounds how long it is tried.
-        self._ask = Asker(retry_s=float("inf"))
+        self.ask = Asker(retry_s=float("inf"))
         self._asking: set[asyncio.Task[Answer]] = set()
         self._stopped = False
+        self.completed = self.failed = 0
 
     def stop(self) -> None:
         """Answer no more: requests in flight are aborted, all lines left are ``NotRun``."""
@@ -75,30 +85,37 @@ class Lines:
 
         Raises:
             LineFailed, NotRun
+            InvalidInput: it was given up.
         """
         if self._stopped:
-            raise NotRun("")
+            raise NotRun
         asking = asyncio.create_task(self._answer(json.loads(row[BODY]), request_id))
         self._asking.add(asking)
         try:
-            return await asking
+            answer = await asking
+        except InvalidInput:
+            self.failed += 1
+            raise
         except asyncio.CancelledError:
             # Ours, or that of whoever waits for this line.
             if self._stopped and asking.cancelled():
-                raise NotRun("") from None
+                raise NotRun from None
             raise
         finally:
             self._asking.discard(asking)
             asking.cancel()
+        self.completed += 1
+        return answer
 
     async def _answer(self, body: dict[str, Any], request_id: str) -> Answer:
         for key in ("stream", "background"):
             if body.get(key):
-                raise failed(400, refusal(f"{key}: {body[key]!r} is not allowed in a batch; must be false", key))
+                message = f"{key}: {body[key]!r} is not allowed in a batch; must be false"
+                raise failed(400, error_body(400, message, InvalidInput.openai_type, key))
         body["priority"] = int(Priority.BATCH)
         failures = 0
         while True:
-            status, answer = await self._ask(request_id, partial(self._post, body, request_id))
+            status, answer = await self.ask(request_id, partial(self._post, body, request_id))
             if status < SERVER_ERROR or (failures := failures + 1) == ATTEMPTS:
                 break
             await asyncio.sleep(FIRST_BACKOFF_S * failures)
@@ -120,11 +137,10 @@ class Lines:
         try:
             answer = response.json()
         except ValueError:
-            answer = refusal(response.text[:500] or f"the server answered {response.status_code}", None)
-        if response.status_code == SHED:
-            raise Overloaded(_message(answer), retry_after_s=_retry_after_s(response))
-        if response.status_code in NOT_NOW:
-            raise Unavailable(_message(answer), retry_after_s=_retry_after_s(response))
+            message = response.text[:500] or f"the server answered {response.status_code}"
+            answer = error_body(response.status_code, message, HyclusterError.openai_type)
+        if response.status_code in COME_BACK:
+            raise _kind(response)(_message(answer), retry_after_s=_retry_after_s(response))
         return response.status_code, answer
 
 
@@ -135,11 +151,6 @@ def request_hash(request_id: str) -> str:
 
 def failed(status: int, body: Any) -> LineFailed:
     return LineFailed(json.dumps({"status_code": status, "body": body}))
-
-
-def refusal(message: str, param: str | None) -> dict[str, Any]:
-    """An error of ours in OpenAI's form."""
-    return {"error": {"message": message, "type": InvalidInput.openai_type, "param": param, "code": 400}}
 
 
 def _answered(answer: dict[str, Any]) -> Answer:
@@ -156,6 +167,13 @@ def _answered(answer: dict[str, Any]) -> Answer:
         usage.get("completion_tokens") or usage.get("output_tokens") or 0,
         (str(inside.get("cached_tokens") or 0), str(outside.get("reasoning_tokens") or 0)),
     )
+
+
+def _kind(response: httpx.Response) -> type[HyclusterError]:
+    """The error that the app answered with; it may say more than the status."""
+    kind = getattr(errors, response.headers.get(KIND_HEADER, ""), None)
+    plain = COME_BACK[response.status_code]
+    return kind if isinstance(kind, type) and issubclass(kind, plain) else plain
 
 
 def _message(answer: Any) -> str:

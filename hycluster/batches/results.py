@@ -17,14 +17,14 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from hycluster.batch.commit import Output, ShardRecord, Written
+from hycluster.batch.commit import Output
 from hycluster.batch.corpus import ROW_ID, Plan, read, spans
-from hycluster.batches.lines import NotRun, request_hash
+from hycluster.batches.lines import NOT_RUN, request_hash
 from hycluster.batches.records import Ending, Usage
 from hycluster.batches.requests import CUSTOM_ID
 from hycluster.errors import JobFailed
 
-NOT_RUN = {
+LEFT = {
     "cancelled": ("batch_cancelled", "the batch was cancelled before this request was answered"),
     "expired": ("batch_expired", "the batch's completion window ended before this request was answered"),
     # Lines of a batch that ran to its end were all asked.
@@ -52,7 +52,7 @@ class Results:
         self._filesystem = filesystem
         self._root = root
         self._name = name
-        self._code, self._message = NOT_RUN[ending]
+        self._code, self._message = LEFT[ending]
         self.completed = self.failed = self.not_run = 0
         self._sums = dict.fromkeys(Usage.model_fields, 0)
 
@@ -69,7 +69,7 @@ class Results:
         for record in self._output.records():
             if record.part is None:
                 continue
-            table = self._part(record.part)
+            table = self._part(record.part.path, record.part.sha256)
             self.completed += table.num_rows
             self._sums["input_tokens"] += record.prompt_tokens
             self._sums["output_tokens"] += record.completion_tokens
@@ -83,9 +83,9 @@ class Results:
         for committed, shards in groupby(self._plan.shards(), lambda shard: shard.number in done):
             if committed:
                 for shard in shards:
-                    record: ShardRecord | None = self._output.record(shard.number)
+                    record = self._output.record(shard.number)
                     if record is not None and record.quarantine is not None:
-                        yield _text(self._part(record.quarantine), self._refused)
+                        yield _text(self._part(record.quarantine.path, record.quarantine.sha256), self._refused)
             else:
                 for span in spans(shards):
                     for table in read(self._plan.filesystem, self._plan.root, span):
@@ -95,7 +95,7 @@ class Results:
         return self._line(row, f'{{"status_code": 200, "request_id": "{self._id(row)}", "body": {row["output"]}}}')
 
     def _refused(self, row: dict[str, Any]) -> str:
-        if row["error_type"] == NotRun.__name__:
+        if row["error_message"] == NOT_RUN:
             return self._left(row)
         self.failed += 1
         try:
@@ -119,11 +119,11 @@ class Results:
     def _id(self, row: dict[str, Any]) -> str:
         return request_hash(f"{self._name}-{row[ROW_ID]}")
 
-    def _part(self, file: Written) -> pa.Table:
-        with self._filesystem.open_input_stream(f"{self._root}/{file.path}") as stream:
+    def _part(self, path: str, sha256: str) -> pa.Table:
+        with self._filesystem.open_input_stream(f"{self._root}/{path}") as stream:
             data = stream.read()
-        if hashlib.sha256(data).hexdigest() != file.sha256:
-            raise JobFailed(f"batches.store: {file.path}: its bytes are not those that were written")
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise JobFailed(f"batches.store: {path}: its bytes are not those that were written")
         return pq.read_table(io.BytesIO(data))
 
 

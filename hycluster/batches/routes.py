@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import time
 from typing import Annotated, Any, Literal
 
@@ -25,6 +24,7 @@ from hycluster.batches.store import Store
 from hycluster.config import validate
 from hycluster.errors import HyclusterError, InvalidInput
 from hycluster.errors import shown as echoed
+from hycluster.ingress.errors import answer_error, openai_error
 
 ROOTS = ("/v1/files", "/v1/batches")
 MAX_JSON_BYTES = 1 << 20
@@ -212,25 +212,13 @@ async def _json(request: Request) -> dict[str, Any]:
     return asked
 
 
-async def answer_error(_: Request, error: Exception) -> JSONResponse:
-    """One of hycluster's errors in OpenAI's form."""
-    assert isinstance(error, HyclusterError)
-    headers = {"Retry-After": str(math.ceil(error.retry_after_s))} if error.retry_after_s else None
-    return _error(error.http_status, error.message, error.openai_type, headers)
-
-
 async def _answer_http_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    return _error(error.status_code, str(error.detail), InvalidInput.openai_type, error.headers)
+    return openai_error(error.status_code, str(error.detail), InvalidInput.openai_type, error.headers)
 
 
 async def _answer_wrong_query(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     problem = error.errors()[0]
     message = f"{problem['loc'][-1]}: {echoed(problem['input'])} is not allowed: {problem['msg']}"
-    return _error(InvalidInput.http_status, message, InvalidInput.openai_type, None)
-
-
-def _error(status: int, message: str, kind: str, headers: Any) -> JSONResponse:
-    body = {"error": {"message": message, "type": kind, "param": None, "code": status}}
-    return JSONResponse(body, status_code=status, headers=headers)
+    return openai_error(InvalidInput.http_status, message, InvalidInput.openai_type)

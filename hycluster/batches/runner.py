@@ -20,11 +20,10 @@ from starlette.types import ASGIApp
 
 from hycluster.batch import corpus
 from hycluster.batch.ask import first_error
-from hycluster.batch.commit import Identity, Output
+from hycluster.batch.commit import Output
 from hycluster.batch.corpus import Plan, Shard
 from hycluster.batch.generate import Generate
 from hycluster.batch.lease import Lease
-from hycluster.batch.report import Totals
 from hycluster.batch.storage import locate, one_line
 from hycluster.batches.lines import Lines
 from hycluster.batches.records import FINAL, Batch, Ending, LineError, State, new_id
@@ -166,7 +165,7 @@ class Runner:
                     return ending or "completed"
                 lease.check()
                 if ending is None:
-                    state = await self._show_progress(batch, state, earlier + feed.totals)
+                    state = await self._show_progress(batch, state, earlier, feed.counts)
                     ending = await self._to_end_now(batch)
                     if ending is not None and not feed.stop():
                         feeding.cancel()
@@ -174,9 +173,9 @@ class Runner:
             feeding.cancel()
             await asyncio.gather(feeding, return_exceptions=True)
 
-    async def _show_progress(self, batch: Batch, state: State, totals: Totals) -> State:
-        counts = {"completed": totals.rows - totals.quarantined, "failed": totals.quarantined}
-        now = state.model_copy(update=counts)
+    async def _show_progress(self, batch: Batch, state: State, *counts: tuple[int, int]) -> State:
+        completed, failed = (sum(part) for part in zip(*counts, strict=True))
+        now = state.model_copy(update={"completed": completed, "failed": failed})
         if now != state:
             await self._save(batch.id, now)
         return now
@@ -218,7 +217,7 @@ class Runner:
 
 
 class _Feed:
-    """Reads a batch's lines, has them asked and committed. ``totals`` grows meanwhile."""
+    """Reads a batch's lines, has them asked and committed."""
 
     def __init__(
         self, connect: Connect, batch: Batch, plan: Plan, output: Output, in_flight: asyncio.Semaphore, slots: int
@@ -231,7 +230,11 @@ class _Feed:
         self._slots = slots
         self._lines: Lines | None = None
         self._stopped = False
-        self.totals = Totals()
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Lines completed and failed so far, committed or not."""
+        return (self._lines.completed, self._lines.failed) if self._lines else (0, 0)
 
     def stop(self) -> bool:
         """Ask no more, commit what is answered; False if nothing was asked yet."""
@@ -252,7 +255,7 @@ class _Feed:
         lines = Lines(await self._connect(), self._batch.endpoint, self._in_flight)
         self._lines = lines
         generate = Generate(
-            self._output, lambda _: nullcontext(lines), self._report, name=self._batch.id, slots=self._slots
+            self._output, lambda _: nullcontext(lines), lambda *_: None, name=self._batch.id, slots=self._slots
         )
         gate = asyncio.Semaphore(BLOCKS_AT_ONCE)
 
@@ -275,20 +278,22 @@ class _Feed:
     def _read(self, shards: list[Shard]) -> pa.Table:
         return pa.concat_tables(corpus.read(self._plan.filesystem, self._plan.root, shards))
 
-    def _report(self, process: str, totals: Totals) -> None:
-        self.totals = totals
-
 
 def _blocks(shards: Iterator[Shard]) -> Iterator[list[Shard]]:
     while block := list(islice(shards, BLOCK_SHARDS)):
         yield block
 
 
-def _committed(output: Output) -> Totals:
-    return sum((Totals(record.rows, record.quarantined) for record in output.records()), Totals())
+def _committed(output: Output) -> tuple[int, int]:
+    """Lines of committed shards, completed and failed."""
+    completed = failed = 0
+    for record in output.records():
+        completed += record.rows - record.quarantined
+        failed += record.quarantined
+    return completed, failed
 
 
-def _identity(batch: Batch, plan: Plan) -> Identity:
+def _identity(batch: Batch, plan: Plan) -> dict[str, Any]:
     """What the output depends on, as ``Output.claim`` wants it."""
     return {
         "job": {"batch": batch.id, "endpoint": batch.endpoint, "shard_rows": plan.shard_rows},

@@ -189,18 +189,18 @@ class Store:
 
     def sweep(self) -> None:
         """Delete expired files, and what doors left behind that died in between."""
-        for name in names(self._filesystem, self._at("files")):
+        for name in list(names(self._filesystem, self._at("files"))):
             file = self._get("files", name.removesuffix(".json"), StoredFile) if leftover_of(name) is None else None
             if file is not None and _expired(file):
                 self.delete_file(file.id)
         for folder, records in (("content", "files"), ("open", "batches")):
             known = set(names(self._filesystem, self._at(records)))
             found = self._filesystem.get_file_info(pafs.FileSelector(self._at(folder), allow_not_found=True))
-            orphans = (
+            orphans = [
                 info.path
                 for info in found
                 if f"{info.base_name}.json" not in known and (info.mtime_ns or 0) / 1e9 < time.time() - ORPHAN_S
-            )
+            ]
             delete(self._filesystem, orphans)
 
     # -- records ------------------------------------------------------------------------------------

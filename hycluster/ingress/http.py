@@ -26,13 +26,14 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from hycluster.batches.routes import WithBatches, answer_error, batch_api
+from hycluster.batches.routes import WithBatches, batch_api
 from hycluster.batches.store import Store
 from hycluster.config import Batches, Http
-from hycluster.errors import HyclusterError, SettingsError
+from hycluster.errors import HyclusterError, InvalidInput, SettingsError
 from hycluster.gateway import Gateway
 from hycluster.generation import Generator
 from hycluster.ingress.adapters import adapter_routes
+from hycluster.ingress.errors import answer_error, error_body
 from hycluster.ingress.ports import bind
 
 # What a caller may use. Everything else of vLLM's app (scaling, raw token routes, rendering for
@@ -224,8 +225,8 @@ class BodyLimit:
             # vLLM's app answers this itself, in the same form, where it was the one that read.
             if error is not too_large or answering:
                 raise
-            body = {"error": {"message": error.detail, "type": "BadRequestError", "param": None, "code": 413}}
-            await JSONResponse(body, status_code=413)(scope, receive, send)
+            body = error_body(error.status_code, error.detail, InvalidInput.openai_type)
+            await JSONResponse(body, status_code=error.status_code)(scope, receive, send)
 
 
 class ModelDispatch:

@@ -154,7 +154,7 @@ async def test_a_wrong_batch_is_refused(
 async def test_results_are_no_input(client: openai.AsyncOpenAI, store: Store) -> None:
     made = store.register((await uploaded(client)).id, 1, "out", "batch_output")
     with pytest.raises(openai.BadRequestError, match="has purpose 'batch_output'; must be 'batch'"):
-        await client.batches.create(input_file_id=made.id, endpoint=ENDPOINT, completion_window="24h")
+        await client.batches.create(input_file_id=made.id, endpoint="/v1/chat/completions", completion_window="24h")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from hycluster.batches import store as store_module
 from hycluster.batches.records import State, new_id
 from hycluster.batches.store import Store
 from hycluster.config import Batches
@@ -78,7 +77,7 @@ class TestFiles:
         kept, gone = upload(store), upload(store, expires_after_s=3600)
         assert store.file(gone).expires_at is not None
         now = time.time()
-        monkeypatch.setattr(store_module.time, "time", lambda: now + 3601)
+        monkeypatch.setattr("hycluster.batches.store.time.time", lambda: now + 3601)
         with pytest.raises(NotFound):
             store.file(gone)
         assert [f.id for f in store.list_files(None, 9, purpose=None, newest_first=True)] == [kept]
@@ -121,7 +120,7 @@ class TestBatches:
         assert store.cancelling_at(batch.id) is None
         store.cancel(batch.id)
         at = store.cancelling_at(batch.id)
-        monkeypatch.setattr(store_module.time, "time", lambda: 2e9)
+        monkeypatch.setattr("hycluster.batches.store.time.time", lambda: 2e9)
         store.cancel(batch.id)
         assert store.cancelling_at(batch.id) == at
 

@@ -190,7 +190,7 @@ class TestBodyLimit:
 async def test_errors_in_openais_form(error: HyclusterError, status: int, kind: str, retry_after: str | None) -> None:
     from fastapi import FastAPI
 
-    from hycluster.batches.routes import answer_error
+    from hycluster.ingress.errors import answer_error
 
     api = FastAPI()
     api.add_exception_handler(HyclusterError, answer_error)
@@ -204,3 +204,4 @@ async def test_errors_in_openais_form(error: HyclusterError, status: int, kind: 
     assert answer.status_code == status
     assert answer.json() == {"error": {"message": error.message, "type": kind, "param": None, "code": status}}
     assert answer.headers.get("retry-after") == retry_after
+    assert answer.headers["x-hycluster-error"] == type(error).__name__
