@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from hycluster.batches.store import Store
 from hycluster.config import Batches
+from tests.batch.object_store import ObjectStore, object_store
 
 
 @pytest.fixture
@@ -16,3 +18,9 @@ def settings(tmp_path: Path) -> Batches:
 @pytest.fixture
 def store(settings: Batches) -> Store:
     return Store(settings)
+
+
+@pytest.fixture(scope="package")
+def objects() -> Iterator[ObjectStore]:
+    with object_store() as running:
+        yield running

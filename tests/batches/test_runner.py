@@ -21,7 +21,8 @@ from hycluster.batches.runner import Runner
 from hycluster.batches.store import Store
 from hycluster.config import Batches
 from hycluster.core import Priority
-from hycluster.errors import JobFailed
+from hycluster.errors import JobFailed, NotFound
+from tests.batch.object_store import ObjectStore
 from tests.batches.stand_in import StandIn, jsonl, line, lines_of, submit
 
 pytestmark = pytest.mark.timeout(60)
@@ -292,6 +293,30 @@ async def test_one_process_a_batch(store: Store, settings: Batches, api: StandIn
     assert not api.asked
     await runner(store, settings, api).run(batch.id)
     assert store.state(batch.id).status == "completed"
+
+
+async def test_on_an_object_store(settings: Batches, api: StandIn, objects: ObjectStore) -> None:
+    api.held, api.statuses = {"p9"}, {"p3": [400]}
+    settings = settings.model_copy(update={"store": objects.uri("batches")})
+    store = Store(settings)
+    batch = submit(store, jsonl(12))
+    running = asyncio.create_task(runner(store, settings, api).run(batch.id))
+    await until(lambda: api.asked["p9"] and store.state(batch.id).completed >= 7)
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+    api.held = set()
+    await runner(store, settings, api).run(batch.id)
+    state = store.state(batch.id)
+    assert (state.status, state.completed, state.failed) == ("completed", 11, 1)
+    assert ids(lines_of(store, state.output_file_id)) == [f"c{n}" for n in range(12) if n != 3]
+    assert store.open_batches() == []
+    store.sweep()
+    listed = store.list_files(None, 10, purpose="batch_output", newest_first=True)
+    assert {file.id for file in listed} == {state.output_file_id, state.error_file_id}
+    store.delete_file(batch.input_file_id)
+    with pytest.raises(NotFound):
+        store.open_content(batch.input_file_id)
 
 
 class TestWatch:

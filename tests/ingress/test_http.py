@@ -171,6 +171,15 @@ class TestBodyLimit:
             answer = await http.post("/v1/completions", content=self.in_pieces(self.LIMIT + 1))
         self.refused(answer)
 
+    async def test_a_bound_of_its_own(self) -> None:
+        from hycluster.ingress.http import BodyLimit
+
+        async with client(BodyLimit(echo("a"), 2000)) as http:
+            assert (await http.post("/v1/files", content=self.body(2000))).status_code == 200
+            answer = await http.post("/v1/files", content=self.body(2001))
+        assert answer.status_code == 413
+        assert "over the limit of 2000 bytes" in answer.json()["error"]["message"]
+
     def refused(self, answer: httpx.Response) -> None:
         assert answer.status_code == 413
         error = answer.json()["error"]
