@@ -25,7 +25,7 @@ from typing import BinaryIO, TypeVar
 
 import pyarrow.fs as pafs
 
-from hycluster.batch.storage import create_if_absent, delete, leftover_of, locate, names, read_json, replace
+from hycluster.batch.storage import create_if_absent, delete, leftover_of, locate, names, read_whole, replace
 from hycluster.batches.records import BATCH_ID, FILE_ID, Batch, Record, State, StoredFile, new_id
 from hycluster.config import Batches, home
 from hycluster.errors import InvalidInput, NotFound, shown
@@ -166,8 +166,8 @@ class Store:
 
     def cancelling_at(self, batch_id: str) -> int | None:
         """When the end of a batch was asked for, in seconds since the epoch; None if it was not."""
-        wish = read_json(self._filesystem, self._at("cancel", f"{batch_id}.json"))
-        return None if wish is None else int(wish["at"])
+        wish = read_whole(self._filesystem, self._at("cancel", f"{batch_id}.json"))
+        return None if wish is None else int(json.loads(wish)["at"])
 
     def open_batches(self) -> list[str]:
         """Ids of the batches that the executor has to do, oldest first."""
@@ -222,8 +222,8 @@ class Store:
         create_if_absent(self._filesystem, self._at(folder, name), data)
 
     def _get(self, folder: str, name: str, kind: type[R]) -> R | None:
-        data = read_json(self._filesystem, self._at(folder, f"{name}.json"))
-        return None if data is None else kind.model_validate(data)
+        data = read_whole(self._filesystem, self._at(folder, f"{name}.json"))
+        return None if data is None else kind.model_validate_json(data)
 
     def _list(
         self,
