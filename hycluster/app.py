@@ -1,4 +1,4 @@
-"""The Ray Serve application: a deployment a model, one for the doors, and how they hang together.
+"""The Ray Serve application: a deployment a model, one for the doors, one for batches, and how they hang together.
 
 ``hycluster serve`` runs it; ``serve deploy`` and KubeRay start the same thing by the import path
 ``hycluster.app:build`` with a settings file's content as arguments.
@@ -12,6 +12,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
+from hycluster.batches.executor import BatchExecutor
 from hycluster.config import Model, Settings, validate
 from hycluster.directory import SHARED_DIRECTORY
 from hycluster.door import Door
@@ -28,7 +29,9 @@ def build(arguments: dict[str, Any]) -> Application:
 
 def application(settings: Settings, directory: str = SHARED_DIRECTORY) -> Application:
     """Replicas of every model, and doors that open when all of them can serve."""
-    pools = [replicas(model, settings, directory) for model in settings.models]
+    others = [replicas(model, settings, directory) for model in settings.models]
+    if settings.batches is not None:
+        others.append(_batch_executor(settings, directory))
     door = serve.deployment(
         name="door",
         num_replicas=settings.doors,
@@ -39,16 +42,29 @@ def application(settings: Settings, directory: str = SHARED_DIRECTORY) -> Applic
         graceful_shutdown_wait_loop_s=0.1,
         max_ongoing_requests=1000,
     )(Door)
-    return door.bind(settings, directory, *pools)
+    return door.bind(settings, directory, *others)
 
 
-# The door's work is Python on one thread; OpenMP's would only stand in the engine's way.
+# The work of doors and of the batch executor is Python on one thread; OpenMP's would only stand in the engine's way.
 _DOOR_ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+
+def _batch_executor(settings: Settings, directory: str) -> Application:
+    """One process for the whole service; a second one would only wait for the first one's leases."""
+    executor = serve.deployment(
+        name="batches",
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 0.01, "runtime_env": {"env_vars": _DOOR_ENVIRONMENT}},
+        health_check_period_s=5,
+        graceful_shutdown_timeout_s=15,
+        graceful_shutdown_wait_loop_s=0.1,
+    )(BatchExecutor)
+    return executor.bind(settings, directory)
 
 
 def deployment_name(model: Model) -> str:

@@ -321,11 +321,37 @@ class DataPlane(Strict):
         return self
 
 
+class Batches(Strict):
+    """OpenAI's Batch API at the HTTP doors; see ``hycluster/batches``.
+
+    Attributes:
+        store: folder or ``s3://`` URI for files and batches, the same for all nodes; None is ``batches`` below
+            ``HYCLUSTER_HOME``, which does for one machine.
+        max_file_mib: most of an uploaded file.
+        max_lines: most requests of a batch. Checking that their ids differ takes about 100 bytes of memory each.
+        lines_in_flight: most requests in the engines at once, of all batches together.
+        shard_lines: requests that are committed as one, and asked again as one if the process dies.
+        concurrent_batches: batches that run side by side; the others wait.
+        poll_s: seconds between two looks for new batches and for cancelled ones.
+        keep_days: age at which files are deleted for which no other was asked for; None keeps them.
+    """
+
+    store: str | None = Field(default=None, min_length=1)
+    max_file_mib: int = Field(default=512, ge=1, le=1 << 20)
+    max_lines: int = Field(default=200_000, ge=1, le=50_000_000)
+    lines_in_flight: int = Field(default=256, ge=1, le=100_000)
+    shard_lines: int = Field(default=64, ge=1, le=100_000)
+    concurrent_batches: int = Field(default=8, ge=1, le=1000)
+    poll_s: float = Field(default=1.0, gt=0, le=60)
+    keep_days: float | None = Field(default=None, gt=0)
+
+
 class Settings(Strict):
     """A way of running the cluster: one of ``deployments/*.yaml``.
 
     Attributes:
         doors: door processes; each holds both doors, and a gateway a model.
+        batches: None closes the Batch API.
         start_timeout_s: how long a pool may take until its engines are ready.
         drain_timeout_s: how long work in flight may go on after a shutdown is asked for.
     """
@@ -337,6 +363,7 @@ class Settings(Strict):
     router: Router = Router()
     admission: Admission = Admission()
     data_plane: DataPlane = DataPlane()
+    batches: Batches | None = Batches()
     start_timeout_s: float = Field(default=600, gt=0)
     drain_timeout_s: float = Field(default=60, gt=0)
 

@@ -35,14 +35,14 @@ class Door:
 
     Args:
         directory: name of the directory to follow.
-        replicas: Serve's handles of the models' deployments: they make the replicas part of the
+        others: Serve's handles of the models' deployments and of the batch executor: they make them part of the
             application; no request goes through them.
 
     Raises:
         RuntimeError: the door could not open (from ``addresses`` and ``check_health``).
     """
 
-    def __init__(self, settings: Settings, directory: str, *replicas: Any) -> None:
+    def __init__(self, settings: Settings, directory: str, *others: Any) -> None:
         self._settings = settings
         self._directory = directory
         self._opened: Future[DoorAddresses] = Future()
@@ -88,7 +88,11 @@ class Door:
             wait_s=settings.start_timeout_s,
         ) as generator:
             http = await serve_http(
-                generator, settings.http, reuse_port=reuse_port, drain_timeout_s=settings.drain_timeout_s
+                generator,
+                settings.http,
+                batches=settings.batches,
+                reuse_port=reuse_port,
+                drain_timeout_s=settings.drain_timeout_s,
             )
             grpc = await serve_grpc(generator, settings.grpc, reuse_port=reuse_port)
             # vLLM, torch and Ray leave a heap that a full collection takes a tenth of a second to walk; none of it

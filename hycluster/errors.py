@@ -75,6 +75,14 @@ class UnknownModel(HyclusterError):
         return UnknownModel, (self.model, self.served)
 
 
+class NotFound(HyclusterError):
+    """Nothing of that id is here."""
+
+    http_status = 404
+    openai_type = "NotFoundError"
+    grpc_status = "NOT_FOUND"
+
+
 class Overloaded(HyclusterError):
     """Shed before any work was done; ``retry_after_s`` says when to come back."""
 

@@ -333,14 +333,20 @@ async def open_generator(
 
 @contextlib.asynccontextmanager
 async def open_generators(
-    directory: str, models: Sequence[Model], *, router: Router, admission: Admission, wait_s: float
+    directory: str,
+    models: Sequence[Model],
+    *,
+    router: Router,
+    admission: Admission,
+    wait_s: float,
+    metrics: bool = True,
 ) -> AsyncIterator[Generator]:
-    """A generator over several models with metrics, as a door needs it."""
+    """A generator over several models, with metrics where a door shows them."""
     handle = _directory(directory)
     async with contextlib.AsyncExitStack() as stack:
         gateways = {
             model.name: await stack.enter_async_context(
-                open_gateway(model, handle, router=router, admission=admission, wait_s=wait_s, metrics=True)
+                open_gateway(model, handle, router=router, admission=admission, wait_s=wait_s, metrics=metrics)
             )
             for model in models
         }

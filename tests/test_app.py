@@ -36,11 +36,11 @@ def test_deployment_name(name: str, deployed: str) -> None:
 
 
 def test_an_application_is_doors_over_a_deployment_a_model() -> None:
-    app = build(SETTINGS)
+    app = build(SETTINGS | {"batches": None})
     door = deployment(app)
     assert (door.name, door.num_replicas) == ("door", 2)
     settings, directory, *replicas = door.init_args
-    assert settings == Settings(**SETTINGS)
+    assert settings == Settings(**SETTINGS, batches=None)
     assert directory == "hycluster-directory"
     deployed = [deployment(replica) for replica in replicas]
     assert [(d.name, d.num_replicas) for d in deployed] == [("replica-org-big-1-5", 3), ("replica-small", 1)]
@@ -55,6 +55,15 @@ def test_doors_leave_the_cores_to_the_engines() -> None:
     door = deployment(application(Settings(models=(model(replicas=Replicas(min=2)),))))
     assert door.ray_actor_options["num_cpus"] < 0.1
     assert door.ray_actor_options["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "1"
+
+
+def test_batches_have_one_process_beside_the_doors() -> None:
+    door = deployment(build(SETTINGS))
+    settings, directory, *_, last = door.init_args
+    executor = deployment(last)
+    assert (executor.name, executor.num_replicas) == ("batches", 1)
+    assert executor.init_args == (settings, directory)
+    assert executor.ray_actor_options["num_cpus"] < 0.1
 
 
 def test_wrong_settings_are_refused_before_anything_is_built() -> None:

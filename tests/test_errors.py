@@ -34,6 +34,7 @@ def test_statuses_of_the_contract() -> None:
         "SettingsError": (400, "INVALID_ARGUMENT", 2),
         "Unauthenticated": (401, "UNAUTHENTICATED", 2),
         "UnknownModel": (404, "NOT_FOUND", 2),
+        "NotFound": (404, "NOT_FOUND", 1),
         "Overloaded": (429, "RESOURCE_EXHAUSTED", 1),
         "Unavailable": (503, "UNAVAILABLE", 1),
         "DeadlineExceeded": (504, "DEADLINE_EXCEEDED", 1),

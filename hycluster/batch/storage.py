@@ -236,6 +236,29 @@ def read_json(filesystem: pafs.FileSystem, path: str) -> dict[str, Any] | None:
     return data
 
 
+def read_whole(filesystem: pafs.FileSystem, path: str) -> bytes | None:
+    """A small file as it was at one moment, or None if there is none.
+
+    For files that are replaced while they are read: pyarrow asks an object store for the size first and for the
+    bytes then, and what comes may be a part of a newer object.
+    """
+    if isinstance(filesystem, pafs.S3FileSystem):
+        from obstore import get
+        from obstore.exceptions import BaseError, NotFoundError
+
+        store, key = _object(filesystem, path)
+        try:
+            return bytes(get(store, key).bytes())
+        except (FileNotFoundError, NotFoundError):
+            return None
+        except BaseError as error:
+            raise _as_os_error(error) from None
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        return None
+
+
 def _temporary(path: str) -> Path:
     target = Path(path)
     return target.with_name(f".{target.name}.{uuid.uuid4().hex}")

@@ -14,10 +14,11 @@ import math
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from types import SimpleNamespace
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -25,11 +26,14 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from hycluster.config import Http
-from hycluster.errors import HyclusterError, SettingsError
+from hycluster.batches.routes import WithBatches, batch_api
+from hycluster.batches.store import Store
+from hycluster.config import Batches, Http
+from hycluster.errors import HyclusterError, InvalidInput, SettingsError
 from hycluster.gateway import Gateway
 from hycluster.generation import Generator
 from hycluster.ingress.adapters import adapter_routes
+from hycluster.ingress.errors import answer_error, error_body
 from hycluster.ingress.ports import bind
 
 # What a caller may use. Everything else of vLLM's app (scaling, raw token routes, rendering for
@@ -63,6 +67,7 @@ OPEN_ROUTES = frozenset(
 
 # A 256k-token prompt as text is some 2 MiB; as JSON of token ids under 3.
 MAX_BODY_BYTES = 32 << 20
+MULTIPART_BYTES = 64 << 10
 
 
 class HttpDoor:
@@ -80,22 +85,34 @@ class HttpDoor:
 
 
 async def serve_http(
-    generator: Generator, settings: Http, *, reuse_port: bool = False, drain_timeout_s: float = 60.0
+    generator: Generator,
+    settings: Http,
+    *,
+    batches: Batches | None = None,
+    reuse_port: bool = False,
+    drain_timeout_s: float = 60.0,
 ) -> HttpDoor:
     """Open the door.
+
+    Args:
+        batches: where the Batch API's files are, and how large they may be; None leaves its routes closed.
 
     Raises:
         SettingsError: the port is in use, or a model's ``api`` argument is unknown.
     """
-    apps = {name: await model_app(gateway, settings) for name, gateway in generator.gateways.items()}
+    apps = await model_apps(generator, settings)
     if settings.control_routes:
         for model in apps.values():
             # Ahead of vLLM's own, which know one engine and one door.
             model.router.routes[:0] = adapter_routes(generator).routes
-    app: ASGIApp = next(iter(apps.values())) if len(apps) == 1 else ModelDispatch(apps, generator.model_of)
+    app: ASGIApp = BodyLimit(over_all_models(apps, generator))
+    if batches is not None:
+        api = batch_api(Store(batches), allowed_origins=settings.allowed_origins)
+        # Multipart's own headers come on top of the file.
+        app = WithBatches(BodyLimit(api, (batches.max_file_mib << 20) + MULTIPART_BYTES), app)
     sock = bind(settings.host, settings.port, "http.port", reuse_port=reuse_port)
     config = uvicorn.Config(
-        BodyLimit(app),
+        app,
         log_config=None,
         access_log=False,
         lifespan="off",
@@ -110,6 +127,16 @@ async def serve_http(
             await serving
         await asyncio.sleep(0.01)
     return HttpDoor(server, serving, sock.getsockname()[1])
+
+
+async def model_apps(generator: Generator, settings: Http) -> dict[str, FastAPI]:
+    """vLLM's API app of each model, by its name."""
+    return {name: await model_app(gateway, settings) for name, gateway in generator.gateways.items()}
+
+
+def over_all_models(apps: Mapping[str, ASGIApp], generator: Generator) -> ASGIApp:
+    """One app for all of them."""
+    return next(iter(apps.values())) if len(apps) == 1 else ModelDispatch(apps, generator.model_of)
 
 
 class _Server(uvicorn.Server):
@@ -127,6 +154,8 @@ async def model_app(gateway: Gateway, settings: Http) -> FastAPI:
     await init_app_state(gateway, app.state, arguments, tasks)
     # vLLM's app asks this mapping for a name that is no model's.
     app.state.openai_serving_models.lora_requests = gateway.lora_requests
+    # Told to exit when an engine is lost for good; what serves without one of its own needs not.
+    app.state.server = SimpleNamespace(should_exit=False)
     if not settings.control_routes:
         app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in OPEN_ROUTES]
     app.add_exception_handler(HyclusterError, answer_error)
@@ -160,32 +189,25 @@ def api_arguments(gateway: Gateway, settings: Http) -> Namespace:
     return arguments
 
 
-async def answer_error(_: Request, error: Exception) -> JSONResponse:
-    """One of hycluster's errors in OpenAI's form."""
-    assert isinstance(error, HyclusterError)
-    body = {"error": {"message": error.message, "type": error.openai_type, "param": None, "code": error.http_status}}
-    headers = {"Retry-After": str(math.ceil(error.retry_after_s))} if error.retry_after_s else None
-    return JSONResponse(body, status_code=error.http_status, headers=headers)
-
-
 class BodyLimit:
     """ASGI middleware: a request's body has a bound, whether or not it says its length."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int | None = None) -> None:
         self.app = app
+        self.max_bytes = MAX_BODY_BYTES if max_bytes is None else max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        too_large = HTTPException(413, f"body: is over the limit of {MAX_BODY_BYTES} bytes")
+        too_large = HTTPException(413, f"body: is over the limit of {self.max_bytes} bytes")
         seen, answering = 0, False
 
         async def counted() -> Message:
             nonlocal seen
             message = await receive()
             seen += len(message.get("body", b""))
-            if seen > MAX_BODY_BYTES:
+            if seen > self.max_bytes:
                 raise too_large
             return message
 
@@ -196,15 +218,15 @@ class BodyLimit:
 
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         try:
-            if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
+            if declared.isdigit() and int(declared) > self.max_bytes:
                 raise too_large
             await self.app(scope, counted, watched)
         except HTTPException as error:
             # vLLM's app answers this itself, in the same form, where it was the one that read.
             if error is not too_large or answering:
                 raise
-            body = {"error": {"message": error.detail, "type": "BadRequestError", "param": None, "code": 413}}
-            await JSONResponse(body, status_code=413)(scope, receive, send)
+            body = error_body(error.status_code, error.detail, InvalidInput.openai_type)
+            await JSONResponse(body, status_code=error.status_code)(scope, receive, send)
 
 
 class ModelDispatch:

@@ -17,6 +17,7 @@ from hycluster.batch.storage import (
     make_folder,
     names,
     read_json,
+    read_whole,
     replace,
     shown,
     write,
@@ -86,6 +87,21 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     assert list(names(pafs.LocalFileSystem(), str(tmp_path))) == ["x.json"]
     assert target.read_bytes() == b"2"
     assert list(names(pafs.LocalFileSystem(), str(tmp_path / "none"))) == []
+
+
+@pytest.mark.parametrize("where", ["disk", "object store"])
+def test_a_file_that_is_being_replaced_is_read_whole(tmp_path: Path, store: ObjectStore, where: str) -> None:
+    filesystem, folder = locate(str(tmp_path) if where == "disk" else store.uri("replaced"), "p")
+    path = f"{folder}/f"
+    assert read_whole(filesystem, path) is None
+    contents = [b"a" * 10, b"b" * 5000]
+    replace(filesystem, path, contents[0])
+    with ThreadPoolExecutor(1) as writer:
+        writing = writer.submit(lambda: [replace(filesystem, path, contents[n % 2]) for n in range(60)])
+        read = {read_whole(filesystem, path) for _ in range(40)}
+        writing.result()
+    assert read <= set(contents)
+    assert read_whole(filesystem, path) == contents[1]
 
 
 def test_local_paths_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,6 +171,15 @@ class TestBodyLimit:
             answer = await http.post("/v1/completions", content=self.in_pieces(self.LIMIT + 1))
         self.refused(answer)
 
+    async def test_a_bound_of_its_own(self) -> None:
+        from hycluster.ingress.http import BodyLimit
+
+        async with client(BodyLimit(echo("a"), 2000)) as http:
+            assert (await http.post("/v1/files", content=self.body(2000))).status_code == 200
+            answer = await http.post("/v1/files", content=self.body(2001))
+        assert answer.status_code == 413
+        assert "over the limit of 2000 bytes" in answer.json()["error"]["message"]
+
     def refused(self, answer: httpx.Response) -> None:
         assert answer.status_code == 413
         error = answer.json()["error"]
@@ -190,7 +199,7 @@ class TestBodyLimit:
 async def test_errors_in_openais_form(error: HyclusterError, status: int, kind: str, retry_after: str | None) -> None:
     from fastapi import FastAPI
 
-    from hycluster.ingress.http import answer_error
+    from hycluster.ingress.errors import answer_error
 
     api = FastAPI()
     api.add_exception_handler(HyclusterError, answer_error)
@@ -204,3 +213,4 @@ async def test_errors_in_openais_form(error: HyclusterError, status: int, kind: 
     assert answer.status_code == status
     assert answer.json() == {"error": {"message": error.message, "type": kind, "param": None, "code": status}}
     assert answer.headers.get("retry-after") == retry_after
+    assert answer.headers["x-hycluster-error"] == type(error).__name__

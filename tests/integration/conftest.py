@@ -91,6 +91,7 @@ def settings_file(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, hu
         "http": {"port": 0},
         "grpc": {"port": 0},
         "data_plane": {"host": "127.0.0.1"},
+        "batches": {"store": str(tmp_path_factory.mktemp("batches")), "shard_lines": 4, "poll_s": 0.2},
         "drain_timeout_s": 20,
     }
     path = tmp_path_factory.mktemp("settings") / "settings.yaml"

@@ -1,0 +1,180 @@
+"""The process that runs batches: a Ray Serve deployment of one replica.
+
+Its own process, so that no batch slows a door's streams down. It finds its work in the store, whatever
+has died meanwhile: itself, the doors, the whole service. vLLM is imported and gateways are opened when
+the first batch has something to ask; until then it costs a look at one folder a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from typing import Self
+
+from starlette.types import ASGIApp
+
+from hycluster.batches.runner import Runner
+from hycluster.batches.store import Store
+from hycluster.config import Admission, Settings
+from hycluster.directory import open_directory
+
+logger = logging.getLogger(__name__)
+
+SWEEP_EVERY_S = 3600.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+# After its window a batch must come to an end, if need be a bad one.
+GRACE_S = 3600.0
+
+
+class BatchExecutor:
+    """Runs the batches of the store from when it is made.
+
+    Args:
+        directory: name of the directory to follow.
+    """
+
+    def __init__(self, settings: Settings, directory: str) -> None:
+        assert settings.batches is not None
+        self._settings = settings
+        self._batches = settings.batches
+        self._directory = directory
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._main: asyncio.Task[None] | None = None
+        open_directory(directory)
+        self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        import uvloop
+
+        with contextlib.suppress(asyncio.CancelledError):
+            uvloop.run(self._serve())
+
+    async def _serve(self) -> None:
+        self._loop, self._main = asyncio.get_running_loop(), asyncio.current_task()
+        store = Store(self._batches)
+        async with _Api(self._settings, self._directory) as api:
+            in_flight = asyncio.Semaphore(self._batches.lines_in_flight)
+            runner = Runner(store, self._batches, api.app, in_flight)
+            await Watch(store, runner, self._batches.concurrent_batches, self._batches.poll_s).run()
+
+    def check_health(self) -> None:
+        """Called by Ray Serve; raising makes it replace this executor."""
+        if not self._thread.is_alive():
+            raise RuntimeError("the batches' thread has ended")
+
+    async def __del__(self) -> None:
+        """Ray Serve awaits this when it stops the executor. What is not committed is done by the next one."""
+        if self._loop is not None and self._main is not None:
+            with contextlib.suppress(RuntimeError):  # its loop has ended already
+                self._loop.call_soon_threadsafe(self._main.cancel)
+            await asyncio.to_thread(self._thread.join, 10)
+
+
+class Watch:
+    """Looks into the store for batches to do, and runs so many at once, oldest first."""
+
+    def __init__(self, store: Store, runner: Runner, at_once: int, poll_s: float) -> None:
+        self._store = store
+        self._runner = runner
+        self._at_once = at_once
+        self._poll_s = poll_s
+        self._running: dict[str, asyncio.Task[None]] = {}
+        # When a batch that failed is tried again, and how long it waits the next time.
+        self._pauses: dict[str, tuple[float, float]] = {}
+        self._swept_s = float("-inf")
+
+    async def run(self) -> None:
+        """Run until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            while True:
+                try:
+                    await self._look(group)
+                except Exception:
+                    logger.warning("batches.store: can't be read; trying again", exc_info=True)
+                await asyncio.sleep(self._poll_s)
+
+    async def _look(self, group: asyncio.TaskGroup) -> None:
+        if time.monotonic() - self._swept_s >= SWEEP_EVERY_S:
+            self._swept_s = time.monotonic()
+            await asyncio.to_thread(self._store.sweep)
+        now = time.monotonic()
+        for batch_id in await asyncio.to_thread(self._store.open_batches):
+            if len(self._running) >= self._at_once:
+                return
+            if batch_id not in self._running and self._pauses.get(batch_id, (now, 0.0))[0] <= now:
+                self._running[batch_id] = group.create_task(self._attempt(batch_id))
+
+    async def _attempt(self, batch_id: str) -> None:
+        try:
+            await self._runner.run(batch_id)
+            self._pauses.pop(batch_id, None)
+        except Exception as error:
+            _, pause_s = self._pauses.get(batch_id, (0.0, FIRST_PAUSE_S))
+            logger.warning("batch %s: trying again in %g s: %s", batch_id, pause_s, error, exc_info=True)
+            self._pauses[batch_id] = time.monotonic() + pause_s, min(2 * pause_s, LONGEST_PAUSE_S)
+            # The store may be what fails.
+            with contextlib.suppress(Exception):
+                batch = await asyncio.to_thread(self._store.batch, batch_id)
+                if time.time() > batch.expires_at + GRACE_S:
+                    await self._runner.fail(batch_id, error)
+        finally:
+            del self._running[batch_id]
+
+
+class _Api:
+    """vLLM's API apps over gateways of this process, opened at the first use."""
+
+    def __init__(self, settings: Settings, directory: str) -> None:
+        self._settings = settings
+        self._directory = directory
+        self._opening = asyncio.Lock()
+        self._app: ASGIApp | None = None
+        self._stack = contextlib.AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    async def app(self) -> ASGIApp:
+        """The app that a door would have.
+
+        Raises:
+            Unavailable: a model has no replica that can serve.
+        """
+        async with self._opening:
+            if self._app is None:
+                self._app = await self._open()
+        return self._app
+
+    async def _open(self) -> ASGIApp:
+        # Half a minute and half a gigabyte.
+        await asyncio.to_thread(_import_vllm)
+        from hycluster.generation import open_generators
+        from hycluster.ingress.http import model_apps, over_all_models
+
+        settings = self._settings
+        async with contextlib.AsyncExitStack() as stack:
+            generator = await stack.enter_async_context(
+                open_generators(
+                    self._directory,
+                    settings.models,
+                    router=settings.router,
+                    # What bounds batches is ``lines_in_flight``.
+                    admission=Admission(max_requests=None),
+                    wait_s=settings.start_timeout_s,
+                    metrics=False,
+                )
+            )
+            apps = await model_apps(generator, settings.http)
+            self._stack.push_async_exit(stack.pop_all())
+        return over_all_models(apps, generator)
+
+
+def _import_vllm() -> None:
+    import hycluster.ingress.http  # noqa: F401

@@ -1,0 +1,186 @@
+"""What becomes of one line: it is sent through the API's own app, in this process, at batch priority.
+
+So a line is read, checked and answered exactly as if it had come in by the HTTP door. An answer of 200
+is the line's result; any other that is the line's own fault goes, as it is, to the error file. That no
+engine can serve, or that online traffic fills them, is never the line's fault: it is asked again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from functools import partial
+from typing import Any
+
+import httpx
+from starlette.types import ASGIApp
+
+from hycluster import errors
+from hycluster.batch.ask import FIRST_BACKOFF_S, Asker
+from hycluster.batch.prompts import Row
+from hycluster.batch.task import Answer
+from hycluster.batches.requests import BODY
+from hycluster.core import Priority
+from hycluster.errors import HyclusterError, InvalidInput, Overloaded, Unavailable
+from hycluster.ingress.errors import KIND_HEADER, error_body
+
+OK = 200
+HEADERS = {"Content-Type": "application/json"}
+# Come back later, in HTTP.
+COME_BACK: dict[int, type[HyclusterError]] = {429: Overloaded, 502: Unavailable, 503: Unavailable, 504: Unavailable}
+SERVER_ERROR = 500
+# What fails inside is asked so often; then the answer stands.
+ATTEMPTS = 3
+# What the quarantine says of a line that was not asked.
+NOT_RUN = "not run"
+# Columns beside the usual ones.
+EXTRA = ("cached_tokens", "reasoning_tokens")
+
+
+class LineFailed(InvalidInput):
+    """A line's answer is not 200. The message is JSON: ``status_code`` and ``body``."""
+
+
+class NotRun(InvalidInput):
+    """The batch ended before this line was answered."""
+
+    def __init__(self) -> None:
+        super().__init__(NOT_RUN)
+
+
+class Lines:
+    """The task of a batch, as ``hycluster/batch/generate.py`` runs it.
+
+    Args:
+        app: the API's app over all models.
+        in_flight: what lines of all batches hold while they are asked.
+
+    Attributes:
+        completed, failed: lines that were answered with 200, and with anything else.
+    """
+
+    columns: tuple[str, ...] = (BODY,)
+    extra_columns: tuple[str, ...] = EXTRA
+
+    def __init__(self, app: ASGIApp, endpoint: str, in_flight: asyncio.Semaphore) -> None:
+        self._endpoint = endpoint
+        self._in_flight = in_flight
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        self._client = httpx.AsyncClient(transport=transport, base_url="http://batch", timeout=None, trust_env=False)
+        # The batch's window bounds how long it is tried.
+        self.ask = Asker(retry_s=float("inf"))
+        self._asking: set[asyncio.Task[Answer]] = set()
+        self._stopped = False
+        self.completed = self.failed = 0
+
+    def stop(self) -> None:
+        """Answer no more: requests in flight are aborted, all lines left are ``NotRun``."""
+        self._stopped = True
+        for asking in self._asking:
+            asking.cancel()
+
+    async def answer(self, row: Row, request_id: str) -> Answer:
+        """The response's body as ``output``.
+
+        Raises:
+            LineFailed, NotRun
+            InvalidInput: it was given up.
+        """
+        if self._stopped:
+            raise NotRun
+        asking = asyncio.create_task(self._answer(json.loads(row[BODY]), request_id))
+        self._asking.add(asking)
+        try:
+            answer = await asking
+        except InvalidInput:
+            self.failed += 1
+            raise
+        except asyncio.CancelledError:
+            # Ours, or that of whoever waits for this line.
+            if self._stopped and asking.cancelled():
+                raise NotRun from None
+            raise
+        finally:
+            self._asking.discard(asking)
+            asking.cancel()
+        self.completed += 1
+        return answer
+
+    async def _answer(self, body: dict[str, Any], request_id: str) -> Answer:
+        for key in ("stream", "background"):
+            if body.get(key):
+                message = f"{key}: {body[key]!r} is not allowed in a batch; must be false"
+                raise failed(400, error_body(400, message, InvalidInput.openai_type, key))
+        body["priority"] = int(Priority.BATCH)
+        failures = 0
+        while True:
+            status, answer = await self.ask(request_id, partial(self._post, body, request_id))
+            if status < SERVER_ERROR or (failures := failures + 1) == ATTEMPTS:
+                break
+            await asyncio.sleep(FIRST_BACKOFF_S * failures)
+        if status != OK:
+            raise failed(status, answer)
+        return _answered(answer)
+
+    async def _post(self, body: dict[str, Any], request_id: str) -> tuple[int, Any]:
+        """One attempt; status and body of the response.
+
+        Raises:
+            Overloaded, Unavailable: come back later.
+        """
+        # Only now: those that wait for one model's engines must not stand in the way of another's.
+        async with self._in_flight:
+            response = await self._client.post(
+                self._endpoint, content=json.dumps(body), headers=HEADERS | {"X-Request-Id": request_hash(request_id)}
+            )
+        try:
+            answer = response.json()
+        except ValueError:
+            message = response.text[:500] or f"the server answered {response.status_code}"
+            answer = error_body(response.status_code, message, HyclusterError.openai_type)
+        if response.status_code in COME_BACK:
+            raise _kind(response)(_message(answer), retry_after_s=_retry_after_s(response))
+        return response.status_code, answer
+
+
+def request_hash(request_id: str) -> str:
+    """The id of a line's request, in the answer and in the logs: the same line of the same batch has the same."""
+    return hashlib.blake2b(request_id.encode(), digest_size=16).hexdigest()
+
+
+def failed(status: int, body: Any) -> LineFailed:
+    return LineFailed(json.dumps({"status_code": status, "body": body}))
+
+
+def _answered(answer: dict[str, Any]) -> Answer:
+    usage = answer.get("usage") or {}
+    inside = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
+    outside = usage.get("completion_tokens_details") or usage.get("output_tokens_details") or {}
+    choices = answer.get("choices") or [{}]
+    return Answer(
+        # ASCII: some readers of JSONL take U+2028 and its like for the end of a line.
+        json.dumps(answer),
+        choices[0].get("finish_reason"),
+        # The two families of endpoints have names of their own for the same.
+        usage.get("prompt_tokens") or usage.get("input_tokens") or 0,
+        usage.get("completion_tokens") or usage.get("output_tokens") or 0,
+        (str(inside.get("cached_tokens") or 0), str(outside.get("reasoning_tokens") or 0)),
+    )
+
+
+def _kind(response: httpx.Response) -> type[HyclusterError]:
+    """The error that the app answered with; it may say more than the status."""
+    kind = getattr(errors, response.headers.get(KIND_HEADER, ""), None)
+    plain = COME_BACK[response.status_code]
+    return kind if isinstance(kind, type) and issubclass(kind, plain) else plain
+
+
+def _message(answer: Any) -> str:
+    error = answer.get("error") if isinstance(answer, dict) else None
+    return str(error.get("message")) if isinstance(error, dict) else str(answer)
+
+
+def _retry_after_s(response: httpx.Response) -> float | None:
+    given = response.headers.get("retry-after", "")
+    return float(given) if given.isdigit() else None

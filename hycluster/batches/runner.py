@@ -1,0 +1,310 @@
+"""One batch from its uploaded file to its output files, as a job of ``hycluster/batch``.
+
+validate (JSONL -> Parquet) -> plan -> lease -> claim -> ask and commit, shard by shard -> settle how it
+ends -> write both files -> final status. Every stop leaves a record behind; started again after any
+failure it goes on from the last one, and asks only the shards that have no record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, closing, nullcontext
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+from starlette.types import ASGIApp
+
+from hycluster.batch import corpus
+from hycluster.batch.ask import first_error
+from hycluster.batch.commit import Output
+from hycluster.batch.corpus import Plan, Shard
+from hycluster.batch.generate import Generate
+from hycluster.batch.lease import Lease
+from hycluster.batch.storage import locate, one_line
+from hycluster.batches.lines import Lines
+from hycluster.batches.records import FINAL, Batch, Ending, LineError, State, new_id
+from hycluster.batches.requests import Refused, convert
+from hycluster.batches.results import Results
+from hycluster.batches.store import Store
+from hycluster.config import Batches
+from hycluster.errors import NotFound
+
+log = logging.getLogger(__name__)
+
+# Opens the API's app over all models, once there is something to ask.
+Connect = Callable[[], Awaitable[ASGIApp]]
+# What one read brings in, and how many reads are in the engines' queue.
+BLOCK_SHARDS = 4
+BLOCKS_AT_ONCE = 2
+
+
+class Runner:
+    """Runs batches, any number side by side.
+
+    Args:
+        in_flight: held by each line while it is asked, over all batches.
+    """
+
+    def __init__(self, store: Store, settings: Batches, connect: Connect, in_flight: asyncio.Semaphore) -> None:
+        self._store = store
+        self._settings = settings
+        self._connect = connect
+        self._in_flight = in_flight
+
+    async def run(self, batch_id: str) -> None:
+        """Bring a batch to its end.
+
+        Raises:
+            JobFailed: another process has it, or it can't go on now.
+            OSError: nor can the store.
+        """
+        try:
+            batch = await asyncio.to_thread(self._store.batch, batch_id)
+        except NotFound:
+            # Its door wrote the mark and not the batch yet; or has died in between, then nobody waits for it.
+            return
+        async with self._lease(batch) as lease:
+            state = await asyncio.to_thread(self._store.state, batch_id)
+            if state.status not in FINAL:
+                state = await self._to_its_end(batch, state, lease)
+        await asyncio.to_thread(self._store.close_batch, batch_id)
+        log.info("batch %s: %s, %d of %d requests completed", batch_id, state.status, state.completed, state.total)
+
+    async def fail(self, batch_id: str, error: Exception) -> None:
+        """End a batch that could not be brought to its end."""
+        state = await asyncio.to_thread(self._store.state, batch_id)
+        reason = LineError(code="internal_error", message=f"{type(error).__name__}: {one_line(error)}")
+        ids = {"output_file_id": None, "error_file_id": None}
+        changes = {"status": "failed", "ended_at": _now(), "errors": (reason,), **ids}
+        await self._save(batch_id, state.model_copy(update=changes))
+        await asyncio.to_thread(self._store.close_batch, batch_id)
+
+    @asynccontextmanager
+    async def _lease(self, batch: Batch) -> AsyncIterator[Lease]:
+        # Not as a block: taking and giving back may take the store a while.
+        lease = Lease(self._output(batch))
+        try:
+            await asyncio.to_thread(lease.take)
+            yield lease
+        finally:
+            await asyncio.shield(asyncio.to_thread(lease.__exit__, None, None, None))
+
+    async def _to_its_end(self, batch: Batch, state: State, lease: Lease) -> State:
+        if state.status == "validating":
+            state = await asyncio.to_thread(self._validate, batch)
+            await self._save(batch.id, state)
+            if state.status in FINAL:
+                return state
+        plan = await asyncio.to_thread(
+            corpus.plan, self._input(batch), shard_rows=state.shard_lines, check=lambda schema, name: None
+        )
+        output = Output(self._output(batch))
+        await asyncio.to_thread(output.claim, _identity(batch, plan))
+        if state.ending is None:
+            ending = await self._ask(batch, state, plan, output, lease)
+            state = state.model_copy(
+                update={
+                    "status": "finalizing",
+                    "ending": ending,
+                    "finalizing_at": _now(),
+                    # Settled before they are written: a second attempt writes the same files.
+                    "output_file_id": new_id("file-"),
+                    "error_file_id": new_id("file-"),
+                }
+            )
+            await self._save(batch.id, state)
+        state = await asyncio.to_thread(self._write_files, batch, state, plan, output)
+        lease.check()
+        await self._save(batch.id, state)
+        return state
+
+    def _validate(self, batch: Batch) -> State:
+        filesystem, path = locate(self._input(batch), "batches.store")
+        filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+        try:
+            with closing(self._store.open_content(batch.input_file_id)) as content:
+                checked = convert(
+                    content,
+                    filesystem,
+                    path,
+                    endpoint=batch.endpoint,
+                    max_lines=self._settings.max_lines,
+                    group_lines=self._settings.shard_lines * BLOCK_SHARDS,
+                )
+        except Refused as refused:
+            return State(status="failed", ended_at=_now(), errors=refused.errors)
+        except NotFound as error:
+            reason = LineError(code="input_file_not_found", message=error.message, param="input_file_id")
+            return State(status="failed", ended_at=_now(), errors=(reason,))
+        return State(
+            status="in_progress",
+            total=checked.lines,
+            model=checked.model,
+            in_progress_at=_now(),
+            shard_lines=self._settings.shard_lines,
+        )
+
+    async def _ask(self, batch: Batch, state: State, plan: Plan, output: Output, lease: Lease) -> Ending:
+        """Ask all lines that have no committed answer, until they have or the batch is to end before."""
+        ending = await self._to_end_now(batch)
+        if ending is not None:
+            return ending
+        earlier = await asyncio.to_thread(_committed, output)
+        feed = _Feed(self._connect, batch, plan, output, self._in_flight, self._settings.lines_in_flight)
+        feeding = asyncio.create_task(feed.run())
+        try:
+            while True:
+                await asyncio.wait({feeding}, timeout=self._settings.poll_s)
+                if feeding.done():
+                    if not feeding.cancelled():
+                        feeding.result()
+                    return ending or "completed"
+                lease.check()
+                if ending is None:
+                    state = await self._show_progress(batch, state, earlier, feed.counts)
+                    ending = await self._to_end_now(batch)
+                    if ending is not None and not feed.stop():
+                        feeding.cancel()
+        finally:
+            feeding.cancel()
+            await asyncio.gather(feeding, return_exceptions=True)
+
+    async def _show_progress(self, batch: Batch, state: State, *counts: tuple[int, int]) -> State:
+        completed, failed = (sum(part) for part in zip(*counts, strict=True))
+        now = state.model_copy(update={"completed": completed, "failed": failed})
+        if now != state:
+            await self._save(batch.id, now)
+        return now
+
+    async def _to_end_now(self, batch: Batch) -> Ending | None:
+        """How the batch is to end, whatever is left to do; None while it may go on."""
+        if await asyncio.to_thread(self._store.cancelling_at, batch.id) is not None:
+            return "cancelled"
+        return "expired" if time.time() >= batch.expires_at else None
+
+    def _write_files(self, batch: Batch, state: State, plan: Plan, output: Output) -> State:
+        assert state.ending is not None
+        filesystem, root = locate(self._output(batch), "batches.store")
+        results = Results(plan, output, filesystem, root, name=batch.id, ending=state.ending)
+        update: dict[str, Any] = {"status": state.ending, "ended_at": _now()}
+        for field, kind, lines in (
+            ("output_file_id", "output", results.output_lines()),
+            ("error_file_id", "error", results.error_lines()),
+        ):
+            file_id = getattr(state, field)
+            size = self._store.write_content(file_id, lines)
+            if size:
+                name = f"{batch.id}_{kind}.jsonl"
+                self._store.register(file_id, size, name, "batch_output", batch.output_expires_after_s)
+            else:
+                self._store.delete_file(file_id)
+                update[field] = None
+        update |= {"completed": results.completed, "failed": results.failed, "usage": results.usage}
+        return state.model_copy(update=update)
+
+    async def _save(self, batch_id: str, state: State) -> None:
+        await asyncio.to_thread(self._store.save_state, batch_id, state)
+
+    def _input(self, batch: Batch) -> str:
+        return _below(self._store.work(batch.id), "input/lines.parquet")
+
+    def _output(self, batch: Batch) -> str:
+        return _below(self._store.work(batch.id), "output")
+
+
+class _Feed:
+    """Reads a batch's lines, has them asked and committed."""
+
+    def __init__(
+        self, connect: Connect, batch: Batch, plan: Plan, output: Output, in_flight: asyncio.Semaphore, slots: int
+    ) -> None:
+        self._connect = connect
+        self._batch = batch
+        self._plan = plan
+        self._output = output
+        self._in_flight = in_flight
+        self._slots = slots
+        self._lines: Lines | None = None
+        self._stopped = False
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Lines completed and failed so far, committed or not."""
+        return (self._lines.completed, self._lines.failed) if self._lines else (0, 0)
+
+    def stop(self) -> bool:
+        """Ask no more, commit what is answered; False if nothing was asked yet."""
+        self._stopped = True
+        if self._lines is None:
+            return False
+        self._lines.stop()
+        return True
+
+    async def run(self) -> None:
+        """Return when all lines are committed, or soon after ``stop``.
+
+        Raises:
+            JobFailed: it can't go on.
+        """
+        done = await asyncio.to_thread(self._output.done)
+        pending = (shard for shard in self._plan.shards() if shard.number not in done)
+        lines = Lines(await self._connect(), self._batch.endpoint, self._in_flight)
+        self._lines = lines
+        generate = Generate(
+            self._output, lambda _: nullcontext(lines), lambda *_: None, name=self._batch.id, slots=self._slots
+        )
+        gate = asyncio.Semaphore(BLOCKS_AT_ONCE)
+
+        async def commit(block: pa.Table) -> None:
+            try:
+                await generate(block)
+            finally:
+                gate.release()
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for block in _blocks(pending):
+                    await gate.acquire()
+                    if self._stopped:
+                        break
+                    group.create_task(commit(await asyncio.to_thread(self._read, block)))
+        except* Exception as errors:
+            raise first_error(errors) from None
+
+    def _read(self, shards: list[Shard]) -> pa.Table:
+        return pa.concat_tables(corpus.read(self._plan.filesystem, self._plan.root, shards))
+
+
+def _blocks(shards: Iterator[Shard]) -> Iterator[list[Shard]]:
+    while block := list(islice(shards, BLOCK_SHARDS)):
+        yield block
+
+
+def _committed(output: Output) -> tuple[int, int]:
+    """Lines of committed shards, completed and failed."""
+    completed = failed = 0
+    for record in output.records():
+        completed += record.rows - record.quarantined
+        failed += record.quarantined
+    return completed, failed
+
+
+def _identity(batch: Batch, plan: Plan) -> dict[str, Any]:
+    """What the output depends on, as ``Output.claim`` wants it."""
+    return {
+        "job": {"batch": batch.id, "endpoint": batch.endpoint, "shard_rows": plan.shard_rows},
+        "input": {"rows": plan.rows, "shards": plan.shard_count, "digest": plan.digest()},
+    }
+
+
+def _below(folder: str, name: str) -> str:
+    base, question, query = folder.partition("?")
+    return f"{base}/{name}{question}{query}"
+
+
+def _now() -> int:
+    return int(time.time())

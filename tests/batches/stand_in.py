@@ -1,0 +1,91 @@
+"""An API app that needs no engine, and JSONL to send to it."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import time
+from collections import Counter
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from hycluster.batches.records import Batch, new_id
+from hycluster.batches.store import Store
+
+ENDPOINT = "/v1/chat/completions"
+
+
+def line(named: str, **changes: Any) -> str:
+    request = {"custom_id": named, "method": "POST", "url": ENDPOINT, "body": {"model": "m", "prompt": named}}
+    return json.dumps(request | changes)
+
+
+def jsonl(count: int, **body: Any) -> str:
+    return "".join(line(f"c{n}", body={"model": "m", "prompt": f"p{n}"} | body) + "\n" for n in range(count))
+
+
+def submit(store: Store, text: str, *, window_s: int = 3600, **fields: Any) -> Batch:
+    """What a door does for an upload and a new batch."""
+    file = store.add_file(io.BytesIO(text.encode()), "in.jsonl")
+    now = int(time.time())
+    given = {"endpoint": ENDPOINT, "completion_window": "1h", "created_at": now, "expires_at": now + window_s}
+    batch = Batch.model_validate({"id": new_id("batch_"), "input_file_id": file.id, **given, **fields})
+    store.add_batch(batch)
+    return batch
+
+
+def lines_of(store: Store, file_id: str | None) -> list[dict[str, Any]]:
+    assert file_id is not None
+    assert store.file(file_id).bytes
+    return [json.loads(text) for text in b"".join(store.chunks(store.open_content(file_id))).splitlines()]
+
+
+class StandIn:
+    """Answers each prompt with itself, and does what ``statuses`` says before that.
+
+    Attributes:
+        statuses: by prompt, what it is answered the first times.
+        asked: how often each prompt came in.
+        bodies: the last body of each prompt.
+        hold: while set, prompts in ``held`` get no answer.
+    """
+
+    def __init__(self) -> None:
+        self.statuses: dict[str, list[int]] = {}
+        self.asked: Counter[str] = Counter()
+        self.bodies: dict[str, dict[str, Any]] = {}
+        self.held: set[str] = set()
+        self.delay_s = 0.0
+        self.aborted: set[str] = set()
+        self.most_at_once = self._now = 0
+        self.app = Starlette(routes=[Route(ENDPOINT, self._answer, methods=["POST"])])
+
+    async def connect(self) -> Starlette:
+        return self.app
+
+    async def _answer(self, request: Request) -> Response:
+        body = await request.json()
+        prompt = body["prompt"]
+        self.asked[prompt] += 1
+        self.bodies[prompt] = body
+        self._now += 1
+        self.most_at_once = max(self.most_at_once, self._now)
+        try:
+            await asyncio.sleep(3600 if prompt in self.held else self.delay_s)
+        except asyncio.CancelledError:
+            self.aborted.add(prompt)
+            raise
+        finally:
+            self._now -= 1
+        if self.statuses.get(prompt):
+            status = self.statuses[prompt].pop(0)
+            error = {"error": {"message": f"status {status}", "type": "x", "param": None, "code": status}}
+            return JSONResponse(error, status, headers={"Retry-After": "0"})
+        usage = {"prompt_tokens": 3, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 1}}
+        choice = {"message": {"content": f"{prompt}\u2028!"}, "finish_reason": "stop"}
+        return JSONResponse({"id": "r", "choices": [choice], "usage": usage})
