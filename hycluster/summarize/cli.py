@@ -29,7 +29,7 @@ def summarize(
     model: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the only one served.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a summary.")] = 512,
     part_tokens: Annotated[
-        int | None, typer.Option(min=64, help="Most tokens of a part of a long text; default: what the context takes.")
+        int | None, typer.Option(min=64, help="Most tokens of a part of a text that the context has no room for.")
     ] = None,
     overlap_tokens: Annotated[int, typer.Option(min=0, help="Of these, told again from the part before.")] = 0,
     together: Annotated[bool, typer.Option("--together", help="One summary of all files.")] = False,

@@ -66,7 +66,7 @@ class Progress:
         files = f"{self.finished}/{self.documents} files, " if self.documents > 1 else ""
         if not self._cut:
             return f"{files}cutting into parts"
-        return f"{files}{self.answered}/{self.expected} parts and merges, {self.tokens} tokens, ETA {self.eta}"
+        return f"{files}{self.answered}/{self.expected} calls, {self.tokens} tokens, ETA {self.eta}"
 
 
 class _OfOne(Watch):
@@ -96,7 +96,7 @@ async def shown(progress: Progress, console: Console) -> AsyncIterator[None]:
 
 
 async def _bar(progress: Progress, console: Console) -> None:
-    columns = BarColumn(bar_width=24), TextColumn("{task.description}"), TimeElapsedColumn()
+    columns = BarColumn(bar_width=16), TextColumn("{task.description}"), TimeElapsedColumn()
     # A summary that is printed meanwhile goes above the bar, unless it goes elsewhere.
     with Bar(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
         task = bar.add_task(str(progress), total=None)

@@ -22,7 +22,7 @@ def test_calls_of_documents_that_are_not_cut_yet_are_estimated() -> None:
     assert progress.expected == 60
     first.planned(2)
     first.answered(NODE)
-    assert str(progress).startswith("0/4 files, 1/64 parts and merges, 35 tokens, ETA 0:")
+    assert str(progress).startswith("0/4 files, 1/64 calls, 35 tokens, ETA 0:")
     progress.finished = 4
     assert progress.expected == 32
 
@@ -42,5 +42,5 @@ async def test_shown(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         watch.planned(3)
         watch.answered(NODE)
         await asyncio.sleep(0.3)
-    assert "1/3 parts and merges, 35 tokens, ETA" in said.getvalue()
+    assert "1/3 calls, 35 tokens, ETA" in said.getvalue()
     assert ("\x1b[" in said.getvalue()) is terminal
