@@ -41,6 +41,9 @@ def summarize(
         bool, typer.Option("--keep-tree", help="In the JSON lines: what was summarized from what.")
     ] = False,
     concurrency: Annotated[int, typer.Option(min=1, max=1024, help="Most calls at a time, over all files.")] = 16,
+    retry_s: Annotated[
+        float, typer.Option(min=0, help="Seconds for which a call is tried again while no engine can serve it.")
+    ] = 300,
     priority: Annotated[
         Literal["online", "batch"], typer.Option(help="Queue beside online requests, or behind them.")
     ] = "online",
@@ -71,6 +74,7 @@ def summarize(
         priority=Priority[priority.upper()],
         calls_at_once=concurrency,
         together=together,
+        retry_s=retry_s,
     )
     headings = len(found) > 1 and not together
     try:

@@ -20,8 +20,6 @@ from hycluster.summarize.output import Summarized
 from hycluster.summarize.progress import Progress
 from hycluster.summarize.remote import Remote
 
-# Time for a replica to be replaced. Somebody waits: after that it is better to say so.
-RETRY_S = 120.0
 CONNECT_TIMEOUT_S = 10.0
 
 
@@ -34,6 +32,7 @@ class Wish:
         sampling: of all calls; ``max_tokens`` is of the last.
         calls_at_once: over all documents.
         together: make one summary of all files, in their order.
+        retry_s: seconds for which a call is tried again while no engine can serve it.
     """
 
     model: str | None
@@ -42,6 +41,7 @@ class Wish:
     priority: Priority
     calls_at_once: int
     together: bool
+    retry_s: float
 
 
 async def summarize_files(
@@ -55,11 +55,11 @@ async def summarize_files(
     Raises:
         SettingsError, UnknownModel: the wish can't be granted here.
         Unavailable: no cluster answers at the address.
-        JobFailed: it did, but no engine could serve for ``RETRY_S``.
+        JobFailed: it did, but no engine could serve for ``retry_s``.
     """
     async with AsyncClient(address) as client:
         model = await _model(client, wish.model, address)
-        ask = Asker(RETRY_S)
+        ask = Asker(wish.retry_s)
         summarizer = Summarizer(
             Remote(client, ask),
             asyncio.Semaphore(wish.calls_at_once),

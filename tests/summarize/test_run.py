@@ -13,7 +13,6 @@ from hycluster.batch import ask
 from hycluster.batch.job import Summary
 from hycluster.core import Priority, Sampling
 from hycluster.errors import InvalidInput, JobFailed, SettingsError, Unavailable, UnknownModel
-from hycluster.summarize import run
 from hycluster.summarize.output import Summarized
 from hycluster.summarize.progress import Progress
 from hycluster.summarize.run import Wish, summarize_files
@@ -37,6 +36,7 @@ def wish(**changes: Any) -> Wish:
         "priority": Priority.ONLINE,
         "calls_at_once": 8,
         "together": False,
+        "retry_s": 10,
     }
     return Wish(**usual | changes)
 
@@ -149,13 +149,10 @@ async def test_no_cluster(long: Path) -> None:
         await summarized("127.0.0.1:1", long)
 
 
-async def test_engines_that_stay_away_end_it(
-    address: str, stand_in: SummarizingGenerator, long: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run, "RETRY_S", 0.0)
+async def test_engines_that_stay_away_end_it(address: str, stand_in: SummarizingGenerator, long: Path) -> None:
     stand_in.fail_once = {"0.3": Unavailable("no replica")}
     with pytest.raises(JobFailed, match="no engine could serve it for 0 s: no replica"):
-        await summarized(address, long)
+        await summarized(address, long, retry_s=0)
     await stand_in.until_idle()
 
 
