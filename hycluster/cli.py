@@ -18,6 +18,7 @@ from hycluster.batch.cli import app as batch_app
 from hycluster.config import DEFAULT_SETTINGS, load_settings
 from hycluster.errors import HyclusterError
 from hycluster.models.cli import tiny_model
+from hycluster.summarize.cli import summarize
 
 if TYPE_CHECKING:
     pass
@@ -30,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(batch_app, name="batch")
+app.command("summarize")(summarize)
 app.command("tiny-model")(tiny_model)
 
 SetOption = Annotated[

@@ -174,6 +174,14 @@ class Client(_Connection):
             )
         return list(answer.token_ids)
 
+    def count_tokens(self, model: str, texts: Sequence[str], *, timeout_s: float | None = None) -> list[int]:
+        """How many tokens each text has, special ones aside."""
+        with _own_errors():
+            answer = self._inference.CountTokens(
+                _count_request(model, texts), timeout=timeout_s, metadata=self._metadata
+            )
+        return list(answer.counts)
+
     def list_models(self, *, timeout_s: float | None = None) -> list[ModelCard]:
         """The models served here."""
         with _own_errors():
@@ -260,6 +268,14 @@ class AsyncClient(_Connection):
             )
         return list(answer.token_ids)
 
+    async def count_tokens(self, model: str, texts: Sequence[str], *, timeout_s: float | None = None) -> list[int]:
+        """How many tokens each text has, special ones aside."""
+        with _own_errors():
+            answer = await self._inference.CountTokens(
+                _count_request(model, texts), timeout=timeout_s, metadata=self._metadata
+            )
+        return list(answer.counts)
+
     async def list_models(self, *, timeout_s: float | None = None) -> list[ModelCard]:
         """The models served here."""
         with _own_errors():
@@ -302,6 +318,16 @@ def _tokenize_request(model: str, prompt: str | None, messages: Sequence[dict[st
     return pb.TokenizeRequest(model=model, prompt=wanted.prompt)
 
 
+def _count_request(model: str, texts: Sequence[str]) -> pb.CountTokensRequest:
+    # A lone string would be taken for a list of its characters.
+    if isinstance(texts, str):
+        raise InvalidInput("texts: must be a list of strings, not one string")
+    try:
+        return pb.CountTokensRequest(model=model, texts=texts)
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"texts: {error}") from None
+
+
 def _options(retry_unavailable: bool, max_bytes: int) -> list[tuple[str, Any]]:
     options: list[tuple[str, Any]] = [
         ("grpc.max_receive_message_length", max_bytes),
@@ -310,7 +336,9 @@ def _options(retry_unavailable: bool, max_bytes: int) -> list[tuple[str, Any]]:
         ("grpc.keepalive_timeout_ms", 10_000),
     ]
     if retry_unavailable:
-        methods = [{"service": SERVICE, "method": name} for name in ("Generate", "Tokenize", "ListModels")]
+        methods = [
+            {"service": SERVICE, "method": name} for name in ("Generate", "Tokenize", "CountTokens", "ListModels")
+        ]
         policy = {
             "maxAttempts": 4,
             "initialBackoff": "0.1s",

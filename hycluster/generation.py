@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from typing import Any
 
 from ray.actor import ActorHandle
+from tokenizers import Tokenizer
 from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMNotFoundError
 from vllm.inputs import EngineInput, split_enc_dec_input
 from vllm.logprobs import Logprob
@@ -38,6 +39,7 @@ class Generator:
 
     def __init__(self, gateways: Mapping[str, Gateway]) -> None:
         self.gateways = dict(gateways)
+        self._counters: dict[str, Callable[[Sequence[str]], list[int]]] = {}
 
     async def models(self) -> list[ModelCard]:
         """What is served, adapters after their model, and by how many replicas now."""
@@ -110,7 +112,18 @@ class Generator:
 
     def token_counter(self, model: str) -> Callable[[Sequence[str]], list[int]]:
         """Counts the tokens of many texts, special ones aside; may be called from any thread."""
-        return token_counter(self._gateway(model)[0].renderer.get_tokenizer())
+        name = self.model_of(model) or model
+        if name not in self._counters:
+            self._counters[name] = token_counter(self._gateway(name)[0].renderer.get_tokenizer())
+        return self._counters[name]
+
+    async def count_tokens(self, model: str, texts: Sequence[str]) -> list[int]:
+        """How many tokens each text has, special ones aside. Streams go on meanwhile: a thread counts.
+
+        Raises:
+            UnknownModel
+        """
+        return await asyncio.to_thread(self.token_counter(model), texts)
 
     async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
         """The whole answer at once.
@@ -207,13 +220,21 @@ class Generator:
 
 def token_counter(tokenizer: TokenizerLike) -> Callable[[Sequence[str]], list[int]]:
     """A counter with a tokenizer of its own: a fast one must not be used by two threads at once."""
-    own, lock = copy.deepcopy(tokenizer), threading.Lock()
+    lock = threading.Lock()
+    fast: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
+    own: Any = copy.deepcopy(tokenizer if fast is None else fast)
+    if fast is not None:
+        own.no_truncation()
+        own.no_padding()
 
     def count(texts: Sequence[str]) -> list[int]:
         if not texts:
             return []
         with lock:
-            return [len(ids) for ids in own(list(texts), add_special_tokens=False)["input_ids"]]
+            if fast is None:
+                return [len(ids) for ids in own(list(texts), add_special_tokens=False)["input_ids"]]
+            # Past transformers, which would make a Python list of all ids: twice as quick.
+            return [len(encoding) for encoding in own.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     return count
 

@@ -42,6 +42,7 @@ def run(*arguments: str, home: Path) -> tuple[subprocess.CompletedProcess[str], 
         ((), ["serve", "batch", "version"]),
         (("serve",), ["CONFIG", "--http-port", "--grpc-port", "--set"]),
         (("batch",), ["run"]),
+        (("summarize",), ["FILE", "--address", "--model", "--together"]),
         (("batch", "run"), ["JOB", "--input", "--output", "--engine", "--set"]),
     ],
 )

@@ -168,6 +168,19 @@ async def test_tokenize(client: Both) -> None:
         await client.call("tokenize", "other", prompt="a")
 
 
+async def test_count_tokens(client: Both, stand_in: StandInGenerator) -> None:
+    assert await client.call("count_tokens", MODEL, ["a bb", "", "ccc"]) == [2, 0, 1]
+    assert await client.call("count_tokens", MODEL, []) == []
+    with pytest.raises(errors.UnknownModel, match="'other' is not served here"):
+        await client.call("count_tokens", "other", ["a"])
+    for wrong in ("one string", [1]):
+        with pytest.raises(errors.InvalidInput, match=r"^texts: "):
+            await client.call("count_tokens", MODEL, wrong)
+    stand_in.error, stand_in.failures_left = errors.Unavailable("no replica"), 1
+    with pytest.raises(errors.Unavailable):
+        await client.call("count_tokens", MODEL, ["a"])
+
+
 async def test_list_models(client: Both) -> None:
     assert await client.call("list_models") == [CARD]
 

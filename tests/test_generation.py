@@ -275,6 +275,9 @@ async def test_tokens_are_counted_as_the_renderer_makes_them(opened: Open) -> No
         counted, again = await asyncio.gather(asyncio.to_thread(count, texts), asyncio.to_thread(count, texts))
         assert counted == again == [5, 0, 6, 9]
         assert count([]) == []
+        assert await generator.count_tokens("tiny", texts) == counted
+        with pytest.raises(UnknownModel, match="'other' is not served here"):
+            await generator.count_tokens("other", texts)
         hello, nothing = [len(await generator.tokenize("tiny", prompt=text)) for text in ("Hello Hello", "Hello ")]
         assert hello - nothing == 5
 
@@ -292,7 +295,7 @@ async def test_a_text_longer_than_the_context_is_summarized(opened: Open) -> Non
             model="tiny",
             sampling=Sampling(max_tokens=32),
             settings=Summary(),
-            whole=[{"role": "user", "content": "x"}],
+            whole=lambda text: [{"role": "user", "content": text}],
         )
         text = "A sentence of some words. " * 800
         assert not await summarizer.fits(text)

@@ -8,7 +8,7 @@ length that was asked for. Every level has fewer summaries than the one below, o
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,12 +27,23 @@ MOST_CHARACTERS_A_TOKEN = 8
 MANY = 9_999_999
 
 
+class Watch:
+    """Is told how far a tree has got; this one does nothing with it."""
+
+    def planned(self, calls: int) -> None:
+        """So many calls more will be made: the parts, then each level's merges."""
+
+    def answered(self, node: Node) -> None:
+        """One of them has its answer."""
+
+
 class Summarizer:
     """Makes trees over one model; all of its calls together hold at most the given slots.
 
     Args:
-        whole: the messages that ask for the summary of a text that fits.
+        whole: makes the messages that ask for the summary of a text that fits.
         ask: makes each of its calls.
+        priority: of its calls in the engines' queues.
     """
 
     def __init__(
@@ -44,7 +55,8 @@ class Summarizer:
         model: str,
         sampling: Sampling,
         settings: Summary,
-        whole: Messages,
+        whole: Callable[[str], Messages],
+        priority: Priority = Priority.BATCH,
     ) -> None:
         self._generator = generator
         self._slots = slots
@@ -53,6 +65,7 @@ class Summarizer:
         self._sampling = sampling
         self._settings = settings
         self._whole = whole
+        self._priority = priority
         self._count: CountTokens = generator.token_counter(model)
         self._budgets: dict[Language, Budget] = {}
 
@@ -68,7 +81,21 @@ class Summarizer:
             return True
         return await asyncio.to_thread(_at_most, text, self._count, room)
 
-    async def summarize(self, text: str, name: str) -> Tree:
+    async def whole(self, text: str, name: str, watch: Watch | None = None) -> Tree:
+        """The tree of a text that fits: one node.
+
+        Args:
+            name: the id of its request.
+        """
+        watch = watch or Watch()
+        watch.planned(1)
+        async with self._slots:
+            generation = await self._ask(self._whole(text), name, None)
+        node = _node(generation, 0, 0, (0, len(text)), 0, ())
+        watch.answered(node)
+        return Tree((node,))
+
+    async def summarize(self, text: str, name: str, watch: Watch | None = None) -> Tree:
         """The tree of a text of any length.
 
         Args:
@@ -79,11 +106,14 @@ class Summarizer:
             SettingsError: the context is too small for the job's settings.
             JobFailed: no engine could serve one of the calls.
         """
+        watch = watch or Watch()
         language = language_of(text)
         budget = await self._budget(language)
         parts = await asyncio.to_thread(split, text, self._count, budget.part, self._settings.overlap_tokens)
+        watch.planned(len(parts))
         nodes = await _side_by_side(
-            [self._part(text, part, place, len(parts), budget, language, name) for place, part in enumerate(parts)]
+            [self._part(text, part, place, len(parts), budget, language, name) for place, part in enumerate(parts)],
+            watch,
         )
         open_ = list(range(len(nodes)))
         level = 0
@@ -99,11 +129,13 @@ class Summarizer:
                 )
             merged = [[open_[place] for place in run] for run in runs]
             several = [children for children in merged if len(children) > 1]
+            watch.planned(len(several))
             made = await _side_by_side(
                 [
                     self._merge(nodes, children, level, index, len(runs) == 1, budget, language, name)
                     for index, children in enumerate(several)
-                ]
+                ],
+                watch,
             )
             places = iter(range(len(nodes), len(nodes) + len(made)))
             nodes += made
@@ -143,7 +175,7 @@ class Summarizer:
             model=self._model,
             messages=messages,
             sampling=sampling,
-            priority=Priority.BATCH,
+            priority=self._priority,
             request_id=request_id,
         )
         return await self._asked(request_id, partial(self._generator.generate, request))
@@ -157,7 +189,7 @@ class Summarizer:
             whole, part, merge = [
                 len(await self._generator.tokenize(self._model, messages=messages))
                 for messages in (
-                    self._whole,
+                    self._whole("x"),
                     part_messages("x", MANY, MANY, language),
                     merge_messages(["x"], language),
                 )
@@ -182,11 +214,18 @@ def _at_most(text: str, count: CountTokens, tokens: int) -> bool:
     return count([text])[0] <= tokens
 
 
-async def _side_by_side(calls: Sequence[Coroutine[Any, Any, Node]]) -> list[Node]:
+async def _side_by_side(calls: Sequence[Coroutine[Any, Any, Node]], watch: Watch) -> list[Node]:
     """All answers in order; the first error ends the others."""
+
+    def tell(task: asyncio.Task[Node]) -> None:
+        if not task.cancelled() and task.exception() is None:
+            watch.answered(task.result())
+
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(call) for call in calls]
+            for task in tasks:
+                task.add_done_callback(tell)
     except* Exception as errors:
         raise first_error(errors) from None
     return [task.result() for task in tasks]

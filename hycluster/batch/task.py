@@ -109,7 +109,7 @@ class LongText:
             model=job.model,
             sampling=job.sampling,
             settings=settings,
-            whole=chat.prompt.messages({column: "x"}),
+            whole=lambda text: chat.prompt.messages({column: text}),
         )
 
     async def answer(self, row: Row, request_id: str) -> Answer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from hycluster.batch.job import Summary
 from hycluster.errors import SettingsError
@@ -78,8 +79,11 @@ class Tree:
     def completion_tokens(self) -> int:
         return sum(node.completion_tokens for node in self.nodes)
 
+    def to_dict(self) -> dict[str, Any]:
+        return {"nodes": [asdict(node) for node in self.nodes]}
+
     def to_json(self) -> str:
-        return json.dumps({"nodes": [asdict(node) for node in self.nodes]}, ensure_ascii=False)
+        return json.dumps(self.to_dict(), ensure_ascii=False)
 
 
 def budget(

@@ -11,7 +11,7 @@ import functools
 import logging
 import math
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol, TypeVar
 
@@ -59,6 +59,9 @@ class Generator(Protocol):
         self, model: str, *, prompt: str | None = None, messages: list[dict[str, Any]] | None = None
     ) -> list[int]:
         """The token ids of a text or of a chat. With neither it raises ``InvalidInput``."""
+
+    async def count_tokens(self, model: str, texts: Sequence[str]) -> list[int]:
+        """How many tokens each text has, special ones aside."""
 
     async def ready(self) -> bool:
         """Whether a request would succeed now."""
@@ -128,6 +131,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             messages=translate.messages_from_pb(request.messages) if given == "messages" else None,
         )
         return pb.TokenizeResponse(token_ids=ids, count=len(ids), max_model_len=cards[request.model].max_model_len)
+
+    @_answer
+    async def CountTokens(self, request: pb.CountTokensRequest, context: Context) -> pb.CountTokensResponse:
+        return pb.CountTokensResponse(counts=await self._generator.count_tokens(request.model, request.texts))
 
     @_answer
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:

@@ -33,7 +33,7 @@ def summarizer(generator: Any, slots: int = 8, max_tokens: int | None = 40, **se
         model="stand-in",
         sampling=Sampling(max_tokens=max_tokens, min_tokens=2),
         settings=Summary(**settings),
-        whole=[{"role": "user", "content": "Summarize: x"}],
+        whole=lambda text: [{"role": "user", "content": f"Summarize: {text}"}],
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -75,6 +75,12 @@ class StandInGenerator:
         text = prompt if prompt is not None else " ".join(m["content"] for m in messages or [])
         return [len(word) for word in text.split()]
 
+    async def count_tokens(self, model: str, texts: Sequence[str]) -> list[int]:
+        self._fail()
+        if model != MODEL:
+            raise UnknownModel(model, [MODEL])
+        return [len(text.split()) for text in texts]
+
     async def ready(self) -> bool:
         if self.error:
             raise self.error
@@ -98,9 +104,9 @@ class StandInGenerator:
                 self.failures_left -= 1
             raise self.error
 
-    async def until_busy(self) -> None:
-        """Wait until a request is being answered; fails after 2 s."""
-        await until(lambda: self.running > 0)
+    async def until_busy(self, timeout_s: float = 2.0) -> None:
+        """Wait until a request is being answered; fails after ``timeout_s``."""
+        await until(lambda: self.running > 0, timeout_s)
 
     async def until_idle(self) -> None:
         """Wait until no request is being answered; fails after 1 s, the time in which a cancel must arrive."""

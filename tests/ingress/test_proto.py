@@ -63,7 +63,8 @@ def test_priorities_have_the_names_of_the_house() -> None:
 def test_contract_names() -> None:
     pool = descriptor_pool.Default()
     service = pool.FindServiceByName("hycluster.v1.Inference")
-    assert {method.name for method in service.methods} == {"Generate", "GenerateStream", "Tokenize", "ListModels"}
+    names = {"Generate", "GenerateStream", "Tokenize", "CountTokens", "ListModels"}
+    assert {method.name for method in service.methods} == names
     streams = {method.name for method in service.methods if method.server_streaming}
     assert streams == {"GenerateStream"}
     assert not any(method.client_streaming for method in service.methods)

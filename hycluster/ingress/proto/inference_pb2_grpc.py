@@ -49,6 +49,11 @@ class InferenceStub:
                 request_serializer=hycluster_dot_ingress_dot_proto_dot_inference__pb2.TokenizeRequest.SerializeToString,
                 response_deserializer=hycluster_dot_ingress_dot_proto_dot_inference__pb2.TokenizeResponse.FromString,
                 _registered_method=True)
+        self.CountTokens = channel.unary_unary(
+                '/hycluster.v1.Inference/CountTokens',
+                request_serializer=hycluster_dot_ingress_dot_proto_dot_inference__pb2.CountTokensRequest.SerializeToString,
+                response_deserializer=hycluster_dot_ingress_dot_proto_dot_inference__pb2.CountTokensResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/hycluster.v1.Inference/ListModels',
                 request_serializer=hycluster_dot_ingress_dot_proto_dot_inference__pb2.ListModelsRequest.SerializeToString,
@@ -80,6 +85,13 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CountTokens(self, request, context):
+        """How many tokens each of many texts has. Cheaper than Tokenize: no ids come back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListModels(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -103,6 +115,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Tokenize,
                     request_deserializer=hycluster_dot_ingress_dot_proto_dot_inference__pb2.TokenizeRequest.FromString,
                     response_serializer=hycluster_dot_ingress_dot_proto_dot_inference__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'CountTokens': grpc.unary_unary_rpc_method_handler(
+                    servicer.CountTokens,
+                    request_deserializer=hycluster_dot_ingress_dot_proto_dot_inference__pb2.CountTokensRequest.FromString,
+                    response_serializer=hycluster_dot_ingress_dot_proto_dot_inference__pb2.CountTokensResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -191,6 +208,33 @@ class Inference:
             '/hycluster.v1.Inference/Tokenize',
             hycluster_dot_ingress_dot_proto_dot_inference__pb2.TokenizeRequest.SerializeToString,
             hycluster_dot_ingress_dot_proto_dot_inference__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CountTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hycluster.v1.Inference/CountTokens',
+            hycluster_dot_ingress_dot_proto_dot_inference__pb2.CountTokensRequest.SerializeToString,
+            hycluster_dot_ingress_dot_proto_dot_inference__pb2.CountTokensResponse.FromString,
             options,
             channel_credentials,
             insecure,

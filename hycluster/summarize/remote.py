@@ -1,0 +1,97 @@
+"""A running cluster, by its gRPC door, as what the tree of summaries asks its questions of."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from hycluster.batch.ask import Asker, first_error
+from hycluster.client import AsyncClient
+from hycluster.core import Generation, GenerationRequest, ModelCard
+
+# Characters that are sent to be counted in one call: at most 1 MiB of UTF-8, which every door takes.
+COUNTED_CHARACTERS = 250_000
+# Such calls on their way at a time: one is counted while another travels.
+COUNTS_AT_ONCE = 2
+
+
+class Remote:
+    """The ``Generator`` of ``hycluster/batch/ask.py`` over a connection. Make it in the event loop that uses it.
+
+    Args:
+        ask: makes the calls that count tokens, again where they fail; who generates brings retries along.
+    """
+
+    def __init__(self, client: AsyncClient, ask: Asker) -> None:
+        self._client = client
+        self._ask = ask
+        self._loop = asyncio.get_running_loop()
+        self._counting = asyncio.Semaphore(COUNTS_AT_ONCE)
+
+    async def models(self) -> list[ModelCard]:
+        return await self._ask("models", self._client.list_models)
+
+    async def tokenize(
+        self, model: str, *, prompt: str | None = None, messages: list[dict[str, Any]] | None = None
+    ) -> list[int]:
+        return await self._ask("tokens", partial(self._client.tokenize, model, prompt=prompt, messages=messages))
+
+    def token_counter(self, model: str) -> Callable[[Sequence[str]], list[int]]:
+        """Counts many texts in few calls; for threads other than the event loop's.
+
+        A text longer than a call takes is counted slice by slice, which may find a token more or less a slice.
+        """
+
+        def count(texts: Sequence[str]) -> list[int]:
+            return asyncio.run_coroutine_threadsafe(self._counts(model, texts), self._loop).result()
+
+        return count
+
+    async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
+        return await self._client.generate(
+            request.model,
+            prompt=request.prompt,
+            messages=request.messages,
+            token_ids=request.token_ids,
+            sampling=request.sampling,
+            priority=request.priority,
+            request_id=request.request_id,
+            session_id=request.session_id,
+            timeout_s=deadline_s,
+        )
+
+    async def _counts(self, model: str, texts: Sequence[str]) -> list[int]:
+        counts = [0] * len(texts)
+
+        async def call(slices: list[tuple[int, str]]) -> None:
+            async with self._counting:
+                asked = partial(self._client.count_tokens, model, [text for _, text in slices])
+                answer = await self._ask("tokens", asked)
+            for (place, _), tokens in zip(slices, answer, strict=True):
+                counts[place] += tokens
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for slices in _calls(texts):
+                    group.create_task(call(slices))
+        except* Exception as errors:
+            raise first_error(errors) from None
+        return counts
+
+
+def _calls(texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
+    """Texts with their places, or slices of them, as many as one call takes."""
+    held: list[tuple[int, str]] = []
+    room = COUNTED_CHARACTERS
+    for place, text in enumerate(texts):
+        for start in range(0, len(text), COUNTED_CHARACTERS):
+            piece = text[start : start + COUNTED_CHARACTERS]
+            if held and len(piece) > room:
+                yield held
+                held, room = [], COUNTED_CHARACTERS
+            held.append((place, piece))
+            room -= len(piece)
+    if held:
+        yield held

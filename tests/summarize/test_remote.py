@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from hycluster.batch.ask import Asker
+from hycluster.client import AsyncClient
+from hycluster.core import GenerationRequest, ModelCard, Priority, Sampling
+from hycluster.errors import Unavailable, UnknownModel
+from hycluster.summarize import remote
+from hycluster.summarize.remote import Remote
+from tests.ingress.stand_in import MODEL
+from tests.summarize.stand_in import CONTEXT_TOKENS, SummarizingGenerator
+
+
+async def test_what_is_asked_comes_through(address: str, stand_in: SummarizingGenerator) -> None:
+    request = GenerationRequest(
+        model=MODEL,
+        messages=[{"role": "user", "content": "a b"}],
+        sampling=Sampling(max_tokens=2, temperature=0),
+        priority=Priority.BATCH,
+        request_id="r",
+        session_id="s",
+    )
+    async with AsyncClient(address) as client:
+        cluster = Remote(client, Asker(10))
+        assert await cluster.models() == [ModelCard(MODEL, CONTEXT_TOKENS, 1)]
+        assert await cluster.tokenize(MODEL, messages=request.messages) == [1, 1]
+        assert (await cluster.generate(request)).outputs[0].text == "w0 w1 "
+    assert stand_in.requests == [(request, None)]
+
+
+async def test_texts_are_counted_in_few_calls_however_long(
+    address: str, stand_in: SummarizingGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "COUNTED_CHARACTERS", 10)
+    calls: list[list[str]] = []
+    counted = stand_in.count_tokens
+
+    async def count(model: str, texts: list[str]) -> list[int]:
+        calls.append(list(texts))
+        return await counted(model, texts)
+
+    stand_in.count_tokens = count  # type: ignore[assignment, method-assign]
+    stand_in.error, stand_in.failures_left = Unavailable("no replica", retry_after_s=0.01), 1
+    texts = ["a b", "", "c", "a text of 19 letters", "d e f g h", "i"]
+    async with AsyncClient(address) as client:
+        count_tokens = Remote(client, Asker(10)).token_counter(MODEL)
+        assert await asyncio.to_thread(count_tokens, texts) == [2, 0, 1, 5, 5, 1]
+        assert await asyncio.to_thread(count_tokens, []) == []
+        with pytest.raises(UnknownModel):
+            await asyncio.to_thread(Remote(client, Asker(10)).token_counter("other"), texts)
+    assert ["a b", "c"] in calls
+    assert all(sum(map(len, call)) <= 10 for call in calls)
