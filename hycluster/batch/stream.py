@@ -22,7 +22,7 @@ from hycluster.batch.commit import Output, ShardRecord
 from hycluster.batch.corpus import SPAN_BYTES, Plan, Shard, read, spans
 from hycluster.batch.generate import BLOCKS_AT_ONCE, Generate
 from hycluster.batch.job import Job
-from hycluster.batch.report import Totals
+from hycluster.batch.report import Progress
 from hycluster.batch.task import Connect, open_task
 
 READERS = 4
@@ -101,7 +101,8 @@ def _records(
 
 
 def _read(filesystem: Any, root: str, span: list[Shard]) -> list[pa.Table]:
-    return [pa.concat_tables(read(filesystem, root, span))]
+    # Shards with rows that can't be asked have a column more.
+    return [pa.concat_tables(read(filesystem, root, span), promote_options="default")]
 
 
 def _metadata(span: list[Shard]) -> BlockMetadata:
@@ -113,5 +114,5 @@ def _metadata(span: list[Shard]) -> BlockMetadata:
     )
 
 
-def _report(progress: Any, process: str, totals: Totals) -> None:
-    progress.report.remote(process, totals)
+def _report(progress: Any, process: str, said: Progress) -> None:
+    progress.report.remote(process, said)

@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 
 from hycluster.batch.commit import Output, identity
 from hycluster.batch.corpus import SHARD, Shard, plan, read, spans
-from hycluster.batch.generate import Refusal, split
+from hycluster.batch.generate import split
 from hycluster.batch.job import Job
 from hycluster.batch.prompts import prompt_of
+from hycluster.batch.refusal import Refusal
 from hycluster.batch.report import Totals
 from hycluster.batch.task import Answer
 
@@ -23,7 +24,7 @@ from hycluster.batch.task import Answer
 def answered(text: str | None) -> Answer | Refusal:
     """In capitals, a token a word; a row without text is refused."""
     if text is None:
-        return Refusal("InvalidInput", "text: is null")
+        return Refusal("NullValue", "text: is null")
     return Answer(text.upper(), "stop" if text else "length", 1 + len(text.split()), len(text.split()))
 
 

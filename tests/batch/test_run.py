@@ -254,7 +254,7 @@ def test_a_finished_job_has_its_report_and_can_be_verified(make_job: MakeJob, co
     out = Path(job.output.path)
     report = json.loads((out / "report.json").read_text())
     assert report["totals"] == json.loads((out / "_manifest.json").read_text())["totals"]
-    assert report["quarantine_reasons"] == {"InvalidInput": 2}
+    assert report["quarantine_reasons"] == {"NullValue": 1, "Refused": 1}
     assert report["busy_s"] > 0
     assert "Rows over time" in (out / "report.html").read_text()
     assert (out / "report.html").stat().st_mtime_ns <= (out / "_SUCCESS").stat().st_mtime_ns
