@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hycluster.batch.commit import Output, identity
-from hycluster.batch.corpus import SHARD, Shard, plan, read, spans
+from hycluster.batch.corpus import REFUSAL, SHARD, Shard, plan, read, spans
 from hycluster.batch.generate import split
 from hycluster.batch.job import Job
 from hycluster.batch.prompts import prompt_of
@@ -38,7 +38,10 @@ def commit_all(job: Job, *, first: int | None = None, finish: bool = True, begun
     shards: list[Shard] = list(corpus.shards())[:first]
     for span in spans(shards):
         for shard, table in zip(span, read(corpus.filesystem, corpus.root, span), strict=True):
-            results, refused = split(table.drop_columns([SHARD]), [answered(t) for t in table["text"].to_pylist()])
+            marks = table[REFUSAL].to_pylist() if REFUSAL in table.schema.names else [None] * table.num_rows
+            texts = table["text"].to_pylist() if "text" in table.schema.names else [None] * table.num_rows
+            answers = [Refusal(**mark) if mark else answered(text) for mark, text in zip(marks, texts, strict=True)]
+            results, refused = split(table.drop_columns([SHARD]), answers)
             row_id = f"{shard.file.path}#{shard.first_row}"
             r = output.commit(shard.number, row_id, results, refused, begun_at=begun_at + shard.number)
             totals += Totals(r.rows, r.quarantined, r.prompt_tokens, r.completion_tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 
 import pytest
 
@@ -115,7 +116,7 @@ async def test_a_loss_between_two_that_found_no_replica_is_still_in_a_row() -> N
 
 async def test_retry_s_counts_from_the_last_answer_of_any_call(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 0.0
-    monkeypatch.setattr("hycluster.batch.ask.time.monotonic", lambda: now_s)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now_s))
     ask = Asker(retry_s=10)
     calls = 0
 

@@ -17,7 +17,7 @@ from hycluster.batch import decode
 from hycluster.batch.corpus import REFUSAL, ROW_ID, SHARD, SHARD_BYTES, File, Plan, Shard, plan, read, spans
 from hycluster.batch.prompts import TemplatePrompt
 from hycluster.errors import JobFailed, SettingsError
-from tests.batch.conftest import write_texts
+from tests.batch.conftest import damage, write_texts
 
 
 def accept(schema: pa.Schema, where: str) -> None:
@@ -189,16 +189,6 @@ def test_a_store_that_stumbles_is_asked_again(corpus: Path, monkeypatch: pytest.
         list(read(store, whole.root, list(whole.shards())))
 
 
-def damage(path: Path, group: int, column: int) -> None:
-    """Turn bytes over in the middle of one column of one row group; the footer and the size stay."""
-    chunk = pq.ParquetFile(path).metadata.row_group(group).column(column)
-    begin = min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)
-    middle = begin + chunk.total_compressed_size // 2
-    data = bytearray(path.read_bytes())
-    data[middle : middle + 40] = bytes(byte ^ 0xFF for byte in data[middle : middle + 40])
-    path.write_bytes(data)
-
-
 @pytest.mark.parametrize(
     "options",
     [{}, {"compression": "zstd"}, {"compression": "none"}, {"compression": "none", "write_page_checksum": True}],
@@ -255,7 +245,7 @@ def test_what_comes_before_the_damage_in_a_large_row_group_is_read(
 def test_a_store_that_goes_away_amid_a_file_is_no_damage(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = planned(corpus / "b.parquet")
 
-    def away(*_: Any) -> Any:
+    def away(*_: Any, **__: Any) -> Any:
         raise OSError("the store is away")
 
     monkeypatch.setattr(decode.pq.ParquetFile, "iter_batches", away)
@@ -290,7 +280,7 @@ def test_columns_that_are_wrong_in_one_file_refuse_its_rows(corpus: Path) -> Non
     tables = list(read(whole.filesystem, whole.root, list(whole.shards())[-2:]))
     assert [table.column("text").to_pylist() for table in tables] == [[[1], None], [[3]]]
     assert [table.column(ROW_ID).to_pylist() for table in tables] == [["c.parquet#0", "c.parquet#1"], ["c.parquet#2"]]
-    message = "input: c.parquet: column 'text' is list<item: int64>; a template takes text, numbers and dates"
+    message = "input: c.parquet: column 'text' is list<element: int64>; a template takes text, numbers and dates"
     for table in tables:
         assert set(table.column(REFUSAL).combine_chunks().field("error_message").to_pylist()) == {message}
         assert set(table.column(REFUSAL).combine_chunks().field("error_type").to_pylist()) == {"WrongType"}

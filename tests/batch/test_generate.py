@@ -163,7 +163,7 @@ async def test_an_unreadable_file_is_one_row_of_its_name(make_job: MakeJob, tmp_
 
 async def test_a_value_that_python_has_no_form_for_is_quarantined(make_job: MakeJob, tmp_path: Path) -> None:
     run = Run(make_job, StandInGenerator(), tmp_path / "out", prompt="{when}", input={"path": "x"})
-    table = block(["a", "b"]).append_column("when", pa.array([0, 2**60], pa.timestamp("s")))
+    table = block(["a", "b"]).append_column("when", pa.array([0, 2**60], pa.timestamp("us")))
     records = await run(table)
     assert [row["id"] for row in run.rows(records)] == [0]
     (record,) = records
