@@ -50,6 +50,10 @@ class SettingsError(InvalidInput):
     """A settings or job file, or a command-line option, is wrong."""
 
 
+class PromptTooLong(InvalidInput):
+    """The prompt leaves no room for an output in the model's context."""
+
+
 class Unauthenticated(HyclusterError):
     """No credentials, or wrong ones."""
 
@@ -97,6 +101,14 @@ class Unavailable(HyclusterError):
     http_status = 503
     openai_type = "ServiceUnavailableError"
     grpc_status = "UNAVAILABLE"
+
+
+class ReplicaLost(Unavailable):
+    """A replica died while it had this request, and the request was not sent to another one."""
+
+
+class RequestFailed(Unavailable):
+    """The engine ended this one request with an error; it goes on with others."""
 
 
 class DeadlineExceeded(HyclusterError):

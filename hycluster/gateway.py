@@ -35,10 +35,10 @@ from hycluster.config import Admission, Model, Router
 from hycluster.directory import REPORT_EVERY_S, PoolView
 from hycluster.engine.arguments import model_files
 from hycluster.engine.vllm import engine_config
-from hycluster.errors import InvalidInput, Overloaded, Unavailable, shown
+from hycluster.errors import InvalidInput, Overloaded, ReplicaLost, Unavailable, shown
 from hycluster.observe.experts import expert_metrics
 from hycluster.observe.metrics import stat_logger
-from hycluster.pool import PoolClient
+from hycluster.pool import MOST_MOVES, PoolClient
 from hycluster.router import make_policy
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,10 @@ class PoolUnavailable(Unavailable, GracefulHTTPError):  # type: ignore[misc]  # 
         self.retry_after_s = retry_after_s
 
 
+class PoolReplicaLost(ReplicaLost, PoolUnavailable):  # type: ignore[misc]  # as above
+    """:class:`ReplicaLost` in a form that vLLM's own code passes on unchanged."""
+
+
 class Gateway(AsyncLLM):
     """A vLLM engine client whose engine is every replica of one model.
 
@@ -72,7 +76,7 @@ class Gateway(AsyncLLM):
     engine_core: PoolClient
 
     def __init__(
-        self, model: Model, config: VllmConfig, router: Router, admission: Admission, *, metrics: bool
+        self, model: Model, config: VllmConfig, router: Router, admission: Admission, *, metrics: bool, moves: int
     ) -> None:
         maybe_register_config_serialize_by_value()
         self.model = model
@@ -102,6 +106,7 @@ class Gateway(AsyncLLM):
             make_policy(router.policy, gateway_id, session_slack_tokens=router.session_slack_tokens),
             gateway_id,
             replicas=model.engines,
+            moves=moves,
             on_lost=self._request_lost,
         )
         self.logger_manager = stat_logger(config, model.engines) if metrics else None
@@ -151,7 +156,8 @@ class Gateway(AsyncLLM):
     async def _request_lost(self, request_id: str, error: Unavailable) -> None:
         state = self.output_processor.request_states.get(request_id)
         if state is not None and state.queue is not None:
-            state.queue.put(PoolUnavailable(error.message))
+            kind = PoolReplicaLost if isinstance(error, ReplicaLost) else PoolUnavailable
+            state.queue.put(kind(error.message))
             # With n > 1 its siblings may be on replicas that live; nobody waits for them any more.
             asked = state.parent_req.request_id if state.parent_req else request_id
             await self.engine_core.abort_requests_async(self.output_processor.abort_requests([asked], internal=True))
@@ -265,14 +271,18 @@ async def open_gateway(
     admission: Admission,
     wait_s: float,
     metrics: bool = False,
+    moves: int = MOST_MOVES,
 ) -> AsyncIterator[Gateway]:
     """A gateway that follows the directory; waits until a replica can serve.
+
+    Args:
+        moves: how often a request may lose its replica before the caller is told; see ``PoolClient``.
 
     Raises:
         Unavailable: there is none after ``wait_s`` seconds.
     """
     config = await asyncio.to_thread(lambda: engine_config(model, model_files(model)))
-    gateway = Gateway(model, config, router, admission, metrics=metrics)
+    gateway = Gateway(model, config, router, admission, metrics=metrics, moves=moves)
     follower = asyncio.create_task(gateway.follow(directory))
     try:
         try:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ray.actor import ActorHandle
 from tokenizers import Tokenizer
-from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMNotFoundError
+from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMNotFoundError, VLLMValidationError
 from vllm.inputs import EngineInput, split_enc_dec_input
 from vllm.logprobs import Logprob
 from vllm.lora.request import LoRARequest
@@ -30,8 +30,21 @@ from hycluster.adapters import check_name
 from hycluster.config import Admission, Model, Router
 from hycluster.core import Generation, GenerationRequest, ModelCard, Output, Sampling, TokenLogprob, Usage
 from hycluster.directory import find_directory
-from hycluster.errors import DeadlineExceeded, HyclusterError, InvalidInput, Unavailable, UnknownModel, shown
+from hycluster.errors import (
+    DeadlineExceeded,
+    HyclusterError,
+    InvalidInput,
+    PromptTooLong,
+    RequestFailed,
+    Unavailable,
+    UnknownModel,
+    shown,
+)
 from hycluster.gateway import Gateway, open_gateway
+from hycluster.pool import MOST_MOVES
+
+# What vLLM's renderer names as wrong where a prompt is too long, counted in characters or in tokens.
+LENGTH_PARAMETERS = ("input_text", "input_tokens")
 
 
 class Generator:
@@ -129,7 +142,8 @@ class Generator:
         """The whole answer at once.
 
         Raises:
-            InvalidInput, UnknownModel, Overloaded, Unavailable, DeadlineExceeded
+            InvalidInput (PromptTooLong), UnknownModel, Overloaded, Unavailable (ReplicaLost, RequestFailed),
+            DeadlineExceeded
         """
         last: RequestOutput | None = None
         async with contextlib.aclosing(self._run(request, RequestOutputKind.FINAL_ONLY, deadline_s)) as outputs:
@@ -181,7 +195,8 @@ class Generator:
                     for sequence in output.outputs:
                         # vLLM hands these out as if they were answers.
                         if sequence.finish_reason in ("error", "abort"):
-                            raise Unavailable(f"the engine ended this request early ({sequence.finish_reason})")
+                            kind_of = RequestFailed if sequence.finish_reason == "error" else Unavailable
+                            raise kind_of(f"the engine ended this request early ({sequence.finish_reason})")
                     yield output
 
     def _gateway(self, name: str) -> tuple[Gateway, LoRARequest | None]:
@@ -246,11 +261,11 @@ def sampling_params(gateway: Gateway, sampling: Sampling, room: int, kind: Reque
         room: tokens that the context leaves after the prompt.
 
     Raises:
-        InvalidInput: the prompt fills the context.
+        PromptTooLong: the prompt fills the context.
     """
     limit = gateway.model_config.max_model_len
     if room < 1:
-        raise InvalidInput(
+        raise PromptTooLong(
             f"prompt: has {limit - room} tokens, too long for a context of {limit} with room for an output"
         )
     defaults = gateway.model_config.get_diff_sampling_param()
@@ -288,6 +303,9 @@ def _translated_errors() -> Any:
         raise InvalidInput(str(error)) from error
     except GracefulHTTPError as error:
         raise Unavailable(str(error)) from error
+    except VLLMValidationError as error:
+        kind = PromptTooLong if error.parameter in LENGTH_PARAMETERS else InvalidInput
+        raise kind(str(error)) from error
     except (EngineGenerateError, EngineDeadError) as error:
         raise Unavailable(f"the engine failed this request: {error.__cause__ or error}") from error
     except (VLLMClientError, ValueError, TypeError) as error:
@@ -327,12 +345,14 @@ async def open_generator(
     router: Router | None = None,
     admission: Admission | None = None,
     wait_s: float = 300.0,
+    moves: int = MOST_MOVES,
 ) -> AsyncIterator[Generator]:
     """A generator over one model of a running pool, from any process of the Ray cluster.
 
     Args:
         directory: name of the pool's directory.
         model: name of the model, or of an adapter.
+        moves: how often a request may lose its replica before the caller is told; see ``PoolClient``.
 
     Raises:
         UnknownModel: the pool has no such model.
@@ -344,7 +364,7 @@ async def open_generator(
         raise UnknownModel(model, sorted(await handle.models.remote()))
     unbounded = Admission(max_requests=None)
     async with open_gateway(
-        pool, handle, router=router or Router(), admission=admission or unbounded, wait_s=wait_s
+        pool, handle, router=router or Router(), admission=admission or unbounded, wait_s=wait_s, moves=moves
     ) as gateway:
         # As in a door (see there).
         gc.collect()

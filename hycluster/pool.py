@@ -2,7 +2,9 @@
 
 Holds a connection to each replica of a model, sends each request to the replica that the router
 chooses and gathers the outputs of all. A request that was on a replica that is lost before it had any
-output goes to another one; one that had begun ends with ``Unavailable``.
+output goes to another one, a few times at most; one that had begun ends with ``Unavailable``. Where a
+replica died with it on board that is ``ReplicaLost``: a request that kills its replica must not be carried
+through the whole pool.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from zmq.utils.monitor import recv_monitor_message
 from hycluster.core import ExpertLoad, ReplicaAddress, ReplicaLoad
 from hycluster.directory import ReplicaReport
 from hycluster.engine.protocol import EngineInfo
-from hycluster.errors import Unavailable
+from hycluster.errors import ReplicaLost, Unavailable
 from hycluster.router import Candidate, Policy, RouteRequest
 from hycluster.wire import READY, Kind, decode_info
 
@@ -34,15 +36,18 @@ logger = logging.getLogger(__name__)
 
 HELLO_TIMEOUT_S = 10.0
 CALL_TIMEOUT_S = 60.0
+# How often a request of an interactive caller may lose its replica unseen.
+MOST_MOVES = 2
 
 
 @dataclass(slots=True)
 class _Flight:
-    """A request that has been sent and has not finished."""
+    """A request that has been sent and has not finished; ``moves`` replicas have died with it."""
 
     request: EngineCoreRequest
     link: _Link
     tokens_left: int
+    moves: int
     begun: bool = False
 
 
@@ -66,10 +71,13 @@ class _Link:
 class PoolClient:
     """Stands where ``AsyncLLM`` expects its engine-core client. Lives on one event loop.
 
-    Attributes:
+    Args:
         replicas: size of the pool, for the metrics' labels.
+        moves: how often a request without output may go to another replica because its own died.
+        on_lost: told of each request that ends because its replica was lost; ``ReplicaLost`` if it died.
+
+    Attributes:
         gateway_id: random; tells this gateway's load from that of others.
-        on_lost: told of each request that ends because its replica was lost.
         first_replica: set once there has been a replica to send to.
         resources: what ``AsyncLLM`` reads of its client's state; a pool as such never dies.
     """
@@ -81,11 +89,13 @@ class PoolClient:
         gateway_id: str,
         *,
         replicas: int,
+        moves: int,
         on_lost: Callable[[str, Unavailable], Awaitable[None]],
     ) -> None:
         self.model = model
         self.gateway_id = gateway_id
         self._on_lost = on_lost
+        self._most_moves = moves
         self._slots = replicas
         self.resources = SimpleNamespace(engine_dead=False)
         self.engine_ranks_managed = [0]
@@ -168,9 +178,9 @@ class PoolClient:
     async def _heed(self, link: _Link) -> None:
         """A replica that took this gateway for gone refuses whatever it says, and sends no more outputs."""
         _, *reason = await link.requests.recv_multipart()
-        self._lost(link, b" ".join(reason).decode(errors="replace"))
+        self._lost(link, b" ".join(reason).decode(errors="replace"), died=False)
 
-    def _lost(self, link: _Link, why: str) -> None:
+    def _lost(self, link: _Link, why: str, *, died: bool = True) -> None:
         if self._links.get(link.address.replica_id) is not link:
             return
         logger.warning("replica %s lost: %s; %d requests on it", link.address.replica_id, why, len(link.flights))
@@ -178,21 +188,24 @@ class PoolClient:
         flights = list(link.flights.values())
         link.flights.clear()
         self._spawn(self._close(link, say_bye=False))
-        self._spawn(self._carry_over(flights))
+        # One that drains ends on purpose.
+        self._spawn(self._carry_over(flights, died=died and link.accepting))
 
-    async def _carry_over(self, flights: list[_Flight]) -> None:
-        """Requests without output start over elsewhere; the others are told."""
+    async def _carry_over(self, flights: list[_Flight], *, died: bool) -> None:
+        """Requests without output start over elsewhere, as often as they may; the others are told."""
         for flight in flights:
             if self._flights.pop(flight.request.request_id, None) is None:
                 # Aborted meanwhile.
                 continue
-            if not flight.begun:
+            moves = flight.moves + died
+            if not flight.begun and moves <= self._most_moves:
                 try:
-                    await self.add_request_async(flight.request)
+                    await self._send(flight.request, moves)
                     continue
                 except Unavailable:
                     pass
-            await self._on_lost(flight.request.request_id, Unavailable("the replica that ran this request was lost"))
+            kind = ReplicaLost if died else Unavailable
+            await self._on_lost(flight.request.request_id, kind("the replica that ran this request was lost"))
 
     # -- requests and outputs -----------------------------------------------------------------------
 
@@ -249,11 +262,14 @@ class PoolClient:
         Raises:
             Unavailable: no replica can serve.
         """
+        await self._send(request, moves=0)
+
+    async def _send(self, request: EngineCoreRequest, moves: int) -> None:
         params = request.sampling_params
         prompt = len(request.prompt_token_ids or ())
         tokens = prompt + ((params.max_tokens or 0) if params is not None else 0)
         link = self._choose(request, tokens)
-        flight = _Flight(request, link, tokens)
+        flight = _Flight(request, link, tokens, moves)
         self._flights[request.request_id] = link.flights[request.request_id] = flight
         link.outstanding_tokens += tokens
         await link.requests.send_multipart([Kind.ADD, *self._encoder.encode(request)], copy=False)

@@ -12,7 +12,16 @@ import pytest
 
 from hycluster.config import Admission, Model, Router, Simulated
 from hycluster.core import Generation, GenerationRequest, ModelCard, Priority, Sampling
-from hycluster.errors import DeadlineExceeded, InvalidInput, Overloaded, Unavailable, UnknownModel
+from hycluster.errors import (
+    DeadlineExceeded,
+    InvalidInput,
+    Overloaded,
+    PromptTooLong,
+    ReplicaLost,
+    RequestFailed,
+    Unavailable,
+    UnknownModel,
+)
 from tests.simulated_pool import SimulatedPool, eventually, predicted
 
 if TYPE_CHECKING:
@@ -148,9 +157,11 @@ async def test_sampling_is_the_callers_then_the_models_then_vllms(opened: Open) 
 @pytest.mark.parametrize(
     ("fields", "error", "says"),
     [
-        ({"token_ids": [5] * 512}, InvalidInput, "512"),
-        ({"token_ids": [5] * 5000}, InvalidInput, "512"),
-        ({"prompt": "word " * 1000}, InvalidInput, "512"),
+        ({"token_ids": [5] * 512}, PromptTooLong, "512"),
+        ({"token_ids": [5] * 5000}, PromptTooLong, "512"),
+        ({"prompt": "word " * 1000}, PromptTooLong, "512"),
+        ({"prompt": "word " * 100_000}, PromptTooLong, "512"),
+        ({"messages": [{"role": "user", "content": "word " * 1000}]}, PromptTooLong, "512"),
         ({"token_ids": [10**6]}, InvalidInput, "1000000"),
         ({"token_ids": [-1]}, InvalidInput, "-1"),
         ({"messages": [{"role": "user", "content": "hi"}, {"content": "hi"}]}, InvalidInput, r"messages\[1\]\.role"),
@@ -171,8 +182,51 @@ async def test_bad_input_is_named_and_costs_the_others_nothing(
 async def test_a_request_that_the_engine_fails(opened: Open) -> None:
     async with opened() as (generator, _):
         # The engine has no logprobs and says so with an error.
-        with pytest.raises(Unavailable, match=r"the engine ended this request early \(error\)"):
+        with pytest.raises(RequestFailed, match=r"the engine ended this request early \(error\)"):
             await generator.generate(ask(sampling={"logprobs": 1}))
+
+
+async def test_a_batch_row_whose_replica_dies_is_told_so(opened: Open) -> None:
+    async with opened(SLOW) as (generator, simulated):
+        asking = asyncio.create_task(generator.generate(ask(max_tokens=400)))
+        await asyncio.to_thread(eventually, lambda: simulated[0].requests == 1)
+        simulated[0].die()
+        with pytest.raises(ReplicaLost, match="the replica that ran this request was lost"):
+            await asking
+        # There is none now, which is another matter.
+        with pytest.raises(Unavailable) as caught:
+            await generator.generate(ask())
+        assert not isinstance(caught.value, ReplicaLost)
+
+
+async def test_batch_quarantines_what_the_model_refuses(opened: Open, tmp_path: Path) -> None:
+    """Rows through the real front end: too long by characters, by tokens, by the room for an output, and refused."""
+    from hycluster.batch.job import Job
+    from hycluster.batch.refusal import refusal_of
+    from hycluster.batch.task import open_task
+
+    settings = {"name": "j", "model": "tiny", "task": "generate", "retry_s": 5, "output": {"path": str(tmp_path)}}
+    settings |= {"input": {"path": "x", "columns": {"messages": "chat"}}, "sampling": {"max_tokens": 4}}
+    async with opened() as (generator, _):
+
+        @contextlib.asynccontextmanager
+        async def connect() -> AsyncIterator[Any]:
+            yield generator
+
+        async with open_task(Job.model_validate(settings), connect, asyncio.Semaphore(4)) as task:
+
+            async def reason(content: Any) -> str:
+                try:
+                    await task.answer({"chat": [{"role": "user", "content": content}]}, "r")
+                except InvalidInput as error:
+                    return refusal_of(error).error_type
+                return "answered"
+
+            assert await reason("hi") == "answered"
+            assert await reason("x " * 100_000) == "PromptTooLong"
+            assert await reason("x" * 600) == "PromptTooLong"
+            assert await reason("x" * (512 - len("user: \nassistant:"))) == "PromptTooLong"
+            assert await reason([{"type": "image_url", "image_url": {"url": "data:image/png;base64,xx"}}]) == "Refused"
 
 
 async def until_deadline(stream: AsyncIterator[Generation]) -> list[Generation]:

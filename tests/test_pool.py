@@ -74,17 +74,17 @@ class Pool:
 
 
 @asynccontextmanager
-async def opened(settings: Simulated, replicas: int = 2) -> AsyncIterator[Pool]:
+async def opened(settings: Simulated, replicas: int = 2, moves: int = 2) -> AsyncIterator[Pool]:
     from hycluster.pool import PoolClient
 
     lost: dict[str, str] = {}
 
     async def on_lost(request_id: str, error: Unavailable) -> None:
-        lost[request_id] = error.message
+        lost[request_id] = f"{type(error).__name__}: {error.message}"
 
     with SimulatedPool(settings, replicas) as simulated:
         policy = make_policy("least_outstanding_tokens", "me", seed=0)
-        client = PoolClient("tiny", policy, "me", replicas=replicas, on_lost=on_lost)
+        client = PoolClient("tiny", policy, "me", replicas=replicas, moves=moves, on_lost=on_lost)
         try:
             await client.update(simulated.reports)
             yield Pool(simulated, client, lost)
@@ -215,11 +215,42 @@ async def test_a_lost_replicas_requests_with_output_are_told_of() -> None:
         (victim,) = pool.client._links["r0"].flights
         pool.replicas[0].die()
         await until(lambda: bool(pool.lost))
-        assert pool.lost == {victim: "the replica that ran this request was lost"}
+        assert pool.lost == {victim: "ReplicaLost: the replica that ran this request was lost"}
         assert pool.client.outstanding.keys() == {"r1"}
         # The other one runs to its end.
         await pool.finish(1)
         assert pool.client.requests_in_flight == 0
+
+
+@pytest.mark.parametrize("moves", [0, 1])
+async def test_a_request_is_not_carried_through_the_whole_pool(moves: int) -> None:
+    async with opened(SLOW, 3, moves) as pool:
+        for replica in pool.replicas.replicas:
+            replica.engine.hang()
+        await pool.client.add_request_async(ask("a"))
+        for lost in range(moves + 1):
+            assert pool.lost == {}
+            await asyncio.to_thread(eventually, lambda: any(r.requests for r in pool.replicas.replicas))
+            (victim,) = (r for r in pool.replicas.replicas if r.requests)
+            victim.die()
+            async with asyncio.timeout(5):
+                while pool.client.links != 2 - lost:  # noqa: ASYNC110 - tests look from outside
+                    await asyncio.sleep(0.005)
+        await until(lambda: bool(pool.lost))
+        assert pool.lost == {"a": "ReplicaLost: the replica that ran this request was lost"}
+        assert pool.client.links == 2 - moves
+        assert pool.client.requests_in_flight == 0
+
+
+async def test_a_replica_that_ends_after_it_drained_has_not_died() -> None:
+    async with opened(SLOW, 1) as pool:
+        await pool.client.add_request_async(ask("a", max_tokens=10_000))
+        await pool.running(1)
+        pool.replicas[0].accepting = False
+        await pool.client.update(pool.replicas.reports)
+        pool.replicas[0].die()
+        await until(lambda: bool(pool.lost))
+        assert pool.lost == {"a": "Unavailable: the replica that ran this request was lost"}
 
 
 async def test_with_no_other_replica_all_are_told_of() -> None:

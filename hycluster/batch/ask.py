@@ -7,11 +7,26 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
+from hycluster.batch.gate import Gate
+from hycluster.batch.refusal import Reason, RowRefused
 from hycluster.core import Generation, GenerationRequest, ModelCard
-from hycluster.errors import HyclusterError, InvalidInput, JobFailed, Overloaded, Unauthenticated, UnknownModel
+from hycluster.errors import (
+    HyclusterError,
+    InvalidInput,
+    JobFailed,
+    Overloaded,
+    ReplicaLost,
+    RequestFailed,
+    Unauthenticated,
+    UnknownModel,
+)
 
 FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 15.0
+# Replicas in a row that a row may lose among others; the next it must lose alone to be poison.
+LOSSES_BESIDE_OTHERS = 2
+# Times that engines may end one request with an error, while they answer others, before it is refused.
+MOST_FAILURES = 3
 
 T = TypeVar("T")
 
@@ -36,37 +51,83 @@ class Generator(Protocol):
 class Asker:
     """Asks for all rows of one process.
 
+    A row whose replica died is asked again beside the others: replicas die, and innocents were with it. If its
+    replica dies again, it is asked alone from then on. If that one dies too, the row is poison.
+
     Args:
-        retry_s: seconds for which a call is tried again while no engine can serve it.
+        retry_s: seconds for which calls are tried again while no engine answers any of them.
+
+    Attributes:
+        retries: calls made again because an engine failed.
     """
 
     def __init__(self, retry_s: float) -> None:
+        self.retries = 0
         self._retry_s = retry_s
+        self._gate = Gate()
+        self._answers = 0
+        self._failing_since_s: float | None = None
 
     async def __call__(self, name: str, call: Callable[[], Awaitable[T]]) -> T:
-        """Call until there is an answer or ``retry_s`` have passed without one.
+        """Call until there is an answer, or none of all calls got one for ``retry_s``.
 
         Args:
             name: of the row, for errors.
             call: one attempt.
 
         Raises:
+            RowRefused: the row is poison, or the engines end this request with an error and answer others.
             InvalidInput, UnknownModel, Unauthenticated: asking again is of no use.
             JobFailed: no engine could serve it in all that time.
         """
-        give_up_s = time.monotonic() + self._retry_s
         backoff_s = FIRST_BACKOFF_S
+        losses = failures = answers_before = 0
         while True:
+            ask = self._gate.alone if losses >= LOSSES_BESIDE_OTHERS else self._gate.beside_others
             try:
-                return await call()
+                answer = await ask(call)
             except (InvalidInput, UnknownModel, Unauthenticated):
                 raise
-            except (HyclusterError, ConnectionError, TimeoutError) as error:
+            except Overloaded as error:
                 # Being told to wait is no failure: online traffic goes first, for as long as it takes.
-                if time.monotonic() >= give_up_s and not isinstance(error, Overloaded):
-                    raise JobFailed(f"row {name}: no engine could serve it for {self._retry_s:g} s: {error}") from None
-                await asyncio.sleep(getattr(error, "retry_after_s", None) or backoff_s)
-                backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
+                self._failing_since_s = None
+                wait_s = error.retry_after_s or backoff_s
+            except (HyclusterError, ConnectionError, TimeoutError) as error:
+                if isinstance(error, ReplicaLost):
+                    losses += 1
+                    if losses > LOSSES_BESIDE_OTHERS:
+                        raise _poison(losses) from None
+                elif isinstance(error, RequestFailed):
+                    if not failures:
+                        answers_before = self._answers
+                    failures += 1
+                    # An engine that fails everything is not this row's fault.
+                    if failures >= MOST_FAILURES and self._answers > answers_before:
+                        raise RowRefused(Reason.REFUSED, f"{error}, {failures} times") from None
+                self._give_up_after(name, error)
+                self.retries += 1
+                wait_s = getattr(error, "retry_after_s", None) or backoff_s
+            else:
+                self._answers += 1
+                self._failing_since_s = None
+                return answer
+            await asyncio.sleep(wait_s)
+            backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
+
+    def _give_up_after(self, name: str, error: Exception) -> None:
+        now_s = time.monotonic()
+        if self._failing_since_s is None:
+            self._failing_since_s = now_s
+        if now_s - self._failing_since_s >= self._retry_s:
+            why = str(error) or type(error).__name__
+            raise JobFailed(f"row {name}: no engine could serve it for {self._retry_s:g} s: {why}") from None
+
+
+def _poison(losses: int) -> RowRefused:
+    return RowRefused(
+        Reason.POISON,
+        f"{losses} replicas in a row died while they had this row, the last with no other row of this process",
+    )
 
 
 def first_error(errors: BaseException) -> BaseException:

@@ -6,6 +6,7 @@ Layout:
     part-<shard>-<attempt>.parquet              results of one attempt at one shard
     quarantine/part-<shard>-<attempt>.parquet   rows of that attempt that got no result
     _shards/<shard>-<edition>.json              the attempt that counts: created once, first finisher wins
+    _progress.json                              what a running job says of itself, see progress.py
     report.html, report.json                    what it all came to, see page.py and figures.py
     _manifest.json                              all parts that count, written when all shards are done
     _SUCCESS                                    last
@@ -56,7 +57,7 @@ from hycluster.batch.storage import (
 from hycluster.errors import JobFailed, SettingsError
 
 # What is made from the records, beside _job.json, which says whose they are.
-DERIVED = ("_SUCCESS", "_manifest.json", "report.html", "report.json")
+DERIVED = ("_SUCCESS", "_manifest.json", "report.html", "report.json", "_progress.json")
 _ATTEMPT = re.compile(r"part-\d{8}-[0-9a-f]{12}\.parquet")
 _RECORD = re.compile(r"\d{8}-[0-9a-f]{12}\.json")
 

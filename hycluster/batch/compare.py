@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hycluster.batch.corpus import ROW_ID, SHARD
+from hycluster.batch.corpus import REFUSAL, RESULT_COLUMNS, ROW_ID, SHARD
 from hycluster.batch.record import ShardRecord
 
 TOKEN_COLUMNS = ("prompt_tokens", "completion_tokens")
@@ -27,7 +27,7 @@ def differences(part: pa.Table, columns: tuple[str, ...], table: pa.Table, seen:
         table: the shard's input rows with ``row_id``.
         seen: takes the shard's rows that are in this file.
     """
-    inputs = table.drop_columns([SHARD, ROW_ID])
+    inputs = table.drop_columns([name for name in (SHARD, ROW_ID, REFUSAL) if name in table.schema.names])
     for name in (ROW_ID, *columns):
         if part.schema.names.count(name) != 1:
             yield f"must have one column {name!r}"
@@ -44,6 +44,11 @@ def differences(part: pa.Table, columns: tuple[str, ...], table: pa.Table, seen:
     seen.update(rows)
     if any(later < earlier for earlier, later in pairwise(rows)):
         yield "its rows are not in input order"
+    if columns is RESULT_COLUMNS and REFUSAL in table.schema.names:
+        answered = part.column(ROW_ID).filter(pc.is_valid(table.column(REFUSAL)).take(positions))
+        if len(answered):
+            named = ", ".join(answered.slice(0, MOST_ROWS).to_pylist())
+            yield f"{len(answered)} rows that can't be read have a result: {named}"
     if part.schema.names[: inputs.num_columns] != inputs.schema.names:
         yield f"its columns are {part.schema.names}; they must begin with the input's, {inputs.schema.names}"
         return

@@ -7,13 +7,11 @@ plan by arithmetic, so neither rows nor ids are ever held, and the plan costs me
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import accumulate, groupby
 
@@ -21,22 +19,28 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from hycluster.batch.storage import locate, one_line, shown
+from hycluster.batch.decode import Rows, decode, patiently
+from hycluster.batch.listing import Listing, list_files, wanted
+from hycluster.batch.refusal import ColumnRefused, Reason, Refusal
+from hycluster.batch.storage import locate, one_line
 from hycluster.errors import JobFailed, SettingsError
 
 ROW_ID = "row_id"
 # Tells the shards in a block apart; never written out.
 SHARD = "__hycluster_shard"
+# Why a row can't be asked, where that is known already; neither. Only blocks with such rows have this column.
+REFUSAL = "__hycluster_refusal"
+REFUSAL_TYPE = pa.struct([("error_type", pa.string()), ("error_message", pa.string())])
 RESULT_COLUMNS = ("output", "finish_reason", "prompt_tokens", "completion_tokens")
 REFUSAL_COLUMNS = ("error_type", "error_message")
-RESERVED = (ROW_ID, *RESULT_COLUMNS, *REFUSAL_COLUMNS, SHARD)
+RESERVED = (ROW_ID, *RESULT_COLUMNS, *REFUSAL_COLUMNS, SHARD, REFUSAL)
 # Wide rows make smaller shards, so that what is in memory is bounded in bytes too.
 SHARD_BYTES = 16 << 20
 # What one read brings in. A row group that is larger is decoded once a span, so spans are not small.
 SPAN_BYTES = 64 << 20
 SPAN_SHARDS = 64
 FOOTER_READERS = 16
-READ_ROWS = 8192
+FOOTER_BACKOFFS_S = (0.2, 0.4, 0.8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,7 @@ class File:
         row_groups: rows of each.
         data_bytes: uncompressed size of all row groups.
         schema: digest of the schema; equal schemas have equal digests.
+        fault: why none of its rows can be asked. A file that can't be read at all counts as one row.
     """
 
     path: str
@@ -56,10 +61,15 @@ class File:
     row_groups: tuple[int, ...]
     data_bytes: int
     schema: str
+    fault: Refusal | None = None
 
     @property
     def rows(self) -> int:
         return sum(self.row_groups)
+
+    @property
+    def unreadable(self) -> bool:
+        return self.fault is not None and self.fault.error_type == Reason.UNREADABLE_FILE.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +85,10 @@ class Shard:
     def bytes(self) -> int:
         """Rough size in memory."""
         return self.file.data_bytes * self.rows // max(1, self.file.rows)
+
+    def row_id(self, row: int) -> str:
+        """Id of one of its rows, counted from 0; an unreadable file's one row has the file's name."""
+        return self.file.path if self.file.unreadable else f"{self.file.path}#{self.first_row + row}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +112,25 @@ class Plan:
 
     def shards(self) -> Iterator[Shard]:
         """The shards in order, one at a time; the same input gives the same shards."""
-        number = 0
-        for file in self.files:
-            rows = self._rows_a_shard(file)
-            for first_row in range(0, file.rows, rows):
-                yield Shard(number, file, first_row, min(rows, file.rows - first_row))
-                number += 1
+        for first_number, file in self._numbered():
+            yield from self._cut(first_number, file)
+
+    def in_order(self, done: Container[int]) -> Iterator[Shard]:
+        """The shards that are left to do, those of files that are at fault first.
+
+        If they are too many for the job, it ends before any engine has worked for it.
+        """
+        for first_number, file in sorted(
+            self._numbered(), key=lambda pair: (not pair[1].unreadable, not pair[1].fault)
+        ):
+            yield from (shard for shard in self._cut(first_number, file) if shard.number not in done)
+
+    @property
+    def unseen_rows(self) -> int:
+        """How many rows more the unreadable files may have held than they count for, by their size."""
+        readable = [file for file in self.files if not file.unreadable]
+        row_bytes = sum(file.bytes for file in readable) / max(1, sum(file.rows for file in readable))
+        return sum(max(0, round(file.bytes / max(1.0, row_bytes)) - 1) for file in self.files if file.unreadable)
 
     @property
     def shard_count(self) -> int:
@@ -113,7 +140,7 @@ class Plan:
         """Whether a file of that path would be part of this input."""
         if type(filesystem) is not type(self.filesystem) or not path.startswith(f"{self.root}/"):
             return False
-        return _wanted(path[len(self.root) + 1 :], self.pattern)
+        return wanted(path[len(self.root) + 1 :], self.pattern)
 
     def digest(self) -> str:
         """A name for exactly this input, cut in exactly this way."""
@@ -121,6 +148,18 @@ class Plan:
         for file in self.files:
             digest.update(json.dumps([file.path, file.bytes, file.row_groups, file.schema]).encode())
         return digest.hexdigest()
+
+    def _numbered(self) -> Iterator[tuple[int, File]]:
+        """Each file with the number of its first shard."""
+        number = 0
+        for file in self.files:
+            yield number, file
+            number += -(-file.rows // self._rows_a_shard(file))
+
+    def _cut(self, first_number: int, file: File) -> Iterator[Shard]:
+        rows = self._rows_a_shard(file)
+        for place, first_row in enumerate(range(0, file.rows, rows)):
+            yield Shard(first_number + place, file, first_row, min(rows, file.rows - first_row))
 
     def _rows_a_shard(self, file: File) -> int:
         row_bytes = file.data_bytes // max(1, file.rows)
@@ -133,20 +172,23 @@ def plan(path: str, *, shard_rows: int, check: Callable[[pa.Schema, str], None])
     Args:
         path: a Parquet file, a folder (searched for ``*.parquet`` at any depth; names that begin
             with ``.`` or ``_`` are skipped), a glob (``**`` is any depth), or a URI of one of these.
-        check: refuses a schema, given it and the file's name.
+        check: raises ``ColumnRefused``, given a schema and the file's name, if its rows can't be asked.
+
+    Files that can't be read, and those whose columns ``check`` refuses, are part of the plan with their fault.
 
     Raises:
-        SettingsError: nothing there, not Parquet, or a schema is refused.
+        SettingsError: nothing there, no file that can be read, columns refused in every one, or a schema that no
+            file may have.
     """
     filesystem, inner = locate(path, "input.path")
-    try:
-        root, pattern, paths = _list(filesystem, inner, path)
-    except OSError as error:
-        raise SettingsError(f"input.path: {shown(path)!r} can't be read: {one_line(error)}") from None
+    listing = list_files(filesystem, inner, path)
     with ThreadPoolExecutor(FOOTER_READERS) as readers:
-        # Serial for the caller: the first file in order that is wrong is the one that is named.
-        files = tuple(readers.map(partial(_inspect, filesystem, root, check), paths))
-    return Plan(filesystem, root, pattern, files, shard_rows)
+        # In order: the first file that is wrong is the one that is named.
+        files = tuple(readers.map(partial(_inspect, filesystem, listing, check), listing.sizes))
+    faults = [file.fault for file in files if file.fault]
+    if len(faults) == len(files):
+        raise SettingsError(faults[0].error_message)
+    return Plan(filesystem, listing.root, listing.pattern, files, shard_rows)
 
 
 class Span:
@@ -206,10 +248,16 @@ def spans(shards: Iterable[Shard], span_bytes: int = SPAN_BYTES) -> Iterator[Spa
 def read(filesystem: pafs.FileSystem, root: str, shards: Iterable[Shard]) -> Iterator[pa.Table]:
     """One table a shard: the input columns, ``row_id`` and the shard's number.
 
+    Where rows are refused already there is a column ``REFUSAL`` too. Rows that can't be decoded have null in all
+    input columns; a file that can't be read is one row without input columns.
+
     Raises:
-        JobFailed: a file can't be read or is not what it was when the job was planned.
+        JobFailed: a file can't be reached or is not what it was when the job was planned.
     """
     for file, of_file in groupby(shards, lambda shard: shard.file):
+        if file.unreadable:
+            yield from (_named([], shard) for shard in of_file)
+            continue
         try:
             yield from _read_file(filesystem, f"{root}/{file.path}", file, list(of_file))
         except (OSError, pa.ArrowException) as error:
@@ -217,8 +265,11 @@ def read(filesystem: pafs.FileSystem, root: str, shards: Iterable[Shard]) -> Ite
 
 
 def _read_file(filesystem: pafs.FileSystem, path: str, file: File, shards: list[Shard]) -> Iterator[pa.Table]:
-    with filesystem.open_input_file(path) as handle, pq.ParquetFile(handle) as parquet:
-        if _row_groups(parquet.metadata) != file.row_groups:
+    with (
+        patiently(partial(filesystem.open_input_file, path)) as handle,
+        pq.ParquetFile(handle, page_checksum_verification=True) as parquet,
+    ):
+        if handle.size() != file.bytes or _row_groups(parquet.metadata) != file.row_groups:
             raise JobFailed(f"input: {file.path}: has changed since the job was planned")
         ends = list(accumulate(file.row_groups))
         first, last = shards[0].first_row, shards[-1].first_row + shards[-1].rows
@@ -226,16 +277,16 @@ def _read_file(filesystem: pafs.FileSystem, path: str, file: File, shards: list[
         position = ends[groups[0]] - file.row_groups[groups[0]]
         waiting = iter(shards)
         shard = next(waiting)
-        pieces: list[pa.RecordBatch] = []
-        for batch in parquet.iter_batches(READ_ROWS, row_groups=groups):
+        pieces: list[Rows] = []
+        for batch, refusal in decode(handle, parquet, groups):
             while True:
                 begin = max(shard.first_row, position)
                 end = min(shard.first_row + shard.rows, position + batch.num_rows)
                 if begin < end:
-                    pieces.append(batch.slice(begin - position, end - begin))
+                    pieces.append(Rows(batch.slice(begin - position, end - begin), refusal))
                 if end < shard.first_row + shard.rows:
                     break
-                yield _named(pa.Table.from_batches(pieces), shard)
+                yield _named(pieces, shard)
                 pieces = []
                 following = next(waiting, None)
                 if following is None:
@@ -244,71 +295,53 @@ def _read_file(filesystem: pafs.FileSystem, path: str, file: File, shards: list[
             position += batch.num_rows
 
 
-def _named(table: pa.Table, shard: Shard) -> pa.Table:
-    ids = [f"{shard.file.path}#{row}" for row in range(shard.first_row, shard.first_row + shard.rows)]
-    table = table.append_column(ROW_ID, pa.array(ids, pa.string()))
-    return table.append_column(SHARD, pa.repeat(pa.scalar(shard.number, pa.int64()), shard.rows))
-
-
-def _list(filesystem: pafs.FileSystem, inner: str, path: str) -> tuple[str, tuple[str, ...], list[str]]:
-    """The folder that row ids are relative to, the pattern below it, and the files there in order."""
-    info = filesystem.get_file_info(inner)
-    if info.type == pafs.FileType.File:
-        root, _, name = inner.rpartition("/")
-        return root, (name,), [name]
-    pattern: tuple[str, ...]
-    if info.type == pafs.FileType.Directory:
-        root, pattern = inner, ("**", "*.parquet")
-    elif re.search(r"[*?\[]", inner):
-        fixed = re.split(r"[*?\[]", inner, maxsplit=1)[0]
-        root = fixed.rpartition("/")[0]
-        pattern = tuple(inner[len(root) + 1 :].split("/"))
-        if filesystem.get_file_info(root).type != pafs.FileType.Directory:
-            raise SettingsError(f"input.path: {shown(path)!r}: there is no folder {root!r}")
+def _named(pieces: list[Rows], shard: Shard) -> pa.Table:
+    ids = pa.array([shard.row_id(row) for row in range(shard.rows)], pa.string())
+    if pieces:
+        # Batches of nulls are nullable throughout, the others need not be.
+        table = pa.concat_tables([pa.Table.from_batches([rows.batch]) for rows in pieces], promote_options="default")
+        table = table.append_column(ROW_ID, ids)
     else:
-        raise SettingsError(f"input.path: {shown(path)!r}: no such file or folder")
-    below = (
-        found.path[len(root) + 1 :]
-        for found in filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
-        if found.type == pafs.FileType.File
-    )
-    paths = sorted(path for path in below if _wanted(path, pattern))
-    if not paths:
-        what = "no *.parquet file in this folder" if root == inner else "no file matches"
-        raise SettingsError(f"input.path: {shown(path)!r}: {what}")
-    return root, pattern, paths
-
-
-def _wanted(path: str, pattern: tuple[str, ...]) -> bool:
-    parts = tuple(path.split("/"))
-    return _matches(parts, pattern) and not any(part[0] in "._" for part in parts)
-
-
-def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """A glob, folder by folder: ``*`` stays within one, ``**`` is any number of them."""
-    if not pattern:
-        return not parts
-    if pattern[0] == "**":
-        return any(_matches(parts[skipped:], pattern[1:]) for skipped in range(len(parts) + 1))
-    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+        table = pa.table({ROW_ID: ids})
+    table = table.append_column(SHARD, pa.repeat(pa.scalar(shard.number, pa.int64()), shard.rows))
+    fault = shard.file.fault
+    if fault is None and not any(rows.refusal for rows in pieces):
+        return table
+    # Rows that can't be read say so, whatever else is wrong with their file.
+    refusals = [(rows.refusal or fault, rows.batch.num_rows) for rows in pieces] or [(fault, shard.rows)]
+    marks = [asdict(refusal) if refusal else None for refusal, rows in refusals for _ in range(rows)]
+    return table.append_column(REFUSAL, pa.array(marks, REFUSAL_TYPE))
 
 
 def _row_groups(metadata: pq.FileMetaData) -> tuple[int, ...]:
     return tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
 
 
-def _inspect(filesystem: pafs.FileSystem, root: str, check: Callable[[pa.Schema, str], None], path: str) -> File:
+def _inspect(
+    filesystem: pafs.FileSystem,
+    listing: Listing,
+    check: Callable[[pa.Schema, str], None],
+    path: str,
+) -> File:
     try:
-        with filesystem.open_input_file(f"{root}/{path}") as handle:
-            size = handle.size()
-            with pq.ParquetFile(handle) as parquet:
-                schema, metadata = parquet.schema_arrow, parquet.metadata
+        size, schema, metadata = patiently(partial(_footer, filesystem, f"{listing.root}/{path}"), FOOTER_BACKOFFS_S)
     except (OSError, pa.ArrowException) as error:
-        raise SettingsError(f"input: {path}: is not a readable Parquet file: {one_line(error)}") from None
+        message = f"input: {path}: is not a readable Parquet file: {one_line(error)}"
+        # One row, which stands for however many there are.
+        return File(path, listing.sizes[path], (1,), 0, "", Refusal(Reason.UNREADABLE_FILE.value, message))
     for column in schema.names:
         if column in RESERVED:
             raise SettingsError(f"input: {path}: column {column!r} has a name that the output uses; rename it")
-    check(schema, f"input: {path}")
+    fault = None
+    try:
+        check(schema, f"input: {path}")
+    except ColumnRefused as refused:
+        fault = Refusal(refused.reason.value, refused.message)
     data_bytes = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
     digest = hashlib.sha256(schema.serialize().to_pybytes()).hexdigest()[:16]
-    return File(path, size, _row_groups(metadata), data_bytes, digest)
+    return File(path, size, _row_groups(metadata), data_bytes, digest, fault)
+
+
+def _footer(filesystem: pafs.FileSystem, path: str) -> tuple[int, pa.Schema, pq.FileMetaData]:
+    with filesystem.open_input_file(path) as handle, pq.ParquetFile(handle) as parquet:
+        return handle.size(), parquet.schema_arrow, parquet.metadata

@@ -11,18 +11,19 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
 from hycluster.batch.ask import first_error
 from hycluster.batch.commit import Output
-from hycluster.batch.corpus import ROW_ID, SHARD
+from hycluster.batch.corpus import REFUSAL, ROW_ID, SHARD
 from hycluster.batch.record import ShardRecord
-from hycluster.batch.report import Totals
+from hycluster.batch.refusal import Reason, Refusal, RowRefused, refusal_of
+from hycluster.batch.report import Progress, Totals
 from hycluster.batch.task import Answer, OpenTask, Task
 from hycluster.errors import HyclusterError, InvalidInput, JobFailed, SettingsError, Unauthenticated, UnknownModel
 
@@ -31,15 +32,7 @@ BLOCKS_AT_ONCE = 4
 REPORT_EVERY_S = 1.0
 
 
-Report = Callable[[str, Totals], Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """A row for the quarantine: it can't be asked, or the engine says that its input is wrong."""
-
-    error_type: str
-    error_message: str
+Report = Callable[[str, Progress], Any]
 
 
 class Generate:
@@ -47,7 +40,7 @@ class Generate:
 
     Args:
         open_task: opens the task, once in each process; must be picklable.
-        report: takes this process' name and its totals, at most once a second.
+        report: takes this process' name and its progress, about once a second.
         name: what the ids of all requests begin with.
         slots: most rows in the engines at once.
     """
@@ -58,7 +51,9 @@ class Generate:
         self._report = report
         self._name = name
         self._process = uuid.uuid4().hex
-        self._totals = Totals()
+        self._done = Totals()
+        self._reasons: Counter[str] = Counter()
+        self._in_flight = 0
         self._reported_s = 0.0
         self._slots = asyncio.Semaphore(slots)
         self._feeding = asyncio.Lock()
@@ -78,7 +73,7 @@ class Generate:
         except* Exception as errors:
             raise _first(errors) from None
         finally:
-            self._report(self._process, self._totals)
+            self._tell()
         return pa.table({"record": pa.array([task.result().to_json() for task in commits], pa.string())})
 
     async def _feed(self, block: pa.Table, start: Callable[..., asyncio.Task[Any]]) -> list[asyncio.Task[ShardRecord]]:
@@ -94,14 +89,19 @@ class Generate:
     ) -> asyncio.Task[ShardRecord]:
         number = _number(shard)
         shard = shard.drop_columns([SHARD])
-        rows: list[asyncio.Task[Answer | Refusal]] = []
+        rows: list[asyncio.Task[Answer | Refusal] | Refusal] = []
         begun_at = time.time()
         if record is None:
             task = await self._open()
             begun_at = time.time()
-            for position in range(shard.num_rows):
-                await self._slots.acquire()
-                rows.append(start(self._row(task, shard, position)))
+            for position, refusal in enumerate(_refusals(shard)):
+                if refusal:
+                    self._count(refusal)
+                    rows.append(refusal)
+                else:
+                    await self._slots.acquire()
+                    self._in_flight += 1
+                    rows.append(start(self._row(task, shard, position)))
         return start(self._commit(number, shard, rows, record, begun_at))
 
     async def _row(self, task: Task, shard: pa.Table, position: int) -> Answer | Refusal:
@@ -109,14 +109,15 @@ class Generate:
             row_id = shard.column(ROW_ID)[position].as_py()
             answer: Answer | Refusal
             try:
-                row = {name: shard.column(name)[position].as_py() for name in task.columns}
+                row = {name: _value(shard, name, position) for name in task.columns}
                 answer = await task.answer(row, f"{self._name}-{row_id}")
             except SettingsError:
                 # Wrong for every row.
                 raise
-            except (InvalidInput, UnicodeDecodeError) as error:
-                answer = Refusal(type(error).__name__, str(error))
+            except (InvalidInput, UnicodeError) as error:
+                answer = refusal_of(error)
         finally:
+            self._in_flight -= 1
             self._slots.release()
         self._count(answer)
         return answer
@@ -125,16 +126,19 @@ class Generate:
         self,
         number: int,
         shard: pa.Table,
-        rows: list[asyncio.Task[Answer | Refusal]],
+        rows: list[asyncio.Task[Answer | Refusal] | Refusal],
         record: ShardRecord | None,
         begun_at: float,
     ) -> ShardRecord:
         if record is not None:
             return record
-        answers = [await row for row in rows]
+        answers = [row if isinstance(row, Refusal) else await row for row in rows]
         extra_columns = self._task.extra_columns if self._task else ()
         results, quarantined = split(shard, answers, extra_columns)
         first = shard.column(ROW_ID)[0].as_py()
+        if isinstance(answers[0], Refusal) and answers[0].error_type == Reason.UNREADABLE_FILE.value:
+            # This row has the name of its file; the record says where a shard begins.
+            first = f"{first}#0"
         return await asyncio.to_thread(self._output.commit, number, first, results, quarantined, begun_at=begun_at)
 
     async def _open(self) -> Task:
@@ -146,18 +150,25 @@ class Generate:
 
     def _count(self, answer: Answer | Refusal) -> None:
         if isinstance(answer, Answer):
-            self._totals += Totals(1, 0, answer.prompt_tokens, answer.completion_tokens)
+            self._done += Totals(1, 0, answer.prompt_tokens, answer.completion_tokens)
         else:
-            self._totals += Totals(1, 1)
+            self._done += Totals(1, 1)
+            self._reasons[answer.error_type] += 1
         if time.monotonic() - self._reported_s >= REPORT_EVERY_S:
-            self._reported_s = time.monotonic()
-            self._report(self._process, self._totals)
+            self._tell()
+
+    def _tell(self) -> None:
+        self._reported_s = time.monotonic()
+        retries = self._task.ask.retries if self._task else 0
+        self._report(self._process, Progress(self._done, self._in_flight, retries, dict(self._reasons)))
 
 
 def split(
     shard: pa.Table, answers: list[Answer | Refusal], extra_columns: Sequence[str] = ()
 ) -> tuple[pa.Table, pa.Table]:
     """The finished rows and the quarantined ones, each in input order, input columns unchanged."""
+    if REFUSAL in shard.schema.names:
+        shard = shard.drop_columns([REFUSAL])
     results = shard.filter(pa.array([isinstance(answer, Answer) for answer in answers], pa.bool_()))
     finished = [answer for answer in answers if isinstance(answer, Answer)]
     for name, kind in (
@@ -175,6 +186,23 @@ def split(
         values = [getattr(answer, name) for answer in answers if isinstance(answer, Refusal)]
         quarantined = quarantined.append_column(name, pa.array(values, pa.string()))
     return results, quarantined
+
+
+def _refusals(shard: pa.Table) -> list[Refusal | None]:
+    """By row, why it can't be asked, where that was found when it was read."""
+    if REFUSAL not in shard.schema.names:
+        return [None] * shard.num_rows
+    return [Refusal(**refusal) if refusal else None for refusal in shard.column(REFUSAL).to_pylist()]
+
+
+def _value(shard: pa.Table, name: str, position: int) -> Any:
+    try:
+        return shard.column(name)[position].as_py()
+    except UnicodeError:
+        raise
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        # Such as a date that is out of Python's range.
+        raise RowRefused(Reason.WRONG_TYPE, f"{name}: is no value that a prompt can take: {error}") from None
 
 
 def _shards(block: pa.Table) -> Iterator[pa.Table]:

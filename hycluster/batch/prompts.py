@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.types as pat
 
 from hycluster.batch.job import Job
-from hycluster.errors import InvalidInput, SettingsError
+from hycluster.batch.refusal import ColumnRefused, Reason, RowRefused
+from hycluster.errors import SettingsError
 
 Messages = list[dict[str, Any]]
 Row = Mapping[str, Any]
@@ -76,14 +77,15 @@ class Prompt(Protocol):
         """OpenAI's chat messages for one row, given the values of ``columns``.
 
         Raises:
-            InvalidInput: this row can't be asked: a value is null, empty or no chat.
+            RowRefused: this row can't be asked: a value is null, empty or no chat.
         """
 
     def check(self, schema: pa.Schema, where: str) -> None:
         """Refuse a schema whose rows can't be asked.
 
         Raises:
-            SettingsError: names the file (``where``), the column and what there is.
+            ColumnRefused: names the file (``where``), the column and what there is.
+            SettingsError: the schema is one that no file may have.
         """
 
 
@@ -159,14 +161,14 @@ class TemplatePrompt:
             if column is not None:
                 value = row[column]
                 if value is None:
-                    raise InvalidInput(f"{column}: is null")
+                    raise RowRefused(Reason.NULL_VALUE, f"{column}: is null")
                 text = value if isinstance(value, str) else str(value)
                 if column in self._strings and not text.strip():
-                    raise InvalidInput(f"{column}: is empty")
+                    raise RowRefused(Reason.EMPTY_VALUE, f"{column}: is empty")
                 pieces.append(text)
         content = "".join(pieces)
         if not content.strip():
-            raise InvalidInput("prompt: is empty for this row")
+            raise RowRefused(Reason.EMPTY_VALUE, "prompt: is empty for this row")
         return [{"role": "user", "content": content}]
 
     def check(self, schema: pa.Schema, where: str) -> None:
@@ -176,9 +178,11 @@ class TemplatePrompt:
         for column in self.columns:
             kind = column_type(schema, column, where)
             if column in self._strings and not _is_string(kind):
-                raise SettingsError(f"{where}: column {column!r} is {kind}; must be string")
+                raise ColumnRefused(Reason.WRONG_TYPE, f"{where}: column {column!r} is {kind}; must be string")
             if pat.is_nested(kind) or pat.is_binary(kind) or pat.is_large_binary(kind):
-                raise SettingsError(f"{where}: column {column!r} is {kind}; a template takes text, numbers and dates")
+                raise ColumnRefused(
+                    Reason.WRONG_TYPE, f"{where}: column {column!r} is {kind}; a template takes text, numbers and dates"
+                )
 
 
 class ChatPrompt:
@@ -191,19 +195,21 @@ class ChatPrompt:
         (column,) = self.columns
         value = row[column]
         if value is None:
-            raise InvalidInput(f"{column}: is null")
+            raise RowRefused(Reason.NULL_VALUE, f"{column}: is null")
         if isinstance(value, str):
             try:
                 value = json.loads(value)
-            except ValueError as error:
-                raise InvalidInput(f"{column}: is not JSON: {error}") from None
+            except (ValueError, RecursionError) as error:
+                raise RowRefused(Reason.INVALID_MESSAGES, f"{column}: is not JSON: {error}") from None
         if not isinstance(value, list) or not value:
-            raise InvalidInput(f"{column}: must be a list of messages that is not empty")
+            raise RowRefused(Reason.INVALID_MESSAGES, f"{column}: must be a list of messages that is not empty")
         for position, message in enumerate(value):
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                raise InvalidInput(f"{column}: message {position} must have a role and a content")
+                raise RowRefused(
+                    Reason.INVALID_MESSAGES, f"{column}: message {position} must have a role and a content"
+                )
             if message.get("content") is None:
-                raise InvalidInput(f"{column}: message {position} has no content")
+                raise RowRefused(Reason.INVALID_MESSAGES, f"{column}: message {position} has no content")
         # A struct column gives every message every field; those left null were never said.
         return [{key: item for key, item in message.items() if item is not None} for message in value]
 
@@ -214,8 +220,9 @@ class ChatPrompt:
             return
         is_list = pat.is_list(kind) or pat.is_large_list(kind)
         if not is_list or not pat.is_struct(kind.value_type) or _lacks(kind.value_type, "role", "content"):
-            raise SettingsError(
-                f"{where}: column {column!r} is {kind}; must be list<struct<role, content>> or JSON text"
+            raise ColumnRefused(
+                Reason.WRONG_TYPE,
+                f"{where}: column {column!r} is {kind}; must be list<struct<role, content>> or JSON text",
             )
 
 
@@ -223,12 +230,15 @@ def column_type(schema: pa.Schema, column: str, where: str) -> pa.DataType:
     """Type of a column of the input; a dictionary column has the type of its values.
 
     Raises:
-        SettingsError: there is none, or there are two.
+        ColumnRefused: there is none.
+        SettingsError: there are two.
     """
     found = schema.get_all_field_indices(column)
-    if len(found) != 1:
-        said = "no column" if not found else f"{len(found)} columns named"
-        raise SettingsError(f"{where}: {said} {column!r}; there are {', '.join(schema.names) or 'none'}")
+    if not found:
+        there = ", ".join(schema.names) or "none"
+        raise ColumnRefused(Reason.MISSING_COLUMN, f"{where}: no column {column!r}; there are {there}")
+    if len(found) > 1:
+        raise SettingsError(f"{where}: {len(found)} columns named {column!r}; there are {', '.join(schema.names)}")
     kind = schema.field(found[0]).type
     return kind.value_type if pat.is_dictionary(kind) else kind
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
 
 LINE_EVERY_S = 5.0
@@ -36,17 +38,42 @@ class Totals:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What one run of a job has done so far, committed or not; what processes say of themselves adds up.
+
+    Attributes:
+        done: rows that are through, and their tokens.
+        in_flight: rows in the engines now.
+        retries: calls made again because an engine failed.
+        reasons: quarantined rows by ``error_type``.
+    """
+
+    done: Totals = Totals()
+    in_flight: int = 0
+    retries: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+
+    def __add__(self, other: Progress) -> Progress:
+        return Progress(
+            self.done + other.done,
+            self.in_flight + other.in_flight,
+            self.retries + other.retries,
+            dict(Counter(self.reasons) + Counter(other.reasons)),
+        )
+
+
 class JobProgress:
     """Run as a Ray actor: what each generate process has done so far, by its own last word."""
 
     def __init__(self) -> None:
-        self._said: dict[str, Totals] = {}
+        self._said: dict[str, Progress] = {}
 
-    def report(self, process: str, totals: Totals) -> None:
-        self._said[process] = totals
+    def report(self, process: str, progress: Progress) -> None:
+        self._said[process] = progress
 
-    def total(self) -> Totals:
-        return sum(self._said.values(), Totals())
+    def total(self) -> Progress:
+        return sum(self._said.values(), Progress())
 
 
 class Reporter:
@@ -58,7 +85,7 @@ class Reporter:
         poll: what this run has done so far; called about twice a second.
     """
 
-    def __init__(self, name: str, rows: int, earlier: int, poll: Callable[[], Totals], console: Console) -> None:
+    def __init__(self, name: str, rows: int, earlier: int, poll: Callable[[], Progress], console: Console) -> None:
         self._name = name
         self._rows = rows
         self._earlier = earlier
@@ -87,7 +114,7 @@ class Reporter:
             TextColumn("{task.fields[rates]}"),
             TimeElapsedColumn(),
         )
-        with Progress(*columns, console=self._console) as progress:
+        with Bar(*columns, console=self._console) as progress:
             bar = progress.add_task(self._name, total=self._rows, completed=self._earlier, rates="")
             while True:
                 last = self._stop.wait(BAR_EVERY_S)
@@ -102,14 +129,17 @@ class Reporter:
             self._console.print(f"{self._name}: {rows}/{self._rows} rows, {rates}", highlight=False, soft_wrap=True)
 
     def _state(self) -> tuple[int, str]:
-        now = self._poll()
+        progress = self._poll()
+        now = progress.done
         seconds = time.monotonic() - self._begun_s
         # A shard that was done twice was counted twice; the bar must not pass its end.
         rows = min(self._rows, self._earlier + now.rows)
         rate = now.rows / seconds
         eta = duration((self._rows - rows) / rate) if rate else "?"
         quarantined = f", {now.quarantined} quarantined" if now.quarantined else ""
-        return rows, f"{rate:.1f} rows/s, {now.completion_tokens / seconds:.1f} tokens/s, ETA {eta}{quarantined}"
+        retries = f", {progress.retries} retries" if progress.retries else ""
+        rates = f"{rate:.1f} rows/s, {now.completion_tokens / seconds:.1f} tokens/s, ETA {eta}"
+        return rows, f"{rates}{quarantined}{retries}"
 
 
 def summarize(console: Console, title: str, all_time: Totals, this_run: Totals, seconds: float) -> None:

@@ -24,15 +24,20 @@ from hycluster.batch.figures import write_report
 from hycluster.batch.identity import Identity, identity
 from hycluster.batch.job import Job
 from hycluster.batch.lease import Lease
+from hycluster.batch.limit import check_quarantine
+from hycluster.batch.progress import Teller
 from hycluster.batch.prompts import prompt_of
 from hycluster.batch.record import ShardRecord
-from hycluster.batch.report import JobProgress, Reporter, Totals, summarize
+from hycluster.batch.report import JobProgress, Progress, Reporter, Totals, summarize
 from hycluster.batch.storage import one_line, shown
 from hycluster.batch.task import Connect
 from hycluster.config import Settings
-from hycluster.errors import HyclusterError, JobFailed, SettingsError, TooManyQuarantined, UnknownModel
+from hycluster.errors import HyclusterError, JobFailed, SettingsError, UnknownModel
 
 Engines = Callable[[Job, Settings | None], AbstractContextManager[Connect]]
+# Files at fault that are named when a job begins.
+MOST_FAULTS = 10
+PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
 log = logging.getLogger(__name__)
 
 
@@ -56,6 +61,7 @@ def run_job(
     begun_s = time.monotonic()
     prompt = prompt_of(job)
     corpus = plan(job.input.path, shard_rows=job.shard_rows, check=prompt.check)
+    _say_faults(corpus, console)
     output = Output(job.output.path)
     if output.is_input(corpus):
         raise SettingsError(
@@ -67,7 +73,7 @@ def run_job(
         _say_done(job, console)
         return
     earlier = Totals() if replaces else _totals(output.records())
-    _check_quarantine(job, corpus, earlier)
+    check_quarantine(job, corpus, earlier)
     output.check_store()
     with Lease(job.output.path) as lease:
         # Now, so that nobody waits for engines in vain; taken only when there is something to write.
@@ -85,10 +91,11 @@ def run_job(
             committed = _totals(output.records())
             if committed.rows != corpus.rows:
                 raise JobFailed(f"{committed.rows} of {corpus.rows} rows are committed; run the same command again")
-            _check_quarantine(job, corpus, committed)
+            check_quarantine(job, corpus, committed)
             write_report(job.output.path)
             lease.renew()
             lease.check()
+            Teller(job.output.path, output.edition(), 0).end()
             output.finish(mine, asdict(committed))
         except HyclusterError:
             raise
@@ -111,8 +118,16 @@ def _claim(output: Output, mine: Identity, lease: Lease, overwrite: bool) -> boo
     return output.claim(mine)
 
 
+def _say_faults(corpus: Plan, console: Console) -> None:
+    faults = [file.fault for file in corpus.files if file.fault]
+    for fault in faults[:MOST_FAULTS]:
+        console.print(f"quarantined: {fault.error_type}: {fault.error_message}", **PLAIN)
+    if len(faults) > MOST_FAULTS:
+        console.print(f"and {len(faults) - MOST_FAULTS} more files", **PLAIN)
+
+
 def _say_done(job: Job, console: Console) -> None:
-    console.print(f"{job.name}: already done: {shown(job.output.path)}", highlight=False, soft_wrap=True)
+    console.print(f"{job.name}: already done: {shown(job.output.path)}", **PLAIN)
 
 
 @contextmanager
@@ -144,7 +159,8 @@ def _open_generator(directory: str, model: str) -> AbstractAsyncContextManager[G
     """Runs where the rows are; the driver has no need of vLLM."""
     from hycluster.generation import open_generator
 
-    return open_generator(directory, model)
+    # Every loss of a replica is told: who asks for the rows (ask.py) finds the one that kills.
+    return open_generator(directory, model, moves=0)
 
 
 def _generate(
@@ -158,20 +174,21 @@ def _generate(
 
     progress: Any = ray.remote(num_cpus=0, max_restarts=-1)(JobProgress).remote()
 
-    def so_far() -> Totals:
-        totals: Totals = ray.get(progress.total.remote())
-        return totals
+    teller = Teller(job.output.path, output.edition(), earlier.rows)
 
-    done = output.done()
-    pending = (shard for shard in corpus.shards() if shard.number not in done)
-    stream = stream_records(corpus, pending, job, output, connect, progress)
+    def so_far() -> Progress:
+        said: Progress = ray.get(progress.total.remote())
+        teller.tell(said)
+        return said
+
+    stream = stream_records(corpus, corpus.in_order(output.done()), job, output, connect, progress)
     seen = earlier
     try:
         with Reporter(job.name, corpus.rows, earlier.rows, so_far, console):
             for record in stream:
                 lease.check()
                 seen += _totals(iter([record]))
-                _check_quarantine(job, corpus, seen)
+                check_quarantine(job, corpus, seen)
     except RayTaskError as error:
         cause = error.cause
         log.debug("the job failed", exc_info=True)
@@ -186,16 +203,3 @@ def _generate(
 
 def _totals(records: Iterator[ShardRecord]) -> Totals:
     return sum((Totals(r.rows, r.quarantined, r.prompt_tokens, r.completion_tokens) for r in records), Totals())
-
-
-def _check_quarantine(job: Job, corpus: Plan, so_far: Totals) -> None:
-    """Stop as soon as the limit can't be kept any more, whatever the rest brings.
-
-    Raises:
-        TooManyQuarantined: says how many, how many are allowed, and where they are.
-    """
-    if so_far.quarantined > job.max_quarantined_fraction * corpus.rows:
-        raise TooManyQuarantined(
-            f"max_quarantined_fraction: {so_far.quarantined} of {corpus.rows} rows are quarantined, more than "
-            f"{job.max_quarantined_fraction:g} of them; see {shown(job.output.path).rstrip('/')}/quarantine"
-        )

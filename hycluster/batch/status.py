@@ -1,7 +1,7 @@
 """How far a job is, from the files of its output alone: from any machine, with or without its cluster.
 
-A refresh reads the records that it has not read yet, so that it costs what is new, not what is done. What is
-in the engines and not committed yet is not seen here; rates are those of the shards committed last.
+A refresh reads the records that it has not read yet, so that it costs what is new, not what is done. Rates are
+those of the shards committed last. What is not committed yet is what the job itself said last (progress.py).
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from rich.table import Table
 
 from hycluster.batch.commit import Output
 from hycluster.batch.compact import ShardSet
+from hycluster.batch.progress import SILENT_S, Word, last_word
 from hycluster.batch.record import ShardRecord
-from hycluster.batch.report import LINE_EVERY_S, Totals, duration
+from hycluster.batch.report import LINE_EVERY_S, Progress, Totals, duration
 from hycluster.batch.storage import exists, locate, one_line, read_json, shown
 from hycluster.errors import SettingsError
 
@@ -46,6 +47,7 @@ class Status:
         rows_per_s, tokens_per_s: recent rates (tokens are completion tokens); None until they are known.
         eta_s: seconds until the last row at that rate; None if unknown or finished.
         committed_at: of the last shard, seconds since the epoch; None before the first.
+        word: what the job said last; None if it has finished or said nothing yet.
     """
 
     output: str
@@ -58,6 +60,14 @@ class Status:
     tokens_per_s: float | None
     eta_s: float | None
     committed_at: float | None
+    word: Word | None = None
+
+    @property
+    def rows_through(self) -> int:
+        """Rows that have a result or are quarantined, those of shards that are not committed yet among them."""
+        said = self.word.earlier_rows + self.word.progress.done.rows if self.word else 0
+        # A shard that was done twice was counted twice.
+        return min(self.rows, max(self.done.rows, said))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,23 +75,45 @@ class Status:
     def cells(self) -> list[tuple[str, str]]:
         """Label and value pairs for those who read."""
         shards = "?" if self.shards is None else str(self.shards)
-        if self.finished:
-            state = "finished"
-        elif self.committed_at is None:
-            state = "nothing committed yet"
-        else:
-            state = f"not finished, last commit {duration(max(0.0, time.time() - self.committed_at))} ago"
         return [
-            ("state", state),
+            ("state", self._state()),
             ("shards", f"{self.shards_done}/{shards}"),
-            ("rows", f"{self.done.rows}/{self.rows}"),
-            ("quarantined", str(self.done.quarantined)),
+            ("rows", f"{self.rows_through}/{self.rows}"),
+            *(self._said() if self.word else []),
+            ("quarantined", self._quarantined()),
             ("prompt tokens", str(self.done.prompt_tokens)),
             ("completion tokens", str(self.done.completion_tokens)),
             ("rows/s", _number(self.rows_per_s)),
             ("tokens/s", _number(self.tokens_per_s)),
             ("ETA", "-" if self.eta_s is None else duration(self.eta_s)),
         ]
+
+    def _said(self) -> list[tuple[str, str]]:
+        progress = self.word.progress if self.word else Progress()
+        return [
+            ("of these committed", str(self.done.rows)),
+            ("in flight", str(progress.in_flight)),
+            ("retries", str(progress.retries)),
+        ]
+
+    def _quarantined(self) -> str:
+        progress = self.word.progress if self.word else Progress()
+        rows = max(self.done.quarantined, progress.done.quarantined)
+        reasons = " ".join(f"{name} {count}" for name, count in sorted(progress.reasons.items()))
+        return f"{rows} (this run: {reasons})" if reasons else str(rows)
+
+    def _state(self) -> str:
+        if self.finished:
+            return "finished"
+        age = "nothing committed yet"
+        if self.committed_at is not None:
+            age = f"last commit {duration(max(0.0, time.time() - self.committed_at))} ago"
+        if self.word is None:
+            return age if self.committed_at is None else f"not finished, {age}"
+        silent_s = max(0.0, time.time() - self.word.told_at)
+        if silent_s > SILENT_S:
+            return f"stopped, last heard of {duration(silent_s)} ago; its own command resumes it"
+        return f"running, {age}"
 
     def line(self) -> str:
         return ", ".join(f"{label} {value}" for label, value in self.cells())
@@ -117,6 +149,7 @@ class Watcher:
         # Before the records: what is finished has them all.
         finished = exists(self._filesystem, f"{self._root}/_SUCCESS")
         new = self._output.done() - self._seen
+        word = None if finished else last_word(self._filesystem, self._root, edition)
         for record in self._records(new):
             self._seen.add(record.shard)
             self._done += Totals(record.rows, record.quarantined, record.prompt_tokens, record.completion_tokens)
@@ -137,6 +170,7 @@ class Watcher:
             tokens_per_s=rates[1] if rates else None,
             eta_s=left / rates[0] if rates and rates[0] and not finished else None,
             committed_at=max(self._recent).committed_at if self._recent else None,
+            word=word,
         )
 
     def _job(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from hycluster.batch.corpus import SPAN_BYTES, Plan, Shard, Span, read, spans
 from hycluster.batch.generate import BLOCKS_AT_ONCE, Generate
 from hycluster.batch.job import Job
 from hycluster.batch.record import ShardRecord
-from hycluster.batch.report import Totals
+from hycluster.batch.report import Progress
 from hycluster.batch.task import Connect, open_task
 
 READERS = 4
@@ -102,12 +102,13 @@ def _records(
 
 
 def _read(filesystem: Any, root: str, span: Span) -> list[pa.Table]:
-    return [pa.concat_tables(read(filesystem, root, span))]
+    # Shards with rows that can't be asked have a column more.
+    return [pa.concat_tables(read(filesystem, root, span), promote_options="default")]
 
 
 def _metadata(span: Span) -> BlockMetadata:
     return BlockMetadata(num_rows=span.rows, size_bytes=span.bytes, input_files=None, exec_stats=None)
 
 
-def _report(progress: Any, process: str, totals: Totals) -> None:
-    progress.report.remote(process, totals)
+def _report(progress: Any, process: str, said: Progress) -> None:
+    progress.report.remote(process, said)

@@ -35,10 +35,12 @@ class Task(Protocol):
     Attributes:
         columns: the input columns that it reads.
         extra_columns: string columns that it adds to the usual ones.
+        ask: makes its calls.
     """
 
     columns: tuple[str, ...]
     extra_columns: tuple[str, ...]
+    ask: Asker
 
     async def answer(self, row: Row, request_id: str) -> Answer:
         """Answer one row, given the values of ``columns``. The row holds a slot meanwhile.
@@ -100,6 +102,7 @@ class LongText:
         (column,) = chat.columns
         self.columns: tuple[str, ...] = chat.columns
         self.extra_columns: tuple[str, ...] = (TREE,) if settings.keep_tree else ()
+        self.ask = chat.ask
         self._chat = chat
         self._slots = slots
         self._summarizer = Summarizer(

@@ -214,7 +214,7 @@ class _Verification:
         wrong = {"missing": [r for r in range(shard.rows) if not seen[r]], "doubled": [r for r in seen if seen[r] > 1]}
         for what, rows in wrong.items():
             if rows:
-                ids = ", ".join(f"{shard.file.path}#{shard.first_row + row}" for row in rows[:MOST_ROWS])
+                ids = ", ".join(shard.row_id(row) for row in rows[:MOST_ROWS])
                 more = f" and {len(rows) - MOST_ROWS} more" if len(rows) > MOST_ROWS else ""
                 faults.append(f"{len(rows)} rows {what}: {ids}{more}")
         return read_bytes, faults

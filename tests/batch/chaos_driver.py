@@ -138,7 +138,7 @@ def _generate_here(log: Path) -> Callable[..., None]:
 
         async def work() -> None:
             for span in spans(pending, SPAN_BYTES):
-                await actor(pa.concat_tables(read(corpus.filesystem, corpus.root, span)))
+                await actor(pa.concat_tables(read(corpus.filesystem, corpus.root, span), promote_options="default"))
 
         asyncio.run(work())
 

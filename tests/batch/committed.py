@@ -12,11 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hycluster.batch.commit import Output
-from hycluster.batch.corpus import SHARD, Shard, plan, read, spans
-from hycluster.batch.generate import Refusal, split
+from hycluster.batch.corpus import REFUSAL, SHARD, Shard, plan, read, spans
+from hycluster.batch.generate import split
 from hycluster.batch.identity import identity
 from hycluster.batch.job import Job
 from hycluster.batch.prompts import prompt_of
+from hycluster.batch.refusal import Refusal
 from hycluster.batch.report import Totals
 from hycluster.batch.task import Answer
 
@@ -24,7 +25,7 @@ from hycluster.batch.task import Answer
 def answered(text: str | None) -> Answer | Refusal:
     """In capitals, a token a word; a row without text is refused."""
     if text is None:
-        return Refusal("InvalidInput", "text: is null")
+        return Refusal("NullValue", "text: is null")
     return Answer(text.upper(), "stop" if text else "length", 1 + len(text.split()), len(text.split()))
 
 
@@ -38,7 +39,10 @@ def commit_all(job: Job, *, first: int | None = None, finish: bool = True, begun
     shards: list[Shard] = list(corpus.shards())[:first]
     for span in spans(shards):
         for shard, table in zip(span, read(corpus.filesystem, corpus.root, span), strict=True):
-            results, refused = split(table.drop_columns([SHARD]), [answered(t) for t in table["text"].to_pylist()])
+            marks = table[REFUSAL].to_pylist() if REFUSAL in table.schema.names else [None] * table.num_rows
+            texts = table["text"].to_pylist() if "text" in table.schema.names else [None] * table.num_rows
+            answers = [Refusal(**mark) if mark else answered(text) for mark, text in zip(marks, texts, strict=True)]
+            results, refused = split(table.drop_columns([SHARD]), answers)
             row_id = f"{shard.file.path}#{shard.first_row}"
             r = output.commit(shard.number, row_id, results, refused, begun_at=begun_at + shard.number)
             totals += Totals(r.rows, r.quarantined, r.prompt_tokens, r.completion_tokens)

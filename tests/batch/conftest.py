@@ -71,7 +71,17 @@ def write_texts(path: Path, texts: Sequence[str | None], **options: Any) -> None
     pq.write_table(table, path, **options)
 
 
-def broken_utf8(texts: Sequence[bytes]) -> pa.Array:
+def broken_utf8(texts: Sequence[bytes | None]) -> pa.Array:
     """A string column whose bytes are taken as they are."""
     binary = pa.array(texts, pa.binary())
     return pa.Array.from_buffers(pa.string(), len(binary), binary.buffers())
+
+
+def damage(path: Path, group: int, column: int) -> None:
+    """Turn bytes over in the middle of one column of one row group; the footer and the size stay."""
+    chunk = pq.ParquetFile(path).metadata.row_group(group).column(column)
+    begin = min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)
+    middle = begin + chunk.total_compressed_size // 2
+    data = bytearray(path.read_bytes())
+    data[middle : middle + 40] = bytes(byte ^ 0xFF for byte in data[middle : middle + 40])
+    path.write_bytes(data)

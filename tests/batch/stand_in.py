@@ -13,13 +13,14 @@ from typing import Any
 
 from hycluster.batch.task import Connect
 from hycluster.core import Generation, GenerationRequest, ModelCard, Output, Priority, Usage
-from hycluster.errors import InvalidInput, Unavailable
+from hycluster.errors import InvalidInput, PromptTooLong, ReplicaLost, Unavailable
 
 
 class StandInGenerator:
     """Answers in capitals, one token a word, at most ``max_tokens`` words.
 
-    Behaviour by what the prompt holds: ``refuse`` is invalid input; ``die FILE`` fails while FILE
+    Behaviour by what the prompt holds: ``refuse`` is invalid input; ``overlong`` has no room in the context;
+    ``poison`` loses its replica; ``die FILE`` fails while FILE
     exists; ``kill FILE`` takes its process along, once; the rest is answered after a moment, out of order.
     """
 
@@ -60,6 +61,10 @@ class StandInGenerator:
         await asyncio.sleep(0.001 * (hash(request_id) % 5))
         if "refuse" in text:
             raise InvalidInput("prompt: refused by the stand-in")
+        if "overlong" in text:
+            raise PromptTooLong("prompt: has no room in the stand-in")
+        if "poison" in text:
+            raise ReplicaLost("the stand-in died of this")
         _, die, file = text.partition("die ")
         if die and os.path.exists(file):  # noqa: ASYNC240
             raise Unavailable("the stand-in is down")

@@ -1,18 +1,24 @@
 from __future__ import annotations
 
+import hashlib
 import itertools
 import pickle
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from hycluster.batch.corpus import ROW_ID, SHARD, SHARD_BYTES, File, Plan, Shard, Span, plan, read, spans
+from hycluster.batch import corpus as module
+from hycluster.batch import decode
+from hycluster.batch.corpus import REFUSAL, ROW_ID, SHARD, SHARD_BYTES, File, Plan, Shard, Span, plan, read, spans
+from hycluster.batch.prompts import TemplatePrompt
 from hycluster.errors import JobFailed, SettingsError
-from tests.batch.conftest import write_texts
+from tests.batch.conftest import damage, write_texts
 
 
 def accept(schema: pa.Schema, where: str) -> None:
@@ -91,16 +97,194 @@ def test_a_scheme_that_does_not_exist_is_named() -> None:
         planned("nfs2://x/y")
 
 
-def test_what_is_not_parquet_is_named(corpus: Path) -> None:
-    (corpus / "broken.parquet").write_bytes(b"PAR1 and nothing else")
+@pytest.fixture(autouse=True)
+def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "BACKOFFS_S", (0.001, 0.001))
+    monkeypatch.setattr(module, "FOOTER_BACKOFFS_S", (0.001, 0.001))
+
+
+def test_an_input_of_which_no_file_can_be_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and nothing else")
+    (tmp_path / "empty.parquet").touch()
     with pytest.raises(SettingsError, match=r"^input: broken.parquet: is not a readable Parquet file: "):
-        planned(corpus)
+        planned(tmp_path)
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+@pytest.mark.parametrize(
+    "harm", [cut_off, lambda path: path.write_bytes(b""), lambda path: path.write_text("a,b\n1,2")]
+)
+def test_a_file_that_cannot_be_read_is_one_row_of_its_name(corpus: Path, harm: Callable[[Path], object]) -> None:
+    before = planned(corpus)
+    harm(corpus / "a" / "z.parquet")
+    whole = planned(corpus)
+    unreadable, readable = whole.files
+    assert unreadable.fault is not None
+    assert unreadable.fault.error_message.startswith("input: a/z.parquet: is not a readable Parquet file: ")
+    assert (unreadable.rows, unreadable.bytes) == (1, (corpus / "a" / "z.parquet").stat().st_size)
+    assert whole.rows == 1 + 7
+    assert whole.digest() != before.digest()
+    row_bytes = readable.bytes / 7
+    assert whole.unseen_rows == max(0, round(unreadable.bytes / row_bytes) - 1)
+    (table,) = read(whole.filesystem, whole.root, list(whole.shards())[:1])
+    assert table.to_pylist() == [
+        {
+            ROW_ID: "a/z.parquet",
+            SHARD: 0,
+            REFUSAL: {"error_type": "UnreadableFile", "error_message": unreadable.fault.error_message},
+        }
+    ]
+
+
+def test_a_file_weighs_what_its_size_would_hold(corpus: Path) -> None:
+    size = (corpus / "b.parquet").stat().st_size
+    (corpus / "big.parquet").write_bytes(b"x" * size * 100)
+    whole = planned(corpus / "b*.parquet")
+    assert (whole.rows, whole.unseen_rows) == (8, 699)
+
+
+def test_files_at_fault_come_first(corpus: Path) -> None:
+    (corpus / "c.parquet").write_bytes(b"")
+    pq.write_table(pa.table({"id": [1, 2, 3]}), corpus / "bb.parquet")
+    whole = plan(str(corpus), shard_rows=2, check=TemplatePrompt("{text}", {}, {}).check)
+    assert [file.fault.error_type if file.fault else None for file in whole.files] == [
+        None,
+        None,
+        "MissingColumn",
+        "UnreadableFile",
+    ]
+    left = [shard.number for shard in whole.in_order({0, 8})]
+    assert left == [9, 7, 1, 2, 3, 4, 5, 6]
+    assert sorted([*left, 0, 8]) == [shard.number for shard in whole.shards()]
+
+
+class Stumbling:
+    """A filesystem that does not answer the first so many times that a file is opened."""
+
+    def __init__(self, times: int) -> None:
+        self.left = times
+        self.real = pafs.LocalFileSystem()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def open_input_file(self, path: str) -> pa.NativeFile:
+        self.left -= 1
+        if self.left >= 0:
+            raise OSError("the store is busy")
+        return self.real.open_input_file(path)
+
+
+def test_a_store_that_stumbles_is_asked_again(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Stumbling(2)
+    monkeypatch.setattr(module, "locate", lambda path, field: (store, path))
+    whole = planned(corpus / "b.parquet")
+    assert [file.fault for file in whole.files] == [None]
+    store.left = 2
+    assert sum(table.num_rows for table in read(store, whole.root, list(whole.shards()))) == 7
+    store.left = 100
+    with pytest.raises(JobFailed, match=r"^input: b.parquet: can't be read: the store is busy"):
+        list(read(store, whole.root, list(whole.shards())))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"compression": "zstd"}, {"compression": "none"}, {"compression": "none", "write_page_checksum": True}],
+)
+@pytest.mark.parametrize("nullable", [True, False])
+def test_rows_that_cannot_be_decoded_are_refused_and_no_others(
+    tmp_path: Path, options: dict[str, Any], nullable: bool
+) -> None:
+    path = tmp_path / "f.parquet"
+    schema = pa.schema([pa.field("text", pa.string(), nullable=nullable), pa.field("n", pa.int64())])
+    texts = [f"text number {row} " + "x" * (row % 7) for row in range(40)]
+    pq.write_table(pa.table([texts, range(40)], schema), path, row_group_size=10, use_dictionary=False, **options)
+    whole = planned(tmp_path, shard_rows=4)
+    damage(path, 1, 0)
+    for span in ([*whole.shards()], [*whole.shards()][2:3], [*whole.shards()][4:]):
+        table = pa.concat_tables(read(whole.filesystem, whole.root, span), promote_options="default")
+        first = span[0].first_row
+        assert table.column(ROW_ID).to_pylist() == [f"f.parquet#{first + row}" for row in range(table.num_rows)]
+        for place, row in enumerate(table.to_pylist()):
+            if 10 <= first + place < 20:
+                assert (row["text"], row["n"]) == (None, None)
+                assert row[REFUSAL]["error_type"] == "UnreadableRows"
+                assert row[REFUSAL]["error_message"].startswith(
+                    "row group 1 of this file is damaged from its row 0 on: "
+                )
+            else:
+                assert (row["text"], row["n"]) == (texts[first + place], first + place)
+                assert row.get(REFUSAL) is None
+
+
+def test_what_comes_before_the_damage_in_a_large_row_group_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "READ_ROWS", 100)
+    path = tmp_path / "f.parquet"
+    texts = [hashlib.sha256(bytes([row % 256])).hexdigest() for row in range(1000)]
+    pq.write_table(
+        pa.table({"text": texts}),
+        path,
+        use_dictionary=False,
+        data_page_size=2000,
+        write_batch_size=10,
+        compression="none",
+    )
+    whole = planned(tmp_path, shard_rows=300)
+    damage(path, 0, 0)
+    table = pa.concat_tables(read(whole.filesystem, whole.root, list(whole.shards())), promote_options="default")
+    bad = [row for row, value in enumerate(table.column("text").to_pylist()) if value is None]
+    assert bad == list(range(bad[0], 1000))
+    assert bad[0] in (400, 500)
+    assert table.column("text").to_pylist()[: bad[0]] == texts[: bad[0]]
+
+
+def test_a_store_that_goes_away_amid_a_file_is_no_damage(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = planned(corpus / "b.parquet")
+
+    def away(*_: Any, **__: Any) -> Any:
+        raise OSError("the store is away")
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", away)
+    monkeypatch.setattr(decode, "_read_raw", away)
+    with pytest.raises(JobFailed, match=r"^input: b.parquet: can't be read: the store is away"):
+        list(read(whole.filesystem, whole.root, list(whole.shards())))
 
 
 def test_a_column_that_the_output_needs_is_refused(corpus: Path) -> None:
     pq.write_table(pa.table({"text": ["x"], "output": ["y"]}), corpus / "c.parquet")
     with pytest.raises(SettingsError, match=r"^input: c.parquet: column 'output' .* rename it"):
         planned(corpus)
+
+
+def test_a_column_that_the_output_needs_is_refused_in_any_file(corpus: Path) -> None:
+    check = TemplatePrompt("{text}", {}, {}).check
+    pq.write_table(pa.table({"text": [1], "__hycluster_refusal": ["y"]}), corpus / "c.parquet")
+    with pytest.raises(SettingsError, match=r"^input: c.parquet: column '__hycluster_refusal'"):
+        plan(str(corpus), shard_rows=2, check=check)
+
+
+def test_columns_that_are_wrong_in_every_file_are_refused(corpus: Path) -> None:
+    with pytest.raises(SettingsError, match=r"^input: a/z.parquet: no column 'words'; there are id, text"):
+        plan(str(corpus), shard_rows=2, check=TemplatePrompt("{words}", {}, {}).check)
+
+
+def test_columns_that_are_wrong_in_one_file_refuse_its_rows(corpus: Path) -> None:
+    pq.write_table(pa.table({"id": [1, 2, 3], "text": [[1], None, [3]]}), corpus / "c.parquet")
+    whole = plan(str(corpus), shard_rows=2, check=TemplatePrompt("{text}", {}, {}).check)
+    assert whole.rows == 15
+    assert whole.unseen_rows == 0
+    tables = list(read(whole.filesystem, whole.root, list(whole.shards())[-2:]))
+    assert [table.column("text").to_pylist() for table in tables] == [[[1], None], [[3]]]
+    assert [table.column(ROW_ID).to_pylist() for table in tables] == [["c.parquet#0", "c.parquet#1"], ["c.parquet#2"]]
+    message = "input: c.parquet: column 'text' is list<element: int64>; a template takes text, numbers and dates"
+    for table in tables:
+        assert set(table.column(REFUSAL).combine_chunks().field("error_message").to_pylist()) == {message}
+        assert set(table.column(REFUSAL).combine_chunks().field("error_type").to_pylist()) == {"WrongType"}
 
 
 def test_every_file_is_checked(corpus: Path) -> None:

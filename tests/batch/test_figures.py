@@ -21,7 +21,7 @@ def test_a_report_of_what_is_committed(make_job: MakeJob, corpus: Path) -> None:
     assert report["totals"] == {"rows": 16, "quarantined": 1, "prompt_tokens": 43, "completion_tokens": 28}
     assert report["shards"] == 9
     assert report["finish_reasons"] == {"stop": 14, "length": 1}
-    assert report["quarantine_reasons"] == {"InvalidInput": 1}
+    assert report["quarantine_reasons"] == {"NullValue": 1}
     lengths = report["completion_tokens"]
     assert (lengths["p50"], lengths["p99"], lengths["max"]) == (2, 3, 3)
     assert lengths["bins"] == [

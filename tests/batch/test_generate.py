@@ -14,10 +14,10 @@ import pytest
 
 from hycluster.batch import ask as module
 from hycluster.batch.commit import Output
-from hycluster.batch.corpus import ROW_ID, SHARD
+from hycluster.batch.corpus import REFUSAL, REFUSAL_TYPE, ROW_ID, SHARD
 from hycluster.batch.generate import Generate
 from hycluster.batch.prompts import prompt_of
-from hycluster.batch.report import Totals
+from hycluster.batch.report import Progress, Totals
 from hycluster.batch.task import open_task
 from hycluster.core import Generation, GenerationRequest
 from hycluster.errors import (
@@ -60,7 +60,7 @@ class Run:
             yield generator
 
         self.opened = 0
-        self.reports: list[Totals] = []
+        self.reports: list[Progress] = []
         self.folder = folder
         output = Output(str(folder))
         output.claim({})
@@ -68,7 +68,7 @@ class Run:
         self.stage = Generate(
             output,
             partial(open_task, job, connect),
-            lambda process, totals: self.reports.append(totals),
+            lambda process, progress: self.reports.append(progress),
             name=job.name,
             slots=job.rows_in_flight,
         )
@@ -113,7 +113,8 @@ async def test_rows_keep_their_order_and_their_columns(make_job: MakeJob, tmp_pa
         "completion_tokens": 2,
     }
     assert run.opened == 1
-    assert run.reports[0] == Totals(1, 0, 3, 2)
+    assert run.reports[0].done == Totals(1, 0, 3, 2)
+    assert run.reports[-1] == Progress(Totals(50, 0, 150, 100))
 
 
 async def test_rows_in_flight_are_bounded_across_blocks(make_job: MakeJob, tmp_path: Path) -> None:
@@ -130,11 +131,44 @@ async def test_rows_that_cannot_be_asked_are_quarantined(make_job: MakeJob, tmp_
     records = await run(block([None, "fine", "refuse me", " "], shard_rows=4))
     assert [row["row_id"] for row in run.rows(records)] == ["f.parquet#1"]
     assert [(row["id"], row["error_type"], row["error_message"]) for row in run.rows(records, "quarantine")] == [
-        (0, "InvalidInput", "text: is null"),
-        (2, "InvalidInput", "prompt: refused by the stand-in"),
-        (3, "InvalidInput", "text: is empty"),
+        (0, "NullValue", "text: is null"),
+        (2, "Refused", "prompt: refused by the stand-in"),
+        (3, "EmptyValue", "text: is empty"),
     ]
-    assert run.reports[0].rows == 1
+    assert run.reports[0].done.rows == 1
+    assert run.reports[-1].reasons == {"NullValue": 1, "Refused": 1, "EmptyValue": 1}
+
+
+async def test_rows_that_were_refused_when_they_were_read_are_not_asked(make_job: MakeJob, tmp_path: Path) -> None:
+    generator = Failing()
+    run = Run(make_job, generator, tmp_path / "out")
+    marks = [None, {"error_type": "UnreadableRows", "error_message": "row group 0 is damaged"}, None]
+    table = block(["a", None, "c"], shard_rows=3).append_column(REFUSAL, pa.array(marks, REFUSAL_TYPE))
+    records = await run(table)
+    assert [row["output"] for row in run.rows(records)] == ["A", "C"]
+    assert run.rows(records, "quarantine") == [
+        {"id": 1, "text": None, "row_id": "f.parquet#1", **(marks[1] or {})},
+    ]
+    assert generator.calls == 2
+
+
+async def test_an_unreadable_file_is_one_row_of_its_name(make_job: MakeJob, tmp_path: Path) -> None:
+    run = Run(make_job, Failing(), tmp_path / "out")
+    mark = {"error_type": "UnreadableFile", "error_message": "no"}
+    table = pa.table({ROW_ID: ["a#7.parquet"], SHARD: [0], REFUSAL: pa.array([mark], REFUSAL_TYPE)})
+    (record,) = await run(table)
+    assert (record["input_file"], record["first_row"], record["rows"], record["part"]) == ("a#7.parquet", 0, 1, None)
+    assert run.rows([record], "quarantine") == [{"row_id": "a#7.parquet", **mark}]
+
+
+async def test_a_value_that_python_has_no_form_for_is_quarantined(make_job: MakeJob, tmp_path: Path) -> None:
+    run = Run(make_job, StandInGenerator(), tmp_path / "out", prompt="{when}", input={"path": "x"})
+    table = block(["a", "b"]).append_column("when", pa.array([0, 2**60], pa.timestamp("us")))
+    records = await run(table)
+    assert [row["id"] for row in run.rows(records)] == [0]
+    (record,) = records
+    quarantined = pq.read_table(tmp_path / "out" / record["quarantine"]["path"], columns=["id", "error_type"])
+    assert quarantined.to_pylist() == [{"id": 1, "error_type": "WrongType"}]
 
 
 async def test_text_that_is_not_utf8_is_quarantined_with_its_bytes(make_job: MakeJob, tmp_path: Path) -> None:
@@ -143,7 +177,7 @@ async def test_text_that_is_not_utf8_is_quarantined_with_its_bytes(make_job: Mak
     assert [row["output"] for row in run.rows(records)] == ["GOOD", "GOOD TOO"]
     bad = pq.read_table(tmp_path / "out" / records[0]["quarantine"]["path"])
     assert bad.column("text").cast(pa.binary()).to_pylist() == [b"bad \xff\xfe"]
-    assert bad.column("error_type").to_pylist() == ["UnicodeDecodeError"]
+    assert bad.column("error_type").to_pylist() == ["InvalidUtf8"]
 
 
 @pytest.mark.parametrize("error", [Unavailable("down"), ConnectionResetError("gone"), TimeoutError()])

@@ -7,16 +7,16 @@ import pytest
 from rich.console import Console
 
 from hycluster.batch import report
-from hycluster.batch.report import JobProgress, Reporter, Totals, summarize
+from hycluster.batch.report import JobProgress, Progress, Reporter, Totals, summarize
 
 
 def test_processes_say_totals_so_a_word_lost_or_said_twice_does_no_harm() -> None:
     progress = JobProgress()
-    progress.report("a", Totals(1, 0, 10, 5))
-    progress.report("a", Totals(3, 1, 30, 15))
-    progress.report("a", Totals(3, 1, 30, 15))
-    progress.report("b", Totals(2, 0, 20, 10))
-    assert progress.total() == Totals(5, 1, 50, 25)
+    progress.report("a", Progress(Totals(1, 0, 10, 5), 4, 1))
+    progress.report("a", Progress(Totals(3, 1, 30, 15), 4, 2, {"NullValue": 1}))
+    progress.report("a", Progress(Totals(3, 1, 30, 15), 4, 2, {"NullValue": 1}))
+    progress.report("b", Progress(Totals(2, 1, 20, 10), 3, 0, {"NullValue": 1}))
+    assert progress.total() == Progress(Totals(5, 2, 50, 25), 7, 2, {"NullValue": 2})
 
 
 def shown(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -24,7 +24,7 @@ def shown(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(report, "BAR_EVERY_S", 0.02)
     text = io.StringIO()
     console = Console(file=text, force_terminal=terminal, width=160)
-    with Reporter("job", 100, 40, lambda: Totals(10, 2, 0, 50), console):
+    with Reporter("job", 100, 40, lambda: Progress(Totals(10, 2, 0, 50), retries=3), console):
         time.sleep(0.2)
     return text.getvalue()
 
@@ -33,7 +33,7 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch)
     lines = shown(False, monkeypatch).splitlines()
     assert len(lines) > 1
     assert lines[0].startswith("job: 50/100 rows, ")
-    for what in (" rows/s, ", " tokens/s, ", "ETA 0:00:0", "2 quarantined"):
+    for what in (" rows/s, ", " tokens/s, ", "ETA 0:00:0", "2 quarantined", "3 retries"):
         assert what in lines[-1]
     assert "\x1b" not in "".join(lines)
 

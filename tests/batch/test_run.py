@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+import time
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,12 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from hycluster.batch.corpus import plan
 from hycluster.batch.job import Job
 from hycluster.batch.lease import Lease
+from hycluster.batch.prompts import prompt_of
 from hycluster.batch.run import Engines, run_job
+from hycluster.batch.status import Status, Watcher
 from hycluster.batch.verify import verify
 from hycluster.errors import JobFailed, SettingsError, TooManyQuarantined
-from tests.batch.conftest import MakeJob, write_texts
+from tests.batch.conftest import MakeJob, broken_utf8, damage, write_texts
 from tests.batch.stand_in import stand_in
 
 pytestmark = [
@@ -184,6 +190,113 @@ def test_too_many_quarantined_rows_end_the_job_until_the_limit_is_raised(make_jo
     assert len(read_out(job)) == 13
 
 
+def write_every_kind_of_fault(corpus: Path) -> None:
+    write_texts(corpus / "0-broken.parquet", [f"never seen {n}" for n in range(40)])
+    (corpus / "0-broken.parquet").write_bytes((corpus / "0-broken.parquet").read_bytes()[:-9])
+    pq.write_table(pa.table({"text": [[1], None, [3]], "id": ["p", "q", "r"]}), corpus / "c-types.parquet")
+    pq.write_table(pa.table({"words": ["w"]}), corpus / "d-missing.parquet")
+    write_texts(corpus / "e-damaged.parquet", [f"text {n} " + "x" * n for n in range(9)], row_group_size=3)
+    damage(corpus / "e-damaged.parquet", 1, 1)
+    texts = [b"good", b"bad \xff", None, b" ", b"please refuse", b"overlong", b"poison", b"good too"]
+    rows = pa.table({"text": broken_utf8(texts), "id": pa.array(range(len(texts)), pa.int32())})
+    pq.write_table(rows, corpus / "f-rows.parquet")
+
+
+def test_every_kind_of_bad_row_and_file_is_quarantined_with_its_reason(
+    make_job: MakeJob, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_every_kind_of_fault(corpus)
+    job = make_job(retry_s=30)
+    whole = plan(str(corpus), shard_rows=2, check=prompt_of(job).check)
+    bad = {
+        "0-broken.parquet": "UnreadableFile",
+        **{f"c-types.parquet#{n}": "WrongType" for n in range(3)},
+        "d-missing.parquet#0": "MissingColumn",
+        **{f"e-damaged.parquet#{n}": "UnreadableRows" for n in (3, 4, 5)},
+        "f-rows.parquet#1": "InvalidUtf8",
+        "f-rows.parquet#2": "NullValue",
+        "f-rows.parquet#3": "EmptyValue",
+        "f-rows.parquet#4": "Refused",
+        "f-rows.parquet#5": "PromptTooLong",
+        "f-rows.parquet#6": "Poison",
+    }
+    assert whole.rows == 12 + 1 + 3 + 1 + 9 + 8
+    assert whole.unseen_rows > 5
+    lost, rows = len(bad) + whole.unseen_rows, whole.rows + whole.unseen_rows
+    out = Path(job.output.path)
+    with pytest.raises(
+        TooManyQuarantined, match=rf"{lost} of {rows} rows .*by their size: 1, such as 0-broken.parquet"
+    ):
+        run_job(make_job(retry_s=30, max_quarantined_fraction=(lost - 0.5) / rows), engines=engines())
+    assert not (out / "_SUCCESS").exists()
+    assert "quarantined: MissingColumn: input: d-missing.parquet: no column 'text'" in capsys.readouterr().out
+    run_job(make_job(retry_s=30, max_quarantined_fraction=lost / rows), engines=engines())
+
+    found: dict[str, Any] = {}
+    for path in (out / "quarantine").glob("*.parquet"):
+        table = pq.read_table(path)
+        if "text" in table.schema.names and pa.types.is_string(table.schema.field("text").type):
+            table = table.set_column(table.schema.get_field_index("text"), "text", table["text"].cast(pa.binary()))
+        found |= {row["row_id"]: row for row in table.to_pylist()}
+    assert {row_id: row["error_type"] for row_id, row in found.items()} == bad
+    assert all(row["error_message"] for row in found.values())
+    assert found["0-broken.parquet"].keys() == {"row_id", "error_type", "error_message"}
+    assert (found["c-types.parquet#2"]["text"], found["c-types.parquet#2"]["id"]) == ([3], "r")
+    assert found["d-missing.parquet#0"]["words"] == "w"
+    assert (found["e-damaged.parquet#4"]["text"], found["e-damaged.parquet#4"]["id"]) == (None, None)
+    assert (found["f-rows.parquet#1"]["text"], found["f-rows.parquet#1"]["id"]) == (b"bad \xff", 1)
+    assert "3 replicas in a row died" in found["f-rows.parquet#6"]["error_message"]
+    assert len(read_out(job)) == whole.rows - len(bad)
+    assert not (out / "_progress.json").exists()
+    assert verify(job.output.path, job.input.path).faults == []
+    reasons = Counter(bad.values())
+    assert json.loads((out / "report.json").read_text())["quarantine_reasons"] == reasons
+    write_texts(corpus / "0-broken.parquet", ["readable now"])
+    (fault,) = verify(job.output.path, job.input.path).faults
+    assert "is not what the job ran on" in fault
+
+
+def test_too_many_files_at_fault_end_the_job_before_it_works(make_job: MakeJob, corpus: Path) -> None:
+    write_texts(corpus / "y.parquet", [f"fine {n}" for n in range(500)])
+    (corpus / "z.parquet").write_bytes(b"not Parquet" * 1000)
+    job = make_job(max_quarantined_fraction=0.01, shard_rows=1, rows_in_flight=1)
+    with pytest.raises(TooManyQuarantined, match=r"such as z.parquet"):
+        run_job(job, engines=engines())
+    out = Path(job.output.path)
+    (kept,) = (out / "quarantine").glob("*.parquet")
+    assert pq.read_table(kept).column("row_id").to_pylist() == ["z.parquet"]
+    assert len(list(out.glob("part-*.parquet"))) < 100
+
+
+def test_a_running_job_says_how_far_it_is(make_job: MakeJob, corpus: Path, tmp_path: Path) -> None:
+    down = tmp_path / "engine-is-down"
+    down.touch()
+    write_texts(corpus / "c.parquet", ["fine", None, f"die {down}"])
+    job = make_job(retry_s=60, max_quarantined_fraction=1, shard_rows=100)
+    seen: list[Status] = []
+
+    def look() -> None:
+        watcher = Watcher(job.output.path)
+        while not (seen and seen[-1].word and seen[-1].word.progress.retries):
+            time.sleep(0.1)
+            if (Path(job.output.path) / "_job.json").exists():
+                seen.append(watcher.look())
+        down.unlink()
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    run_job(job, engines=engines())
+    looking.join()
+    live = seen[-1]
+    assert (live.shards_done, live.rows_through) == (2, 14)
+    assert live.word is not None
+    assert (live.word.progress.in_flight, live.word.progress.reasons) == (1, {"NullValue": 1})
+    assert "state running, last commit" in live.line()
+    assert "quarantined 1 (this run: NullValue 1)" in live.line()
+    status = Watcher(job.output.path).look()
+    assert (status.finished, status.word) == (True, None)
+
+
 def test_a_full_cluster_does_not_block_the_job(make_job: MakeJob) -> None:
     import ray
 
@@ -254,7 +367,7 @@ def test_a_finished_job_has_its_report_and_can_be_verified(make_job: MakeJob, co
     out = Path(job.output.path)
     report = json.loads((out / "report.json").read_text())
     assert report["totals"] == json.loads((out / "_manifest.json").read_text())["totals"]
-    assert report["quarantine_reasons"] == {"InvalidInput": 2}
+    assert report["quarantine_reasons"] == {"NullValue": 1, "Refused": 1}
     assert report["busy_s"] > 0
     assert "Rows over time" in (out / "report.html").read_text()
     assert (out / "report.html").stat().st_mtime_ns <= (out / "_SUCCESS").stat().st_mtime_ns

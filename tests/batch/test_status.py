@@ -3,13 +3,16 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from hycluster.batch.commit import Output
-from hycluster.batch.report import Totals
+from hycluster.batch.progress import Teller
+from hycluster.batch.report import Progress, Totals
 from hycluster.batch.status import Status, Watcher, _Recent, recent_rates, show
 from hycluster.errors import SettingsError
 from tests.batch.committed import commit_all
@@ -50,6 +53,41 @@ def test_a_job_on_its_way(make_job: MakeJob, corpus: Path, monkeypatch: pytest.M
     status = watcher.look()
     assert (status.finished, status.shards_done, status.done.rows, status.eta_s) == (True, 8, 14, None)
     assert status.line().startswith("state finished, shards 8/8, rows 14/14, quarantined 1, ")
+
+
+def test_what_the_job_said_last(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = commit_all(make_job(), first=2, finish=False)
+    edition = Output(str(out)).edition()
+    progress = Progress(Totals(5, 1, 0, 0), 3, 2, {"Poison": 1})
+    teller = Teller(str(out), edition, earlier_rows=4)
+    teller.tell(progress)
+    teller.tell(Progress())
+    status = Watcher(str(out)).look()
+    assert status.word is not None
+    assert status.word.progress == progress, "a word within seconds of the last is not written"
+    assert (status.rows_through, status.done.rows) == (9, 4)
+    assert (
+        "rows 9/12, of these committed 4, in flight 3, retries 2, quarantined 1 (this run: Poison 1)," in status.line()
+    )
+    assert status.line().startswith("state running, last commit ")
+    assert json.loads(json.dumps(status.to_dict()))["word"]["progress"]["retries"] == 2
+
+    later = time.time() + 3600
+    monkeypatch.setattr("hycluster.batch.status.time", SimpleNamespace(time=lambda: later))
+    assert "state stopped, last heard of 1:00:00 ago; its own command resumes it" in Watcher(str(out)).look().line()
+
+    for unbelievable in (json.dumps({"edition": "another"}), "{", json.dumps({"edition": edition, "progress": 1})):
+        (out / "_progress.json").write_text(unbelievable)
+        assert Watcher(str(out)).look().word is None
+    teller.end()
+    assert not (out / "_progress.json").exists()
+
+
+def test_a_store_that_takes_no_word_does_not_end_the_job(make_job: MakeJob) -> None:
+    out = commit_all(make_job(), first=1, finish=False)
+    shutil.rmtree(out)
+    Teller(str(out), "e", 0).tell(Progress())
+    assert not out.exists()
 
 
 def test_another_job_in_the_same_folder_is_counted_anew(make_job: MakeJob) -> None:

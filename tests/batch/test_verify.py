@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from hycluster.batch.storage import delete, locate, names
 from hycluster.batch.verify import verify
 from hycluster.errors import SettingsError
 from tests.batch.committed import commit_all, forge, parts, record_file
-from tests.batch.conftest import MakeJob, broken_utf8, write_texts
+from tests.batch.conftest import MakeJob, broken_utf8, damage, write_texts
 from tests.batch.object_store import BUCKET, ObjectStore
 
 
@@ -168,6 +169,36 @@ def test_an_input_that_changed(out: Path, corpus: Path) -> None:
     assert only(out, corpus) == f"input: {str(corpus)!r} is not what the job ran on"
     write_texts(corpus / "b.parquet", ["fewer"])
     assert "is not what the job ran on: rows was 15, is 9" in only(out, corpus)
+
+
+def test_rows_that_cannot_be_read_must_be_in_the_quarantine(make_job: MakeJob, corpus: Path) -> None:
+    write_texts(corpus / "c.parquet", [f"text {n} " + "x" * n for n in range(6)], row_group_size=2)
+    damage(corpus / "c.parquet", 1, 1)
+    (corpus / "d.parquet").write_bytes(b"not Parquet")
+    out = commit_all(make_job())
+    assert faults(out, corpus) == ""
+    record = json.loads(record_file(out, 8).read_text())
+    refused = pq.read_table(out / record["quarantine"]["path"])
+    assert refused.column("row_id").to_pylist() == ["c.parquet#2", "c.parquet#3"]
+    columns = {
+        "output": ["a", "b"],
+        "finish_reason": ["stop"] * 2,
+        "prompt_tokens": [0, 0],
+        "completion_tokens": [0, 0],
+    }
+    answered = refused.select(["id", "text", "row_id"])
+    for name, values in columns.items():
+        answered = answered.append_column(name, pa.array(values))
+    pq.write_table(answered, out / "part-00000008-made-up.parquet")
+    data = (out / "part-00000008-made-up.parquet").read_bytes()
+    written = {"path": "part-00000008-made-up.parquet", "rows": 2, "bytes": len(data)}
+    record |= {"part": {**written, "sha256": hashlib.sha256(data).hexdigest()}, "quarantine": None}
+    record_file(out, 8).write_text(json.dumps(record))
+    manifest = json.loads((out / "_manifest.json").read_text())
+    manifest["shards"][8] = record
+    (out / "_manifest.json").write_text(json.dumps(manifest))
+    said = faults(out, corpus)
+    assert "2 rows that can't be read have a result: c.parquet#2, c.parquet#3" in said
 
 
 def test_an_unfinished_job(make_job: MakeJob, corpus: Path) -> None:
