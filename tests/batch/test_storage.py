@@ -82,8 +82,13 @@ def test_a_file_that_is_being_replaced_is_read_whole(tmp_path: Path, store: Obje
     assert read_whole(filesystem, path) is None
     contents = [b"a" * 10, b"b" * 5000]
     replace(filesystem, path, contents[0])
+
+    def rewrite() -> None:
+        for number in range(60):
+            replace(filesystem, path, contents[number % 2])
+
     with ThreadPoolExecutor(1) as writer:
-        writing = writer.submit(lambda: [replace(filesystem, path, contents[n % 2]) for n in range(60)])
+        writing = writer.submit(rewrite)
         read = {read_whole(filesystem, path) for _ in range(40)}
         writing.result()
     assert read <= set(contents)
