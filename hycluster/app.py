@@ -12,7 +12,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
-from hycluster.batches.executor import BatchExecutor
+from hycluster.batch_api.executor import BatchExecutor
 from hycluster.config import Model, Settings, validate
 from hycluster.directory import SHARED_DIRECTORY
 from hycluster.door import Door

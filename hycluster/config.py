@@ -322,7 +322,7 @@ class DataPlane(Strict):
 
 
 class Batches(Strict):
-    """OpenAI's Batch API at the HTTP doors; see ``hycluster/batches``.
+    """OpenAI's Batch API at the HTTP doors; see ``hycluster/batch_api``.
 
     Attributes:
         store: folder or ``s3://`` URI for files and batches, the same for all nodes; None is ``batches`` below

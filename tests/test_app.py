@@ -57,7 +57,7 @@ def test_doors_leave_the_cores_to_the_engines() -> None:
     assert door.ray_actor_options["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "1"
 
 
-def test_batches_have_one_process_beside_the_doors() -> None:
+def test_batch_api_have_one_process_beside_the_doors() -> None:
     door = deployment(build(SETTINGS))
     settings, directory, *_, last = door.init_args
     executor = deployment(last)

@@ -26,8 +26,8 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from hycluster.batches.routes import WithBatches, batch_api
-from hycluster.batches.store import Store
+from hycluster.batch_api.routes import WithBatches, batch_api
+from hycluster.batch_api.store import Store
 from hycluster.config import Batches, Http
 from hycluster.errors import HyclusterError, InvalidInput, SettingsError
 from hycluster.gateway import Gateway

@@ -14,8 +14,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from hycluster.batches.records import Batch, new_id
-from hycluster.batches.store import Store
+from hycluster.batch_api.records import Batch, new_id
+from hycluster.batch_api.store import Store
 
 ENDPOINT = "/v1/chat/completions"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hycluster.batches.store import Store
+from hycluster.batch_api.store import Store
 from hycluster.config import Batches
 from tests.batch.object_store import ObjectStore, object_store
 

@@ -19,8 +19,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hycluster.batches.records import FINAL, Batch, ExpiresAfter, NewBatch, StoredFile, new_id, shown
-from hycluster.batches.store import Store
+from hycluster.batch_api.records import FINAL, Batch, ExpiresAfter, NewBatch, StoredFile, new_id, shown
+from hycluster.batch_api.store import Store
 from hycluster.config import validate
 from hycluster.errors import HyclusterError, InvalidInput
 from hycluster.errors import shown as echoed

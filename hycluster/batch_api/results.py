@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 
 from hycluster.batch.commit import Output
 from hycluster.batch.corpus import ROW_ID, Plan, read, spans
-from hycluster.batches.lines import NOT_RUN, request_hash
-from hycluster.batches.records import Ending, Usage
-from hycluster.batches.requests import CUSTOM_ID
+from hycluster.batch_api.lines import NOT_RUN, request_hash
+from hycluster.batch_api.records import Ending, Usage
+from hycluster.batch_api.requests import CUSTOM_ID
 from hycluster.errors import JobFailed
 
 LEFT = {

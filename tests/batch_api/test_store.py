@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from hycluster.batches.records import State, new_id
-from hycluster.batches.store import Store
+from hycluster.batch_api.records import State, new_id
+from hycluster.batch_api.store import Store
 from hycluster.config import Batches
 from hycluster.errors import InvalidInput, NotFound
-from tests.batches.stand_in import submit
+from tests.batch_api.stand_in import submit
 
 
 def upload(store: Store, content: bytes = b"{}\n", name: str = "in.jsonl", expires_after_s: int | None = None) -> str:
@@ -22,7 +22,7 @@ def upload(store: Store, content: bytes = b"{}\n", name: str = "in.jsonl", expir
 def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that goes on with every look, so that what is made later is later."""
     ticks = iter(range(10**9, 10**10))
-    monkeypatch.setattr("hycluster.batches.records.time.time_ns", lambda: next(ticks) * 1_000_000)
+    monkeypatch.setattr("hycluster.batch_api.records.time.time_ns", lambda: next(ticks) * 1_000_000)
 
 
 class TestFiles:
@@ -77,7 +77,7 @@ class TestFiles:
         kept, gone = upload(store), upload(store, expires_after_s=3600)
         assert store.file(gone).expires_at is not None
         now = time.time()
-        monkeypatch.setattr("hycluster.batches.store.time.time", lambda: now + 3601)
+        monkeypatch.setattr("hycluster.batch_api.store.time.time", lambda: now + 3601)
         with pytest.raises(NotFound):
             store.file(gone)
         assert [f.id for f in store.list_files(None, 9, purpose=None, newest_first=True)] == [kept]
@@ -120,7 +120,7 @@ class TestBatches:
         assert store.cancelling_at(batch.id) is None
         store.cancel(batch.id)
         at = store.cancelling_at(batch.id)
-        monkeypatch.setattr("hycluster.batches.store.time.time", lambda: 2e9)
+        monkeypatch.setattr("hycluster.batch_api.store.time.time", lambda: 2e9)
         store.cancel(batch.id)
         assert store.cancelling_at(batch.id) == at
 

@@ -26,7 +26,7 @@ from typing import BinaryIO, TypeVar
 import pyarrow.fs as pafs
 
 from hycluster.batch.storage import create_if_absent, delete, leftover_of, locate, names, read_whole, replace
-from hycluster.batches.records import BATCH_ID, FILE_ID, Batch, Record, State, StoredFile, new_id
+from hycluster.batch_api.records import BATCH_ID, FILE_ID, Batch, Record, State, StoredFile, new_id
 from hycluster.config import Batches, home
 from hycluster.errors import InvalidInput, NotFound, shown
 

@@ -6,7 +6,7 @@ import pytest
 from openai.types import Batch as TheirBatch
 from openai.types import FileObject
 
-from hycluster.batches.records import BATCH_ID, FILE_ID, Batch, NewBatch, State, StoredFile, Usage, new_id, shown
+from hycluster.batch_api.records import BATCH_ID, FILE_ID, Batch, NewBatch, State, StoredFile, Usage, new_id, shown
 from hycluster.config import validate
 from hycluster.errors import SettingsError
 

@@ -20,7 +20,7 @@ from hycluster import errors
 from hycluster.batch.ask import FIRST_BACKOFF_S, Asker
 from hycluster.batch.prompts import Row
 from hycluster.batch.task import Answer
-from hycluster.batches.requests import BODY
+from hycluster.batch_api.requests import BODY
 from hycluster.core import Priority
 from hycluster.errors import HyclusterError, InvalidInput, Overloaded, Unavailable
 from hycluster.ingress.errors import KIND_HEADER, error_body

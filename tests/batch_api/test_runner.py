@@ -14,16 +14,16 @@ from starlette.types import ASGIApp
 
 from hycluster.batch.commit import Output
 from hycluster.batch.lease import Lease
-from hycluster.batches import runner as runner_module
-from hycluster.batches.executor import Watch
-from hycluster.batches.records import Batch, State
-from hycluster.batches.runner import Runner
-from hycluster.batches.store import Store
+from hycluster.batch_api import runner as runner_module
+from hycluster.batch_api.executor import Watch
+from hycluster.batch_api.records import Batch, State
+from hycluster.batch_api.runner import Runner
+from hycluster.batch_api.store import Store
 from hycluster.config import Batches
 from hycluster.core import Priority
 from hycluster.errors import JobFailed, NotFound
 from tests.batch.object_store import ObjectStore
-from tests.batches.stand_in import StandIn, jsonl, line, lines_of, submit
+from tests.batch_api.stand_in import StandIn, jsonl, line, lines_of, submit
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -344,8 +344,8 @@ class TestWatch:
     async def test_a_batch_that_fails_is_tried_again_and_ends_after_its_window(
         self, store: Store, settings: Batches, api: StandIn, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("hycluster.batches.executor.FIRST_PAUSE_S", 0.01)
-        monkeypatch.setattr("hycluster.batches.executor.GRACE_S", 1.0)
+        monkeypatch.setattr("hycluster.batch_api.executor.FIRST_PAUSE_S", 0.01)
+        monkeypatch.setattr("hycluster.batch_api.executor.GRACE_S", 1.0)
         tries = 0
 
         def broken(self: Runner, batch: Batch) -> State:

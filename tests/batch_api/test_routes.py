@@ -14,12 +14,12 @@ import pytest
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
-from hycluster.batches.records import State
-from hycluster.batches.routes import WithBatches, batch_api
-from hycluster.batches.runner import Runner
-from hycluster.batches.store import Store
+from hycluster.batch_api.records import State
+from hycluster.batch_api.routes import WithBatches, batch_api
+from hycluster.batch_api.runner import Runner
+from hycluster.batch_api.store import Store
 from hycluster.config import Batches
-from tests.batches.stand_in import ENDPOINT, StandIn, jsonl, submit
+from tests.batch_api.stand_in import ENDPOINT, StandIn, jsonl, submit
 
 pytestmark = pytest.mark.timeout(60)
 

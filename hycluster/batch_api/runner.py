@@ -25,11 +25,11 @@ from hycluster.batch.corpus import Plan, Shard
 from hycluster.batch.generate import Generate
 from hycluster.batch.lease import Lease
 from hycluster.batch.storage import locate, one_line
-from hycluster.batches.lines import Lines
-from hycluster.batches.records import FINAL, Batch, Ending, LineError, State, new_id
-from hycluster.batches.requests import Refused, convert
-from hycluster.batches.results import Results
-from hycluster.batches.store import Store
+from hycluster.batch_api.lines import Lines
+from hycluster.batch_api.records import FINAL, Batch, Ending, LineError, State, new_id
+from hycluster.batch_api.requests import Refused, convert
+from hycluster.batch_api.results import Results
+from hycluster.batch_api.store import Store
 from hycluster.config import Batches
 from hycluster.errors import NotFound
 

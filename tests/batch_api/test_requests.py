@@ -9,10 +9,10 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from hycluster.batches import requests
-from hycluster.batches.records import LineError
-from hycluster.batches.requests import Checked, Refused, convert
-from tests.batches.stand_in import ENDPOINT, jsonl, line
+from hycluster.batch_api import requests
+from hycluster.batch_api.records import LineError
+from hycluster.batch_api.requests import Checked, Refused, convert
+from tests.batch_api.stand_in import ENDPOINT, jsonl, line
 
 
 def run(path: Path, text: str | bytes, **changes: Any) -> Checked:

@@ -16,8 +16,8 @@ from typing import Self
 
 from starlette.types import ASGIApp
 
-from hycluster.batches.runner import Runner
-from hycluster.batches.store import Store
+from hycluster.batch_api.runner import Runner
+from hycluster.batch_api.store import Store
 from hycluster.config import Admission, Settings
 from hycluster.directory import open_directory
 

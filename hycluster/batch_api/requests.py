@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from hycluster.batches.records import LineError
+from hycluster.batch_api.records import LineError
 from hycluster.errors import InvalidInput, shown
 
 CUSTOM_ID = "custom_id"
