@@ -381,13 +381,16 @@ async def open_generators(
     admission: Admission,
     wait_s: float,
     metrics: bool = True,
+    moves: int = MOST_MOVES,
 ) -> AsyncIterator[Generator]:
-    """A generator over several models, with metrics where a door shows them."""
+    """A generator over several models, with metrics where a door shows them; ``moves`` as above."""
     handle = _directory(directory)
     async with contextlib.AsyncExitStack() as stack:
         gateways = {
             model.name: await stack.enter_async_context(
-                open_gateway(model, handle, router=router, admission=admission, wait_s=wait_s, metrics=metrics)
+                open_gateway(
+                    model, handle, router=router, admission=admission, wait_s=wait_s, metrics=metrics, moves=moves
+                )
             )
             for model in models
         }

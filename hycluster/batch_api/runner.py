@@ -24,7 +24,7 @@ from hycluster.batch.commit import Output
 from hycluster.batch.corpus import Plan, Shard
 from hycluster.batch.generate import Generate
 from hycluster.batch.lease import Lease
-from hycluster.batch.storage import locate, one_line
+from hycluster.batch.storage import locate, make_folder, one_line
 from hycluster.batch_api.lines import Lines
 from hycluster.batch_api.records import FINAL, Batch, Ending, LineError, State, new_id
 from hycluster.batch_api.requests import Refused, convert
@@ -124,7 +124,7 @@ class Runner:
 
     def _validate(self, batch: Batch) -> State:
         filesystem, path = locate(self._input(batch), "batches.store")
-        filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+        make_folder(filesystem, path.rpartition("/")[0])
         try:
             with closing(self._store.open_content(batch.input_file_id)) as content:
                 checked = convert(

@@ -25,7 +25,17 @@ from typing import BinaryIO, TypeVar
 
 import pyarrow.fs as pafs
 
-from hycluster.batch.storage import create_if_absent, delete, leftover_of, locate, names, read_whole, replace
+from hycluster.batch.storage import (
+    create_if_absent,
+    delete,
+    leftover_of,
+    locate,
+    make_folder,
+    names,
+    read_whole,
+    replace,
+    writing,
+)
 from hycluster.batch_api.records import BATCH_ID, FILE_ID, Batch, Record, State, StoredFile, new_id
 from hycluster.config import Batches, home
 from hycluster.errors import InvalidInput, NotFound, shown
@@ -65,7 +75,7 @@ class Store:
         """Write a file's bytes, over those of an earlier attempt; nobody sees them before ``register``."""
         self._make_folder("content")
         size = 0
-        with self._filesystem.open_output_stream(self._at("content", file_id)) as stream:
+        with writing(self._filesystem, self._at("content", file_id)) as stream:
             for chunk in chunks:
                 stream.write(chunk)
                 size += len(chunk)
@@ -209,9 +219,7 @@ class Store:
         return "/".join((self._root, *parts))
 
     def _make_folder(self, folder: str) -> None:
-        # Object stores have no folders; making them there leaves marker objects.
-        if isinstance(self._filesystem, pafs.LocalFileSystem):
-            self._filesystem.create_dir(self._at(folder), recursive=True)
+        make_folder(self._filesystem, self._at(folder))
 
     def _put(self, folder: str, name: str, record: Record) -> None:
         self._make_folder(folder)
