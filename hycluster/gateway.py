@@ -60,7 +60,7 @@ class PoolUnavailable(Unavailable, GracefulHTTPError):  # type: ignore[misc]  # 
         self.retry_after_s = retry_after_s
 
 
-class PoolReplicaLost(ReplicaLost, PoolUnavailable):
+class PoolReplicaLost(ReplicaLost, PoolUnavailable):  # type: ignore[misc]  # as above
     """:class:`ReplicaLost` in a form that vLLM's own code passes on unchanged."""
 
 

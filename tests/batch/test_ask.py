@@ -32,7 +32,8 @@ class Replica:
     async def answer(self, name: str) -> str:
         if self.away:
             raise Unavailable("no replica can serve now")
-        self.on_it[name] = reply = asyncio.get_running_loop().create_future()
+        reply: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.on_it[name] = reply
         asyncio.get_running_loop().call_later(0.002, self._finish, name, reply)
         return await reply
 
