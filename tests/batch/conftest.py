@@ -71,7 +71,7 @@ def write_texts(path: Path, texts: Sequence[str | None], **options: Any) -> None
     pq.write_table(table, path, **options)
 
 
-def broken_utf8(texts: Sequence[bytes]) -> pa.Array:
+def broken_utf8(texts: Sequence[bytes | None]) -> pa.Array:
     """A string column whose bytes are taken as they are."""
     binary = pa.array(texts, pa.binary())
     return pa.Array.from_buffers(pa.string(), len(binary), binary.buffers())

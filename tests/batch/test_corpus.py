@@ -248,7 +248,7 @@ def test_a_store_that_goes_away_amid_a_file_is_no_damage(corpus: Path, monkeypat
     def away(*_: Any, **__: Any) -> Any:
         raise OSError("the store is away")
 
-    monkeypatch.setattr(decode.pq.ParquetFile, "iter_batches", away)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", away)
     monkeypatch.setattr(decode, "_read_raw", away)
     with pytest.raises(JobFailed, match=r"^input: b.parquet: can't be read: the store is away"):
         list(read(whole.filesystem, whole.root, list(whole.shards())))
