@@ -31,6 +31,9 @@ def test_statuses_of_the_contract() -> None:
     assert statuses == {
         "HyclusterError": (500, "INTERNAL", 1),
         "InvalidInput": (400, "INVALID_ARGUMENT", 2),
+        "PromptTooLong": (400, "INVALID_ARGUMENT", 2),
+        "ReplicaLost": (503, "UNAVAILABLE", 1),
+        "RequestFailed": (503, "UNAVAILABLE", 1),
         "SettingsError": (400, "INVALID_ARGUMENT", 2),
         "Unauthenticated": (401, "UNAUTHENTICATED", 2),
         "UnknownModel": (404, "NOT_FOUND", 2),

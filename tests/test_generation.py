@@ -22,7 +22,7 @@ from hycluster.errors import (
     Unavailable,
     UnknownModel,
 )
-from tests.simulated_pool import SimulatedPool, eventually, predicted
+from tests.simulated_pool import SimulatedPool, SimulatedReplica, eventually, predicted
 
 if TYPE_CHECKING:
     from hycluster.generation import Generator
@@ -50,13 +50,14 @@ def opened(tiny_model: Path) -> Open:
             simulated=settings,
             engine={"max_model_len": 1024} | changes.pop("engine", {}),
         )
-        with SimulatedPool(settings, 1) as simulated:
+        with SimulatedPool(settings, changes.pop("replicas", 1)) as simulated:
             async with open_gateway(
                 model,
                 simulated.directory(model),
                 router=Router(),
                 admission=changes.pop("admission", Admission()),
                 wait_s=10,
+                moves=changes.pop("moves", 2),
             ) as gateway:
                 yield Generator({"tiny": gateway}), simulated
 
@@ -197,6 +198,51 @@ async def test_a_batch_row_whose_replica_dies_is_told_so(opened: Open) -> None:
         with pytest.raises(Unavailable) as caught:
             await generator.generate(ask())
         assert not isinstance(caught.value, ReplicaLost)
+
+
+async def test_a_row_that_kills_engines_is_found_among_many(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hycluster.batch import ask as asking
+    from hycluster.batch.refusal import RowRefused
+    from hycluster.engine import messages
+    from hycluster.engine.simulated import SimulatedEngine
+
+    monkeypatch.setattr(asking, "FIRST_BACKOFF_S", 0.05)
+    real = SimulatedEngine.add
+
+    def add(engine: SimulatedEngine, client: int, frames: Any) -> None:
+        real(engine, client, frames)
+        if 99 in (messages.decode_request(frames).prompt_token_ids or ()):
+            engine.kill(RuntimeError("this prompt is too much"))
+
+    monkeypatch.setattr(SimulatedEngine, "add", add)
+    deaths = 0
+
+    async def replace_the_dead(simulated: SimulatedPool) -> None:
+        nonlocal deaths
+        while True:
+            for place, replica in enumerate(simulated.replicas):
+                if replica.engine.error is not None:
+                    deaths += 1
+                    await asyncio.to_thread(replica.close)
+                    simulated.replicas[place] = SimulatedReplica(SLOW, f"again{deaths}")
+            await asyncio.sleep(0.02)
+
+    async with opened(SLOW, replicas=2, moves=0) as (generator, simulated):
+        keeper = asyncio.create_task(replace_the_dead(simulated))
+        ask_for = asking.Asker(retry_s=30)
+
+        async def row(number: int) -> str:
+            request = ask(token_ids=[10, number, 99 if number == 17 else 20])
+            try:
+                await ask_for(f"row{number}", lambda: generator.generate(request))
+            except RowRefused as refused:
+                return refused.reason
+            return "answered"
+
+        found = await asyncio.gather(*map(row, range(40)))
+        keeper.cancel()
+    assert found == ["Poison" if number == 17 else "answered" for number in range(40)]
+    assert deaths == 3
 
 
 async def test_batch_quarantines_what_the_model_refuses(opened: Open, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,7 +21,7 @@ from hycluster.directory import ReplicaReport
 from hycluster.errors import Unavailable
 from hycluster.router import make_policy
 from hycluster.wire import READY, encode_info
-from tests.simulated_pool import SimulatedPool, eventually, predicted
+from tests.simulated_pool import SimulatedPool, SimulatedReplica, eventually, predicted
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreRequest
@@ -227,15 +228,20 @@ async def test_a_request_is_not_carried_through_the_whole_pool(moves: int) -> No
     async with opened(SLOW, 3, moves) as pool:
         for replica in pool.replicas.replicas:
             replica.engine.hang()
+
+        def asked() -> list[SimulatedReplica]:
+            return [r for r in pool.replicas.replicas if r.requests and r.engine.error is None]
+
+        def fewer_links_than(links: int) -> bool:
+            return pool.client.links < links
+
         await pool.client.add_request_async(ask("a"))
-        for lost in range(moves + 1):
+        for _ in range(moves + 1):
             assert pool.lost == {}
-            await asyncio.to_thread(eventually, lambda: any(r.requests for r in pool.replicas.replicas))
-            (victim,) = (r for r in pool.replicas.replicas if r.requests)
-            victim.die()
-            async with asyncio.timeout(5):
-                while pool.client.links != 2 - lost:  # noqa: ASYNC110 - tests look from outside
-                    await asyncio.sleep(0.005)
+            await until(lambda: len(asked()) == 1)
+            links = pool.client.links
+            asked()[0].die()
+            await until(partial(fewer_links_than, links))
         await until(lambda: bool(pool.lost))
         assert pool.lost == {"a": "ReplicaLost: the replica that ran this request was lost"}
         assert pool.client.links == 2 - moves

@@ -80,7 +80,7 @@ class Job(Strict):
         shard_rows: most rows a shard; a shard is what is committed, and lost by a crash, as one.
         rows_in_flight: most rows of the job that the engines hold at any moment.
         generate_processes: processes that feed the engines; each has a gateway of its own.
-        retry_s: seconds for which a row is tried again while no engine can serve it; then the job fails.
+        retry_s: seconds for which rows are tried again while no engine answers any of them; then the job fails.
     """
 
     name: str = Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")

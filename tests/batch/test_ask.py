@@ -32,7 +32,8 @@ class Replica:
     async def answer(self, name: str) -> str:
         if self.away:
             raise Unavailable("no replica can serve now")
-        self.on_it[name] = reply = asyncio.get_running_loop().create_future()
+        reply: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.on_it[name] = reply
         asyncio.get_running_loop().call_later(0.002, self._finish, name, reply)
         answer: str = await reply
         return answer
@@ -184,8 +185,11 @@ async def test_a_call_that_is_cancelled_while_it_waits_to_be_alone_opens_the_gat
         return "fine"
 
     beside = asyncio.create_task(ask("beside", for_ever))
-    lost = asyncio.create_task(ask("lost", failing(ReplicaLost("1"), ReplicaLost("2"))))
-    await asyncio.sleep(0.02)
+    losses = [ReplicaLost("1"), ReplicaLost("2")]
+    lost = asyncio.create_task(ask("lost", failing(*losses)))
+    async with asyncio.timeout(10):
+        while ask._gate._open.is_set():  # noqa: ASYNC110 - tests look from outside
+            await asyncio.sleep(0.001)
     late = asyncio.create_task(ask("late", failing()))
     await asyncio.sleep(0.02)
     assert not lost.done()
