@@ -155,6 +155,7 @@ def watched(command: str, work: Path, until: Callable[[], bool] | None = None) -
             if until is not None and until():
                 driver = _status_mib(str(process.pid), "VmHWM")
                 os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         seconds = time.monotonic() - begun_s
         log.seek(here)
         said = log.read()
