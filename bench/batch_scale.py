@@ -144,18 +144,22 @@ def watched(command: str, work: Path, until: Callable[[], bool] | None = None) -
             start_new_session=True,
         )
         generate = driver = 0.0
-        while process.poll() is None:
-            time.sleep(0.1)
-            for path in (work / "pids").glob("*"):
-                try:
-                    generate = max(generate, own_mib(path.name))
-                except (OSError, IndexError):
-                    # It has ended.
-                    path.unlink()
-            if until is not None and until():
-                driver = _status_mib(str(process.pid), "VmHWM")
+        try:
+            while process.poll() is None:
+                time.sleep(0.1)
+                for path in (work / "pids").glob("*"):
+                    try:
+                        generate = max(generate, own_mib(path.name))
+                    except (OSError, IndexError):
+                        # It has ended.
+                        path.unlink()
+                if until is not None and until():
+                    driver = _status_mib(str(process.pid), "VmHWM")
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+        finally:
+            if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
         seconds = time.monotonic() - begun_s
         log.seek(here)
         said = log.read()
