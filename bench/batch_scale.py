@@ -185,7 +185,12 @@ def measure(rows: int, shard_rows: int, kill: bool, keep: Path | None) -> Iterat
         shards = -(-min(rows, FILE_ROWS) // shard_rows) * -(-rows // FILE_ROWS)
         if kill:
             yield "killed halfway", {"rows": rows, **watched("run", work, lambda: committed(work) > shards / 2)}
-            begun, at = time.monotonic(), committed(work)
+            # Ray's processes commit for a moment after their driver is gone.
+            at = -1
+            while at != committed(work):
+                at = committed(work)
+                time.sleep(3)
+            begun = time.monotonic()
             resumed_s: list[float] = []
 
             def goes_on() -> bool:
