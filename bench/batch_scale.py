@@ -144,16 +144,21 @@ def watched(command: str, work: Path, until: Callable[[], bool] | None = None) -
             start_new_session=True,
         )
         generate = driver = 0.0
-        while process.poll() is None:
-            time.sleep(0.1)
-            for path in (work / "pids").glob("*"):
-                try:
-                    generate = max(generate, own_mib(path.name))
-                except (OSError, IndexError):
-                    # It has ended.
-                    path.unlink()
-            if until is not None and until():
-                driver = _status_mib(str(process.pid), "VmHWM")
+        try:
+            while process.poll() is None:
+                time.sleep(0.1)
+                for path in (work / "pids").glob("*"):
+                    try:
+                        generate = max(generate, own_mib(path.name))
+                    except (OSError, IndexError):
+                        # It has ended.
+                        path.unlink()
+                if until is not None and until():
+                    driver = _status_mib(str(process.pid), "VmHWM")
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+        finally:
+            if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
         seconds = time.monotonic() - begun_s
         log.seek(here)
@@ -180,7 +185,12 @@ def measure(rows: int, shard_rows: int, kill: bool, keep: Path | None) -> Iterat
         shards = -(-min(rows, FILE_ROWS) // shard_rows) * -(-rows // FILE_ROWS)
         if kill:
             yield "killed halfway", {"rows": rows, **watched("run", work, lambda: committed(work) > shards / 2)}
-            begun, at = time.monotonic(), committed(work)
+            # Ray's processes commit for a moment after their driver is gone.
+            at = -1
+            while at != committed(work):
+                at = committed(work)
+                time.sleep(3)
+            begun = time.monotonic()
             resumed_s: list[float] = []
 
             def goes_on() -> bool:
