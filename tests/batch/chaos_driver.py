@@ -38,16 +38,16 @@ def drive(job: Job, kind: str | None, when: str, nth: int, overwrite: bool, begu
         begun: file for the numbers of the shards whose generation was begun.
     """
     if kind is not None:
-        _arm(kind, when, nth)
+        arm(kind, when, nth)
     patch.object(run, "_generate", _generate_here(begun)).start()
     run.run_job(job, engines=lambda job, settings: nullcontext(stand_in()), overwrite=overwrite)
 
 
-def _die(*_: Any, **__: Any) -> Any:
+def die(*_: Any, **__: Any) -> Any:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _arm(kind: str, when: str, nth: int) -> None:
+def arm(kind: str, when: str, nth: int) -> None:
     seen = 0
     if kind == DELETION:
         _arm_deletion(nth)
@@ -64,11 +64,11 @@ def _arm(kind: str, when: str, nth: int) -> None:
             if not struck(path):
                 return real(filesystem, path, data)
             if when == "before":
-                _die()
+                die()
             if when == "amid":
                 _cut_off(real, filesystem, path, data)
             real(filesystem, path, data)
-            return _die()
+            return die()
 
         return call
 
@@ -84,9 +84,9 @@ def _cut_off(real: Callable[..., Any], filesystem: Any, path: str, data: Any) ->
     """Die with half of a file on the disk, or with a finished temporary file in its place."""
     if real is storage.write:
         real(filesystem, path, bytes(data)[: len(data) // 2])
-        _die()
-    patch.object(os, "link", _die).start()
-    patch.object(Path, "replace", _die).start()
+        die()
+    patch.object(os, "link", die).start()
+    patch.object(Path, "replace", die).start()
 
 
 def _arm_deletion(nth: int) -> None:
@@ -98,7 +98,7 @@ def _arm_deletion(nth: int) -> None:
         for path in paths:
             seen += 1
             if seen == nth:
-                _die()
+                die()
             real(filesystem, [path])
 
     patch.object(commit, "delete", delete).start()
@@ -114,15 +114,15 @@ def _arm_manifest(when: str) -> None:
         def some(output: commit.Output) -> Iterator[ShardRecord]:
             for position, record in enumerate(records(output)):
                 if position == 5:
-                    _die()
+                    die()
                 yield record
 
         if when == "before":
-            _die()
+            die()
         if when == "amid":
             patch.object(commit.Output, "records", some).start()
         else:
-            patch.object(commit, "delete", _die).start()
+            patch.object(commit, "delete", die).start()
         finish(output, *args)
 
     patch.object(commit.Output, "finish", armed).start()

@@ -1,0 +1,104 @@
+"""Drivers and workers of jobs on a real Ray that kill themselves at a write, and a log of who did what.
+
+The faults travel with what opens the engines in a worker; the product knows nothing of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import ray
+from ray import cloudpickle
+
+from hycluster.batch import commit, run, storage
+from hycluster.batch.job import Job
+from hycluster.batch.lease import Lease
+from hycluster.core import Generation, GenerationRequest
+from tests.batch import chaos_driver, stand_in
+
+# Not a write: the driver hears of the n-th shard that was committed.
+HEARD = "heard"
+
+
+class LoggedStandIn(stand_in.StandInGenerator):
+    """Writes down the prompt of every row that it is asked for."""
+
+    def __init__(self, log: Path) -> None:
+        super().__init__()
+        self._asked = log
+
+    async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
+        assert request.messages is not None
+        note(self._asked, f"ask {request.messages[-1]['content']}")
+        return await super().generate(request, deadline_s=deadline_s)
+
+
+def note(log: Path, line: str) -> None:
+    """Add a line, whole even where several processes write."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(descriptor, f"{line.strip()}\n".encode())
+    os.close(descriptor)
+
+
+def drive_on_ray(job: Job, address: str, faults: Path, log: Path, fault: tuple[str, str, int] | None) -> None:
+    """Run a job as a driver of a running Ray cluster; runs in a process of its own.
+
+    Args:
+        faults: folder with a file ``KIND WHEN NTH`` for each worker that is to die; the next worker takes the next.
+        fault: the driver's own, None lets it live.
+    """
+    for module in (stand_in, chaos_driver, __import__(__name__, fromlist=["_"])):
+        # Ray's worker processes do not have the tests on their path.
+        cloudpickle.register_pickle_by_value(module)
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    if fault is not None and fault[0] == HEARD:
+        _die_when_told(fault[2])
+    elif fault is not None:
+        chaos_driver.arm(*fault)
+    run.run_job(job, engines=lambda job, settings: nullcontext(partial(_open_in_worker, faults, log)))
+
+
+def _die_when_told(nth: int) -> None:
+    told = 0
+
+    def check(_: Lease) -> None:
+        nonlocal told
+        told += 1
+        if told == nth:
+            chaos_driver.die()
+
+    patch.object(Lease, "check", check).start()
+
+
+@asynccontextmanager
+async def _open_in_worker(faults: Path, log: Path) -> AsyncIterator[LoggedStandIn]:
+    note(log, "worker")
+    _note_records(log)
+    _arm_next(faults)
+    yield LoggedStandIn(log)
+
+
+def _arm_next(faults: Path) -> None:
+    for path in sorted(faults.iterdir())[:1]:
+        kind, when, nth = path.read_text().split()
+        path.unlink()
+        chaos_driver.arm(kind, when, int(nth))
+
+
+def _note_records(log: Path) -> None:
+    real: Callable[..., bool] = storage.create_if_absent
+
+    def create(filesystem: Any, path: str, data: bytes) -> bool:
+        created = real(filesystem, path, data)
+        if created:
+            note(log, f"record {path.rpartition('/')[2]}")
+        return created
+
+    patch.object(commit, "create_if_absent", create).start()

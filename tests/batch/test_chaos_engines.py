@@ -1,0 +1,145 @@
+"""An engine dies at every write boundary of a job: simulated ones, behind the real gateway and real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from hycluster.batch import commit, run
+from hycluster.batch.commit import Output
+from hycluster.batch.corpus import Plan, read, spans
+from hycluster.batch.generate import Generate
+from hycluster.batch.job import Job
+from hycluster.batch.task import open_task
+from hycluster.batch.verify import verify
+from hycluster.config import Admission, Model, Replicas, Router, Simulated
+from tests.batch.test_chaos import contents, make_job, texts
+from tests.simulated_pool import SimulatedPool, SimulatedReplica
+
+__all__ = ["texts"]
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixtures("vllm_imported")]
+
+SETTINGS = Simulated(decode_token_s=0.002, max_model_len=512, vocab_size=256, max_num_seqs=32)
+REPLICAS = 2
+# Those of these shards and of the whole job.
+DEADLY = ("part-00000003", "part-00000012", "00000003-", "00000012-", "00000025-", "_manifest.json", "_SUCCESS")
+
+
+class Engines:
+    """A pool in which one replica dies, and has a successor, before and after each deadly write."""
+
+    def __init__(self, pool: SimulatedPool, model: Model) -> None:
+        self._pool = pool
+        self._model = model
+        self._one_at_a_time = threading.Lock()
+        self._dead: list[SimulatedReplica] = []
+        self.killed_at: list[str] = []
+        self.busy_deaths = 0
+
+    def kill(self, where: str) -> None:
+        with self._one_at_a_time:
+            place = len(self.killed_at) % REPLICAS
+            victim = self._pool[place]
+            self.busy_deaths += victim.requests > 0
+            victim.die()
+            self._dead.append(victim)
+            self.killed_at.append(where)
+            self._pool.replicas[place] = SimulatedReplica(SETTINGS, f"successor-{len(self.killed_at)}")
+
+    def around(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(filesystem: Any, path: str, *rest: Any) -> Any:
+            deadly = any(path.rpartition("/")[2].startswith(name) for name in DEADLY)
+            if deadly:
+                self.kill(f"before {path.rpartition('/')[2]}")
+            result = real(filesystem, path, *rest)
+            if deadly:
+                self.kill(f"after {path.rpartition('/')[2]}")
+            return result
+
+        return call
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[Any]:
+        from hycluster.gateway import open_gateway
+        from hycluster.generation import Generator
+
+        directory = self._pool.directory(self._model)
+        unbounded = Admission(max_requests=None)
+        async with open_gateway(self._model, directory, router=Router(), admission=unbounded, wait_s=30) as gateway:
+            yield Generator({self._model.name: gateway})
+
+    def close(self) -> None:
+        for replica in self._dead:
+            replica.close()
+
+
+def generate_here(job: Job, corpus: Plan, output: Output, connect: Any, *_: Any) -> None:
+    """The job's middle without Ray."""
+    actor = Generate(output, partial(open_task, job, connect), lambda *_: None, name=job.name, slots=job.rows_in_flight)
+
+    async def work() -> None:
+        async with connect.opened() as generator:
+            connect.generator = generator
+            async with asyncio.TaskGroup() as group:
+                for span in spans(corpus.shards(), 60_000):
+                    group.create_task(actor(pa.concat_tables(read(corpus.filesystem, corpus.root, span))))
+
+    asyncio.run(work())
+
+
+class Connection:
+    """Opens the gateway once, in the loop that also closes it."""
+
+    def __init__(self, engines: Engines) -> None:
+        self.opened = engines.open
+        self.generator: Any = None
+
+    def __call__(self) -> Any:
+        return nullcontext(self.generator)
+
+
+@pytest.fixture
+def engines(tiny_model: Path) -> Iterator[Engines]:
+    model = Model(
+        name="tiny",
+        source=str(tiny_model),
+        simulated=SETTINGS,
+        engine={"max_model_len": SETTINGS.max_model_len},
+        replicas=Replicas(min=REPLICAS),
+    )
+    with SimulatedPool(SETTINGS, REPLICAS) as pool:
+        engines = Engines(pool, model)
+        yield engines
+        engines.close()
+
+
+def test_engines_killed_at_write_boundaries(
+    engines: Engines, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_generate", generate_here)
+    sampling = {"max_tokens": 4, "temperature": 0}
+
+    def run_to(name: str) -> Any:
+        job = make_job(texts, str(tmp_path / name), model="tiny", retry_s=60, sampling=sampling)
+        run.run_job(job, engines=lambda job, settings: nullcontext(Connection(engines)))
+        assert verify(job.output.path, str(texts)).faults == []
+        return contents(job.output.path)
+
+    undisturbed = run_to("undisturbed")
+    assert len({row["output"] for row in undisturbed[0]}) > 1000
+    for name in ("write", "create_if_absent", "writing"):
+        monkeypatch.setattr(commit, name, engines.around(getattr(commit, name)))
+    assert run_to("disturbed") == undisturbed
+    # Two shards' part and quarantine, three records, the manifest and _SUCCESS.
+    assert len(engines.killed_at) == 2 * (4 + 3 + 2)
+    # Not all of them were idle.
+    assert engines.busy_deaths >= 1

@@ -1,0 +1,123 @@
+"""Workers and drivers of a job on a real Ray are killed at its writes: nothing lost, nothing twice."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.batch.chaos_ray import HEARD, drive_on_ray
+from tests.batch.object_store import ObjectStore
+from tests.batch.test_chaos import MOST_IN_FLIGHT, SHARD_ROWS, contents, make_job, processes, texts, undisturbed
+
+__all__ = ["processes", "texts", "undisturbed"]
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
+
+AT_EVERY_WRITE = [(kind, when) for kind in ("part", "quarantine/", "_shards/") for when in ("before", "amid", "after")]
+
+
+class Cluster:
+    """Drivers of one job, one after the other, and what their workers did."""
+
+    def __init__(self, processes: Any, folder: Path) -> None:
+        import ray
+
+        self._processes = processes
+        self._address = ray.get_runtime_context().gcs_address
+        self._faults = folder / "faults"
+        self._faults.mkdir()
+        self._log = folder / "log"
+
+    def kill_workers(self, *faults: tuple[str, str, int]) -> None:
+        """The next workers die so, one after the other."""
+        for turn, fault in enumerate(faults):
+            (self._faults / f"{turn:02d}").write_text("{} {} {}".format(*fault))
+
+    def run(self, job: Any, fault: tuple[str, str, int] | None = None) -> None:
+        driver = self._processes.Process(target=drive_on_ray, args=(job, self._address, self._faults, self._log, fault))
+        driver.start()
+        driver.join(300)
+        assert driver.exitcode == (0 if fault is None else -signal.SIGKILL)
+
+    @property
+    def left(self) -> list[str]:
+        """Faults that nobody has died of."""
+        return sorted(path.name for path in self._faults.iterdir())
+
+    def history(self) -> list[tuple[str, int]]:
+        """In order: ``worker`` (one has begun, -1), ``ask`` and ``record`` with the number of the shard."""
+        events = []
+        for line in self._log.read_text().splitlines():
+            event, _, rest = line.partition(" ")
+            shard = -1
+            if event == "ask":
+                row = int(rest.split()[1])
+                # The corpus has 1,230 rows in its first file.
+                shard = row // SHARD_ROWS if row < 1230 else 16 + (row - 1230) // SHARD_ROWS
+            elif event == "record":
+                shard = int(rest[:8])
+            events.append((event, shard))
+        return events
+
+
+@pytest.fixture
+def cluster(processes: Any, tmp_path: Path) -> Cluster:
+    processes.set_forkserver_preload(["tests.batch.chaos_ray"])
+    return Cluster(processes, tmp_path)
+
+
+@pytest.fixture(params=["local", "s3"])
+def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "local":
+        return str(tmp_path / "out")
+    store: ObjectStore = request.getfixturevalue("store")
+    return store.uri(f"{tmp_path.name}/out")
+
+
+def lost_work(history: list[tuple[str, int]]) -> list[int]:
+    """How many shards each worker but the last left begun and without a record."""
+    open_shards: set[int] = set()
+    recorded: set[int] = set()
+    lost = []
+    for event, shard in history:
+        if event == "worker":
+            lost.append(len(open_shards))
+            open_shards.clear()
+        elif event == "record":
+            recorded.add(shard)
+            open_shards.discard(shard)
+        else:
+            assert shard not in recorded, f"shard {shard} is committed and is generated again"
+            open_shards.add(shard)
+    return lost[1:]
+
+
+def test_workers_killed_at_every_write_while_the_driver_lives(
+    cluster: Cluster, texts: Path, undisturbed: Any, tmp_path: Path
+) -> None:
+    cluster.kill_workers(*((kind, when, 2) for kind, when in AT_EVERY_WRITE))
+    job = make_job(texts, str(tmp_path / "out"))
+    cluster.run(job)
+    assert cluster.left == []
+    assert contents(job.output.path) == undisturbed
+    lost = lost_work(cluster.history())
+    assert len(lost) == len(AT_EVERY_WRITE)
+    assert max(lost) <= MOST_IN_FLIGHT
+
+
+def test_workers_and_drivers_killed_in_turn(cluster: Cluster, texts: Path, undisturbed: Any, output: str) -> None:
+    job = make_job(texts, output)
+    cluster.kill_workers(("part", "amid", 2), ("_shards/", "after", 4))
+    # The first worker dies, then the driver while the second one is at work; Ray ends that one in its own time.
+    cluster.run(job, (HEARD, "", 3))
+    # Begins at once, whoever is still there.
+    cluster.run(job, (HEARD, "", 2))
+    cluster.kill_workers(("_shards/", "before", 2), ("quarantine/", "after", 2))
+    cluster.run(job, ("_manifest.json", "amid", 1))
+    cluster.run(job, ("_SUCCESS", "before", 1))
+    cluster.run(job)
+    assert cluster.left == []
+    assert contents(job.output.path) == undisturbed

@@ -1,0 +1,181 @@
+"""A job on real engines whose driver, worker and engine are killed by SIGKILL: the output is that of a quiet run.
+
+The kills at every single write are in tests/batch (a stand-in for the engines) and tests/test_engine_chaos.py
+(simulated engines behind the real gateway).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from tests.batch.conftest import write_texts
+from tests.integration.conftest import TINY, Served, eventually, replicas
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+ROWS = 2000
+SHARDS = 26
+JOB = {
+    "name": "chaos",
+    "model": TINY,
+    "task": "generate",
+    "prompt": "Say it again: {text}",
+    "input": {"columns": {"text": "text"}},
+    "sampling": {"max_tokens": 3, "temperature": 0},
+    "shard_rows": 80,
+    "rows_in_flight": 32,
+    "max_quarantined_fraction": 0.01,
+}
+Rows = tuple[list[dict[str, Any]], list[dict[str, Any]]]
+
+
+class Runs:
+    """Runs of one job over one corpus, each into an output of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        # One row without a text goes to the quarantine.
+        texts = [None if n == 1000 else f"row {n} of {ROWS}" for n in range(ROWS)]
+        write_texts(folder / "corpus" / "a.parquet", texts[:1230], row_group_size=300)
+        write_texts(folder / "corpus" / "b.parquet", texts[1230:])
+        (folder / "job.yaml").write_text(json.dumps(JOB))
+
+    def output(self, name: str) -> Path:
+        return self._folder / name
+
+    def _command(self, command: str, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "hycluster", "batch", command, *arguments, "--input", f"{self._folder}/corpus"]
+
+    @contextmanager
+    def begun(self, name: str) -> Iterator[subprocess.Popen[str]]:
+        """A run in a process of its own, in the cluster that the test has joined."""
+        command = self._command("run", f"{self._folder}/job.yaml", "--output", str(self.output(name)))
+        env = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+        log = self._folder / f"{name}.log"
+        with (
+            log.open("a") as errors,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env) as run,
+        ):
+            try:
+                yield run
+            finally:
+                run.kill()
+
+    def finish(self, run: subprocess.Popen[str]) -> str:
+        """What it printed; it must have ended well."""
+        printed, _ = run.communicate(timeout=600)
+        assert run.returncode == 0, printed
+        return printed
+
+    def committed(self, name: str) -> dict[str, bytes]:
+        """The shards' records by their names."""
+        folder = self.output(name) / "_shards"
+        if not folder.exists():
+            return {}
+        return {path.name: path.read_bytes() for path in sorted(folder.glob("0*.json"))}
+
+    def reach(self, name: str, shards: int) -> None:
+        """Wait for the moment after a record was written, the middle of the job."""
+        eventually(lambda: len(self.committed(name)) >= shards, 240, f"{shards} shards are committed")
+        assert not (self.output(name) / "_SUCCESS").exists(), "the job was over before it could be disturbed"
+
+    def rows(self, name: str) -> Rows:
+        """Finished and quarantined rows, proved by ``batch verify`` and read by the manifest."""
+        out = self.output(name)
+        checked = subprocess.run(
+            self._command("verify", str(out)), check=False, capture_output=True, text=True, timeout=120
+        )
+        assert checked.returncode == 0, checked.stdout + checked.stderr
+        shards = json.loads((out / "_manifest.json").read_text())["shards"]
+        assert len(shards) == SHARDS
+        finished, quarantined = (
+            [row for shard in shards if shard[kind] for row in pq.read_table(out / shard[kind]["path"]).to_pylist()]
+            for kind in ("part", "quarantine")
+        )
+        return finished, quarantined
+
+
+def processes(served: Served, is_it: Callable[[str], bool]) -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process(served.process.pid).children(recursive=True):
+        try:
+            if is_it(" ".join(process.cmdline())):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def kill_worker(served: Served) -> None:
+    (worker,) = processes(served, lambda title: "Generate" in title)
+    os.kill(worker.pid, signal.SIGKILL)
+
+
+def kill_engine(served: Served) -> None:
+    (engine,) = processes(served, lambda title: f"replica-{TINY}" in title)
+    os.kill(engine.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def runs(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("chaos"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(runs: Runs) -> Rows:
+    with runs.begun("undisturbed") as run:
+        runs.finish(run)
+    rows = runs.rows("undisturbed")
+    assert (len(rows[0]), len(rows[1])) == (ROWS - 1, 1)
+    # A random model says little; that each row has its own answer is shown with the simulated engine.
+    assert len({row["output"] for row in rows[0]}) > 1
+    return rows
+
+
+def test_a_killed_driver_and_then_a_killed_worker(runs: Runs, served: Served, undisturbed: Rows) -> None:
+    with runs.begun("driver") as run:
+        runs.reach("driver", 5)
+        run.kill()
+    assert run.returncode == -signal.SIGKILL
+    # Ray ends what the driver has started; whatever that commits on its last way counts.
+    eventually(lambda: not processes(served, lambda title: "Generate" in title), 60, "the driver's worker is gone")
+    kept = runs.committed("driver")
+    with runs.begun("driver") as run:
+        runs.reach("driver", len(kept) + 3)
+        kill_worker(served)
+        printed = runs.finish(run)
+    earlier = sum(json.loads(record)["rows"] for record in kept.values())
+    assert f"done earlier {earlier}" in " ".join(printed.replace("│", " ").split())
+    assert kept.items() <= runs.committed("driver").items()
+    assert runs.rows("driver") == undisturbed
+
+
+def test_a_killed_engine_and_then_everything_at_once(runs: Runs, served: Served, undisturbed: Rows) -> None:
+    with runs.begun("engine") as run:
+        runs.reach("engine", 4)
+        kill_engine(served)
+        runs.reach("engine", len(runs.committed("engine")) + 4)
+        kill_engine(served)
+        kill_worker(served)
+        run.kill()
+    kept = runs.committed("engine")
+    assert len(kept) < SHARDS
+    with runs.begun("engine") as run:
+        runs.finish(run)
+    assert kept.items() <= runs.committed("engine").items()
+    assert runs.rows("engine") == undisturbed
+    # For the tests after this one.
+    eventually(lambda: any(replica.accepting for replica in replicas(TINY)), 120, "the engine is back")
