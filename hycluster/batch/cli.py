@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from hycluster.config import DEFAULT_SETTINGS, load_settings
-from hycluster.errors import HyclusterError
+from hycluster.errors import HyclusterError, SettingsError
 
 app = typer.Typer(name="batch", help="Bulk runs over Parquet.", no_args_is_help=True)
 
@@ -113,3 +113,9 @@ def _one_line_errors() -> Iterator[None]:
     except HyclusterError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
+    except OSError as error:
+        # A store that does not answer, a folder that may not be read: at any of many reads.
+        from hycluster.batch.storage import one_line
+
+        typer.echo(f"error: OUTPUT: can't be read: {one_line(error)}", err=True)
+        raise typer.Exit(SettingsError.exit_code) from None

@@ -5,6 +5,7 @@ The faults travel with what opens the engines in a worker; the product knows not
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Callable
@@ -25,10 +26,14 @@ from tests.batch import chaos_driver, stand_in
 
 # Not a write: the driver hears of the n-th shard that was committed.
 HEARD = "heard"
+ANSWER_S = 0.2
 
 
 class LoggedStandIn(stand_in.StandInGenerator):
-    """Writes down the prompt of every row that it is asked for."""
+    """Writes down the prompt of every row that it is asked for, and takes its time.
+
+    Ray needs a moment to end the worker of a driver that was killed; there must be work left then.
+    """
 
     def __init__(self, log: Path) -> None:
         super().__init__()
@@ -37,6 +42,7 @@ class LoggedStandIn(stand_in.StandInGenerator):
     async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
         assert request.messages is not None
         note(self._asked, f"ask {request.messages[-1]['content']}")
+        await asyncio.sleep(ANSWER_S)
         return await super().generate(request, deadline_s=deadline_s)
 
 

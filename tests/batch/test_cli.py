@@ -114,3 +114,14 @@ def test_status_and_report_read_an_output(make_job: MakeJob, tmp_path: Path) -> 
         result = CliRunner().invoke(app, args)
         assert (result.exit_code, said in result.output) == (code, True), result.output
     assert (out / "report.json").exists()
+
+
+@pytest.mark.parametrize("command", [["verify", "--input", "in"], ["status"]])
+def test_a_store_that_does_not_answer_is_one_line(command: list[str]) -> None:
+    nowhere = "s3://KEY:SECRET@bucket/out?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1"
+    result = CliRunner().invoke(app, [command[0], nowhere, *command[1:]])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: OUTPUT: ")
+    assert "can't be read: " in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "SECRET" not in result.output
