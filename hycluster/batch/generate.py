@@ -67,12 +67,14 @@ class Generate:
             JobFailed: the engines can't serve; says why.
             SettingsError: they do not have the model.
         """
+        telling = asyncio.create_task(self._tell_now_and_then())
         try:
             async with asyncio.TaskGroup() as group:
                 commits = await self._feed(block, group.create_task)
         except* Exception as errors:
             raise _first(errors) from None
         finally:
+            telling.cancel()
             self._tell()
         return pa.table({"record": pa.array([task.result().to_json() for task in commits], pa.string())})
 
@@ -155,6 +157,12 @@ class Generate:
             self._done += Totals(1, 1)
             self._reasons[answer.error_type] += 1
         if time.monotonic() - self._reported_s >= REPORT_EVERY_S:
+            self._tell()
+
+    async def _tell_now_and_then(self) -> None:
+        # While engines are away no row is counted, and how often they were asked is what one wants to know.
+        while True:
+            await asyncio.sleep(REPORT_EVERY_S)
             self._tell()
 
     def _tell(self) -> None:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hycluster.batch import ask as module
+from hycluster.batch import generate
 from hycluster.batch.commit import Output
 from hycluster.batch.corpus import REFUSAL, REFUSAL_TYPE, ROW_ID, SHARD
 from hycluster.batch.generate import Generate
@@ -186,6 +187,16 @@ async def test_engine_failures_are_retried(make_job: MakeJob, tmp_path: Path, er
     run = Run(make_job, generator, tmp_path / "out", retry_s=60)
     assert (await run(block(["x"])))[0]["quarantine"] is None
     assert generator.calls == 3
+
+
+async def test_retries_are_told_while_no_row_gets_through(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "REPORT_EVERY_S", 0.005)
+    run = Run(make_job, Failing(*[Unavailable("down")] * 6), tmp_path / "out", retry_s=60)
+    await run(block(["x"]))
+    assert any(said.done.rows == 0 and said.in_flight == 1 and said.retries for said in run.reports)
+    assert run.reports[-1].retries == 6
 
 
 async def test_shedding_is_waited_out_for_as_long_as_it_takes(make_job: MakeJob, tmp_path: Path) -> None:

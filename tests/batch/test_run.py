@@ -256,16 +256,15 @@ def test_every_kind_of_bad_row_and_file_is_quarantined_with_its_reason(
     assert "is not what the job ran on" in fault
 
 
-def test_too_many_files_at_fault_end_the_job_before_it_works(make_job: MakeJob, corpus: Path) -> None:
-    write_texts(corpus / "y.parquet", [f"fine {n}" for n in range(500)])
+def test_a_large_file_that_cannot_be_read_ends_the_job(make_job: MakeJob, corpus: Path) -> None:
     (corpus / "z.parquet").write_bytes(b"not Parquet" * 1000)
-    job = make_job(max_quarantined_fraction=0.01, shard_rows=1, rows_in_flight=1)
+    job = make_job(max_quarantined_fraction=0.5)
     with pytest.raises(TooManyQuarantined, match=r"such as z.parquet"):
         run_job(job, engines=engines())
     out = Path(job.output.path)
     (kept,) = (out / "quarantine").glob("*.parquet")
     assert pq.read_table(kept).column("row_id").to_pylist() == ["z.parquet"]
-    assert len(list(out.glob("part-*.parquet"))) < 100
+    assert not (out / "_SUCCESS").exists()
 
 
 def test_a_running_job_says_how_far_it_is(make_job: MakeJob, corpus: Path, tmp_path: Path) -> None:
@@ -277,7 +276,8 @@ def test_a_running_job_says_how_far_it_is(make_job: MakeJob, corpus: Path, tmp_p
 
     def look() -> None:
         watcher = Watcher(job.output.path)
-        while not (seen and seen[-1].word and seen[-1].word.progress.retries):
+        end_s = time.monotonic() + 40
+        while not (seen and seen[-1].word and seen[-1].word.progress.retries) and time.monotonic() < end_s:
             time.sleep(0.1)
             if (Path(job.output.path) / "_job.json").exists():
                 seen.append(watcher.look())
