@@ -1,6 +1,6 @@
 """A job on real engines whose driver, worker and engine are killed by SIGKILL: the output is that of a quiet run.
 
-The kills at every single write are in tests/batch (a stand-in for the engines) and tests/test_engine_chaos.py
+The kills at every single write are in tests/batch (a stand-in for the engines) and tests/batch/test_chaos_engines.py
 (simulated engines behind the real gateway).
 """
 

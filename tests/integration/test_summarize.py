@@ -37,7 +37,9 @@ def test_long_and_short_files_become_a_summary_each(served: Served, tmp_path: Pa
     assert done.returncode == 1
     assert f"error: {tmp_path / 'bad.txt'}: is empty" in done.stderr
     assert "3 of 4 files summarized" in done.stderr
-    lines: dict[str, dict[str, Any]] = {Path(line["file"]).name: line for line in map(json.loads, out.open())}
+    lines: dict[str, dict[str, Any]] = {
+        Path(line["file"]).name: line for line in map(json.loads, out.read_text().splitlines())
+    }
     assert list(lines) == sorted(texts)
     for name in ("long.md", "longer.txt"):
         nodes = lines[name]["tree"]["nodes"]
