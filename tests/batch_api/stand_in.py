@@ -16,6 +16,8 @@ from starlette.routing import Route
 
 from hycluster.batch_api.records import Batch, new_id
 from hycluster.batch_api.store import Store
+from hycluster.errors import HyclusterError, ReplicaLost
+from hycluster.ingress.errors import answer_error
 
 ENDPOINT = "/v1/chat/completions"
 
@@ -52,7 +54,8 @@ class StandIn:
         statuses: by prompt, what it is answered the first times.
         asked: how often each prompt came in.
         bodies: the last body of each prompt.
-        hold: while set, prompts in ``held`` get no answer.
+        held: prompts that get no answer.
+        kills: prompts that take their replica along.
     """
 
     def __init__(self) -> None:
@@ -60,10 +63,14 @@ class StandIn:
         self.asked: Counter[str] = Counter()
         self.bodies: dict[str, dict[str, Any]] = {}
         self.held: set[str] = set()
+        self.kills: set[str] = set()
         self.delay_s = 0.0
         self.aborted: set[str] = set()
         self.most_at_once = self._now = 0
-        self.app = Starlette(routes=[Route(ENDPOINT, self._answer, methods=["POST"])])
+        self.app = Starlette(
+            routes=[Route(ENDPOINT, self._answer, methods=["POST"])],
+            exception_handlers={HyclusterError: answer_error},
+        )
 
     async def connect(self) -> Starlette:
         return self.app
@@ -82,6 +89,8 @@ class StandIn:
             raise
         finally:
             self._now -= 1
+        if prompt in self.kills:
+            raise ReplicaLost("the replica that ran this request was lost")
         if self.statuses.get(prompt):
             status = self.statuses[prompt].pop(0)
             error = {"error": {"message": f"status {status}", "type": "x", "param": None, "code": status}}

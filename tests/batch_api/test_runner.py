@@ -109,6 +109,17 @@ async def test_what_is_not_the_lines_fault_is_tried_again(store: Store, settings
     assert dict(api.asked) == {"p0": 1, "p1": 3, "p2": 3, "p3": 2}
 
 
+async def test_a_line_that_kills_replicas_is_given_up(store: Store, settings: Batches, api: StandIn) -> None:
+    api.kills = {"p1"}
+    batch = submit(store, jsonl(4))
+    await runner(store, settings, api).run(batch.id)
+    state = store.state(batch.id)
+    assert (state.status, state.completed, state.failed) == ("completed", 3, 1)
+    (given_up,) = lines_of(store, state.error_file_id)
+    assert (given_up["custom_id"], given_up["response"], given_up["error"]["code"]) == ("c1", None, "Poison")
+    assert api.asked["p1"] == 3
+
+
 async def test_a_batch_with_a_wrong_line_asks_nothing(store: Store, settings: Batches, api: StandIn) -> None:
     batch = submit(store, f"{jsonl(3)}nonsense\n{line('c0')}\n")
     await runner(store, settings, api).run(batch.id)
