@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,9 @@ class Cluster:
 
 
 @pytest.fixture
-def cluster(processes: Any, tmp_path: Path) -> Cluster:
-    processes.set_forkserver_preload(["tests.batch.chaos_ray"])
-    return Cluster(processes, tmp_path)
+def cluster(tmp_path: Path) -> Cluster:
+    # New ones, not forked from a server: that may be older than this Ray, whose token its children then lack.
+    return Cluster(multiprocessing.get_context("spawn"), tmp_path)
 
 
 @pytest.fixture(params=["local", "s3"])
