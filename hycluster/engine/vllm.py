@@ -29,6 +29,7 @@ import msgspec
 from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -306,6 +307,10 @@ class _EngineCore(EngineCoreProc):
             executor_class=Executor.get_class(config),
             log_stats=True,
         )
+        if current_platform.is_cpu():
+            from hycluster.engine import cpu_seed
+
+            self.model_executor.collective_rpc(cpu_seed.mend)
         self.experts = expert_load_meter(config, self.model_executor)
 
     @contextmanager

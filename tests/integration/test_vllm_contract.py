@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import textwrap
 import warnings
@@ -128,6 +129,31 @@ def test_routing_learns_of_padding_and_is_called_by_name() -> None:
         weights, ids = router._compute_routing(torch.randn(5, 8), logits, torch.int32)
         assert weights.shape == ids.shape == (5, 2)
     assert sum(function.counts().tokens) == 2 * 5 * 2  # type: ignore[union-attr]
+
+
+class TestSeedsOnCpu:
+    """``hycluster/engine/cpu_seed.py``."""
+
+    def test_torch_still_can_not_turn_a_generator_back(self) -> None:
+        import torch
+
+        with pytest.raises(RuntimeError, match="does not use offset"):
+            torch.Generator().get_offset()
+
+    def test_vllm_turns_generators_back_and_draws_one_number_a_token(self) -> None:
+        from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+        assert "gen.set_offset(gen.get_offset() - 4)" in inspect.getsource(GPUModelRunner)
+        drawn = inspect.getsource(TopKTopPSampler.forward_cpu)
+        assert "0, 2**31, (1,), generator=gen, dtype=torch.long" in drawn
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_a_state_is_made_with_its_generator_and_tokens(self) -> None:
+        from vllm.v1.worker.gpu_input_batch import CachedRequestState
+
+        made = {field.name for field in dataclasses.fields(CachedRequestState)}
+        assert {"generator", "sampling_params", "output_token_ids"} <= made
 
 
 class TestLoraOnCpu:
