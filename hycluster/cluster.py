@@ -102,23 +102,31 @@ def start() -> bool:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
-    _state_file().parent.mkdir(parents=True, exist_ok=True)
-    _state_file().write_text(json.dumps({"address": ray.get_runtime_context().gcs_address, "pid": os.getpid()}))
+    _clusters().mkdir(parents=True, exist_ok=True)
+    state = {"address": ray.get_runtime_context().gcs_address, "pid": os.getpid()}
+    written = _clusters() / f"{os.getpid()}.tmp"
+    written.write_text(json.dumps(state))
+    written.replace(written.with_suffix(".json"))
     return True
 
 
-def _state_file() -> Path:
-    return home() / "state" / "cluster.json"
+def _clusters() -> Path:
+    """A file for each cluster that was started on this machine."""
+    return home() / "state" / "clusters"
 
 
 def _remembered() -> str | None:
-    """Address of the cluster that the last :func:`start` on this machine started, while its process lives."""
-    try:
-        state = json.loads(_state_file().read_text())
-        os.kill(state["pid"], 0)
-        return str(state["address"])
-    except (OSError, ValueError, KeyError):
-        return None
+    """Address of the last cluster that :func:`start` started on this machine and whose process lives."""
+    found: list[tuple[float, str]] = []
+    for file in _clusters().glob("*.json"):
+        try:
+            state = json.loads(file.read_text())
+            os.kill(state["pid"], 0)
+            found.append((file.stat().st_mtime, str(state["address"])))
+        except (OSError, ValueError, KeyError):
+            # Its process is gone.
+            file.unlink(missing_ok=True)
+    return max(found)[1] if found else None
 
 
 def check_resources(models: tuple[Model, ...]) -> None:

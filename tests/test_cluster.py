@@ -93,7 +93,7 @@ class TestRememberedCluster:
     def _home(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("HYCLUSTER_HOME", str(tmp_path))
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
-        (tmp_path / "state").mkdir()
+        cluster._clusters().mkdir(parents=True)
 
     @pytest.fixture
     def asked(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -110,8 +110,10 @@ class TestRememberedCluster:
         monkeypatch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")
         return addresses
 
-    def remember(self, pid: int) -> None:
-        cluster._state_file().write_text(json.dumps({"address": "127.0.0.1:1234", "pid": pid}))
+    def remember(self, pid: int, address: str = "127.0.0.1:1234", started: float = 0) -> None:
+        file = cluster._clusters() / f"{pid}.json"
+        file.write_text(json.dumps({"address": address, "pid": pid}))
+        os.utime(file, (started, started))
 
     @pytest.fixture
     def dead(self) -> int:
@@ -131,9 +133,18 @@ class TestRememberedCluster:
             cluster.connect()
         assert asked == ["auto"]
 
+    def test_of_several_it_is_the_last_that_lives(self, asked: list[str], dead: int) -> None:
+        self.remember(os.getppid(), "127.0.0.1:1", started=1)
+        self.remember(os.getpid(), "127.0.0.1:2", started=2)
+        self.remember(dead, "127.0.0.1:3", started=3)
+        with pytest.raises(SettingsError, match=r"no Ray cluster at '127.0.0.1:2'"):
+            cluster.connect()
+        assert asked == ["127.0.0.1:2"]
+        assert not (cluster._clusters() / f"{dead}.json").exists()
+
     @pytest.mark.parametrize("content", ["", "nonsense", "{}"])
     def test_a_broken_file_is_ignored(self, asked: list[str], content: str) -> None:
-        cluster._state_file().write_text(content)
+        (cluster._clusters() / "1.json").write_text(content)
         with pytest.raises(SettingsError):
             cluster.connect()
         assert asked == ["auto"]
