@@ -85,12 +85,17 @@ def test_sigterm_during_the_start(tiny_model: Path, tmp_path: Path) -> None:
         text=True,
         env={**os.environ, "HYCLUSTER_HOME": str(tmp_path / "home")},
     )
-    # Ray is up, the engine is not. (While Ray itself starts, its own handler would end the process at once.)
-    eventually((tmp_path / "home" / "state" / "cluster.json").exists, 60, "Ray has started")
-    time.sleep(1)
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    try:
+        # Ray is up, the engine is not. (While Ray itself starts, its own handler would end the process at once.)
+        clusters = tmp_path / "home" / "state" / "clusters"
+        eventually(lambda: list(clusters.glob("*.json")), 60, "Ray has started")
+        time.sleep(1)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            stop(process)
     assert process.returncode == 0, err
     assert "ready" not in out
     assert "Traceback" not in err
