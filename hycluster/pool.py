@@ -173,6 +173,9 @@ class PoolClient:
 
     async def _watch(self, link: _Link) -> None:
         await recv_monitor_message(link.monitor)
+        # The last words of a replica that has drained are whole answers: what has arrived is read first.
+        while await link.outputs.poll(0):  # noqa: ASYNC110 - sockets tell nobody that they are empty
+            await asyncio.sleep(0.005)
         self._lost(link, "its connection closed")
 
     async def _heed(self, link: _Link) -> None:
