@@ -7,7 +7,7 @@ Layout:
     open/<batch>          empty: the executor has it to do
     cancel/<batch>.json   the wish to cancel
     state/<batch>.json    how far it is
-    work/<batch>/         input and output of the batch as a job, see runner.py; gone when it has ended
+    jobs/<batch>/         input and output of the batch as a job, see runner.py; gone when it has ended
 
 Records are written in one step. No two processes write the same one, so doors and executor need no lock;
 ids sort by time, so lists read only the records that they show.
@@ -187,13 +187,13 @@ class Store:
         """The batch has ended: drop its work, then its mark."""
         # An earlier attempt may have got as far as this.
         with suppress(FileNotFoundError):
-            self._filesystem.delete_dir(self._at("work", batch_id))
+            self._filesystem.delete_dir(self._at("jobs", batch_id))
         delete(self._filesystem, [self._at("open", batch_id)])
 
     def work(self, batch_id: str) -> str:
         """Path or URI of the folder for a batch's work."""
         base, question, query = self.path.partition("?")
-        return f"{base.rstrip('/')}/work/{batch_id}{question}{query}"
+        return f"{base.rstrip('/')}/jobs/{batch_id}{question}{query}"
 
     # -- upkeep -------------------------------------------------------------------------------------
 

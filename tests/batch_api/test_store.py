@@ -132,7 +132,7 @@ class TestBatches:
 
     def test_the_work_folder_of_a_uri(self) -> None:
         store = Store(Batches(store="s3://k:s@bucket/a/?endpoint_override=localhost:1&scheme=http"))
-        assert store.work("b") == "s3://k:s@bucket/a/work/b?endpoint_override=localhost:1&scheme=http"
+        assert store.work("b") == "s3://k:s@bucket/a/jobs/b?endpoint_override=localhost:1&scheme=http"
 
 
 @pytest.mark.parametrize("nothing", [Store.open_batches, Store.sweep, lambda store: store.list_batches(None, 5)])
