@@ -287,7 +287,9 @@ class TestCancellation:
     def test_http_client_hangs_up(self, served: Served) -> None:
         body = {"model": MODEL, "prompt": "go on", "max_tokens": 1900, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", f"{served.http}/v1/completions", json=body, timeout=60) as answer:
-            next(answer.iter_lines())
+            # Kept: httpx closes the connection when the iterator is thrown away.
+            lines = answer.iter_lines()
+            next(lines)
             eventually(lambda: busy(MODEL), 5, "the engine works on it")
         eventually(lambda: idle(MODEL), 1.6, "the engine is idle again")
 
