@@ -296,10 +296,12 @@ class Router(Strict):
         session_slack_tokens: requests of one session go to one replica, which has the earlier turns in its KV cache,
             as long as that one has at most so many tokens more outstanding than the least loaded. None: sessions
             are of no account.
+        failover_wait_s: how long a request whose replica was lost waits for a place on another one.
     """
 
     policy: Literal["least_outstanding_tokens", "power_of_two"] = "least_outstanding_tokens"
     session_slack_tokens: int | None = Field(default=8192, ge=0)
+    failover_wait_s: float = Field(default=120, ge=0)
 
 
 class DataPlane(Strict):

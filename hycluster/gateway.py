@@ -38,7 +38,7 @@ from hycluster.engine.vllm import engine_config
 from hycluster.errors import InvalidInput, Overloaded, ReplicaLost, Unavailable, shown
 from hycluster.observe.experts import expert_metrics
 from hycluster.observe.metrics import stat_logger
-from hycluster.pool import MOST_MOVES, PoolClient
+from hycluster.pool import MOST_LOSSES, PoolClient
 from hycluster.router import make_policy
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class Gateway(AsyncLLM):
     engine_core: PoolClient
 
     def __init__(
-        self, model: Model, config: VllmConfig, router: Router, admission: Admission, *, metrics: bool, moves: int
+        self, model: Model, config: VllmConfig, router: Router, admission: Admission, *, metrics: bool, losses: int
     ) -> None:
         maybe_register_config_serialize_by_value()
         self.model = model
@@ -106,7 +106,8 @@ class Gateway(AsyncLLM):
             make_policy(router.policy, gateway_id, session_slack_tokens=router.session_slack_tokens),
             gateway_id,
             replicas=model.engines,
-            moves=moves,
+            losses=losses,
+            wait_s=router.failover_wait_s,
             on_lost=self._request_lost,
         )
         self.logger_manager = stat_logger(config, model.engines) if metrics else None
@@ -271,18 +272,18 @@ async def open_gateway(
     admission: Admission,
     wait_s: float,
     metrics: bool = False,
-    moves: int = MOST_MOVES,
+    losses: int = MOST_LOSSES,
 ) -> AsyncIterator[Gateway]:
     """A gateway that follows the directory; waits until a replica can serve.
 
     Args:
-        moves: how often a request may lose its replica before the caller is told; see ``PoolClient``.
+        losses: replicas in a row that a request may lose; see ``PoolClient``.
 
     Raises:
         Unavailable: there is none after ``wait_s`` seconds.
     """
     config = await asyncio.to_thread(lambda: engine_config(model, model_files(model)))
-    gateway = Gateway(model, config, router, admission, metrics=metrics, moves=moves)
+    gateway = Gateway(model, config, router, admission, metrics=metrics, losses=losses)
     follower = asyncio.create_task(gateway.follow(directory))
     try:
         try:

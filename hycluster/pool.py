@@ -1,10 +1,9 @@
 """The pool as one engine core: what ``AsyncLLM`` talks to in the place of vLLM's own client.
 
 Holds a connection to each replica of a model, sends each request to the replica that the router
-chooses and gathers the outputs of all. A request that was on a replica that is lost before it had any
-output goes to another one, a few times at most; one that had begun ends with ``Unavailable``. Where a
-replica died with it on board that is ``ReplicaLost``: a request that kills its replica must not be carried
-through the whole pool.
+chooses and gathers the outputs of all. A request whose replica is lost goes on elsewhere, behind the tokens that
+it has (``hycluster/engine/carried.py``); whoever waits for it sees a pause. One that replicas die of, again and again
+before it has a token of theirs, ends with ``ReplicaLost``: it must not be carried through the whole pool.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from hycluster.core import ExpertLoad, ReplicaAddress, ReplicaLoad
 from hycluster.directory import ReplicaReport
+from hycluster.engine.carried import carry
 from hycluster.engine.protocol import EngineInfo
 from hycluster.errors import ReplicaLost, Unavailable
 from hycluster.router import Candidate, Policy, RouteRequest
@@ -37,17 +37,25 @@ logger = logging.getLogger(__name__)
 HELLO_TIMEOUT_S = 10.0
 CALL_TIMEOUT_S = 60.0
 # How often a request of an interactive caller may lose its replica unseen.
-MOST_MOVES = 2
+MOST_LOSSES = 2
 
 
 @dataclass(slots=True)
 class _Flight:
-    """A request that has been sent and has not finished; ``moves`` replicas have died with it."""
+    """A request that has been sent and has not finished.
+
+    Attributes:
+        tokens_left: to prefill and decode on its replica.
+        output: all tokens so far, whoever made them.
+        losses: replicas in a row that have died with it before it had a token of theirs.
+        begun: it has output of the replica that it is on.
+    """
 
     request: EngineCoreRequest
     link: _Link
     tokens_left: int
-    moves: int
+    output: list[int]
+    losses: int
     begun: bool = False
 
 
@@ -73,7 +81,8 @@ class PoolClient:
 
     Args:
         replicas: size of the pool, for the metrics' labels.
-        moves: how often a request without output may go to another replica because its own died.
+        losses: replicas in a row that a request may lose before it has a token of theirs.
+        wait_s: how long a request whose replica was lost waits for another one.
         on_lost: told of each request that ends because its replica was lost; ``ReplicaLost`` if it died.
 
     Attributes:
@@ -89,13 +98,17 @@ class PoolClient:
         gateway_id: str,
         *,
         replicas: int,
-        moves: int,
+        losses: int,
+        wait_s: float,
         on_lost: Callable[[str, Unavailable], Awaitable[None]],
     ) -> None:
         self.model = model
         self.gateway_id = gateway_id
         self._on_lost = on_lost
-        self._most_moves = moves
+        self._most_losses = losses
+        self._wait_s = wait_s
+        # Set, and replaced, whenever a replica joins.
+        self._joined = asyncio.Event()
         self._slots = replicas
         self.resources = SimpleNamespace(engine_dead=False)
         self.engine_ranks_managed = [0]
@@ -152,6 +165,8 @@ class PoolClient:
                 _close_sockets(monitor, requests, outputs)
         self._links[address.replica_id] = link
         self.first_replica.set()
+        self._joined.set()
+        self._joined = asyncio.Event()
         link.tasks = [asyncio.create_task(end(link)) for end in (self._read, self._watch, self._heed)]
 
     def _free_slot(self) -> int:
@@ -191,24 +206,28 @@ class PoolClient:
         flights = list(link.flights.values())
         link.flights.clear()
         self._spawn(self._close(link, say_bye=False))
-        # One that drains ends on purpose.
-        self._spawn(self._carry_over(flights, died=died and link.accepting))
-
-    async def _carry_over(self, flights: list[_Flight], *, died: bool) -> None:
-        """Requests without output start over elsewhere, as often as they may; the others are told."""
         for flight in flights:
-            if self._flights.pop(flight.request.request_id, None) is None:
-                # Aborted meanwhile.
-                continue
-            moves = flight.moves + died
-            if not flight.begun and moves <= self._most_moves:
-                try:
-                    await self._send(flight.request, moves)
-                    continue
-                except Unavailable:
-                    pass
+            # One that drains ends on purpose.
+            self._spawn(self._carry_over(flight, died=died and link.accepting))
+
+    async def _carry_over(self, flight: _Flight, *, died: bool) -> None:
+        """Go on elsewhere, behind the tokens so far. One that replicas die of again and again ends."""
+        request_id = flight.request.request_id
+        losses = 0 if flight.begun else flight.losses + died
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._wait_s):
+                # Else it was aborted meanwhile.
+                while losses <= self._most_losses and self._flights.get(request_id) is flight:
+                    joined = self._joined
+                    try:
+                        await self._send(flight.request, flight.output, losses)
+                        return
+                    except Unavailable:
+                        await joined.wait()
+        if self._flights.get(request_id) is flight:
+            del self._flights[request_id]
             kind = ReplicaLost if died else Unavailable
-            await self._on_lost(flight.request.request_id, kind("the replica that ran this request was lost"))
+            await self._on_lost(request_id, kind("the replica that ran this request was lost"))
 
     # -- requests and outputs -----------------------------------------------------------------------
 
@@ -265,17 +284,17 @@ class PoolClient:
         Raises:
             Unavailable: no replica can serve.
         """
-        await self._send(request, moves=0)
+        await self._send(request, [], losses=0)
 
-    async def _send(self, request: EngineCoreRequest, moves: int) -> None:
+    async def _send(self, request: EngineCoreRequest, output: list[int], losses: int) -> None:
         params = request.sampling_params
         prompt = len(request.prompt_token_ids or ())
         tokens = prompt + ((params.max_tokens or 0) if params is not None else 0)
         link = self._choose(request, tokens)
-        flight = _Flight(request, link, tokens, moves)
+        flight = _Flight(request, link, tokens, output, losses)
         self._flights[request.request_id] = link.flights[request.request_id] = flight
         link.outstanding_tokens += tokens
-        await link.requests.send_multipart([Kind.ADD, *self._encoder.encode(request)], copy=False)
+        await link.requests.send_multipart([Kind.ADD, *self._encoder.encode(carry(request, output))], copy=False)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         by_link: dict[str, list[str]] = {}
@@ -317,7 +336,8 @@ class PoolClient:
                 step = len(output.new_token_ids)
                 if not flight.begun:
                     flight.begun = True
-                    step += len(flight.request.prompt_token_ids or ())
+                    step += len(flight.request.prompt_token_ids or ()) + len(flight.output)
+                flight.output += output.new_token_ids
                 flight.tokens_left -= step
                 spent += step
             link.outstanding_tokens -= spent

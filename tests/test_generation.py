@@ -57,7 +57,7 @@ def opened(tiny_model: Path) -> Open:
                 router=Router(),
                 admission=changes.pop("admission", Admission()),
                 wait_s=10,
-                moves=changes.pop("moves", 2),
+                losses=changes.pop("losses", 2),
             ) as gateway:
                 yield Generator({"tiny": gateway}), simulated
 
@@ -227,7 +227,7 @@ async def test_a_row_that_kills_engines_is_found_among_many(opened: Open, monkey
                     simulated.replicas[place] = SimulatedReplica(SLOW, f"again{deaths}")
             await asyncio.sleep(0.02)
 
-    async with opened(SLOW, replicas=2, moves=0) as (generator, simulated):
+    async with opened(SLOW, replicas=2, losses=0) as (generator, simulated):
         keeper = asyncio.create_task(replace_the_dead(simulated))
         ask_for = asking.Asker(retry_s=30)
 

@@ -85,7 +85,7 @@ async def opened(settings: Simulated, replicas: int = 2, moves: int = 2) -> Asyn
 
     with SimulatedPool(settings, replicas) as simulated:
         policy = make_policy("least_outstanding_tokens", "me", seed=0)
-        client = PoolClient("tiny", policy, "me", replicas=replicas, moves=moves, on_lost=on_lost)
+        client = PoolClient("tiny", policy, "me", replicas=replicas, losses=moves, wait_s=wait_s, on_lost=on_lost)
         try:
             await client.update(simulated.reports)
             yield Pool(simulated, client, lost)

@@ -160,7 +160,7 @@ def _open_generator(directory: str, model: str) -> AbstractAsyncContextManager[G
     from hycluster.generation import open_generator
 
     # Every loss of a replica is told: who asks for the rows (ask.py) finds the one that kills.
-    return open_generator(directory, model, moves=0)
+    return open_generator(directory, model, losses=0)
 
 
 def _generate(

@@ -170,7 +170,7 @@ class _Api:
                     wait_s=settings.start_timeout_s,
                     metrics=False,
                     # Every loss is told to the asker, who finds out which line kills engines.
-                    moves=0,
+                    losses=0,
                 )
             )
             apps = await model_apps(generator, settings.http)

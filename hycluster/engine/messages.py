@@ -45,6 +45,7 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, frozen=True):
     prompt_logprobs: int | None = None
     eos_token_id: int | None = msgspec.field(default=None, name="_eos_token_id")
     all_stop_token_ids: frozenset[int] = msgspec.field(default=frozenset(), name="_all_stop_token_ids")
+    extra_args: dict[str, Any] | None = None
 
 
 class EngineCoreRequest(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True, kw_only=True):

@@ -18,6 +18,8 @@ Frame = bytes | bytearray | memoryview
 
 # In the place of a client's number: a message for the other ranks of the engine's data-parallel group.
 SIBLINGS = -2
+# In a request's ``extra_args``: the tokens that it got from a replica that is lost; see ``carried.py``.
+CARRIED = "hycluster_carried"
 
 
 @dataclass(frozen=True, slots=True)

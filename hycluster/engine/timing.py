@@ -19,6 +19,7 @@ from typing import Any
 from hycluster.config import Simulated
 from hycluster.core import ReplicaLoad
 from hycluster.engine.messages import EngineCoreOutput, EngineCoreRequest, FinishReason, SamplingParams
+from hycluster.engine.protocol import CARRIED
 from hycluster.errors import InvalidInput
 
 # Tokenizers keep special and single-byte tokens in the lowest ids; staying above them gives text
@@ -114,8 +115,9 @@ class SimulatedScheduler:
             raise InvalidInput(f"prompt: {len(prompt)} tokens; must be below {self.settings.max_model_len}")
         if (client, request.request_id) in self._streams:
             raise InvalidInput(f"request_id: {request.request_id!r} is already in work")
+        tokens = [*prompt, *(params.extra_args or {}).get(CARRIED, ())]
         try:
-            digest = hashlib.blake2b(struct.pack(f"<{len(prompt)}I", *prompt), digest_size=8)
+            digest = hashlib.blake2b(struct.pack(f"<{len(tokens)}I", *tokens), digest_size=8)
         except struct.error:
             raise InvalidInput("prompt: token ids must be unsigned 32-bit numbers") from None
         longest = self.settings.max_model_len
@@ -130,7 +132,7 @@ class SimulatedScheduler:
             prompt=len(prompt),
             longest=longest,
             digest=digest,
-            tokens=len(prompt),
+            tokens=len(tokens),
         )
         self._streams[client, request.request_id] = stream
         self._wait(stream)

@@ -44,6 +44,7 @@ from hycluster.adapters import adapter_id
 from hycluster.config import Adapter, Model
 from hycluster.core import ReplicaLoad
 from hycluster.engine.arguments import check_platform, engine_arguments
+from hycluster.engine.carried import lead_grammars, mend_worker, take_over
 from hycluster.engine.expert_load import expert_load_meter
 from hycluster.engine.protocol import SIBLINGS, EngineInfo, Frame, GroupRank
 from hycluster.errors import EngineStartFailed, SettingsError
@@ -233,6 +234,7 @@ class VllmEngine:
             logger.exception("request %s could not be prepared", request.request_id)
             self._core._send_error_outputs_to_client([request.request_id], client)
             return
+        take_over(prepared[0])
         self._core.input_queue.put_nowait((EngineCoreRequestType.ADD, prepared))
 
     def abort(self, client: int, request_ids: list[str]) -> None:
@@ -307,6 +309,9 @@ class _EngineCore(EngineCoreProc):
             executor_class=Executor.get_class(config),
             log_stats=True,
         )
+        lead_grammars(self.structured_output_manager)
+        if not config.use_v2_model_runner:
+            self.model_executor.collective_rpc(mend_worker)
         if current_platform.is_cpu():
             from hycluster.engine import cpu_seed
 
