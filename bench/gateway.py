@@ -37,7 +37,8 @@ LEVELS = {1: 24, 8: 128, 32: 512}
 BASE = "vllm-uni"
 # By side, for each round the figures by number of callers.
 Rounds = dict[str, list[dict[int, dict[str, Any]]]]
-SIDES = ("hycluster", "serve-proxy", "serve-haproxy", "vllm-uni", "vllm", "ray-serve-llm")
+NO_FAILOVER = "hycluster-no-failover"
+SIDES = ("hycluster", NO_FAILOVER, "serve-proxy", "serve-haproxy", "vllm-uni", "vllm", "ray-serve-llm")
 
 
 def free_port() -> int:
@@ -87,8 +88,9 @@ def side(name: str, model: Path, port: int, work: Path, cpus: float) -> tuple[li
     """Command and environment of one side."""
     kv_bytes = str(1 << 30)
     quiet = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
-    if name in ("hycluster", "serve-proxy", "serve-haproxy"):
+    if name in ("hycluster", NO_FAILOVER, "serve-proxy", "serve-haproxy"):
         settings = {
+            "router": {"failover": name != NO_FAILOVER},
             "models": [
                 {
                     "name": MODEL,
@@ -96,11 +98,11 @@ def side(name: str, model: Path, port: int, work: Path, cpus: float) -> tuple[li
                     "engine": {"max_model_len": 2048, "max_num_seqs": 64},
                     "hardware": {"cpus": cpus, "kv_cache_gib": 1},
                 }
-            ]
+            ],
         }
-        path = work / "settings.yaml"
+        path = work / f"{name}.json"
         path.write_text(json.dumps(settings))
-        if name != "hycluster":
+        if name.startswith("serve-"):
             haproxy = {"RAY_SERVE_ENABLE_HA_PROXY": "1"} if name == "serve-haproxy" else {}
             return [sys.executable, "-m", "bench.serve_front", str(path), str(port)], quiet | haproxy
         command = [sys.executable, "-m", "hycluster", "serve", str(path), "--http-port", str(port), "--grpc-port", "0"]

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Collection
 from typing import Any
 
 from ray import serve
@@ -17,6 +19,7 @@ from hycluster.config import Model, Settings, validate
 from hycluster.directory import SHARED_DIRECTORY
 from hycluster.door import Door
 from hycluster.placement import actor_options, bundles, strategy
+from hycluster.rank import Patience
 from hycluster.replica import Replica
 
 APP_NAME = "hycluster"
@@ -27,16 +30,21 @@ def build(arguments: dict[str, Any]) -> Application:
     return application(validate(Settings, arguments, "settings"))
 
 
-def application(settings: Settings, directory: str = SHARED_DIRECTORY) -> Application:
-    """Replicas of every model, and doors that open when all of them can serve."""
-    others = [replicas(model, settings, directory) for model in settings.models]
+def application(settings: Settings, directory: str = SHARED_DIRECTORY, surging: Collection[str] = ()) -> Application:
+    """Replicas of every model, and doors that open when all of them can serve.
+
+    Args:
+        surging: models whose replicas are replaced by successors that have started; see :func:`replicas`.
+    """
+    others = [replicas(model, settings, directory, surge=model.name in surging) for model in settings.models]
     if settings.batches is not None:
         others.append(_batch_executor(settings, directory))
     door = serve.deployment(
         name="door",
         num_replicas=settings.doors,
-        # Next to nothing, so that a laptop's cores stay free for the engine.
-        ray_actor_options={"num_cpus": 0.01, "runtime_env": {"env_vars": _DOOR_ENVIRONMENT}},
+        max_surge_percent=_one_more(settings.doors),
+        # Nothing, so that a laptop's cores stay free for the engine, and there is always room for a door's successor.
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _DOOR_ENVIRONMENT}},
         health_check_period_s=5,
         graceful_shutdown_timeout_s=settings.drain_timeout_s + 15,
         graceful_shutdown_wait_loop_s=0.1,
@@ -72,14 +80,24 @@ def deployment_name(model: Model) -> str:
     return "replica-" + re.sub(r"[^a-z0-9]+", "-", model.name.lower()).strip("-")
 
 
-def replicas(model: Model, settings: Settings, directory: str) -> Application:
-    """One model's pool as a deployment."""
+def _one_more(count: int) -> int:
+    """Per cent of ``count`` by which Serve lets a rolling replacement exceed it: one of them."""
+    return math.ceil(100 / count)
+
+
+def replicas(model: Model, settings: Settings, directory: str, *, surge: bool = False) -> Application:
+    """One model's pool as a deployment.
+
+    Args:
+        surge: a replacement starts each replica's successor before it stops the replica; needs room for one more.
+    """
     placement: dict[str, Any] = {}
     if reservations := bundles(model):
         placement = {"placement_group_bundles": reservations, "placement_group_strategy": strategy(model)}
     deployment = serve.deployment(
         name=deployment_name(model),
         num_replicas=model.replicas.count,
+        max_surge_percent=_one_more(model.replicas.count) if surge else 0,
         ray_actor_options=actor_options(model),
         **placement,
         health_check_period_s=5,
@@ -87,4 +105,5 @@ def replicas(model: Model, settings: Settings, directory: str) -> Application:
         graceful_shutdown_timeout_s=settings.drain_timeout_s + 15,
         graceful_shutdown_wait_loop_s=0.1,
     )(Replica)
-    return deployment.bind(model, settings.data_plane, directory, settings.drain_timeout_s)
+    patience = Patience(settings.drain_timeout_s, settings.hand_over_after_s)
+    return deployment.bind(model, settings.data_plane, directory, patience)

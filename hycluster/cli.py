@@ -107,6 +107,53 @@ def serve(
         ray.shutdown()
 
 
+@app.command()
+def upgrade(
+    config: Annotated[Path, typer.Argument(help="Settings file.")] = DEFAULT_SETTINGS,
+    assignments: SetOption = None,
+) -> None:
+    """Replace every replica and every door of the running service, with the settings of CONFIG, under load.
+
+    Acts on the Ray cluster in RAY_ADDRESS or on the last one that was started here. Requests go on meanwhile;
+    docs/upgrades.md tells how, and what stays as it was. Ctrl-C ends the waiting, not the upgrade.
+    """
+    settings = load_settings(config, assignments or [])
+    begun = time.monotonic()
+    from hycluster.engine.arguments import engine_arguments, model_files
+
+    for model in settings.models:
+        engine_arguments(model, model_files(model))
+
+    import ray
+
+    from hycluster import cluster, upgrade
+
+    cluster.connect()
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    try:
+        surging = upgrade.with_room(settings.models, upgrade.free())
+        for model in settings.models:
+            if model.name not in surging and model.replicas.count == 1:
+                typer.echo(
+                    f"warning: {model.name}: the cluster has no room for a second replica; this model can't be served"
+                    " while its only one is replaced",
+                    err=True,
+                )
+        typer.echo(f"upgrading {', '.join(model.name for model in settings.models)} ...", err=True)
+        deployed = upgrade.upgrade(settings, surging, stopping)
+        if deployed is None:
+            typer.echo("the upgrade goes on; nobody waits for it", err=True)
+        else:
+            typer.echo(
+                f"upgraded {deployed.doors.http} grpc {deployed.doors.grpc} ray {deployed.ray}"
+                f" after {time.monotonic() - begun:.0f} s"
+            )
+    finally:
+        ray.shutdown()
+
+
 def main() -> None:
     """Entry point of the ``hycluster`` command: hycluster's errors become one line and an exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

@@ -34,8 +34,10 @@ from hycluster.app import APP_NAME, application
 from hycluster.config import Model, Settings, home
 from hycluster.directory import NAMESPACE, SHARED_DIRECTORY, open_directory
 from hycluster.door import DoorAddresses
+from hycluster.engine.scratch import sweep
 from hycluster.errors import START_FAILURE, EngineStartFailed, HyclusterError, SettingsError
 from hycluster.placement import actor_options, bundles, on_gpus, reserved, strategy
+from hycluster.rank import Patience
 from hycluster.replica import Replica
 
 logger = logging.getLogger(__name__)
@@ -186,7 +188,7 @@ def deploy(settings: Settings, *, started_ray: bool, stopping: threading.Event) 
         wait_for_applications_running=False,
     )
     try:
-        addresses = _wait_until_open(settings.start_timeout_s, stopping)
+        addresses = wait_until_open(settings.start_timeout_s, stopping)
     except (HyclusterError, ray.exceptions.RayError) as error:
         if not started_ray:
             stop(drain_timeout_s=0)
@@ -194,7 +196,7 @@ def deploy(settings: Settings, *, started_ray: bool, stopping: threading.Event) 
     return Deployed(addresses, ray.get_runtime_context().gcs_address) if addresses else None
 
 
-def _wait_until_open(timeout_s: float, stopping: threading.Event) -> DoorAddresses | None:
+def wait_until_open(timeout_s: float, stopping: threading.Event) -> DoorAddresses | None:
     """Wait until the doors are open; None if ``stopping`` is set before."""
     deadline = time.monotonic() + timeout_s
     door: DeploymentHandle[Any] | None = None
@@ -237,6 +239,7 @@ def stop(drain_timeout_s: float) -> None:
     serve.shutdown()
     with contextlib.suppress(ValueError):
         ray.kill(ray.get_actor(SHARED_DIRECTORY, namespace=NAMESPACE))
+    sweep()
 
 
 @contextlib.contextmanager
@@ -264,7 +267,7 @@ def dedicated_pool(settings: Settings, model_name: str) -> Iterator[str]:
     actors: list[Any] = [
         ray.remote(Replica)
         .options(**actor_options(model), **_in_first_bundle(group))
-        .remote(model, settings.data_plane, name, settings.drain_timeout_s)
+        .remote(model, settings.data_plane, name, Patience(settings.drain_timeout_s, settings.hand_over_after_s))
         for group in groups
     ]
     try:
@@ -277,6 +280,7 @@ def dedicated_pool(settings: Settings, model_name: str) -> Iterator[str]:
             if group is not None:
                 remove_placement_group(group)
         ray.kill(directory)
+        sweep()
 
 
 def _placement_group(model: Model) -> PlacementGroup | None:

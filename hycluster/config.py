@@ -296,11 +296,13 @@ class Router(Strict):
         session_slack_tokens: requests of one session go to one replica, which has the earlier turns in its KV cache,
             as long as that one has at most so many tokens more outstanding than the least loaded. None: sessions
             are of no account.
-        failover_wait_s: how long a request whose replica was lost waits for a place on another one.
+        failover: a request whose replica was lost, or drained away, goes on elsewhere; else it ends, once it has begun.
+        failover_wait_s: how long such a request waits for a place on another replica.
     """
 
     policy: Literal["least_outstanding_tokens", "power_of_two"] = "least_outstanding_tokens"
     session_slack_tokens: int | None = Field(default=8192, ge=0)
+    failover: bool = True
     failover_wait_s: float = Field(default=120, ge=0)
 
 
@@ -355,7 +357,9 @@ class Settings(Strict):
         doors: door processes; each holds both doors, and a gateway a model.
         batches: None closes the Batch API.
         start_timeout_s: how long a pool may take until its engines are ready.
-        drain_timeout_s: how long work in flight may go on after a shutdown is asked for.
+        drain_timeout_s: how long work in flight may go on where it is after a shutdown, or a replacement, is asked for.
+        hand_over_after_s: age of a replica's drain at which what is left there goes on at other replicas, if there are
+            any that take requests; above ``drain_timeout_s`` it has no effect.
     """
 
     models: tuple[Model, ...] = Field(min_length=1)
@@ -368,6 +372,7 @@ class Settings(Strict):
     batches: Batches | None = Batches()
     start_timeout_s: float = Field(default=600, gt=0)
     drain_timeout_s: float = Field(default=60, gt=0)
+    hand_over_after_s: float = Field(default=10, ge=0)
 
     @model_validator(mode="after")
     def _names_differ(self) -> Settings:

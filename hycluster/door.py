@@ -21,6 +21,9 @@ from hycluster.errors import HyclusterError, Unavailable, start_failure
 
 logger = logging.getLogger(__name__)
 
+# What an answer that was ended may take until its caller has heard so.
+LAST_WORDS_S = 2.0
+
 
 @dataclass(frozen=True, slots=True)
 class DoorAddresses:
@@ -75,11 +78,11 @@ class Door:
         from hycluster.generation import open_generators
         from hycluster.ingress.grpc import serve_grpc
         from hycluster.ingress.http import serve_http
+        from hycluster.ingress.ports import TURNED_AWAY_AFTER_S, turn_away
 
         settings = self._settings
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
         self._serving = asyncio.current_task()
-        reuse_port = settings.doors > 1
         async with open_generators(
             self._directory,
             settings.models,
@@ -91,10 +94,11 @@ class Door:
                 generator,
                 settings.http,
                 batches=settings.batches,
-                reuse_port=reuse_port,
-                drain_timeout_s=settings.drain_timeout_s,
+                reuse_port=True,
+                drain_timeout_s=settings.drain_timeout_s + LAST_WORDS_S,
             )
-            grpc = await serve_grpc(generator, settings.grpc, reuse_port=reuse_port)
+            # A door's successor listens before the door stops.
+            grpc = await serve_grpc(generator, settings.grpc, reuse_port=True)
             # vLLM, torch and Ray leave a heap that a full collection takes a tenth of a second to walk; none of it
             # will ever be garbage.
             gc.collect()
@@ -107,7 +111,14 @@ class Door:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stopping.wait(), 0.5)
             self._able = False
-            await asyncio.gather(http.stop(), grpc.stop(settings.drain_timeout_s))
+            for door in (http, grpc):
+                turn_away(door.port)
+            await asyncio.sleep(TURNED_AWAY_AFTER_S)
+            closing = asyncio.gather(http.stop(), grpc.stop(settings.drain_timeout_s + LAST_WORDS_S))
+            late = not (await asyncio.wait([closing], timeout=settings.drain_timeout_s))[0]
+            if late:
+                await generator.end("the server shut down before the answer was complete")
+            await closing
 
     async def addresses(self) -> DoorAddresses | None:
         """Where this door listens; None until a request to any model would succeed.
@@ -121,9 +132,11 @@ class Door:
         return addresses if self._able else None
 
     async def check_health(self) -> None:
-        """Called by Ray Serve; raising makes it replace this door."""
-        if self._opened.done():
-            self._opened.result()
+        """Called by Ray Serve; raising makes it replace this door. Before it is open: waits for that.
+
+        Serve calls it once before it takes a door for running, and stops a predecessor only then.
+        """
+        await asyncio.shield(asyncio.wrap_future(self._opened))
         if not self._thread.is_alive():
             raise RuntimeError("the door's thread has ended")
 

@@ -108,6 +108,7 @@ class Gateway(AsyncLLM):
             replicas=model.engines,
             losses=losses,
             wait_s=router.failover_wait_s,
+            failover=router.failover,
             on_lost=self._request_lost,
         )
         self.logger_manager = stat_logger(config, model.engines) if metrics else None
@@ -162,6 +163,11 @@ class Gateway(AsyncLLM):
             # With n > 1 its siblings may be on replicas that live; nobody waits for them any more.
             asked = state.parent_req.request_id if state.parent_req else request_id
             await self.engine_core.abort_requests_async(self.output_processor.abort_requests([asked], internal=True))
+
+    async def end_requests(self, why: str) -> None:
+        """End all that is in flight with PoolUnavailable, whatever it waits for."""
+        for request_id in list(self.output_processor.request_states):
+            await self._request_lost(request_id, Unavailable(why))
 
     async def _add_request(self, request: EngineCoreRequest, *rest: Any) -> None:
         try:

@@ -110,6 +110,11 @@ class Generator:
             raise UnknownModel(name, [name for gateway in self.gateways.values() for name in gateway.lora_requests])
         await self.gateways[model].unload_adapter(name)
 
+    async def end(self, why: str) -> None:
+        """End all that is in flight, at either door, with Unavailable."""
+        for gateway in self.gateways.values():
+            await gateway.end_requests(why)
+
     async def ready(self) -> bool:
         """A request to any model would succeed."""
         return all(gateway.engine_core.able for gateway in self.gateways.values())

@@ -25,7 +25,7 @@ from hycluster.core import ReplicaAddress
 from hycluster.engine.protocol import GroupRank
 from hycluster.errors import HyclusterError, start_failure
 from hycluster.placement import actor_options, bundle_of
-from hycluster.rank import Rank
+from hycluster.rank import Patience, Rank
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +57,8 @@ class OtherRank:
         """Answers when the engine has ended."""
         await asyncio.to_thread(self._rank.wait_until_ended)
 
-    async def drain(self, timeout_s: float) -> None:
-        await self._rank.drain(timeout_s)
+    async def drain(self, patience: Patience) -> None:
+        await self._rank.drain(patience)
 
     async def stop(self) -> None:
         await self._rank.stop()
@@ -146,11 +146,9 @@ class Group:
         self.rank.check_health()
         await asyncio.gather(*(other.check_health.remote() for other in self._others))
 
-    async def stop(self, drain_timeout_s: float) -> None:
+    async def stop(self, patience: Patience) -> None:
         """Drain all ranks, then end them."""
-        await asyncio.gather(
-            self.rank.drain(drain_timeout_s), *(other.drain.remote(drain_timeout_s) for other in self._others)
-        )
+        await asyncio.gather(self.rank.drain(patience), *(other.drain.remote(patience) for other in self._others))
         self._stopping = True
         await asyncio.gather(self.rank.stop(), *(other.stop.remote() for other in self._others))
         for other in self._others:

@@ -83,6 +83,7 @@ class PoolClient:
         replicas: size of the pool, for the metrics' labels.
         losses: replicas in a row that a request may lose before it has a token of theirs.
         wait_s: how long a request whose replica was lost waits for another one.
+        failover: keep each request's tokens, so that it can go on elsewhere; without, one that has begun ends.
         on_lost: told of each request that ends because its replica was lost; ``ReplicaLost`` if it died.
 
     Attributes:
@@ -100,6 +101,7 @@ class PoolClient:
         replicas: int,
         losses: int,
         wait_s: float,
+        failover: bool = True,
         on_lost: Callable[[str, Unavailable], Awaitable[None]],
     ) -> None:
         self.model = model
@@ -107,6 +109,7 @@ class PoolClient:
         self._on_lost = on_lost
         self._most_losses = losses
         self._wait_s = wait_s
+        self._failover = failover
         # Set, and replaced, whenever a replica joins.
         self._joined = asyncio.Event()
         self._slots = replicas
@@ -130,12 +133,13 @@ class PoolClient:
     async def update(self, reports: Iterable[ReplicaReport]) -> None:
         """Connect to replicas that are new, take the loads of those that are known."""
         reports = list(reports)
+        new = [r.address for r in reports if r.accepting and r.address.replica_id not in self._links]
+        # Successors first: no request may find that the old replica takes none any more, and no other one yet.
+        await asyncio.gather(*(self._connect(a) for a in new if a.replica_id not in self._connecting))
         for report in reports:
             link = self._links.get(report.address.replica_id)
             if link is not None:
                 link.load, link.accepting = report.load, report.accepting
-        new = [r.address for r in reports if r.accepting and r.address.replica_id not in self._links]
-        await asyncio.gather(*(self._connect(a) for a in new if a.replica_id not in self._connecting))
 
     async def _connect(self, address: ReplicaAddress) -> None:
         self._connecting.add(address.replica_id)
@@ -217,7 +221,8 @@ class PoolClient:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._wait_s):
                 # Else it was aborted meanwhile.
-                while losses <= self._most_losses and self._flights.get(request_id) is flight:
+                able = self._failover or not flight.begun
+                while able and losses <= self._most_losses and self._flights.get(request_id) is flight:
                     joined = self._joined
                     try:
                         await self._send(flight.request, flight.output, losses)
@@ -337,7 +342,8 @@ class PoolClient:
                 if not flight.begun:
                     flight.begun = True
                     step += len(flight.request.prompt_token_ids or ()) + len(flight.output)
-                flight.output += output.new_token_ids
+                if self._failover:
+                    flight.output += output.new_token_ids
                 flight.tokens_left -= step
                 spent += step
             link.outstanding_tokens -= spent

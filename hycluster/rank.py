@@ -9,7 +9,9 @@ import asyncio
 import logging
 import secrets
 import threading
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import ray
 
@@ -24,6 +26,14 @@ logger = logging.getLogger(__name__)
 
 # An engine that has work and finishes no step for this long is taken for hung.
 HUNG_AFTER_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a replica that drains goes on with what it has; settings of the same names."""
+
+    timeout_s: float
+    hand_over_after_s: float
 
 
 def start_engine(model: Model, place: GroupRank | None = None) -> Engine:
@@ -116,18 +126,31 @@ class Rank:
         """Block until the engine has ended, in good order or not."""
         self._server.wait_until_ended()
 
-    async def drain(self, timeout_s: float) -> None:
-        """Take no new requests; return when the last one in flight has ended or the time is over."""
+    async def drain(self, patience: Patience) -> None:
+        """Take no new requests; return when those in flight have ended, are to go on elsewhere, or time is over."""
         self._accepting = False
         # Gateways hear of it after one report and one sync; until then they may still send.
         await asyncio.sleep(3 * REPORT_EVERY_S)
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(patience.timeout_s):
+                began = time.monotonic()
                 # The engine tells nobody when it has become idle.
-                while (load := self._engine.load()).running or load.waiting:  # noqa: ASYNC110
+                while (load := self._engine.load()).running or load.waiting:
+                    if time.monotonic() - began >= patience.hand_over_after_s and await self._others_able():
+                        logger.warning("handing over after %.0f s: %s", patience.hand_over_after_s, load)
+                        return
                     await asyncio.sleep(0.1)
         except TimeoutError:
-            logger.warning("drain time of %.0f s is over; %s", timeout_s, self._engine.load())
+            logger.warning("drain time of %.0f s is over; %s", patience.timeout_s, self._engine.load())
+
+    async def _others_able(self) -> bool:
+        """Some replica of the model takes requests; this one does not any more."""
+        try:
+            ready: dict[str, int] = await self._directory.models.remote()
+        except ray.exceptions.RayError:
+            # The directory is starting again; ask once more.
+            return False
+        return ready.get(self._model.name, 0) > 0
 
     async def stop(self) -> None:
         """Leave the directory, end the engine. All ranks of a group stop at the same time."""

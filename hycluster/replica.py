@@ -17,7 +17,7 @@ from ray.util.placement_group import PlacementGroup
 from hycluster.config import DataPlane, Model
 from hycluster.errors import HyclusterError, start_failure
 from hycluster.group import Group
-from hycluster.rank import Rank
+from hycluster.rank import Patience, Rank
 
 
 class Replica:
@@ -25,14 +25,14 @@ class Replica:
 
     Args:
         directory: name of the directory to report to.
-        drain_timeout_s: how long requests in flight may take to finish when the replica is stopped.
+        patience: how long requests in flight may go on here when the replica is stopped.
 
     Raises:
         RuntimeError: an engine could not start; see :func:`hycluster.errors.start_failure`.
     """
 
-    def __init__(self, model: Model, data_plane: DataPlane, directory: str, drain_timeout_s: float) -> None:
-        self._drain_timeout_s = drain_timeout_s
+    def __init__(self, model: Model, data_plane: DataPlane, directory: str, patience: Patience) -> None:
+        self._patience = patience
         self._group: Group | None = None
         try:
             if model.parallel.data > 1:
@@ -55,10 +55,10 @@ class Replica:
     async def stop(self) -> None:
         """Drain, leave the directory, end the engine."""
         if self._group is None:
-            await self._rank.drain(self._drain_timeout_s)
+            await self._rank.drain(self._patience)
             await self._rank.stop()
         else:
-            await self._group.stop(self._drain_timeout_s)
+            await self._group.stop(self._patience)
 
     def __del__(self) -> Coroutine[Any, Any, None] | None:
         """Ray Serve calls this when it stops a replica, and awaits the answer.

@@ -17,6 +17,7 @@ from hycluster.config import DataPlane, Hardware, Model, Parallel, Simulated
 from hycluster.directory import NAMESPACE, ReplicaReport, open_directory
 from hycluster.errors import SettingsError
 from hycluster.placement import actor_options
+from hycluster.rank import Patience
 from hycluster.replica import Replica
 from tests.simulated_pool import eventually
 
@@ -62,7 +63,7 @@ def start(directory: str) -> Iterator[Start]:
     def begin(data_plane: DataPlane = LOOPBACK) -> Any:
         group = cluster._placement_group(MODEL)
         actor = ray.remote(Replica).options(**actor_options(MODEL), **cluster._in_first_bundle(group))
-        started.append((actor.remote(MODEL, data_plane, directory, 0.5), group))
+        started.append((actor.remote(MODEL, data_plane, directory, Patience(0.5, 0.5)), group))
         return started[-1][0]
 
     yield begin

@@ -7,6 +7,8 @@ Pinned to vLLM 0.32.0, into whose internals it reaches (``docs/README.md`` lists
   ``process_input_sockets`` and ``process_output_sockets`` (vLLM's own Ray actors replace the first one
   too); its loop reads ``input_queue`` and ``aborts_queue`` and fills ``output_queue`` with
   ``(client index, EngineCoreOutputs)``, one a step and client.
+- An engine that is shut down tells the clients of what it had in work that it aborted it, by
+  ``_send_abort_outputs_to_client``.
 - On CPU ``create_engine_config`` turns the ``uni`` executor into ``mp``, whose workers wait by spinning.
 - The ranks of a data-parallel group step together while one of them has work. ``DPEngineCoreProc`` asks for
   a start, by ``start_wave`` to client -1, when it gets a request for a wave that is over, and is told of one by
@@ -47,6 +49,7 @@ from hycluster.engine.arguments import check_platform, engine_arguments
 from hycluster.engine.carried import lead_grammars, mend_worker, take_over
 from hycluster.engine.expert_load import expert_load_meter
 from hycluster.engine.protocol import SIBLINGS, EngineInfo, Frame, GroupRank
+from hycluster.engine.scratch import Scratch
 from hycluster.errors import EngineStartFailed, SettingsError
 from hycluster.models.routing import layer_counts
 
@@ -137,6 +140,7 @@ class VllmEngine:
 
     def __init__(self, model: Model, model_path: str, place: GroupRank | None = None) -> None:
         config = engine_config(model, model_path, place)
+        self._scratch = Scratch()
         started: Future[_EngineCore] = Future()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(config, started), name="engine", daemon=True)
@@ -294,6 +298,7 @@ class VllmEngine:
             self._core.shutdown_state = EngineShutdownState.REQUESTED
             self._core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
             self._thread.join()
+            self._scratch.remove()
 
 
 class _EngineCore(EngineCoreProc):
@@ -328,6 +333,11 @@ class _EngineCore(EngineCoreProc):
 
     def process_output_sockets(self, *_: Any) -> None:
         """Nothing to do: ``VllmEngine.next_output`` empties the output queue."""
+
+    def _send_abort_outputs_to_client(self, req_ids: list[str], client_index: int) -> None:
+        # An engine that ends does not end its requests: they go on elsewhere when the gateways see it gone.
+        if self.shutdown_state == EngineShutdownState.RUNNING:
+            super()._send_abort_outputs_to_client(req_ids, client_index)
 
     def read_expert_load(self) -> None:
         """Called in the engine's own thread."""

@@ -1,0 +1,101 @@
+"""New settings for a service that runs: Serve replaces its replicas and its doors one by one, and no request fails.
+
+It is Serve's own rolling update. What makes it one without a gap lies elsewhere: a replica that is stopped hands over
+what it has (``hycluster/rank.py``), a door's successor listens before the door stops (``hycluster/door.py``).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray import serve
+
+from hycluster.app import APP_NAME, application
+from hycluster.cluster import Deployed, check_resources, wait_until_open
+from hycluster.config import Model, Settings
+from hycluster.door import DoorAddresses
+from hycluster.errors import HyclusterError, SettingsError
+from hycluster.placement import reserved
+
+
+def upgrade(settings: Settings, surging: frozenset[str], stopping: threading.Event) -> Deployed | None:
+    """Roll these settings out over the running service; returns when all that is new serves.
+
+    What is old may drain for a while longer. ``http.port`` and ``grpc.port`` 0 are the ports that are open now.
+
+    Args:
+        surging: models with room for a successor beside the old replica; see :func:`with_room`.
+        stopping: gives up waiting, not the upgrade: then None.
+
+    Raises:
+        SettingsError: nothing runs here, or the settings do not fit the cluster; nothing has changed.
+        EngineStartFailed: a new replica or door did not start. Serve stops there; the old ones go on.
+    """
+    doors = running()
+    settings = _same_ports(settings, doors)
+    check_resources(settings.models)
+    serve.run_many(
+        [serve.RunTarget(application(settings, surging=surging), name=APP_NAME, route_prefix=None)],
+        wait_for_applications_running=False,
+    )
+    try:
+        addresses = wait_until_open(settings.start_timeout_s * _batches(settings), stopping)
+    except HyclusterError as error:
+        raise type(error)(f"{error.message} (what has not been replaced serves on with the old settings)") from None
+    return Deployed(addresses, ray.get_runtime_context().gcs_address) if addresses else None
+
+
+def running() -> DoorAddresses:
+    """Where the service of this Ray cluster is to be reached.
+
+    Raises:
+        SettingsError: there is none, or it can't serve now.
+    """
+    if APP_NAME not in serve.status().applications:
+        raise SettingsError(
+            "RAY_ADDRESS: no hycluster is running in this Ray cluster; start one with 'hycluster serve'"
+        )
+    addresses = serve.get_app_handle(APP_NAME).addresses.remote().result(timeout_s=30)
+    if addresses is None:
+        raise SettingsError("RAY_ADDRESS: the hycluster in this Ray cluster can't serve all of its models now")
+    found: DoorAddresses = addresses
+    return found
+
+
+def with_room(models: tuple[Model, ...], free: Mapping[str, float]) -> frozenset[str]:
+    """Models whose pools may be one replica larger while they are replaced, all at the same time.
+
+    Args:
+        free: what the cluster has to give, by Ray's names of resources.
+    """
+    left, found = dict(free), set()
+    for model in models:
+        wanted = reserved(model)
+        if all(left.get(resource, 0.0) >= amount for resource, amount in wanted.items()):
+            found.add(model.name)
+            for resource, amount in wanted.items():
+                left[resource] -= amount
+    return frozenset(found)
+
+
+def free() -> dict[str, Any]:
+    """What nobody has reserved in this Ray cluster, by Ray's names of resources."""
+    return dict(ray.available_resources())
+
+
+def _same_ports(settings: Settings, doors: DoorAddresses) -> Settings:
+    http, grpc = (int(address.rpartition(":")[2]) for address in (doors.http, doors.grpc))
+    return settings.model_copy(
+        update={
+            "http": settings.http.model_copy(update={"port": settings.http.port or http}),
+            "grpc": settings.grpc.model_copy(update={"port": settings.grpc.port or grpc}),
+        }
+    )
+
+
+def _batches(settings: Settings) -> int:
+    """How many replicas of a pool start one after the other, at most."""
+    return 1 + max(model.replicas.count for model in settings.models)
