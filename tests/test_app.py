@@ -46,14 +46,24 @@ def test_an_application_is_doors_over_a_deployment_a_model() -> None:
     assert [(d.name, d.num_replicas) for d in deployed] == [("replica-org-big-1-5", 3), ("replica-small", 1)]
     assert [d.init_args[0].name for d in deployed] == ["Org/Big-1.5", "small"]
     assert deployed[0].ray_actor_options["num_cpus"] == 2
+    # A door's successor always starts first, a replica's where there is room.
+    assert [d._deployment_config.max_surge_percent for d in (door, *deployed)] == [50, 0, 0]
     # Serve must not kill what is still draining.
     for each in (door, *deployed):
         assert each._deployment_config.graceful_shutdown_timeout_s > settings.drain_timeout_s
 
 
+def test_successors_start_first_where_there_is_room() -> None:
+    app = application(Settings(**SETTINGS, batches=None), surging={"Org/Big-1.5"})
+    replicas = [deployment(replica) for replica in deployment(app).init_args[2:]]
+    # One more than three, and no more than one.
+    assert [d._deployment_config.max_surge_percent for d in replicas] == [34, 0]
+
+
 def test_doors_leave_the_cores_to_the_engines() -> None:
     door = deployment(application(Settings(models=(model(replicas=Replicas(min=2)),))))
-    assert door.ray_actor_options["num_cpus"] < 0.1
+    # Nor is there ever no room for a successor.
+    assert door.ray_actor_options["num_cpus"] == 0
     assert door.ray_actor_options["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "1"
 
 

@@ -49,15 +49,16 @@ class Scratch:
     """
 
     def __init__(self) -> None:
-        from torch._inductor.runtime.cache_dir_utils import cache_dir
-
         parent = folders()
         parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if parent.stat().st_uid != os.getuid():
             raise EngineStartFailed(f"TMPDIR: {parent} belongs to another user; an engine's files must not lie there")
         sweep()
-        # Settles on torch's usual folder for compiled kernels, which the next engine is to find.
-        cache_dir()
+        if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+            from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+            # Settles on torch's usual folder for compiled kernels, which the next engine is to find.
+            cache_dir()
         self.path, self._lock = _made(parent)
         os.environ["VLLM_RPC_BASE_PATH"] = str(self.path)
         tempfile.tempdir = str(self.path)

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import contextlib
 import socket
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from hycluster.errors import SettingsError
-from hycluster.ingress.ports import bind, check_port
+from hycluster.ingress.ports import TURNED_AWAY_AFTER_S, bind, check_port, turn_away
 
 
 def test_a_free_port_listens() -> None:
@@ -40,3 +44,51 @@ def test_several_doors_share_a_port() -> None:
 def test_a_host_that_is_not_here_is_named(host: str) -> None:
     with pytest.raises(SettingsError, match=rf"^http\.port: 8000 on {host} can't be opened"):
         check_port(host, 8000, "http.port")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the kernel is not told")
+def test_who_is_turned_away_reaches_the_other_door() -> None:
+    with bind("127.0.0.1", 0, "http.port", reuse_port=True) as going:
+        port = going.getsockname()[1]
+        with bind("127.0.0.1", port, "http.port", reuse_port=True) as coming, contextlib.ExitStack() as stack:
+            kept = [stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5)) for _ in range(30)]
+            before = accepted(going, stack)
+            accepted(coming, stack)
+            # By chance all 30 may have gone to one of the two: once in half a billion times.
+            assert 0 < before < len(kept)
+            turn_away(port)
+            # Both are this process', so nobody is let in but who tries again once the port is listened on anew.
+            with ThreadPoolExecutor(20) as pool:
+                calls = [
+                    pool.submit(lambda: stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5)))
+                    for _ in range(20)
+                ]
+                time.sleep(TURNED_AWAY_AFTER_S)
+                assert (accepted(going, stack), accepted(coming, stack)) == (0, 0)
+                going.close()
+                coming.close()
+                with bind("127.0.0.1", port, "http.port", reuse_port=True) as successor:
+                    connections = [call.result() for call in calls]
+                    assert accepted(successor, stack) == len(connections) == 20
+
+
+def test_connections_that_there_are_stay() -> None:
+    with bind("127.0.0.1", 0, "http.port", reuse_port=True) as door:
+        port = door.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as caller:
+            inside, _ = door.accept()
+            with inside:
+                turn_away(port)
+                caller.sendall(b"ask")
+                inside.settimeout(5)
+                assert inside.recv(3) == b"ask"
+
+
+def accepted(door: socket.socket, stack: contextlib.ExitStack) -> int:
+    """How many connections wait there; they stay open."""
+    count = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            stack.enter_context(door.accept()[0])
+            count += 1
+    return count

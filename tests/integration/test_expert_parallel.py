@@ -25,6 +25,7 @@ from ray import serve
 from hycluster.app import replicas
 from hycluster.config import Admission, DataPlane, Hardware, Model, Parallel, Router, Settings
 from hycluster.directory import NAMESPACE, ReplicaReport, open_directory
+from hycluster.engine.scratch import folders
 from hycluster.models.tiny import TinyShape, write
 from tests.integration.conftest import eventually, gather_bounded
 from tests.models.hunyuan_reference import Reference
@@ -33,6 +34,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixture
 
 PROMPTS = [[(7 * step + 11 * length) % 256 for step in range(length)] for length in (1, 3, 9, 40, 90, 150)]
 MAX_TOKENS = 12
+LONG = 300
 START_S = 150
 TENSOR, DATA = "tensor", "data"
 CUTS = {TENSOR: Parallel(tensor=2, expert=True), DATA: Parallel(data=2, expert=True)}
@@ -98,6 +100,18 @@ def shared_memory(processes: list[psutil.Process]) -> set[Path]:
     return {path for path in paths if path.parent == Path("/dev/shm") and not path.name.startswith("plasma")}
 
 
+def scratch(processes: list[psutil.Process]) -> set[Path]:
+    """The folders that these processes hold for their engines' files."""
+    opened = {Path(link) for p in processes for fd in Path(f"/proc/{p.pid}/fd").iterdir() if (link := target(fd))}
+    return {path for path in opened if path.parent == folders()}
+
+
+def target(link: Path) -> str | None:
+    with contextlib.suppress(FileNotFoundError):
+        return os.readlink(link)
+    return None
+
+
 @pytest.fixture(scope="module")
 def deployed(checkpoint: Path) -> Iterator[Deployed]:
     own_cluster = not ray.is_initialized()
@@ -143,10 +157,17 @@ def sampling(max_tokens: int = MAX_TOKENS) -> Any:
     return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
 
 
-async def tokens(gateway: Any, prompt: list[int], max_tokens: int = MAX_TOKENS) -> list[int]:
-    params = sampling(max_tokens)
-    chunks = [c async for c in gateway.generate({"prompt_token_ids": prompt}, params, secrets.token_hex(8))]
-    return list(chunks[-1].outputs[0].token_ids)
+async def tokens(
+    gateway: Any, prompt: list[int], max_tokens: int = MAX_TOKENS, so_far: dict[str, int] | None = None
+) -> list[int]:
+    """Args: so_far: how many there are, by request; changes as they come."""
+    name, params = secrets.token_hex(8), sampling(max_tokens)
+    got: list[int] = []
+    async for chunk in gateway.generate({"prompt_token_ids": prompt}, params, name):
+        got = list(chunk.outputs[0].token_ids)
+        if so_far is not None:
+            so_far[name] = len(got)
+    return got
 
 
 @pytest.mark.parametrize("name", list(CUTS))
@@ -204,24 +225,37 @@ def test_idle_ranks_sleep(deployed: Deployed, name: str) -> None:
     assert cpu_s() - before < 0.6
 
 
-def test_a_lost_rank_takes_its_group_along(deployed: Deployed, expected: list[list[int]]) -> None:
-    processes = [process for name in CUTS for process in deployed.processes(name)]
-    used = shared_memory(processes)
-    assert used
+@pytest.mark.parametrize(("data_rank", "tensor_process"), [(1, 0), (0, 1)])
+async def test_a_lost_rank_takes_its_group_along(deployed: Deployed, data_rank: int, tensor_process: int) -> None:
+    """Its streams wait for the new group and go on there. One process of each kind is killed."""
+    processes = {name: deployed.processes(name) for name in CUTS}
+    everyone = [process for name in CUTS for process in processes[name]]
+    # An actor a rank; an actor with two workers below it.
+    assert (len(deployed.pids(DATA)), len(deployed.pids(TENSOR)), len(processes[TENSOR])) == (2, 1, 3)
+    left = shared_memory(everyone) | scratch(everyone)
+    assert len(scratch(everyone)) == 3
     old = {name: frozenset(report.address.replica_id for report in deployed.reports(name)) for name in CUTS}
-    for name, rank in ((DATA, 1), (TENSOR, 0)):
-        os.kill(deployed.pids(name)[rank], signal.SIGKILL)
-    _, alive = psutil.wait_procs(processes, 20)
+    async with deployed.gateway(DATA) as data, deployed.gateway(TENSOR) as tensor:
+        both = {DATA: data, TENSOR: tensor}
+        undisturbed = [await tokens(data, prompt, LONG) for prompt in PROMPTS[2:5]]
+        begun: dict[str, int] = {}
+        calls = {
+            name: [asyncio.ensure_future(tokens(gateway, prompt, LONG, begun)) for prompt in PROMPTS[2:5]]
+            for name, gateway in both.items()
+        }
+        async with asyncio.timeout(30):
+            while len(begun) < 6 or min(begun.values()) < 5:  # noqa: ASYNC110 - streams tell nobody
+                await asyncio.sleep(0.02)
+        assert not any(call.done() for name in CUTS for call in calls[name])
+        os.kill(processes[DATA][data_rank].pid, signal.SIGKILL)
+        os.kill(processes[TENSOR][tensor_process].pid, signal.SIGKILL)
+        answers = {name: await asyncio.gather(*calls[name]) for name in CUTS}
+    assert answers == {DATA: undisturbed, TENSOR: undisturbed}
+    _, alive = await asyncio.to_thread(psutil.wait_procs, everyone, 20)
     assert not alive
-    assert not [path for path in used if path.exists()]
-
-    async def again(name: str) -> list[list[int]]:
-        async with deployed.gateway(name) as gateway:
-            return await gather_bounded([tokens(gateway, prompt) for prompt in PROMPTS])
-
     for name in CUTS:
-        deployed.wait_until_complete(name, without=old[name])
-        assert asyncio.run(again(name)) == expected
+        await asyncio.to_thread(deployed.wait_until_complete, name, without=old[name])
+    assert not [path for path in left if path.exists()]
 
 
 def test_stopping_leaves_nothing_behind(deployed: Deployed) -> None:
@@ -229,6 +263,7 @@ def test_stopping_leaves_nothing_behind(deployed: Deployed) -> None:
     assert len(processes) >= 5
     used = shared_memory(processes)
     assert used
+    used |= scratch(processes)
     for name in CUTS:
         serve.delete(name)
     _, alive = psutil.wait_procs(processes, 20)

@@ -1,6 +1,7 @@
 """Every replica and every door is replaced under load: no request fails, every answer is the undisturbed one.
 
-Then SIGTERM: the command exits 0 and leaves nothing behind. One cluster, with simulated engines.
+Then SIGTERM: what ends in time ends whole, the rest is told why, the command exits 0 and leaves nothing behind. One
+cluster, with simulated engines.
 
 The HTTP caller keeps its connections and does what HTTP clients do: a request whose connection fails before a byte of
 an answer is sent once more. The gRPC callers retry nothing; one keeps its connection, one makes a new one each time.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -25,13 +28,21 @@ import pytest
 
 from bench.gateway import free_port
 from hycluster.client import AsyncClient
+from hycluster.config import Simulated
 from hycluster.core import Sampling
+from hycluster.errors import Unavailable
 from tests.integration.conftest import SIMULATED, Served, launch, stop
+from tests.simulated_pool import predicted
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 SHORT, LONG = 40, 1400
 PROMPTS = [f"prompt {number}" for number in range(6)]
+# A long answer takes half a minute and more, however many there are.
+ENGINE = Simulated(step_base_s=0.02, decode_token_s=0.0003, max_model_len=2048, vocab_size=256)
+# What the upgrade sets it to, and from what.
+OLD_DRAIN_S, NEW_DRAIN_S = 45, 8
+Answer = tuple[str, tuple[int, ...]]
 UPGRADE_S = 200
 
 
@@ -47,8 +58,7 @@ def rolling(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     model = {
         "name": SIMULATED,
         "source": str(tiny_model),
-        # A long answer takes half a minute and more, however many there are.
-        "simulated": {"step_base_s": 0.02, "decode_token_s": 0.0003, "max_model_len": 2048, "vocab_size": 256},
+        "simulated": ENGINE.model_dump(),
         "engine": {"max_model_len": 2048},
         "hardware": {"cpus": 0.05},
         "replicas": {"min": 2},
@@ -60,7 +70,7 @@ def rolling(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         "doors": 2,
         "data_plane": {"host": "127.0.0.1"},
         "batches": None,
-        "drain_timeout_s": 45,
+        "drain_timeout_s": OLD_DRAIN_S,
         "hand_over_after_s": 0.5,
     }
     folder = tmp_path_factory.mktemp("rolling")
@@ -78,52 +88,62 @@ def rolling(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @dataclass
 class Load:
-    """Callers that ask again and again until they are told to stop."""
+    """Callers that ask again and again until they are told to stop. An answer that others did not get is wrong."""
 
     served: Served
-    expected: dict[tuple[str, int], str] = field(default_factory=dict)
+    expected: dict[tuple[str, int], Answer] = field(default_factory=dict)
     outcomes: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     ending: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def over_http(self, http: httpx.AsyncClient, prompt: str, tokens: int) -> str:
-        body = {"model": SIMULATED, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "stream": True}
+    async def over_http(self, http: httpx.AsyncClient, prompt: str, tokens: int) -> Answer:
         for last in (False, True):
             answering = False
             try:
-                async with http.stream("POST", f"{self.served.http}/v1/completions", json=body) as answer:
+                async with http.stream(
+                    "POST", f"{self.served.http}/v1/completions", json=body(prompt, tokens)
+                ) as answer:
                     answering = True
                     answer.raise_for_status()
                     events = [line[6:] async for line in answer.aiter_lines() if line.startswith("data: ")]
                 assert events.pop() == "[DONE]"
-                return "".join(json.loads(event)["choices"][0]["text"] for event in events)
+                choices = [json.loads(event)["choices"][0] for event in events]
+                ids = tuple(token for choice in choices for token in choice["token_ids"] or ())
+                return "".join(choice["text"] for choice in choices), ids
             except httpx.TransportError:
                 if answering or last:
                     raise
                 self.outcomes["sent once more"] += 1
         raise AssertionError("unreachable")
 
-    async def over_grpc(self, caller: AsyncClient, prompt: str, tokens: int) -> str:
+    async def over_grpc(self, caller: AsyncClient, prompt: str, tokens: int) -> Answer:
         sampling = Sampling(max_tokens=tokens, ignore_eos=True)
         chunks = [c async for c in caller.stream(model=SIMULATED, prompt=prompt, sampling=sampling)]
-        return "".join(output.text for chunk in chunks for output in chunk.outputs)
+        outputs = [output for chunk in chunks for output in chunk.outputs]
+        return "".join(o.text for o in outputs), tuple(token for o in outputs for token in o.token_ids)
 
-    async def over_new_grpc(self, prompt: str, tokens: int) -> str:
+    async def over_new_grpc(self, prompt: str, tokens: int) -> Answer:
         async with AsyncClient(self.served.grpc) as caller:
             return await self.over_grpc(caller, prompt, tokens)
 
-    async def ask(self, way: str, call: Callable[[str, int], Awaitable[str]], prompt: str, tokens: int) -> None:
+    async def ask(self, way: str, call: Callable[[str, int], Awaitable[Answer]], prompt: str, tokens: int) -> None:
         try:
-            if await call(prompt, tokens) == self.expected[prompt, tokens]:
+            answer = await call(prompt, tokens)
+            if answer == self.expected.setdefault((prompt, tokens), answer):
                 self.outcomes[f"{way} right"] += 1
             else:
                 self.wrong.append(f"{way} {prompt} {tokens}: another answer")
         except Exception as error:
             self.wrong.append(f"{way} {prompt} {tokens}: {error!r}")
 
-    async def keep_asking(self, way: str, call: Callable[[str, int], Awaitable[str]], prompt: str) -> None:
+    async def keep_asking(self, way: str, call: Callable[[str, int], Awaitable[Answer]], prompt: str) -> None:
         while not self.ending.is_set():
             await self.ask(way, call, prompt, SHORT)
+
+
+def body(prompt: str, tokens: int) -> dict[str, Any]:
+    asked = {"model": SIMULATED, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True}
+    return asked | {"stream": True, "return_token_ids": True}
 
 
 async def upgraded(rolling: Rolling, *arguments: str) -> str:
@@ -146,6 +166,12 @@ def processes(served: Served, deployment: str) -> set[int]:
     return {p.pid for p in below if f":{deployment}" in " ".join(p.cmdline())}
 
 
+async def until(condition: Callable[[], bool], timeout_s: float) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110 - processes tell nobody
+            await asyncio.sleep(0.2)
+
+
 async def test_everything_is_replaced_under_load(rolling: Rolling) -> None:
     served = rolling.served
     replicas, doors = processes(served, f"replica-{SIMULATED}"), processes(served, "door")
@@ -154,17 +180,14 @@ async def test_everything_is_replaced_under_load(rolling: Rolling) -> None:
     limits = httpx.Limits(max_keepalive_connections=20)
     async with httpx.AsyncClient(timeout=120, limits=limits) as http, AsyncClient(served.grpc) as caller:
 
-        async def http_call(prompt: str, tokens: int) -> str:
+        async def http_call(prompt: str, tokens: int) -> Answer:
             return await load.over_http(http, prompt, tokens)
 
-        async def grpc_call(prompt: str, tokens: int) -> str:
+        async def grpc_call(prompt: str, tokens: int) -> Answer:
             return await load.over_grpc(caller, prompt, tokens)
 
-        async def learn(prompt: str, tokens: int) -> None:
-            load.expected[prompt, tokens] = await grpc_call(prompt, tokens)
-
-        wanted = [(prompt, SHORT) for prompt in PROMPTS] + [(prompt, LONG) for prompt in PROMPTS[:2]]
-        await asyncio.gather(*(learn(*each) for each in wanted))
+        # Undisturbed, for all that follow to compare with.
+        await asyncio.gather(*(load.ask("HTTP", http_call, prompt, SHORT) for prompt in PROMPTS))
         long = [
             asyncio.create_task(load.ask(way, call, prompt, LONG))
             for prompt in PROMPTS[:2]
@@ -176,22 +199,60 @@ async def test_everything_is_replaced_under_load(rolling: Rolling) -> None:
             for prompt in PROMPTS
             for way, call in (("HTTP", http_call), ("gRPC", grpc_call), ("new gRPC", load.over_new_grpc))
         ]
-        upgrading = asyncio.create_task(upgraded(rolling))
-        while processes(served, f"replica-{SIMULATED}") & replicas and not upgrading.done():
-            await asyncio.sleep(0.2)
-        still = sum(not task.done() for task in long)
-        print(f"replicas replaced; {still} long streams still run")
-        began = time.monotonic()
+        upgrading = asyncio.create_task(upgraded(rolling, "--set", f"drain_timeout_s={NEW_DRAIN_S}"))
+        await until(
+            lambda: not processes(served, f"replica-{SIMULATED}") & replicas or upgrading.done(), timeout_s=UPGRADE_S
+        )
+        handed_over = sum(not task.done() for task in long)
         said = await upgrading
-        print(f"doors {time.monotonic() - began:.1f} s later; {said}")
         # Old doors finish their streams, then go.
-        while processes(served, "door") & doors:
-            await asyncio.sleep(0.2)
+        await until(lambda: not processes(served, "door") & doors, timeout_s=OLD_DRAIN_S + 20)
         load.ending.set()
         await asyncio.gather(*long, *asking)
-    print(dict(load.outcomes))
+        undisturbed = {prompt: await caller.tokenize(SIMULATED, prompt=prompt) for prompt in PROMPTS[:2]}
     assert load.wrong == []
     assert not processes(served, f"replica-{SIMULATED}") & replicas
     assert min(load.outcomes[f"{way} right"] for way in ("HTTP", "gRPC", "new gRPC")) > 20
-    assert still, "no stream outlived the replica that it began on"
+    assert handed_over, "no stream outlived the replica that it began on"
+    for prompt, ids in undisturbed.items():
+        assert load.expected[prompt, LONG][1] == tuple(predicted(ids, LONG, ENGINE))
     assert said.startswith(f"upgraded {served.http} grpc {served.grpc} ")
+
+
+async def test_sigterm_drains(rolling: Rolling) -> None:
+    served = rolling.served
+    below = psutil.Process(served.process.pid).children(recursive=True)
+    load, ended = Load(served), []
+    async with httpx.AsyncClient(timeout=60) as http, AsyncClient(served.grpc) as caller:
+        short = [
+            asyncio.create_task(load.over_grpc(caller, prompt, SHORT) if i % 2 else load.over_http(http, prompt, SHORT))
+            for i, prompt in enumerate(PROMPTS)
+        ]
+
+        async def too_long_for_grpc() -> None:
+            with pytest.raises(Unavailable, match="shut down before the answer was complete"):
+                await load.over_grpc(caller, "x", LONG)
+            ended.append("gRPC")
+
+        async def too_long_for_http() -> None:
+            async with http.stream("POST", f"{served.http}/v1/completions", json=body("x", LONG)) as answer:
+                lines = [line async for line in answer.aiter_lines() if line]
+            assert lines[-1] == "data: [DONE]"
+            assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == 503
+            ended.append("HTTP")
+
+        long = [asyncio.create_task(too_long_for_grpc()), asyncio.create_task(too_long_for_http())]
+        await asyncio.sleep(0.5)
+        assert not any(stream.done() for stream in short)
+        served.process.send_signal(signal.SIGTERM)
+        asked = time.monotonic()
+        answers = await asyncio.gather(*short)
+        assert [len(ids) for _, ids in answers] == [SHORT] * len(PROMPTS)
+        await asyncio.gather(*long)
+    assert sorted(ended) == ["HTTP", "gRPC"]
+    code = await asyncio.to_thread(served.process.wait, 60)
+    assert code == 0, served.log.read_text()
+    # The settings of the upgrade hold, and nobody has waited for another replica.
+    assert time.monotonic() - asked < OLD_DRAIN_S
+    _, alive = await asyncio.to_thread(psutil.wait_procs, below, 10)
+    assert not alive
