@@ -182,7 +182,10 @@ def deploy(settings: Settings, *, started_ray: bool, stopping: threading.Event) 
     check_resources(settings.models)
     serve.start(proxy_location="Disabled" if started_ray else "EveryNode")
     if APP_NAME in serve.status().applications:
-        raise SettingsError("RAY_ADDRESS: a hycluster is running in this Ray cluster already; stop it first")
+        raise SettingsError(
+            "RAY_ADDRESS: a hycluster is running in this Ray cluster already; stop it first,"
+            " or give it these settings by 'hycluster upgrade'"
+        )
     serve.run_many(
         [serve.RunTarget(application(settings), name=APP_NAME, route_prefix=None)],
         wait_for_applications_running=False,

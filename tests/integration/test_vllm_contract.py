@@ -300,6 +300,32 @@ def test_shared_memory_has_names_that_can_go() -> None:
     assert started.index("join_shm_manager") < started.rindex("barrier")
 
 
+def test_an_engine_that_ends_says_so_in_one_place() -> None:
+    from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
+
+    for telling in (EngineCoreProc._reject_add_in_shutdown, EngineCoreProc._send_abort_outputs):
+        assert "_send_abort_outputs_to_client" in inspect.getsource(telling)
+    source = inspect.getsource(EngineCoreProc._handle_shutdown)
+    # Before it tells of its requests, the state is another one than RUNNING.
+    assert "EngineShutdownState.REQUESTED" in source
+    assert EngineShutdownState.REQUESTED is not EngineShutdownState.RUNNING
+    assert "_send_abort_outputs(" in source
+
+
+def test_temporary_files_lie_where_they_are_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tempfile
+
+    from vllm.utils.network_utils import get_file_store_init_method, get_open_zmq_ipc_path
+    from vllm.v1.executor import multiproc_executor, uniproc_executor
+
+    monkeypatch.setattr(tempfile, "tempdir", "/engine-1")
+    monkeypatch.setenv("VLLM_RPC_BASE_PATH", "/engine-1")
+    assert get_file_store_init_method().startswith("file:///engine-1/")
+    assert len(get_open_zmq_ipc_path().removeprefix("ipc:///engine-1/")) == 36
+    for executor in (multiproc_executor, uniproc_executor):
+        assert "get_file_store_init_method" in inspect.getsource(executor)
+
+
 def test_a_pipeline_stage_on_cpu_still_needs_a_run() -> None:
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
