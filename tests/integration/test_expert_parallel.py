@@ -30,12 +30,12 @@ from hycluster.models.tiny import TinyShape, write
 from tests.integration.conftest import eventually, gather_bounded
 from tests.models.hunyuan_reference import Reference
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixtures("vllm_imported")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("vllm_imported")]
 
 PROMPTS = [[(7 * step + 11 * length) % 256 for step in range(length)] for length in (1, 3, 9, 40, 90, 150)]
 MAX_TOKENS = 12
 LONG = 300
-START_S = 150
+START_S = 240
 TENSOR, DATA = "tensor", "data"
 CUTS = {TENSOR: Parallel(tensor=2, expert=True), DATA: Parallel(data=2, expert=True)}
 

@@ -308,7 +308,7 @@ def test_an_engine_that_ends_says_so_in_one_place() -> None:
     source = inspect.getsource(EngineCoreProc._handle_shutdown)
     # Before it tells of its requests, the state is another one than RUNNING.
     assert "EngineShutdownState.REQUESTED" in source
-    assert EngineShutdownState.REQUESTED is not EngineShutdownState.RUNNING
+    assert EngineShutdownState.REQUESTED.value != EngineShutdownState.RUNNING.value
     assert "_send_abort_outputs(" in source
 
 
