@@ -7,8 +7,6 @@ Pinned to vLLM 0.32.0, into whose internals it reaches (``docs/README.md`` lists
   ``process_input_sockets`` and ``process_output_sockets`` (vLLM's own Ray actors replace the first one
   too); its loop reads ``input_queue`` and ``aborts_queue`` and fills ``output_queue`` with
   ``(client index, EngineCoreOutputs)``, one a step and client.
-- An engine that is shut down tells the clients of what it had in work that it aborted it, by
-  ``_send_abort_outputs_to_client``.
 - On CPU ``create_engine_config`` turns the ``uni`` executor into ``mp``, whose workers wait by spinning.
 - The ranks of a data-parallel group step together while one of them has work. ``DPEngineCoreProc`` asks for
   a start, by ``start_wave`` to client -1, when it gets a request for a wave that is over, and is told of one by
@@ -333,11 +331,6 @@ class _EngineCore(EngineCoreProc):
 
     def process_output_sockets(self, *_: Any) -> None:
         """Nothing to do: ``VllmEngine.next_output`` empties the output queue."""
-
-    def _send_abort_outputs_to_client(self, req_ids: list[str], client_index: int) -> None:
-        # An engine that ends does not end its requests: they go on elsewhere when the gateways see it gone.
-        if self.shutdown_state == EngineShutdownState.RUNNING:
-            super()._send_abort_outputs_to_client(req_ids, client_index)
 
     def read_expert_load(self) -> None:
         """Called in the engine's own thread."""
