@@ -20,6 +20,8 @@ from hycluster.placement import actor_options, bundles, strategy
 from hycluster.replica import Replica
 
 APP_NAME = "hycluster"
+# Serve notices that a process is gone when it next asks for its health, and then replaces it.
+HEALTH_CHECK_PERIOD_S = 1.0
 
 
 def build(arguments: dict[str, Any]) -> Application:
@@ -37,7 +39,7 @@ def application(settings: Settings, directory: str = SHARED_DIRECTORY) -> Applic
         num_replicas=settings.doors,
         # Next to nothing, so that a laptop's cores stay free for the engine.
         ray_actor_options={"num_cpus": 0.01, "runtime_env": {"env_vars": _DOOR_ENVIRONMENT}},
-        health_check_period_s=5,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_timeout_s=settings.drain_timeout_s + 15,
         graceful_shutdown_wait_loop_s=0.1,
         max_ongoing_requests=1000,
@@ -60,7 +62,7 @@ def _batch_executor(settings: Settings, directory: str) -> Application:
         name="batches",
         num_replicas=1,
         ray_actor_options={"num_cpus": 0.01, "runtime_env": {"env_vars": _DOOR_ENVIRONMENT}},
-        health_check_period_s=5,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_timeout_s=15,
         graceful_shutdown_wait_loop_s=0.1,
     )(BatchExecutor)
@@ -82,7 +84,7 @@ def replicas(model: Model, settings: Settings, directory: str) -> Application:
         num_replicas=model.replicas.count,
         ray_actor_options=actor_options(model),
         **placement,
-        health_check_period_s=5,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=settings.drain_timeout_s + 15,
         graceful_shutdown_wait_loop_s=0.1,
