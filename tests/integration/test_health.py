@@ -50,7 +50,7 @@ def test_stopped_replicas_are_killed_and_replaced(served: Served) -> None:
     _, alive = psutil.wait_procs(victims, 30)
     assert not alive
     gone_after_s = time.monotonic() - stopped
-    status, body = eventually(
+    _, body = eventually(
         lambda: (got := http_health(served))[0] == 503 and got, 5, "the door knows that no replica can serve"
     )
     assert body["status"] == "unavailable"
