@@ -23,6 +23,8 @@ from hycluster.rank import Patience
 from hycluster.replica import Replica
 
 APP_NAME = "hycluster"
+# Serve notices that a process is gone when it next asks for its health, and then replaces it.
+HEALTH_CHECK_PERIOD_S = 1.0
 
 
 def build(arguments: dict[str, Any]) -> Application:
@@ -45,7 +47,7 @@ def application(settings: Settings, directory: str = SHARED_DIRECTORY, surging: 
         max_surge_percent=_one_more(settings.doors),
         # Nothing, so that a laptop's cores stay free for the engine, and there is always room for a door's successor.
         ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _DOOR_ENVIRONMENT}},
-        health_check_period_s=5,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_timeout_s=settings.drain_timeout_s + 15,
         graceful_shutdown_wait_loop_s=0.1,
         max_ongoing_requests=1000,
@@ -68,7 +70,7 @@ def _batch_executor(settings: Settings, directory: str) -> Application:
         name="batches",
         num_replicas=1,
         ray_actor_options={"num_cpus": 0.01, "runtime_env": {"env_vars": _DOOR_ENVIRONMENT}},
-        health_check_period_s=5,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_timeout_s=15,
         graceful_shutdown_wait_loop_s=0.1,
     )(BatchExecutor)
@@ -100,7 +102,7 @@ def replicas(model: Model, settings: Settings, directory: str, *, surge: bool = 
         max_surge_percent=_one_more(model.replicas.count) if surge else 0,
         ray_actor_options=actor_options(model),
         **placement,
-        health_check_period_s=5,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=settings.drain_timeout_s + 15,
         graceful_shutdown_wait_loop_s=0.1,

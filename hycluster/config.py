@@ -170,6 +170,21 @@ class Simulated(Strict):
         return self
 
 
+class Health(Strict):
+    """When a replica is given up and replaced; see ``docs/health.md``.
+
+    Attributes:
+        hung_after_s: an engine that has work and finishes no step for so long is hung. Must be above its longest honest
+            step: ``max_num_batched_tokens`` of prefill on the slowest node, and what is compiled on first use.
+        probe_after_s: an engine that has had no work for so long is asked for a token.
+        stopped_after_s: a replica's process that has been stopped (SIGSTOP) for so long is killed.
+    """
+
+    hung_after_s: float = Field(default=120, gt=0)
+    probe_after_s: float = Field(default=30, gt=0)
+    stopped_after_s: float = Field(default=1, gt=0)
+
+
 class Adapter(Strict):
     """A LoRA adapter in PEFT's format, on all replicas of a model.
 
@@ -221,6 +236,7 @@ class Model(Strict):
             ``reasoning_parser``, ``chat_template``, ...), by its Python name.
         adapters: LoRA adapters, each served under its own name beside the model.
         routing: how a mixture-of-experts model chooses its experts.
+        health: when a replica is given up.
         simulated: set to replace the engine by a timing model.
     """
 
@@ -233,6 +249,7 @@ class Model(Strict):
     replicas: Replicas = Replicas()
     adapters: tuple[Adapter, ...] = ()
     routing: Routing = Routing()
+    health: Health = Health()
     simulated: Simulated | None = None
 
     @model_validator(mode="after")

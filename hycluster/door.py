@@ -9,20 +9,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import importlib
 import logging
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+import ray
+
 from hycluster.config import Settings
 from hycluster.directory import open_directory
-from hycluster.errors import HyclusterError, Unavailable, start_failure
+from hycluster.errors import HyclusterError, SettingsError, Unavailable, start_failure
+from hycluster.ingress.grpc import serve_grpc
+from hycluster.ingress.health import PoolHealth
+from hycluster.ingress.ports import TURNED_AWAY_AFTER_S, check_port, turn_away
+from hycluster.ingress.starting import StartingDoors, starting_doors
+from hycluster.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 # What an answer that was ended may take until its caller has heard so.
 LAST_WORDS_S = 2.0
+# A door whose event loop is held up for so long is killed: all its streams stand still.
+SILENT_AFTER_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +63,7 @@ class Door:
         self._serving: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._able = False
+        self._watchdog = Watchdog(silent_after_s=SILENT_AFTER_S)
         open_directory(directory)
         self._thread = threading.Thread(target=self._run, name="door", daemon=True)
         self._thread.start()
@@ -75,14 +86,40 @@ class Door:
             self._opened.set_exception(error)
 
     async def _serve(self) -> None:
-        from hycluster.generation import open_generators
-        from hycluster.ingress.grpc import serve_grpc
-        from hycluster.ingress.http import serve_http
-        from hycluster.ingress.ports import TURNED_AWAY_AFTER_S, turn_away
-
-        settings = self._settings
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
         self._serving = asyncio.current_task()
+        async with contextlib.AsyncExitStack() as stack:
+            starting: StartingDoors | None = None
+            if self._settings.doors == 1 and self._alone():
+                # Where doors share their ports, callers would come to one that can't serve in place of one that can.
+                starting = await stack.enter_async_context(starting_doors(self._settings, self._pools))
+            await self._serve_models(starting)
+
+    def _alone(self) -> bool:
+        """Nobody listens at its ports yet, as a predecessor does that it is to replace."""
+        try:
+            for field, door in (("http.port", self._settings.http), ("grpc.port", self._settings.grpc)):
+                check_port(door.host, door.port, field)
+        except SettingsError:
+            # If it is somebody else's port, opening it says so.
+            return False
+        return True
+
+    async def _pools(self) -> dict[str, PoolHealth]:
+        """What the directory knows of the replicas, while there is no gateway to ask."""
+        ready: dict[str, int] = {}
+        with contextlib.suppress(ray.exceptions.RayError):
+            ready = await open_directory(self._directory).models.remote()
+        return {m.name: PoolHealth(ready.get(m.name, 0), m.replicas.count) for m in self._settings.models}
+
+    async def _serve_models(self, starting: StartingDoors | None) -> None:
+        # Half a minute on a slow machine, and callers are to be told meanwhile.
+        await asyncio.to_thread(importlib.import_module, "hycluster.ingress.http")
+        from hycluster.generation import open_generators
+        from hycluster.ingress.http import serve_http
+
+        settings = self._settings
+        assert self._stopping is not None
         async with open_generators(
             self._directory,
             settings.models,
@@ -96,9 +133,9 @@ class Door:
                 batches=settings.batches,
                 reuse_port=True,
                 drain_timeout_s=settings.drain_timeout_s + LAST_WORDS_S,
+                sock=await starting.hand_over(generator) if starting else None,
             )
-            # A door's successor listens before the door stops.
-            grpc = await serve_grpc(generator, settings.grpc, reuse_port=True)
+            grpc = starting.grpc if starting else await serve_grpc(generator, settings.grpc, reuse_port=True)
             # vLLM, torch and Ray leave a heap that a full collection takes a tenth of a second to walk; none of it
             # will ever be garbage.
             gc.collect()
@@ -107,10 +144,13 @@ class Door:
                 DoorAddresses(f"http://{settings.http.host}:{http.port}", f"{settings.grpc.host}:{grpc.port}")
             )
             while not self._stopping.is_set():
+                self._watchdog.beat()
                 self._able = await generator.ready()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stopping.wait(), 0.5)
             self._able = False
+            # A drain may take longer than a beat may be late.
+            self._watchdog.close()
             for door in (http, grpc):
                 turn_away(door.port)
             await asyncio.sleep(TURNED_AWAY_AFTER_S)

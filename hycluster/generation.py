@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import copy
 import gc
+import math
 import secrets
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
@@ -41,6 +42,7 @@ from hycluster.errors import (
     shown,
 )
 from hycluster.gateway import Gateway, open_gateway
+from hycluster.ingress.health import PoolHealth
 from hycluster.pool import MOST_LOSSES
 
 # What vLLM's renderer names as wrong where a prompt is too long, counted in characters or in tokens.
@@ -118,6 +120,15 @@ class Generator:
     async def ready(self) -> bool:
         """A request to any model would succeed."""
         return all(gateway.engine_core.able for gateway in self.gateways.values())
+
+    async def pools(self) -> dict[str, PoolHealth]:
+        """How many replicas of each model take requests from here. A group counts once one of its ranks does."""
+        return {
+            name: PoolHealth(
+                math.ceil(gateway.engine_core.links / gateway.model.parallel.data), gateway.model.replicas.count
+            )
+            for name, gateway in self.gateways.items()
+        }
 
     async def tokenize(
         self, model: str, *, prompt: str | None = None, messages: list[dict[str, Any]] | None = None

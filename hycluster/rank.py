@@ -20,12 +20,11 @@ from hycluster.core import ReplicaAddress
 from hycluster.directory import FORGET_AFTER_S, REPORT_EVERY_S, ReplicaReport, open_directory
 from hycluster.engine.arguments import model_files
 from hycluster.engine.protocol import Engine, GroupRank
+from hycluster.health import EngineHealth
+from hycluster.watchdog import end_this_process
 from hycluster.wire import EngineServer
 
 logger = logging.getLogger(__name__)
-
-# An engine that has work and finishes no step for this long is taken for hung.
-HUNG_AFTER_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +81,7 @@ class Rank:
         self._stopped = threading.Event()
         self._reporter = threading.Thread(target=self._keep_reporting, name="reporter", daemon=True)
         self._engine = start_engine(model, place)
+        self._health = EngineHealth(self._engine, model.health, end_this_process)
         self._server = EngineServer(
             self._engine,
             replica_id=secrets.token_hex(8),
@@ -102,6 +102,7 @@ class Rank:
         """
         self._server.join(siblings)
         self._reporter.start()
+        self._health.start()
 
     def _keep_reporting(self) -> None:
         while self._engine.error is None:
@@ -116,11 +117,8 @@ class Rank:
 
     def check_health(self) -> None:
         """Raise RuntimeError unless the engine lives and gets on with its work."""
-        if self._engine.error is not None:
-            raise RuntimeError(f"engine died: {self._engine.error}")
-        age = self._engine.last_step_age_s
-        if age is not None and age > HUNG_AFTER_S:
-            raise RuntimeError(f"engine hung: no step for {age:.0f} s while it has work")
+        if problem := self._health.problem():
+            raise RuntimeError(problem)
 
     def wait_until_ended(self) -> None:
         """Block until the engine has ended, in good order or not."""
@@ -155,6 +153,7 @@ class Rank:
     async def stop(self) -> None:
         """Leave the directory, end the engine. All ranks of a group stop at the same time."""
         self._stopped.set()
+        await asyncio.to_thread(self._health.stop)
         if self._reporter.is_alive():
             await asyncio.to_thread(self._reporter.join)
         await self._directory.leave.remote(self._model.name, self.address.replica_id)

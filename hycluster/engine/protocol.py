@@ -18,6 +18,8 @@ Frame = bytes | bytearray | memoryview
 
 # In the place of a client's number: a message for the other ranks of the engine's data-parallel group.
 SIBLINGS = -2
+# The same for what concerns no client; never one that :meth:`Engine.next_output` gives out.
+NOBODY = -1
 # In a request's ``extra_args``: the tokens that it got from a replica that is lost; see ``carried.py``.
 CARRIED = "hycluster_carried"
 
@@ -90,13 +92,16 @@ class Engine(Protocol):
     def load(self) -> ReplicaLoad:
         """What the engine does now; ``outstanding_tokens`` is left empty."""
 
+    def probe(self) -> None:
+        """Have the engine generate one token for nobody; nothing while it is paused or asleep."""
+
     @property
     def error(self) -> BaseException | None:
         """Why the engine died, None while it lives or after ``shutdown``."""
 
     @property
     def last_step_age_s(self) -> float | None:
-        """Seconds since the last finished engine step while there is work; None while idle."""
+        """Seconds without a finished engine step while there is work, queued or begun; None while idle."""
 
     def shutdown(self) -> None:
         """End the engine and all its processes; returns when they are gone."""

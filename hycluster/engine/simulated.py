@@ -18,8 +18,14 @@ import msgspec
 from hycluster.config import Simulated
 from hycluster.core import ReplicaLoad
 from hycluster.engine import messages
-from hycluster.engine.messages import EngineCoreOutput, EngineCoreOutputs, FinishReason
-from hycluster.engine.protocol import EngineInfo, Frame
+from hycluster.engine.messages import (
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    FinishReason,
+    SamplingParams,
+)
+from hycluster.engine.protocol import NOBODY, EngineInfo, Frame
 from hycluster.engine.timing import SimulatedScheduler
 from hycluster.errors import InvalidInput
 
@@ -50,18 +56,27 @@ class SimulatedEngine:
 
     def add(self, client: int, frames: Sequence[Frame]) -> None:
         try:
-            request = messages.decode_request(frames)
-            with self._changed:
-                if not self._busy:
-                    self._last_progress = time.monotonic()
-                self._scheduler.add(client, request)
-                self._changed.notify_all()
+            self._add(client, messages.decode_request(frames))
         except (msgspec.MsgspecError, UnicodeDecodeError, InvalidInput) as error:
             request_id = messages.request_id_of(frames)
             log.warning("request %s refused: %s", request_id, error)
             if request_id is not None:
                 refused = EngineCoreOutput(request_id=request_id, new_token_ids=[], finish_reason=FinishReason.ERROR)
                 self._send(client, EngineCoreOutputs(outputs=[refused], timestamp=time.monotonic()))
+
+    def _add(self, client: int, request: EngineCoreRequest) -> None:
+        with self._changed:
+            if not self._busy:
+                self._last_progress = time.monotonic()
+            self._scheduler.add(client, request)
+            self._changed.notify_all()
+
+    def probe(self) -> None:
+        params = SamplingParams(max_tokens=1)
+        request = EngineCoreRequest(
+            request_id="probe", prompt_token_ids=[0], sampling_params=params, arrival_time=time.time()
+        )
+        self._add(NOBODY, request)
 
     def abort(self, client: int, request_ids: list[str]) -> None:
         with self._changed:
@@ -157,6 +172,8 @@ class SimulatedEngine:
             self._in_step = False
             self._last_progress = now = time.monotonic()
         for client, outputs in result.outputs.items():
+            if client == NOBODY:
+                continue
             self._send(client, EngineCoreOutputs(outputs=outputs, timestamp=now))
         return True
 

@@ -46,7 +46,7 @@ from hycluster.core import ReplicaLoad
 from hycluster.engine.arguments import check_platform, engine_arguments
 from hycluster.engine.carried import lead_grammars, mend_worker, take_over
 from hycluster.engine.expert_load import expert_load_meter
-from hycluster.engine.protocol import SIBLINGS, EngineInfo, Frame, GroupRank
+from hycluster.engine.protocol import NOBODY, SIBLINGS, EngineInfo, Frame, GroupRank
 from hycluster.engine.scratch import Scratch
 from hycluster.errors import EngineStartFailed, SettingsError
 from hycluster.models.routing import layer_counts
@@ -54,8 +54,6 @@ from hycluster.models.routing import layer_counts
 logger = logging.getLogger(__name__)
 
 WARM_UP_TOKENS = 16
-# The number of no client, and vLLM's number for its coordinator: what is sent there is for no gateway.
-NOBODY = -1
 # Older than any wave.
 PAST_WAVE = -1
 
@@ -141,6 +139,8 @@ class VllmEngine:
         self._scratch = Scratch()
         started: Future[_EngineCore] = Future()
         self._error: BaseException | None = None
+        self._asked_at = time.monotonic()
+        self._probes = 0
         self._thread = threading.Thread(target=self._run, args=(config, started), name="engine", daemon=True)
         self._thread.start()
         try:
@@ -182,19 +182,7 @@ class VllmEngine:
 
         It also takes the first request's dear set-up (lazily made kernels, thread pools) off a caller's hands.
         """
-        tokens = [i % self._core.vllm_config.model_config.get_vocab_size() for i in range(WARM_UP_TOKENS)]
-        request = EngineCoreRequest(
-            request_id="warm-up",
-            prompt_token_ids=tokens,
-            mm_features=None,
-            sampling_params=SamplingParams(max_tokens=2, temperature=0, ignore_eos=True),
-            pooling_params=None,
-            arrival_time=time.time(),
-            lora_request=None,
-            cache_salt=None,
-            data_parallel_rank=None,
-        )
-        self.add(0, cast("Sequence[Frame]", self._outputs.encode(request)))
+        self._ask(0, "warm-up", WARM_UP_TOKENS, max_tokens=2)
         outputs = MsgpackDecoder(EngineCoreOutputs)
         while (message := self.next_output()) is not None:
             if message[0] == SIBLINGS:
@@ -206,6 +194,28 @@ class VllmEngine:
                 if output.finish_reason is not None:
                     raise EngineStartFailed(f"models: {model.name}: the engine's first request failed; see its log")
         raise EngineStartFailed(f"models: {model.name}: the engine died at its first request: {self._error}")
+
+    def _ask(self, client: int, request_id: str, prompt_tokens: int, max_tokens: int) -> None:
+        """Queue a request of its own."""
+        vocabulary = self._core.vllm_config.model_config.get_vocab_size()
+        request = EngineCoreRequest(
+            request_id=request_id,
+            prompt_token_ids=[i % vocabulary for i in range(prompt_tokens)],
+            mm_features=None,
+            sampling_params=SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True),
+            pooling_params=None,
+            arrival_time=time.time(),
+            lora_request=None,
+            cache_salt=None,
+            data_parallel_rank=None,
+        )
+        self.add(client, cast("Sequence[Frame]", MsgpackEncoder().encode(request)))
+
+    def probe(self) -> None:
+        # A prompt below a block's size: the prefix cache does not see it.
+        if "generate" in self.info.supported_tasks and not self._core.is_sleeping():
+            self._probes += 1
+            self._ask(NOBODY, f"probe-{self._probes}", prompt_tokens=1, max_tokens=1)
 
     def _run(self, config: VllmConfig, started: Future[_EngineCore]) -> None:
         try:
@@ -237,19 +247,24 @@ class VllmEngine:
             self._core._send_error_outputs_to_client([request.request_id], client)
             return
         take_over(prepared[0])
-        self._core.input_queue.put_nowait((EngineCoreRequestType.ADD, prepared))
+        self._queue(EngineCoreRequestType.ADD, prepared)
 
     def abort(self, client: int, request_ids: list[str]) -> None:
         # In both queues, as vLLM does: the first one takes effect within the running step, the second
         # keeps the order for a request that has not been read yet.
         self._core.aborts_queue.put_nowait(request_ids)
-        self._core.input_queue.put_nowait((EngineCoreRequestType.ABORT, request_ids))
+        self._queue(EngineCoreRequestType.ABORT, request_ids)
 
     def abort_client(self, client: int) -> None:
         self.call(client, 0, "abort_client", [client])
 
     def call(self, client: int, call_id: int, method: str, args: Sequence[Any]) -> None:
-        self._core.input_queue.put_nowait((EngineCoreRequestType.UTILITY, (client, call_id, method, tuple(args))))
+        self._queue(EngineCoreRequestType.UTILITY, (client, call_id, method, tuple(args)))
+
+    def _queue(self, kind: EngineCoreRequestType, what: Any) -> None:
+        if self.last_step_age_s is None:
+            self._asked_at = time.monotonic()
+        self._core.input_queue.put_nowait((kind, what))
 
     def next_output(self) -> tuple[int, Sequence[Frame]] | None:
         while True:
@@ -288,8 +303,10 @@ class VllmEngine:
     @property
     def last_step_age_s(self) -> float | None:
         # Of its own work: a rank without any steps along with those that have some.
-        busy = self._core.scheduler.has_requests() or bool(self._core.batch_queue)
-        return time.monotonic() - self._core.stepped_at if busy else None
+        core = self._core
+        busy = core.scheduler.has_requests() or bool(core.batch_queue) or not core.input_queue.empty()
+        # What an idle engine has been asked for is as old as the question; the engine may be stuck without a step.
+        return time.monotonic() - max(core.stepped_at, self._asked_at) if busy else None
 
     def shutdown(self) -> None:
         if self._thread.is_alive():

@@ -15,7 +15,7 @@ from hycluster.errors import HyclusterError
 KIND_HEADER = "X-Hycluster-Error"
 
 
-async def answer_error(_: Request, error: Exception) -> JSONResponse:
+async def answer_error(_: Request | None, error: Exception) -> JSONResponse:
     """One of hycluster's errors as FastAPI's exception handler answers it."""
     assert isinstance(error, HyclusterError)
     kind = next(known for known in type(error).__mro__ if known.__module__ == errors.__name__)

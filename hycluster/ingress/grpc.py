@@ -168,14 +168,20 @@ class GrpcDoor:
         port: int,
         server: grpc.aio.Server,
         servicer: InferenceServicer,
+        generator: Generator,
         health: health_aio.HealthServicer,
         readiness: asyncio.Task[None],
     ) -> None:
         self.port = port
+        self._generator = generator
         self._server = server
         self._servicer = servicer
         self._health = health
         self._readiness = readiness
+
+    async def look(self) -> None:
+        """Have the health service say what is true now, and not only after its next look."""
+        await _report_readiness(self._generator, self._health)
 
     async def stop(self, grace_s: float) -> None:
         """Refuse new calls, wait up to ``grace_s`` seconds for those in flight, then close. Never raises."""
@@ -191,7 +197,7 @@ class GrpcDoor:
 
 
 async def serve_grpc(
-    generator: Generator, settings: config.Grpc, *, reuse_port: bool = False, ready_poll_s: float = 1.0
+    generator: Generator, settings: config.Grpc, *, reuse_port: bool = False, ready_poll_s: float = 0.2
 ) -> GrpcDoor:
     """Open the gRPC door in the running event loop.
 
@@ -215,7 +221,7 @@ async def serve_grpc(
     await _report_readiness(generator, health)
     await server.start()
     readiness = asyncio.create_task(_keep_reporting_readiness(generator, health, ready_poll_s))
-    return GrpcDoor(port, server, servicer, health, readiness)
+    return GrpcDoor(port, server, servicer, generator, health, readiness)
 
 
 def _options(settings: config.Grpc, reuse_port: bool) -> list[tuple[str, int]]:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import socket
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from types import SimpleNamespace
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, HTTPException
@@ -34,6 +34,7 @@ from hycluster.gateway import Gateway
 from hycluster.generation import Generator
 from hycluster.ingress.adapters import adapter_routes
 from hycluster.ingress.errors import answer_error, error_body
+from hycluster.ingress.health import WithHealth
 from hycluster.ingress.ports import bind
 
 # What a caller may use. Everything else of vLLM's app (scaling, raw token routes, rendering for
@@ -91,10 +92,12 @@ async def serve_http(
     batches: Batches | None = None,
     reuse_port: bool = False,
     drain_timeout_s: float = 60.0,
+    sock: socket.socket | None = None,
 ) -> HttpDoor:
     """Open the door.
 
     Args:
+        sock: listens already; None opens the settings' port.
         batches: where the Batch API's files are, and how large they may be; None leaves its routes closed.
 
     Raises:
@@ -110,7 +113,8 @@ async def serve_http(
         api = batch_api(Store(batches), allowed_origins=settings.allowed_origins)
         # Multipart's own headers come on top of the file.
         app = WithBatches(BodyLimit(api, (batches.max_file_mib << 20) + MULTIPART_BYTES), app)
-    sock = bind(settings.host, settings.port, "http.port", reuse_port=reuse_port)
+    app = WithHealth(app, generator.pools)
+    sock = sock or bind(settings.host, settings.port, "http.port", reuse_port=reuse_port)
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -244,8 +248,8 @@ class ModelDispatch:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
-            if scope["type"] == "http" and scope["path"] in ("/v1/models", "/health"):
-                await self._of_all(scope, receive, send)
+            if scope["type"] == "http" and scope["path"] == "/v1/models":
+                await self._models_of_all(scope, receive, send)
             else:
                 await self.default(scope, receive, send)
             return
@@ -266,16 +270,14 @@ class ModelDispatch:
         model = self._model_of(_name_in(body))
         await (self.default if model is None else self.apps[model])(scope, replayed, send)
 
-    async def _of_all(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """``/v1/models`` lists every app's models; ``/health`` is the worst of all."""
+    async def _models_of_all(self, scope: Scope, receive: Receive, send: Send) -> None:
         status, listed = 200, []
         for app in self.apps.values():
             code, body = await _ask(app, scope, receive)
             status = max(status, code)
             if body:
                 listed += json.loads(body).get("data", [])
-        content: Any = {"object": "list", "data": listed} if scope["path"] == "/v1/models" else None
-        await JSONResponse(content, status_code=status)(scope, receive, send)
+        await JSONResponse({"object": "list", "data": listed}, status_code=status)(scope, receive, send)
 
 
 def _name_in(body: bytes) -> str:

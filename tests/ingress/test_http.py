@@ -18,19 +18,16 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60), pytest.mark.usefixtures("vllm_imported")]
 
 
-def echo(name: str, *, status: int = 200) -> ASGIApp:
+def echo(name: str) -> ASGIApp:
     """An app that says who it is and what body it read; its ``/v1/models`` lists itself."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         from starlette.requests import Request
-        from starlette.responses import JSONResponse, Response
+        from starlette.responses import JSONResponse
 
-        if scope["path"] == "/health":
-            await Response(status_code=status)(scope, receive, send)
-            return
         body = (await Request(scope, receive).body()).decode()
         said = {"data": [{"id": name}]} if scope["path"] == "/v1/models" else {"app": name, "body": body}
-        await JSONResponse(said, status_code=status)(scope, receive, send)
+        await JSONResponse(said)(scope, receive, send)
 
     return app
 
@@ -106,14 +103,6 @@ class TestModelDispatch:
         async with client(dispatch) as http:
             answer = await http.get("/v1/models")
         assert answer.json() == {"object": "list", "data": [{"id": "a"}, {"id": "b"}]}
-
-    async def test_health_is_the_worst_of_all(self, dispatch: ASGIApp) -> None:
-        from hycluster.ingress.http import ModelDispatch
-
-        async with client(dispatch) as http:
-            assert (await http.get("/health")).status_code == 200
-        async with client(ModelDispatch({"a": echo("a"), "b": echo("b", status=503)}, model_of)) as http:
-            assert (await http.get("/health")).status_code == 503
 
     async def test_other_gets_go_to_the_first(self, dispatch: ASGIApp) -> None:
         async with client(dispatch) as http:

@@ -199,7 +199,9 @@ async def test_everything_is_replaced_under_load(rolling: Rolling) -> None:
             for prompt in PROMPTS
             for way, call in (("HTTP", http_call), ("gRPC", grpc_call), ("new gRPC", load.over_new_grpc))
         ]
-        upgrading = asyncio.create_task(upgraded(rolling, "--set", f"drain_timeout_s={NEW_DRAIN_S}"))
+        upgrading = asyncio.create_task(
+            upgraded(rolling, "--set", f"drain_timeout_s={NEW_DRAIN_S}", "--set", "doors=1")
+        )
         await until(
             lambda: not processes(served, f"replica-{SIMULATED}") & replicas or upgrading.done(), timeout_s=UPGRADE_S
         )

@@ -397,3 +397,14 @@ def test_the_plugins_registries_are_where_vllm_looks() -> None:
     assert all(issubclass(MODELS_CONFIG_MAP[name], VerifyAndUpdateConfig) for name in ARCHITECTURES)
     assert TokenizerRegistry.load_tokenizer_cls(TOKENIZER_MODE).__name__ == HunyuanTokenizer.__name__
     assert RENDERER_REGISTRY.load_renderer_cls(TOKENIZER_MODE) is RENDERER_REGISTRY.load_renderer_cls("hf")
+
+
+def test_what_tells_whether_an_engine_has_work() -> None:
+    """Read from outside of the engine's thread; a paused engine's requests are no work, or it would count as hung."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc
+
+    assert "self.has_unfinished_requests()" in inspect.getsource(Scheduler.has_requests)
+    assert "PAUSED_ALL:\n            return 0" in inspect.getsource(Scheduler.get_num_unfinished_requests)
+    assert "self.input_queue.get" in inspect.getsource(EngineCoreProc._process_input_queue)
+    assert "self.is_scheduler_paused() or self.model_executor.is_sleeping" in inspect.getsource(EngineCore.is_sleeping)

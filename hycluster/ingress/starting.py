@@ -1,0 +1,129 @@
+"""Doors that are open before there is anything behind them: they say so, and what is still missing.
+
+HTTP answers 503 and gRPC UNAVAILABLE; both healths are asked as on open doors. The HTTP socket is handed over to the
+door that serves; the gRPC door stays and gets its generator. Imports no vLLM, so it is there within a second or two.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import uvicorn
+
+from hycluster import config
+from hycluster.core import Generation, GenerationRequest, ModelCard
+from hycluster.ingress import health
+from hycluster.ingress.grpc import Generator, GrpcDoor, serve_grpc
+from hycluster.ingress.ports import bind
+
+
+class WaitingGenerator:
+    """Stands before a generator that is still to come; refuses everything until :meth:`open`."""
+
+    def __init__(self, pools: health.Pools) -> None:
+        self._pools = pools
+        self._generator: Generator | None = None
+
+    def open(self, generator: Generator) -> None:
+        self._generator = generator
+
+    async def _open(self) -> Generator:
+        if self._generator is None:
+            raise health.starting(await self._pools())
+        return self._generator
+
+    async def models(self) -> list[ModelCard]:
+        return await (await self._open()).models()
+
+    async def stream(
+        self, request: GenerationRequest, *, deadline_s: float | None = None
+    ) -> AsyncGenerator[Generation, None]:
+        async with aclosing((await self._open()).stream(request, deadline_s=deadline_s)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
+        return await (await self._open()).generate(request, deadline_s=deadline_s)
+
+    async def tokenize(
+        self, model: str, *, prompt: str | None = None, messages: list[dict[str, Any]] | None = None
+    ) -> list[int]:
+        return await (await self._open()).tokenize(model, prompt=prompt, messages=messages)
+
+    async def count_tokens(self, model: str, texts: Sequence[str]) -> list[int]:
+        return await (await self._open()).count_tokens(model, texts)
+
+    async def ready(self) -> bool:
+        return self._generator is not None and await self._generator.ready()
+
+
+class StartingDoors:
+    """Both doors while the service starts.
+
+    Attributes:
+        grpc: the gRPC door.
+        http_port: the port that the HTTP door listens on.
+    """
+
+    def __init__(
+        self, grpc: GrpcDoor, generator: WaitingGenerator, sock: socket.socket, server: uvicorn.Server
+    ) -> None:
+        self.grpc = grpc
+        self.http_port: int = sock.getsockname()[1]
+        self._generator = generator
+        self._sock = sock
+        self._server = server
+        self._serving = asyncio.create_task(server.serve(sockets=[sock.dup()]))
+
+    async def hand_over(self, generator: Generator) -> socket.socket:
+        """Let gRPC callers through, answer no more over HTTP; returns the socket that HTTP callers wait at."""
+        await self._end_http()
+        self._generator.open(generator)
+        await self.grpc.look()
+        return self._sock
+
+    async def _end_http(self) -> None:
+        self._server.should_exit = True
+        await self._serving
+
+    async def close(self) -> None:
+        """Leave nothing open, whoever has it."""
+        await self._end_http()
+        self._sock.close()
+        await self.grpc.stop(0)
+
+
+@contextlib.asynccontextmanager
+async def starting_doors(settings: config.Settings, pools: health.Pools) -> AsyncIterator[StartingDoors]:
+    """Open both doors with nothing behind them.
+
+    Raises:
+        SettingsError: a port is in use.
+    """
+    # A successor is to listen beside them one day.
+    sock = bind(settings.http.host, settings.http.port, "http.port", reuse_port=True)
+    try:
+        generator = WaitingGenerator(pools)
+        grpc = await serve_grpc(generator, settings.grpc, reuse_port=True)
+    except BaseException:
+        sock.close()
+        raise
+    server = uvicorn.Server(
+        uvicorn.Config(
+            health.WithHealth(None, pools),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=1,
+        )
+    )
+    doors = StartingDoors(grpc, generator, sock, server)
+    try:
+        yield doors
+    finally:
+        await doors.close()

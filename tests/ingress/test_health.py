@@ -1,0 +1,64 @@
+"""``/health``: what it says in each state, and that it stands before whatever serves the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import httpx
+import pytest
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from hycluster.ingress.health import PoolHealth, WithHealth
+
+WHOLE, HALF, NONE = PoolHealth(2, 2), PoolHealth(1, 2), PoolHealth(0, 2)
+
+
+async def rest(scope: Scope, receive: Receive, send: Send) -> None:
+    await PlainTextResponse("the rest")(scope, receive, send)
+
+
+def client(app: ASGIApp | None, **pools: PoolHealth) -> httpx.AsyncClient:
+    async def ask() -> Mapping[str, PoolHealth]:
+        return pools
+
+    return httpx.AsyncClient(transport=httpx.ASGITransport(WithHealth(app, ask)), base_url="http://door")
+
+
+@pytest.mark.parametrize(
+    ("app", "a", "b", "status", "word"),
+    [
+        (rest, WHOLE, WHOLE, 200, "ready"),
+        (rest, HALF, WHOLE, 200, "ready"),
+        (rest, NONE, WHOLE, 503, "unavailable"),
+        (None, HALF, NONE, 503, "starting"),
+        # Its replicas are there, and it is not open yet.
+        (None, WHOLE, WHOLE, 503, "starting"),
+    ],
+)
+async def test_what_it_says(app: ASGIApp | None, a: PoolHealth, b: PoolHealth, status: int, word: str) -> None:
+    async with client(app, a=a, b=b) as http:
+        answer = await http.get("/health")
+    assert answer.status_code == status
+    assert answer.json() == {
+        "status": word,
+        "models": {
+            name: {"replicas_ready": pool.replicas_ready, "replicas_wanted": pool.replicas_wanted}
+            for name, pool in {"a": a, "b": b}.items()
+        },
+    }
+
+
+async def test_the_rest_is_served_by_the_app() -> None:
+    async with client(rest, a=NONE) as http:
+        assert (await http.get("/v1/models")).text == "the rest"
+        assert (await http.post("/health")).text == "the rest"
+        assert (await http.head("/health")).status_code == 503
+
+
+async def test_before_there_is_an_app_callers_hear_what_is_missing() -> None:
+    async with client(None, a=HALF) as http:
+        answer = await http.post("/v1/completions", json={})
+    assert answer.status_code == 503
+    assert answer.headers["Retry-After"] == "5"
+    assert answer.json()["error"]["message"] == "the service is starting: 'a' has 1 of 2 replicas"

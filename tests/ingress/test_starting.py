@@ -1,0 +1,107 @@
+"""Both doors before there is anything behind them, and the moment at which there is."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+
+import grpc
+import httpx
+import pytest
+import pytest_asyncio
+import uvicorn
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health_pb2_grpc import HealthStub
+from starlette.responses import PlainTextResponse
+
+from hycluster.config import Grpc, Http, Model, Settings
+from hycluster.errors import SettingsError
+from hycluster.ingress.health import PoolHealth
+from hycluster.ingress.proto import inference_pb2 as pb
+from hycluster.ingress.proto.inference_pb2_grpc import InferenceStub
+from hycluster.ingress.starting import StartingDoors, starting_doors
+from tests.ingress.stand_in import MODEL, StandInGenerator
+
+pytestmark = pytest.mark.timeout(60)
+
+SETTINGS = Settings(models=(Model(name=MODEL, source="/m"),), http=Http(port=0), grpc=Grpc(port=0))
+
+
+async def pools() -> Mapping[str, PoolHealth]:
+    return {MODEL: PoolHealth(0, 2)}
+
+
+@pytest_asyncio.fixture
+async def doors() -> AsyncIterator[StartingDoors]:
+    async with starting_doors(SETTINGS, pools) as doors:
+        yield doors
+
+
+@pytest_asyncio.fixture
+async def channel(doors: StartingDoors) -> AsyncIterator[grpc.aio.Channel]:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{doors.grpc.port}") as channel:
+        yield channel
+
+
+async def health(channel: grpc.aio.Channel) -> int:
+    answer = await HealthStub(channel).Check(health_pb2.HealthCheckRequest())  # type: ignore[no-untyped-call]
+    status: int = answer.status
+    return status
+
+
+async def test_both_say_what_is_missing(doors: StartingDoors, channel: grpc.aio.Channel) -> None:
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{doors.http_port}") as http:
+        answer = await http.get("/health")
+    assert answer.status_code == 503
+    assert answer.json() == {"status": "starting", "models": {MODEL: {"replicas_ready": 0, "replicas_wanted": 2}}}
+    assert await health(channel) == health_pb2.HealthCheckResponse.NOT_SERVING
+    request = pb.GenerateRequest(model=MODEL, prompt="x")
+    stub = InferenceStub(channel)  # type: ignore[no-untyped-call]
+    calls = [
+        lambda: stub.Generate(request),
+        lambda: stub.GenerateStream(request).read(),
+        lambda: stub.Tokenize(pb.TokenizeRequest(model=MODEL, prompt="x")),
+        lambda: stub.CountTokens(pb.CountTokensRequest(model=MODEL, texts=["x"])),
+        lambda: stub.ListModels(pb.ListModelsRequest()),
+    ]
+    for call in calls:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call()
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert caught.value.details() == "the service is starting: 'stand-in' has 0 of 2 replicas"
+
+
+async def test_grpc_callers_are_let_through_at_once(doors: StartingDoors, channel: grpc.aio.Channel) -> None:
+    stub = InferenceStub(channel)  # type: ignore[no-untyped-call]
+    await doors.hand_over(StandInGenerator())
+    assert await health(channel) == health_pb2.HealthCheckResponse.SERVING
+    request = pb.GenerateRequest(model=MODEL, prompt="x")
+    assert (await stub.Generate(request)).outputs[0].text
+    assert [chunk async for chunk in stub.GenerateStream(request)]
+    assert (await stub.Tokenize(pb.TokenizeRequest(model=MODEL, prompt="x"))).count
+    assert (await stub.CountTokens(pb.CountTokensRequest(model=MODEL, texts=["x"]))).counts
+    assert (await stub.ListModels(pb.ListModelsRequest())).models
+
+
+async def test_the_http_port_stays_open(doors: StartingDoors) -> None:
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{doors.http_port}") as http:
+        assert (await http.get("/health")).status_code == 503
+        sock = await doors.hand_over(StandInGenerator())
+        server = uvicorn.Server(uvicorn.Config(PlainTextResponse("served"), log_config=None, lifespan="off"))
+        serving = asyncio.create_task(server.serve(sockets=[sock]))
+        assert (await http.get("/health")).text == "served"
+        server.should_exit = True
+        await serving
+
+
+async def test_nothing_is_left_open() -> None:
+    async with starting_doors(SETTINGS, pools) as doors:
+        http, grpc_port = doors.http_port, doors.grpc.port
+    again = Settings(models=SETTINGS.models, http=Http(port=http), grpc=Grpc(port=grpc_port))
+    async with starting_doors(again, pools) as doors:
+        with pytest.raises(SettingsError, match=f"http.port: {http} on"):
+            async with starting_doors(again, pools):
+                pass
+        with pytest.raises(SettingsError, match=f"grpc.port: {grpc_port} on"):
+            async with starting_doors(again.model_copy(update={"http": Http(port=0)}), pools):
+                pass

@@ -1,0 +1,67 @@
+"""What callers, probes and Serve see of replicas and doors that stop or go, on a real cluster."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import grpc
+import httpx
+import psutil
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.integration.conftest import SIMULATED, Served, eventually, replicas
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def processes(served: Served, name: str) -> list[psutil.Process]:
+    """Processes of a deployment."""
+    below = psutil.Process(served.process.pid).children(recursive=True)
+    return [p for p in below if f":{name}" in " ".join(p.cmdline())]
+
+
+def http_health(served: Served) -> tuple[int, dict[str, Any]]:
+    answer = httpx.get(f"{served.http}/health", timeout=10)
+    return answer.status_code, answer.json()
+
+
+def grpc_health(served: Served) -> int:
+    with grpc.insecure_channel(served.grpc) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        status: int = stub.Check(health_pb2.HealthCheckRequest(), timeout=10).status
+        return status
+
+
+def test_stopped_replicas_are_killed_and_replaced(served: Served) -> None:
+    eventually(lambda: len(replicas(SIMULATED)) == 2, 60, "both replicas are there")
+    assert http_health(served)[1]["models"][SIMULATED] == {"replicas_ready": 2, "replicas_wanted": 2}
+    victims = processes(served, f"replica-{SIMULATED}")
+    assert len(victims) == 2
+    for victim in victims:
+        os.kill(victim.pid, signal.SIGSTOP)
+    stopped = time.monotonic()
+    _, alive = psutil.wait_procs(victims, 30)
+    assert not alive
+    gone_after_s = time.monotonic() - stopped
+    _, body = eventually(
+        lambda: (got := http_health(served))[0] == 503 and got, 5, "the door knows that no replica can serve"
+    )
+    assert body["status"] == "unavailable"
+    assert body["models"][SIMULATED] == {"replicas_ready": 0, "replicas_wanted": 2}
+    # The other models are there; a request to this one would fail.
+    assert all(pool["replicas_ready"] for name, pool in body["models"].items() if name != SIMULATED)
+    eventually(lambda: grpc_health(served) == NOT_SERVING, 5, "the gRPC door agrees")
+    eventually(lambda: http_health(served)[0] == 200, 90, "a successor can serve")
+    eventually(lambda: grpc_health(served) == SERVING, 5, "the gRPC door agrees")
+    eventually(
+        lambda: http_health(served)[1]["models"][SIMULATED]["replicas_ready"] == 2, 90, "the pool is whole again"
+    )
+    # A second to be sure, and what a loaded machine adds to it.
+    assert gone_after_s < 10
