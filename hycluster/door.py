@@ -23,7 +23,7 @@ from hycluster.directory import open_directory
 from hycluster.errors import HyclusterError, SettingsError, Unavailable, start_failure
 from hycluster.ingress.grpc import serve_grpc
 from hycluster.ingress.health import PoolHealth
-from hycluster.ingress.ports import TURNED_AWAY_AFTER_S, check_port, turn_away
+from hycluster.ingress.ports import TURNED_AWAY_AFTER_S, turn_away
 from hycluster.ingress.starting import StartingDoors, starting_doors
 from hycluster.watchdog import Watchdog
 
@@ -90,20 +90,12 @@ class Door:
         self._serving = asyncio.current_task()
         async with contextlib.AsyncExitStack() as stack:
             starting: StartingDoors | None = None
-            if self._settings.doors == 1 and self._alone():
-                # Where doors share their ports, callers would come to one that can't serve in place of one that can.
-                starting = await stack.enter_async_context(starting_doors(self._settings, self._pools))
+            # Where doors share their ports, callers would come to one that can't serve in place of one that can. A port
+            # in use is that of a predecessor; if it is somebody else's, opening it in the end says so.
+            if self._settings.doors == 1:
+                with contextlib.suppress(SettingsError):
+                    starting = await stack.enter_async_context(starting_doors(self._settings, self._pools))
             await self._serve_models(starting)
-
-    def _alone(self) -> bool:
-        """Nobody listens at its ports yet, as a predecessor does that it is to replace."""
-        try:
-            for field, door in (("http.port", self._settings.http), ("grpc.port", self._settings.grpc)):
-                check_port(door.host, door.port, field)
-        except SettingsError:
-            # If it is somebody else's port, opening it says so.
-            return False
-        return True
 
     async def _pools(self) -> dict[str, PoolHealth]:
         """What the directory knows of the replicas, while there is no gateway to ask."""

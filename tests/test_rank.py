@@ -15,6 +15,7 @@ import ray
 
 from hycluster.config import DataPlane, Health, Model, Simulated
 from hycluster.directory import NAMESPACE, open_directory
+from hycluster.rank import Patience
 from hycluster.replica import Replica
 from tests.simulated_pool import eventually
 
@@ -57,7 +58,7 @@ def start(directory: str) -> Iterator[Start]:
     def begin(**bounds: float) -> Any:
         model = Model(name="m", source="/m", simulated=Simulated(), health=Health(**bounds))
         actor: Any = ray.remote(num_cpus=0)(Brittle)
-        started.append(actor.remote(model, DataPlane(host="127.0.0.1"), directory, 0.5))
+        started.append(actor.remote(model, DataPlane(host="127.0.0.1"), directory, Patience(0.5, 0.5)))
         return started[-1]
 
     yield begin

@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 SERVICE: str = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 READY_TIMEOUT_S = 5.0
+# Within this time a client hears that the door closes, and what it has sent until then has arrived.
+SETTLE_S = 0.5
 # A status message travels in a header, percent-encoded, and headers over 8 KiB are refused.
 MAX_STATUS_BYTES = 2000
 
@@ -144,9 +146,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         """Wait for the calls in flight; end those that are left after ``grace_s`` seconds with UNAVAILABLE."""
         try:
             async with asyncio.timeout(grace_s):
-                # Again and again: a call that was accepted just before may begin only now.
-                while self.in_flight:
-                    await asyncio.wait(self.in_flight.copy())
+                quiet = False
+                while not quiet:
+                    while self.in_flight:
+                        await asyncio.wait(self.in_flight.copy())
+                    # A call that was sent before its client had heard of the end may begin only now.
+                    await asyncio.sleep(SETTLE_S)
+                    quiet = not self.in_flight
         except TimeoutError:
             logger.warning("ending %d calls that took longer than %g s to finish", len(self.in_flight), grace_s)
         self.closing = True

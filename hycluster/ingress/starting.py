@@ -19,7 +19,7 @@ from hycluster import config
 from hycluster.core import Generation, GenerationRequest, ModelCard
 from hycluster.ingress import health
 from hycluster.ingress.grpc import Generator, GrpcDoor, serve_grpc
-from hycluster.ingress.ports import bind
+from hycluster.ingress.ports import bind, check_port
 
 
 class WaitingGenerator:
@@ -105,6 +105,8 @@ async def starting_doors(settings: config.Settings, pools: health.Pools) -> Asyn
     Raises:
         SettingsError: a port is in use.
     """
+    check_port(settings.http.host, settings.http.port, "http.port")
+    check_port(settings.grpc.host, settings.grpc.port, "grpc.port")
     # A successor is to listen beside them one day.
     sock = bind(settings.http.host, settings.http.port, "http.port", reuse_port=True)
     try:
