@@ -86,7 +86,7 @@ class Deployed:
 
         model = self.models[name]
         async with open_gateway(
-            model, self.directory, router=Router(), admission=Admission(), wait_s=START_S
+            model, self.directory, router=Router(failover_wait_s=START_S), admission=Admission(), wait_s=START_S
         ) as gateway:
             async with asyncio.timeout(30):
                 while gateway.engine_core.links < model.engines:  # noqa: ASYNC110 - the pool tells nobody

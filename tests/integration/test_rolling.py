@@ -34,7 +34,7 @@ from hycluster.errors import Unavailable
 from tests.integration.conftest import SIMULATED, Served, launch, stop
 from tests.simulated_pool import predicted
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SHORT, LONG = 40, 1400
 PROMPTS = [f"prompt {number}" for number in range(6)]
