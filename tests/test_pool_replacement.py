@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hycluster.config import Simulated
-from hycluster.errors import Unavailable
+from hycluster.errors import HyclusterError
 from hycluster.router import make_policy
 from tests.simulated_pool import SimulatedPool, predicted
 
@@ -48,7 +48,7 @@ def ask(request_id: str, max_tokens: int) -> EngineCoreRequest:
 async def client_of(pool: SimulatedPool, lost: dict[str, str], *, failover: bool = True) -> AsyncIterator[PoolClient]:
     from hycluster.pool import PoolClient
 
-    async def on_lost(request_id: str, error: Unavailable) -> None:
+    async def on_lost(request_id: str, error: HyclusterError) -> None:
         lost[request_id] = type(error).__name__
 
     policy = make_policy("least_outstanding_tokens", "me", seed=0)
