@@ -31,6 +31,7 @@ class EngineHealth:
         self._engine = engine
         self._bounds = bounds
         self._end = end
+        self._busy_since: float | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._keep_looking, name="health", daemon=True)
 
@@ -48,22 +49,28 @@ class EngineHealth:
         if self._engine.error is not None:
             return f"engine died: {self._engine.error}"
         age = self._engine.last_step_age_s
-        if age is not None and age > self._bounds.hung_after_s:
-            return f"engine hung: no step for {age:.0f} s while it has work"
-        return None
+        # Had work at every look since then: what it got a moment ago can't be late.
+        busy_since = self._busy_since
+        if age is None or busy_since is None:
+            return None
+        age = min(age, time.monotonic() - busy_since)
+        return f"engine hung: no step for {age:.0f} s while it has work" if age > self._bounds.hung_after_s else None
 
     def _keep_looking(self) -> None:
         watchdog = Watchdog(stopped_after_s=self._bounds.stopped_after_s, silent_after_s=self._bounds.hung_after_s)
-        worked_at = time.monotonic()
+        idle_since = time.monotonic()
         while not self._stopping.wait(LOOK_EVERY_S):
             watchdog.beat()
+            now = time.monotonic()
+            if self._engine.last_step_age_s is None:
+                self._busy_since = None
+                if now - idle_since > self._bounds.probe_after_s:
+                    idle_since = now
+                    self._engine.probe()
+            else:
+                idle_since = now
+                self._busy_since = self._busy_since or now
             if problem := self.problem():
                 self._end(problem)
                 break
-            now = time.monotonic()
-            if self._engine.last_step_age_s is not None:
-                worked_at = now
-            elif now - worked_at > self._bounds.probe_after_s:
-                worked_at = now
-                self._engine.probe()
         watchdog.close()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -34,10 +35,10 @@ class Watchdog:
 
     Args:
         stopped_after_s: how long this process, or one below it, may be stopped.
-        silent_after_s: how long this process may be without a beat, once it has had its first.
+        silent_after_s: how long this process may be without a beat, once it has given its first.
     """
 
-    def __init__(self, *, stopped_after_s: float = STOPPED_AFTER_S, silent_after_s: float) -> None:
+    def __init__(self, *, stopped_after_s: float = STOPPED_AFTER_S, silent_after_s: float = math.inf) -> None:
         # -P, so that the modules beside this file do not hide others.
         self._command = [sys.executable, "-P", __file__, str(os.getpid()), str(stopped_after_s), str(silent_after_s)]
         self._process = self._start()

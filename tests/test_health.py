@@ -119,3 +119,15 @@ def test_one_that_was_stopped_lets_its_engine_end(engine: SimulatedEngine, watch
     engine.kill(RuntimeError("late"))
     time.sleep(0.1)
     assert ended.empty()
+
+
+def test_work_that_has_just_come_is_not_late(
+    engine: SimulatedEngine, watch: Watch, ended: Ended, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever an engine says of its last step, which may have been long ago."""
+    ages = iter([None, 999.0, None, 999.0, 999.0, None])
+    monkeypatch.setattr(SimulatedEngine, "last_step_age_s", property(lambda _: next(ages, None)))
+    watch(hung_after_s=5)
+    time.sleep(0.5)
+    assert next(ages, "used up") == "used up"
+    assert ended.empty()

@@ -20,6 +20,7 @@ from hycluster.batch_api.runner import Runner
 from hycluster.batch_api.store import Store
 from hycluster.config import Admission, Settings
 from hycluster.directory import open_directory
+from hycluster.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class BatchExecutor:
         self._directory = directory
         self._loop: asyncio.AbstractEventLoop | None = None
         self._main: asyncio.Task[None] | None = None
+        self._watchdog = Watchdog()
         open_directory(directory)
         self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
         self._thread.start()

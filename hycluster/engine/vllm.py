@@ -279,7 +279,7 @@ class VllmEngine:
 
     def hear(self, frames: Sequence[Frame]) -> None:
         wave: tuple[int, int] = msgspec.msgpack.decode(frames[0], type=tuple[int, int])
-        self._core.input_queue.put_nowait((EngineCoreRequestType.START_DP_WAVE, wave))
+        self._queue(EngineCoreRequestType.START_DP_WAVE, wave)
 
     def load(self) -> ReplicaLoad:
         running, waiting = self._core.scheduler.get_request_counts()
