@@ -28,7 +28,7 @@ from hycluster.core import ExpertLoad, ReplicaAddress, ReplicaLoad
 from hycluster.directory import ReplicaReport
 from hycluster.engine.carried import carry
 from hycluster.engine.protocol import EngineInfo
-from hycluster.errors import ReplicaLost, Unavailable
+from hycluster.errors import InvalidInput, ReplicaLost, Unavailable
 from hycluster.router import Candidate, Policy, RouteRequest
 from hycluster.wire import READY, Kind, decode_info
 
@@ -88,6 +88,7 @@ class PoolClient:
     Attributes:
         gateway_id: random; tells this gateway's load from that of others.
         first_replica: set once there has been a replica to send to.
+        worked_off_tokens: how much less is outstanding for what replicas did, or because requests ended; only grows.
         resources: what ``AsyncLLM`` reads of its client's state; a pool as such never dies.
     """
 
@@ -124,6 +125,7 @@ class PoolClient:
         self._decoder = MsgpackDecoder(EngineCoreOutputs)
         self._tasks: set[asyncio.Task[None]] = set()
         self.first_replica = asyncio.Event()
+        self.worked_off_tokens = 0
 
     # -- the pool's members -------------------------------------------------------------------------
 
@@ -283,6 +285,7 @@ class PoolClient:
 
         Raises:
             Unavailable: no replica can serve.
+            InvalidInput: the request holds what no message can.
         """
         await self._send(request, [], losses=0)
 
@@ -291,10 +294,15 @@ class PoolClient:
         prompt = len(request.prompt_token_ids or ())
         tokens = prompt + ((params.max_tokens or 0) if params is not None else 0)
         link = self._choose(request, tokens)
+        try:
+            message = [Kind.ADD, *self._encoder.encode(carry(request, output))]
+        except (UnicodeEncodeError, OverflowError, TypeError) as error:
+            # Half of a surrogate pair, a number over 64 bits: JSON can say what no message can hold.
+            raise InvalidInput(f"request: holds what can't be sent to an engine: {error}") from None
         flight = _Flight(request, link, tokens, output, losses)
         self._flights[request.request_id] = link.flights[request.request_id] = flight
         link.outstanding_tokens += tokens
-        await link.requests.send_multipart([Kind.ADD, *self._encoder.encode(carry(request, output))], copy=False)
+        await link.requests.send_multipart(message, copy=False)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         by_link: dict[str, list[str]] = {}
@@ -313,6 +321,7 @@ class PoolClient:
         self._flights.pop(request_id, None)
         flight.link.flights.pop(request_id, None)
         flight.link.outstanding_tokens -= flight.tokens_left
+        self.worked_off_tokens += flight.tokens_left
 
     async def _read(self, link: _Link) -> None:
         recv, decode, flights = link.outputs.recv_multipart, self._decoder.decode, link.flights
@@ -341,6 +350,7 @@ class PoolClient:
                 flight.tokens_left -= step
                 spent += step
             link.outstanding_tokens -= spent
+            self.worked_off_tokens += spent
             outputs.engine_index = link.slot
             if outputs.outputs or outputs.scheduler_stats is not None:
                 self._arrived.put_nowait(outputs)
