@@ -25,6 +25,7 @@ from hycluster import config
 from hycluster.core import Generation, GenerationRequest, ModelCard
 from hycluster.errors import DeadlineExceeded, HyclusterError, SettingsError, Unavailable, UnknownModel
 from hycluster.ingress import translate
+from hycluster.ingress.malformed import RefuseMalformed
 from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto import inference_pb2_grpc
 
@@ -225,7 +226,11 @@ async def serve_grpc(
     """
     servicer = InferenceServicer(generator, settings.stalled_client_timeout_s)
     health = health_aio.HealthServicer()
-    server = grpc.aio.server(options=_options(settings, reuse_port), maximum_concurrent_rpcs=settings.max_calls)
+    server = grpc.aio.server(
+        interceptors=[RefuseMalformed()],
+        options=_options(settings, reuse_port),
+        maximum_concurrent_rpcs=settings.max_calls,
+    )
     inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
     add_HealthServicer_to_server(health, server)
     reflection.enable_server_reflection(

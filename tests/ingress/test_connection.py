@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
 pytestmark = pytest.mark.timeout(30)
-Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
 Serve = Callable[..., AbstractAsyncContextManager["Door"]]
 ASK = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 CHUNK = b"x" * (1 << 20)
@@ -57,7 +56,7 @@ class Door:
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    async def dial(self) -> tuple[Reader, Writer]:
+    async def dial(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_connection("127.0.0.1", self.port)
 
 
@@ -91,7 +90,7 @@ def serve() -> Serve:
     return serving
 
 
-async def answer(reader: Reader) -> tuple[int, dict[str, str], bytes]:
+async def answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and body of what comes until the connection ends."""
     head, _, body = (await asyncio.wait_for(reader.read(), 10)).partition(b"\r\n\r\n")
     status, *lines = head.decode().split("\r\n")
@@ -99,7 +98,7 @@ async def answer(reader: Reader) -> tuple[int, dict[str, str], bytes]:
     return int(status.split()[1]), headers, body
 
 
-async def refusal(reader: Reader) -> tuple[int, str]:
+async def refusal(reader: asyncio.StreamReader) -> tuple[int, str]:
     status, headers, body = await answer(reader)
     error = json.loads(body)["error"]
     assert headers["connection"] == "close"
