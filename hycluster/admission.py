@@ -104,10 +104,14 @@ class Gate:
 
 
 def check_id(field: str, value: str | None) -> None:
-    """Refuse an id that would cost too much to carry along.
+    """Refuse an id that would cost too much to carry along, or that is no text: JSON can say half a surrogate pair.
 
     Raises:
         InvalidInput: names the field.
     """
-    if value is not None and len(value) > MAX_ID_CHARACTERS:
+    if value is None:
+        return
+    if not value.isprintable() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise InvalidInput(f"{field}: {shown(value)} is not allowed; must be text that UTF-8 can hold")
+    if len(value) > MAX_ID_CHARACTERS:
         raise InvalidInput(f"{field}: {shown(value)} is too long; at most {MAX_ID_CHARACTERS} characters are allowed")

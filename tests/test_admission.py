@@ -93,5 +93,7 @@ def test_requests_that_wait_for_a_replica_count_without_tokens(clock: Clock) -> 
 def test_ids_have_a_bound() -> None:
     check_id("request_id", None)
     check_id("request_id", "x" * 512)
-    with pytest.raises(InvalidInput, match="session_id: 'xxx.* is too long; at most 512 characters are allowed"):
+    with pytest.raises(InvalidInput, match=r"session_id: 'xxx.* is too long; at most 512 characters are allowed"):
         check_id("session_id", "x" * 513)
+    with pytest.raises(InvalidInput, match=r"request_id: 'a.ud800' is not allowed; must be text that UTF-8 can hold"):
+        check_id("request_id", "a\ud800")

@@ -101,6 +101,10 @@ class Connection(HttpToolsProtocol):
             super().on_message_complete()
             self._in_head = True
 
+    def send_400_response(self, msg: str) -> None:
+        """Called by uvicorn for what is no HTTP."""
+        self._refuse(HTTPStatus.BAD_REQUEST, msg, InvalidInput.openai_type)
+
     def _no_request(self) -> None:
         if self._head_bytes:
             message = f"headers: no end of them came within {self.stall_s:g} s"

@@ -236,7 +236,7 @@ class ModelDispatch:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
-            if scope["type"] == "http" and scope["path"] in ("/v1/models", "/health"):
+            if scope["type"] == "http" and scope["method"] == "GET" and scope["path"] in ("/v1/models", "/health"):
                 await self._of_all(scope, receive, send)
             else:
                 await self.default(scope, receive, send)

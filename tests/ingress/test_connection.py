@@ -174,6 +174,15 @@ async def test_headers_over_the_bound(serve: Serve, head: bytes) -> None:
         await hello(door)
 
 
+async def test_what_is_no_http(serve: Serve) -> None:
+    async with serve() as door:
+        reader, writer = await door.dial()
+        writer.write(b"\xff\xfe\r\n\r\n")
+        assert await refusal(reader) == (400, "Invalid HTTP request received.")
+        writer.close()
+        await hello(door)
+
+
 async def test_headers_at_the_bound_and_a_long_body(serve: Serve) -> None:
     async with serve() as door:
         reader, writer = await door.dial()

@@ -62,7 +62,7 @@ def footprint(served: Served) -> Footprint:
     door = next(
         psutil.Process(connection.pid)
         for connection in psutil.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid
+        if connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,) and connection.pid
     )
     raylet = door.parent()
     assert raylet is not None
@@ -81,13 +81,16 @@ def idle(model: str) -> bool:
     return all(not r.load.running and not r.load.waiting and r.load.kv_usage == 0 for r in replicas(model))
 
 
+def wait_until_idle(timeout_s: float) -> None:
+    eventually(lambda: all(map(idle, MODELS)), timeout_s, f"the engines of {MODELS} are idle again")
+
+
 @contextmanager
 def unharmed(served: Served) -> Iterator[None]:
     """Afterwards the same processes serve, at both doors, and their engines are idle."""
     before = footprint(served)
     yield
-    for model in MODELS:
-        eventually(lambda model=model: idle(model), 10, f"the engines of {model} are idle again")
+    wait_until_idle(10)
     assert footprint(served).pids == before.pids, "a process died"
     assert httpx.get(f"{served.http}/health", timeout=10).status_code == 200
     with Client(served.grpc) as client:

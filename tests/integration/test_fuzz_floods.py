@@ -14,12 +14,12 @@ import pytest
 
 from hycluster.ingress.proto import inference_pb2 as pb
 from tests.integration.conftest import SIMULATED, TINY, Served, eventually, replicas
-from tests.integration.fuzzing import EXAMPLES, MODELS, Footprint, footprint, idle, unharmed
+from tests.integration.fuzzing import EXAMPLES, MODELS, Footprint, footprint, idle, unharmed, wait_until_idle
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 CLIENTS = 200
-LONG = {"max_tokens": 1500, "ignore_eos": True}
+LONG: dict[str, Any] = {"max_tokens": 1500, "ignore_eos": True}
 # What a process may hold more after a flood than after the one before it: allocators keep and reuse, in their own time.
 MORE_RSS_MIB = 25.0
 MORE_FILES = 5
@@ -91,8 +91,7 @@ async def pour(served: Served) -> None:
 
 
 def settled(served: Served) -> Footprint:
-    for model in MODELS:
-        eventually(lambda model=model: idle(model), 20, f"the engines of {model} are idle again")
+    wait_until_idle(20)
     time.sleep(1)
     return footprint(served)
 

@@ -68,8 +68,8 @@ def messages(kind: type[Message]) -> st.SearchStrategy[Any]:
 
     @st.composite
     def made(draw: st.DrawFn) -> Any:
-        message = kind()
-        for field in draw(st.lists(st.sampled_from(list(kind.DESCRIPTOR.fields)), unique=True)):
+        message, known = kind(), list(kind.DESCRIPTOR.fields)
+        for field in draw(st.lists(st.sampled_from(known), unique=True)) if known else ():
             fill(draw, message, field)
         return message
 
@@ -93,7 +93,7 @@ def fill(draw: st.DrawFn, message: Any, field: Any) -> None:
         else:
             getattr(message, field.name).CopyFrom(draw(values))
         return
-    values = plain.get(field.cpp_type) or (st.integers(low, high) | st.integers(0, 5))
+    values = plain.get(field.cpp_type, st.integers(low, high) | st.integers(0, 5))
     if field.is_repeated:
         getattr(message, field.name).extend(draw(st.lists(values, max_size=5)))
     else:
@@ -157,7 +157,7 @@ def test_odd_metadata(channel: Any, metadata: Any) -> None:
 )
 @pytest.mark.parametrize("model", MODELS)
 def test_odd_values(channel: Any, model: str, sampling: dict[str, Any], fields: dict[str, Any]) -> None:
-    given_input = {} if {"prompt", "token_ids"} & fields.keys() else {"prompt": "x"}
+    given_input: dict[str, Any] = {} if {"prompt", "token_ids"} & fields.keys() else {"prompt": "x"}
     request = pb.GenerateRequest(
         model=model, sampling=pb.Sampling(**({"max_tokens": 2} | sampling)), **given_input, **fields
     ).SerializeToString()
