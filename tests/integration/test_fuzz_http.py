@@ -58,7 +58,7 @@ def bounded(body: Any, path: str) -> Any:
         for name in LENGTHS:
             if name in POSTS[path]:
                 body.setdefault(name, 4)
-            if isinstance(body.get(name), int) and body[name] > 8 or body.get(name, 0) is None:
+            if (isinstance(body.get(name), int) and body[name] > 8) or body.get(name, 0) is None:
                 body[name] = 8
     return body
 
