@@ -276,34 +276,56 @@ class Http(Strict):
         port: 0 takes a free one.
         control_routes: open also the routes that change an engine's state (sleep, LoRA loading, ...).
         allowed_origins: origins for CORS.
+        max_connections: open connections of one door.
+        max_body_mib: most of a request's body. 32 MiB hold a 256k-token prompt as text or as ids with room to spare.
+        max_bodies_mib: most of all bodies of the requests that a door has in work.
+        stalled_client_timeout_s: how long a client may keep the door waiting: for a request that it has begun to
+            send, or for room for an answer that it does not read. Then it is cut off and its request aborted.
     """
 
     host: str = "127.0.0.1"
     port: Port = 8000
     control_routes: bool = False
     allowed_origins: tuple[str, ...] = ()
+    max_connections: int = Field(default=4096, ge=1)
+    max_body_mib: int = Field(default=32, ge=1, le=1024)
+    max_bodies_mib: int = Field(default=512, ge=1)
+    stalled_client_timeout_s: float = Field(default=60, gt=0)
 
 
 class Grpc(Strict):
-    """The gRPC door. ``max_message_mib`` holds a 256k-token prompt as text or as ids with room to spare."""
+    """The gRPC door.
+
+    Attributes:
+        max_message_mib: 32 MiB hold a 256k-token prompt as text or as ids with room to spare.
+        max_calls: calls of one door at a time, all methods together.
+        max_calls_per_connection: the further calls of a client wait until it has fewer.
+        stalled_client_timeout_s: how long a caller may leave the next chunk of its stream unread. Then its request
+            is aborted.
+    """
 
     host: str = "127.0.0.1"
     port: Port = 9000
     max_message_mib: int = Field(default=32, ge=1, le=1024)
+    max_calls: int = Field(default=4096, ge=1)
+    max_calls_per_connection: int = Field(default=1024, ge=1)
+    stalled_client_timeout_s: float = Field(default=60, gt=0)
 
 
 class Admission(Strict):
-    """When a door sheds load, per gateway and model. None is no limit.
+    """When a door sheds load, per gateway and model: two doors admit twice as much. None is no limit.
 
     Attributes:
         max_requests: sequences in flight (``n`` counts as n).
         max_outstanding_tokens: prompt tokens not yet prefilled plus output tokens still allowed.
-        retry_after_s: what a caller that was shed is told to wait.
+        max_retry_after_s: longest time that a caller that was shed is told to wait.
+        max_grammar_kib: most of a JSON schema, regex, grammar or list of choices that an output must follow.
     """
 
     max_requests: int | None = Field(default=1024, ge=1)
     max_outstanding_tokens: int | None = Field(default=None, ge=1)
-    retry_after_s: float = Field(default=1.0, gt=0)
+    max_retry_after_s: float = Field(default=60, ge=1)
+    max_grammar_kib: int = Field(default=64, ge=1)
 
 
 class Router(Strict):

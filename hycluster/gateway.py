@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import secrets
 from collections.abc import AsyncIterator
@@ -21,19 +22,23 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 from vllm.config import VllmConfig
-from vllm.exceptions import GracefulHTTPError
+from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.lora.request import LoRARequest
+from vllm.pooling_params import PoolingParams
 from vllm.renderers import renderer_from_config
+from vllm.sampling_params import SamplingParams
 from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
-from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
 from hycluster.adapters import AdapterTable, Word, adapter_id
+from hycluster.admission import Gate, check_id
 from hycluster.config import Admission, Model, Router
 from hycluster.directory import REPORT_EVERY_S, PoolView
 from hycluster.engine.arguments import model_files
+from hycluster.engine.protocol import CARRIED
 from hycluster.engine.vllm import engine_config
 from hycluster.errors import HyclusterError, InvalidInput, KillsReplicas, Overloaded, ReplicaLost, Unavailable, shown
 from hycluster.observe.experts import expert_metrics
@@ -47,9 +52,13 @@ logger = logging.getLogger(__name__)
 class PoolOverloaded(Overloaded, GracefulHTTPError):  # type: ignore[misc]  # both have an http_status, the same
     """:class:`Overloaded` in a form that vLLM's own code passes on unchanged."""
 
-    def __init__(self, message: str, retry_after_s: float) -> None:
+    def __init__(self, message: str, retry_after_s: float | None) -> None:
         GracefulHTTPError.__init__(self, message, HTTPStatus(Overloaded.http_status))
         self.retry_after_s = retry_after_s
+
+
+class PoolInvalidInput(InvalidInput, VLLMClientError):
+    """:class:`InvalidInput` in a form that vLLM's own code passes on unchanged."""
 
 
 class PoolUnavailable(Unavailable, GracefulHTTPError):  # type: ignore[misc]  # as above
@@ -92,6 +101,7 @@ class Gateway(AsyncLLM):
         maybe_register_config_serialize_by_value()
         self.model = model
         self.admission = admission
+        self._gate = Gate(model.name, admission)
         self._adapters = AdapterTable(model.adapters)
         self.lora_requests: dict[str, LoRARequest] = {}
         self._take_over({})
@@ -142,24 +152,41 @@ class Gateway(AsyncLLM):
         Raises:
             PoolOverloaded: a bound of the settings' ``admission`` is reached.
             PoolUnavailable: no replica can serve.
+            PoolInvalidInput: more sequences than are ever admitted.
         """
-        pool, bounds = self.engine_core, self.admission
+        pool = self.engine_core
         if not pool.able:
             raise PoolUnavailable(f"model: no replica of {self.model.name!r} can serve now")
-        if bounds.max_requests is not None and pool.requests_in_flight + n > bounds.max_requests:
-            raise PoolOverloaded(
-                f"model: {self.model.name!r} has {pool.requests_in_flight} requests in flight;"
-                f" at most {bounds.max_requests} are admitted",
-                bounds.retry_after_s,
+        try:
+            self._gate.check(
+                n,
+                in_flight=pool.requests_in_flight,
+                outstanding_tokens=sum(pool.outstanding.values()),
+                worked_off_tokens=pool.worked_off_tokens,
             )
-        if bounds.max_outstanding_tokens is not None:
-            tokens = sum(pool.outstanding.values())
-            if tokens >= bounds.max_outstanding_tokens:
-                raise PoolOverloaded(
-                    f"model: {self.model.name!r} has {tokens} tokens outstanding;"
-                    f" at most {bounds.max_outstanding_tokens} are admitted",
-                    bounds.retry_after_s,
-                )
+        except Overloaded as shed:
+            raise PoolOverloaded(shed.message, shed.retry_after_s) from None
+        except InvalidInput as error:
+            raise PoolInvalidInput(error.message) from None
+
+    async def add_request(
+        self, request_id: str, prompt: Any, params: SamplingParams | PoolingParams, *rest: Any, **named: Any
+    ) -> RequestOutputCollector:
+        """Begin a request that has been admitted.
+
+        Raises:
+            PoolInvalidInput: a part of it is larger than its bound, or is not the caller's to set.
+        """
+        try:
+            check_id("request_id", request_id)
+            check_id("session_id", named.get("session_id"))
+            if isinstance(params, SamplingParams):
+                if CARRIED in (params.extra_args or {}):
+                    raise InvalidInput(f"vllm_xargs: {CARRIED!r} is not allowed; it is how gateways carry requests on")
+                check_grammar(params, self.admission.max_grammar_kib)
+            return await super().add_request(request_id, prompt, params, *rest, **named)
+        except InvalidInput as error:
+            raise PoolInvalidInput(error.message) from None
 
     async def check_health(self) -> None:
         """Raise PoolUnavailable unless a request would find a replica."""
@@ -186,6 +213,9 @@ class Gateway(AsyncLLM):
             # The last replica has gone since this request was admitted.
             self.output_processor.abort_requests([request.request_id], internal=True)
             raise PoolUnavailable(error.message, error.retry_after_s) from None
+        except InvalidInput:
+            self.output_processor.abort_requests([request.request_id], internal=True)
+            raise
 
     # -- the pool -----------------------------------------------------------------------------------
 
@@ -277,6 +307,22 @@ class Gateway(AsyncLLM):
                 await self._sync(self._directory)
         # The other doors hear of it at their next sync.
         await asyncio.sleep(2 * REPORT_EVERY_S)
+
+
+def check_grammar(params: SamplingParams, max_kib: int) -> None:
+    """Refuse a grammar that an engine would compile for minutes; none can be stopped once it has begun.
+
+    Raises:
+        InvalidInput: it is over ``max_kib`` KiB, as JSON where it is not text.
+    """
+    asked = params.structured_outputs
+    if asked is None:
+        return
+    for name in ("json", "regex", "choice", "grammar", "structural_tag"):
+        value = getattr(asked, name)
+        size = 0 if value is None else len(value if isinstance(value, str) else json.dumps(value))
+        if size > max_kib << 10:
+            raise InvalidInput(f"structured_outputs.{name}: is {size} bytes; at most {max_kib << 10} are allowed")
 
 
 @contextlib.asynccontextmanager

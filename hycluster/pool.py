@@ -29,7 +29,7 @@ from hycluster.core import ExpertLoad, ReplicaAddress, ReplicaLoad
 from hycluster.directory import ReplicaReport
 from hycluster.engine.carried import carry
 from hycluster.engine.protocol import EngineInfo
-from hycluster.errors import HyclusterError, KillsReplicas, ReplicaLost, Unavailable
+from hycluster.errors import HyclusterError, InvalidInput, KillsReplicas, ReplicaLost, Unavailable
 from hycluster.flight import Flight
 from hycluster.router import Candidate, Policy, RouteRequest
 from hycluster.wire import READY, Kind, decode_info
@@ -74,6 +74,7 @@ class PoolClient(ControlCalls):
     Attributes:
         gateway_id: random; tells this gateway's load from that of others.
         first_replica: set once there has been a replica to send to.
+        worked_off_tokens: how much less is outstanding for what replicas did, or because requests ended; only grows.
         resources: what ``AsyncLLM`` reads of its client's state; a pool as such never dies.
     """
 
@@ -112,6 +113,7 @@ class PoolClient(ControlCalls):
         self._decoder = MsgpackDecoder(EngineCoreOutputs)
         self._tasks: set[asyncio.Task[None]] = set()
         self.first_replica = asyncio.Event()
+        self.worked_off_tokens = 0
 
     # -- the pool's members -------------------------------------------------------------------------
 
@@ -314,16 +316,22 @@ class PoolClient(ControlCalls):
 
         Raises:
             Unavailable: no replica can serve.
+            InvalidInput: the request holds what no message can.
         """
         await self._send(Flight.of(request, keep=self._failover))
 
     async def _send(self, flight: Flight) -> None:
         link = self._choose(flight)
+        request = carry(flight.request, flight.engine_id, flight.output) if flight.moves else flight.request
+        try:
+            message = self._encoder.encode(request)
+        except (UnicodeEncodeError, OverflowError, TypeError) as error:
+            # Half of a surrogate pair, a number over 64 bits: JSON can say what no message can hold.
+            raise InvalidInput(f"request: holds what can't be sent to an engine: {error}") from None
         flight = flight.sent(link.address.replica_id)
         self._flights[flight.request_id] = link.flights[flight.engine_id] = flight
         link.outstanding_tokens += flight.tokens_left
-        request = carry(flight.request, flight.engine_id, flight.output) if flight.moves else flight.request
-        if await self._tell(link, Kind.ADD, *self._encoder.encode(request)) and flight.losses:
+        if await self._tell(link, Kind.ADD, *message) and flight.losses:
             self._spawn(self._confirm(link, flight))
 
     async def _confirm(self, link: _Link, flight: Flight) -> None:
@@ -350,6 +358,7 @@ class PoolClient(ControlCalls):
         link = self._links.get(flight.replica_id)
         if link is not None and link.flights.pop(flight.engine_id, None) is not None:
             link.outstanding_tokens -= flight.tokens_left
+            self.worked_off_tokens += flight.tokens_left
         if flight.suspected:
             self._wake()
 
@@ -385,6 +394,7 @@ class PoolClient(ControlCalls):
                 if flight.losses and not flight.suspected:
                     self._wake()
             link.outstanding_tokens -= spent
+            self.worked_off_tokens += spent
             outputs.outputs = heard
             outputs.engine_index = link.slot
             if outputs.outputs or outputs.scheduler_stats is not None:

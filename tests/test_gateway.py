@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hycluster.config import Admission, Model, Replicas, Router, Simulated
-from hycluster.errors import KillsReplicas, Overloaded, Unavailable
+from hycluster.errors import InvalidInput, KillsReplicas, Overloaded, Unavailable
 from tests.simulated_pool import SimulatedPool, eventually, predicted
 
 if TYPE_CHECKING:
@@ -162,13 +162,14 @@ async def test_leaving_the_stream_aborts_in_the_engine(opened: Open) -> None:
 
 
 async def test_requests_over_the_bound_are_shed(opened: Open) -> None:
-    async with opened(SLOW, admission=Admission(max_requests=3, retry_after_s=7)) as served:
+    async with opened(SLOW, admission=Admission(max_requests=3)) as served:
         asking = [asyncio.create_task(served.last(str(number), max_tokens=500)) for number in range(2)]
         await served.running(2)
         served.gateway.check_admission(1)
         with pytest.raises(Overloaded, match="'tiny' has 2 requests in flight; at most 3 are admitted") as caught:
             served.gateway.check_admission(2)
-        assert caught.value.retry_after_s == 7
+        assert caught.value.retry_after_s is not None
+        assert 1 <= caught.value.retry_after_s <= 60
         assert (caught.value.http_status, caught.value.grpc_status) == (429, "RESOURCE_EXHAUSTED")
         asking.append(asyncio.create_task(served.last("2", max_tokens=500)))
         await served.running(3)
@@ -179,6 +180,70 @@ async def test_requests_over_the_bound_are_shed(opened: Open) -> None:
             each.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
         served.gateway.check_admission(3)
+
+
+async def test_retry_after_is_true(opened: Open) -> None:
+    async with opened(SLOW, admission=Admission(max_requests=2)) as served:
+        asking = [asyncio.create_task(served.last(str(number), max_tokens=250)) for number in range(2)]
+        await served.running(2)
+        clock = asyncio.get_running_loop().time
+        with pytest.raises(Overloaded):
+            served.gateway.check_admission()
+        await asyncio.sleep(1)
+        with pytest.raises(Overloaded) as caught:
+            served.gateway.check_admission()
+        told = clock()
+        await asyncio.gather(*asking)
+        took = clock() - told
+        served.gateway.check_admission(2)
+        # A place of two is told after half of the work; both end together here.
+        assert caught.value.retry_after_s == pytest.approx(took / 2, rel=0.5, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "says"),
+    [
+        ({"n": 4}, "at most 3"),
+        ({"stop": ["\ud800"]}, "can't be sent to an engine"),
+        ({"extra_args": {"hycluster_carried": [1]}}, "hycluster_carried"),
+        ({"structured_outputs": {"choice": ["a" * 100] * 1000}}, r"structured_outputs\.choice: is 104000 bytes"),
+    ],
+)
+@pytest.mark.parametrize("n", [1, 2])
+async def test_what_is_refused_leaves_nothing_behind(opened: Open, n: int, sampling: dict[str, Any], says: str) -> None:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    if (grammar := sampling.get("structured_outputs")) is not None:
+        sampling = sampling | {"structured_outputs": StructuredOutputsParams(**grammar)}
+    async with opened(FAST, admission=Admission(max_requests=3)) as served:
+        with pytest.raises(InvalidInput, match=says):
+            await served.last(**({"n": n, "temperature": 1} | sampling))
+        assert served.gateway.engine_core.requests_in_flight == 0
+        assert served.gateway.engine_core.outstanding == {"r0": 0}
+        assert not served.gateway.output_processor.has_unfinished_requests()
+        assert (await served.last()).finished
+
+
+async def test_what_is_not_fetched_is_one_output_of_the_requests_own(opened: Open) -> None:
+    from vllm.sampling_params import RequestOutputKind
+
+    async with opened(FAST) as served:
+        async with contextlib.aclosing(served.generate(max_tokens=400, output_kind=RequestOutputKind.DELTA)) as outputs:
+            first = await anext(outputs)
+            async with asyncio.timeout(10):
+                while served.gateway.engine_core.requests_in_flight:  # noqa: ASYNC110 - tests look from outside
+                    await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
+            rest = [output async for output in outputs]
+    counts = [len(output.outputs[0].token_ids) for output in (first, *rest)]
+    assert sum(counts) == 400
+    assert len(rest) <= 2
+
+
+async def test_ids_that_are_too_long(opened: Open) -> None:
+    async with opened(FAST) as served:
+        with pytest.raises(InvalidInput, match="request_id"):
+            await served.last("x" * 1000)
 
 
 async def test_tokens_over_the_bound_are_shed(opened: Open) -> None:

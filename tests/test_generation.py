@@ -332,9 +332,14 @@ async def test_batch_waits_for_online(opened: Open) -> None:
 
 
 async def test_admission_counts_every_sequence(opened: Open) -> None:
-    async with opened(admission=Admission(max_requests=2)) as (generator, _):
-        with pytest.raises(Overloaded, match="at most 2"):
+    async with opened(SLOW, admission=Admission(max_requests=2)) as (generator, simulated):
+        with pytest.raises(InvalidInput, match="at most 2"):
             await generator.generate(ask(sampling={"n": 3, "temperature": 1}))
+        one = asyncio.create_task(generator.generate(ask(max_tokens=50)))
+        await asyncio.to_thread(eventually, lambda: simulated[0].requests == 1)
+        with pytest.raises(Overloaded, match="at most 2"):
+            await generator.generate(ask(sampling={"n": 2, "temperature": 1}))
+        await one
         await generator.generate(ask(sampling={"n": 2, "temperature": 1}))
 
 

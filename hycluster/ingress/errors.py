@@ -1,15 +1,16 @@
-"""hycluster's errors as HTTP answers, in OpenAI's form."""
+"""Errors as HTTP answers, in OpenAI's form: hycluster's own, and where vLLM's app has another form or no answer."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from hycluster import errors
-from hycluster.errors import HyclusterError
+from hycluster.errors import HyclusterError, InvalidInput, NotFound, Overloaded, RequestFailed
 
 # Which of hycluster's errors it is, for callers that treat them differently.
 KIND_HEADER = "X-Hycluster-Error"
@@ -23,6 +24,19 @@ async def answer_error(_: Request | None, error: Exception) -> JSONResponse:
     if error.retry_after_s:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
     return openai_error(error.http_status, error.message, error.openai_type, headers)
+
+
+async def answer_http_error(_: Request, error: Exception) -> JSONResponse:
+    """What Starlette and FastAPI raise: no such path, no such method, a body that is none."""
+    assert isinstance(error, HTTPException)
+    kinds = {kind.http_status: kind.openai_type for kind in (NotFound, Overloaded)}
+    kind = kinds.get(error.status_code, InvalidInput.openai_type)
+    return openai_error(error.status_code, str(error.detail), kind, error.headers)
+
+
+async def answer_generation_error(request: Request, error: Exception) -> JSONResponse:
+    """A request that the engine gave up on: for vLLM a 500; here, as on the gRPC door, one that others don't share."""
+    return await answer_error(request, RequestFailed(f"the engine ended this request early: {error}"))
 
 
 def openai_error(status: int, message: str, kind: str, headers: Mapping[str, str] | None = None) -> JSONResponse:

@@ -23,8 +23,9 @@ from grpc_reflection.v1alpha import reflection
 
 from hycluster import config
 from hycluster.core import Generation, GenerationRequest, ModelCard
-from hycluster.errors import HyclusterError, SettingsError, Unavailable, UnknownModel
+from hycluster.errors import DeadlineExceeded, HyclusterError, SettingsError, Unavailable, UnknownModel
 from hycluster.ingress import translate
+from hycluster.ingress.malformed import RefuseMalformed
 from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto import inference_pb2_grpc
 
@@ -98,10 +99,16 @@ def _answer(call: Call[Request, Response]) -> Call[Request, Response]:
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
-    """The calls of ``hycluster.v1.Inference``."""
+    """The calls of ``hycluster.v1.Inference``.
 
-    def __init__(self, generator: Generator) -> None:
+    Args:
+        stall_s: how long a caller may leave a chunk of its stream unread.
+    """
+
+    def __init__(self, generator: Generator, stall_s: float) -> None:
         self._generator = generator
+        self._stall_s = stall_s
+        self._closing: set[asyncio.Task[None]] = set()
         self.in_flight: set[asyncio.Task[Any]] = set()
         self.closing = False
 
@@ -116,10 +123,25 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self, request: pb.GenerateRequest, context: Context
     ) -> None:
         wanted = translate.request_from_pb(request)
+        loop, unread = asyncio.get_running_loop(), asyncio.Event()
         async with aclosing(self._generator.stream(wanted, deadline_s=context.time_remaining())) as deltas:
+
+            def give_up() -> None:
+                unread.set()
+                self._closing.add(closing := loop.create_task(deltas.aclose()))
+                closing.add_done_callback(self._closing.discard)
+
             async for delta in deltas:
                 for chunk in translate.chunks_to_pb(delta):
-                    await context.write(chunk)
+                    # Waits while HTTP/2's flow control has no room; the deltas that come meanwhile grow into one. It
+                    # can't be cut short: gRPC has no way to take a message back.
+                    patience = loop.call_later(self._stall_s, give_up)
+                    try:
+                        await context.write(chunk)
+                    finally:
+                        patience.cancel()
+                    if unread.is_set():
+                        raise DeadlineExceeded(f"the stream was not read for {self._stall_s:g} s")
 
     @_answer
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
@@ -214,9 +236,13 @@ async def serve_grpc(
     Raises:
         SettingsError: the port can't be opened.
     """
-    servicer = InferenceServicer(generator)
+    servicer = InferenceServicer(generator, settings.stalled_client_timeout_s)
     health = health_aio.HealthServicer()
-    server = grpc.aio.server(options=_options(settings, reuse_port))
+    server = grpc.aio.server(
+        interceptors=[RefuseMalformed()],
+        options=_options(settings, reuse_port),
+        maximum_concurrent_rpcs=settings.max_calls,
+    )
     inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
     add_HealthServicer_to_server(health, server)
     reflection.enable_server_reflection(
@@ -235,6 +261,7 @@ def _options(settings: config.Grpc, reuse_port: bool) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", max_bytes),
         ("grpc.max_send_message_length", max_bytes),
+        ("grpc.max_concurrent_streams", settings.max_calls_per_connection),
         ("grpc.so_reuseport", int(reuse_port)),
         # Find clients that went without a word, so that their requests are aborted.
         ("grpc.keepalive_time_ms", 60_000),

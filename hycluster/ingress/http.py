@@ -9,6 +9,7 @@ in OpenAI's form that vLLM gives. The door listens itself: measured against Ray 
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import math
 import socket
@@ -16,24 +17,31 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from types import SimpleNamespace
+from typing import Any
 
+import fastapi
+import starlette.exceptions
 import uvicorn
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.exceptions import GenerationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from hycluster.batch_api.routes import WithBatches, batch_api
 from hycluster.batch_api.store import Store
 from hycluster.config import Batches, Http
-from hycluster.errors import HyclusterError, InvalidInput, SettingsError
+from hycluster.errors import HyclusterError, SettingsError
 from hycluster.gateway import Gateway
 from hycluster.generation import Generator
 from hycluster.ingress.adapters import adapter_routes
-from hycluster.ingress.errors import answer_error, error_body
+from hycluster.ingress.body import TOKENIZED_PATHS, BodyLimit
+from hycluster.ingress.connection import protocol
+from hycluster.ingress.errors import answer_error, answer_generation_error, answer_http_error
 from hycluster.ingress.health import WithHealth
 from hycluster.ingress.ports import bind
 
@@ -66,8 +74,6 @@ OPEN_ROUTES = frozenset(
     }
 )
 
-# A 256k-token prompt as text is some 2 MiB; as JSON of token ids under 3.
-MAX_BODY_BYTES = 32 << 20
 MULTIPART_BYTES = 64 << 10
 
 
@@ -108,15 +114,24 @@ async def serve_http(
         for model in apps.values():
             # Ahead of vLLM's own, which know one engine and one door.
             model.router.routes[:0] = adapter_routes(generator).routes
-    app: ASGIApp = BodyLimit(over_all_models(apps, generator))
+    stall_s = settings.stalled_client_timeout_s
+    app: ASGIApp = BodyLimit(
+        over_all_models(apps, generator),
+        settings.max_body_mib << 20,
+        max_total_bytes=settings.max_bodies_mib << 20,
+        stall_s=stall_s,
+        paths=TOKENIZED_PATHS,
+    )
     if batches is not None:
         api = batch_api(Store(batches), allowed_origins=settings.allowed_origins)
         # Multipart's own headers come on top of the file.
-        app = WithBatches(BodyLimit(api, (batches.max_file_mib << 20) + MULTIPART_BYTES), app)
+        app = WithBatches(BodyLimit(api, (batches.max_file_mib << 20) + MULTIPART_BYTES, stall_s=stall_s), app)
     app = WithHealth(app, generator.pools)
     sock = sock or bind(settings.host, settings.port, "http.port", reuse_port=reuse_port)
     config = uvicorn.Config(
         app,
+        http=protocol(settings),
+        ws="none",
         log_config=None,
         access_log=False,
         lifespan="off",
@@ -156,6 +171,8 @@ async def model_app(gateway: Gateway, settings: Http) -> FastAPI:
     app = build_app(arguments, tasks, gateway.model_config)
     app.title = "hycluster"
     await init_app_state(gateway, app.state, arguments, tasks)
+    if (completions := app.state.openai_serving_completion) is not None:
+        completions.create_completion = _admitting_all_prompts(gateway, completions.create_completion)
     # vLLM's app asks this mapping for a name that is no model's.
     app.state.openai_serving_models.lora_requests = gateway.lora_requests
     # Told to exit when an engine is lost for good; what serves without one of its own needs not.
@@ -163,9 +180,25 @@ async def model_app(gateway: Gateway, settings: Http) -> FastAPI:
     if not settings.control_routes:
         app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in OPEN_ROUTES]
     app.add_exception_handler(HyclusterError, answer_error)
+    app.add_exception_handler(GenerationError, answer_generation_error)
+    for kind in (fastapi.HTTPException, starlette.exceptions.HTTPException):
+        app.add_exception_handler(kind, answer_http_error)
     # vLLM hands the app over with its middleware built; have it built again, with the handler.
     app.middleware_stack = None
     return app
+
+
+def _admitting_all_prompts(gateway: Gateway, complete: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM's completions count the ``n`` of a request against the bounds, and not the prompts of its list."""
+
+    @functools.wraps(complete)
+    async def admitted(request: CompletionRequest, *rest: Any) -> Any:
+        prompt = request.prompt
+        lists = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
+        gateway.check_admission((request.n or 1) * (len(prompt) if lists and prompt else 1))
+        return await complete(request, *rest)
+
+    return admitted
 
 
 def api_arguments(gateway: Gateway, settings: Http) -> Namespace:
@@ -193,46 +226,6 @@ def api_arguments(gateway: Gateway, settings: Http) -> Namespace:
     return arguments
 
 
-class BodyLimit:
-    """ASGI middleware: a request's body has a bound, whether or not it says its length."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int | None = None) -> None:
-        self.app = app
-        self.max_bytes = MAX_BODY_BYTES if max_bytes is None else max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        too_large = HTTPException(413, f"body: is over the limit of {self.max_bytes} bytes")
-        seen, answering = 0, False
-
-        async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self.max_bytes:
-                raise too_large
-            return message
-
-        async def watched(message: Message) -> None:
-            nonlocal answering
-            answering = True
-            await send(message)
-
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        try:
-            if declared.isdigit() and int(declared) > self.max_bytes:
-                raise too_large
-            await self.app(scope, counted, watched)
-        except HTTPException as error:
-            # vLLM's app answers this itself, in the same form, where it was the one that read.
-            if error is not too_large or answering:
-                raise
-            body = error_body(error.status_code, error.detail, InvalidInput.openai_type)
-            await JSONResponse(body, status_code=error.status_code)(scope, receive, send)
-
-
 class ModelDispatch:
     """ASGI app: hands a request to the app of the model that its JSON body names.
 
@@ -248,7 +241,7 @@ class ModelDispatch:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
-            if scope["type"] == "http" and scope["path"] == "/v1/models":
+            if scope["type"] == "http" and scope["method"] == "GET" and scope["path"] == "/v1/models":
                 await self._models_of_all(scope, receive, send)
             else:
                 await self.default(scope, receive, send)
@@ -260,7 +253,7 @@ class ModelDispatch:
             if message["type"] != "http.request":
                 break
             body += message.get("body", b"")
-            if not message.get("more_body") or len(body) > MAX_BODY_BYTES:
+            if not message.get("more_body"):
                 break
         replay = iter(messages)
 
@@ -283,7 +276,8 @@ class ModelDispatch:
 def _name_in(body: bytes) -> str:
     try:
         model = json.loads(body).get("model")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
+        # Whichever app is asked refuses it.
         return ""
     return model if isinstance(model, str) else ""
 

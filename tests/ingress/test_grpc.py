@@ -21,7 +21,7 @@ from hycluster.ingress import grpc as grpc_door
 from hycluster.ingress.grpc import SERVICE, GrpcDoor, serve_grpc
 from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto import inference_pb2_grpc
-from tests.ingress.stand_in import MODEL, StandInGenerator, open_door
+from tests.ingress.stand_in import MODEL, StandInGenerator, open_door, until
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -314,6 +314,67 @@ async def test_a_client_that_stops_reading_holds_the_generator_and_its_going_clo
     assert stand_in.running == 1
     call.cancel()
     await stand_in.until_idle()
+
+
+async def test_a_client_that_does_not_read_for_too_long_is_cut_off(stand_in: StandInGenerator) -> None:
+    async with (
+        open_door(stand_in, stalled_client_timeout_s=0.5) as door,
+        grpc.aio.insecure_channel(f"127.0.0.1:{door.port}") as channel,
+    ):
+        stub: Stub = inference_pb2_grpc.InferenceStub(channel)
+        call = stub.GenerateStream(ask(sampling=pb.Sampling(max_tokens=1_000_000, n=128, logprobs=20)))
+        await stand_in.until_busy()
+        await asyncio.sleep(0.2)
+        # Others of the same connection are served meanwhile.
+        assert (await stub.Generate(ask())).outputs
+        await until(lambda: stand_in.running == 0, 5)
+        code, says, _ = await failure(drained(call))
+        assert code == grpc.StatusCode.DEADLINE_EXCEEDED
+        assert says == "the stream was not read for 0.5 s"
+
+
+@pytest.mark.parametrize(
+    ("method", "streams"),
+    [
+        (f"/{SERVICE}/Generate", False),
+        (f"/{SERVICE}/GenerateStream", True),
+        (f"/{SERVICE}/Tokenize", False),
+        (f"/{SERVICE}/CountTokens", False),
+        (f"/{SERVICE}/ListModels", False),
+        ("/grpc.health.v1.Health/Check", False),
+        ("/grpc.health.v1.Health/Watch", True),
+        ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", True),
+    ],
+)
+async def test_what_is_no_message_is_the_callers_fault(channel: Any, method: str, streams: bool) -> None:
+    if "Reflection" in method:
+        call = channel.stream_stream(method)(iter([b"\xff\xff"]))
+    else:
+        call = (channel.unary_stream if streams else channel.unary_unary)(method)(b"\xff\xff")
+    code, says, _ = await failure(drained(call) if streams else call)
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert says == "request: is not a message of the kind that this method takes"
+
+
+async def test_no_such_method(channel: Any) -> None:
+    code, _, _ = await failure(channel.unary_unary(f"/{SERVICE}/Nothing")(b""))
+    assert code == grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_calls_over_the_bound_are_refused(stand_in: StandInGenerator) -> None:
+    stand_in.pause_s = 0.05
+    async with open_door(stand_in, max_calls=2) as door, grpc.aio.insecure_channel(f"127.0.0.1:{door.port}") as channel:
+        stub: Stub = inference_pb2_grpc.InferenceStub(channel)
+        calls = [stub.GenerateStream(ask(sampling=pb.Sampling(max_tokens=10_000))) for _ in range(2)]
+        for call in calls:
+            await call.read()
+        code, _, _ = await failure(stub.Generate(ask()))
+        assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
+        for call in calls:
+            call.cancel()
+        await stand_in.until_idle()
+        await asyncio.sleep(0.1)
+        assert (await stub.Generate(ask())).outputs
 
 
 async def test_a_prompt_of_256k_tokens_as_ids(stub: Stub, stand_in: StandInGenerator) -> None:

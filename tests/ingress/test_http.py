@@ -113,17 +113,17 @@ class TestBodyLimit:
     LIMIT = 1000
 
     @pytest.fixture(params=["one app", "several", "vLLM's way of reading"])
-    def limited(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ASGIApp:
+    def limited(self, request: pytest.FixtureRequest) -> ASGIApp:
         from fastapi import FastAPI
         from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 
-        from hycluster.ingress import http
+        from hycluster.ingress.body import BodyLimit
+        from hycluster.ingress.http import ModelDispatch
 
-        monkeypatch.setattr(http, "MAX_BODY_BYTES", self.LIMIT)
         if request.param == "one app":
-            return http.BodyLimit(echo("a"))
+            return BodyLimit(echo("a"), self.LIMIT)
         if request.param == "several":
-            return http.BodyLimit(http.ModelDispatch({"a": echo("a"), "b": echo("b")}, model_of))
+            return BodyLimit(ModelDispatch({"a": echo("a"), "b": echo("b")}, model_of), self.LIMIT)
         api = FastAPI()
 
         @api.post("/v1/completions")
@@ -132,7 +132,7 @@ class TestBodyLimit:
 
         api.state.args = Namespace(log_error_stack=False)
         init_exception_handler(api)
-        return http.BodyLimit(api)
+        return BodyLimit(api, self.LIMIT)
 
     def body(self, size: int) -> bytes:
         return json.dumps({"prompt": "x" * (size - 14)}).encode()
@@ -161,7 +161,7 @@ class TestBodyLimit:
         self.refused(answer)
 
     async def test_a_bound_of_its_own(self) -> None:
-        from hycluster.ingress.http import BodyLimit
+        from hycluster.ingress.body import BodyLimit
 
         async with client(BodyLimit(echo("a"), 2000)) as http:
             assert (await http.post("/v1/files", content=self.body(2000))).status_code == 200

@@ -1,0 +1,93 @@
+"""What a request to the HTTP door may bring: how much, and how slowly; and how much all of them together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+from fastapi import HTTPException, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from hycluster.ingress.errors import answer_http_error
+
+# These only tokenize, and vLLM sets them no bound; the door has one thread a model for that, and a MiB takes it about a
+# second. 4 MiB hold 256k tokens.
+TOKENIZED_PATHS = {"/tokenize": 4 << 20, "/v1/messages/count_tokens": 4 << 20}
+
+
+class BodyLimit:
+    """ASGI middleware: a request's body has a bound, whether or not it says its length.
+
+    Args:
+        max_bytes: of one body.
+        max_total_bytes: of the bodies of all requests in work; what is over it is shed with 429.
+        stall_s: how long the next piece of a body may take.
+        paths: smaller bounds on bodies, by path.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_bytes: int,
+        *,
+        max_total_bytes: int | None = None,
+        stall_s: float | None = None,
+        paths: Mapping[str, int] = {},
+    ) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+        self.max_total_bytes = max_total_bytes
+        self.stall_s = stall_s
+        self.paths = paths
+        self._held = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        max_bytes = min(self.max_bytes, self.paths.get(scope["path"], self.max_bytes))
+        # FastAPI's kind is the only one that its reading of a body lets through.
+        close = {"Connection": "close"}
+        too_large = HTTPException(413, f"body: is over the limit of {max_bytes} bytes", close)
+        too_slow = HTTPException(408, f"body: nothing came for {self.stall_s} s", close)
+        full = HTTPException(
+            429, f"body: those of all requests in work are over the limit of {self.max_total_bytes} bytes",
+            {"Retry-After": "1", **close},
+        )  # fmt: skip
+        seen, complete, answering = 0, False, False
+
+        async def counted() -> Message:
+            nonlocal seen, complete
+            try:
+                # Once it is there, what the app waits for is the client's going.
+                async with asyncio.timeout(None if complete else self.stall_s):
+                    message = await receive()
+            except TimeoutError:
+                raise too_slow from None
+            size = len(message.get("body", b""))
+            complete = not message.get("more_body")
+            seen += size
+            self._held += size
+            if seen > max_bytes:
+                raise too_large
+            if self.max_total_bytes is not None and self._held > self.max_total_bytes:
+                raise full
+            return message
+
+        async def watched(message: Message) -> None:
+            nonlocal answering
+            answering = True
+            await send(message)
+
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        try:
+            if declared.isdigit() and int(declared[:20]) > max_bytes:
+                raise too_large
+            await self.app(scope, counted, watched)
+        except HTTPException as error:
+            # vLLM's app answers this itself, in the same form, where it was the one that read.
+            if error not in (too_large, too_slow, full) or answering:
+                raise
+            await (await answer_http_error(Request(scope), error))(scope, receive, send)
+        finally:
+            self._held -= seen
