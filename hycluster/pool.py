@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -29,6 +30,7 @@ from hycluster.directory import ReplicaReport
 from hycluster.engine.carried import carry
 from hycluster.engine.protocol import EngineInfo
 from hycluster.errors import ReplicaLost, Unavailable
+from hycluster.observe.failover import Carried
 from hycluster.router import Candidate, Policy, RouteRequest
 from hycluster.wire import READY, Kind, decode_info
 
@@ -72,6 +74,8 @@ class _Link:
     accepting: bool = True
     load: ReplicaLoad | None = None
     outstanding_tokens: int = 0
+    # Its last word, or when it was first expected to say one.
+    heard_s: float = field(default_factory=time.monotonic)
     flights: dict[str, _Flight] = field(default_factory=dict)
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
@@ -87,6 +91,7 @@ class PoolClient:
 
     Attributes:
         gateway_id: random; tells this gateway's load from that of others.
+        carried: what the loss of replicas has cost.
         first_replica: set once there has been a replica to send to.
         resources: what ``AsyncLLM`` reads of its client's state; a pool as such never dies.
     """
@@ -104,6 +109,7 @@ class PoolClient:
     ) -> None:
         self.model = model
         self.gateway_id = gateway_id
+        self.carried = Carried()
         self._on_lost = on_lost
         self._most_losses = losses
         self._wait_s = wait_s
@@ -207,6 +213,7 @@ class PoolClient:
         link.flights.clear()
         self._spawn(self._close(link, say_bye=False))
         for flight in flights:
+            self.carried.lost(flight.request.request_id, link.heard_s)
             # One that drains ends on purpose.
             self._spawn(self._carry_over(flight, died=died and link.accepting))
 
@@ -221,11 +228,14 @@ class PoolClient:
                     joined = self._joined
                     try:
                         await self._send(flight.request, flight.output, losses)
+                        prompt = len(flight.request.prompt_token_ids or ())
+                        self.carried.moved(prompt + len(flight.output) if flight.begun else 0)
                         return
                     except Unavailable:
                         await joined.wait()
         if self._flights.get(request_id) is flight:
             del self._flights[request_id]
+            self.carried.ended(request_id)
             kind = ReplicaLost if died else Unavailable
             await self._on_lost(request_id, kind("the replica that ran this request was lost"))
 
@@ -291,6 +301,9 @@ class PoolClient:
         prompt = len(request.prompt_token_ids or ())
         tokens = prompt + ((params.max_tokens or 0) if params is not None else 0)
         link = self._choose(request, tokens)
+        if not link.flights:
+            # It had nothing to say so far.
+            link.heard_s = time.monotonic()
         flight = _Flight(request, link, tokens, output, losses)
         self._flights[request.request_id] = link.flights[request.request_id] = flight
         link.outstanding_tokens += tokens
@@ -311,6 +324,7 @@ class PoolClient:
     def _landed(self, flight: _Flight) -> None:
         request_id = flight.request.request_id
         self._flights.pop(request_id, None)
+        self.carried.ended(request_id)
         flight.link.flights.pop(request_id, None)
         flight.link.outstanding_tokens -= flight.tokens_left
 
@@ -322,6 +336,7 @@ class PoolClient:
                 self._lost(link, "its engine ended")
                 return
             outputs: EngineCoreOutputs = decode(frames)
+            link.heard_s = time.monotonic()
             if outputs.utility_output is not None:
                 self._answer(outputs.utility_output)
                 continue
@@ -336,6 +351,7 @@ class PoolClient:
                 step = len(output.new_token_ids)
                 if not flight.begun:
                     flight.begun = True
+                    self.carried.went_on(output.request_id)
                     step += len(flight.request.prompt_token_ids or ()) + len(flight.output)
                 flight.output += output.new_token_ids
                 flight.tokens_left -= step
