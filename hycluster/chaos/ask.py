@@ -16,6 +16,7 @@ import httpx
 from hycluster.chaos.requests import Request
 from hycluster.client import AsyncClient
 from hycluster.errors import HyclusterError, Overloaded, Unavailable
+from hycluster.ingress.translate import ERROR_KEY
 
 CONNECT_TIMEOUT_S = 5.0
 
@@ -160,12 +161,14 @@ async def by_grpc(target: str, model: str, request: Request, reading: Reading) -
                 if delta.usage is not None:
                     reading.usage = delta.usage.prompt_tokens, delta.usage.completion_tokens
     except Unavailable as error:
-        raise (error if _from_peer(error.__cause__) else ConnectionLost(error.message)) from None
+        if _said_by_door(error.__cause__):
+            raise
+        raise ConnectionLost(error.message) from None
 
 
-def _from_peer(failure: BaseException | None) -> bool:
-    """Whether a door itself said so; else gRPC did, whose connection broke."""
-    return isinstance(failure, grpc.aio.AioRpcError) and "received from peer" in (failure.debug_error_string() or "")
+def _said_by_door(failure: BaseException | None) -> bool:
+    """Else gRPC said so itself, whose connection broke."""
+    return isinstance(failure, grpc.aio.AioRpcError) and ERROR_KEY in dict(failure.trailing_metadata() or ())
 
 
 def http_client() -> httpx.AsyncClient:

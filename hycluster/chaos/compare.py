@@ -24,7 +24,7 @@ def difference(request: Request, expected: Answer, got: Answer) -> str | None:
         return None
     for index, (want, have) in enumerate(zip(expected.said, got.said, strict=True)):
         if wrong := _differs(want, have):
-            return f"answer {index}: {wrong}"
+            return f"answer {index}: {wrong}" if len(got.said) > 1 else wrong
     if got.completion_tokens != expected.completion_tokens:
         return f"completion_tokens {got.completion_tokens}, undisturbed {expected.completion_tokens}"
     return None

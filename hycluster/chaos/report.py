@@ -14,7 +14,6 @@ from rich.table import Table
 from hycluster.chaos.compare import difference, ill_formed
 from hycluster.chaos.gateways import Carried
 from hycluster.chaos.load import Outcome
-from hycluster.chaos.schedule import Where
 from hycluster.chaos.strikes import Strike
 
 MOST_SHOWN = 20
@@ -48,7 +47,9 @@ class Report:
         restarted: requests whose connection was lost and that were asked again.
         refused: requests that heard 429 or 503 before their first token, and were asked again.
         reference_failures: of the undisturbed run; then nothing can be said of those requests.
-        not_whole: faults after which the pool did not become whole again.
+        faults: processes hit, by kind and place.
+        whole_after_s: by kind and place, from the fault until all was whole again.
+        not_whole: faults after which it did not become whole again.
         not_struck: faults that found nobody to hit.
         pause_s: of carried requests, by their gateways.
     """
@@ -120,19 +121,22 @@ def report(
         gap_s=Spread.of([outcome.trace.longest_gap_s() for outcome in outcomes]),
         gap_at_fault_s=Spread.of(at_fault := gaps_at_faults(outcomes, [strike.at_s for strike in struck])),
         streams_at_fault=len(at_fault),
-        faults=dict(Counter(f"{strike.fault.kind} {strike.fault.where}" for strike in struck for _ in strike.hit)),
+        faults=dict(Counter(_name(strike) for strike in struck for _ in strike.hit)),
         not_struck=len(strikes) - len(struck),
         not_whole=sum(strike.before is not None and strike.whole_after_s is None for strike in struck),
         whole_after_s={
-            str(where): Spread.of(times)
-            for where in Where
-            if (times := [s.whole_after_s for s in struck if s.fault.where is where and s.whole_after_s is not None])
+            name: Spread.of([s.whole_after_s for s in struck if s.whole_after_s is not None and _name(s) == name])
+            for name in sorted({_name(s) for s in struck if s.whole_after_s is not None})
         },
         carried=carried,
         pause_s=Spread(carried.pause_s(0.5), carried.pause_s(0.99), carried.pause_s(1)) if carried else None,
         prompt_tokens=sum(o.answer.prompt_tokens for o in outcomes if o.answer),
         completion_tokens=sum(o.answer.completion_tokens for o in outcomes if o.answer),
     )
+
+
+def _name(strike: Strike) -> str:
+    return f"{strike.fault.kind} {strike.fault.where}"
 
 
 def _reference_failures(reference: Sequence[Outcome]) -> list[str]:
@@ -176,39 +180,42 @@ def show(found: Report, console: Console) -> None:
 def _rows(found: Report) -> list[tuple[str, str]]:
     rows = [
         ("requests", str(found.requests)),
-        ("of these greedy or seeded", str(found.exact_requests)),
+        ("  greedy or seeded", str(found.exact_requests)),
         ("failures", str(len(found.failures))),
         ("wrong answers", str(len(found.wrong))),
-    ]
-    if found.reference_failures:
-        rows.append(("failures of the undisturbed run", str(len(found.reference_failures))))
-    rows += [
-        ("asked again, connection lost", str(found.restarted)),
-        ("asked again, refused before a token", str(found.refused)),
-        ("longest gap of a stream, undisturbed", _spread(found.gap_undisturbed_s)),
-        ("longest gap of a stream", _spread(found.gap_s)),
-        (f"the same of the {found.streams_at_fault} open at a fault", _spread(found.gap_at_fault_s)),
+        ("failures, undisturbed", str(len(found.reference_failures))),
+        ("asked again: connection lost", str(found.restarted)),
+        ("asked again: refused before a token", str(found.refused)),
+        (f"longest gaps in s {_SPREAD}", ""),
+        ("  undisturbed", _spread(found.gap_undisturbed_s)),
+        ("  under faults", _spread(found.gap_s)),
+        (f"  of {found.streams_at_fault} streams open at a fault", _spread(found.gap_at_fault_s)),
     ]
     if found.carried is not None and found.pause_s is not None:
         tokens = found.prompt_tokens + found.completion_tokens
         share = found.carried.tokens_recomputed / tokens if tokens else 0
         rows += [
-            ("requests carried over", str(found.carried.requests)),
-            ("their pauses, by the gateways", _spread(found.pause_s)),
-            ("tokens computed twice", f"{found.carried.tokens_recomputed} ({share:.2%} of {tokens})"),
+            (f"  of {found.carried.requests} carried requests", _spread(found.pause_s)),
+            ("tokens", str(tokens)),
+            ("  computed twice", f"{found.carried.tokens_recomputed} ({share:.2%})"),
         ]
     else:
-        rows.append(("tokens computed twice", "not known: these doors do not count them"))
+        rows.append(("tokens computed twice", "these doors do not count them"))
     rows += [(f"faults: {name}", str(count)) for name, count in sorted(found.faults.items())]
     if found.not_struck:
         rows.append(("faults that found nobody to hit", str(found.not_struck)))
-    rows += [(f"whole again after a fault on a {where}", _spread(s)) for where, s in found.whole_after_s.items()]
+    if found.whole_after_s:
+        rows.append((f"whole again after s {_SPREAD}", ""))
+        rows += [(f"  {name}", _spread(spread)) for name, spread in found.whole_after_s.items()]
     if found.not_whole:
-        rows.append(("faults after which it was not whole again", str(found.not_whole)))
+        rows.append(("not whole again after", f"{found.not_whole} faults"))
     return [*rows, ("seconds", f"{found.seconds:.1f}")]
+
+
+_SPREAD = "(p50 / p99 / max)"
 
 
 def _spread(spread: Spread) -> str:
     if spread.p50 is None:
         return "none"
-    return f"p50 {spread.p50:.2f} s, p99 {spread.p99:.2f} s, max {spread.max:.2f} s"
+    return f"{spread.p50:.2f} / {spread.p99:.2f} / {spread.max:.2f}"

@@ -1,0 +1,119 @@
+"""``hycluster chaos`` against a served cluster of simulated engines: it hits, it compares, and it can fail."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+
+from tests.integration.conftest import SIMULATED, Served, eventually, replicas
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+def chaos(*arguments: str) -> tuple[int, dict[str, Any], str]:
+    """Exit code, figures and what was said meanwhile."""
+    command = [sys.executable, "-m", "hycluster", "chaos", "--model", SIMULATED, "--json", *arguments]
+    # Simulated engines have no logprobs.
+    done = subprocess.run(
+        [*command, "--leave-out", "logprobs", "--output-tokens", "4-40", "--concurrency", "8"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+        env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+    )
+    assert done.returncode in (0, 1), done.stderr
+    return done.returncode, json.loads(done.stdout), done.stderr
+
+
+def test_replicas_are_killed_and_every_answer_is_the_undisturbed_one(served: Served) -> None:
+    eventually(lambda: len(replicas(SIMULATED)) == 2, 60, "both replicas are there")
+    before = {replica.address.replica_id for replica in replicas(SIMULATED)}
+    code, found, said = chaos("--streams", "24", "--count", "3", "--faults", "kill=2,delay=1", "--delay-s", "0.2")
+    assert (code, found["failures"], found["wrong"], found["reference_failures"]) == (0, [], [], []), said
+    assert found["well"]
+    assert found["requests"] >= 24
+    assert found["exact_requests"] > 12
+    assert found["faults"] == {"kill replica": 2, "delay replica": 1}
+    assert found["streams_at_fault"] > 0
+    assert found["carried"]["requests"] > 0
+    assert found["carried"]["tokens_recomputed"] > 0
+    assert found["whole_after_s"]["kill replica"]["max"] > found["whole_after_s"]["delay replica"]["max"] >= 0.2
+    assert said.count("whole again after") == 3
+    after = {replica.address.replica_id for replica in replicas(SIMULATED) if replica.accepting}
+    assert len(after) >= 2
+    assert after - before, "nobody was killed"
+
+
+class Meddler:
+    """A proxy before the HTTP door that changes the first token id of every answer after so many requests."""
+
+    def __init__(self, target: str, honest: int) -> None:
+        self._host, _, self._port = target.removeprefix("http://").rpartition(":")
+        self._honest = honest
+        self._loop = asyncio.new_event_loop()
+        self.port = 0
+        opened = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(opened,), daemon=True)
+        self._thread.start()
+        opened.wait()
+
+    def _run(self, opened: threading.Event) -> None:
+        server = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0))
+        self.port = server.sockets[0].getsockname()[1]
+        opened.set()
+        self._loop.run_forever()
+        server.close()
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+        self._loop.run_until_complete(asyncio.sleep(0))
+        self._loop.close()
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        from_door, to_door = await asyncio.open_connection(self._host, int(self._port))
+        asked = await reader.read(1 << 16)
+        meddle = False
+        if asked.startswith(b"POST"):
+            self._honest -= 1
+            meddle = self._honest < 0
+        to_door.write(asked)
+        while chunk := await from_door.read(1 << 16):
+            # A digit for a digit, so that all lengths stay right.
+            writer.write(re.sub(rb'("token_ids":\[)\d', rb"\g<1>9", chunk) if meddle else chunk)
+            await writer.drain()
+        writer.close()
+        to_door.close()
+
+
+@pytest.fixture
+def meddler(served: Served) -> Iterator[Meddler]:
+    proxy = Meddler(served.http, honest=8)
+    yield proxy
+    proxy.close()
+
+
+def test_a_wrong_answer_is_noticed(served: Served, meddler: Meddler) -> None:
+    eventually(lambda: len(replicas(SIMULATED)) == 2, 60, "both replicas are there")
+    code, found, said = chaos(
+        *("--streams", "8", "--count", "0", "--doors", "http"), *("--http", f"http://127.0.0.1:{meddler.port}")
+    )
+    assert code == 1, said
+    assert (found["requests"], found["failures"]) == (8, [])
+    # Of an unseeded answer nobody can say that a token is wrong.
+    assert len(found["wrong"]) == found["exact_requests"] > 0
+    assert all("undisturbed" in line for line in found["wrong"])
+    assert not found["well"]
