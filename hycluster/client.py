@@ -25,6 +25,7 @@ from hycluster.errors import (
     DeadlineExceeded,
     HyclusterError,
     InvalidInput,
+    KillsReplicas,
     Overloaded,
     Unauthenticated,
     Unavailable,
@@ -39,7 +40,7 @@ SERVICE: str = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 SAMPLING_FIELDS = frozenset(field.name for field in fields(Sampling))
 ERRORS: dict[str, type[HyclusterError]] = {
     kind.grpc_status: kind
-    for kind in (DeadlineExceeded, InvalidInput, Overloaded, Unauthenticated, Unavailable, UnknownModel)
+    for kind in (DeadlineExceeded, InvalidInput, KillsReplicas, Overloaded, Unauthenticated, Unavailable, UnknownModel)
 }
 # gRPC's own word for a call that reached a server just as it shut down; ours to cancel raises no error.
 ERRORS["CANCELLED"] = Unavailable

@@ -107,6 +107,14 @@ class ReplicaLost(Unavailable):
     """A replica died while it had this request, and the request was not sent to another one."""
 
 
+class KillsReplicas(HyclusterError):
+    """Replica after replica died while it had this request; sending it again would cost more of them."""
+
+    http_status = 422
+    openai_type = "UnprocessableEntityError"
+    grpc_status = "FAILED_PRECONDITION"
+
+
 class RequestFailed(Unavailable):
     """The engine ended this one request with an error; it goes on with others."""
 

@@ -35,7 +35,7 @@ from hycluster.config import Admission, Model, Router
 from hycluster.directory import REPORT_EVERY_S, PoolView
 from hycluster.engine.arguments import model_files
 from hycluster.engine.vllm import engine_config
-from hycluster.errors import InvalidInput, Overloaded, ReplicaLost, Unavailable, shown
+from hycluster.errors import HyclusterError, InvalidInput, KillsReplicas, Overloaded, ReplicaLost, Unavailable, shown
 from hycluster.observe.experts import expert_metrics
 from hycluster.observe.failover import failover_metrics
 from hycluster.observe.metrics import stat_logger
@@ -63,6 +63,17 @@ class PoolUnavailable(Unavailable, GracefulHTTPError):  # type: ignore[misc]  # 
 
 class PoolReplicaLost(ReplicaLost, PoolUnavailable):  # type: ignore[misc]  # as above
     """:class:`ReplicaLost` in a form that vLLM's own code passes on unchanged."""
+
+
+class PoolKillsReplicas(KillsReplicas, GracefulHTTPError):  # type: ignore[misc]  # as above
+    """:class:`KillsReplicas` in a form that vLLM's own code passes on unchanged."""
+
+    def __init__(self, message: str) -> None:
+        GracefulHTTPError.__init__(self, message, HTTPStatus(KillsReplicas.http_status))
+        self.retry_after_s = None
+
+
+LOST = {ReplicaLost: PoolReplicaLost, Unavailable: PoolUnavailable, KillsReplicas: PoolKillsReplicas}
 
 
 class Gateway(AsyncLLM):
@@ -156,11 +167,10 @@ class Gateway(AsyncLLM):
         if not self.engine_core.able:
             raise PoolUnavailable(f"model: no replica of {self.model.name!r} can serve now")
 
-    async def _request_lost(self, request_id: str, error: Unavailable) -> None:
+    async def _request_lost(self, request_id: str, error: HyclusterError) -> None:
         state = self.output_processor.request_states.get(request_id)
         if state is not None and state.queue is not None:
-            kind = PoolReplicaLost if isinstance(error, ReplicaLost) else PoolUnavailable
-            state.queue.put(kind(error.message))
+            state.queue.put(LOST[type(error)](error.message))
             # With n > 1 its siblings may be on replicas that live; nobody waits for them any more.
             asked = state.parent_req.request_id if state.parent_req else request_id
             await self.engine_core.abort_requests_async(self.output_processor.abort_requests([asked], internal=True))

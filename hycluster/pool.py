@@ -2,8 +2,8 @@
 
 Holds a connection to each replica of a model, sends each request to the replica that the router
 chooses and gathers the outputs of all. A request whose replica is lost goes on elsewhere, behind the tokens that
-it has (``hycluster/engine/carried.py``); whoever waits for it sees a pause. One that replicas die of, again and again
-before it has a token of theirs, ends with ``ReplicaLost``: it must not be carried through the whole pool.
+it has (``hycluster/engine/carried.py``); whoever waits for it sees a pause. One that replica after replica dies of
+(``hycluster/flight.py``) ends with an error: it must not be carried through the whole pool.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from typing import Any
 import msgspec
 import zmq
 import zmq.asyncio
-from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from zmq.utils.monitor import recv_monitor_message
 
+from hycluster.control import ControlCalls
 from hycluster.core import ExpertLoad, ReplicaAddress, ReplicaLoad
 from hycluster.directory import ReplicaReport
 from hycluster.engine.carried import carry
 from hycluster.engine.protocol import EngineInfo
-from hycluster.errors import ReplicaLost, Unavailable
+from hycluster.errors import HyclusterError, KillsReplicas, ReplicaLost, Unavailable
+from hycluster.flight import Flight
 from hycluster.observe.failover import Carried
 from hycluster.router import Candidate, Policy, RouteRequest
 from hycluster.wire import READY, Kind, decode_info
@@ -38,27 +40,10 @@ logger = logging.getLogger(__name__)
 
 HELLO_TIMEOUT_S = 10.0
 CALL_TIMEOUT_S = 60.0
-# How often a request of an interactive caller may lose its replica unseen.
+# Replicas in a row that may die soon after they got the same request; then it is taken for what they died of.
 MOST_LOSSES = 2
-
-
-@dataclass(slots=True)
-class _Flight:
-    """A request that has been sent and has not finished.
-
-    Attributes:
-        tokens_left: to prefill and decode on its replica.
-        output: all tokens so far, whoever made them.
-        losses: replicas in a row that have died with it before it had a token of theirs.
-        begun: it has output of the replica that it is on.
-    """
-
-    request: EngineCoreRequest
-    link: _Link
-    tokens_left: int
-    output: list[int]
-    losses: int
-    begun: bool = False
+# How often a request may go to another replica in all.
+MOST_MOVES = 20
 
 
 @dataclass(slots=True, eq=False)
@@ -76,18 +61,18 @@ class _Link:
     outstanding_tokens: int = 0
     # Its last word, or when it was first expected to say one.
     heard_s: float = field(default_factory=time.monotonic)
-    flights: dict[str, _Flight] = field(default_factory=dict)
+    flights: dict[str, Flight] = field(default_factory=dict)
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
 
-class PoolClient:
+class PoolClient(ControlCalls):
     """Stands where ``AsyncLLM`` expects its engine-core client. Lives on one event loop.
 
     Args:
         replicas: size of the pool, for the metrics' labels.
-        losses: replicas in a row that a request may lose before it has a token of theirs.
+        losses: replicas in a row that may die while they run a request; 0: each death is told at once, as ReplicaLost.
         wait_s: how long a request whose replica was lost waits for another one.
-        on_lost: told of each request that ends because its replica was lost; ``ReplicaLost`` if it died.
+        on_lost: told of each request that ends because its replica was lost: Unavailable, ReplicaLost, KillsReplicas.
 
     Attributes:
         gateway_id: random; tells this gateway's load from that of others.
@@ -105,7 +90,7 @@ class PoolClient:
         replicas: int,
         losses: int,
         wait_s: float,
-        on_lost: Callable[[str, Unavailable], Awaitable[None]],
+        on_lost: Callable[[str, HyclusterError], Awaitable[None]],
     ) -> None:
         self.model = model
         self.gateway_id = gateway_id
@@ -113,8 +98,8 @@ class PoolClient:
         self._on_lost = on_lost
         self._most_losses = losses
         self._wait_s = wait_s
-        # Set, and replaced, whenever a replica joins.
-        self._joined = asyncio.Event()
+        # Set, and replaced, whenever there may be a place for a request that waits for one.
+        self._place_free = asyncio.Event()
         self._slots = replicas
         self.resources = SimpleNamespace(engine_dead=False)
         self.engine_ranks_managed = [0]
@@ -122,9 +107,9 @@ class PoolClient:
         self._context = zmq.asyncio.Context()
         self._links: dict[str, _Link] = {}
         self._connecting: set[str] = set()
-        self._flights: dict[str, _Flight] = {}
+        self._flights: dict[str, Flight] = {}
         self._arrived: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
-        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._calls: dict[int, tuple[_Link, asyncio.Future[Any]]] = {}
         self._next_call = 1
         self._encoder = MsgpackEncoder()
         self._decoder = MsgpackDecoder(EngineCoreOutputs)
@@ -139,6 +124,8 @@ class PoolClient:
         for report in reports:
             link = self._links.get(report.address.replica_id)
             if link is not None:
+                if report.accepting and not link.accepting:
+                    self._wake()
                 link.load, link.accepting = report.load, report.accepting
         new = [r.address for r in reports if r.accepting and r.address.replica_id not in self._links]
         await asyncio.gather(*(self._connect(a) for a in new if a.replica_id not in self._connecting))
@@ -171,8 +158,7 @@ class PoolClient:
                 _close_sockets(monitor, requests, outputs)
         self._links[address.replica_id] = link
         self.first_replica.set()
-        self._joined.set()
-        self._joined = asyncio.Event()
+        self._wake()
         link.tasks = [asyncio.create_task(end(link)) for end in (self._read, self._watch, self._heed)]
 
     def _free_slot(self) -> int:
@@ -204,6 +190,15 @@ class PoolClient:
         _, *reason = await link.requests.recv_multipart()
         self._lost(link, b" ".join(reason).decode(errors="replace"), died=False)
 
+    async def _tell(self, link: _Link, *frames: Any) -> bool:
+        """Send without waiting: a socket takes all there is, unless its replica has gone."""
+        try:
+            await link.requests.send_multipart(frames, flags=zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            self._lost(link, "its connection closed")
+            return False
+        return True
+
     def _lost(self, link: _Link, why: str, *, died: bool = True) -> None:
         if self._links.get(link.address.replica_id) is not link:
             return
@@ -213,31 +208,58 @@ class PoolClient:
         link.flights.clear()
         self._spawn(self._close(link, say_bye=False))
         for flight in flights:
-            self.carried.lost(flight.request.request_id, link.heard_s)
             # One that drains ends on purpose.
-            self._spawn(self._carry_over(flight, died=died and link.accepting))
+            self._move(flight, link.heard_s, died=died and link.accepting)
 
-    async def _carry_over(self, flight: _Flight, *, died: bool) -> None:
-        """Go on elsewhere, behind the tokens so far. One that replicas die of again and again ends."""
-        request_id = flight.request.request_id
-        losses = 0 if flight.begun else flight.losses + died
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._wait_s):
-                # Else it was aborted meanwhile.
-                while losses <= self._most_losses and self._flights.get(request_id) is flight:
-                    joined = self._joined
-                    try:
-                        await self._send(flight.request, flight.output, losses)
-                        prompt = len(flight.request.prompt_token_ids or ())
-                        self.carried.moved(prompt + len(flight.output) if flight.begun else 0)
-                        return
-                    except Unavailable:
-                        await joined.wait()
-        if self._flights.get(request_id) is flight:
-            del self._flights[request_id]
-            self.carried.ended(request_id)
-            kind = ReplicaLost if died else Unavailable
-            await self._on_lost(request_id, kind("the replica that ran this request was lost"))
+    def _move(self, flight: Flight, heard_s: float, *, died: bool) -> None:
+        self.carried.lost(flight.request_id, heard_s)
+        moved = self._flights[flight.request_id] = flight.lost(died=died)
+        self._spawn(self._carry_over(moved, died))
+
+    async def _carry_over(self, flight: Flight, died: bool) -> None:
+        """Have a request computed further by another replica, behind the tokens that it has; or tell why not."""
+        error = self._verdict(flight)
+        if error is None:
+            try:
+                async with asyncio.timeout(self._wait_s):
+                    # Else it was aborted meanwhile.
+                    while self._flights.get(flight.request_id) is flight:
+                        place_free = self._place_free
+                        try:
+                            await self._send(flight)
+                            computed = flight.prompt_tokens + len(flight.output) if flight.begun else 0
+                            self.carried.moved(computed)
+                            return
+                        except Unavailable:
+                            await place_free.wait()
+            except TimeoutError:
+                kind = ReplicaLost if died else Unavailable
+                error = kind(
+                    "the replica that ran this request was lost, and there was no place for it on another one"
+                    f" within {self._wait_s:.0f} s",
+                    retry_after_s=1.0,
+                )
+        if error is not None and self._flights.get(flight.request_id) is flight:
+            del self._flights[flight.request_id]
+            self.carried.ended(flight.request_id)
+            await self._on_lost(flight.request_id, error)
+
+    def _verdict(self, flight: Flight) -> HyclusterError | None:
+        """Why a request that lost its replica may not go to another one."""
+        if flight.losses > self._most_losses:
+            if not self._most_losses:
+                return ReplicaLost("the replica that ran this request was lost")
+            return KillsReplicas(
+                f"this request was on {flight.losses} replicas in a row when they died, each time soon after it came;"
+                " it is not sent to another one"
+            )
+        if flight.moves > MOST_MOVES:
+            return Unavailable(f"this request has lost its replica {flight.moves} times")
+        return None
+
+    def _wake(self) -> None:
+        self._place_free.set()
+        self._place_free = asyncio.Event()
 
     # -- requests and outputs -----------------------------------------------------------------------
 
@@ -270,7 +292,15 @@ class PoolClient:
     def requests_in_flight(self) -> int:
         return len(self._flights)
 
-    def _choose(self, request: EngineCoreRequest, tokens: int) -> _Link:
+    def _choose(self, flight: Flight) -> _Link:
+        links = [link for link in self._links.values() if link.accepting]
+        if flight.suspected:
+            # Beside another one like it, the next death would not tell which of them replicas die of.
+            links = [link for link in links if not any(other.suspected for other in link.flights.values())]
+        if not links:
+            raise Unavailable(f"model: no replica of {self.model!r} can serve now", retry_after_s=1.0)
+        if len(links) == 1:
+            return links[0]
         candidates = [
             Candidate(
                 replica_id=link.address.replica_id,
@@ -278,14 +308,9 @@ class PoolClient:
                 own_requests=len(link.flights),
                 load=link.load,
             )
-            for link in self._links.values()
-            if link.accepting
+            for link in links
         ]
-        if not candidates:
-            raise Unavailable(f"model: no replica of {self.model!r} can serve now", retry_after_s=1.0)
-        if len(candidates) == 1:
-            return self._links[candidates[0].replica_id]
-        route = RouteRequest(tokens=tokens, session_id=request.session_id)
+        route = RouteRequest(tokens=flight.tokens_to_compute, session_id=flight.request.session_id)
         return self._links[self._policy.choose(candidates, route)]
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
@@ -294,39 +319,46 @@ class PoolClient:
         Raises:
             Unavailable: no replica can serve.
         """
-        await self._send(request, [], losses=0)
+        await self._send(Flight.of(request))
 
-    async def _send(self, request: EngineCoreRequest, output: list[int], losses: int) -> None:
-        params = request.sampling_params
-        prompt = len(request.prompt_token_ids or ())
-        tokens = prompt + ((params.max_tokens or 0) if params is not None else 0)
-        link = self._choose(request, tokens)
+    async def _send(self, flight: Flight) -> None:
+        link = self._choose(flight)
         if not link.flights:
-            # It had nothing to say so far.
             link.heard_s = time.monotonic()
-        flight = _Flight(request, link, tokens, output, losses)
-        self._flights[request.request_id] = link.flights[request.request_id] = flight
-        link.outstanding_tokens += tokens
-        await link.requests.send_multipart([Kind.ADD, *self._encoder.encode(carry(request, output))], copy=False)
+        flight = flight.sent(link.address.replica_id)
+        self._flights[flight.request_id] = link.flights[flight.engine_id] = flight
+        link.outstanding_tokens += flight.tokens_left
+        request = carry(flight.request, flight.engine_id, flight.output) if flight.moves else flight.request
+        if await self._tell(link, Kind.ADD, *self._encoder.encode(request)) and flight.losses:
+            self._spawn(self._confirm(link, flight))
+
+    async def _confirm(self, link: _Link, flight: Flight) -> None:
+        """Learn that an engine has a request: it answers a call sent behind it. Else its death says nothing."""
+        with contextlib.suppress(TimeoutError, RuntimeError, Unavailable):
+            await self._call(link, "get_supported_tasks")
+            flight.taken = True
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         by_link: dict[str, list[str]] = {}
         for request_id in request_ids:
             flight = self._flights.get(request_id)
             if flight is not None:
-                by_link.setdefault(flight.link.address.replica_id, []).append(request_id)
+                by_link.setdefault(flight.replica_id, []).append(flight.engine_id)
                 self._landed(flight)
         for replica_id, ids in by_link.items():
             link = self._links.get(replica_id)
             if link is not None:
-                await link.requests.send_multipart([Kind.ABORT, msgspec.msgpack.encode(ids)])
+                await self._tell(link, Kind.ABORT, msgspec.msgpack.encode(ids))
 
-    def _landed(self, flight: _Flight) -> None:
-        request_id = flight.request.request_id
-        self._flights.pop(request_id, None)
-        self.carried.ended(request_id)
-        flight.link.flights.pop(request_id, None)
-        flight.link.outstanding_tokens -= flight.tokens_left
+    def _landed(self, flight: Flight) -> None:
+        """It is on no replica any more."""
+        self._flights.pop(flight.request_id, None)
+        self.carried.ended(flight.request_id)
+        link = self._links.get(flight.replica_id)
+        if link is not None and link.flights.pop(flight.engine_id, None) is not None:
+            link.outstanding_tokens -= flight.tokens_left
+        if flight.suspected:
+            self._wake()
 
     async def _read(self, link: _Link) -> None:
         recv, decode, flights = link.outputs.recv_multipart, self._decoder.decode, link.flights
@@ -340,23 +372,30 @@ class PoolClient:
             if outputs.utility_output is not None:
                 self._answer(outputs.utility_output)
                 continue
-            spent = 0
+            spent, heard = 0, []
             for output in outputs.outputs:
                 flight = flights.get(output.request_id)
                 if flight is None:
+                    # Aborted, or gone on elsewhere.
                     continue
+                if output.finish_reason is FinishReason.ABORT:
+                    # Not by its caller, so by a replica that ends: it goes on elsewhere.
+                    link.accepting = False
+                    self._landed(flight)
+                    self._move(flight, link.heard_s, died=False)
+                    continue
+                output.request_id = flight.request_id
+                heard.append(output)
+                if flight.moves and not flight.begun:
+                    self.carried.went_on(flight.request_id)
                 if output.finish_reason is not None:
                     self._landed(flight)
                     continue
-                step = len(output.new_token_ids)
-                if not flight.begun:
-                    flight.begun = True
-                    self.carried.went_on(output.request_id)
-                    step += len(flight.request.prompt_token_ids or ()) + len(flight.output)
-                flight.output += output.new_token_ids
-                flight.tokens_left -= step
-                spent += step
+                spent += flight.take(output.new_token_ids)
+                if flight.losses and not flight.suspected:
+                    self._wake()
             link.outstanding_tokens -= spent
+            outputs.outputs = heard
             outputs.engine_index = link.slot
             if outputs.outputs or outputs.scheduler_stats is not None:
                 self._arrived.put_nowait(outputs)
@@ -369,16 +408,16 @@ class PoolClient:
     async def _call(self, link: _Link, method: str, *arguments: Any) -> Any:
         call_id, self._next_call = self._next_call, self._next_call + 1
         future = asyncio.get_running_loop().create_future()
-        self._calls[call_id] = future
+        self._calls[call_id] = link, future
         try:
-            await link.requests.send_multipart([Kind.CALL, *self._encoder.encode((call_id, method, arguments))])
+            await self._tell(link, Kind.CALL, *self._encoder.encode((call_id, method, arguments)))
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 return await future
         finally:
             self._calls.pop(call_id, None)
 
     def _answer(self, output: Any) -> None:
-        future = self._calls.get(output.call_id)
+        _, future = self._calls.get(output.call_id, (None, None))
         if future is None or future.done():
             return
         if output.failure_message is not None:
@@ -398,48 +437,6 @@ class PoolClient:
             return info.supported_tasks
         return ("generate",)
 
-    async def reset_prefix_cache_async(self, reset_running: bool = False, reset_connector: bool = False) -> bool:
-        return all(await self.call_all("reset_prefix_cache", reset_running, reset_connector))
-
-    async def reset_mm_cache_async(self) -> None:
-        await self.call_all("reset_mm_cache")
-
-    async def reset_encoder_cache_async(self) -> None:
-        await self.call_all("reset_encoder_cache")
-
-    async def pause_scheduler_async(self, mode: str = "abort", clear_cache: bool = True) -> None:
-        await self.call_all("pause_scheduler", mode, clear_cache)
-
-    async def resume_scheduler_async(self) -> None:
-        await self.call_all("resume_scheduler")
-
-    async def is_scheduler_paused_async(self) -> bool:
-        return all(await self.call_all("is_scheduler_paused"))
-
-    async def sleep_async(self, level: int = 1, mode: str = "abort") -> None:
-        await self.call_all("sleep", level, mode)
-
-    async def wake_up_async(self, tags: list[str] | None = None) -> bool:
-        return all(await self.call_all("wake_up", tags))
-
-    async def is_sleeping_async(self) -> bool:
-        return all(await self.call_all("is_sleeping"))
-
-    async def profile_async(self, is_start: bool = True, *arguments: Any) -> None:
-        await self.call_all("profile", is_start, *arguments)
-
-    async def add_lora_async(self, lora_request: Any) -> bool:
-        return all(await self.call_all("add_lora", lora_request))
-
-    async def remove_lora_async(self, lora_id: int) -> bool:
-        return all(await self.call_all("remove_lora", lora_id))
-
-    async def list_loras_async(self) -> set[int]:
-        return set.intersection(*(set(ids) for ids in await self.call_all("list_loras")))
-
-    async def pin_lora_async(self, lora_id: int) -> bool:
-        return all(await self.call_all("pin_lora", lora_id))
-
     def dp_engines_running(self) -> bool:
         return bool(self._flights)
 
@@ -454,6 +451,9 @@ class PoolClient:
         task.add_done_callback(self._tasks.discard)
 
     async def _close(self, link: _Link, *, say_bye: bool) -> None:
+        for of, future in self._calls.values():
+            if of is link and not future.done():
+                future.set_exception(Unavailable("the replica was lost before it answered", retry_after_s=1.0))
         current = asyncio.current_task()
         for task in link.tasks:
             if task is not current:
@@ -463,7 +463,7 @@ class PoolClient:
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
         if say_bye:
-            await link.requests.send_multipart([Kind.BYE])
+            await self._tell(link, Kind.BYE)
         _close_sockets(link.monitor, link.requests, link.outputs, linger_ms=500 if say_bye else 0)
 
     async def close(self) -> None:
@@ -471,6 +471,9 @@ class PoolClient:
         links, self._links = list(self._links.values()), {}
         for link in links:
             await self._close(link, say_bye=True)
+        # Those that wait for a place find that nobody waits for them.
+        self._flights.clear()
+        self._wake()
         # A socket that were left open would hold up the context's end for ever.
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from hycluster.config import Admission, Model, Replicas, Router, Simulated
-from hycluster.errors import Overloaded, Unavailable
+from hycluster.errors import KillsReplicas, Overloaded, Unavailable
 from tests.simulated_pool import SimulatedPool, eventually, predicted
 
 if TYPE_CHECKING:
@@ -56,11 +57,18 @@ class Served:
 Open = Callable[..., contextlib.AbstractAsyncContextManager[Served]]
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what other tasks of this loop do."""
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110 - tests look from outside
+            await asyncio.sleep(0.005)
+
+
 @pytest.fixture
 def opened(tiny_model: Path) -> Open:
     @contextlib.asynccontextmanager
     async def begin(
-        settings: Simulated, replicas: int = 1, admission: Admission | None = None
+        settings: Simulated, replicas: int = 1, admission: Admission | None = None, losses: int = 2
     ) -> AsyncIterator[Served]:
         from hycluster.gateway import open_gateway
 
@@ -78,6 +86,7 @@ def opened(tiny_model: Path) -> Open:
                 router=Router(),
                 admission=admission or Admission(),
                 wait_s=10,
+                losses=losses,
             ) as gateway:
                 async with asyncio.timeout(10):
                     while gateway.engine_core.links < replicas:  # noqa: ASYNC110 - the first one opens it
@@ -208,20 +217,38 @@ async def test_the_last_replica_goes_after_admission(opened: Open, monkeypatch: 
         assert not served.gateway.output_processor.has_unfinished_requests()
 
 
-async def test_a_lost_replica_ends_its_streams(opened: Open) -> None:
+async def test_a_lost_replicas_streams_go_on(opened: Open) -> None:
+    """Nobody sees more of it than a pause: not in the tokens, the text, or the counts."""
     async with opened(SLOW, 2) as served:
+        undisturbed = await served.last("before", max_tokens=100)
         streams = [asyncio.create_task(served.last(str(number), max_tokens=100)) for number in range(4)]
         await served.running(2, 2)
         await asyncio.sleep(0.1)
         served.replicas[0].die()
-        ends = await asyncio.gather(*streams, return_exceptions=True)
-        assert sorted(isinstance(end, Unavailable) for end in ends) == [False, False, True, True]
-        assert {len(end.outputs[0].token_ids) for end in ends if not isinstance(end, BaseException)} == {100}
+        for end in await asyncio.gather(*streams):
+            assert end.outputs[0].token_ids == undisturbed.outputs[0].token_ids
+            assert end.outputs[0].text == undisturbed.outputs[0].text
+            assert end.outputs[0].finish_reason == "length"
+            assert end.num_cached_tokens == undisturbed.num_cached_tokens
         assert not served.gateway.output_processor.has_unfinished_requests()
 
 
-async def test_a_lost_sequence_takes_its_siblings_along(opened: Open) -> None:
+async def test_sequences_of_one_request_go_on_wherever_they_are(opened: Open) -> None:
+    from vllm.sampling_params import RequestOutputKind
+
     async with opened(SLOW, 2) as served:
+        final = RequestOutputKind.FINAL_ONLY
+        stream = asyncio.create_task(served.last(n=4, temperature=1, max_tokens=100, output_kind=final))
+        await served.running(2, 2)
+        await asyncio.sleep(0.1)
+        served.replicas[0].die()
+        lengths = {output.index: len(output.token_ids) for output in (await stream).outputs}
+        assert lengths == dict.fromkeys(range(4), 100)
+        assert served.gateway.engine_core.requests_in_flight == 0
+
+
+async def test_a_sequence_that_finds_no_place_takes_its_siblings_along(opened: Open) -> None:
+    async with opened(SLOW, 2, losses=0) as served:
         stream = asyncio.create_task(served.last(n=4, temperature=1, max_tokens=500))
         await served.running(2, 2)
         await asyncio.sleep(0.1)
@@ -231,6 +258,29 @@ async def test_a_lost_sequence_takes_its_siblings_along(opened: Open) -> None:
         await asyncio.to_thread(eventually, lambda: served.replicas[1].requests == 0)
         assert served.gateway.engine_core.requests_in_flight == 0
         assert not served.gateway.output_processor.has_unfinished_requests()
+
+
+async def test_a_request_that_kills_replicas_is_told_so(opened: Open) -> None:
+    async with opened(SLOW, 3) as served:
+        for replica in served.replicas.replicas:
+            replica.engine.hang()
+        asking = asyncio.create_task(served.last())
+        pool = served.gateway.engine_core
+
+        def fewer(links: int) -> bool:
+            return pool.links < links
+
+        for _ in range(3):
+            await until(lambda: any(f.taken or not f.losses for f in pool._flights.values()))
+            (flight,) = pool._flights.values()
+            victim = served.replicas[int(flight.replica_id[1:])]
+            await asyncio.to_thread(eventually, partial(getattr, victim, "requests"))
+            gone = partial(fewer, pool.links)
+            victim.die()
+            await until(gone)
+        with pytest.raises(KillsReplicas, match="on 3 replicas in a row when they died") as caught:
+            await asking
+        assert (caught.value.http_status, caught.value.grpc_status) == (422, "FAILED_PRECONDITION")
 
 
 async def test_opening_waits_for_a_replica(tiny_model: Path) -> None:

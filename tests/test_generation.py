@@ -188,7 +188,7 @@ async def test_a_request_that_the_engine_fails(opened: Open) -> None:
 
 
 async def test_a_batch_row_whose_replica_dies_is_told_so(opened: Open) -> None:
-    async with opened(SLOW) as (generator, simulated):
+    async with opened(SLOW, losses=0) as (generator, simulated):
         asking = asyncio.create_task(generator.generate(ask(max_tokens=400)))
         await asyncio.to_thread(eventually, lambda: simulated[0].requests == 1)
         simulated[0].die()

@@ -8,7 +8,6 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,7 +17,7 @@ import zmq.asyncio
 from hycluster.config import Simulated
 from hycluster.core import ReplicaAddress, ReplicaLoad
 from hycluster.directory import ReplicaReport
-from hycluster.errors import Unavailable
+from hycluster.errors import HyclusterError, Unavailable
 from hycluster.router import make_policy
 from hycluster.wire import READY, encode_info
 from tests.simulated_pool import SimulatedPool, SimulatedReplica, eventually, predicted
@@ -26,6 +25,7 @@ from tests.simulated_pool import SimulatedPool, SimulatedReplica, eventually, pr
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreRequest
 
+    from hycluster.flight import Flight
     from hycluster.pool import PoolClient
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60), pytest.mark.usefixtures("vllm_imported")]
@@ -75,17 +75,17 @@ class Pool:
 
 
 @asynccontextmanager
-async def opened(settings: Simulated, replicas: int = 2, moves: int = 2) -> AsyncIterator[Pool]:
+async def opened(settings: Simulated, replicas: int = 2, losses: int = 2, wait_s: float = 5.0) -> AsyncIterator[Pool]:
     from hycluster.pool import PoolClient
 
     lost: dict[str, str] = {}
 
-    async def on_lost(request_id: str, error: Unavailable) -> None:
+    async def on_lost(request_id: str, error: HyclusterError) -> None:
         lost[request_id] = f"{type(error).__name__}: {error.message}"
 
     with SimulatedPool(settings, replicas) as simulated:
         policy = make_policy("least_outstanding_tokens", "me", seed=0)
-        client = PoolClient("tiny", policy, "me", replicas=replicas, losses=moves, wait_s=wait_s, on_lost=on_lost)
+        client = PoolClient("tiny", policy, "me", replicas=replicas, losses=losses, wait_s=wait_s, on_lost=on_lost)
         try:
             await client.update(simulated.reports)
             yield Pool(simulated, client, lost)
@@ -206,68 +206,176 @@ async def test_an_abort_while_a_request_changes_replicas_ends_it() -> None:
         assert pool.client.requests_in_flight == 1
 
 
-async def test_a_lost_replicas_requests_with_output_are_told_of() -> None:
+async def test_a_lost_replicas_requests_go_on_behind_the_tokens_that_they_have() -> None:
     async with opened(SLOW) as pool:
         for name in "ab":
-            await pool.client.add_request_async(ask(name, max_tokens=100))
-        seen: set[str] = set()
-        while seen != {"a", "b"}:
-            seen |= {output.request_id for output in (await pool.client.get_output_async()).outputs}
-        (victim,) = pool.client._links["r0"].flights
+            await pool.client.add_request_async(ask(name, max_tokens=60))
+        tokens: dict[str, list[int]] = {"a": [], "b": []}
+        while min(map(len, tokens.values())) < 10:
+            for output in (await pool.client.get_output_async()).outputs:
+                tokens[output.request_id] += output.new_token_ids
         pool.replicas[0].die()
-        await until(lambda: bool(pool.lost))
-        assert pool.lost == {victim: "ReplicaLost: the replica that ran this request was lost"}
-        assert pool.client.outstanding.keys() == {"r1"}
-        # The other one runs to its end.
-        await pool.finish(1)
+        for name, rest in (await pool.finish(2)).items():
+            tokens[name] += rest
+        assert tokens == dict.fromkeys("ab", predicted(PROMPT, 60, SLOW))
+        assert pool.lost == {}
+        assert pool.client.outstanding == {"r1": 0}
         assert pool.client.requests_in_flight == 0
 
 
-@pytest.mark.parametrize("moves", [0, 1])
-async def test_a_request_is_not_carried_through_the_whole_pool(moves: int) -> None:
-    async with opened(SLOW, 3, moves) as pool:
-        for replica in pool.replicas.replicas:
-            replica.engine.hang()
+async def test_a_request_that_moved_can_be_aborted() -> None:
+    async with opened(SLOW) as pool:
+        for name in "ab":
+            await pool.client.add_request_async(ask(name, max_tokens=10_000))
+        await pool.running(1, 1)
+        pool.replicas[0].die()
+        await asyncio.to_thread(eventually, lambda: pool.replicas[1].requests == 2)
+        await pool.client.abort_requests_async(["a", "b"])
+        await asyncio.to_thread(eventually, lambda: pool.replicas[1].requests == 0)
+        assert pool.client.outstanding == {"r1": 0}
 
-        def asked() -> list[SimulatedReplica]:
-            return [r for r in pool.replicas.replicas if r.requests and r.engine.error is None]
 
-        def fewer_links_than(links: int) -> bool:
-            return pool.client.links < links
+async def test_what_an_ending_replica_gives_back_goes_on_elsewhere() -> None:
+    async with opened(SLOW) as pool:
+        for name in "ab":
+            await pool.client.add_request_async(ask(name, max_tokens=40))
+        await pool.running(1, 1)
+        (flight,) = pool.client._links["r0"].flights.values()
+        # As an engine does that shuts down: it aborts what it has, and says so.
+        pool.replicas[0].accepting = False
+        await pool.client.update(pool.replicas.reports)
+        pool.replicas[0].engine.give_back()
+        tokens = await pool.finish(2)
+        assert tokens == dict.fromkeys("ab", predicted(PROMPT, 40, SLOW))
+        assert pool.client._links["r0"].flights == {}
+        assert flight.losses == 0
 
-        await pool.client.add_request_async(ask("a"))
-        for _ in range(moves + 1):
+
+async def test_a_request_waits_for_a_place() -> None:
+    async with opened(SLOW, 1) as pool:
+        await pool.client.add_request_async(ask("a", max_tokens=40))
+        await pool.running(1)
+        pool.replicas[0].die()
+        await until(lambda: pool.client.links == 0)
+        # No news for those who come now; those who are here wait.
+        with pytest.raises(Unavailable):
+            await pool.client.add_request_async(ask("b"))
+        assert pool.client.requests_in_flight == 1
+        successor = SimulatedReplica(SLOW, "r1")
+        try:
+            await pool.client.update([successor.report])
+            assert (await pool.finish(1))["a"][-5:] == predicted(PROMPT, 40, SLOW)[-5:]
             assert pool.lost == {}
-            await until(lambda: len(asked()) == 1)
-            links = pool.client.links
-            asked()[0].die()
-            await until(partial(fewer_links_than, links))
-        await until(lambda: bool(pool.lost))
-        assert pool.lost == {"a": "ReplicaLost: the replica that ran this request was lost"}
-        assert pool.client.links == 2 - moves
+        finally:
+            successor.close()
+
+
+async def test_a_place_is_not_waited_for_without_end() -> None:
+    async with opened(SLOW, 1, wait_s=0.1) as pool:
+        pool.replicas[0].engine.hang()
+        await pool.client.add_request_async(ask("a"))
+        await pool.running(1)
+        pool.replicas[0].die()
+        await until(lambda: "a" in pool.lost)
+        assert pool.lost["a"].startswith("ReplicaLost: the replica that ran this request was lost, and there was no")
+        assert not pool.client.able
+        assert pool.client.outstanding == {}
         assert pool.client.requests_in_flight == 0
 
 
 async def test_a_replica_that_ends_after_it_drained_has_not_died() -> None:
-    async with opened(SLOW, 1) as pool:
+    async with opened(SLOW, 1, wait_s=0.1) as pool:
         await pool.client.add_request_async(ask("a", max_tokens=10_000))
         await pool.running(1)
         pool.replicas[0].accepting = False
         await pool.client.update(pool.replicas.reports)
         pool.replicas[0].die()
         await until(lambda: bool(pool.lost))
-        assert pool.lost == {"a": "Unavailable: the replica that ran this request was lost"}
+        assert pool.lost["a"].startswith("Unavailable: ")
 
 
-async def test_with_no_other_replica_all_are_told_of() -> None:
-    async with opened(SLOW, 1) as pool:
-        pool.replicas[0].engine.hang()
-        await pool.client.add_request_async(ask("a"))
-        await pool.running(1)
-        pool.replicas[0].die()
-        await until(lambda: "a" in pool.lost)
-        assert not pool.client.able
-        assert pool.client.outstanding == {}
+class TestRequestsThatKill:
+    @staticmethod
+    async def kill_whoever_has(pool: Pool, name: str) -> None:
+        """The replica that has it dies, but not before its engine is known to have it."""
+
+        def flight() -> Flight | None:
+            found = pool.client._flights.get(name)
+            return found if found is not None and (found.taken or not found.losses) else None
+
+        await until(lambda: (it := flight()) is not None and it.replica_id in pool.client._links)
+        found = flight()
+        assert found is not None
+        victim = next(r for r in pool.replicas.replicas if r.address.replica_id == found.replica_id)
+        await asyncio.to_thread(eventually, lambda: victim.requests > 0)
+        links = pool.client.links
+        victim.die()
+        await until(lambda: pool.client.links < links)
+
+    async def test_each_death_is_told_where_that_is_asked_for(self) -> None:
+        async with opened(SLOW, losses=0) as pool:
+            await pool.client.add_request_async(ask("a", max_tokens=10_000))
+            await self.kill_whoever_has(pool, "a")
+            await until(lambda: bool(pool.lost))
+            assert pool.lost == {"a": "ReplicaLost: the replica that ran this request was lost"}
+
+    async def test_it_is_not_carried_through_the_whole_pool(self) -> None:
+        async with opened(SLOW, 5) as pool:
+            for replica in pool.replicas.replicas:
+                replica.engine.hang()
+            await pool.client.add_request_async(ask("a"))
+            for _ in range(3):
+                assert pool.lost == {}
+                await self.kill_whoever_has(pool, "a")
+            await until(lambda: bool(pool.lost))
+            assert pool.lost["a"].startswith("KillsReplicas: this request was on 3 replicas in a row when they died")
+            assert pool.client.links == 2
+            assert pool.client.requests_in_flight == 0
+
+    async def test_one_that_gets_on_is_not_suspected(self) -> None:
+        """It has seen more replicas die than a killer may, and has tokens of each."""
+        async with opened(SLOW, 6) as pool:
+            await pool.client.add_request_async(ask("a", max_tokens=400))
+            for _ in range(5):
+                await until(lambda: (flight := pool.client._flights["a"]).begun and flight.made >= 8)
+                await self.kill_whoever_has(pool, "a")
+            assert (await pool.finish(1))["a"] == predicted(PROMPT, 400, SLOW)
+            assert pool.lost == {}
+
+    async def test_a_death_before_the_engine_had_it_does_not_count(self) -> None:
+        async with opened(SLOW, 3) as pool:
+            for replica in pool.replicas.replicas:
+                replica.engine.hang()
+            await pool.client.add_request_async(ask("a"))
+            await self.kill_whoever_has(pool, "a")
+            await until(lambda: pool.client._flights["a"].replica_id in pool.client._links)
+            flight = pool.client._flights["a"]
+            flight.taken = False
+            assert flight.losses == 1
+            pool.client._lost(pool.client._links[flight.replica_id], "it was dead already")
+            assert pool.client._flights["a"].losses == 1
+
+    async def test_two_that_are_suspected_do_not_share_a_replica(self) -> None:
+        async with opened(SLOW, 4) as pool:
+            for replica in pool.replicas.replicas:
+                replica.engine.hang()
+            for name in "ab":
+                await pool.client.add_request_async(ask(name))
+                pool.client._flights[name].losses = 2
+                pool.client._flights[name].taken = True
+            for link in list(pool.client._links.values())[:2]:
+                pool.client._lost(link, "the test says so", died=False)
+            await until(lambda: all(f.replica_id in pool.client._links for f in pool.client._flights.values()))
+            assert len({flight.replica_id for flight in pool.client._flights.values()}) == 2
+            # With one replica left, the second waits for the first.
+            pool.client._lost(next(iter(pool.client._links.values())), "the test says so", died=False)
+            await asyncio.sleep(0.1)
+            (link,) = pool.client._links.values()
+            assert len(link.flights) == 1
+            (first,) = link.flights.values()
+            await pool.client.abort_requests_async([first.request_id])
+            await until(lambda: len(link.flights) == 1)
+            assert next(iter(link.flights.values())) is not first
 
 
 async def test_a_replica_whose_process_is_gone() -> None:

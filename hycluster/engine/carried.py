@@ -10,12 +10,14 @@ Pinned to vLLM 0.32.0, into whose internals it reaches; ``tests/integration/test
 - A ``Request`` is scheduled by ``num_tokens``, its prompt and its output; what is new to the model runner of version 2
   comes with ``prefill_token_ids`` for both, since that runner forgets preempted requests. The one of version 1 makes a
   ``CachedRequestState`` without output for it: there it is given the tokens.
-- ``StructuredOutputManager._create_grammar`` makes a grammar in its first state: there it is led past the tokens.
+- ``StructuredOutputManager._create_grammar`` makes a grammar in its first state: there it is led past the tokens, as
+  ``accept_tokens`` does it for tokens that the engine made.
 - Tokens travel in ``SamplingParams.extra_args``, which every process of an engine gets.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,25 +25,27 @@ from typing import Any
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 from hycluster.engine.protocol import CARRIED
 
-def carry(request: EngineCoreRequest, tokens: Sequence[int]) -> EngineCoreRequest:
+
+def carry(request: EngineCoreRequest, engine_id: str, tokens: Sequence[int]) -> EngineCoreRequest:
     """The request as another replica is to get it.
 
     Args:
         request: as it was sent first.
+        engine_id: its id from now on.
         tokens: all of its output so far.
     """
-    params = request.sampling_params
-    if params is None or not tokens:
-        return request
-    params = params.clone()
-    params.extra_args = {**(params.extra_args or {}), CARRIED: list(tokens)}
-    # Told with the first output, which the caller has.
-    params.prompt_logprobs = None
-    carried = EngineCoreRequest(*(getattr(request, name) for name in EngineCoreRequest.__struct_fields__))
-    carried.sampling_params = params
+    carried = copy.copy(request)
+    carried.request_id = engine_id
+    if carried.sampling_params is not None and tokens:
+        params = carried.sampling_params = carried.sampling_params.clone()
+        params.extra_args = {**(params.extra_args or {}), CARRIED: list(tokens)}
+        # Told with the first output, which the caller has.
+        params.prompt_logprobs = None
     return carried
 
 
@@ -53,25 +57,39 @@ def tokens_of(params: SamplingParams | None) -> list[int]:
 def take_over(request: Request) -> None:
     """Give a request that has just been made for the scheduler its tokens."""
     tokens = tokens_of(request.sampling_params)
-    if tokens:
+    if tokens and not request.num_output_tokens:
         request.append_output_token_ids(tokens)
         # Counted where it began; vLLM asserts that no more than the prompt was found in the cache.
         request.prefill_stats = None
 
 
-def lead_grammars(manager: Any) -> None:
+def lead_grammars(manager: StructuredOutputManager) -> None:
     """Have an engine's structured output manager lead new grammars past what a request brought along."""
-    create: Callable[[Request], Any] = manager._create_grammar
+    init: Callable[[Request], None] = manager.grammar_init
+    create: Callable[[Request], StructuredOutputGrammar] = manager._create_grammar
+
+    @functools.wraps(init)
+    def grammar_init(request: Request) -> None:
+        # A reasoning parser looks at all tokens for where the grammar's part begins.
+        take_over(request)
+        init(request)
 
     @functools.wraps(create)
-    def created(request: Request) -> Any:
+    def create_grammar(request: Request) -> StructuredOutputGrammar:
         grammar = create(request)
-        tokens = tokens_of(request.sampling_params)
-        if tokens and not grammar.accept_tokens(request.request_id, tokens):
-            raise ValueError(f"request {request.request_id}: its grammar refuses the tokens that it has")
+        tokens, structured = tokens_of(request.sampling_params), request.structured_output_request
+        if tokens and structured is not None:
+            # On a copy: the scheduler must not find the grammar before it is where the tokens end.
+            led = copy.copy(request)
+            led.structured_output_request = copy.copy(structured)
+            led.structured_output_request.grammar = grammar
+            if not manager.accept_tokens(led, tokens):
+                raise ValueError(f"request {request.request_id}: its grammar refuses the tokens that it has")
+            structured.reasoning_ended = led.structured_output_request.reasoning_ended
         return grammar
 
-    manager._create_grammar = created
+    manager.grammar_init = grammar_init  # type: ignore[method-assign]
+    manager._create_grammar = create_grammar  # type: ignore[method-assign]
 
 
 def mend_worker(worker: object = None) -> None:

@@ -20,6 +20,7 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 # What the sampler draws a number below; how far the generator moves by it does not depend on it.
 DRAW_BELOW = 2**31
+MENDED = "hycluster_seeds"
 
 
 class SeededGenerator(torch.Generator):
@@ -51,7 +52,7 @@ class SeededGenerator(torch.Generator):
 def mend(worker: object = None) -> None:
     """Put it into the process of a worker; in a form that vLLM's ``collective_rpc`` can call on each."""
     made: Any = CachedRequestState.__post_init__
-    if not hasattr(made, "__wrapped__"):
+    if not getattr(made, MENDED, False):
         CachedRequestState.__post_init__ = _seeded(made)  # type: ignore[method-assign]
 
 
@@ -62,4 +63,5 @@ def _seeded(made: Callable[[CachedRequestState], None]) -> Callable[[CachedReque
         if state.generator is not None and state.sampling_params is not None and state.sampling_params.seed is not None:
             state.generator = SeededGenerator.of(state, state.sampling_params.seed)
 
+    setattr(post_init, MENDED, True)
     return post_init

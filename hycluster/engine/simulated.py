@@ -101,7 +101,15 @@ class SimulatedEngine:
         with self._changed:
             return time.monotonic() - self._last_progress if self._busy else None
 
+    def give_back(self) -> None:
+        """Tell clients that what they have here is aborted, as vLLM does when it shuts down."""
+        with self._changed:
+            told = self._scheduler.abort_all()
+        for client, outputs in told.items():
+            self._send(client, EngineCoreOutputs(outputs=outputs, timestamp=time.monotonic()))
+
     def shutdown(self) -> None:
+        self.give_back()
         with self._changed:
             self._ended = True
             self._changed.notify_all()

@@ -146,6 +146,15 @@ class SimulatedScheduler:
             if stream is not None:
                 self._drop(stream)
 
+    def abort_all(self) -> dict[int, list[EngineCoreOutput]]:
+        """Drop everything, as vLLM does when it shuts down; what each client is to be told."""
+        told: dict[int, list[EngineCoreOutput]] = {}
+        for stream in list(self._streams.values()):
+            aborted = EngineCoreOutput(request_id=stream.request_id, new_token_ids=[], finish_reason=FinishReason.ABORT)
+            told.setdefault(stream.client, []).append(aborted)
+            self._drop(stream)
+        return told
+
     def step(self, now: float) -> StepResult:
         """Run one engine step that begins at ``now`` (seconds)."""
         scheduled, preempted = self._schedule()

@@ -1,0 +1,100 @@
+"""A request on its way: what it has so far, and what may be said of the replicas that died with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreRequest
+
+# A replica that made so many tokens of a request did not die of it, unless the next ones do at the same place too.
+CLEARED_AFTER_TOKENS = 8
+# From so many deaths in a row on, a request has a replica to itself among those that are suspected like it.
+SUSPECTED_AFTER_LOSSES = 2
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """A request that has been sent to a replica and has not finished.
+
+    Attributes:
+        request: as its caller sent it.
+        replica_id: where it is, or was last.
+        tokens_left: to prefill and decode there.
+        output: all tokens so far, whoever made them.
+        made: tokens that this replica made of it.
+        begun: this replica has said something of it.
+        losses: replicas in a row that died while they ran it, each before it had made ``CLEARED_AFTER_TOKENS`` more.
+        moves: how often it has changed replicas.
+        taken: this replica's engine is known to have had it.
+    """
+
+    request: EngineCoreRequest
+    replica_id: str
+    tokens_left: int
+    output: list[int] = field(default_factory=list)
+    made: int = 0
+    begun: bool = False
+    losses: int = 0
+    moves: int = 0
+    taken: bool = False
+
+    @classmethod
+    def of(cls, request: EngineCoreRequest) -> Flight:
+        """One that has not been sent yet."""
+        return cls(request, "", 0)
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def engine_id(self) -> str:
+        """What engines know it by: another name on each, as one that was taken for lost may have it still."""
+        return f"{self.request_id}~{self.moves}" if self.moves else self.request_id
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids or ())
+
+    @property
+    def tokens_to_compute(self) -> int:
+        """Tokens that a replica has to prefill or decode for it, if it comes to one now."""
+        params = self.request.sampling_params
+        longest = (params.max_tokens or 0) if params is not None else 0
+        return self.prompt_tokens + max(longest, len(self.output))
+
+    @property
+    def suspected(self) -> bool:
+        """Replicas have died with it, one after the other, and this one has not yet shown that it lives."""
+        return self.losses >= SUSPECTED_AFTER_LOSSES and self.made < CLEARED_AFTER_TOKENS
+
+    def sent(self, replica_id: str) -> Flight:
+        """The same, to be computed by that replica from its prompt and its tokens so far."""
+        return replace(
+            self, replica_id=replica_id, tokens_left=self.tokens_to_compute, made=0, begun=False, taken=False
+        )
+
+    def take(self, tokens: list[int]) -> int:
+        """Output of its replica has come. Returns by how much ``tokens_left`` has gone down."""
+        step = len(tokens)
+        if not self.begun:
+            # Until here, the replica had all of it to prefill.
+            self.begun = True
+            step += self.prompt_tokens + len(self.output)
+        self.output += tokens
+        self.made += len(tokens)
+        self.tokens_left -= step
+        return step
+
+    def lost(self, *, died: bool) -> Flight:
+        """Its replica is gone.
+
+        Args:
+            died: of itself or by force, not at the end of a drain. It counts only where the engine is known to have had
+                the request: one that was sent to a replica that was dead already says nothing about it.
+        """
+        losses = 0 if self.made >= CLEARED_AFTER_TOKENS else self.losses
+        counts = died and (self.begun or self.taken or self.losses == 0)
+        return replace(self, losses=losses + counts, moves=self.moves + 1)
