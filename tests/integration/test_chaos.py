@@ -12,12 +12,35 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
 from tests.integration.conftest import SIMULATED, Served, eventually, replicas
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+def test_rays_table_has_what_targets_are_found_by(served: Served) -> None:
+    from hycluster.chaos.schedule import Where
+    from hycluster.chaos.targets import Targets
+
+    targets = Targets(f"replica-{SIMULATED}")
+    try:
+        eventually(lambda: len(targets.find(Where.REPLICA)) == 2, 60, "both replicas are there")
+        (door,) = targets.find(Where.DOOR)
+        (executor,) = targets.find(Where.BATCH)
+        below = {process.pid for process in psutil.Process(served.process.pid).children(recursive=True)}
+        for target in (*targets.find(Where.REPLICA), door, executor):
+            assert target.pid in below
+            assert targets.lives(target)
+            (process,) = targets.processes(target)
+            assert (process.pid, process.node_id) == (target.pid, target.node_id)
+        ports = [int(address.rpartition(":")[2]) for address in (served.http, served.grpc)]
+        assert targets.listening(ports) == [door]
+        assert targets.listening([*ports, 1]) == []
+    finally:
+        targets.close()
 
 
 def chaos(*arguments: str) -> tuple[int, dict[str, Any], str]:
