@@ -11,7 +11,6 @@ from typing import Any
 import psutil
 import pytest
 
-from hycluster.chaos import targets
 from hycluster.chaos.schedule import Where
 from hycluster.chaos.targets import Hand, Process, Targets
 
@@ -119,7 +118,7 @@ def test_only_this_application_is_found(monkeypatch: pytest.MonkeyPatch) -> None
         actor("", 13, owner=1, kind="OtherRank", state="DEAD"),
         actor("", 14, kind="SomebodysActor"),
     ]
-    monkeypatch.setattr(targets.state, "actors", lambda: {row["ActorID"]: row for row in rows})
+    monkeypatch.setattr("ray._private.state.actors", lambda: {row["ActorID"]: row for row in rows})
     found = Targets("replica-m")
     replicas = found.find(Where.REPLICA)
     # The oldest first, whatever their random names.
