@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import psutil
@@ -48,7 +49,7 @@ def chaos(*arguments: str) -> tuple[int, dict[str, Any], str]:
     command = [sys.executable, "-m", "hycluster", "chaos", "--model", SIMULATED, "--json", *arguments]
     # Simulated engines have no logprobs.
     done = subprocess.run(
-        [*command, "--leave-out", "logprobs", "--output-tokens", "4-40", "--concurrency", "8"],
+        [*command, "--leave-out", "logprobs", "--output-tokens", "4-40", "--concurrency", "8", "--patience-s", "60"],
         capture_output=True,
         text=True,
         check=False,
@@ -79,47 +80,50 @@ def test_replicas_are_killed_and_every_answer_is_the_undisturbed_one(served: Ser
 
 
 class Meddler:
-    """A proxy before the HTTP door that changes the first token id of every answer after so many requests."""
+    """A proxy before the HTTP door that changes the first token id of every chunk after so many requests."""
 
     def __init__(self, target: str, honest: int) -> None:
         self._host, _, self._port = target.removeprefix("http://").rpartition(":")
         self._honest = honest
-        self._loop = asyncio.new_event_loop()
-        self.port = 0
-        opened = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(opened,), daemon=True)
+        self._opened: Future[tuple[int, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
         self._thread.start()
-        opened.wait()
-
-    def _run(self, opened: threading.Event) -> None:
-        server = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0))
-        self.port = server.sockets[0].getsockname()[1]
-        opened.set()
-        self._loop.run_forever()
-        server.close()
-        for task in asyncio.all_tasks(self._loop):
-            task.cancel()
-        self._loop.run_until_complete(asyncio.sleep(0))
-        self._loop.close()
+        self.port, self._loop, self._closing = self._opened.result(10)
 
     def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._loop.call_soon_threadsafe(self._closing.set)
         self._thread.join()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _run(self) -> None:
+        closing = asyncio.Event()
+        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self._opened.set_result((server.sockets[0].getsockname()[1], asyncio.get_running_loop(), closing))
+        await closing.wait()
+        server.close()
+
+    async def _serve(self, caller: asyncio.StreamReader, to_caller: asyncio.StreamWriter) -> None:
         from_door, to_door = await asyncio.open_connection(self._host, int(self._port))
-        asked = await reader.read(1 << 16)
-        meddle = False
-        if asked.startswith(b"POST"):
+        # A connection is a request: the tool keeps none open.
+        begun = await caller.read(1 << 16)
+        if begun.startswith(b"POST"):
             self._honest -= 1
-            meddle = self._honest < 0
-        to_door.write(asked)
-        while chunk := await from_door.read(1 << 16):
-            # A digit for a digit, so that all lengths stay right.
-            writer.write(re.sub(rb'("token_ids":\[)\d', rb"\g<1>9", chunk) if meddle else chunk)
-            await writer.drain()
-        writer.close()
-        to_door.close()
+        meddle = begun.startswith(b"POST") and self._honest < 0
+        to_door.write(begun)
+        rest = asyncio.create_task(self._pass_on(caller, to_door))
+        try:
+            while chunk := await from_door.read(1 << 16):
+                # A digit for a digit, so that all lengths stay right.
+                to_caller.write(re.sub(rb'("token_ids":\[)\d', rb"\g<1>9", chunk) if meddle else chunk)
+                await to_caller.drain()
+        finally:
+            rest.cancel()
+            to_caller.close()
+            to_door.close()
+
+    @staticmethod
+    async def _pass_on(caller: asyncio.StreamReader, to_door: asyncio.StreamWriter) -> None:
+        while chunk := await caller.read(1 << 16):
+            to_door.write(chunk)
 
 
 @pytest.fixture

@@ -1,14 +1,14 @@
-"""What a caller sees when a replica dies, on a real cluster with simulated engines.
-
-Carrying a stream over is a later stop; here: nobody hangs, the others are not touched, the pool is whole again.
-"""
+"""What callers see when replicas die, on a real cluster with real and simulated engines: nothing but a pause."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
-import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
 
 import httpx
 import psutil
@@ -16,47 +16,114 @@ import pytest
 
 from hycluster.client import AsyncClient
 from hycluster.core import Sampling
-from hycluster.errors import Unavailable
-from tests.integration.conftest import SIMULATED, Served, eventually, replicas
+from tests.integration.conftest import MODEL, PROMPTS, SIMULATED, Served, eventually, replicas
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
+# Either way a sequence is the same each time that it is asked for.
+KINDS: list[dict[str, Any]] = [{"temperature": 0}, {"temperature": 1, "seed": 7}]
 
-def replica_processes(served: Served) -> list[psutil.Process]:
-    """Processes that hold a simulated replica."""
+
+def replica_processes(served: Served, model: str) -> list[psutil.Process]:
+    """Processes that hold a replica of a model."""
     below = psutil.Process(served.process.pid).children(recursive=True)
-    return [p for p in below if p.name() != "" and f"replica-{SIMULATED}" in " ".join(p.cmdline())]
+    return [p for p in below if p.name() != "" and f"replica-{model}" in " ".join(p.cmdline())]
 
 
-async def test_streams_of_a_lost_replica_end_with_unavailable(served: Served) -> None:
-    eventually(lambda: len(replicas(SIMULATED)) == 2, 30, "both replicas are there")
-    victim, _ = replica_processes(served)
-    outcomes: list[str] = []
-    async with AsyncClient(served.grpc) as caller:
+async def over_http(caller: httpx.AsyncClient, model: str, prompt: str, tokens: int, kind: dict[str, Any]) -> Any:
+    """Text, finish reason and usage of one streamed completion, and its longest pause in seconds."""
+    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "stream": True, **kind}
+    text, end, usage, pause, last = "", None, None, 0.0, asyncio.get_running_loop().time()
+    async with caller.stream("POST", "/v1/completions", json=body | {"stream_options": {"include_usage": True}}) as got:
+        assert got.status_code == 200
+        async for line in got.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = json.loads(line.removeprefix("data: "))
+            assert "error" not in chunk, chunk
+            now = asyncio.get_running_loop().time()
+            pause, last = max(pause, now - last), now
+            usage = chunk.get("usage") or usage
+            for choice in chunk["choices"]:
+                text += choice["text"]
+                end = choice["finish_reason"] or end
+    assert usage is not None
+    return (text, end, usage["prompt_tokens"], usage["completion_tokens"]), pause
 
-        async def ask() -> None:
-            try:
-                async for _ in caller.stream(
-                    model=SIMULATED, prompt="x", sampling=Sampling(max_tokens=150, ignore_eos=True)
-                ):
-                    pass
-                outcomes.append("whole")
-            except Unavailable:
-                outcomes.append("unavailable")
 
-        streams = [asyncio.create_task(ask()) for _ in range(20)]
+async def over_grpc(caller: AsyncClient, model: str, prompt: str, tokens: int, kind: dict[str, Any]) -> Any:
+    """The same by gRPC."""
+    text, end, usage, pause, last = "", None, None, 0.0, asyncio.get_running_loop().time()
+    sampling = Sampling(max_tokens=tokens, ignore_eos=True, **kind)
+    async for chunk in caller.stream(model=model, prompt=prompt, sampling=sampling):
+        now = asyncio.get_running_loop().time()
+        pause, last = max(pause, now - last), now
+        usage = chunk.usage or usage
+        for output in chunk.outputs:
+            text += output.text
+            end = output.finish_reason or end
+    assert usage is not None
+    return (text, end, usage.prompt_tokens, usage.completion_tokens), pause
+
+
+@asynccontextmanager
+async def callers(served: Served) -> AsyncIterator[tuple[httpx.AsyncClient, AsyncClient]]:
+    limits = httpx.Limits(max_connections=None)
+    async with (
+        httpx.AsyncClient(base_url=served.http, timeout=200, limits=limits) as http,
+        AsyncClient(served.grpc) as grpc,
+    ):
+        yield http, grpc
+
+
+async def ask_all(http: httpx.AsyncClient, grpc: AsyncClient, model: str, tokens: int) -> list[Any]:
+    """Every prompt by both doors, in each kind of sampling that is the same each time."""
+    kinds = KINDS if model == MODEL else KINDS[:1]
+    asked = [
+        ask
+        for prompt in PROMPTS
+        for kind in kinds
+        for ask in (over_http(http, model, prompt, tokens, kind), over_grpc(grpc, model, prompt, tokens, kind))
+    ]
+    return await asyncio.gather(*asked)
+
+
+async def whole(served: Served, model: str) -> None:
+    def there() -> bool:
+        return len(replica_processes(served, model)) == 2 and sum(report.accepting for report in replicas(model)) == 2
+
+    await asyncio.to_thread(eventually, there, 150, f"both replicas of {model} are there")
+
+
+@pytest.mark.parametrize(("model", "tokens"), [(SIMULATED, 150), (MODEL, 60)])
+async def test_streams_of_a_killed_replica_go_on(served: Served, model: str, tokens: int) -> None:
+    await whole(served, model)
+    async with callers(served) as (http, grpc):
+        expected = await ask_all(http, grpc, model, tokens)
+        asking = asyncio.create_task(ask_all(http, grpc, model, tokens))
+        # Some tokens have come of the streams, and more are to come.
+        await asyncio.sleep(max(pause for _, pause in expected) + 0.5)
+        assert not asking.done()
+        os.kill(replica_processes(served, model)[0].pid, signal.SIGKILL)
+        got = await asking
+        assert [answer for answer, _ in got] == [answer for answer, _ in expected]
+        assert (await http.get("/health")).status_code == 200
+
+
+async def test_streams_wait_while_there_is_no_replica_at_all(served: Served) -> None:
+    await whole(served, SIMULATED)
+    async with callers(served) as (http, grpc):
+        expected = await ask_all(http, grpc, SIMULATED, 150)
+        asking = asyncio.create_task(ask_all(http, grpc, SIMULATED, 150))
         await asyncio.sleep(1)
-        os.kill(victim.pid, signal.SIGKILL)
-        killed = time.monotonic()
-        while outcomes.count("unavailable") < 10 and time.monotonic() - killed < 5:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-        told_after_s = time.monotonic() - killed
-        await asyncio.gather(*streams)
-        assert sorted(outcomes) == ["unavailable"] * 10 + ["whole"] * 10
-        assert told_after_s < 1
-        # The other replica serves on, and nobody is sent to the dead one.
-        for _ in range(10):
-            await caller.generate(model=SIMULATED, prompt="y", sampling=Sampling(max_tokens=3))
-    assert (await asyncio.to_thread(httpx.get, f"{served.http}/health")).status_code == 200
-    eventually(lambda: len(replica_processes(served)) == 2, 60, "Serve has started a successor")
-    eventually(lambda: len([r for r in replicas(SIMULATED) if r.accepting]) >= 2, 60, "the successor reports")
+        for process in replica_processes(served, SIMULATED):
+            os.kill(process.pid, signal.SIGKILL)
+        # For those who come now there is a truthful answer.
+        for _ in range(100):
+            answer = await http.post("/v1/completions", json={"model": SIMULATED, "prompt": "x", "max_tokens": 2})
+            if answer.status_code != 200:
+                break
+            await asyncio.sleep(0.05)
+        assert answer.status_code == 503
+        assert [answer for answer, _ in await asking] == [answer for answer, _ in expected]
+    await whole(served, SIMULATED)

@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import textwrap
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,6 +155,51 @@ class TestSeedsOnCpu:
 
         made = {field.name for field in dataclasses.fields(CachedRequestState)}
         assert {"generator", "sampling_params", "output_token_ids"} <= made
+
+
+class TestCarriedRequests:
+    """``hycluster/engine/carried.py``."""
+
+    def test_a_request_takes_tokens_that_it_did_not_make(self) -> None:
+        from vllm.v1.core.sched.output import NewRequestData
+        from vllm.v1.request import Request
+
+        assert {"append_output_token_ids", "num_output_tokens"} <= set(dir(Request))
+        assert "prefill_stats" in set_on_self(Request.__init__)
+        # Of prompt and output, for the model runner of version 2.
+        assert "prefill_token_ids" in {field.name for field in dataclasses.fields(NewRequestData)}
+
+    def test_statistics_of_a_prefill_may_be_missing(self) -> None:
+        from vllm.v1.core.sched.scheduler import Scheduler
+
+        assert "prefill_stats is not None" in inspect.getsource(Scheduler)
+
+    def test_grammars_are_made_and_led_where_ours_looks(self) -> None:
+        from vllm.v1.structured_output import StructuredOutputManager
+
+        of = inspect.signature
+        assert list(of(StructuredOutputManager.grammar_init).parameters) == ["self", "request"]
+        assert list(of(StructuredOutputManager._create_grammar).parameters) == ["self", "request"]
+        assert list(of(StructuredOutputManager.accept_tokens).parameters) == ["self", "request", "new_token_ids"]
+        assert "self._create_grammar" in inspect.getsource(StructuredOutputManager.grammar_init)
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_the_first_model_runner_starts_a_state_without_output(self) -> None:
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+        made = inspect.getsource(GPUModelRunner._update_states)
+        assert "CachedRequestState(" in made
+        assert "output_token_ids=[]" in made
+
+    def test_the_second_one_draws_by_place(self) -> None:
+        import importlib.util
+
+        # A file of kernels that can't be imported without a GPU's Triton.
+        found = importlib.util.find_spec("vllm.v1.worker.gpu.sample")
+        assert found is not None
+        assert found.submodule_search_locations
+        source = (Path(found.submodule_search_locations[0]) / "gumbel.py").read_text()
+        assert "def murmur3_uniform32(seed, pos, offset)" in source
 
 
 class TestLoraOnCpu:
