@@ -19,7 +19,7 @@ import ray
 
 from tests.integration.conftest import SIMULATED, Served, eventually, replicas
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def test_rays_table_has_what_targets_are_found_by(served: Served) -> None:
