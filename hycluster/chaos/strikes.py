@@ -79,7 +79,7 @@ class Striker:
         """Return when the last fault is over, or one of them never is, or ``stopping`` is set."""
         coming, last_s = list(schedule), time.monotonic()
         try:
-            while not stopping.wait(POLL_S):
+            while (coming or self._open) and not stopping.wait(POLL_S):
                 for strike in self._open:
                     self._look(strike)
                     if strike.done:
@@ -89,8 +89,6 @@ class Striker:
                 if coming and not (self.wait and self._open) and time.monotonic() - last_s >= coming[0].pause_s:
                     self.strikes.append(self._strike(coming.pop(0)))
                     last_s = time.monotonic()
-                if not coming and not self._open:
-                    return
         finally:
             self._resume(self._stopped)
 

