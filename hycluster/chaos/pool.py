@@ -14,14 +14,21 @@ from hycluster.directory import PoolView, find_directory
 from hycluster.errors import InvalidInput, Unavailable
 
 ANSWER_TIMEOUT_S = 10.0
+ASKER = "chaos"
 
 
 @dataclass(frozen=True, slots=True)
 class Members:
-    """Who takes requests: names of groups, and ids of replicas of one engine."""
+    """Who is there.
+
+    Attributes:
+        replicas: who takes requests: names of groups, and ids of replicas of one engine.
+        gateways: ids of those that follow the directory, a door's among them.
+    """
 
     wanted: int
     replicas: frozenset[str]
+    gateways: frozenset[str] = frozenset()
 
     @property
     def whole(self) -> bool:
@@ -58,12 +65,13 @@ def members(model: Model) -> Members | None:
     """Who is there; None while the directory does not answer."""
     try:
         # As a gateway that has nothing outstanding and knows no adapters.
-        asked: Any = find_directory().sync.remote(model.name, "chaos", {}, {})
+        asked: Any = find_directory().sync.remote(model.name, ASKER, {}, {})
         view: PoolView = ray.get(asked, timeout=ANSWER_TIMEOUT_S)
     except (ValueError, ray.exceptions.RayError):
         return None
     there = frozenset(report.group or report.address.replica_id for report in view.replicas if report.accepting)
-    return Members(model.replicas.count, there)
+    gateways = frozenset(gateway for report in view.replicas for gateway in report.load.outstanding_tokens)
+    return Members(model.replicas.count, there, gateways - {ASKER})
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +81,15 @@ class Doors:
     wanted: int
     ports: tuple[int, ...]
 
-    def whole_without(self, targets: Targets, stopped: Sequence[Target]) -> bool:
-        """Whether as many as are wanted listen, without those that are stopped."""
+    def whole_without(
+        self, targets: Targets, stopped: Sequence[Target], before: Members, now: Members, gone: int
+    ) -> bool:
+        """Whether as many as are wanted listen, without those that are stopped, and follow the directory.
+
+        Args:
+            gone: how many need a successor. One that has just started may listen only to say so.
+        """
+        if len(now.gateways - before.gateways) < gone:
+            return False
         held_up = {target.actor_id for target in stopped}
         return sum(door.actor_id not in held_up for door in targets.listening(self.ports)) >= self.wanted

@@ -138,11 +138,14 @@ class Striker:
 
     def _whole(self, strike: Strike) -> bool:
         gone = [target for target, _ in strike.hit] if not strike.resumed else []
-        if strike.fault.where is Where.DOOR:
-            stopped = gone if strike.fault.kind is Kind.STOP else []
-            return self.doors.whole_without(self.targets, [target for target in stopped if self.targets.lives(target)])
-        now = members(self.model)
-        return now is not None and strike.before is not None and now.whole_without(strike.before, len(gone))
+        now, before = members(self.model), strike.before
+        if now is None or before is None:
+            return False
+        if strike.fault.where is not Where.DOOR:
+            return now.whole_without(before, len(gone))
+        stopped = gone if strike.fault.kind is Kind.STOP else []
+        living = [target for target in stopped if self.targets.lives(target)]
+        return self.doors.whole_without(self.targets, living, before, now, len(gone))
 
     def _resume(self, processes: set[Process]) -> None:
         if processes:
