@@ -15,6 +15,7 @@ import typer
 
 from hycluster import __version__
 from hycluster.batch.cli import app as batch_app
+from hycluster.chaos.cli import chaos
 from hycluster.config import DEFAULT_SETTINGS, load_settings
 from hycluster.errors import HyclusterError
 from hycluster.models.cli import tiny_model
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 app.add_typer(batch_app, name="batch")
 app.command("summarize")(summarize)
+app.command("chaos")(chaos)
 app.command("tiny-model")(tiny_model)
 
 SetOption = Annotated[

@@ -42,6 +42,7 @@ from hycluster.engine.protocol import CARRIED
 from hycluster.engine.vllm import engine_config
 from hycluster.errors import HyclusterError, InvalidInput, KillsReplicas, Overloaded, ReplicaLost, Unavailable, shown
 from hycluster.observe.experts import expert_metrics
+from hycluster.observe.failover import failover_metrics
 from hycluster.observe.metrics import stat_logger
 from hycluster.pool import MOST_LOSSES, PoolClient
 from hycluster.router import make_policy
@@ -135,6 +136,7 @@ class Gateway(AsyncLLM):
         self.logger_manager = stat_logger(config, model.engines) if metrics else None
         if metrics:
             expert_metrics.watch(model.name, self.engine_core)
+            failover_metrics.watch(model.name, self.engine_core)
         self._client_count = 1
         self.output_handler = None
         self.profiler = None

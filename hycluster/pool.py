@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from hycluster.engine.carried import carry
 from hycluster.engine.protocol import EngineInfo
 from hycluster.errors import HyclusterError, InvalidInput, KillsReplicas, ReplicaLost, Unavailable
 from hycluster.flight import Flight
+from hycluster.observe.failover import Carried
 from hycluster.router import Candidate, Policy, RouteRequest
 from hycluster.wire import READY, Kind, decode_info
 
@@ -57,6 +59,8 @@ class _Link:
     accepting: bool = True
     load: ReplicaLoad | None = None
     outstanding_tokens: int = 0
+    # Its last word, or when it was first expected to say one.
+    heard_s: float = field(default_factory=time.monotonic)
     flights: dict[str, Flight] = field(default_factory=dict)
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
@@ -73,6 +77,7 @@ class PoolClient(ControlCalls):
 
     Attributes:
         gateway_id: random; tells this gateway's load from that of others.
+        carried: what the loss of replicas has cost.
         first_replica: set once there has been a replica to send to.
         worked_off_tokens: how much less is outstanding for what replicas did, or because requests ended; only grows.
         resources: what ``AsyncLLM`` reads of its client's state; a pool as such never dies.
@@ -92,6 +97,7 @@ class PoolClient(ControlCalls):
     ) -> None:
         self.model = model
         self.gateway_id = gateway_id
+        self.carried = Carried()
         self._on_lost = on_lost
         self._most_losses = losses
         self._wait_s = wait_s
@@ -209,9 +215,10 @@ class PoolClient(ControlCalls):
         self._spawn(self._close(link, say_bye=False))
         for flight in flights:
             # One that drains ends on purpose.
-            self._move(flight, died=died and link.accepting)
+            self._move(flight, link.heard_s, died=died and link.accepting)
 
-    def _move(self, flight: Flight, *, died: bool) -> None:
+    def _move(self, flight: Flight, heard_s: float, *, died: bool) -> None:
+        self.carried.lost(flight.request_id, heard_s)
         moved = self._flights[flight.request_id] = flight.lost(died=died)
         self._spawn(self._carry_over(moved, died))
 
@@ -226,6 +233,8 @@ class PoolClient(ControlCalls):
                         place_free = self._place_free
                         try:
                             await self._send(flight)
+                            computed = flight.prompt_tokens + len(flight.output) if flight.begun else 0
+                            self.carried.moved(computed)
                             return
                         except Unavailable:
                             await place_free.wait()
@@ -238,6 +247,7 @@ class PoolClient(ControlCalls):
                 )
         if error is not None and self._flights.get(flight.request_id) is flight:
             del self._flights[flight.request_id]
+            self.carried.ended(flight.request_id)
             await self._on_lost(flight.request_id, error)
 
     def _verdict(self, flight: Flight, died: bool) -> HyclusterError | None:
@@ -328,6 +338,8 @@ class PoolClient(ControlCalls):
         except (UnicodeEncodeError, OverflowError, TypeError) as error:
             # Half of a surrogate pair, a number over 64 bits: JSON can say what no message can hold.
             raise InvalidInput(f"request: holds what can't be sent to an engine: {error}") from None
+        if not link.flights:
+            link.heard_s = time.monotonic()
         flight = flight.sent(link.address.replica_id)
         self._flights[flight.request_id] = link.flights[flight.engine_id] = flight
         link.outstanding_tokens += flight.tokens_left
@@ -355,6 +367,7 @@ class PoolClient(ControlCalls):
     def _landed(self, flight: Flight) -> None:
         """It is on no replica any more."""
         self._flights.pop(flight.request_id, None)
+        self.carried.ended(flight.request_id)
         link = self._links.get(flight.replica_id)
         if link is not None and link.flights.pop(flight.engine_id, None) is not None:
             link.outstanding_tokens -= flight.tokens_left
@@ -370,6 +383,7 @@ class PoolClient(ControlCalls):
                 self._lost(link, "its engine ended")
                 return
             outputs: EngineCoreOutputs = decode(frames)
+            link.heard_s = time.monotonic()
             if outputs.utility_output is not None:
                 self._answer(outputs.utility_output)
                 continue
@@ -383,10 +397,12 @@ class PoolClient(ControlCalls):
                     # Not by its caller, so by a replica that ends: it goes on elsewhere.
                     link.accepting = False
                     self._landed(flight)
-                    self._move(flight, died=False)
+                    self._move(flight, link.heard_s, died=False)
                     continue
                 output.request_id = flight.request_id
                 heard.append(output)
+                if flight.moves and not flight.begun:
+                    self.carried.went_on(flight.request_id)
                 if output.finish_reason is not None:
                     self._landed(flight)
                     continue

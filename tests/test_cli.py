@@ -43,6 +43,7 @@ def run(*arguments: str, home: Path) -> tuple[subprocess.CompletedProcess[str], 
         (("serve",), ["CONFIG", "--http-port", "--grpc-port", "--set"]),
         (("batch",), ["run"]),
         (("summarize",), ["FILE", "--address", "--model", "--together"]),
+        (("chaos",), ["--seed", "--faults", "--targets", "--every"]),
         (("batch", "run"), ["JOB", "--input", "--output", "--engine", "--set"]),
     ],
 )

@@ -223,6 +223,22 @@ async def test_a_lost_replicas_requests_go_on_behind_the_tokens_that_they_have()
         assert pool.client.requests_in_flight == 0
 
 
+async def test_what_the_loss_of_a_replica_costs_is_counted() -> None:
+    async with opened(SLOW) as pool:
+        for name in "ab":
+            await pool.client.add_request_async(ask(name, max_tokens=60))
+        begun: set[str] = set()
+        while len(begun) < 2:
+            begun |= {output.request_id for output in (await pool.client.get_output_async()).outputs}
+        pool.replicas[0].die()
+        await pool.finish(2)
+        carried = pool.client.carried
+        assert carried.requests == 1
+        assert len(PROMPT) < carried.tokens < len(PROMPT) + 60
+        assert sum(carried.pauses) == 1
+        assert carried.paused_s > 0
+
+
 async def test_a_request_that_moved_can_be_aborted() -> None:
     async with opened(SLOW) as pool:
         for name in "ab":

@@ -312,9 +312,10 @@ async def _report_readiness(generator: Generator, health: health_aio.HealthServi
 
 
 async def _abort(context: Context, error: HyclusterError) -> None:
-    metadata: tuple[tuple[str, str], ...] = ()
+    # Tells what a door says from what gRPC says in its place when the connection breaks: the status is the same.
+    metadata: tuple[tuple[str, str], ...] = ((translate.ERROR_KEY, type(error).__name__),)
     if error.retry_after_s is not None:
-        metadata = (
+        metadata += (
             ("retry-after-s", f"{error.retry_after_s:g}"),
             # What a gRPC client with a retry policy obeys by itself.
             ("grpc-retry-pushback-ms", str(math.ceil(error.retry_after_s * 1000))),

@@ -218,6 +218,8 @@ async def test_every_error_has_its_status(
         came, message, metadata = await failure(call)
         assert (came, message) == (code, error.message)
         assert "retry-after-s" not in metadata
+        # What gRPC itself says of a broken connection has none.
+        assert metadata["hycluster-error"] == type(error).__name__
 
 
 async def test_an_error_in_mid_stream_comes_after_the_chunks_before_it(stub: Stub, stand_in: StandInGenerator) -> None:

@@ -1,0 +1,126 @@
+"""``hycluster chaos``: hit a served cluster while it is asked, and check every answer."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from hycluster.errors import SettingsError, shown
+
+INTERRUPTED = 130
+FEATURES = "n, logprobs, stop"
+
+
+def chaos(
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the only one served.")] = None,
+    seed: Annotated[int, typer.Option(help="Settles the faults and the requests.")] = 0,
+    count: Annotated[int, typer.Option(min=0, max=10_000, help="Faults in all; 0 tries the answers alone.")] = 10,
+    every: Annotated[
+        str, typer.Option(metavar="whole|SECONDS", help="When: the pool is whole again, or so many seconds passed.")
+    ] = "whole",
+    faults: Annotated[
+        str, typer.Option(metavar="KIND=SHARE,...", help="kill (SIGKILL), stop (SIGSTOP), delay (stop for a moment).")
+    ] = "kill",
+    targets: Annotated[
+        str, typer.Option(metavar="PLACE=SHARE,...", help="replica, door, batch (whatever else holds a gateway).")
+    ] = "replica",
+    together: Annotated[int, typer.Option(min=1, help="In one of the faults, so many replicas at the moment.")] = 1,
+    streams: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="Different requests; each asked at least once.")
+    ] = 100,
+    concurrency: Annotated[int, typer.Option(min=1, max=10_000, help="Streams at a time.")] = 16,
+    prompt_tokens: Annotated[str, typer.Option(metavar="FROM-TO", help="Lengths of prompts, about.")] = "8-256",
+    output_tokens: Annotated[str, typer.Option(metavar="FROM-TO", help="Lengths of answers.")] = "16-128",
+    doors: Annotated[str, typer.Option(metavar="http,grpc", help="Doors to ask at.")] = "http,grpc",
+    leave_out: Annotated[
+        str, typer.Option(metavar="FEATURE,...", help=f"What requests must not use: {FEATURES}.")
+    ] = "",
+    stop_s: Annotated[
+        float, typer.Option(min=0, help="Seconds after which a stopped process runs on, if it was not replaced before.")
+    ] = 60,
+    delay_s: Annotated[float, typer.Option(min=0, max=60, help="Seconds for which one is delayed.")] = 1,
+    patience_s: Annotated[float, typer.Option(min=1, help="Seconds for one request, repetitions included.")] = 300,
+    recovery_s: Annotated[float, typer.Option(min=1, help="Seconds in which the pool must be whole again.")] = 300,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="The Ray cluster; default: RAY_ADDRESS, or the one here.")
+    ] = None,
+    http: Annotated[
+        str | None, typer.Option(metavar="URL", help="The HTTP door; default: that of the cluster.")
+    ] = None,
+    grpc: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="The gRPC door; default: that of the cluster.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Kill, stop and delay processes of the running cluster under load, and check every answer.
+
+    The requests are asked undisturbed first; under faults greedy and seeded ones must be answered the same.
+    Exit codes: 0 nothing failed and nothing was wrong; 1 otherwise; 2 wrong use; 130 interrupted.
+    """
+    from hycluster.chaos.schedule import Kind, Where, Wish, pause, weights
+
+    wish = Wish(
+        seed=seed,
+        count=count,
+        kinds=weights("--faults", faults, Kind),
+        places=weights("--targets", targets, Where),
+        every_s=pause(every),
+        together=together,
+    )
+    if together > 1 and Where.REPLICA not in wish.places:
+        raise SettingsError(f"--together: {together} is without effect; needs --targets replica")
+    bounds = _bounds("--prompt-tokens", prompt_tokens), _bounds("--output-tokens", output_tokens)
+    asked = _names("--doors", doors, ("http", "grpc"))
+    if not asked:
+        raise SettingsError("--doors: must name one or more of http, grpc")
+    left_out = _names("--leave-out", leave_out, tuple(FEATURES.split(", ")))
+    if http is not None and not http.startswith(("http://", "https://")):
+        raise SettingsError(f"--http: {shown(http)} is not allowed; must begin with http:// or https://")
+
+    from rich.console import Console
+
+    from hycluster.chaos.report import show
+    from hycluster.chaos.run import Plan, run
+    from hycluster.chaos.strikes import Patience
+
+    plan = Plan(
+        faults=wish,
+        patience=Patience(stop_s=stop_s, delay_s=delay_s, recovery_s=recovery_s),
+        ray=ray,
+        http=http,
+        grpc=grpc,
+        model=model,
+        doors=[door for door in ("http", "grpc") if door in asked],
+        streams=streams,
+        concurrency=concurrency,
+        prompt_tokens=bounds[0],
+        output_tokens=bounds[1],
+        features=[feature for feature in FEATURES.split(", ") if feature not in left_out],
+        patience_s=patience_s,
+    )
+    try:
+        found = run(plan, lambda line: typer.echo(line, err=True))
+    except KeyboardInterrupt:
+        typer.echo("stopped; what was held up runs on", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    if as_json:
+        typer.echo(json.dumps(found.as_json(), indent=2))
+    else:
+        show(found, Console())
+    raise typer.Exit(0 if found.well else 1)
+
+
+def _names(option: str, text: str, allowed: tuple[str, ...]) -> set[str]:
+    found = {word.strip() for word in text.split(",") if word.strip()}
+    for word in sorted(found.difference(allowed)):
+        raise SettingsError(f"{option}: {shown(word)} is not allowed; must be of {', '.join(allowed)}")
+    return found
+
+
+def _bounds(option: str, text: str) -> tuple[int, int]:
+    low, dash, high = text.partition("-")
+    if low.isdecimal() and (high if dash else low).isdecimal() and 1 <= int(low) <= int(high if dash else low):
+        return int(low), int(high if dash else low)
+    raise SettingsError(f"{option}: {shown(text)} is not allowed; must be FROM-TO in tokens, such as 8-256")

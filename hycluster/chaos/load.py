@@ -1,0 +1,110 @@
+"""The callers: so many at a time, each patient, each asking again what was not begun or whose door went away."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import httpx
+
+from hycluster.chaos.ask import Answer, ConnectionLost, Reading, Trace, by_grpc, by_http
+from hycluster.chaos.requests import Request
+from hycluster.errors import HyclusterError, Overloaded, Unavailable
+
+# Between two attempts, where the door does not say.
+PAUSE_S = 0.5
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of a request.
+
+    Attributes:
+        error: why there is no answer.
+        restarts: how often its connection was lost and it was asked again from the start.
+        refusals: how often it was refused (429, 503) before a token came, and asked again.
+    """
+
+    request: Request
+    trace: Trace = field(default_factory=Trace)
+    answer: Answer | None = None
+    error: str | None = None
+    restarts: int = 0
+    refusals: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Asks one request until it has an answer, or until it is out of patience.
+
+    Attributes:
+        http, grpc: URL and ``host:port`` of the doors.
+        patience_s: for one request, all attempts together.
+    """
+
+    client: httpx.AsyncClient
+    http: str
+    grpc: str
+    model: str
+    patience_s: float
+
+    async def ask(self, request: Request) -> Outcome:
+        """What a door says after the first token counts: such a stream is not asked again, it has failed."""
+        outcome = Outcome(request)
+        try:
+            async with asyncio.timeout(self.patience_s):
+                await self._ask(outcome)
+        except TimeoutError:
+            outcome.error = f"no whole answer after {self.patience_s:g} s"
+        except HyclusterError as error:
+            outcome.error = f"{type(error).__name__}: {error.message}"
+        outcome.trace.ended_s = time.monotonic()
+        return outcome
+
+    async def _ask(self, outcome: Outcome) -> None:
+        while True:
+            reading = Reading(outcome.trace)
+            try:
+                if outcome.request.door == "http":
+                    await by_http(self.client, self.http, self.model, outcome.request, reading)
+                else:
+                    await by_grpc(self.grpc, self.model, outcome.request, reading)
+                outcome.answer = reading.whole(outcome.request)
+                return
+            except ConnectionLost:
+                outcome.restarts += 1
+                await asyncio.sleep(PAUSE_S)
+            except (Overloaded, Unavailable) as error:
+                if reading.begun:
+                    raise
+                outcome.refusals += 1
+                await asyncio.sleep(error.retry_after_s or PAUSE_S)
+
+
+Ask = Callable[[Request], Awaitable[Outcome]]
+
+
+async def drive(ask: Ask, requests: Iterable[Request], concurrency: int) -> list[Outcome]:
+    """Ask all of them, so many at a time; ``requests`` is read as there is room."""
+    source, outcomes = iter(requests), list[Outcome]()
+
+    async def caller() -> None:
+        for request in source:
+            outcomes.append(await ask(request))
+
+    async with asyncio.TaskGroup() as callers:
+        for _ in range(concurrency):
+            callers.create_task(caller())
+    return outcomes
+
+
+def over_and_over(requests: Sequence[Request], over: Callable[[], bool]) -> Iterator[Request]:
+    """Each once, and then again in turn until it is over."""
+    yield from requests
+    while not over():
+        for request in requests:
+            if over():
+                return
+            yield request

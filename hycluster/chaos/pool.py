@@ -1,0 +1,95 @@
+"""Whether the model's pool and the doors are whole, as the directory and the nodes say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from hycluster.chaos.targets import Target, Targets
+from hycluster.config import Model
+from hycluster.directory import PoolView, find_directory
+from hycluster.errors import InvalidInput, Unavailable
+
+ANSWER_TIMEOUT_S = 10.0
+ASKER = "chaos"
+
+
+@dataclass(frozen=True, slots=True)
+class Members:
+    """Who is there.
+
+    Attributes:
+        replicas: who takes requests: names of groups, and ids of replicas of one engine.
+        gateways: ids of those that follow the directory, a door's among them.
+    """
+
+    wanted: int
+    replicas: frozenset[str]
+    gateways: frozenset[str] = frozenset()
+
+    @property
+    def whole(self) -> bool:
+        return len(self.replicas) >= self.wanted
+
+    def whole_without(self, before: Members, gone: int) -> bool:
+        """Whether as many as are wanted are there, without ``gone`` of those before.
+
+        The directory may name one that is dead for some seconds more, so that successors are counted.
+        """
+        new = len(self.replicas - before.replicas)
+        kept = len(self.replicas & before.replicas)
+        return new >= gone and new + kept >= self.wanted
+
+
+def served_model(name: str) -> Model:
+    """The settings of a model that the cluster serves, found by its name or an adapter's.
+
+    Raises:
+        Unavailable: no hycluster runs in this Ray cluster.
+        InvalidInput: it serves no such model.
+    """
+    try:
+        asked: Any = find_directory().find.remote(name)
+        model: Model | None = ray.get(asked, timeout=ANSWER_TIMEOUT_S)
+    except (ValueError, ray.exceptions.RayError):
+        raise Unavailable("ray: no hycluster is running in this Ray cluster") from None
+    if model is None:
+        raise InvalidInput(f"model: {name!r} is not served in this Ray cluster")
+    return model
+
+
+def members(model: Model) -> Members | None:
+    """Who is there; None while the directory does not answer."""
+    try:
+        # As a gateway that has nothing outstanding and knows no adapters.
+        asked: Any = find_directory().sync.remote(model.name, ASKER, {}, {})
+        view: PoolView = ray.get(asked, timeout=ANSWER_TIMEOUT_S)
+    except (ValueError, ray.exceptions.RayError):
+        return None
+    there = frozenset(report.group or report.address.replica_id for report in view.replicas if report.accepting)
+    gateways = frozenset(gateway for report in view.replicas for gateway in report.load.outstanding_tokens)
+    return Members(model.replicas.count, there, gateways - {ASKER})
+
+
+@dataclass(frozen=True, slots=True)
+class Doors:
+    """How many doors there are to be, and the ports that each listens on."""
+
+    wanted: int
+    ports: tuple[int, ...]
+
+    def whole_without(
+        self, targets: Targets, stopped: Sequence[Target], before: Members, now: Members, gone: int
+    ) -> bool:
+        """Whether as many as are wanted listen, without those that are stopped, and follow the directory.
+
+        Args:
+            gone: how many need a successor. One that has just started may listen only to say so.
+        """
+        if len(now.gateways - before.gateways) < gone:
+            return False
+        held_up = {target.actor_id for target in stopped}
+        return sum(door.actor_id not in held_up for door in targets.listening(self.ports)) >= self.wanted

@@ -1,0 +1,171 @@
+"""A run: the requests undisturbed, then the same under faults, then the comparison."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+
+from ray import serve
+
+from hycluster import cluster
+from hycluster.app import APP_NAME, deployment_name
+from hycluster.chaos.ask import http_client
+from hycluster.chaos.gateways import Gateways
+from hycluster.chaos.load import Caller, drive, over_and_over
+from hycluster.chaos.pool import Doors, members, served_model
+from hycluster.chaos.report import Report, report
+from hycluster.chaos.requests import WORDS, Door, Mix, requests
+from hycluster.chaos.schedule import Wish, schedule
+from hycluster.chaos.strikes import Patience, Striker
+from hycluster.chaos.targets import Targets
+from hycluster.client import AsyncClient
+from hycluster.door import DoorAddresses
+from hycluster.errors import InvalidInput, Unavailable
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to do, as the command line says it.
+
+    Attributes:
+        ray, http, grpc: addresses; None is that of the cluster found.
+        model: None is the only one served.
+        streams: different requests.
+        patience_s: for one request.
+    """
+
+    faults: Wish
+    patience: Patience
+    ray: str | None
+    http: str | None
+    grpc: str | None
+    model: str | None
+    doors: Sequence[Door]
+    streams: int
+    concurrency: int
+    prompt_tokens: tuple[int, int]
+    output_tokens: tuple[int, int]
+    features: Sequence[str]
+    patience_s: float
+
+
+def run(plan: Plan, say: Say) -> Report:
+    """Do it.
+
+    Raises:
+        SettingsError: there is no such Ray cluster.
+        InvalidInput, UnknownModel: the model is not served, or its context is too short for the requests.
+        Unavailable: no hycluster runs there, or it is not whole before the first fault.
+    """
+    cluster.connect(plan.ray)
+    where = _addresses()
+    http, grpc = plan.http or where.http, plan.grpc or where.grpc
+    return asyncio.run(_run(plan, http.rstrip("/"), grpc, _ports(where), say))
+
+
+def _addresses() -> DoorAddresses:
+    if APP_NAME not in serve.status().applications:
+        raise Unavailable("ray: no hycluster is running in this Ray cluster")
+    found: DoorAddresses | None = serve.get_app_handle(APP_NAME).addresses.remote().result(timeout_s=30)
+    if found is None:
+        raise Unavailable("health: the doors are open, but a request would not succeed now; wait until it would")
+    return found
+
+
+def _ports(where: DoorAddresses) -> tuple[int, ...]:
+    return tuple(int(address.rpartition(":")[2]) for address in (where.http, where.grpc))
+
+
+async def _run(plan: Plan, http: str, grpc: str, ports: tuple[int, ...], say: Say) -> Report:
+    mix, name = await _mix(plan, grpc)
+    asked = requests(mix)
+    model = await asyncio.to_thread(served_model, name)
+    targets = Targets(deployment_name(model))
+    try:
+        there, doors = await asyncio.to_thread(members, model), await asyncio.to_thread(targets.listening, ports)
+        if there is None or not there.whole or not doors:
+            ready = len(there.replicas) if there else 0
+            raise Unavailable(
+                f"model: {name!r} has {ready} of {model.replicas.count} replicas and {len(doors)} doors before the"
+                " first fault; wait until it is whole"
+            )
+        striker = Striker(
+            targets, model, Doors(len(doors), ports), plan.patience, wait=plan.faults.every_s is None, say=say
+        )
+        async with http_client() as client:
+            caller = Caller(client, http, grpc, name, plan.patience_s)
+            say(f"{len(asked)} requests undisturbed")
+            reference = await drive(caller.ask, asked, plan.concurrency)
+            say(f"the same under {plan.faults.count} faults")
+            gateways = Gateways(client, http, model.name, len(doors))
+            await gateways.begin()
+            begun_s = time.monotonic()
+            async with _striking(striker, plan.faults) as over:
+                watching = asyncio.create_task(gateways.watch())
+                outcomes = await drive(caller.ask, over_and_over(asked, over.is_set), plan.concurrency)
+                seconds = time.monotonic() - begun_s
+                await _cancelled(watching)
+            carried = await gateways.end()
+    finally:
+        await asyncio.to_thread(targets.close)
+    return report(name, plan.faults.seed, reference, outcomes, striker.strikes, carried, seconds)
+
+
+@contextlib.asynccontextmanager
+async def _striking(striker: Striker, wish: Wish) -> AsyncIterator[asyncio.Event]:
+    """Carry out the faults meanwhile; the event is set when they are over. Leaving ends them, and waits for that."""
+    stopping, over = threading.Event(), asyncio.Event()
+
+    async def strike() -> None:
+        try:
+            await asyncio.to_thread(striker.run, schedule(wish), stopping)
+        finally:
+            over.set()
+
+    striking = asyncio.create_task(strike())
+    try:
+        yield over
+    finally:
+        stopping.set()
+        await striking
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+async def _mix(plan: Plan, grpc: str) -> tuple[Mix, str]:
+    """The requests' mix, and the model's name."""
+    async with AsyncClient(grpc) as client:
+        cards = {card.name: card for card in await client.list_models(timeout_s=30)}
+        if plan.model is None and len(cards) > 1:
+            raise InvalidInput(f"--model: must be given; served are {', '.join(map(repr, sorted(cards)))}")
+        name = plan.model or next(iter(cards))
+        if name not in cards:
+            raise InvalidInput(f"--model: {name!r} is not served; served are {', '.join(map(repr, sorted(cards)))}")
+        (count,) = await client.count_tokens(name, [" ".join(WORDS)], timeout_s=30)
+    mix = Mix(
+        seed=plan.faults.seed,
+        count=plan.streams,
+        doors=plan.doors,
+        prompt_tokens=plan.prompt_tokens,
+        output_tokens=plan.output_tokens,
+        tokens_a_word=count / len(WORDS),
+        features=plan.features,
+    )
+    # A chat's template, a number and words that are longer than others come on top.
+    longest = round(mix.prompt_tokens[1] * 1.5) + 64 + mix.output_tokens[1]
+    if longest > cards[name].max_model_len:
+        raise InvalidInput(
+            f"--prompt-tokens, --output-tokens: up to {longest} tokens with template; {name!r} takes"
+            f" {cards[name].max_model_len}"
+        )
+    return mix, name

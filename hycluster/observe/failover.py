@@ -1,0 +1,112 @@
+"""What replicas' deaths cost, under ``/metrics``: requests that were carried over, tokens computed once more, pauses.
+
+Each gateway has series of its own. Doors may share a port, so that a reader meets now one, now another; and one that
+was killed comes back at zero.
+"""
+
+from __future__ import annotations
+
+import bisect
+import time
+from collections.abc import Iterable
+from typing import Protocol
+from weakref import WeakValueDictionary
+
+from prometheus_client import REGISTRY
+from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+_LABELS = ["model", "gateway"]
+# Upper bounds in seconds, a quarter more each, so that a quantile read off them is right to an eighth.
+PAUSE_BUCKETS_S = tuple(round(0.05 * 1.25**step, 4) for step in range(40))
+
+
+class Carried:
+    """What one gateway has carried over.
+
+    Attributes:
+        requests: moves of a request from a lost replica to another one.
+        tokens: prompts and outputs that the other one had to prefill though the lost one had computed them.
+        pauses: how many fell in each bucket; the last is beyond them all.
+    """
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.tokens = 0
+        self.pauses = [0] * (len(PAUSE_BUCKETS_S) + 1)
+        self.paused_s = 0.0
+        self._since: dict[str, float] = {}
+
+    def lost(self, request_id: str, heard_s: float) -> None:
+        """Its replica is lost, of which the last word came at ``heard_s`` on ``time.monotonic``'s clock."""
+        # One that had no token of that one is still waiting since the one before.
+        self._since.setdefault(request_id, heard_s)
+
+    def moved(self, recomputed_tokens: int) -> None:
+        """A request has been sent to another replica."""
+        self.requests += 1
+        self.tokens += recomputed_tokens
+
+    def went_on(self, request_id: str) -> None:
+        """A request has its first output of the replica that it is on."""
+        since = self._since.pop(request_id, None)
+        if since is not None:
+            pause_s = time.monotonic() - since
+            self.pauses[bisect.bisect_left(PAUSE_BUCKETS_S, pause_s)] += 1
+            self.paused_s += pause_s
+
+    def ended(self, request_id: str) -> None:
+        """Nobody waits for it any more."""
+        self._since.pop(request_id, None)
+
+
+class Pool(Protocol):
+    """What counts for one gateway."""
+
+    gateway_id: str
+    carried: Carried
+
+
+class FailoverMetrics(Collector):
+    """Reads the pools when it is asked; holds none of them."""
+
+    def __init__(self) -> None:
+        self._pools: WeakValueDictionary[str, Pool] = WeakValueDictionary()
+
+    def watch(self, model: str, pool: Pool) -> None:
+        """Show this gateway for as long as ``pool`` lives."""
+        self._pools[model] = pool
+
+    def collect(self) -> Iterable[Metric]:
+        requests = CounterMetricFamily(
+            "hycluster_requests_carried", "Requests sent on to another replica after theirs was lost.", labels=_LABELS
+        )
+        tokens = CounterMetricFamily(
+            "hycluster_tokens_recomputed",
+            "Tokens of carried requests to be prefilled again: prompt and output so far, if these were computed"
+            " before. The other replica may find some of them in its prefix cache.",
+            labels=_LABELS,
+        )
+        pauses = HistogramMetricFamily(
+            "hycluster_carried_pause_seconds",
+            "From the last word of a lost replica to the first token of the next, for each carried request.",
+            labels=_LABELS,
+        )
+        for model, pool in list(self._pools.items()):
+            labels, carried = [model, pool.gateway_id], pool.carried
+            requests.add_metric(labels, carried.requests)
+            tokens.add_metric(labels, carried.tokens)
+            bounds, sums, total = [*map(str, PAUSE_BUCKETS_S), "+Inf"], [], 0
+            for count in carried.pauses:
+                total += count
+                sums.append(total)
+            pauses.add_metric(labels, list(zip(bounds, sums, strict=True)), carried.paused_s)
+        return [requests, tokens, pauses]
+
+    def describe(self) -> Iterable[Metric]:
+        # Registering must not read values.
+        return []
+
+
+failover_metrics = FailoverMetrics()
+REGISTRY.register(failover_metrics)
