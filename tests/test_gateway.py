@@ -227,14 +227,16 @@ async def test_what_is_refused_leaves_nothing_behind(opened: Open, n: int, sampl
 async def test_what_is_not_fetched_is_one_output_of_the_requests_own(opened: Open) -> None:
     from vllm.sampling_params import RequestOutputKind
 
-    async with opened(FAST) as served:
-        async with contextlib.aclosing(served.generate(max_tokens=400, output_kind=RequestOutputKind.DELTA)) as outputs:
-            first = await anext(outputs)
-            async with asyncio.timeout(10):
-                while served.gateway.engine_core.requests_in_flight:  # noqa: ASYNC110 - tests look from outside
-                    await asyncio.sleep(0.01)
-            await asyncio.sleep(0.1)
-            rest = [output async for output in outputs]
+    async with (
+        opened(FAST) as served,
+        contextlib.aclosing(served.generate(max_tokens=400, output_kind=RequestOutputKind.DELTA)) as outputs,
+    ):
+        first = await anext(outputs)
+        async with asyncio.timeout(10):
+            while served.gateway.engine_core.requests_in_flight:  # noqa: ASYNC110 - tests look from outside
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        rest = [output async for output in outputs]
     counts = [len(output.outputs[0].token_ids) for output in (first, *rest)]
     assert sum(counts) == 400
     assert len(rest) <= 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 
@@ -11,6 +12,8 @@ from starlette.responses import JSONResponse
 
 from hycluster import errors
 from hycluster.errors import HyclusterError, InvalidInput, NotFound, Overloaded, RequestFailed
+
+logger = logging.getLogger(__name__)
 
 # Which of hycluster's errors it is, for callers that treat them differently.
 KIND_HEADER = "X-Hycluster-Error"
@@ -37,6 +40,16 @@ async def answer_http_error(_: Request, error: Exception) -> JSONResponse:
 async def answer_generation_error(request: Request, error: Exception) -> JSONResponse:
     """A request that the engine gave up on: for vLLM a 500; here, as on the gRPC door, one that others don't share."""
     return await answer_error(request, RequestFailed(f"the engine ended this request early: {error}"))
+
+
+async def answer_unreadable(request: Request, error: Exception) -> JSONResponse:
+    """What vLLM's code trips over when it takes a request apart: fields that are allowed, but not together.
+
+    It answers ``ValueError`` and ``TypeError`` with 400 itself; the engine's errors have kinds of their own.
+    """
+    logger.warning("%s: a request that vLLM can't take apart", request.url.path, exc_info=error)
+    message = f"body: can't be read as a request: {type(error).__name__}: {error}"
+    return openai_error(InvalidInput.http_status, message, InvalidInput.openai_type)
 
 
 def openai_error(status: int, message: str, kind: str, headers: Mapping[str, str] | None = None) -> JSONResponse:

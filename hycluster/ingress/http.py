@@ -41,7 +41,7 @@ from hycluster.generation import Generator
 from hycluster.ingress.adapters import adapter_routes
 from hycluster.ingress.body import TOKENIZED_PATHS, BodyLimit
 from hycluster.ingress.connection import protocol
-from hycluster.ingress.errors import answer_error, answer_generation_error, answer_http_error
+from hycluster.ingress.errors import answer_error, answer_generation_error, answer_http_error, answer_unreadable
 from hycluster.ingress.health import WithHealth
 from hycluster.ingress.ports import bind
 
@@ -183,6 +183,8 @@ async def model_app(gateway: Gateway, settings: Http) -> FastAPI:
     app.add_exception_handler(GenerationError, answer_generation_error)
     for kind in (fastapi.HTTPException, starlette.exceptions.HTTPException):
         app.add_exception_handler(kind, answer_http_error)
+    for unreadable in (AttributeError, LookupError, RecursionError):
+        app.add_exception_handler(unreadable, answer_unreadable)
     # vLLM hands the app over with its middleware built; have it built again, with the handler.
     app.middleware_stack = None
     return app

@@ -194,6 +194,12 @@ def test_odd_headers(served: Served, path: str, headers: dict[str, str]) -> None
     check_answer(httpx.post(f"{served.http}{path}", content=body, headers=raw, timeout=BOUND_S), headers)
 
 
+def test_fields_that_vllm_trips_over(door: httpx.Client) -> None:
+    refusal = {"type": "refusal", "refusal": "no"}
+    said = {"role": "assistant", "type": "message", "id": "m", "status": "completed", "content": [refusal]}
+    check_answer(door.post("/v1/responses", json={"model": SIMULATED, "input": [said], "max_output_tokens": 4}))
+
+
 def test_a_list_of_prompts_counts_as_many(door: httpx.Client) -> None:
     body = {"model": SIMULATED, "prompt": ["x"] * 600, "n": 2, "max_tokens": 2}
     answer = door.post("/v1/completions", json=body)
