@@ -120,11 +120,13 @@ async def _run(plan: Plan, http: str, grpc: str, ports: tuple[int, ...], say: Sa
 @contextlib.asynccontextmanager
 async def _striking(striker: Striker, wish: Wish) -> AsyncIterator[asyncio.Event]:
     """Carry out the faults meanwhile; the event is set when they are over. Leaving ends them, and waits for that."""
-    stopping, over = threading.Event(), asyncio.Event()
+    stopping, over, faults = threading.Event(), asyncio.Event(), schedule(wish)
+    if not faults:
+        over.set()
 
     async def strike() -> None:
         try:
-            await asyncio.to_thread(striker.run, schedule(wish), stopping)
+            await asyncio.to_thread(striker.run, faults, stopping)
         finally:
             over.set()
 
