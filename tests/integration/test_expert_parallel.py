@@ -101,8 +101,9 @@ def shared_memory(processes: list[psutil.Process]) -> set[Path]:
 
 
 def engine_processes(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Without those that Python starts for itself; first the actor's, then those of vLLM's workers."""
-    found = [process for process in processes if "resource_tracker" not in " ".join(process.cmdline())]
+    """Without the watchdog and what Python starts for itself; first the actor's, then those of vLLM's workers."""
+    beside = ("resource_tracker", "watchdog")
+    found = [process for process in processes if not any(word in " ".join(process.cmdline()) for word in beside)]
     assert len(found) == 3
     return found
 
