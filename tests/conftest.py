@@ -3,9 +3,14 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from bench import tiny_llama
+
+# How long an example takes says something of the machine, which others use too.
+hypothesis.settings.register_profile("house", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("house")
 
 
 @pytest.fixture(scope="session")

@@ -143,7 +143,9 @@ def test_unknown_keys_get_a_suggestion(data: dict[str, Any], field: str, meant: 
 
 def test_an_unknown_key_like_no_other() -> None:
     (line,) = refusal(Settings, {"models": [MODEL], "router": {"zzz": 1}})
-    assert line == "job.yaml: router.zzz: unknown key (allowed: failover_wait_s, policy, session_slack_tokens)"
+    assert (
+        line == "job.yaml: router.zzz: unknown key (allowed: failover, failover_wait_s, policy, session_slack_tokens)"
+    )
 
 
 def test_sampling_in_settings() -> None:

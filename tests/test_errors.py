@@ -33,6 +33,7 @@ def test_statuses_of_the_contract() -> None:
         "InvalidInput": (400, "INVALID_ARGUMENT", 2),
         "PromptTooLong": (400, "INVALID_ARGUMENT", 2),
         "ReplicaLost": (503, "UNAVAILABLE", 1),
+        "KillsReplicas": (422, "FAILED_PRECONDITION", 1),
         "RequestFailed": (503, "UNAVAILABLE", 1),
         "SettingsError": (400, "INVALID_ARGUMENT", 2),
         "Unauthenticated": (401, "UNAUTHENTICATED", 2),

@@ -146,7 +146,7 @@ def test_calls_are_answered(start: Start) -> None:
 def test_shutdown_wakes_the_reader_and_is_no_error(start: Start) -> None:
     engine = start(realtime=True, step_base_s=60)
     engine.add(0, frames())
-    ends: list[object] = []
+    ends: list[Any] = []
     readers = [threading.Thread(target=lambda: ends.append(engine.next_output())) for _ in range(2)]
     for reader in readers:
         reader.start()
@@ -154,7 +154,11 @@ def test_shutdown_wakes_the_reader_and_is_no_error(start: Start) -> None:
     engine.shutdown()
     for reader in readers:
         reader.join(timeout=5)
-    assert ends == [None, None]
+    assert sorted(end is None for end in ends) == [False, True]
+    # The other one was told that what is in work is given back.
+    (told,) = [messages.decode_outputs(end[1]) for end in ends if end is not None]
+    assert [(output.request_id, output.finish_reason) for output in told.outputs] == [("r", FinishReason.ABORT)]
+    assert engine.next_output() is None
     assert engine.error is None
 
 
