@@ -11,10 +11,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,43 +24,24 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from zmq.utils.monitor import recv_monitor_message
 
 from hycluster.control import ControlCalls
-from hycluster.core import ExpertLoad, ReplicaAddress, ReplicaLoad
+from hycluster.core import ExpertLoad, ReplicaAddress
 from hycluster.directory import ReplicaReport
 from hycluster.engine.carried import carry
 from hycluster.engine.protocol import EngineInfo
 from hycluster.errors import HyclusterError, InvalidInput, KillsReplicas, ReplicaLost, Unavailable
 from hycluster.flight import Flight
+from hycluster.link import Link, connect
 from hycluster.observe.failover import Carried
 from hycluster.router import Candidate, Policy, RouteRequest
-from hycluster.wire import READY, Kind, decode_info
+from hycluster.wire import Kind
 
 logger = logging.getLogger(__name__)
 
-HELLO_TIMEOUT_S = 10.0
 CALL_TIMEOUT_S = 60.0
 # Replicas in a row that may die soon after they got the same request; then it is taken for what they died of.
 MOST_LOSSES = 2
 # How often a request may go to another replica in all.
 MOST_MOVES = 20
-
-
-@dataclass(slots=True, eq=False)
-class _Link:
-    """The connection to one replica."""
-
-    address: ReplicaAddress
-    requests: zmq.asyncio.Socket
-    outputs: zmq.asyncio.Socket
-    monitor: zmq.asyncio.Socket
-    info: EngineInfo
-    slot: int
-    accepting: bool = True
-    load: ReplicaLoad | None = None
-    outstanding_tokens: int = 0
-    # Its last word, or when it was first expected to say one.
-    heard_s: float = field(default_factory=time.monotonic)
-    flights: dict[str, Flight] = field(default_factory=dict)
-    tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
 
 class PoolClient(ControlCalls):
@@ -109,11 +88,11 @@ class PoolClient(ControlCalls):
         self.engine_ranks_managed = [0]
         self._policy = policy
         self._context = zmq.asyncio.Context()
-        self._links: dict[str, _Link] = {}
+        self._links: dict[str, Link] = {}
         self._connecting: set[str] = set()
         self._flights: dict[str, Flight] = {}
         self._arrived: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
-        self._calls: dict[int, tuple[_Link, asyncio.Future[Any]]] = {}
+        self._calls: dict[int, tuple[Link, asyncio.Future[Any]]] = {}
         self._next_call = 1
         self._encoder = MsgpackEncoder()
         self._decoder = MsgpackDecoder(EngineCoreOutputs)
@@ -138,30 +117,15 @@ class PoolClient(ControlCalls):
 
     async def _connect(self, address: ReplicaAddress) -> None:
         self._connecting.add(address.replica_id)
-        identity = secrets.token_bytes(16)
-        requests, outputs = (self._socket(identity) for _ in range(2))
-        monitor = outputs.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
-        link = None
         try:
-            async with asyncio.timeout(HELLO_TIMEOUT_S):
-                # Say hello only when the other side knows our identity for outputs: none may go astray.
-                outputs.connect(address.outputs)
-                if (await recv_monitor_message(monitor))["event"] != zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                    raise ConnectionError(f"{address.outputs} does not answer")
-                requests.connect(address.requests)
-                await requests.send_multipart([Kind.HELLO, address.token.encode()])
-                answer, payload = await requests.recv_multipart()
-            if answer != READY:
-                raise ConnectionError(payload.decode(errors="replace"))
-            link = _Link(address, requests, outputs, monitor, decode_info(payload), self._free_slot())
-        except (TimeoutError, ConnectionError, OSError, zmq.ZMQError) as error:
+            link = await connect(self._context, address)
+        except ConnectionError as error:
             # The directory may still name a replica that has just died; its next word decides.
-            logger.warning("no connection to replica %s: %s", address.replica_id, error or "timed out")
+            logger.warning("no connection to replica %s: %s", address.replica_id, error)
             return
         finally:
             self._connecting.discard(address.replica_id)
-            if link is None:
-                _close_sockets(monitor, requests, outputs)
+        link.slot = self._free_slot()
         self._links[address.replica_id] = link
         self.first_replica.set()
         self._wake()
@@ -172,31 +136,19 @@ class PoolClient(ControlCalls):
         taken = {link.slot for link in self._links.values()}
         return next((slot for slot in range(self._slots) if slot not in taken), 0)
 
-    def _socket(self, identity: bytes) -> zmq.asyncio.Socket:
-        sock = self._context.socket(zmq.DEALER)
-        sock.setsockopt(zmq.IDENTITY, identity)
-        sock.setsockopt(zmq.LINGER, 0)
-        sock.setsockopt(zmq.SNDHWM, 0)
-        sock.setsockopt(zmq.RCVHWM, 0)
-        # A replica that comes back is a new one, with a new address.
-        sock.setsockopt(zmq.RECONNECT_IVL, -1)
-        sock.setsockopt(zmq.HEARTBEAT_IVL, 2000)
-        sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6000)
-        return sock
-
-    async def _watch(self, link: _Link) -> None:
+    async def _watch(self, link: Link) -> None:
         await recv_monitor_message(link.monitor)
         # The last words of a replica that has drained are whole answers: what has arrived is read first.
         while await link.outputs.poll(0):  # noqa: ASYNC110 - sockets tell nobody that they are empty
             await asyncio.sleep(0.005)
         self._lost(link, "its connection closed")
 
-    async def _heed(self, link: _Link) -> None:
+    async def _heed(self, link: Link) -> None:
         """A replica that took this gateway for gone refuses whatever it says, and sends no more outputs."""
         _, *reason = await link.requests.recv_multipart()
         self._lost(link, b" ".join(reason).decode(errors="replace"), died=False)
 
-    async def _tell(self, link: _Link, *frames: Any) -> bool:
+    async def _tell(self, link: Link, *frames: Any) -> bool:
         """Send without waiting: a socket takes all there is, unless its replica has gone."""
         try:
             await link.requests.send_multipart(frames, flags=zmq.NOBLOCK, copy=False)
@@ -205,7 +157,7 @@ class PoolClient(ControlCalls):
             return False
         return True
 
-    def _lost(self, link: _Link, why: str, *, died: bool = True) -> None:
+    def _lost(self, link: Link, why: str, *, died: bool = True) -> None:
         if self._links.get(link.address.replica_id) is not link:
             return
         logger.warning("replica %s lost: %s; %d requests on it", link.address.replica_id, why, len(link.flights))
@@ -300,7 +252,7 @@ class PoolClient(ControlCalls):
     def requests_in_flight(self) -> int:
         return len(self._flights)
 
-    def _choose(self, flight: Flight) -> _Link:
+    def _choose(self, flight: Flight) -> Link:
         links = [link for link in self._links.values() if link.accepting]
         if flight.suspected:
             # Beside another one like it, the next death would not tell which of them replicas die of.
@@ -346,7 +298,7 @@ class PoolClient(ControlCalls):
         if await self._tell(link, Kind.ADD, *message) and flight.losses:
             self._spawn(self._confirm(link, flight))
 
-    async def _confirm(self, link: _Link, flight: Flight) -> None:
+    async def _confirm(self, link: Link, flight: Flight) -> None:
         """Learn that an engine has a request: it answers a call sent behind it. Else its death says nothing."""
         with contextlib.suppress(TimeoutError, RuntimeError, Unavailable):
             await self._call(link, "get_supported_tasks")
@@ -375,7 +327,7 @@ class PoolClient(ControlCalls):
         if flight.suspected:
             self._wake()
 
-    async def _read(self, link: _Link) -> None:
+    async def _read(self, link: Link) -> None:
         recv, decode, flights = link.outputs.recv_multipart, self._decoder.decode, link.flights
         while True:
             frames = await recv(copy=False)
@@ -421,7 +373,7 @@ class PoolClient(ControlCalls):
 
     # -- control ------------------------------------------------------------------------------------
 
-    async def _call(self, link: _Link, method: str, *arguments: Any) -> Any:
+    async def _call(self, link: Link, method: str, *arguments: Any) -> Any:
         call_id, self._next_call = self._next_call, self._next_call + 1
         future = asyncio.get_running_loop().create_future()
         self._calls[call_id] = link, future
@@ -466,7 +418,7 @@ class PoolClient(ControlCalls):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _close(self, link: _Link, *, say_bye: bool) -> None:
+    async def _close(self, link: Link, *, say_bye: bool) -> None:
         for of, future in self._calls.values():
             if of is link and not future.done():
                 future.set_exception(Unavailable("the replica was lost before it answered", retry_after_s=1.0))
@@ -480,7 +432,7 @@ class PoolClient(ControlCalls):
                     await task
         if say_bye:
             await self._tell(link, Kind.BYE)
-        _close_sockets(link.monitor, link.requests, link.outputs, linger_ms=500 if say_bye else 0)
+        link.close(linger_ms=500 if say_bye else 0)
 
     async def close(self) -> None:
         """Say goodbye to every replica; what is still in flight there is dropped."""
@@ -497,12 +449,3 @@ class PoolClient(ControlCalls):
 
     def shutdown(self, timeout: float | None = None) -> None:
         """``AsyncLLM`` calls this from ``__del__``; :meth:`close` is the way."""
-
-
-def _close_sockets(
-    monitor: zmq.asyncio.Socket, requests: zmq.asyncio.Socket, outputs: zmq.asyncio.Socket, *, linger_ms: int = 0
-) -> None:
-    outputs.disable_monitor()
-    monitor.close(linger=0)
-    requests.close(linger=linger_ms)
-    outputs.close(linger=linger_ms)

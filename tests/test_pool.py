@@ -473,9 +473,9 @@ async def test_a_wrong_token_is_given_up_at_once() -> None:
 
 
 async def test_an_address_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hycluster import pool as pool_module
+    from hycluster import link
 
-    monkeypatch.setattr(pool_module, "HELLO_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(link, "HELLO_TIMEOUT_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as mute:
         async with opened(FAST) as pool:
             silent = address(f"tcp://127.0.0.1:{mute.getsockname()[1]}")

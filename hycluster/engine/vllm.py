@@ -333,9 +333,10 @@ class _EngineCore(EngineCoreProc):
         if not config.use_v2_model_runner:
             self.model_executor.collective_rpc(mend_worker)
         if current_platform.is_cpu():
-            from hycluster.engine import cpu_seed
+            from hycluster.engine import cpu_logprobs, cpu_seed
 
-            self.model_executor.collective_rpc(cpu_seed.mend)
+            for mend in (cpu_seed.mend, cpu_logprobs.mend):
+                self.model_executor.collective_rpc(mend)
         self.experts = expert_load_meter(config, self.model_executor)
 
     @contextmanager

@@ -157,6 +157,24 @@ class TestSeedsOnCpu:
         assert {"generator", "sampling_params", "output_token_ids"} <= made
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_ranks_of_logprobs_are_still_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``hycluster/engine/cpu_logprobs.py``."""
+    import torch
+    from vllm.v1.sample import sampler
+
+    from hycluster.engine.cpu_logprobs import mend
+
+    module: Any = sampler
+    compiled = module.batched_count_greater_than
+    monkeypatch.setattr(module, "batched_count_greater_than", compiled)
+    assert compiled._torchdynamo_orig_callable
+    mend()
+    assert module.batched_count_greater_than is compiled._torchdynamo_orig_callable
+    values = torch.tensor([[3.0, 1.0, 2.0], [0.0, 0.0, 5.0]])
+    assert module.batched_count_greater_than(values, torch.tensor([[2.0], [5.0]])).tolist() == [2, 1]
+
+
 class TestCarriedRequests:
     """``hycluster/engine/carried.py``."""
 
