@@ -44,7 +44,7 @@ from hycluster.errors import HyclusterError, InvalidInput, KillsReplicas, Overlo
 from hycluster.observe.experts import expert_metrics
 from hycluster.observe.failover import failover_metrics
 from hycluster.observe.metrics import stat_logger
-from hycluster.pool import MOST_LOSSES, PoolClient
+from hycluster.pool import PoolClient
 from hycluster.router import make_policy
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class Gateway(AsyncLLM):
     engine_core: PoolClient
 
     def __init__(
-        self, model: Model, config: VllmConfig, router: Router, admission: Admission, *, metrics: bool, losses: int
+        self, model: Model, config: VllmConfig, router: Router, admission: Admission, *, metrics: bool
     ) -> None:
         maybe_register_config_serialize_by_value()
         self.model = model
@@ -128,7 +128,6 @@ class Gateway(AsyncLLM):
             make_policy(router.policy, gateway_id, session_slack_tokens=router.session_slack_tokens),
             gateway_id,
             replicas=model.engines,
-            losses=losses,
             wait_s=router.failover_wait_s,
             failover=router.failover,
             on_lost=self._request_lost,
@@ -336,18 +335,14 @@ async def open_gateway(
     admission: Admission,
     wait_s: float,
     metrics: bool = False,
-    losses: int = MOST_LOSSES,
 ) -> AsyncIterator[Gateway]:
     """A gateway that follows the directory; waits until a replica can serve.
-
-    Args:
-        losses: replicas in a row that a request may lose; see ``PoolClient``.
 
     Raises:
         Unavailable: there is none after ``wait_s`` seconds.
     """
     config = await asyncio.to_thread(lambda: engine_config(model, model_files(model)))
-    gateway = Gateway(model, config, router, admission, metrics=metrics, losses=losses)
+    gateway = Gateway(model, config, router, admission, metrics=metrics)
     follower = asyncio.create_task(gateway.follow(directory))
     try:
         try:

@@ -43,7 +43,6 @@ from hycluster.errors import (
 )
 from hycluster.gateway import Gateway, open_gateway
 from hycluster.ingress.health import PoolHealth
-from hycluster.pool import MOST_LOSSES
 
 # What vLLM's renderer names as wrong where a prompt is too long, counted in characters or in tokens.
 LENGTH_PARAMETERS = ("input_text", "input_tokens")
@@ -361,14 +360,12 @@ async def open_generator(
     router: Router | None = None,
     admission: Admission | None = None,
     wait_s: float = 300.0,
-    losses: int = MOST_LOSSES,
 ) -> AsyncIterator[Generator]:
     """A generator over one model of a running pool, from any process of the Ray cluster.
 
     Args:
         directory: name of the pool's directory.
         model: name of the model, or of an adapter.
-        losses: replicas in a row that a request may lose; see ``PoolClient``.
 
     Raises:
         UnknownModel: the pool has no such model.
@@ -380,7 +377,7 @@ async def open_generator(
         raise UnknownModel(model, sorted(await handle.models.remote()))
     unbounded = Admission(max_requests=None)
     async with open_gateway(
-        pool, handle, router=router or Router(), admission=admission or unbounded, wait_s=wait_s, losses=losses
+        pool, handle, router=router or Router(), admission=admission or unbounded, wait_s=wait_s
     ) as gateway:
         # As in a door (see there).
         gc.collect()
@@ -397,16 +394,13 @@ async def open_generators(
     admission: Admission,
     wait_s: float,
     metrics: bool = True,
-    losses: int = MOST_LOSSES,
 ) -> AsyncIterator[Generator]:
-    """A generator over several models, with metrics where a door shows them; ``losses`` as above."""
+    """A generator over several models, with metrics where a door shows them."""
     handle = _directory(directory)
     async with contextlib.AsyncExitStack() as stack:
         gateways = {
             model.name: await stack.enter_async_context(
-                open_gateway(
-                    model, handle, router=router, admission=admission, wait_s=wait_s, metrics=metrics, losses=losses
-                )
+                open_gateway(model, handle, router=router, admission=admission, wait_s=wait_s, metrics=metrics)
             )
             for model in models
         }

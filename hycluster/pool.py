@@ -49,7 +49,6 @@ class PoolClient(ControlCalls):
 
     Args:
         replicas: size of the pool, for the metrics' labels.
-        losses: replicas in a row that may die while they run a request; 0: each death is told at once, as ReplicaLost.
         wait_s: how long a request whose replica was lost waits for another one.
         failover: keep each request's tokens, so that it can go on elsewhere; without, one that has begun ends.
         on_lost: told of each request that ends because its replica was lost: Unavailable, ReplicaLost, KillsReplicas.
@@ -69,7 +68,6 @@ class PoolClient(ControlCalls):
         gateway_id: str,
         *,
         replicas: int,
-        losses: int,
         wait_s: float,
         failover: bool = True,
         on_lost: Callable[[str, HyclusterError], Awaitable[None]],
@@ -78,7 +76,6 @@ class PoolClient(ControlCalls):
         self.gateway_id = gateway_id
         self.carried = Carried()
         self._on_lost = on_lost
-        self._most_losses = losses
         self._wait_s = wait_s
         self._failover = failover
         # Set, and replaced, whenever there may be a place for a request that waits for one.
@@ -206,9 +203,7 @@ class PoolClient(ControlCalls):
         """Why a request that lost its replica may not go to another one."""
         if flight.begun and not self._failover:
             return (ReplicaLost if died else Unavailable)("the replica that ran this request was lost")
-        if flight.losses > self._most_losses:
-            if not self._most_losses:
-                return ReplicaLost("the replica that ran this request was lost")
+        if flight.losses > MOST_LOSSES:
             return KillsReplicas(
                 f"this request was on {flight.losses} replicas in a row when they died, each time soon after it came;"
                 " it is not sent to another one"
@@ -295,13 +290,17 @@ class PoolClient(ControlCalls):
         flight = flight.sent(link.address.replica_id)
         self._flights[flight.request_id] = link.flights[flight.engine_id] = flight
         link.outstanding_tokens += flight.tokens_left
-        if await self._tell(link, Kind.ADD, *message) and flight.losses:
-            self._spawn(self._confirm(link, flight))
+        if flight.losses:
+            # Ahead of it goes a call: if that is answered, its engine was there to get it.
+            self._spawn(self._confirm(flight, await self._begin_call(link, "get_supported_tasks")))
+        if self._links.get(flight.replica_id) is link:
+            await self._tell(link, Kind.ADD, *message)
 
-    async def _confirm(self, link: Link, flight: Flight) -> None:
-        """Learn that an engine has a request: it answers a call sent behind it. Else its death says nothing."""
-        with contextlib.suppress(TimeoutError, RuntimeError, Unavailable):
-            await self._call(link, "get_supported_tasks")
+    @staticmethod
+    async def _confirm(flight: Flight, answer: asyncio.Future[Any]) -> None:
+        """Learn that an engine was there; without, its death is held against nobody."""
+        with contextlib.suppress(RuntimeError, Unavailable):
+            await answer
             flight.taken = True
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
@@ -373,16 +372,19 @@ class PoolClient(ControlCalls):
 
     # -- control ------------------------------------------------------------------------------------
 
-    async def _call(self, link: Link, method: str, *arguments: Any) -> Any:
+    async def _begin_call(self, link: Link, method: str, *arguments: Any) -> asyncio.Future[Any]:
+        """Send a call; its answer is awaited later. It fails if the replica is lost before."""
         call_id, self._next_call = self._next_call, self._next_call + 1
         future = asyncio.get_running_loop().create_future()
         self._calls[call_id] = link, future
-        try:
-            await self._tell(link, Kind.CALL, *self._encoder.encode((call_id, method, arguments)))
-            async with asyncio.timeout(CALL_TIMEOUT_S):
-                return await future
-        finally:
-            self._calls.pop(call_id, None)
+        future.add_done_callback(lambda _: self._calls.pop(call_id, None))
+        await self._tell(link, Kind.CALL, *self._encoder.encode((call_id, method, arguments)))
+        return future
+
+    async def _call(self, link: Link, method: str, *arguments: Any) -> Any:
+        answer = await self._begin_call(link, method, *arguments)
+        async with asyncio.timeout(CALL_TIMEOUT_S):
+            return await answer
 
     def _answer(self, output: Any) -> None:
         _, future = self._calls.get(output.call_id, (None, None))
@@ -419,7 +421,7 @@ class PoolClient(ControlCalls):
         task.add_done_callback(self._tasks.discard)
 
     async def _close(self, link: Link, *, say_bye: bool) -> None:
-        for of, future in self._calls.values():
+        for of, future in list(self._calls.values()):
             if of is link and not future.done():
                 future.set_exception(Unavailable("the replica was lost before it answered", retry_after_s=1.0))
         current = asyncio.current_task()

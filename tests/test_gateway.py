@@ -68,7 +68,7 @@ async def until(condition: Callable[[], bool]) -> None:
 def opened(tiny_model: Path) -> Open:
     @contextlib.asynccontextmanager
     async def begin(
-        settings: Simulated, replicas: int = 1, admission: Admission | None = None, losses: int = 2
+        settings: Simulated, replicas: int = 1, admission: Admission | None = None, router: Router | None = None
     ) -> AsyncIterator[Served]:
         from hycluster.gateway import open_gateway
 
@@ -83,10 +83,9 @@ def opened(tiny_model: Path) -> Open:
             async with open_gateway(
                 model,
                 simulated.directory(model),
-                router=Router(),
+                router=router or Router(),
                 admission=admission or Admission(),
                 wait_s=10,
-                losses=losses,
             ) as gateway:
                 async with asyncio.timeout(10):
                     while gateway.engine_core.links < replicas:  # noqa: ASYNC110 - the first one opens it
@@ -314,8 +313,8 @@ async def test_sequences_of_one_request_go_on_wherever_they_are(opened: Open) ->
         assert served.gateway.engine_core.requests_in_flight == 0
 
 
-async def test_a_sequence_that_finds_no_place_takes_its_siblings_along(opened: Open) -> None:
-    async with opened(SLOW, 2, losses=0) as served:
+async def test_a_lost_sequence_takes_its_siblings_along(opened: Open) -> None:
+    async with opened(SLOW, 2, router=Router(failover=False)) as served:
         stream = asyncio.create_task(served.last(n=4, temperature=1, max_tokens=500))
         await served.running(2, 2)
         await asyncio.sleep(0.1)

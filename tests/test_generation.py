@@ -54,10 +54,9 @@ def opened(tiny_model: Path) -> Open:
             async with open_gateway(
                 model,
                 simulated.directory(model),
-                router=Router(),
+                router=changes.pop("router", Router()),
                 admission=changes.pop("admission", Admission()),
                 wait_s=10,
-                losses=changes.pop("losses", 2),
             ) as gateway:
                 yield Generator({"tiny": gateway}), simulated
 
@@ -187,8 +186,8 @@ async def test_a_request_that_the_engine_fails(opened: Open) -> None:
             await generator.generate(ask(sampling={"logprobs": 1}))
 
 
-async def test_a_batch_row_whose_replica_dies_is_told_so(opened: Open) -> None:
-    async with opened(SLOW, losses=0) as (generator, simulated):
+async def test_a_request_that_finds_no_other_replica_is_told_so(opened: Open) -> None:
+    async with opened(SLOW, router=Router(failover_wait_s=0.1)) as (generator, simulated):
         asking = asyncio.create_task(generator.generate(ask(max_tokens=400)))
         await asyncio.to_thread(eventually, lambda: simulated[0].requests == 1)
         simulated[0].die()
@@ -227,7 +226,7 @@ async def test_a_row_that_kills_engines_is_found_among_many(opened: Open, monkey
                     simulated.replicas[place] = SimulatedReplica(SLOW, f"again{deaths}")
             await asyncio.sleep(0.02)
 
-    async with opened(SLOW, replicas=2, losses=0) as (generator, simulated):
+    async with opened(SLOW, replicas=2) as (generator, simulated):
         keeper = asyncio.create_task(replace_the_dead(simulated))
         ask_for = asking.Asker(retry_s=30)
 

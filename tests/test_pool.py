@@ -75,7 +75,7 @@ class Pool:
 
 
 @asynccontextmanager
-async def opened(settings: Simulated, replicas: int = 2, losses: int = 2, wait_s: float = 5.0) -> AsyncIterator[Pool]:
+async def opened(settings: Simulated, replicas: int = 2, wait_s: float = 5.0) -> AsyncIterator[Pool]:
     from hycluster.pool import PoolClient
 
     lost: dict[str, str] = {}
@@ -85,7 +85,7 @@ async def opened(settings: Simulated, replicas: int = 2, losses: int = 2, wait_s
 
     with SimulatedPool(settings, replicas) as simulated:
         policy = make_policy("least_outstanding_tokens", "me", seed=0)
-        client = PoolClient("tiny", policy, "me", replicas=replicas, losses=losses, wait_s=wait_s, on_lost=on_lost)
+        client = PoolClient("tiny", policy, "me", replicas=replicas, wait_s=wait_s, on_lost=on_lost)
         try:
             await client.update(simulated.reports)
             yield Pool(simulated, client, lost)
@@ -327,13 +327,6 @@ class TestRequestsThatKill:
         links = pool.client.links
         victim.die()
         await until(lambda: pool.client.links < links)
-
-    async def test_each_death_is_told_where_that_is_asked_for(self) -> None:
-        async with opened(SLOW, losses=0) as pool:
-            await pool.client.add_request_async(ask("a", max_tokens=10_000))
-            await self.kill_whoever_has(pool, "a")
-            await until(lambda: bool(pool.lost))
-            assert pool.lost == {"a": "ReplicaLost: the replica that ran this request was lost"}
 
     async def test_it_is_not_carried_through_the_whole_pool(self) -> None:
         async with opened(SLOW, 5) as pool:

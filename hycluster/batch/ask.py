@@ -7,15 +7,14 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
-from hycluster.batch.gate import Gate
 from hycluster.batch.refusal import Reason, RowRefused
 from hycluster.core import Generation, GenerationRequest, ModelCard
 from hycluster.errors import (
     HyclusterError,
     InvalidInput,
     JobFailed,
+    KillsReplicas,
     Overloaded,
-    ReplicaLost,
     RequestFailed,
     Unauthenticated,
     UnknownModel,
@@ -23,8 +22,6 @@ from hycluster.errors import (
 
 FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 15.0
-# Replicas in a row that a row may lose among others; the next it must lose alone to be poison.
-LOSSES_BESIDE_OTHERS = 2
 # Times that engines may end one request with an error, while they answer others, before it is refused.
 MOST_FAILURES = 3
 
@@ -51,8 +48,8 @@ class Generator(Protocol):
 class Asker:
     """Asks for all rows of one process.
 
-    A row whose replica died is asked again beside the others: replicas die, and innocents were with it. If its
-    replica dies again, it is asked alone from then on. If that one dies too, the row is poison.
+    A row whose replica died is carried on by the pool, which also finds the one that replicas die of; here come the
+    failures that are left, such as that there is no replica for a long time.
 
     Args:
         retry_s: seconds for which calls are tried again while no engine answers any of them.
@@ -64,7 +61,6 @@ class Asker:
     def __init__(self, retry_s: float) -> None:
         self.retries = 0
         self._retry_s = retry_s
-        self._gate = Gate()
         self._answers = 0
         self._failing_since_s: float | None = None
 
@@ -81,23 +77,20 @@ class Asker:
             JobFailed: no engine could serve it in all that time.
         """
         backoff_s = FIRST_BACKOFF_S
-        losses = failures = answers_before = 0
+        failures = answers_before = 0
         while True:
-            ask = self._gate.alone if losses >= LOSSES_BESIDE_OTHERS else self._gate.beside_others
             try:
-                answer = await ask(call)
+                answer = await call()
             except (InvalidInput, UnknownModel, Unauthenticated):
                 raise
+            except KillsReplicas as error:
+                raise RowRefused(Reason.POISON, error.message) from None
             except Overloaded as error:
                 # Being told to wait is no failure: online traffic goes first, for as long as it takes.
                 self._failing_since_s = None
                 wait_s = error.retry_after_s or backoff_s
             except (HyclusterError, ConnectionError, TimeoutError) as error:
-                if isinstance(error, ReplicaLost):
-                    losses += 1
-                    if losses > LOSSES_BESIDE_OTHERS:
-                        raise _poison(losses) from None
-                elif isinstance(error, RequestFailed):
+                if isinstance(error, RequestFailed):
                     if not failures:
                         answers_before = self._answers
                     failures += 1
@@ -121,13 +114,6 @@ class Asker:
         if now_s - self._failing_since_s >= self._retry_s:
             why = str(error) or type(error).__name__
             raise JobFailed(f"row {name}: no engine could serve it for {self._retry_s:g} s: {why}") from None
-
-
-def _poison(losses: int) -> RowRefused:
-    return RowRefused(
-        Reason.POISON,
-        f"{losses} replicas in a row died while they had this row, the last with no other row of this process",
-    )
 
 
 def first_error(errors: BaseException) -> BaseException:

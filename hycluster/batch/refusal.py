@@ -22,7 +22,7 @@ class Reason(StrEnum):
         INVALID_MESSAGES: the value is not a chat.
         PROMPT_TOO_LONG: the prompt leaves no room for an output in the model's context.
         REFUSED: the model's front end or its engine refuses this request; the message says why.
-        POISON: engines died again and again while they had this row, at last with nothing else on them.
+        POISON: replica after replica died soon after it got this row; see ``docs/failover.md``.
     """
 
     UNREADABLE_FILE = "UnreadableFile"

@@ -159,8 +159,7 @@ def _open_generator(directory: str, model: str) -> AbstractAsyncContextManager[G
     """Runs where the rows are; the driver has no need of vLLM."""
     from hycluster.generation import open_generator
 
-    # Every loss of a replica is told: who asks for the rows (ask.py) finds the one that kills.
-    return open_generator(directory, model, losses=0)
+    return open_generator(directory, model)
 
 
 def _generate(

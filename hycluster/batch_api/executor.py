@@ -171,8 +171,6 @@ class _Api:
                     admission=Admission(max_requests=None),
                     wait_s=settings.start_timeout_s,
                     metrics=False,
-                    # Every loss is told to the asker, who finds out which line kills engines.
-                    losses=0,
                 )
             )
             apps = await model_apps(generator, settings.http)

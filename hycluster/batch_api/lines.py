@@ -22,7 +22,7 @@ from hycluster.batch.prompts import Row
 from hycluster.batch.task import Answer
 from hycluster.batch_api.requests import BODY
 from hycluster.core import Priority
-from hycluster.errors import HyclusterError, InvalidInput, Overloaded, Unavailable
+from hycluster.errors import HyclusterError, InvalidInput, KillsReplicas, Overloaded, Unavailable
 from hycluster.ingress.errors import KIND_HEADER, error_body
 
 OK = 200
@@ -128,6 +128,7 @@ class Lines:
 
         Raises:
             Overloaded, Unavailable: come back later.
+            KillsReplicas: and don't come back with this.
         """
         # Only now: those that wait for one model's engines must not stand in the way of another's.
         async with self._in_flight:
@@ -139,6 +140,8 @@ class Lines:
         except ValueError:
             message = response.text[:500] or f"the server answered {response.status_code}"
             answer = error_body(response.status_code, message, HyclusterError.openai_type)
+        if response.headers.get(KIND_HEADER) == KillsReplicas.__name__:
+            raise KillsReplicas(_message(answer))
         if response.status_code in COME_BACK:
             raise _kind(response)(_message(answer), retry_after_s=_retry_after_s(response))
         return response.status_code, answer

@@ -13,15 +13,15 @@ from typing import Any
 
 from hycluster.batch.task import Connect
 from hycluster.core import Generation, GenerationRequest, ModelCard, Output, Priority, Usage
-from hycluster.errors import InvalidInput, PromptTooLong, ReplicaLost, Unavailable
+from hycluster.errors import InvalidInput, KillsReplicas, PromptTooLong, Unavailable
 
 
 class StandInGenerator:
     """Answers in capitals, one token a word, at most ``max_tokens`` words.
 
     Behaviour by what the prompt holds: ``refuse`` is invalid input; ``overlong`` has no room in the context;
-    ``poison`` loses its replica; ``die FILE`` fails while FILE
-    exists; ``kill FILE`` takes its process along, once; the rest is answered after a moment, out of order.
+    ``poison`` kills replicas; ``die FILE`` fails while FILE exists; ``kill FILE`` takes its process along, once; the
+    rest is answered after a moment, out of order.
     """
 
     def __init__(self, log: Path | None = None, context_tokens: int = 1000) -> None:
@@ -64,7 +64,7 @@ class StandInGenerator:
         if "overlong" in text:
             raise PromptTooLong("prompt: has no room in the stand-in")
         if "poison" in text:
-            raise ReplicaLost("the stand-in died of this")
+            raise KillsReplicas("3 stand-ins in a row died of this")
         _, die, file = text.partition("die ")
         if die and os.path.exists(file):  # noqa: ASYNC240
             raise Unavailable("the stand-in is down")

@@ -245,7 +245,7 @@ def test_every_kind_of_bad_row_and_file_is_quarantined_with_its_reason(
     assert found["d-missing.parquet#0"]["words"] == "w"
     assert (found["e-damaged.parquet#4"]["text"], found["e-damaged.parquet#4"]["id"]) == (None, None)
     assert (found["f-rows.parquet#1"]["text"], found["f-rows.parquet#1"]["id"]) == (b"bad \xff", 1)
-    assert "3 replicas in a row died" in found["f-rows.parquet#6"]["error_message"]
+    assert "3 stand-ins in a row died" in found["f-rows.parquet#6"]["error_message"]
     assert len(read_out(job)) == whole.rows - len(bad)
     assert not (out / "_progress.json").exists()
     assert verify(job.output.path, job.input.path).faults == []

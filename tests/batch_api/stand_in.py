@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from hycluster.batch_api.records import Batch, new_id
 from hycluster.batch_api.store import Store
-from hycluster.errors import HyclusterError, ReplicaLost
+from hycluster.errors import HyclusterError, KillsReplicas
 from hycluster.ingress.errors import answer_error
 
 ENDPOINT = "/v1/chat/completions"
@@ -55,7 +55,7 @@ class StandIn:
         asked: how often each prompt came in.
         bodies: the last body of each prompt.
         held: prompts that get no answer.
-        kills: prompts that take their replica along.
+        kills: prompts that replicas die of.
     """
 
     def __init__(self) -> None:
@@ -90,7 +90,7 @@ class StandIn:
         finally:
             self._now -= 1
         if prompt in self.kills:
-            raise ReplicaLost("the replica that ran this request was lost")
+            raise KillsReplicas("this request was on 3 replicas in a row when they died")
         if self.statuses.get(prompt):
             status = self.statuses[prompt].pop(0)
             error = {"error": {"message": f"status {status}", "type": "x", "param": None, "code": status}}

@@ -117,7 +117,7 @@ async def test_a_line_that_kills_replicas_is_given_up(store: Store, settings: Ba
     assert (state.status, state.completed, state.failed) == ("completed", 3, 1)
     (given_up,) = lines_of(store, state.error_file_id)
     assert (given_up["custom_id"], given_up["response"], given_up["error"]["code"]) == ("c1", None, "Poison")
-    assert api.asked["p1"] == 3
+    assert api.asked["p1"] == 1
 
 
 async def test_a_batch_with_a_wrong_line_asks_nothing(store: Store, settings: Batches, api: StandIn) -> None:
