@@ -90,7 +90,9 @@ class PoolClient(ControlCalls):
         self._flights: dict[str, Flight] = {}
         self._arrived: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._calls: dict[int, tuple[Link, asyncio.Future[Any]]] = {}
-        self._next_call = 1
+        # Calls that went ahead of a request.
+        self._ahead: dict[int, Flight] = {}
+        self._next_call = 0
         self._encoder = MsgpackEncoder()
         self._decoder = MsgpackDecoder(EngineCoreOutputs)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -161,6 +163,7 @@ class PoolClient(ControlCalls):
         del self._links[link.address.replica_id]
         flights = list(link.flights.values())
         link.flights.clear()
+        self._ahead = {at: flight for at, flight in self._ahead.items() if flight.replica_id != link.address.replica_id}
         self._spawn(self._close(link, say_bye=False))
         for flight in flights:
             # One that drains ends on purpose.
@@ -292,16 +295,11 @@ class PoolClient(ControlCalls):
         link.outstanding_tokens += flight.tokens_left
         if flight.losses:
             # Ahead of it goes a call: if that is answered, its engine was there to get it.
-            self._spawn(self._confirm(flight, await self._begin_call(link, "get_supported_tasks")))
+            call_id = self._call_id()
+            self._ahead[call_id] = flight
+            await self._tell(link, Kind.CALL, *self._encoder.encode((call_id, "get_supported_tasks", ())))
         if self._links.get(flight.replica_id) is link:
             await self._tell(link, Kind.ADD, *message)
-
-    @staticmethod
-    async def _confirm(flight: Flight, answer: asyncio.Future[Any]) -> None:
-        """Learn that an engine was there; without, its death is held against nobody."""
-        with contextlib.suppress(RuntimeError, Unavailable):
-            await answer
-            flight.taken = True
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         by_link: dict[str, list[str]] = {}
@@ -372,21 +370,25 @@ class PoolClient(ControlCalls):
 
     # -- control ------------------------------------------------------------------------------------
 
-    async def _begin_call(self, link: Link, method: str, *arguments: Any) -> asyncio.Future[Any]:
-        """Send a call; its answer is awaited later. It fails if the replica is lost before."""
-        call_id, self._next_call = self._next_call, self._next_call + 1
-        future = asyncio.get_running_loop().create_future()
-        self._calls[call_id] = link, future
-        future.add_done_callback(lambda _: self._calls.pop(call_id, None))
-        await self._tell(link, Kind.CALL, *self._encoder.encode((call_id, method, arguments)))
-        return future
+    def _call_id(self) -> int:
+        self._next_call += 1
+        return self._next_call
 
     async def _call(self, link: Link, method: str, *arguments: Any) -> Any:
-        answer = await self._begin_call(link, method, *arguments)
-        async with asyncio.timeout(CALL_TIMEOUT_S):
-            return await answer
+        call_id = self._call_id()
+        future = asyncio.get_running_loop().create_future()
+        self._calls[call_id] = link, future
+        try:
+            await self._tell(link, Kind.CALL, *self._encoder.encode((call_id, method, arguments)))
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                return await future
+        finally:
+            self._calls.pop(call_id, None)
 
     def _answer(self, output: Any) -> None:
+        if (flight := self._ahead.pop(output.call_id, None)) is not None:
+            flight.taken = True
+            return
         _, future = self._calls.get(output.call_id, (None, None))
         if future is None or future.done():
             return
@@ -421,7 +423,7 @@ class PoolClient(ControlCalls):
         task.add_done_callback(self._tasks.discard)
 
     async def _close(self, link: Link, *, say_bye: bool) -> None:
-        for of, future in list(self._calls.values()):
+        for of, future in self._calls.values():
             if of is link and not future.done():
                 future.set_exception(Unavailable("the replica was lost before it answered", retry_after_s=1.0))
         current = asyncio.current_task()

@@ -356,7 +356,7 @@ class TestWatch:
         self, store: Store, settings: Batches, api: StandIn, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("hycluster.batch_api.executor.FIRST_PAUSE_S", 0.01)
-        monkeypatch.setattr("hycluster.batch_api.executor.GRACE_S", 1.0)
+        monkeypatch.setattr("hycluster.batch_api.executor.GRACE_S", 3.0)
         tries = 0
 
         def broken(self: Runner, batch: Batch) -> State:
