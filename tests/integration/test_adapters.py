@@ -198,7 +198,7 @@ class TestAtRunTime:
         shutil.rmtree(folder)
         for session in range(6):
             answer = post(featured, "/v1/completions", model="gone", prompt="x", session_id=str(session))
-            assert answer.status_code == 500
+            assert answer.status_code == 503
         for name in ("gone", *others):
             self.unload(featured, name).raise_for_status()
         with Client(featured.served.grpc) as client:
