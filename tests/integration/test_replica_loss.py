@@ -118,12 +118,11 @@ async def test_streams_wait_while_there_is_no_replica_at_all(served: Served) -> 
         await asyncio.sleep(1)
         for process in replica_processes(served, SIMULATED):
             os.kill(process.pid, signal.SIGKILL)
-        # For those who come now there is a truthful answer.
-        for _ in range(100):
-            answer = await http.post("/v1/completions", json={"model": SIMULATED, "prompt": "x", "max_tokens": 2})
-            if answer.status_code != 200:
-                break
-            await asyncio.sleep(0.05)
+        # For those who come now there is a truthful answer. Not before the door has noticed: who is in waits too.
+        async with asyncio.timeout(10):
+            while (await http.get("/health")).status_code == 200:  # noqa: ASYNC110 - tests look from outside
+                await asyncio.sleep(0.02)
+        answer = await http.post("/v1/completions", json={"model": SIMULATED, "prompt": "x", "max_tokens": 2})
         assert answer.status_code == 503
         assert [answer for answer, _ in await asking] == [answer for answer, _ in expected]
     await whole(served, SIMULATED)
