@@ -26,3 +26,11 @@ def vllm_imported() -> None:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder: random weights, a byte-level tokenizer of 258 tokens, a context of 2048."""
     return tiny_llama.make(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a session's cluster come last, one cluster's after the other's.
+
+    Those clusters live to the end, and others start clusters of their own: on a small machine they must not meet.
+    """
+    items.sort(key=lambda item: [name in getattr(item, "fixturenames", ()) for name in ("served", "featured")])

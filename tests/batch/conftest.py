@@ -26,7 +26,7 @@ def local_ray() -> Iterator[None]:
 
     # Ray's worker processes do not have the tests on their path.
     cloudpickle.register_pickle_by_value(stand_in)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     yield
     ray.shutdown()
     cloudpickle.unregister_pickle_by_value(stand_in)
