@@ -30,11 +30,27 @@ LOOK_EVERY_S = 0.05
 GIVE_UP_S = 300.0
 
 
-def replica_processes(model: str) -> set[int]:
+def raylet(http: str) -> psutil.Process:
+    """The parent of the door that listens there, and of the replicas beside it."""
+    port = httpx.URL(http).port
+    for listening in psutil.net_connections("tcp"):
+        if (
+            listening.status == psutil.CONN_LISTEN
+            and listening.laddr
+            and listening.laddr.port == port
+            and listening.pid
+        ):
+            parent = psutil.Process(listening.pid).parent()
+            if parent is not None:
+                return parent
+    raise SystemExit(f"--http {http}: nothing on this machine listens there")
+
+
+def replica_processes(node: psutil.Process, model: str) -> set[int]:
     """Ray names its processes after what they run."""
     title = f"ray::ServeReplica:hycluster:{deployment_name(Model(name=model, source='-'))}"
     found = set()
-    for process in psutil.process_iter():
+    for process in node.children():
         with contextlib.suppress(psutil.Error):
             if " ".join(process.cmdline()).startswith(title):
                 found.add(process.pid)
@@ -62,12 +78,13 @@ def after(began: float, check: Any) -> float:
 
 def measure(http: str, model: str, how: signal.Signals) -> tuple[float, float, float]:
     after(time.monotonic(), lambda: is_whole(http, model))
-    before = replica_processes(model)
+    node = raylet(http)
+    before = replica_processes(node, model)
     victim = min(before)
     began = time.monotonic()
     os.kill(victim, how)
     gone = after(began, lambda: not psutil.pid_exists(victim))
-    started = after(began, lambda: replica_processes(model) - before)
+    started = after(began, lambda: replica_processes(node, model) - before)
     # The door must have seen the loss before it can see the pool whole.
     return gone, started, after(began, lambda: is_whole(http, model))
 
