@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -20,6 +21,21 @@ def vllm_imported() -> None:
         warnings.simplefilter("ignore")
         import hycluster.generation
         import hycluster.ingress.http  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def some_ray() -> Iterator[None]:
+    """The session's cluster if it runs, or a small one."""
+    import ray
+
+    from hycluster.directory import NAMESPACE
+
+    own = not ray.is_initialized()
+    if own:
+        ray.init(address="local", num_cpus=1, include_dashboard=False, namespace=NAMESPACE, log_to_driver=False)
+    yield
+    if own:
+        ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,9 @@ import pytest
 import ray
 
 from hycluster import cluster
-from hycluster.config import Hardware, Model, Parallel, Replicas
+from hycluster.config import Model, Parallel
 from hycluster.errors import SettingsError
+from tests.placed_model import model
 
 GIB = 1 << 30
 
@@ -31,16 +32,6 @@ def there(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     resources = {"CPU": 8.0, "GPU": 4.0, "memory": 64.0 * GIB, "accelerator_type:H20": 1.0}
     monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
     return resources
-
-
-def model(name: str = "m", replicas: int = 1, parallel: Parallel | None = None, **hardware: Any) -> Model:
-    return Model(
-        name=name,
-        source="/m",
-        hardware=Hardware(**hardware),
-        replicas=Replicas(min=replicas),
-        parallel=parallel or Parallel(),
-    )
 
 
 @pytest.mark.parametrize(

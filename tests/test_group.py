@@ -14,14 +14,14 @@ import ray
 
 from hycluster import cluster
 from hycluster.config import DataPlane, Hardware, Model, Parallel, Simulated
-from hycluster.directory import NAMESPACE, ReplicaReport, open_directory
+from hycluster.directory import ReplicaReport, open_directory
 from hycluster.errors import SettingsError
 from hycluster.placement import actor_options
 from hycluster.rank import Patience
 from hycluster.replica import Replica
 from tests.simulated_pool import eventually
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), pytest.mark.usefixtures("some_ray")]
 
 MODEL = Model(
     name="m",
@@ -31,17 +31,6 @@ MODEL = Model(
     simulated=Simulated(),
 )
 LOOPBACK = DataPlane(host="127.0.0.1")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _ray() -> Iterator[None]:
-    """The session's cluster if it runs, or a small one."""
-    own = not ray.is_initialized()
-    if own:
-        ray.init(address="local", num_cpus=1, include_dashboard=False, namespace=NAMESPACE, log_to_driver=False)
-    yield
-    if own:
-        ray.shutdown()
 
 
 @pytest.fixture

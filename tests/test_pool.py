@@ -20,11 +20,10 @@ from hycluster.directory import ReplicaReport
 from hycluster.errors import HyclusterError, Unavailable
 from hycluster.router import make_policy
 from hycluster.wire import READY, encode_info
+from tests.engine_requests import PROMPT, ask
 from tests.simulated_pool import SimulatedPool, SimulatedReplica, eventually, predicted
 
 if TYPE_CHECKING:
-    from vllm.v1.engine import EngineCoreRequest
-
     from hycluster.flight import Flight
     from hycluster.pool import PoolClient
 
@@ -32,24 +31,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(60), pytest.mark.usefixtures
 
 FAST = Simulated(realtime=False)
 SLOW = Simulated(step_base_s=0.01, decode_token_s=0.0)
-PROMPT = [1, 2, 3]
-
-
-def ask(request_id: str, max_tokens: int = 5) -> EngineCoreRequest:
-    from vllm.sampling_params import SamplingParams
-    from vllm.v1.engine import EngineCoreRequest
-
-    return EngineCoreRequest(
-        request_id=request_id,
-        prompt_token_ids=PROMPT,
-        mm_features=None,
-        sampling_params=SamplingParams(max_tokens=max_tokens),
-        pooling_params=None,
-        arrival_time=time.time(),
-        lora_request=None,
-        cache_salt=None,
-        data_parallel_rank=None,
-    )
 
 
 class Pool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -14,34 +13,15 @@ import pytest
 from hycluster.config import Simulated
 from hycluster.errors import HyclusterError
 from hycluster.router import make_policy
+from tests.engine_requests import PROMPT, ask
 from tests.simulated_pool import SimulatedPool, predicted
 
 if TYPE_CHECKING:
-    from vllm.v1.engine import EngineCoreRequest
-
     from hycluster.pool import PoolClient
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60), pytest.mark.usefixtures("vllm_imported")]
 
 SLOW = Simulated(step_base_s=0.01, decode_token_s=0.0)
-PROMPT = [1, 2, 3]
-
-
-def ask(request_id: str, max_tokens: int) -> EngineCoreRequest:
-    from vllm.sampling_params import SamplingParams
-    from vllm.v1.engine import EngineCoreRequest
-
-    return EngineCoreRequest(
-        request_id=request_id,
-        prompt_token_ids=PROMPT,
-        mm_features=None,
-        sampling_params=SamplingParams(max_tokens=max_tokens),
-        pooling_params=None,
-        arrival_time=time.time(),
-        lora_request=None,
-        cache_salt=None,
-        data_parallel_rank=None,
-    )
 
 
 @asynccontextmanager

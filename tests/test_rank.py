@@ -14,25 +14,14 @@ import pytest
 import ray
 
 from hycluster.config import DataPlane, Health, Model, Simulated
-from hycluster.directory import NAMESPACE, open_directory
+from hycluster.directory import open_directory
 from hycluster.rank import Patience
 from hycluster.replica import Replica
 from tests.simulated_pool import eventually
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), pytest.mark.usefixtures("some_ray")]
 
 Start = Callable[..., Any]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _ray() -> Iterator[None]:
-    """The session's cluster if it runs, or a small one."""
-    own = not ray.is_initialized()
-    if own:
-        ray.init(address="local", num_cpus=1, include_dashboard=False, namespace=NAMESPACE, log_to_driver=False)
-    yield
-    if own:
-        ray.shutdown()
 
 
 @pytest.fixture

@@ -1,24 +1,13 @@
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-from hycluster.config import Grpc, Hardware, Http, Model, Parallel, Replicas, Settings
+from hycluster.config import Grpc, Http, Parallel, Settings
 from hycluster.door import DoorAddresses
 from hycluster.upgrade import _same_ports, with_room
+from tests.placed_model import model
 
 DOORS = DoorAddresses("http://127.0.0.1:8123", "127.0.0.1:9123")
-
-
-def model(name: str = "m", replicas: int = 1, parallel: Parallel | None = None, **hardware: Any) -> Model:
-    return Model(
-        name=name,
-        source="/m",
-        hardware=Hardware(**hardware),
-        replicas=Replicas(min=replicas),
-        parallel=parallel or Parallel(),
-    )
 
 
 @pytest.mark.parametrize(

@@ -56,12 +56,7 @@ def _one(behaviour: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     async def guarded(request: Any, context: Any) -> Any:
         if isinstance(request, _Malformed):
             await _refuse(context)
-        made = behaviour(request, context)
-        if not hasattr(made, "__aiter__"):
-            return await made
-        async for response in made:
-            await context.write(response)
-        return None
+        return await _answered(behaviour(request, context), context)
 
     return guarded
 
@@ -74,14 +69,18 @@ def _each(behaviour: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
             yield request
 
     async def guarded(requests: AsyncIterator[Any], context: Any) -> Any:
-        made = behaviour(checked(requests, context), context)
-        if not hasattr(made, "__aiter__"):
-            return await made
-        async for response in made:
-            await context.write(response)
-        return None
+        return await _answered(behaviour(checked(requests, context), context), context)
 
     return guarded
+
+
+async def _answered(made: Any, context: Any) -> Any:
+    """What a handler made, be it one response or many."""
+    if not hasattr(made, "__aiter__"):
+        return await made
+    async for response in made:
+        await context.write(response)
+    return None
 
 
 async def _refuse(context: Any) -> None:

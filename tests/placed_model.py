@@ -1,0 +1,17 @@
+"""A model of which only what it takes of a cluster counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hycluster.config import Hardware, Model, Parallel, Replicas
+
+
+def model(name: str = "m", replicas: int = 1, parallel: Parallel | None = None, **hardware: Any) -> Model:
+    return Model(
+        name=name,
+        source="/m",
+        hardware=Hardware(**hardware),
+        replicas=Replicas(min=replicas),
+        parallel=parallel or Parallel(),
+    )
