@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 # A replica that made so many tokens of a request did not die of it, unless the next ones do at the same place too.
 CLEARED_AFTER_TOKENS = 8
 # From so many deaths in a row on, a request has a replica to itself among those that are suspected like it.
-SUSPECTED_AFTER_LOSSES = 2
+SUSPECTED_AFTER_DEATHS = 2
 
 
 @dataclass(slots=True, eq=False)
@@ -25,7 +25,8 @@ class Flight:
         output: all tokens so far, whoever made them.
         made: tokens that this replica made of it.
         begun: this replica has said something of it.
-        losses: replicas in a row that died while they ran it, each before it had made ``CLEARED_AFTER_TOKENS`` more.
+        deaths: replicas in a row that died when it was on them, each before it had made ``CLEARED_AFTER_TOKENS`` more.
+        losses: those of them whose engine is known to have had it.
         moves: how often it has changed replicas.
         taken: this replica's engine is known to have had it.
         keep: ``output`` is kept, so that another replica can go on with it.
@@ -37,6 +38,7 @@ class Flight:
     output: list[int] = field(default_factory=list)
     made: int = 0
     begun: bool = False
+    deaths: int = 0
     losses: int = 0
     moves: int = 0
     taken: bool = False
@@ -70,7 +72,7 @@ class Flight:
     @property
     def suspected(self) -> bool:
         """Replicas have died with it, one after the other, and this one has not yet shown that it lives."""
-        return self.losses >= SUSPECTED_AFTER_LOSSES and self.made < CLEARED_AFTER_TOKENS
+        return self.deaths >= SUSPECTED_AFTER_DEATHS and self.made < CLEARED_AFTER_TOKENS
 
     def sent(self, replica_id: str) -> Flight:
         """The same, to be computed by that replica from its prompt and its tokens so far."""
@@ -95,9 +97,9 @@ class Flight:
         """Its replica is gone.
 
         Args:
-            died: of itself or by force, not at the end of a drain. It counts only where the engine is known to have had
-                the request: one that was sent to a replica that was dead already says nothing about it.
+            died: of itself or by force, not at the end of a drain. It is held against the request only where the engine
+                is known to have had it: one that was sent to a replica that was dead already says nothing about it.
         """
-        losses = 0 if self.made >= CLEARED_AFTER_TOKENS else self.losses
-        counts = died and (self.begun or self.taken or self.losses == 0)
-        return replace(self, losses=losses + counts, moves=self.moves + 1)
+        deaths, losses = (0, 0) if self.made >= CLEARED_AFTER_TOKENS else (self.deaths, self.losses)
+        counts = died and (self.begun or self.taken or self.deaths == 0)
+        return replace(self, deaths=deaths + died, losses=losses + counts, moves=self.moves + 1)

@@ -90,8 +90,8 @@ class PoolClient(ControlCalls):
         self._flights: dict[str, Flight] = {}
         self._arrived: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._calls: dict[int, tuple[Link, asyncio.Future[Any]]] = {}
-        # Calls that went ahead of a request.
-        self._ahead: dict[int, Flight] = {}
+        # Calls that went ahead of a request, and who waits for the answer.
+        self._ahead: dict[int, tuple[Flight, asyncio.Event]] = {}
         self._next_call = 0
         self._encoder = MsgpackEncoder()
         self._decoder = MsgpackDecoder(EngineCoreOutputs)
@@ -163,7 +163,10 @@ class PoolClient(ControlCalls):
         del self._links[link.address.replica_id]
         flights = list(link.flights.values())
         link.flights.clear()
-        self._ahead = {at: flight for at, flight in self._ahead.items() if flight.replica_id != link.address.replica_id}
+        for call_id, (flight, settled) in list(self._ahead.items()):
+            if flight.replica_id == link.address.replica_id:
+                del self._ahead[call_id]
+                settled.set()
         self._spawn(self._close(link, say_bye=False))
         for flight in flights:
             # One that drains ends on purpose.
@@ -293,12 +296,24 @@ class PoolClient(ControlCalls):
         flight = flight.sent(link.address.replica_id)
         self._flights[flight.request_id] = link.flights[flight.engine_id] = flight
         link.outstanding_tokens += flight.tokens_left
-        if flight.losses:
-            # Ahead of it goes a call: if that is answered, its engine was there to get it.
-            call_id = self._call_id()
-            self._ahead[call_id] = flight
-            await self._tell(link, Kind.CALL, *self._encoder.encode((call_id, "get_supported_tasks", ())))
-        if self._links.get(flight.replica_id) is link:
+        if not flight.deaths:
+            await self._add(link, flight, message)
+            return
+        # Ahead of it goes a call: if that is answered, its engine was there to get it.
+        call_id, settled = self._call_id(), asyncio.Event()
+        self._ahead[call_id] = flight, settled
+        await self._tell(link, Kind.CALL, *self._encoder.encode((call_id, "get_supported_tasks", ())))
+        if flight.suspected:
+            # An engine that dies of it at once must not take the answer along.
+            self._spawn(self._add(link, flight, message, after=settled))
+        else:
+            await self._add(link, flight, message)
+
+    async def _add(self, link: Link, flight: Flight, message: Any, after: asyncio.Event | None = None) -> None:
+        if after is not None:
+            await after.wait()
+        # Else the replica was lost, or the request aborted, meanwhile.
+        if self._links.get(flight.replica_id) is link and link.flights.get(flight.engine_id) is flight:
             await self._tell(link, Kind.ADD, *message)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
@@ -356,7 +371,7 @@ class PoolClient(ControlCalls):
                     self._landed(flight)
                     continue
                 spent += flight.take(output.new_token_ids)
-                if flight.losses and not flight.suspected:
+                if flight.deaths and not flight.suspected:
                     self._wake()
             link.outstanding_tokens -= spent
             self.worked_off_tokens += spent
@@ -386,8 +401,10 @@ class PoolClient(ControlCalls):
             self._calls.pop(call_id, None)
 
     def _answer(self, output: Any) -> None:
-        if (flight := self._ahead.pop(output.call_id, None)) is not None:
+        if (ahead := self._ahead.pop(output.call_id, None)) is not None:
+            flight, settled = ahead
             flight.taken = True
+            settled.set()
             return
         _, future = self._calls.get(output.call_id, (None, None))
         if future is None or future.done():
@@ -446,6 +463,8 @@ class PoolClient(ControlCalls):
         # Those that wait for a place find that nobody waits for them.
         self._flights.clear()
         self._wake()
+        for _, settled in self._ahead.values():
+            settled.set()
         # A socket that were left open would hold up the context's end for ever.
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)

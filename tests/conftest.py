@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ import hypothesis
 import pytest
 
 from bench import tiny_llama
+from tests.ray_apart import ray_apart
 
 # How long an example takes says something of the machine, which others use too.
 hypothesis.settings.register_profile("house", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -24,18 +26,12 @@ def vllm_imported() -> None:
 
 
 @pytest.fixture(scope="module")
-def some_ray() -> Iterator[None]:
+def some_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The session's cluster if it runs, or a small one."""
     import ray
 
-    from hycluster.directory import NAMESPACE
-
-    own = not ray.is_initialized()
-    if own:
-        ray.init(address="local", num_cpus=1, include_dashboard=False, namespace=NAMESPACE, log_to_driver=False)
-    yield
-    if own:
-        ray.shutdown()
+    with contextlib.nullcontext() if ray.is_initialized() else ray_apart(tmp_path_factory.mktemp("ray")):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -49,19 +49,20 @@ def test_deaths_in_a_row_add_up() -> None:
         flight.taken = True
         assert not flight.begun
         flight = flight.lost(died=True).sent("r")
-        assert flight.losses == losses
+        assert (flight.losses, flight.deaths) == (losses, losses)
         assert flight.suspected == (losses >= 2)
 
 
 def test_some_tokens_of_a_replica_clear_it() -> None:
     flight = sent()
-    flight.losses = 2
+    flight.losses = flight.deaths = 2
     flight.take([1] * (CLEARED_AFTER_TOKENS - 1))
     assert flight.suspected
     flight.take([1])
     assert not flight.suspected
     # The replica that it was on dies all the same: that is the first.
-    assert flight.lost(died=True).losses == 1
+    first = flight.lost(died=True)
+    assert (first.losses, first.deaths) == (1, 1)
 
 
 def test_one_that_kills_at_the_same_place_each_time_is_not_cleared_by_what_it_brings_along() -> None:
@@ -76,12 +77,15 @@ def test_one_that_kills_at_the_same_place_each_time_is_not_cleared_by_what_it_br
 
 def test_a_drain_is_held_against_nobody() -> None:
     flight = sent()
-    flight.losses = 1
+    flight.losses = flight.deaths = 1
     moved = flight.lost(died=False)
-    assert (moved.losses, moved.moves) == (1, 1)
+    assert (moved.losses, moved.deaths, moved.moves) == (1, 1, 1)
 
 
 def test_the_death_of_a_replica_that_never_had_it_says_nothing() -> None:
     flight = sent().lost(died=True).sent("r1")
     assert flight.losses == 1
-    assert flight.lost(died=True).losses == 1
+    moved = flight.lost(died=True)
+    assert moved.losses == 1
+    # It may still be what replicas die of, and is kept apart from others like it.
+    assert moved.suspected

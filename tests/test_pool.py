@@ -351,8 +351,7 @@ class TestRequestsThatKill:
                 replica.engine.hang()
             for name in "ab":
                 await pool.client.add_request_async(ask(name))
-                pool.client._flights[name].losses = 2
-                pool.client._flights[name].taken = True
+                pool.client._flights[name].deaths = 2
             for link in list(pool.client._links.values())[:2]:
                 pool.client._lost(link, "the test says so", died=False)
             await until(lambda: all(f.replica_id in pool.client._links for f in pool.client._flights.values()))
