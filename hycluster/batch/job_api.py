@@ -212,5 +212,5 @@ def _why(error: BaseException) -> str:
     text = one_line(error)
     if system := _SYSTEM_ERROR.search(text):
         return system[1]
-    lines = [line for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in str(error).rstrip("\n .").splitlines() if line.strip()]
     return text if len(lines) < 2 else " ".join(lines[-1].split())

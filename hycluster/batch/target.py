@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from hycluster.errors import SettingsError, shown
 
-
 # A DNS label, which KubeRay asks for in both.
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
