@@ -35,6 +35,9 @@ POD_GIB = 6
 # What an engine on CPU, or each GPU's, is given where the settings do not say (hardware.memory_gib).
 UNKNOWN_GIB = 8
 HEAD = {"cpu": "2", "memory": "8Gi"}
+HEAD_PORTS = {"dashboard": 8265, "gcs": 6379, "client": 10001}
+# What Ray gives a job that is cancelled until it is killed; 3 s without this.
+STOP_WAIT_S = 30
 
 
 def ray_job(
@@ -98,13 +101,18 @@ def cluster_for(model: Model, job: Job, image: str) -> tuple[Manifest, tuple[str
     if model.source.startswith(("/", "~", ".")):
         notes = (*notes, f"source: {shown(model.source)} must be in the image; --template takes a cluster with volumes")
     count = model.replicas.count * pods
+    head = _pod("ray-head", image, HEAD)
+    head["spec"]["containers"][0] |= {
+        "ports": [{"name": name, "containerPort": port} for name, port in HEAD_PORTS.items()],
+        "env": [{"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": str(STOP_WAIT_S)}],
+    }
     return {
         "rayVersion": version("ray"),
         "authOptions": {"mode": "token"},
         "headGroupSpec": {
             # The head has the driver of the job; engines and readers go to workers.
             "rayStartParams": {"num-cpus": "0"},
-            "template": _pod("ray-head", image, HEAD, {"dashboard": 8265, "gcs": 6379, "client": 10001}),
+            "template": head,
         },
         "workerGroupSpecs": [
             {
@@ -113,7 +121,7 @@ def cluster_for(model: Model, job: Job, image: str) -> tuple[Manifest, tuple[str
                 "minReplicas": count,
                 "maxReplicas": count,
                 "rayStartParams": {},
-                "template": _pod("ray-worker", image, limits, {}),
+                "template": _pod("ray-worker", image, limits),
             }
         ],
     }, notes
@@ -190,15 +198,13 @@ def _memory_gib(model: Model) -> tuple[float, tuple[str, ...]]:
     return held + (hardware.kv_offload_gib or 0), notes
 
 
-def _pod(name: str, image: str, limits: dict[str, str], ports: dict[str, int]) -> Manifest:
+def _pod(name: str, image: str, limits: dict[str, str]) -> Manifest:
     container: Manifest = {
         "name": name,
         "image": image,
         "resources": {"limits": limits, "requests": limits},
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
     }
-    if ports:
-        container["ports"] = [{"name": port, "containerPort": number} for port, number in ports.items()]
     return {
         "spec": {
             "restartPolicy": "Never",

@@ -13,9 +13,9 @@ error: input.path: 's3://bucket/in' is empty
 
 
 def details(status: str, **more: Any) -> JobDetails:
-    return JobDetails.model_validate(
-        {"type": "SUBMISSION", "submission_id": "a-1", "status": status, "entrypoint": "", **more}
-    )
+    record = {"type": "SUBMISSION", "submission_id": "a-1", "status": status, "entrypoint": "", **more}
+    made: JobDetails = JobDetails.model_validate(record)
+    return made
 
 
 @pytest.mark.parametrize(
