@@ -97,7 +97,7 @@ def cluster_for(model: Model, job: Job, image: str) -> tuple[Manifest, tuple[str
         "memory": f"{math.ceil(memory_gib / pods) + POD_GIB}Gi",
     }
     if gpus:
-        limits["nvidia.com/gpu"] = str(gpus // pods)
+        limits["nvidia.com/gpu"] = str(math.ceil(gpus / pods))
     if model.source.startswith(("/", "~", ".")):
         notes = (*notes, f"source: {shown(model.source)} must be in the image; --template takes a cluster with volumes")
     count = model.replicas.count * pods
