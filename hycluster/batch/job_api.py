@@ -1,7 +1,8 @@
 """Ray's job API over HTTP: give a cluster elsewhere a job, and see what became of it.
 
 Ray's own client does the talking. Here its errors get a field's name and one line, and its records of a job are read as
-``hycluster batch run`` meant them. Pinned to Ray 2.60.0: the client tells the status of a refusal in its message only.
+``hycluster batch run`` meant them. Pinned to Ray 2.60.0: the client tells the status of a refusal in its message only,
+and its calls can be given a timeout by a private method only.
 """
 
 from __future__ import annotations
@@ -13,23 +14,28 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from hycluster.batch.storage import one_line
 from hycluster.batch.submission import NAME_KEY, Submission
 from hycluster.batch.submitted import Submitted, submitted
-from hycluster.errors import HyclusterError, SettingsError, Unauthenticated, Unavailable, shown
+from hycluster.errors import SettingsError, Unauthenticated, Unavailable, shown
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 CONNECT_S = 10.0
+# Without a byte from the dashboard.
+CALL_S = 60.0
 # A follower waits as long for a cluster that does not answer: a head that is replaced takes about as much.
 AWAY_S = 120.0
 LOOK_EVERY_S = 2.0
 # Ray kills what has not ended 3 s after its signal (RAY_JOB_STOP_WAIT_TIME_S, on the cluster).
 CANCEL_S = 60.0
 _NOT_FOUND = re.compile(r"status code 404")
+# What Ray's client and requests raise for a dashboard that is away, that refuses, and that is none.
+_TROUBLE = (OSError, RuntimeError, ValueError, LookupError)
 _SYSTEM_ERROR = re.compile(r"\[Errno -?\d+\] ([^'\")]+)")
 
 
@@ -147,6 +153,7 @@ class JobApi:
         # Ray's client prefers what these say to the address that it is given.
         os.environ["RAY_API_SERVER_ADDRESS"] = self._address
         import requests
+        from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
 
         for name in ("ray", "ray.dashboard.modules.job.sdk"):
@@ -154,10 +161,14 @@ class JobApi:
         try:
             # Ray's client itself waits for minutes where nobody answers.
             requests.get(f"{self._address}/api/version", timeout=CONNECT_S)
-            with self._asking():
-                return JobSubmissionClient(self._address)
-        except (requests.RequestException, Unavailable) as error:
+            client = JobSubmissionClient(self._address)
+        except AuthenticationError as error:
+            raise self._unauthenticated(str(error)) from None
+        except _TROUBLE as error:
             raise SettingsError(f"--address: no Ray dashboard answers at {self._address!r}: {_why(error)}") from None
+        # It has no timeouts of its own; what it is given here goes to requests as it is.
+        client._do_request = partial(client._do_request, timeout=CALL_S)  # type: ignore[method-assign]
+        return client
 
     @contextmanager
     def _asking(self, job_id: str | None = None) -> Iterator[None]:
@@ -168,9 +179,7 @@ class JobApi:
             yield
         except AuthenticationError as error:
             raise self._unauthenticated(str(error)) from None
-        except HyclusterError:
-            raise
-        except (OSError, RuntimeError, ValueError, LookupError) as error:
+        except _TROUBLE as error:
             if job_id is not None and _NOT_FOUND.search(str(error)):
                 raise SettingsError(
                     f"JOB_ID: {shown(job_id)} is not known at {self._address!r};"

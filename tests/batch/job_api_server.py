@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -20,6 +21,7 @@ class JobApiServer:
     Attributes:
         jobs: by id, as Ray's API tells them; ``logs`` likewise.
         token: that it asks for; None asks for none.
+        hang_s: seconds before each answer.
         away: answers to so many calls are 500, as long as the cluster's state is not to be had.
     """
 
@@ -27,6 +29,7 @@ class JobApiServer:
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
     logs: dict[str, str] = field(default_factory=dict)
     token: str | None = None
+    hang_s: float = 0
     away: int = 0
 
     def add(self, job_id: str, status: str, **more: Any) -> None:
@@ -67,12 +70,15 @@ def job_api_server() -> Iterator[JobApiServer]:
         def do_GET(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
             body = json.loads(self.rfile.read(length) or b"{}") if length else {}
+            time.sleep(held.hang_s)
             status, said = held.answer(self.command, self.path, self.headers.get("Authorization"), body or {})
             data = (said if isinstance(said, str) else json.dumps(said)).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+            # Who has given up reads nothing more.
+            with suppress(OSError):
+                self.end_headers()
+                self.wfile.write(data)
 
         do_POST = do_GET
 

@@ -54,7 +54,7 @@ def test_other_addresses_are_refused_before_they_are_tried(address: str) -> None
 def test_where_nobody_answers_is_said_in_a_line(server: JobApiServer) -> None:
     with pytest.raises(SettingsError, match=r"^--address: no Ray dashboard answers at '.*': Connection refused$"):
         JobApi("http://127.0.0.1:9")
-    with pytest.raises(SettingsError, match=r"^--address: no Ray dashboard answers at '.*/x': .*404"):
+    with pytest.raises(SettingsError, match=r"^--address: no Ray dashboard answers at '[^']*/x': Version check.*404"):
         JobApi(f"{server.address}/x")
 
 
@@ -76,6 +76,14 @@ def test_trouble_over_there_is_one_line(server: JobApiServer) -> None:
     server.away = 1
     with pytest.raises(Unavailable, match=r"^--address: '.*' does not answer as it should: RpcError: GCS is away"):
         api.look("nope")
+
+
+def test_a_dashboard_that_hangs_is_given_up(server: JobApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_api, "CALL_S", 0.05)
+    api = JobApi(server.address)
+    server.hang_s = 0.3
+    with pytest.raises(Unavailable, match=r"^--address: .* timed out|^--address: .*[Tt]imeout"):
+        api.look("a")
 
 
 def test_cancel_waits_for_the_end_and_leaves_what_has_ended(server: JobApiServer) -> None:
