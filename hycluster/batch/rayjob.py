@@ -26,8 +26,6 @@ from hycluster.errors import SettingsError, Unavailable, shown
 from hycluster.placement import bundles, on_gpus, reserved, strategy
 
 Manifest = dict[str, Any]
-# As the project's Dockerfile is built in docs/kubernetes.md.
-DEFAULT_IMAGE = f"hycluster:{__version__}"
 # How long an ended job's cluster stays, so that its log can be read.
 KEEP_ENDED_S = 600
 # Ray, the object store, the processes that read and feed; beside what the engines take.
@@ -51,18 +49,19 @@ def ray_job(
     Raises:
         SettingsError: the target's template is none; names the option.
     """
-    labels: dict[str, str] = {}
+    metadata: Manifest = {"name": submission.id}
     notes: tuple[str, ...] = ()
     if target.cluster is not None:
         # KubeRay neither retries in a cluster that is there nor takes it away.
         where: Manifest = {"clusterSelector": {"ray.io/cluster": target.cluster}, "backoffLimit": 0}
     else:
         if target.template is not None:
-            cluster, labels = template(target.template)
+            cluster, theirs = template(target.template)
+            metadata |= theirs
         else:
             if settings is None:
                 raise SettingsError("engine: 'shared' needs a cluster that serves (--cluster)")
-            cluster, notes = cluster_for(settings.model(job.model), job, target.image or DEFAULT_IMAGE)
+            cluster, notes = cluster_for(settings.model(job.model), job, target.image)
         where = {
             "rayClusterSpec": cluster,
             # A second cluster, should this one be lost; it goes on where the first one stopped.
@@ -70,10 +69,9 @@ def ray_job(
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": KEEP_ENDED_S,
         }
-    metadata: Manifest = {"name": submission.id}
     if target.namespace is not None:
         metadata["namespace"] = target.namespace
-    metadata["labels"] = {**labels, "app.kubernetes.io/part-of": "hycluster"}
+    metadata["labels"] = {**metadata.get("labels", {}), "app.kubernetes.io/part-of": "hycluster"}
     spec: Manifest = {
         "submissionMode": "HTTPMode",
         "jobId": submission.id,
@@ -84,11 +82,17 @@ def ray_job(
     return {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": metadata, "spec": spec}, notes
 
 
-def cluster_for(model: Model, job: Job, image: str) -> tuple[Manifest, tuple[str, ...]]:
+def default_image(model: Model) -> str:
+    """The name that the Dockerfile tells to build under."""
+    return f"hycluster:{__version__}-{'gpu' if on_gpus(model) else 'cpu'}"
+
+
+def cluster_for(model: Model, job: Job, image: str | None = None) -> tuple[Manifest, tuple[str, ...]]:
     """A RayCluster's spec with room for the replicas of a model, and notes on what was assumed for it.
 
     A worker pod holds a whole replica, or as much of it as a node does (``hardware.gpus_per_node``).
     """
+    image = image or default_image(model)
     total = reserved(model)
     gpus, pods = int(total.get("GPU", 0)), _pods_a_replica(model)
     memory_gib, notes = _memory_gib(model)
@@ -106,6 +110,9 @@ def cluster_for(model: Model, job: Job, image: str) -> tuple[Manifest, tuple[str
         "ports": [{"name": name, "containerPort": port} for name, port in HEAD_PORTS.items()],
         "env": [{"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": str(STOP_WAIT_S)}],
     }
+    workers = _pod("ray-worker", image, limits)
+    # Ray gives its workers a nice value of 15; engines are what these pods are for.
+    workers["spec"]["containers"][0]["env"] = [{"name": "RAY_worker_niceness", "value": "0"}]
     return {
         "rayVersion": version("ray"),
         "authOptions": {"mode": "token"},
@@ -121,14 +128,17 @@ def cluster_for(model: Model, job: Job, image: str) -> tuple[Manifest, tuple[str
                 "minReplicas": count,
                 "maxReplicas": count,
                 "rayStartParams": {},
-                "template": _pod("ray-worker", image, limits),
+                "template": workers,
             }
         ],
     }, notes
 
 
-def template(path: str) -> tuple[Manifest, dict[str, str]]:
-    """The cluster's spec, and the labels, of a manifest (``-`` is standard input): a RayJob's or a RayCluster's.
+def template(path: str) -> tuple[Manifest, Manifest]:
+    """What is taken from a manifest (``-`` is standard input), a RayJob's or a RayCluster's.
+
+    Returns:
+        The cluster's spec, and the namespace and the labels that the manifest has.
 
     Other kinds in the same stream are passed over.
 
@@ -149,7 +159,8 @@ def template(path: str) -> tuple[Manifest, dict[str, str]]:
         key, spec = keys[manifest["kind"]], manifest.get("spec") or {}
         cluster = spec.get(key) if key else spec
         if cluster:
-            specs.append((cluster, (manifest.get("metadata") or {}).get("labels") or {}))
+            metadata = manifest.get("metadata") or {}
+            specs.append((cluster, {key: metadata[key] for key in ("namespace", "labels") if metadata.get(key)}))
     if len(specs) != 1:
         raise SettingsError(
             f"--template: {shown(path)} has {len(specs)} manifests with a cluster in them;"

@@ -146,6 +146,8 @@ def _engines(job: Job, settings: Settings) -> tuple[dict[str, Any], str | None]:
     if host not in _LOOPBACK:
         return sent, None
     del sent["data_plane"]["host"]
+    if not sent["data_plane"]:
+        del sent["data_plane"]
     return sent, f"data_plane.host: {host!r} is left out; engines that listen there are not reached from other nodes"
 
 

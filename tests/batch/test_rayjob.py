@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def test_a_cluster_of_its_own_has_room_for_the_engines() -> None:
     (container,) = group["template"]["spec"]["containers"]
     # 1 CPU of the engine and 2 of the processes that feed it; 8 GiB assumed, 2 of KV cache, 6 beside.
     assert container["resources"]["limits"] == {"cpu": "3", "memory": "16Gi"} == container["resources"]["requests"]
-    assert container["image"] == rayjob.DEFAULT_IMAGE
+    assert container["image"] == rayjob.default_image(settings.models[0])
     assert [note.partition(":")[0] for note in notes] == ["hardware.memory_gib"]
     for pod in (cluster["headGroupSpec"]["template"]["spec"], group["template"]["spec"]):
         assert pod["securityContext"]["runAsNonRoot"] is True
@@ -120,7 +121,7 @@ metadata: {name: beside}
 ---
 apiVersion: ray.io/v1
 kind: RayJob
-metadata: {name: template, labels: {kueue.x-k8s.io/queue-name: batch}}
+metadata: {name: template, namespace: ml, labels: {kueue.x-k8s.io/queue-name: batch}}
 spec: {entrypoint: nothing, rayClusterSpec: {headGroupSpec: {mine: true}}}
 """
 
@@ -137,7 +138,9 @@ def test_a_template_gives_the_cluster_and_the_labels(
     assert made["spec"]["rayClusterSpec"] == {"headGroupSpec": {"mine": True}}
     assert made["spec"]["entrypoint"] == sent.command
     assert made["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "batch"
-    assert made["metadata"]["name"] == sent.id
+    assert (made["metadata"]["name"], made["metadata"]["namespace"]) == (sent.id, "ml")
+    target = dataclasses.replace(target, template=str(path), namespace="mine")
+    assert rayjob.ray_job(sent, job_on("dedicated"), None, target)[0]["metadata"]["namespace"] == "mine"
 
 
 @pytest.mark.parametrize(
