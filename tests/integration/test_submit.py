@@ -6,13 +6,18 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.batch.conftest import write_texts
@@ -21,15 +26,8 @@ from tests.integration.conftest import eventually
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 ROOT = Path(__file__).parents[2]
+START_ATTEMPTS = 3
 TOKEN = "0123456789abcdef" * 4
-# A head, until its standard input is closed.
-HEAD = """
-import ray, sys
-context = ray.init(address="local", num_cpus=2, include_dashboard=True, log_to_driver=False, logging_level="ERROR")
-print(f"http://{context.dashboard_url}", flush=True)
-sys.stdin.read()
-ray.shutdown()
-"""
 JOB: dict[str, Any] = {
     "name": "Night.ly",
     "model": "stand-in",
@@ -80,24 +78,49 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     env |= {"PATH": f"{folder}:{env['PATH']}", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     # Between its signal and SIGKILL; 3 s are not much on a busy machine.
     env["RAY_JOB_STOP_WAIT_TIME_S"] = "60"
+    # Ray's sockets are below, and their paths must be short.
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as ray_folder:
+        for attempt in range(START_ATTEMPTS):
+            # Ray gives a node 30 s to start, which a busy machine may not keep.
+            with ray_head(Path(ray_folder) / str(attempt), folder / "head.log", env) as address:
+                if address is not None:
+                    yield Head(address, folder / "job.yaml")
+                    return
+        raise AssertionError((folder / "head.log").read_text())
+
+
+@contextmanager
+def ray_head(ray_folder: Path, log: Path, env: dict[str, str]) -> Iterator[str | None]:
+    """A head of its own, with ports that nobody else has; yields the dashboard's address, None if it did not start."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--port=0", f"--dashboard-port={port}", "--dashboard-agent-listen-port=0", "--num-cpus=2"]
+    options += ["--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats", f"--temp-dir={ray_folder}"]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *options]
     with (
-        (folder / "head.log").open("w") as errors,
-        subprocess.Popen(
-            [sys.executable, "-c", HEAD],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=env,
-        ) as process,
+        log.open("a") as said,
+        subprocess.Popen(command, stdout=said, stderr=said, env=env, start_new_session=True) as process,
     ):
-        assert process.stdout is not None
-        address = process.stdout.readline().strip()
         try:
-            assert address, (folder / "head.log").read_text()
-            yield Head(address, folder / "job.yaml")
+            yield f"http://127.0.0.1:{port}" if answers(port, process) else None
         finally:
-            process.send_signal(signal.SIGTERM)
+            # What it has started ends with it.
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def answers(port: int, process: subprocess.Popen[bytes]) -> bool:
+    """Wait for the job API, or for the end of the head."""
+    deadline = time.monotonic() + 150
+    while process.poll() is None and time.monotonic() < deadline:
+        with suppress(httpx.HTTPError):
+            answer = httpx.get(
+                f"http://127.0.0.1:{port}/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=10
+            )
+            if answer.status_code == 200:
+                return True
+        time.sleep(0.2)
+    return False
 
 
 def records(output: Path) -> list[str]:
