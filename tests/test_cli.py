@@ -45,6 +45,8 @@ def run(*arguments: str, home: Path) -> tuple[subprocess.CompletedProcess[str], 
         (("summarize",), ["FILE", "--address", "--model", "--together"]),
         (("chaos",), ["--seed", "--faults", "--targets", "--every"]),
         (("batch", "run"), ["JOB", "--input", "--output", "--engine", "--set"]),
+        (("batch", "submit"), ["JOB", "--address", "--wait", "--kubernetes", "--dry-run"]),
+        (("batch", "status"), ["OUTPUT|JOB_ID", "--address"]),
     ],
 )
 def test_help_imports_nothing_heavy(tmp_path: Path, arguments: tuple[str, ...], says: list[str]) -> None:

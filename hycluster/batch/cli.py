@@ -9,10 +9,13 @@ from typing import Annotated
 
 import typer
 
+from hycluster.batch.submit_cli import cancel, jobs, logs, show_submitted, submit
 from hycluster.config import DEFAULT_SETTINGS, load_settings
 from hycluster.errors import HyclusterError, SettingsError
 
 app = typer.Typer(name="batch", help="Bulk runs over Parquet.", no_args_is_help=True)
+for command in (submit, jobs, logs, cancel):
+    app.command()(command)
 
 
 @app.callback()
@@ -58,7 +61,8 @@ def run(
     except HyclusterError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
+        # The second is what Ray makes of SIGTERM, by which it cancels a job.
         typer.echo("stopped; the same command goes on from here", err=True)
         raise typer.Exit(1) from None
 
@@ -83,15 +87,25 @@ def verify(
 
 @app.command()
 def status(
-    output_path: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or s3:// URI of a job.")],
+    subject: Annotated[
+        str, typer.Argument(metavar="OUTPUT|JOB_ID", help="Folder or s3:// URI of a job; with --address a job's id.")
+    ],
+    address: Annotated[
+        str | None, typer.Option(metavar="URL", help="Ray's dashboard on the cluster that the job was submitted to.")
+    ] = None,
     follow: Annotated[bool, typer.Option("--follow", help="Look again and again until the job has finished.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a look, for programs.")] = False,
 ) -> None:
-    """Show how far a job is, from the files of its output alone. Works from any machine."""
+    """Show how far a job is, from the files of its output alone. Works from any machine.
+
+    With --address: what became of a submitted job. The exit code is then the job's, 0 while it runs.
+    """
     with _one_line_errors():
+        if address is not None:
+            raise typer.Exit(show_submitted(subject, address, follow=follow, as_json=as_json))
         from hycluster.batch.status import show
 
-        show(output_path, follow=follow, as_json=as_json)
+        show(subject, follow=follow, as_json=as_json)
 
 
 @app.command()
