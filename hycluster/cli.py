@@ -19,6 +19,7 @@ from hycluster.chaos.cli import chaos
 from hycluster.config import DEFAULT_SETTINGS, load_settings
 from hycluster.errors import HyclusterError
 from hycluster.models.cli import tiny_model
+from hycluster.planning.cli import plan
 from hycluster.summarize.cli import summarize
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ app = typer.Typer(
 app.add_typer(batch_app, name="batch")
 app.command("summarize")(summarize)
 app.command("chaos")(chaos)
+app.command("plan")(plan)
 app.command("tiny-model")(tiny_model)
 
 SetOption = Annotated[

@@ -9,18 +9,14 @@ from pathlib import Path
 import pytest
 
 from hycluster.config import Model, load_settings
-from hycluster.planning import (
-    GIB,
-    KIB,
-    Architecture,
-    DeviceShare,
-    architecture,
-    device_share,
-    kv_bytes_per_token,
-)
+from hycluster.planning.architecture import GIB, KIB, Architecture
+from hycluster.planning.families import architecture
+from hycluster.planning.gpus import gpu
+from hycluster.planning.precision import Precision
+from hycluster.planning.shares import DeviceShare, device_share, kv_bytes_per_token
 
 ROOT = Path(__file__).parent.parent
-H20_GIB = 96.0
+H20_GIB = gpu("H20").memory_gib
 
 
 def hunyuan(size: str) -> Architecture:
@@ -47,7 +43,7 @@ def kv_dtype(model: Model) -> str:
 def share_of(path: Path) -> DeviceShare:
     model = only_model(path)
     weights = "fp8" if "fp8" in path.name else "bfloat16"
-    return device_share(shape_of(path), model.parallel, weights, kv_dtype(model))
+    return device_share(shape_of(path), model.parallel, Precision(weights, kv=kv_dtype(model)))
 
 
 @on_gpus

@@ -19,7 +19,8 @@ from transformers import AutoTokenizer
 from hycluster.client import Client
 from hycluster.core import Sampling
 from hycluster.models import tiny
-from hycluster.planning import architecture, kv_bytes_per_token
+from hycluster.planning.families import architecture
+from hycluster.planning.shares import kv_bytes_per_token
 from tests.integration.conftest import HUNYUAN, HUNYUAN_SHAPE, Served, eventually, replicas
 from tests.integration.featured import free_port
 from tests.models.hunyuan_reference import Reference

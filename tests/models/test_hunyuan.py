@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from hycluster import planning
 from hycluster.models import tiny
 from hycluster.models.tiny import TinyShape
+from hycluster.planning.families import architecture
+from hycluster.planning.shares import kv_bytes_per_token
 from tests.models.hunyuan_reference import Mutation, Reference
 
 # The first test waits for all the engines.
@@ -133,7 +134,7 @@ def test_sharing_by_two_holds_twice_the_tokens_in_the_same_bytes(told: Any) -> N
     assert told["large"]["kv_tokens"] == 2 * told["bin"]["kv_tokens"]
     # By the same arithmetic as the true configuration's 80 KiB a token.
     for case, name in ((with_sharing, "large"), (without, "bin")):
-        token_bytes = planning.kv_bytes_per_token(planning.architecture(tiny.config_of(case.shape)), "float32")
+        token_bytes = kv_bytes_per_token(architecture(tiny.config_of(case.shape)), "float32")
         assert told[name]["kv_tokens"] * token_bytes == KV_CACHE_BYTES
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hycluster.planning import architecture, parameters
+from hycluster.planning.architecture import parameters
+from hycluster.planning.families import architecture
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow

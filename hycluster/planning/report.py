@@ -1,0 +1,130 @@
+"""The plan as tables and sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.table import Table
+
+from hycluster.planning.architecture import GIB, KIB
+from hycluster.planning.layouts import Fit, describe
+from hycluster.planning.plan import Plan
+
+MOST_ALTERNATIVES = 6
+MOST_REASONS = 8
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Print the plan."""
+    console.print(_model(plan))
+    console.print(_layouts(plan))
+    for line in lines(plan):
+        console.print(line, highlight=False)
+
+
+def billions(count: int) -> str:
+    return f"{count / 1e9:.1f} billion" if count >= 1e8 else f"{count / 1e6:.1f} million"
+
+
+def gib(count: float) -> str:
+    return f"{count / GIB:.1f} GiB"
+
+
+def kib(count: float) -> str:
+    return f"{count / KIB:,.0f} KiB" if count >= 10 * KIB or count % KIB == 0 else f"{count / KIB:.1f} KiB"
+
+
+def tokens(count: float) -> str:
+    return f"{count / 1e6:.1f} million tokens" if count >= 1e6 else f"{count:,.0f} tokens"
+
+
+def _model(plan: Plan) -> Table:
+    model, counted = plan.model, plan.counted
+    table = Table(title=f"{model.kind}, held in {plan.precision.weights}", show_header=False, title_justify="left")
+    table.add_row("parameters", billions(counted.total))
+    if model.experts:
+        table.add_row("active", f"{billions(counted.active)}: {model.top_k} of {model.experts} experts a token")
+    table.add_row("weights", ", ".join(f"{dtype} {gib(size)}" for dtype, size in plan.weights_bytes.items()))
+    share = plan.kv_bytes_per_token / plan.mha_kv_bytes_per_token
+    table.add_row(
+        "KV cache", f"{kib(plan.kv_bytes_per_token)} a token in {plan.precision.kv}, {share:.1%} of full attention's"
+    )
+    table.add_row("one sequence", f"{gib(plan.kv_bytes_of_context)} at {plan.demand.context_tokens:,} tokens")
+    return table
+
+
+def _layouts(plan: Plan) -> Table:
+    gpu, demand = plan.gpu, plan.demand
+    table = Table(
+        title=f"On {gpu.name} ({gpu.memory_gib:g} GiB, {demand.per_node} a node), {demand.concurrency:,} x"
+        f" {demand.context_tokens:,} tokens at a time",
+        title_justify="left",
+    )
+    for name in ("layout of a replica", "replicas", "GPUs", "weights a GPU", "KV a token, GPU", "room for KV, GPU"):
+        table.add_column(name, justify="left" if name.startswith("layout") else "right")
+    table.add_column("sequences", justify="right")
+    table.add_column("tokens/s each, at most", justify="right")
+    for misfit in plan.too_large:
+        weights, kv = gib(misfit.share.weights_bytes), kib(misfit.share.kv_bytes_per_token)
+        missing = f"{gib(misfit.missing_bytes)} missing"
+        cells = (describe(misfit.parallel), "-", str(misfit.parallel.devices), weights, kv, missing, "-", "-")
+        table.add_row(*cells, style="dim")
+    table.add_row(*_row(plan.chosen), style="bold")
+    for fit in plan.alternatives[:MOST_ALTERNATIVES]:
+        table.add_row(*_row(fit))
+    return table
+
+
+def _row(fit: Fit) -> tuple[str, ...]:
+    share = fit.share
+    return (
+        describe(fit.parallel),
+        str(fit.replicas),
+        str(fit.gpus),
+        gib(share.weights_bytes),
+        kib(share.kv_bytes_per_token),
+        gib(fit.free_bytes),
+        f"{fit.sequences:,}",
+        f"{fit.decode.tokens_per_s_each:,.0f}",
+    )
+
+
+def lines(plan: Plan) -> Iterator[str]:
+    """What the tables do not say, a sentence each."""
+    chosen, demand, full = plan.chosen, plan.demand, plan.full
+    nodes = chosen.nodes(demand.per_node)
+    replicas = f"{chosen.replicas} replicas" if chosen.replicas > 1 else "a replica"
+    yield (
+        f"smallest: {chosen.gpus} {plan.gpu.name}, {nodes} node{'s' if nodes > 1 else ''}, as {replicas} with"
+        f" {describe(chosen.parallel)}"
+    )
+    for misfit in plan.too_large[-1:]:
+        yield f"fewer than that: with {describe(misfit.parallel)}, {gib(misfit.missing_bytes)} are missing on a GPU"
+    yield from (f"note: {remark}" for remark in plan.remarks)
+    one = chosen.decode
+    yield (
+        f"decode, at most: {one.tokens_per_s:,.0f} tokens/s with {one.batch} at a time ({one.limit}),"
+        f" {full.tokens_per_s:,.0f} with the {full.batch:,} that a replica holds ({full.limit})"
+    )
+    if plan.model.experts:
+        yield f"experts read a step and layer: {one.experts_touched:.1f} and {full.experts_touched:.1f} expected"
+    yield f"first token of a prompt of {demand.context_tokens:,} tokens, alone: not before {plan.prefill_s:.2f} s"
+    kv = plan.kv_offload
+    yield (
+        f"hardware.kv_offload_gib: each GiB of a rank keeps {tokens(kv.tokens_per_gib)} for prompts seen before;"
+        f" reading back {tokens(kv.read_tokens_per_s)}/s at most, prefill {tokens(kv.prefill_tokens_per_s)}/s at most;"
+        " no more sequences at a time"
+    )
+    if (host := plan.weight_offload) is not None:
+        yield (
+            f"engine.cpu_offload_gb: {host.offload_gib} with {describe(host.parallel)} would do with"
+            f" {host.parallel.devices} GPU{'s' if host.parallel.devices > 1 else ''} a replica, at"
+            f" {host.tokens_per_s_each:,.1f} tokens/s at most ({plan.gpu.host_gbs:g} GB/s from the host) in place of"
+            f" {chosen.decode.tokens_per_s_each:,.0f}"
+        )
+    reasons = plan.found.refused
+    yield from (f"does not work: {reason}" for reason in reasons[:MOST_REASONS])
+    if len(reasons) > MOST_REASONS:
+        yield f"and {len(reasons) - MOST_REASONS} more reasons of the kind; all with --json"
+    yield "At most, not before: bounds of the hardware, without communication. No engine reaches them."
