@@ -120,8 +120,8 @@ def lines(plan: Plan) -> Iterator[str]:
         yield (
             f"engine.cpu_offload_gb: {host.offload_gib} with {describe(host.parallel)} would do with"
             f" {host.parallel.devices} GPU{'s' if host.parallel.devices > 1 else ''} a replica, at"
-            f" {host.tokens_per_s_each:,.1f} tokens/s at most ({plan.gpu.host_gbs:g} GB/s from the host) in place of"
-            f" {chosen.decode.tokens_per_s_each:,.0f}"
+            f" {host.tokens_per_s_each:,.1f} tokens/s at most for one sequence alone"
+            f" ({plan.gpu.host_gbs:g} GB/s from the host)"
         )
     reasons = plan.found.refused
     yield from (f"does not work: {reason}" for reason in reasons[:MOST_REASONS])

@@ -104,7 +104,7 @@ def ranks(folders: list[str]) -> list[dict[str, dict[str, int]]]:
 def engine(folder: str) -> dict[str, int]:
     """How a running engine has divided its KV cache."""
     # Of the two backends for latent attention the one that takes float32.
-    backend = {"attention_backend": "CPU_MLA"} if shape(folder).latent else {}
+    backend: dict[str, Any] = {"attention_backend": "CPU_MLA"} if shape(folder).latent else {}
     llm = LLM(model=folder, distributed_executor_backend="uni", **COMMON, **backend)
     cache = llm.llm_engine.vllm_config.cache_config
     assert cache.num_gpu_blocks is not None
