@@ -8,7 +8,7 @@ SERVING at the same times.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -36,6 +36,11 @@ class PoolHealth:
     def able(self) -> bool:
         return self.replicas_ready > 0 or self.wakes
 
+    def told(self) -> dict[str, int | bool]:
+        """As callers read it; a pool that never sleeps says nothing of it."""
+        counts = {"replicas_ready": self.replicas_ready, "replicas_wanted": self.replicas_wanted}
+        return counts | {"wakes": True} if self.wakes else counts
+
 
 # By model name.
 Pools = Callable[[], Awaitable[Mapping[str, PoolHealth]]]
@@ -61,7 +66,7 @@ class WithHealth:
     def _health(self, pools: Mapping[str, PoolHealth]) -> tuple[int, dict[str, Any]]:
         able = self._app is not None and all(pool.able for pool in pools.values())
         status = "ready" if able else "starting" if self._app is None else "unavailable"
-        return 200 if able else 503, {"status": status, "models": {name: asdict(p) for name, p in pools.items()}}
+        return 200 if able else 503, {"status": status, "models": {name: p.told() for name, p in pools.items()}}
 
 
 def starting(pools: Mapping[str, PoolHealth]) -> Unavailable:
