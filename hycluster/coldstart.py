@@ -28,6 +28,7 @@ class ColdStart:
 
     Attributes:
         scaling: what the pool's scaler last said.
+        last_start_s: how long the last start took that anybody has told of.
         asleep: set while there is to be no replica.
     """
 
@@ -37,6 +38,7 @@ class ColdStart:
         self._patient = patient
         self._awaited_until_s = -math.inf
         self.scaling: Scaling | None = None
+        self.last_start_s: float | None = None
         self.asleep = asyncio.Event()
 
     @property
@@ -54,6 +56,8 @@ class ColdStart:
     def hear(self, scaling: Scaling | None) -> None:
         """The scaler's word; None if there is none."""
         self.scaling = scaling
+        if scaling is not None and scaling.cold_start_s is not None:
+            self.last_start_s = scaling.cold_start_s
         if scaling is not None and scaling.target == 0:
             self.asleep.set()
         else:
@@ -78,16 +82,15 @@ class ColdStart:
             return Unavailable(f"model: no replica of {name} can serve now", retry_after_s=1.0)
         retry_after_s = self.retry_after_s()
         self._awaited_until_s = max(self._awaited_until_s, self._clock() + retry_after_s + LATE_S)
-        known = self.scaling.cold_start_s if self.scaling else None
-        took = "how long that takes is not known yet" if known is None else f"the last start took {known:.0f} s"
+        known_s = self.last_start_s
+        took = "how long that takes is not known yet" if known_s is None else f"the last start took {known_s:.0f} s"
         return Unavailable(
             f"model: {name} is starting, as nobody had asked for it; {took}", retry_after_s=retry_after_s
         )
 
     def retry_after_s(self) -> float:
         """When a replica will be there, by the time that the last one took."""
-        scaling = self.scaling
-        if scaling is None or scaling.cold_start_s is None:
+        if self.last_start_s is None:
             return UNKNOWN_RETRY_AFTER_S
-        begun_s = -NOTICED_AFTER_S if scaling.starting_for_s is None else scaling.starting_for_s
-        return max(1.0, scaling.cold_start_s - begun_s)
+        begun_s = self.scaling.starting_for_s if self.scaling else None
+        return max(1.0, self.last_start_s - (-NOTICED_AFTER_S if begun_s is None else begun_s))

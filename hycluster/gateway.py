@@ -276,12 +276,12 @@ class Gateway(AsyncLLM):
         return view
 
     def _demand(self) -> Demand:
-        pool, scaling = self.engine_core, self.cold_start.scaling
+        pool = self.engine_core
         return Demand(
             self.model,
             waiting_requests=pool.requests_waiting + self.cold_start.awaited,
             outstanding_tokens=pool.expected_tokens(self.model.autoscaling.expected_output_tokens),
-            cold_start_s=scaling.cold_start_s if scaling else None,
+            cold_start_s=self.cold_start.last_start_s,
         )
 
     def learn(self) -> None:

@@ -101,6 +101,13 @@ def test_somebody_who_is_no_request(clock: Clock) -> None:
     assert cold_start.awaited == 0
 
 
+def test_a_scaler_that_is_new_does_not_make_it_forget(clock: Clock) -> None:
+    cold_start = refusing(clock, Scaling(1, 1, None, 40.0))
+    for scaling in (None, Scaling(0, 0)):
+        cold_start.hear(scaling)
+        assert cold_start.refusal().retry_after_s == 40 + NOTICED_AFTER_S
+
+
 def test_asleep_is_what_the_scaler_says(clock: Clock) -> None:
     cold_start = refusing(clock)
     seen = []
