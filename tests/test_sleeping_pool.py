@@ -19,7 +19,7 @@ from tests.simulated_pool import SimulatedPool, predicted
 if TYPE_CHECKING:
     from hycluster.generation import Generator
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(60), pytest.mark.usefixtures("vllm_imported")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixtures("vllm_imported")]
 
 ENGINE = Simulated(vocab_size=256, max_model_len=512, realtime=False)
 PROMPT = [10, 20, 30]
@@ -91,7 +91,7 @@ async def test_a_caller_waits_and_is_answered_like_any_other(tiny_model: Path) -
 
 
 async def test_all_sequences_of_a_request_wait(tiny_model: Path) -> None:
-    sampling = Sampling(max_tokens=8, ignore_eos=True, n=3, temperature=0)
+    sampling = Sampling(max_tokens=8, ignore_eos=True, n=3)
     async with asleep(tiny_model) as sleeping:
         asked = asyncio.create_task(
             sleeping.generator.generate(GenerationRequest(model="tiny", token_ids=PROMPT, sampling=sampling))
