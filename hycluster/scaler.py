@@ -99,7 +99,9 @@ class Scaler:
         self._looked_s = 0.0
         self._target: int | None = None
         self._begun_s: float | None = None
-        self._running = 0
+        self._timed = False
+        # Replicas that ran, and that were wanted, when Serve last asked.
+        self._before: tuple[int, int] | None = None
         self._cold_start_s: float | None = None
         self._decisions: dict[str, int] = {}
         self._exchange = Exchange()
@@ -147,10 +149,14 @@ class Scaler:
 
     def _time_starts(self, running: int, target: int, now_s: float) -> None:
         """From the moment that more are wanted than run, until there is one more."""
-        if self._begun_s is not None and running > self._running:
-            self._cold_start_s, self._begun_s = now_s - self._begun_s, None
+        before, self._before = self._before, (running, target)
+        if self._begun_s is not None and before is not None and running > before[0]:
+            if self._timed:
+                self._cold_start_s = now_s - self._begun_s
+            self._begun_s = None
         if running >= target:
             self._begun_s = None
         elif self._begun_s is None:
             self._begun_s = now_s
-        self._running = running
+            # In an upgrade one goes as another one comes, whose start began before.
+            self._timed = running == 0 or (before is not None and target > before[1])

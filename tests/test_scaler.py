@@ -109,6 +109,20 @@ def test_a_start_is_timed_from_the_decision_on(serve: Serve) -> None:
     assert serve.said.starting_for_s is None
 
 
+def test_replicas_that_an_upgrade_replaces_tell_nothing_of_a_start(serve: Serve) -> None:
+    serve.target = 3
+    for serve.running in (3, 2, 3, 2, 3):
+        serve.tick()
+    eventually(lambda: serve.heard)
+    assert serve.said.cold_start_s is None
+    # One that nobody else stands in for does.
+    serve.target = 1
+    for serve.running in (1, 0, 1):
+        serve.policy._target = serve.target
+        serve.tick()
+    eventually(lambda: serve.said.cold_start_s is not None)
+
+
 def test_a_successor_knows_how_long_its_predecessors_starts_took(serve: Serve) -> None:
     assert serve.there is not None
     serve.there.sync("m", "g", {}, {}, Demand(MODEL, cold_start_s=43.0))
