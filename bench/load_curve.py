@@ -163,7 +163,7 @@ class _Driver:
             model=self._model, prompt="Once upon a time", max_tokens=self._max_tokens, ignore_eos=True
         ):
             first_s, usage = first_s or self._now_s, delta.usage
-        self._check(usage and usage.completion_tokens)
+        self._check(usage.completion_tokens if usage else None)
         return first_s
 
     def _check(self, tokens: int | None) -> None:

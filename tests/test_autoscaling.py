@@ -198,7 +198,8 @@ def test_time_in_which_nothing_was_known_is_not_quiet() -> None:
 )
 def test_the_measure_that_asks_for_most_decides(load: PoolLoad, ranks: int, replicas: float, cause: str) -> None:
     need = needed(load, RULES, ranks)
-    assert (pytest.approx(need.replicas), need.cause) == (replicas, cause)
+    assert need.cause == cause
+    assert need.replicas == pytest.approx(replicas)
 
 
 def test_settings_that_changed_hold_at_once() -> None:

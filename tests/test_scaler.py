@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 from ray.serve.config import AutoscalingConfig
 
 from hycluster import scaler
@@ -75,8 +76,8 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
 
     monkeypatch.setattr(scaler, "find_directory", find)
     monkeypatch.setattr(scaler, "REPORT_EVERY_S", 0.02)
-    ray = SimpleNamespace(get=lambda answer, timeout: answer, exceptions=scaler.ray.exceptions)
-    monkeypatch.setattr(scaler, "ray", ray)
+    fake = SimpleNamespace(get=lambda answer, timeout: answer, exceptions=ray.exceptions)
+    monkeypatch.setattr(scaler, "ray", fake)
     found.__init__(Directory())  # type: ignore[misc]
     yield found
     found.policy._exchange.ended.set()
