@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ray import serve
@@ -21,6 +21,7 @@ from hycluster.door import Door
 from hycluster.placement import actor_options, bundles, strategy
 from hycluster.rank import Patience
 from hycluster.replica import Replica
+from hycluster.scaler import autoscaling_config
 
 APP_NAME = "hycluster"
 # Serve notices that a process is gone when it next asks for its health, and then replaces it.
@@ -32,13 +33,23 @@ def build(arguments: dict[str, Any]) -> Application:
     return application(validate(Settings, arguments, "settings"))
 
 
-def application(settings: Settings, directory: str = SHARED_DIRECTORY, surging: Collection[str] = ()) -> Application:
+def application(
+    settings: Settings,
+    directory: str = SHARED_DIRECTORY,
+    surging: Collection[str] = (),
+    counts: Mapping[str, int] | None = None,
+) -> Application:
     """Replicas of every model, and doors that open when all of them can serve.
 
     Args:
         surging: models whose replicas are replaced by successors that have started; see :func:`replicas`.
+        counts: by model, how many replicas a running service has; one that follows its load goes on with as many.
     """
-    others = [replicas(model, settings, directory, surge=model.name in surging) for model in settings.models]
+    counts = counts or {}
+    others = [
+        replicas(model, settings, directory, surge=model.name in surging, found=counts.get(model.name))
+        for model in settings.models
+    ]
     if settings.batches is not None:
         others.append(_batch_executor(settings, directory))
     door = serve.deployment(
@@ -84,22 +95,30 @@ def deployment_name(model: Model) -> str:
 
 def _one_more(count: int) -> int:
     """Per cent of ``count`` by which Serve lets a rolling replacement exceed it: one of them."""
-    return math.ceil(100 / count)
+    return math.ceil(100 / max(1, count))
 
 
-def replicas(model: Model, settings: Settings, directory: str, *, surge: bool = False) -> Application:
+def replicas(
+    model: Model, settings: Settings, directory: str, *, surge: bool = False, found: int | None = None
+) -> Application:
     """One model's pool as a deployment.
 
     Args:
+        found: how many replicas it has in a running service; None if it is not there.
         surge: a replacement starts each replica's successor before it stops the replica; needs room for one more.
     """
     placement: dict[str, Any] = {}
     if reservations := bundles(model):
         placement = {"placement_group_bundles": reservations, "placement_group_strategy": strategy(model)}
+    size: dict[str, Any] = {"num_replicas": model.replicas.count}
+    count = model.replicas.count
+    if model.replicas.vary:
+        size = {"autoscaling_config": autoscaling_config(model, directory, keep_count=found is not None)}
+        count = count if found is None else found
     deployment = serve.deployment(
         name=deployment_name(model),
-        num_replicas=model.replicas.count,
-        max_surge_percent=_one_more(model.replicas.count) if surge else 0,
+        **size,
+        max_surge_percent=_one_more(count) if surge else 0,
         ray_actor_options=actor_options(model),
         **placement,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,

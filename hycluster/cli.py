@@ -139,7 +139,7 @@ def upgrade(
     try:
         surging = upgrade.with_room(settings.models, upgrade.free())
         for model in settings.models:
-            if model.name not in surging and model.replicas.count == 1:
+            if model.name not in surging and model.replicas.most == 1 and not model.sleeps:
                 typer.echo(
                     f"warning: {model.name}: the cluster has no room for a second replica; this model can't be served"
                     " while its only one is replaced",

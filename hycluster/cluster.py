@@ -132,7 +132,7 @@ def _remembered() -> str | None:
 
 
 def check_resources(models: tuple[Model, ...]) -> None:
-    """Refuse settings that this cluster can't hold, before anything starts.
+    """Refuse settings that this cluster can't hold, before anything starts. Counts what is to be there at first.
 
     Raises:
         SettingsError: names the resource, what is asked for and what there is.
@@ -154,7 +154,7 @@ def check_resources(models: tuple[Model, ...]) -> None:
             )
     for model in models:
         accelerator = model.hardware.accelerator
-        if on_gpus(model) and f"accelerator_type:{accelerator}" not in there:
+        if model.replicas.count and on_gpus(model) and f"accelerator_type:{accelerator}" not in there:
             kinds = sorted(name.split(":", 1)[1] for name in there if name.startswith("accelerator_type:"))
             raise SettingsError(
                 f"models: {model.name}: hardware.accelerator: {accelerator!r} is not in this Ray cluster;"
@@ -266,7 +266,7 @@ def dedicated_pool(settings: Settings, model_name: str) -> Iterator[str]:
     check_resources((model,))
     name = f"{SHARED_DIRECTORY}-{secrets.token_hex(6)}"
     directory = open_directory(name)
-    groups = [_placement_group(model) for _ in range(model.replicas.count)]
+    groups = [_placement_group(model) for _ in range(max(1, model.replicas.count))]
     actors: list[Any] = [
         ray.remote(Replica)
         .options(**actor_options(model), **_in_first_bundle(group))

@@ -121,25 +121,67 @@ class Hardware(Strict):
 
 
 class Replicas(Strict):
-    """How many engines a model's pool has. ``initial`` defaults to ``min``."""
+    """How many engines a model's pool has; a data-parallel group counts as one.
 
-    min: int = Field(default=1, ge=1)
+    Attributes:
+        min: 0 lets the pool sleep while nobody asks.
+        max: above ``min``, the pool follows its load (``autoscaling``); ``min`` by default.
+        initial: how many it starts with; ``min`` by default.
+    """
+
+    min: int = Field(default=1, ge=0)
     max: int | None = Field(default=None, ge=1)
-    initial: int | None = Field(default=None, ge=1)
+    initial: int | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
-    def _fixed_size(self) -> Replicas:
+    def _in_order(self) -> Replicas:
+        if self.min == 0 and self.max is None:
+            raise ValueError("min: 0 is not allowed without max; set max to the most replicas that there may be")
         if self.max is not None and self.max < self.min:
             raise ValueError(f"max: {self.max} is below min ({self.min})")
-        if self.max is not None and self.max != self.min:
-            raise ValueError(f"max: {self.max} differs from min ({self.min}); pools have a fixed size")
-        if self.initial is not None and self.initial != self.min:
-            raise ValueError(f"initial: {self.initial} differs from min ({self.min}); pools have a fixed size")
+        if self.initial is not None and not self.min <= self.initial <= self.most:
+            raise ValueError(f"initial: {self.initial} is not between min ({self.min}) and max ({self.most})")
         return self
 
     @property
     def count(self) -> int:
-        return self.initial or self.min
+        """How many there are at first; of a pool of fixed size, always."""
+        return self.min if self.initial is None else self.initial
+
+    @property
+    def most(self) -> int:
+        return self.min if self.max is None else self.max
+
+    @property
+    def vary(self) -> bool:
+        return self.most > self.min
+
+
+class Autoscaling(Strict):
+    """When a pool grows and shrinks, where ``replicas.max`` is above ``replicas.min``; see ``docs/autoscaling.md``.
+
+    Attributes:
+        target_outstanding_tokens: for so many tokens to prefill or decode there is to be a replica.
+        expected_output_tokens: of a request that may have a longer output, no more are counted as outstanding.
+        target_kv_usage: share of a replica's KV cache that may be in use.
+        target_batch_usage: sequences that a replica may have, queued ones too, as a share of ``max_num_seqs``.
+        scale_up_after_s: how long too few replicas are put up with; a pool that sleeps is woken at once.
+        scale_down_after_s: for so long fewer replicas must have been enough. At least a cold start, in any case.
+        scale_to_zero_after_s: with ``replicas.min: 0``, how long nobody must have asked until the pool sleeps.
+        cold_start: with ``replicas.min: 0``, whether a request that finds no replica waits for one or is refused with
+            the time after which to come back. Either wakes the pool.
+        max_cold_start_wait_s: how long such a request waits at most.
+    """
+
+    target_outstanding_tokens: int = Field(default=65536, ge=1)
+    expected_output_tokens: int = Field(default=512, ge=1)
+    target_kv_usage: float = Field(default=0.8, gt=0, le=1)
+    target_batch_usage: float = Field(default=0.8, gt=0, le=1)
+    scale_up_after_s: float = Field(default=2, ge=0)
+    scale_down_after_s: float = Field(default=300, ge=0)
+    scale_to_zero_after_s: float = Field(default=600, ge=0)
+    cold_start: Literal["wait", "refuse"] = "wait"
+    max_cold_start_wait_s: float = Field(default=600, gt=0)
 
 
 class Simulated(Strict):
@@ -237,6 +279,7 @@ class Model(Strict):
         adapters: LoRA adapters, each served under its own name beside the model.
         routing: how a mixture-of-experts model chooses its experts.
         health: when a replica is given up.
+        autoscaling: when its pool grows and shrinks.
         simulated: set to replace the engine by a timing model.
     """
 
@@ -250,6 +293,7 @@ class Model(Strict):
     adapters: tuple[Adapter, ...] = ()
     routing: Routing = Routing()
     health: Health = Health()
+    autoscaling: Autoscaling = Autoscaling()
     simulated: Simulated | None = None
 
     @model_validator(mode="after")
@@ -258,10 +302,24 @@ class Model(Strict):
             raise ValueError(f"adapters: {self.adapters[0].name!r} is not allowed; a simulated engine has no adapters")
         return self
 
+    @model_validator(mode="after")
+    def _autoscaling_has_room(self) -> Model:
+        if self.autoscaling.model_fields_set and not self.replicas.vary:
+            name = min(self.autoscaling.model_fields_set)
+            raise ValueError(
+                f"autoscaling.{name}: is without effect; set replicas.max above replicas.min ({self.replicas.min})"
+            )
+        return self
+
     @property
     def engines(self) -> int:
-        """Engines that requests go to: every data-parallel rank of every replica is one."""
-        return self.replicas.count * self.parallel.data
+        """Most engines that requests go to: every data-parallel rank of every replica is one."""
+        return self.replicas.most * self.parallel.data
+
+    @property
+    def sleeps(self) -> bool:
+        """Its pool may have no replica, in good order; a request wakes it."""
+        return self.replicas.min == 0
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -197,6 +197,7 @@ class ReplicaLoad:
     Attributes:
         running: sequences in the current batch.
         waiting: sequences in the queue.
+        most_running: sequences that a batch holds at most; 0 if that is not known.
         kv_usage: share of the KV cache in use, 0 to 1.
         outstanding_tokens: by gateway id, tokens still to prefill or decode for it.
         experts: None unless the settings ask for it (``routing.expert_metrics``).
@@ -204,6 +205,7 @@ class ReplicaLoad:
 
     running: int = 0
     waiting: int = 0
+    most_running: int = 0
     kv_usage: float = 0.0
     outstanding_tokens: dict[str, int] = field(default_factory=dict)
     experts: ExpertLoad | None = None

@@ -15,6 +15,7 @@ import ray
 from ray.actor import ActorHandle
 
 from hycluster.adapters import AdapterTable, Word
+from hycluster.autoscaling import PoolLoad, Scaling
 from hycluster.config import Model
 from hycluster.core import ReplicaAddress, ReplicaLoad
 
@@ -39,12 +40,34 @@ class ReplicaReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Demand:
+    """What a gateway wants of a pool that follows its load.
+
+    Attributes:
+        model: its settings; no replica says them while the pool sleeps.
+        waiting_requests: that have no replica, or were told to come back.
+        outstanding_tokens: to prefill or decode, of all its requests, those that wait among them.
+        cold_start_s: what it has heard of the last start.
+    """
+
+    model: Model
+    waiting_requests: int = 0
+    outstanding_tokens: int = 0
+    cold_start_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class PoolView:
-    """What a gateway is told of one model's pool. Loads carry the outstanding tokens of all gateways."""
+    """What a gateway is told of one model's pool. Loads carry the outstanding tokens of all gateways.
+
+    Attributes:
+        scaling: what its scaler last decided; None if it has said nothing, or the pool's size is fixed.
+    """
 
     model: Model | None
     replicas: list[ReplicaReport]
     adapters: dict[str, Word] = field(default_factory=dict)
+    scaling: Scaling | None = None
 
 
 @dataclass(slots=True)
@@ -53,6 +76,8 @@ class _Pool:
     reports: dict[str, tuple[float, ReplicaReport]] = field(default_factory=dict)
     outstanding: dict[str, tuple[float, dict[str, int]]] = field(default_factory=dict)
     adapters: AdapterTable = field(default_factory=AdapterTable)
+    demands: dict[str, tuple[float, Demand]] = field(default_factory=dict)
+    scaling: tuple[float, Scaling] | None = None
 
 
 class Directory:
@@ -74,19 +99,54 @@ class Directory:
             self._pools[model].reports.pop(replica_id, None)
 
     def sync(
-        self, model: str, gateway_id: str, outstanding: dict[str, int], adapters: dict[str, Word] | None = None
+        self,
+        model: str,
+        gateway_id: str,
+        outstanding: dict[str, int],
+        adapters: dict[str, Word] | None = None,
+        demand: Demand | None = None,
     ) -> PoolView:
-        """A gateway says what it has outstanding on each replica and which adapters it knows, and hears of the pool."""
+        """A gateway says what it has outstanding on each replica and which adapters it knows, and hears of the pool.
+
+        Args:
+            demand: None for a pool of fixed size.
+        """
+        now = time.monotonic()
+        if demand is not None:
+            self._want(gateway_id, demand, now)
         pool = self._pools.get(model)
         if pool is None:
             return PoolView(None, [])
         pool.adapters.merge(adapters or {})
-        now = time.monotonic()
         pool.outstanding[gateway_id] = (now, outstanding)
         pool.outstanding = {g: said for g, said in pool.outstanding.items() if now - said[0] < FORGET_AFTER_S}
         pool.reports = {r: said for r, said in pool.reports.items() if now - said[0] < FORGET_AFTER_S}
         reports = [self._with_outstanding(pool, report) for _, report in pool.reports.values()]
-        return PoolView(pool.model, reports, pool.adapters.words)
+        scaling = pool.scaling[1] if pool.scaling and now - pool.scaling[0] < FORGET_AFTER_S else None
+        return PoolView(pool.model, reports, pool.adapters.words, scaling)
+
+    def _want(self, gateway_id: str, demand: Demand, now: float) -> None:
+        pool = self._pools.setdefault(demand.model.name, _Pool())
+        if not pool.reports:
+            pool.model = demand.model
+            pool.adapters.merge(AdapterTable(demand.model.adapters).words)
+        pool.demands[gateway_id] = (now, demand)
+
+    def scale(self, model: str, scaling: Scaling) -> PoolLoad:
+        """A pool's scaler says what it has decided, and hears what there is to do."""
+        now = time.monotonic()
+        pool = self._pools.setdefault(model, _Pool())
+        pool.scaling = (now, scaling)
+        pool.demands = {g: said for g, said in pool.demands.items() if now - said[0] < FORGET_AFTER_S}
+        demands = [demand for _, demand in pool.demands.values()]
+        reports = [report for at, report in pool.reports.values() if now - at < FORGET_AFTER_S]
+        return PoolLoad(
+            gateways=len(demands),
+            waiting_requests=sum(demand.waiting_requests for demand in demands),
+            outstanding_tokens=sum(demand.outstanding_tokens for demand in demands),
+            engines=tuple(report.load for report in reports),
+            cold_start_s=next((demand.cold_start_s for demand in demands if demand.cold_start_s is not None), None),
+        )
 
     def find(self, name: str) -> Model | None:
         """The model of that name, or the one that has an adapter of that name."""

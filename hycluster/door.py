@@ -102,7 +102,7 @@ class Door:
         ready: dict[str, int] = {}
         with contextlib.suppress(ray.exceptions.RayError):
             ready = await open_directory(self._directory).models.remote()
-        return {m.name: PoolHealth(ready.get(m.name, 0), m.replicas.count) for m in self._settings.models}
+        return {m.name: PoolHealth(ready.get(m.name, 0), m.replicas.count, m.sleeps) for m in self._settings.models}
 
     async def _serve_models(self, starting: StartingDoors | None) -> None:
         # Half a minute on a slow machine, and callers are to be told meanwhile.

@@ -69,6 +69,17 @@ class Flight:
         longest = (params.max_tokens or 0) if params is not None else 0
         return self.prompt_tokens + max(longest, len(self.output))
 
+    def expected_tokens(self, output_tokens: int) -> int:
+        """What is likely to be left of it to prefill or decode, at least 1.
+
+        Args:
+            output_tokens: how long outputs are expected to be, where a longer one is allowed.
+        """
+        params = self.request.sampling_params
+        longest = (params.max_tokens or output_tokens) if params is not None else 0
+        prompt = 0 if self.begun else self.prompt_tokens + len(self.output)
+        return max(1, prompt + min(longest, output_tokens) - max(self.made, len(self.output)))
+
     @property
     def suspected(self) -> bool:
         """Replicas have died with it, one after the other, and this one has not yet shown that it lives."""

@@ -35,8 +35,9 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 
 from hycluster.adapters import AdapterTable, Word, adapter_id
 from hycluster.admission import Gate, check_id
+from hycluster.coldstart import ColdStart
 from hycluster.config import Admission, Model, Router
-from hycluster.directory import REPORT_EVERY_S, PoolView
+from hycluster.directory import REPORT_EVERY_S, Demand, PoolView
 from hycluster.engine.arguments import model_files
 from hycluster.engine.protocol import CARRIED
 from hycluster.engine.vllm import engine_config
@@ -44,6 +45,7 @@ from hycluster.errors import HyclusterError, InvalidInput, KillsReplicas, Overlo
 from hycluster.observe.experts import expert_metrics
 from hycluster.observe.failover import failover_metrics
 from hycluster.observe.metrics import stat_logger
+from hycluster.observe.scaling import scaling_metrics
 from hycluster.pool import PoolClient
 from hycluster.router import make_policy
 
@@ -90,23 +92,36 @@ class Gateway(AsyncLLM):
 
     Build it with :func:`open_gateway`.
 
+    Args:
+        patient: a request that finds no replica waits for one, if one can be started for it, whatever the settings say.
+
     Attributes:
+        cold_start: who comes while there is no replica.
         lora_requests: by name, what a request to an adapter of this model carries. Changes in place.
     """
 
     engine_core: PoolClient
 
     def __init__(
-        self, model: Model, config: VllmConfig, router: Router, admission: Admission, *, metrics: bool
+        self,
+        model: Model,
+        config: VllmConfig,
+        router: Router,
+        admission: Admission,
+        *,
+        metrics: bool,
+        patient: bool = False,
     ) -> None:
         maybe_register_config_serialize_by_value()
         self.model = model
+        self.cold_start = ColdStart(model, patient=patient)
         self.admission = admission
         self._gate = Gate(model.name, admission)
         self._adapters = AdapterTable(model.adapters)
         self.lora_requests: dict[str, LoRARequest] = {}
         self._take_over({})
         self._directory: ActorHandle[Any] | None = None
+        self._learned = False
         self.vllm_config = config
         self.model_config = config.model_config
         self.scheduler_config = config.scheduler_config
@@ -129,6 +144,7 @@ class Gateway(AsyncLLM):
             gateway_id,
             replicas=model.engines,
             wait_s=router.failover_wait_s,
+            cold_start_wait_s=self.cold_start.wait_s,
             failover=router.failover,
             on_lost=self._request_lost,
         )
@@ -136,6 +152,8 @@ class Gateway(AsyncLLM):
         if metrics:
             expert_metrics.watch(model.name, self.engine_core)
             failover_metrics.watch(model.name, self.engine_core)
+            if model.replicas.vary:
+                scaling_metrics.watch(model.name, self)
         self._client_count = 1
         self.output_handler = None
         self.profiler = None
@@ -152,17 +170,17 @@ class Gateway(AsyncLLM):
 
         Raises:
             PoolOverloaded: a bound of the settings' ``admission`` is reached.
-            PoolUnavailable: no replica can serve.
+            PoolUnavailable: no replica can serve, and the request is not to wait for one.
             PoolInvalidInput: more sequences than are ever admitted.
         """
         pool = self.engine_core
-        if not pool.able:
-            raise PoolUnavailable(f"model: no replica of {self.model.name!r} can serve now")
+        if not pool.able and self.cold_start.wait_s is None:
+            raise self._refusal()
         try:
             self._gate.check(
                 n,
                 in_flight=pool.requests_in_flight,
-                outstanding_tokens=sum(pool.outstanding.values()),
+                outstanding_tokens=pool.outstanding_tokens,
                 worked_off_tokens=pool.worked_off_tokens,
             )
         except Overloaded as shed:
@@ -189,15 +207,26 @@ class Gateway(AsyncLLM):
         except InvalidInput as error:
             raise PoolInvalidInput(error.message) from None
 
+    @property
+    def able(self) -> bool:
+        """A request would find a replica, or have one started."""
+        return self.engine_core.able or self.cold_start.wakes
+
     async def check_health(self) -> None:
-        """Raise PoolUnavailable unless a request would find a replica."""
-        if not self.engine_core.able:
-            raise PoolUnavailable(f"model: no replica of {self.model.name!r} can serve now")
+        """Raise PoolUnavailable unless a request would find a replica, or have one started."""
+        if not self.able:
+            raise self._refusal()
+
+    def _refusal(self) -> PoolUnavailable:
+        error = self.cold_start.refusal()
+        return PoolUnavailable(error.message, error.retry_after_s)
 
     async def _request_lost(self, request_id: str, error: HyclusterError) -> None:
         state = self.output_processor.request_states.get(request_id)
         if state is not None and state.queue is not None:
-            state.queue.put(LOST[type(error)](error.message))
+            lost = LOST[type(error)](error.message)
+            lost.retry_after_s = error.retry_after_s or lost.retry_after_s
+            state.queue.put(lost)
             # With n > 1 its siblings may be on replicas that live; nobody waits for them any more.
             asked = state.parent_req.request_id if state.parent_req else request_id
             await self.engine_core.abort_requests_async(self.output_processor.abort_requests([asked], internal=True))
@@ -210,10 +239,10 @@ class Gateway(AsyncLLM):
     async def _add_request(self, request: EngineCoreRequest, *rest: Any) -> None:
         try:
             await super()._add_request(request, *rest)
-        except Unavailable as error:
+        except Unavailable:
             # The last replica has gone since this request was admitted.
             self.output_processor.abort_requests([request.request_id], internal=True)
-            raise PoolUnavailable(error.message, error.retry_after_s) from None
+            raise self._refusal() from None
         except InvalidInput:
             self.output_processor.abort_requests([request.request_id], internal=True)
             raise
@@ -227,6 +256,8 @@ class Gateway(AsyncLLM):
             try:
                 view = await self._sync(directory)
                 await self.engine_core.update(view.replicas)
+                if not self._learned and self.engine_core.infos:
+                    self.learn()
             except Exception:
                 # The directory may be starting again; the pool stays as it is meanwhile.
                 logger.warning("the directory does not answer", exc_info=True)
@@ -234,13 +265,28 @@ class Gateway(AsyncLLM):
 
     async def _sync(self, directory: ActorHandle[Any]) -> PoolView:
         view: PoolView = await directory.sync.remote(
-            self.model.name, self.engine_core.gateway_id, self.engine_core.outstanding, self._adapters.words
+            self.model.name,
+            self.engine_core.gateway_id,
+            self.engine_core.outstanding,
+            self._adapters.words,
+            self._demand() if self.model.replicas.vary else None,
         )
         self._take_over(view.adapters)
+        self.cold_start.hear(view.scaling)
         return view
+
+    def _demand(self) -> Demand:
+        pool = self.engine_core
+        return Demand(
+            self.model,
+            waiting_requests=pool.requests_waiting + self.cold_start.awaited,
+            outstanding_tokens=pool.expected_tokens(self.model.autoscaling.expected_output_tokens),
+            cold_start_s=self.cold_start.last_start_s,
+        )
 
     def learn(self) -> None:
         """Take over what only a started engine knows, as ``AsyncLLM`` does from its own."""
+        self._learned = True
         for info in self.engine_core.infos:
             self.model_config.max_model_len = min(self.model_config.max_model_len, info.max_model_len)
             self.vllm_config.cache_config.block_size = info.block_size
@@ -335,22 +381,24 @@ async def open_gateway(
     admission: Admission,
     wait_s: float,
     metrics: bool = False,
+    patient: bool = False,
 ) -> AsyncIterator[Gateway]:
-    """A gateway that follows the directory; waits until a replica can serve.
+    """A gateway that follows the directory; waits until a replica can serve, or the pool is known to sleep.
 
     Raises:
         Unavailable: there is none after ``wait_s`` seconds.
     """
     config = await asyncio.to_thread(lambda: engine_config(model, model_files(model)))
-    gateway = Gateway(model, config, router, admission, metrics=metrics)
+    gateway = Gateway(model, config, router, admission, metrics=metrics, patient=patient)
     follower = asyncio.create_task(gateway.follow(directory))
     try:
         try:
             async with asyncio.timeout(wait_s):
-                await gateway.engine_core.first_replica.wait()
+                await _until_it_can_open(gateway)
         except TimeoutError:
             raise Unavailable(f"model: no replica of {model.name!r} could serve within {wait_s:.0f} s") from None
-        gateway.learn()
+        if gateway.engine_core.infos:
+            gateway.learn()
         yield gateway
     finally:
         follower.cancel()
@@ -360,3 +408,19 @@ async def open_gateway(
             gateway.output_handler.cancel()
         await gateway.engine_core.close()
         gateway.renderer.shutdown()
+
+
+async def _until_it_can_open(gateway: Gateway) -> None:
+    pool, cold_start = gateway.engine_core, gateway.cold_start
+    if gateway.model_config.runner_type != "generate":
+        # Only its engine knows what it can do, and the doors' routes follow from that.
+        cold_start.want()
+        await pool.first_replica.wait()
+        cold_start.want_no_more()
+        return
+    waits = [asyncio.create_task(event.wait()) for event in (pool.first_replica, cold_start.asleep)]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()

@@ -117,14 +117,16 @@ class Generator:
             await gateway.end_requests(why)
 
     async def ready(self) -> bool:
-        """A request to any model would succeed."""
-        return all(gateway.engine_core.able for gateway in self.gateways.values())
+        """A request to any model would succeed, or wake the model; see :attr:`Gateway.able`."""
+        return all(gateway.able for gateway in self.gateways.values())
 
     async def pools(self) -> dict[str, PoolHealth]:
         """How many replicas of each model take requests from here. A group counts once one of its ranks does."""
         return {
             name: PoolHealth(
-                math.ceil(gateway.engine_core.links / gateway.model.parallel.data), gateway.model.replicas.count
+                math.ceil(gateway.engine_core.links / gateway.model.parallel.data),
+                scaling.target if (scaling := gateway.cold_start.scaling) else gateway.model.replicas.count,
+                gateway.cold_start.wakes,
             )
             for name, gateway in self.gateways.items()
         }
@@ -361,7 +363,7 @@ async def open_generator(
     admission: Admission | None = None,
     wait_s: float = 300.0,
 ) -> AsyncIterator[Generator]:
-    """A generator over one model of a running pool, from any process of the Ray cluster.
+    """A generator over one model of a running pool, from any process of the Ray cluster. It wakes one that sleeps.
 
     Args:
         directory: name of the pool's directory.
@@ -377,7 +379,7 @@ async def open_generator(
         raise UnknownModel(model, sorted(await handle.models.remote()))
     unbounded = Admission(max_requests=None)
     async with open_gateway(
-        pool, handle, router=router or Router(), admission=admission or unbounded, wait_s=wait_s
+        pool, handle, router=router or Router(), admission=admission or unbounded, wait_s=wait_s, patient=True
     ) as gateway:
         # As in a door (see there).
         gc.collect()
@@ -394,13 +396,20 @@ async def open_generators(
     admission: Admission,
     wait_s: float,
     metrics: bool = True,
+    patient: bool = False,
 ) -> AsyncIterator[Generator]:
-    """A generator over several models, with metrics where a door shows them."""
+    """A generator over several models, with metrics where a door shows them.
+
+    Args:
+        patient: see :class:`Gateway`.
+    """
     handle = _directory(directory)
     async with contextlib.AsyncExitStack() as stack:
         gateways = {
             model.name: await stack.enter_async_context(
-                open_gateway(model, handle, router=router, admission=admission, wait_s=wait_s, metrics=metrics)
+                open_gateway(
+                    model, handle, router=router, admission=admission, wait_s=wait_s, metrics=metrics, patient=patient
+                )
             )
             for model in models
         }

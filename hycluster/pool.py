@@ -50,6 +50,7 @@ class PoolClient(ControlCalls):
     Args:
         replicas: size of the pool, for the metrics' labels.
         wait_s: how long a request whose replica was lost waits for another one.
+        cold_start_wait_s: how long a new request waits for a replica where there is none; None: it is refused.
         failover: keep each request's tokens, so that it can go on elsewhere; without, one that has begun ends.
         on_lost: told of each request that ends because its replica was lost: Unavailable, ReplicaLost, KillsReplicas.
 
@@ -69,6 +70,7 @@ class PoolClient(ControlCalls):
         *,
         replicas: int,
         wait_s: float,
+        cold_start_wait_s: float | None = None,
         failover: bool = True,
         on_lost: Callable[[str, HyclusterError], Awaitable[None]],
     ) -> None:
@@ -77,6 +79,7 @@ class PoolClient(ControlCalls):
         self.carried = Carried()
         self._on_lost = on_lost
         self._wait_s = wait_s
+        self._cold_start_wait_s = cold_start_wait_s
         self._failover = failover
         # Set, and replaced, whenever there may be a place for a request that waits for one.
         self._place_free = asyncio.Event()
@@ -182,17 +185,9 @@ class PoolClient(ControlCalls):
         error = self._verdict(flight, died)
         if error is None:
             try:
-                async with asyncio.timeout(self._wait_s):
-                    # Else it was aborted meanwhile.
-                    while self._flights.get(flight.request_id) is flight:
-                        place_free = self._place_free
-                        try:
-                            await self._send(flight)
-                            computed = flight.prompt_tokens + len(flight.output) if flight.begun else 0
-                            self.carried.moved(computed)
-                            return
-                        except Unavailable:
-                            await place_free.wait()
+                if await self._find_place(flight, self._wait_s):
+                    self.carried.moved(flight.prompt_tokens + len(flight.output) if flight.begun else 0)
+                return
             except TimeoutError:
                 kind = ReplicaLost if died else Unavailable
                 error = kind(
@@ -200,7 +195,34 @@ class PoolClient(ControlCalls):
                     f" within {self._wait_s:.0f} s",
                     retry_after_s=1.0,
                 )
-        if error is not None and self._flights.get(flight.request_id) is flight:
+        await self._give_up(flight, error)
+
+    async def _wait_for_first(self, flight: Flight, wait_s: float) -> None:
+        """Send a new request as soon as there is a replica; or tell that there has been none."""
+        try:
+            await self._find_place(flight, wait_s)
+        except TimeoutError:
+            error = Unavailable(f"model: no replica of {self.model!r} could serve within {wait_s:g} s")
+            await self._give_up(flight, error)
+
+    async def _find_place(self, flight: Flight, wait_s: float) -> bool:
+        """Send a request once a replica takes it; False if it was aborted meanwhile.
+
+        Raises:
+            TimeoutError: none has, for ``wait_s`` seconds.
+        """
+        async with asyncio.timeout(wait_s):
+            while self._flights.get(flight.request_id) is flight:
+                place_free = self._place_free
+                try:
+                    await self._send(flight)
+                    return True
+                except Unavailable:
+                    await place_free.wait()
+        return False
+
+    async def _give_up(self, flight: Flight, error: HyclusterError) -> None:
+        if self._flights.get(flight.request_id) is flight:
             del self._flights[flight.request_id]
             self.carried.ended(flight.request_id)
             await self._on_lost(flight.request_id, error)
@@ -250,8 +272,26 @@ class PoolClient(ControlCalls):
         return {replica_id: link.outstanding_tokens for replica_id, link in self._links.items()}
 
     @property
+    def outstanding_tokens(self) -> int:
+        """On all replicas, and of requests that wait for one."""
+        tokens = sum(self.outstanding.values())
+        if self.requests_waiting:
+            flights = self._flights.values()
+            tokens += sum(flight.tokens_to_compute for flight in flights if flight.replica_id not in self._links)
+        return tokens
+
+    @property
     def requests_in_flight(self) -> int:
         return len(self._flights)
+
+    @property
+    def requests_waiting(self) -> int:
+        """Those that no replica has."""
+        return len(self._flights) - sum(len(link.flights) for link in self._links.values())
+
+    def expected_tokens(self, output_tokens: int) -> int:
+        """Of all requests, sent or waiting, what is likely to be left to prefill or decode; see ``Flight``."""
+        return sum(flight.expected_tokens(output_tokens) for flight in self._flights.values())
 
     def _choose(self, flight: Flight) -> Link:
         links = [link for link in self._links.values() if link.accepting]
@@ -275,22 +315,27 @@ class PoolClient(ControlCalls):
         return self._links[self._policy.choose(candidates, route)]
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
-        """Send a request to the replica that the router chooses.
+        """Send a request to the replica that the router chooses, or keep it until there is one. Returns at once.
 
         Raises:
-            Unavailable: no replica can serve.
+            Unavailable: no replica can serve, and new requests don't wait.
             InvalidInput: the request holds what no message can.
         """
-        await self._send(Flight.of(request, keep=self._failover))
+        flight = Flight.of(request, keep=self._failover)
+        try:
+            await self._send(flight)
+        except Unavailable:
+            if self._cold_start_wait_s is None:
+                raise
+            # Now, while there is somebody to tell.
+            self._encoded(request)
+            self._flights[flight.request_id] = flight
+            self._spawn(self._wait_for_first(flight, self._cold_start_wait_s))
 
     async def _send(self, flight: Flight) -> None:
         link = self._choose(flight)
         request = carry(flight.request, flight.engine_id, flight.output) if flight.moves else flight.request
-        try:
-            message = self._encoder.encode(request)
-        except (UnicodeEncodeError, OverflowError, TypeError) as error:
-            # Half of a surrogate pair, a number over 64 bits: JSON can say what no message can hold.
-            raise InvalidInput(f"request: holds what can't be sent to an engine: {error}") from None
+        message = self._encoded(request)
         if not link.flights:
             link.heard_s = time.monotonic()
         flight = flight.sent(link.address.replica_id)
@@ -316,6 +361,13 @@ class PoolClient(ControlCalls):
         if self._links.get(flight.replica_id) is link and link.flights.get(flight.engine_id) is flight:
             await self._tell(link, Kind.ADD, *message)
 
+    def _encoded(self, request: EngineCoreRequest) -> Any:
+        try:
+            return self._encoder.encode(request)
+        except (UnicodeEncodeError, OverflowError, TypeError) as error:
+            # Half of a surrogate pair, a number over 64 bits: JSON can say what no message can hold.
+            raise InvalidInput(f"request: holds what can't be sent to an engine: {error}") from None
+
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         by_link: dict[str, list[str]] = {}
         for request_id in request_ids:
@@ -336,7 +388,8 @@ class PoolClient(ControlCalls):
         if link is not None and link.flights.pop(flight.engine_id, None) is not None:
             link.outstanding_tokens -= flight.tokens_left
             self.worked_off_tokens += flight.tokens_left
-        if flight.suspected:
+        if flight.suspected or link is None:
+            # Others of its kind may go where it was; who waits to send it waits in vain.
             self._wake()
 
     async def _read(self, link: Link) -> None:

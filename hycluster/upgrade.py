@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray import serve
 
-from hycluster.app import APP_NAME, application
+from hycluster.app import APP_NAME, application, deployment_name
 from hycluster.cluster import Deployed, check_resources, wait_until_open
 from hycluster.config import Model, Settings
 from hycluster.door import DoorAddresses
@@ -37,8 +37,9 @@ def upgrade(settings: Settings, surging: frozenset[str], stopping: threading.Eve
     doors = running()
     settings = _same_ports(settings, doors)
     check_resources(settings.models)
+    app = application(settings, surging=surging, counts=_running_replicas(settings.models))
     serve.run_many(
-        [serve.RunTarget(application(settings, surging=surging), name=APP_NAME, route_prefix=None)],
+        [serve.RunTarget(app, name=APP_NAME, route_prefix=None)],
         wait_for_applications_running=False,
     )
     try:
@@ -86,6 +87,17 @@ def free() -> dict[str, Any]:
     return dict(ray.available_resources())
 
 
+def _running_replicas(models: tuple[Model, ...]) -> dict[str, int]:
+    """By model, how many replicas the service has; models that it does not have are left out."""
+    deployments = serve.status().applications[APP_NAME].deployments
+    names = {model.name: deployment_name(model) for model in models}
+    return {
+        model: sum(count for state, count in deployments[name].replica_states.items() if state == "RUNNING")
+        for model, name in names.items()
+        if name in deployments
+    }
+
+
 def _same_ports(settings: Settings, doors: DoorAddresses) -> Settings:
     http, grpc = (int(address.rpartition(":")[2]) for address in (doors.http, doors.grpc))
     return settings.model_copy(
@@ -98,4 +110,4 @@ def _same_ports(settings: Settings, doors: DoorAddresses) -> Settings:
 
 def _batches(settings: Settings) -> int:
     """How many replicas of a pool start one after the other, at most."""
-    return 1 + max(model.replicas.count for model in settings.models)
+    return 1 + max(model.replicas.most for model in settings.models)

@@ -10,7 +10,7 @@ from typing import Any, Self
 from hycluster.adapters import Word
 from hycluster.config import DataPlane, Model, Simulated
 from hycluster.core import ReplicaAddress
-from hycluster.directory import Directory, ReplicaReport
+from hycluster.directory import Demand, Directory, ReplicaReport
 from hycluster.engine import messages
 from hycluster.engine.simulated import SimulatedEngine
 from hycluster.engine.timing import SimulatedScheduler
@@ -70,20 +70,27 @@ class SimulatedPool:
     def __getitem__(self, index: int) -> SimulatedReplica:
         return self.replicas[index]
 
+    def start(self) -> SimulatedReplica:
+        """One more."""
+        self.replicas.append(SimulatedReplica(self.settings, f"r{len(self.replicas)}"))
+        return self.replicas[-1]
+
     @property
     def reports(self) -> list[ReplicaReport]:
         return [replica.report for replica in self.replicas]
 
     def directory(self, model: Model) -> Any:
-        """What a gateway follows, without an actor: it knows these replicas and nothing changes."""
+        """What a gateway follows, without an actor: it knows these replicas. ``known`` is what it is made of."""
         directory = Directory()
 
-        async def sync(name: str, gateway_id: str, outstanding: dict[str, int], adapters: dict[str, Word]) -> Any:
+        async def sync(
+            name: str, gateway_id: str, outstanding: dict[str, int], adapters: dict[str, Word], demand: Demand | None
+        ) -> Any:
             for report in self.reports:
                 directory.report(model, report)
-            return directory.sync(name, gateway_id, outstanding, adapters)
+            return directory.sync(name, gateway_id, outstanding, adapters, demand)
 
-        return SimpleNamespace(sync=SimpleNamespace(remote=sync))
+        return SimpleNamespace(sync=SimpleNamespace(remote=sync), known=directory)
 
 
 def predicted(prompt: list[int], max_tokens: int, settings: Simulated) -> list[int]:

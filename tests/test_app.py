@@ -6,7 +6,7 @@ import pytest
 from ray.serve import Application
 
 from hycluster.app import application, build, deployment_name, replicas
-from hycluster.config import Hardware, Model, Parallel, Replicas, Settings
+from hycluster.config import Autoscaling, Hardware, Model, Parallel, Replicas, Settings
 from hycluster.errors import SettingsError
 
 SETTINGS: dict[str, Any] = {
@@ -90,3 +90,39 @@ def test_only_a_replica_of_several_reservations_has_a_placement_group() -> None:
     group = config(parallel=Parallel(data=2), hardware=Hardware(cpus=3, placement="strict_spread"))
     assert group.placement_group_bundles == [{"CPU": 3}] * 2
     assert group.placement_group_strategy == "STRICT_SPREAD"
+
+
+def scaled(counts: dict[str, int] | None = None, surging: tuple[str, ...] = ()) -> Any:
+    """The deployment of a pool that follows its load, beside one of fixed size."""
+    followed = model(
+        replicas=Replicas(min=0, max=4, initial=2),
+        autoscaling=Autoscaling(scale_down_after_s=7),
+        parallel=Parallel(data=2),
+    )
+    settings = Settings(models=(followed, model(name="fixed")), batches=None)
+    pools = deployment(application(settings, "d", surging, counts)).init_args[2:]
+    return [deployment(pool) for pool in pools]
+
+
+def test_a_pool_that_follows_its_load_is_serves_to_scale() -> None:
+    followed, fixed = scaled()
+    config = followed._deployment_config.autoscaling_config
+    assert (config.min_replicas, config.initial_replicas, config.max_replicas) == (0, 2, 4)
+    asked = config.policy.policy_kwargs
+    assert (asked["model"], asked["directory"], asked["ranks"]) == ("m", "d", 2)
+    assert asked["autoscaling"]["scale_down_after_s"] == 7
+    assert fixed._deployment_config.autoscaling_config is None
+    assert fixed.num_replicas == 1
+
+
+@pytest.mark.parametrize(("found", "surge_percent"), [(0, 100), (1, 100), (3, 34)])
+def test_an_upgrade_keeps_the_count_that_it_finds(found: int, surge_percent: int) -> None:
+    followed, fixed = scaled({"m": found, "fixed": 1}, surging=("m", "fixed"))
+    assert followed._deployment_config.autoscaling_config.initial_replicas is None
+    assert followed._deployment_config.max_surge_percent == surge_percent
+    assert fixed.num_replicas == 1
+
+
+def test_a_model_that_comes_with_an_upgrade_starts_as_its_settings_say() -> None:
+    followed, _ = scaled({"fixed": 1})
+    assert followed._deployment_config.autoscaling_config.initial_replicas == 2

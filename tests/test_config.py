@@ -61,6 +61,24 @@ def test_devices_of_a_replica() -> None:
     assert (parallel.devices, parallel.devices_per_rank, parallel.expert_ranks) == (48, 16, 24)
 
 
+@pytest.mark.parametrize(
+    ("replicas", "count", "most", "vary", "sleeps"),
+    [
+        ({}, 1, 1, False, False),
+        ({"min": 2, "max": 2}, 2, 2, False, False),
+        ({"min": 1, "max": 4}, 1, 4, True, False),
+        ({"min": 1, "max": 4, "initial": 3}, 3, 4, True, False),
+        ({"min": 0, "max": 1}, 0, 1, True, True),
+        ({"min": 0, "max": 4, "initial": 1}, 1, 4, True, True),
+    ],
+)
+def test_how_many_replicas(replicas: dict[str, int], count: int, most: int, vary: bool, sleeps: bool) -> None:
+    (model,) = validate(Settings, model_with(replicas=replicas), "x").models
+    assert (model.replicas.count, model.replicas.most, model.replicas.vary) == (count, most, vary)
+    assert model.sleeps == sleeps
+    assert model.engines == most
+
+
 def test_every_data_parallel_rank_is_an_engine() -> None:
     settings = validate(Settings, model_with(parallel={"tensor": 8, "data": 3}, replicas={"min": 2}), "x")
     assert settings.models[0].engines == 6
@@ -74,16 +92,28 @@ def test_every_data_parallel_rank_is_an_engine() -> None:
         ({"models": [{"name": "m"}]}, ["models.0.source: is missing"]),
         (
             model_with(replicas={"min": 0}),
-            ["models.0.replicas.min: 0 is not allowed: Input should be greater than or equal to 1"],
+            ["models.0.replicas.min: 0 is not allowed without max; set max to the most replicas that there may be"],
         ),
         (model_with(replicas={"min": 3, "max": 2}), ["models.0.replicas.max: 2 is below min (3)"]),
         (
-            model_with(replicas={"min": 1, "max": 2}),
-            ["models.0.replicas.max: 2 differs from min (1); pools have a fixed size"],
+            model_with(replicas={"min": 1, "initial": 2}),
+            ["models.0.replicas.initial: 2 is not between min (1) and max (1)"],
         ),
         (
-            model_with(replicas={"min": 1, "initial": 2}),
-            ["models.0.replicas.initial: 2 differs from min (1); pools have a fixed size"],
+            model_with(replicas={"min": 1, "max": 3, "initial": 0}),
+            ["models.0.replicas.initial: 0 is not between min (1) and max (3)"],
+        ),
+        (
+            model_with(autoscaling={"scale_down_after_s": 5, "cold_start": "refuse"}, replicas={"min": 2}),
+            ["models.0: autoscaling.cold_start: is without effect; set replicas.max above replicas.min (2)"],
+        ),
+        (
+            model_with(autoscaling={"cold_start": "hope"}, replicas={"min": 0, "max": 1}),
+            ["models.0.autoscaling.cold_start: 'hope' is not allowed: Input should be 'wait' or 'refuse'"],
+        ),
+        (
+            model_with(autoscaling={"target_kv_usage": 80}, replicas={"min": 0, "max": 1}),
+            ["models.0.autoscaling.target_kv_usage: 80 is not allowed: Input should be less than or equal to 1"],
         ),
         (
             model_with(simulated={"kv_blocks": 3, "block_size_tokens": 4, "max_model_len": 13}),
@@ -132,6 +162,7 @@ def test_each_wrong_field_has_its_line() -> None:
         ({"models": [MODEL], "modelz": 1}, "modelz", "models"),
         ({"models": [MODEL], "http": {"prot": 1}}, "http.prot", "port"),
         (model_with(replicaz={}), "models.0.replicaz", "replicas"),
+        (model_with(autoscaling={"scale_down_s": 3}), "models.0.autoscaling.scale_down_s", "scale_down_after_s"),
         (model_with(simulated={"kv_block": 3}), "models.0.simulated.kv_block", "kv_blocks"),
     ],
 )

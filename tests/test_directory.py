@@ -7,9 +7,10 @@ import pytest
 
 from hycluster import directory
 from hycluster.adapters import Word
+from hycluster.autoscaling import PoolLoad, Scaling
 from hycluster.config import Adapter, Model
 from hycluster.core import ReplicaAddress, ReplicaLoad
-from hycluster.directory import FORGET_AFTER_S, Directory, ReplicaReport
+from hycluster.directory import FORGET_AFTER_S, Demand, Directory, ReplicaReport
 
 MODEL = Model(name="m", source="/m")
 
@@ -147,3 +148,42 @@ def test_the_ranks_of_a_group_are_one_replica() -> None:
     there.report(MODEL, replace(report("a0", accepting=False), group="a"))
     there.report(MODEL, replace(report("a1", accepting=False), group="a"))
     assert there.models() == {"m": 1}
+
+
+class TestPoolsThatFollowTheirLoad:
+    STATIC = Model(name="m", source="/m", adapters=(Adapter(name="a", source="/a"),))
+
+    def test_what_gateways_want_the_scaler_hears(self) -> None:
+        there = Directory()
+        there.report(MODEL, report("r", running=3))
+        there.sync("m", "g", {}, {}, Demand(MODEL, waiting_requests=2, outstanding_tokens=100))
+        there.sync("m", "h", {}, {}, Demand(MODEL, waiting_requests=1, outstanding_tokens=10, cold_start_s=7.0))
+        # Who looks on wants nothing.
+        there.sync("m", "chaos", {}, {})
+        assert there.scale("m", Scaling(1, 1)) == PoolLoad(2, 3, 110, (ReplicaLoad(running=3),), 7.0)
+
+    def test_what_the_scaler_says_gateways_hear(self, clock: Clock) -> None:
+        there = Directory()
+        assert there.scale("m", Scaling(2, 1, 3.0)) == PoolLoad()
+        assert there.sync("m", "g", {}).scaling == Scaling(2, 1, 3.0)
+        clock.now += FORGET_AFTER_S + 0.1
+        assert there.sync("m", "g", {}).scaling is None
+
+    def test_who_is_silent_wants_nothing_and_does_nothing(self, clock: Clock) -> None:
+        there = Directory()
+        there.report(MODEL, report("r", running=3))
+        there.sync("m", "gone", {}, {}, Demand(MODEL, waiting_requests=1))
+        clock.now += FORGET_AFTER_S + 0.1
+        assert there.scale("m", Scaling(1, 1)) == PoolLoad()
+
+    def test_a_pool_without_a_replica_is_known_by_its_gateways(self) -> None:
+        there = Directory()
+        there.sync("m", "g", {}, {}, Demand(self.STATIC))
+        assert [there.find(name) for name in ("m", "a", "b")] == [self.STATIC, self.STATIC, None]
+        assert there.models() == {"m": 0, "a": 0}
+
+    def test_replicas_know_their_settings_better(self) -> None:
+        there = Directory()
+        there.report(MODEL, report("r"))
+        there.sync("m", "old", {}, {}, Demand(self.STATIC))
+        assert there.find("m") == MODEL

@@ -37,6 +37,18 @@ def test_a_successor_has_all_of_it_to_compute() -> None:
     assert moved.output == [7] * 10 + [8]
 
 
+def test_expected_tokens() -> None:
+    flight = sent(max_tokens=50)
+    assert [flight.expected_tokens(tokens) for tokens in (10, 50, 100)] == [13, 53, 53]
+    flight.take([7] * 8)
+    assert [flight.expected_tokens(tokens) for tokens in (10, 100)] == [2, 42]
+    # It is longer than was expected, and there may be more to come.
+    assert flight.expected_tokens(5) == 1
+    # What the lost replica has computed, the next one prefills.
+    assert flight.lost(died=False).sent("r1").expected_tokens(10) == 3 + 8 + 2
+    assert Flight.of(sent(max_tokens=50).request).expected_tokens(10) == 13
+
+
 def test_more_tokens_than_were_asked_for_are_no_negative_work() -> None:
     flight = sent(max_tokens=2)
     flight.take([7] * 4)

@@ -171,6 +171,7 @@ class _Api:
                     admission=Admission(max_requests=None),
                     wait_s=settings.start_timeout_s,
                     metrics=False,
+                    patient=True,
                 )
             )
             apps = await model_apps(generator, settings.http)

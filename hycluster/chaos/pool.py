@@ -71,7 +71,9 @@ def members(model: Model) -> Members | None:
         return None
     there = frozenset(report.group or report.address.replica_id for report in view.replicas if report.accepting)
     gateways = frozenset(gateway for report in view.replicas for gateway in report.load.outstanding_tokens)
-    return Members(model.replicas.count, there, gateways - {ASKER})
+    # A pool that follows its load is whole when it has what it is to have now.
+    wanted = view.scaling.target if view.scaling else model.replicas.count
+    return Members(wanted, there, gateways - {ASKER})
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,9 +90,9 @@ async def _run(plan: Plan, http: str, grpc: str, ports: tuple[int, ...], say: Sa
     try:
         there, doors = await asyncio.to_thread(members, model), await asyncio.to_thread(targets.listening, ports)
         if there is None or not there.whole or not doors:
-            ready = len(there.replicas) if there else 0
+            ready, wanted = (len(there.replicas), there.wanted) if there else (0, model.replicas.count)
             raise Unavailable(
-                f"model: {name!r} has {ready} of {model.replicas.count} replicas and {len(doors)} doors before the"
+                f"model: {name!r} has {ready} of {wanted} replicas and {len(doors)} doors before the"
                 " first fault; wait until it is whole"
             )
         striker = Striker(

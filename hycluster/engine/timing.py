@@ -97,7 +97,10 @@ class SimulatedScheduler:
     def load(self) -> ReplicaLoad:
         used = self.settings.kv_blocks - self.free_blocks
         return ReplicaLoad(
-            running=len(self._running), waiting=len(self._waiting), kv_usage=used / self.settings.kv_blocks
+            running=len(self._running),
+            waiting=len(self._waiting),
+            most_running=self.settings.max_num_seqs,
+            kv_usage=used / self.settings.kv_blocks,
         )
 
     def add(self, client: int, request: EngineCoreRequest) -> None:

@@ -152,6 +152,7 @@ class VllmEngine:
         self._requests = MsgpackDecoder(EngineCoreRequest)
         self._outputs = MsgpackEncoder()
         cache = config.cache_config
+        self._most_running = config.scheduler_config.max_num_seqs
         self.info = EngineInfo(
             max_model_len=config.model_config.max_model_len,
             kv_tokens=(cache.num_gpu_blocks or 0) * cache.block_size,
@@ -287,6 +288,7 @@ class VllmEngine:
         return ReplicaLoad(
             running=running,
             waiting=waiting,
+            most_running=self._most_running,
             kv_usage=self._core.scheduler.get_kv_cache_usage(),
             experts=self._core.experts.load if self._core.experts is not None else None,
         )

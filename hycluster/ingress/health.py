@@ -1,4 +1,4 @@
-"""``/health`` of the HTTP door: whether a request to any model would succeed, and if not, what is missing.
+"""``/health`` of the HTTP door: whether a request to any model would succeed, or wake it; if not, what is missing.
 
 200 with ``{"status": "ready", ...}``, or 503 with ``"starting"`` until the door has opened, ``"unavailable"`` after.
 ``models`` says for each model how many replicas can serve and how many there are to be. The gRPC door's health says
@@ -8,7 +8,7 @@ SERVING at the same times.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -22,10 +22,24 @@ PATH = "/health"
 
 @dataclass(frozen=True, slots=True)
 class PoolHealth:
-    """One model's replicas: those that take requests, and those that the settings ask for."""
+    """One model's replicas: those that take requests, and those that there are to be.
+
+    Attributes:
+        wakes: a request that finds none has one started.
+    """
 
     replicas_ready: int
     replicas_wanted: int
+    wakes: bool = False
+
+    @property
+    def able(self) -> bool:
+        return self.replicas_ready > 0 or self.wakes
+
+    def told(self) -> dict[str, int | bool]:
+        """As callers read it; a pool that never sleeps says nothing of it."""
+        counts = {"replicas_ready": self.replicas_ready, "replicas_wanted": self.replicas_wanted}
+        return counts | {"wakes": True} if self.wakes else counts
 
 
 # By model name.
@@ -50,9 +64,9 @@ class WithHealth:
             await answer(scope, receive, send)
 
     def _health(self, pools: Mapping[str, PoolHealth]) -> tuple[int, dict[str, Any]]:
-        able = self._app is not None and all(pool.replicas_ready for pool in pools.values())
+        able = self._app is not None and all(pool.able for pool in pools.values())
         status = "ready" if able else "starting" if self._app is None else "unavailable"
-        return 200 if able else 503, {"status": status, "models": {name: asdict(p) for name, p in pools.items()}}
+        return 200 if able else 503, {"status": status, "models": {name: p.told() for name, p in pools.items()}}
 
 
 def starting(pools: Mapping[str, PoolHealth]) -> Unavailable:

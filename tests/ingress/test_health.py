@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from hycluster.ingress.health import PoolHealth, WithHealth
 
 WHOLE, HALF, NONE = PoolHealth(2, 2), PoolHealth(1, 2), PoolHealth(0, 2)
+ASLEEP, WOKEN = PoolHealth(0, 0, wakes=True), PoolHealth(0, 1, wakes=True)
 
 
 async def rest(scope: Scope, receive: Receive, send: Send) -> None:
@@ -31,6 +32,10 @@ def client(app: ASGIApp | None, **pools: PoolHealth) -> httpx.AsyncClient:
         (rest, WHOLE, WHOLE, 200, "ready"),
         (rest, HALF, WHOLE, 200, "ready"),
         (rest, NONE, WHOLE, 503, "unavailable"),
+        (rest, ASLEEP, WHOLE, 200, "ready"),
+        (rest, WOKEN, WHOLE, 200, "ready"),
+        (rest, ASLEEP, NONE, 503, "unavailable"),
+        (None, ASLEEP, WHOLE, 503, "starting"),
         (None, HALF, NONE, 503, "starting"),
         # Its replicas are there, and it is not open yet.
         (None, WHOLE, WHOLE, 503, "starting"),
@@ -44,6 +49,7 @@ async def test_what_it_says(app: ASGIApp | None, a: PoolHealth, b: PoolHealth, s
         "status": word,
         "models": {
             name: {"replicas_ready": pool.replicas_ready, "replicas_wanted": pool.replicas_wanted}
+            | ({"wakes": True} if pool.wakes else {})
             for name, pool in {"a": a, "b": b}.items()
         },
     }
