@@ -174,13 +174,14 @@ def deploy(settings: Settings, *, started_ray: bool, stopping: threading.Event) 
     """Start the application and wait until a request would succeed, or until ``stopping`` is set: then None.
 
     Args:
-        started_ray: whether this process started the Ray cluster; then Serve's own proxies have no use.
+        started_ray: whether this process started the Ray cluster; one that it joined is left as it was found.
 
     Raises:
         SettingsError, EngineStartFailed: an engine or a door could not start; one line says why.
     """
     check_resources(settings.models)
-    serve.start(proxy_location="Disabled" if started_ray else "EveryNode")
+    # Serve's proxies share their ports with whoever asks for it, and would take callers from the doors.
+    serve.start(proxy_location="Disabled")
     if APP_NAME in serve.status().applications:
         raise SettingsError(
             "RAY_ADDRESS: a hycluster is running in this Ray cluster already; stop it first,"
