@@ -162,6 +162,21 @@ def check_resources(models: tuple[Model, ...]) -> None:
             )
 
 
+def check_doors(settings: Settings) -> None:
+    """Refuse doors that this cluster has no place for.
+
+    Raises:
+        SettingsError: names the resource, what is asked for and what there is.
+    """
+    there = ray.cluster_resources()
+    for resource, amount in settings.door_resources.items():
+        if settings.doors * amount > there.get(resource, 0.0):
+            raise SettingsError(
+                f"door_resources: {resource}: all doors together ask for {settings.doors * amount:g};"
+                f" this Ray cluster has {there.get(resource, 0.0):g}"
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class Deployed:
     """A running application, and the Ray cluster that it runs on."""
@@ -180,6 +195,7 @@ def deploy(settings: Settings, *, started_ray: bool, stopping: threading.Event) 
         SettingsError, EngineStartFailed: an engine or a door could not start; one line says why.
     """
     check_resources(settings.models)
+    check_doors(settings)
     # Serve's proxies share their ports with whoever asks for it, and would take callers from the doors.
     serve.start(proxy_location="Disabled")
     if APP_NAME in serve.status().applications:

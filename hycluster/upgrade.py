@@ -13,7 +13,7 @@ import ray
 from ray import serve
 
 from hycluster.app import APP_NAME, application
-from hycluster.cluster import Deployed, check_resources, wait_until_open
+from hycluster.cluster import Deployed, check_doors, check_resources, wait_until_open
 from hycluster.config import Settings
 from hycluster.door import DoorAddresses
 from hycluster.errors import HyclusterError, SettingsError
@@ -35,6 +35,7 @@ def upgrade(settings: Settings, surging: frozenset[str], stopping: threading.Eve
     doors = running()
     settings = _same_ports(settings, doors)
     check_resources(settings.models)
+    check_doors(settings)
     serve.run_many(
         [serve.RunTarget(application(settings, surging=surging), name=APP_NAME, route_prefix=None)],
         wait_for_applications_running=False,
