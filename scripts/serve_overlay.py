@@ -25,6 +25,8 @@ import yaml
 
 from hycluster.k8s.render import DOOR_RESOURCES, OVERLAY_MANIFEST
 
+APPLICATIONS = "/api/serve/applications/"
+
 
 def serve_config(overlay: Path) -> dict[str, Any]:
     """What the overlay gives to Ray Serve."""
@@ -38,7 +40,7 @@ class Dashboard:
 
     def __init__(self, url: str, token: str) -> None:
         self.url = url
-        self._http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=60)
+        self._headers = {"Authorization": f"Bearer {token}"}
 
     def deploy(self, config: dict[str, Any]) -> None:
         """Give Serve its settings.
@@ -46,12 +48,12 @@ class Dashboard:
         Raises:
             httpx.HTTPStatusError: it refuses them.
         """
-        self._http.put("/api/serve/applications/", json=config).raise_for_status()
+        httpx.put(f"{self.url}{APPLICATIONS}", json=config, headers=self._headers, timeout=60).raise_for_status()
 
     def application(self, name: str) -> dict[str, Any]:
         """What Serve says of an application."""
-        answer: dict[str, Any] = self._http.get("/api/serve/applications/").raise_for_status().json()
-        found: dict[str, Any] = answer["applications"][name]
+        answer = httpx.get(f"{self.url}{APPLICATIONS}", headers=self._headers, timeout=60).raise_for_status()
+        found: dict[str, Any] = answer.json()["applications"][name]
         return found
 
 

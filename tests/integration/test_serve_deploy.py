@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from serve_overlay import Dashboard, serve_config
+from serve_overlay import APPLICATIONS, Dashboard, serve_config
 
 from bench.gateway import free_port
 from hycluster.client import AsyncClient
@@ -92,7 +92,7 @@ async def test_both_doors_answer(overlay: Overlay) -> None:
 
 async def test_its_token_is_asked_for(overlay: Overlay) -> None:
     async with httpx.AsyncClient() as http:
-        answer = await http.get(f"{overlay.dashboard.url}/api/serve/applications/")
+        answer = await http.get(f"{overlay.dashboard.url}{APPLICATIONS}")
     assert answer.status_code == 401
 
 
@@ -116,11 +116,13 @@ async def test_new_settings_are_rolled_out_under_load(overlay: Overlay) -> None:
             for prompt in PROMPTS
             for way, call in (("HTTP", http_call), ("gRPC", grpc_call))
         ]
-        await asyncio.to_thread(overlay.dashboard.deploy, config)
-        # A lone replica: its successor starts first, as there is room.
-        await until(lambda: not processes(served, f"replica-{SIMULATED}") & replicas, timeout_s=UPGRADE_S)
-        await until(lambda: not processes(served, "door") & doors and settled(overlay, 45), timeout_s=UPGRADE_S)
-        load.ending.set()
-        await asyncio.gather(*asking)
+        try:
+            await asyncio.to_thread(overlay.dashboard.deploy, config)
+            # A lone replica: its successor starts first, as there is room.
+            await until(lambda: not processes(served, f"replica-{SIMULATED}") & replicas, timeout_s=UPGRADE_S)
+            await until(lambda: not processes(served, "door") & doors and settled(overlay, 45), timeout_s=UPGRADE_S)
+        finally:
+            load.ending.set()
+            await asyncio.gather(*asking)
     assert load.wrong == []
     assert min(load.outcomes[f"{way} right"] for way in ("HTTP", "gRPC")) > 20
