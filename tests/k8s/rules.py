@@ -22,6 +22,7 @@ from hycluster.placement import on_gpus, reserved
 
 Resource = dict[str, Any]
 NAME_LIMIT = {"RayService": 47, "RayJob": 47, "RayCronJob": 36}
+GIB = 1 << 30
 # What Serve gives a deployment beyond drain_timeout_s, see hycluster/app.py.
 SERVE_MARGIN_S = 15
 # Between the end of Ray's drain and the kill: Ray ends its processes.
@@ -171,7 +172,19 @@ def _ends_in_time(pod: Pod) -> Iterator[str]:
         yield f"{pod.where}: terminationGracePeriodSeconds: must be {needs_s:g} or more for preStop, drain and end"
 
 
+def _object_store_fits(pod: Pod) -> Iterator[str]:
+    """Ray takes a third of the memory for it by itself, and the disk where /dev/shm is smaller than that."""
+    if not pod.group:
+        return
+    limits = {v["name"]: v["emptyDir"]["sizeLimit"] for v in pod.spec["volumes"] if v.get("emptyDir", {}).get("medium")}
+    there_gib = float(limits["shared-mem"].removesuffix("Gi"))
+    wanted = pod.group["rayStartParams"].get("object-store-memory")
+    if wanted is None or int(wanted) > there_gib * GIB:
+        yield f"{pod.where}: object-store-memory: must be set, and fit /dev/shm ({there_gib:g} GiB)"
+
+
 POD_RULES = (
+    _object_store_fits,
     _pod_is_unprivileged,
     _pod_has_no_token,
     _images_are_pinned,

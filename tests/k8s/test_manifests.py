@@ -99,6 +99,7 @@ PLANTED: list[tuple[str, str, Any, str]] = [
     ("RayService", f"{ENGINES}.numOfHosts", 1, "ask for 16"),
     ("RayService", f"{ENGINES}.template.spec.terminationGracePeriodSeconds", 60, "terminationGracePeriodSeconds"),
     ("RayService", f"{ENGINE}.env.0.value", "30", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"),
+    ("RayService", f"{ENGINES}.rayStartParams.object-store-memory", "99999999999", "fit /dev/shm (32 GiB)"),
     ("RayService", f"{ENGINE}.livenessProbe", GONE, "livenessProbe"),
     ("RayService", f"{ENGINE}.image", "hycluster:latest", "must name a version"),
     ("RayService", f"{ENGINE}.image", "registry.example.com:5000/hycluster", "must name a version"),
