@@ -76,7 +76,8 @@ def overlay(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def settled(overlay: Overlay, drain_timeout_s: float) -> bool:
     """Whether Serve runs these settings and nothing else."""
     app = overlay.dashboard.application(APP_NAME)
-    return app["status"] == "RUNNING" and app["deployed_app_config"]["args"]["drain_timeout_s"] == drain_timeout_s
+    args = app["deployed_app_config"]["args"]
+    return bool(app["status"] == "RUNNING" and args.get("drain_timeout_s") == drain_timeout_s)
 
 
 async def test_both_doors_answer(overlay: Overlay) -> None:
