@@ -38,7 +38,7 @@ bench: setup  ## side-by-side benchmarks
 proto: setup  ## generate the gRPC code from the .proto
 	@scripts/gen_proto.sh
 
-lock: setup  ## resolve requirements/cpu.lock anew (UPGRADE=1 moves every version)
+lock: setup  ## resolve requirements/*.lock anew (UPGRADE=1 moves every version)
 	@scripts/lock.sh
 
 clean:  ## remove what runs leave behind (not .venv)

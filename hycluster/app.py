@@ -1,7 +1,7 @@
 """The Ray Serve application: a deployment a model, one for the doors, one for batches, and how they hang together.
 
 ``hycluster serve`` runs it; ``serve deploy`` and KubeRay start the same thing by the import path
-``hycluster.app:build`` with a settings file's content as arguments.
+``hycluster.app:build`` with a settings file's content as arguments (``hycluster/k8s/render.py`` writes them).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve import Application
 
@@ -18,7 +19,7 @@ from hycluster.batch_api.executor import BatchExecutor
 from hycluster.config import Model, Settings, validate
 from hycluster.directory import SHARED_DIRECTORY
 from hycluster.door import Door
-from hycluster.placement import actor_options, bundles, strategy
+from hycluster.placement import actor_options, bundles, strategy, with_room
 from hycluster.rank import Patience
 from hycluster.replica import Replica
 from hycluster.scaler import autoscaling_config
@@ -29,8 +30,14 @@ HEALTH_CHECK_PERIOD_S = 1.0
 
 
 def build(arguments: dict[str, Any]) -> Application:
-    """Serve's application builder: settings as a mapping."""
-    return application(validate(Settings, arguments, "settings"))
+    """Serve's application builder: settings as a mapping.
+
+    Serve calls it within the cluster, anew for every change of the settings: models that have room for it then get
+    their successors before their replicas stop, as by ``hycluster upgrade``.
+    """
+    settings = validate(Settings, arguments, "settings")
+    free = ray.available_resources() if ray.is_initialized() else {}
+    return application(settings, surging=with_room(settings.models, free))
 
 
 def application(
@@ -57,7 +64,11 @@ def application(
         num_replicas=settings.doors,
         max_surge_percent=_one_more(settings.doors),
         # Nothing, so that a laptop's cores stay free for the engine, and there is always room for a door's successor.
-        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _DOOR_ENVIRONMENT}},
+        ray_actor_options={
+            "num_cpus": 0,
+            "resources": settings.door_resources,
+            "runtime_env": {"env_vars": _DOOR_ENVIRONMENT},
+        },
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_timeout_s=settings.drain_timeout_s + 15,
         graceful_shutdown_wait_loop_s=0.1,

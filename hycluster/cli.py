@@ -18,6 +18,7 @@ from hycluster.batch.cli import app as batch_app
 from hycluster.chaos.cli import chaos
 from hycluster.config import DEFAULT_SETTINGS, load_settings
 from hycluster.errors import HyclusterError
+from hycluster.k8s.cli import app as k8s_app
 from hycluster.models.cli import tiny_model
 from hycluster.planning.cli import plan
 from hycluster.summarize.cli import summarize
@@ -33,6 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(batch_app, name="batch")
+app.add_typer(k8s_app, name="k8s")
 app.command("summarize")(summarize)
 app.command("chaos")(chaos)
 app.command("plan")(plan)
@@ -131,13 +133,14 @@ def upgrade(
     import ray
 
     from hycluster import cluster, upgrade
+    from hycluster.placement import with_room
 
     cluster.connect()
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     try:
-        surging = upgrade.with_room(settings.models, upgrade.free())
+        surging = with_room(settings.models, upgrade.free())
         for model in settings.models:
             if model.name not in surging and model.replicas.most == 1 and not model.sleeps:
                 typer.echo(

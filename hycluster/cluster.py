@@ -162,6 +162,21 @@ def check_resources(models: tuple[Model, ...]) -> None:
             )
 
 
+def check_doors(settings: Settings) -> None:
+    """Refuse doors that this cluster has no place for.
+
+    Raises:
+        SettingsError: names the resource, what is asked for and what there is.
+    """
+    there = ray.cluster_resources()
+    for resource, amount in settings.door_resources.items():
+        if settings.doors * amount > there.get(resource, 0.0):
+            raise SettingsError(
+                f"door_resources: {resource}: all doors together ask for {settings.doors * amount:g};"
+                f" this Ray cluster has {there.get(resource, 0.0):g}"
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class Deployed:
     """A running application, and the Ray cluster that it runs on."""
@@ -174,13 +189,15 @@ def deploy(settings: Settings, *, started_ray: bool, stopping: threading.Event) 
     """Start the application and wait until a request would succeed, or until ``stopping`` is set: then None.
 
     Args:
-        started_ray: whether this process started the Ray cluster; then Serve's own proxies have no use.
+        started_ray: whether this process started the Ray cluster; one that it joined is left as it was found.
 
     Raises:
         SettingsError, EngineStartFailed: an engine or a door could not start; one line says why.
     """
     check_resources(settings.models)
-    serve.start(proxy_location="Disabled" if started_ray else "EveryNode")
+    check_doors(settings)
+    # Serve's proxies share their ports with whoever asks for it, and would take callers from the doors.
+    serve.start(proxy_location="Disabled")
     if APP_NAME in serve.status().applications:
         raise SettingsError(
             "RAY_ADDRESS: a hycluster is running in this Ray cluster already; stop it first,"

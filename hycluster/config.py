@@ -452,6 +452,8 @@ class Settings(Strict):
 
     Attributes:
         doors: door processes; each holds both doors, and a gateway a model.
+        door_resources: what a door reserves, by Ray's names of custom resources: only nodes that have them hold
+            doors. Leave room for a door's successor. Empty: doors go anywhere.
         batches: None closes the Batch API.
         start_timeout_s: how long a pool may take until its engines are ready.
         drain_timeout_s: how long work in flight may go on where it is after a shutdown, or a replacement, is asked for.
@@ -463,6 +465,7 @@ class Settings(Strict):
     http: Http = Http()
     grpc: Grpc = Grpc()
     doors: int = Field(default=1, ge=1, le=64)
+    door_resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     router: Router = Router()
     admission: Admission = Admission()
     data_plane: DataPlane = DataPlane()

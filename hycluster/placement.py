@@ -7,6 +7,7 @@ where they do not fit a node (the ``ray`` executor) does each GPU get a bundle o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from hycluster.config import Model
@@ -52,6 +53,22 @@ def reserved(model: Model) -> dict[str, float]:
         for resource, amount in bundle.items():
             total[resource] = total.get(resource, 0.0) + amount
     return total
+
+
+def with_room(models: tuple[Model, ...], free: Mapping[str, float]) -> frozenset[str]:
+    """Models whose pools may be one replica larger while they are replaced, all at the same time.
+
+    Args:
+        free: what the cluster has to give, by Ray's names of resources.
+    """
+    left, found = dict(free), set()
+    for model in models:
+        wanted = reserved(model)
+        if all(left.get(resource, 0.0) >= amount for resource, amount in wanted.items()):
+            found.add(model.name)
+            for resource, amount in wanted.items():
+                left[resource] -= amount
+    return frozenset(found)
 
 
 def _rank_bundles(model: Model) -> list[dict[str, float]]:

@@ -7,18 +7,16 @@ what it has (``hycluster/rank.py``), a door's successor listens before the door 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from typing import Any
 
 import ray
 from ray import serve
 
 from hycluster.app import APP_NAME, application, deployment_name
-from hycluster.cluster import Deployed, check_resources, wait_until_open
+from hycluster.cluster import Deployed, check_doors, check_resources, wait_until_open
 from hycluster.config import Model, Settings
 from hycluster.door import DoorAddresses
 from hycluster.errors import HyclusterError, SettingsError
-from hycluster.placement import reserved
 
 
 def upgrade(settings: Settings, surging: frozenset[str], stopping: threading.Event) -> Deployed | None:
@@ -27,7 +25,7 @@ def upgrade(settings: Settings, surging: frozenset[str], stopping: threading.Eve
     What is old may drain for a while longer. ``http.port`` and ``grpc.port`` 0 are the ports that are open now.
 
     Args:
-        surging: models with room for a successor beside the old replica; see :func:`with_room`.
+        surging: models with room for a successor beside the old replica; see :func:`hycluster.placement.with_room`.
         stopping: gives up waiting, not the upgrade: then None.
 
     Raises:
@@ -37,6 +35,7 @@ def upgrade(settings: Settings, surging: frozenset[str], stopping: threading.Eve
     doors = running()
     settings = _same_ports(settings, doors)
     check_resources(settings.models)
+    check_doors(settings)
     app = application(settings, surging=surging, counts=_running_replicas(settings.models))
     serve.run_many(
         [serve.RunTarget(app, name=APP_NAME, route_prefix=None)],
@@ -64,22 +63,6 @@ def running() -> DoorAddresses:
         raise SettingsError("RAY_ADDRESS: the hycluster in this Ray cluster can't serve all of its models now")
     found: DoorAddresses = addresses
     return found
-
-
-def with_room(models: tuple[Model, ...], free: Mapping[str, float]) -> frozenset[str]:
-    """Models whose pools may be one replica larger while they are replaced, all at the same time.
-
-    Args:
-        free: what the cluster has to give, by Ray's names of resources.
-    """
-    left, found = dict(free), set()
-    for model in models:
-        wanted = reserved(model)
-        if all(left.get(resource, 0.0) >= amount for resource, amount in wanted.items()):
-            found.add(model.name)
-            for resource, amount in wanted.items():
-                left[resource] -= amount
-    return frozenset(found)
 
 
 def free() -> dict[str, Any]:

