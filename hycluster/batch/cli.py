@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
-from hycluster.batch.submit_cli import cancel, jobs, logs, show_submitted, submit
 from hycluster.config import DEFAULT_SETTINGS, load_settings
 from hycluster.errors import HyclusterError, SettingsError
+from hycluster.submit.cli import cancel, jobs, logs, show_submitted, submit
 
 app = typer.Typer(name="batch", help="Bulk runs over Parquet.", no_args_is_help=True)
 for command in (submit, jobs, logs, cancel):

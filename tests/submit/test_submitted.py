@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from ray.job_submission import JobDetails
 
-from hycluster.batch.submitted import submitted
+from hycluster.submit.submitted import submitted
 
 LOG_TAIL = """Job entrypoint command failed with exit code 2, last available logs (truncated to 20,000 chars):
 error: input.path: 's3://bucket/in' is empty

@@ -18,9 +18,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from hycluster.batch.storage import one_line
-from hycluster.batch.submission import NAME_KEY, Submission
-from hycluster.batch.submitted import Submitted, submitted
 from hycluster.errors import SettingsError, Unauthenticated, Unavailable, shown
+from hycluster.submit.submission import NAME_KEY, Submission
+from hycluster.submit.submitted import Submitted, submitted
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import yaml
 
-from hycluster.batch import rayjob
 from hycluster.batch.job import Job
-from hycluster.batch.submission import Submission, as_yaml, submission
-from hycluster.batch.target import Target
 from hycluster.config import Settings, load_settings
 from hycluster.errors import SettingsError, Unavailable
+from hycluster.submit import rayjob
+from hycluster.submit.submission import Submission, as_yaml, submission
+from hycluster.submit.target import Target
 
 ROOT = Path(__file__).parents[2]
 

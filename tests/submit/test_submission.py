@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hycluster.batch.job import Job, load_job
-from hycluster.batch.submission import MOST_ID_CHARACTERS, new_id, submission
 from hycluster.config import Settings, load_settings
 from hycluster.errors import SettingsError
+from hycluster.submit.submission import MOST_ID_CHARACTERS, new_id, submission
 
 # Stands for `hycluster` on the cluster: prints its arguments and what is in the files among them.
 SPY = """#!/bin/sh

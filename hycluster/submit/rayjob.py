@@ -19,11 +19,11 @@ import yaml
 
 from hycluster import __version__
 from hycluster.batch.job import Job
-from hycluster.batch.submission import Submission, as_yaml
-from hycluster.batch.target import Target
 from hycluster.config import Model, Settings
 from hycluster.errors import SettingsError, Unavailable, shown
 from hycluster.placement import bundles, on_gpus, reserved, strategy
+from hycluster.submit.submission import Submission, as_yaml
+from hycluster.submit.target import Target
 
 Manifest = dict[str, Any]
 # How long an ended job's cluster stays, so that its log can be read.

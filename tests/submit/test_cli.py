@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from hycluster import cli
-from hycluster.batch import job_api
-from hycluster.batch.submission import Submission
-from hycluster.batch.submitted import Submitted
 from hycluster.errors import Unauthenticated
+from hycluster.submit import job_api
+from hycluster.submit.submission import Submission
+from hycluster.submit.submitted import Submitted
 
 ROOT = Path(__file__).parents[2]
 JOB = str(ROOT / "jobs" / "generate.yaml")

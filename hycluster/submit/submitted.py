@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from hycluster.batch.report import duration
-from hycluster.batch.submission import NAME_KEY, OUTPUT_KEY
 from hycluster.errors import JobFailed, SettingsError, TooManyQuarantined
+from hycluster.submit.submission import NAME_KEY, OUTPUT_KEY
 
 if TYPE_CHECKING:
     from ray.dashboard.modules.job.pydantic_models import JobDetails

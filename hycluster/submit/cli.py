@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hycluster.batch.target import Target
 from hycluster.config import DEFAULT_SETTINGS, load_settings
 from hycluster.errors import SettingsError
+from hycluster.submit.target import Target
 
 if TYPE_CHECKING:
     from hycluster.batch.job import Job
-    from hycluster.batch.submission import Submission
-    from hycluster.batch.submitted import Submitted
     from hycluster.config import Settings
+    from hycluster.submit.submission import Submission
+    from hycluster.submit.submitted import Submitted
 
 INTERRUPTED = 130
 KUBERNETES = "On Kubernetes"
@@ -81,7 +81,7 @@ def submit(
     Exit codes: 0 submitted; 1 the cluster did not take it; 2 refused here. With --wait those of 'batch run'.
     """
     from hycluster.batch.job import load_job
-    from hycluster.batch.submission import submission
+    from hycluster.submit.submission import submission
 
     target = Target(dry_run, namespace, cluster, template, image)
     if not kubernetes:
@@ -104,7 +104,7 @@ def submit(
 
 def jobs(address: Address, as_json: AsJson = False) -> None:
     """List the batch jobs that were submitted to a cluster, the newest first."""
-    from hycluster.batch.job_api import JobApi
+    from hycluster.submit.job_api import JobApi
 
     found = JobApi(address).jobs()
     if as_json:
@@ -123,7 +123,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", help="Go on until the job has ended.")] = False,
 ) -> None:
     """Print what a submitted job has printed. With --follow the exit code is the job's."""
-    from hycluster.batch.job_api import JobApi
+    from hycluster.submit.job_api import JobApi
 
     api = JobApi(address)
     if follow:
@@ -133,7 +133,7 @@ def logs(
 
 def cancel(job_id: JobId, address: Address) -> None:
     """Stop a submitted job. What it has committed stays; the same submit goes on from there."""
-    from hycluster.batch.job_api import JobApi
+    from hycluster.submit.job_api import JobApi
 
     stopped, now = JobApi(address).cancel(job_id)
     if not stopped:
@@ -151,7 +151,7 @@ def show_submitted(job_id: str, address: str, *, follow: bool, as_json: bool) ->
     Returns:
         The exit code: the job's own, 0 while nothing is wrong.
     """
-    from hycluster.batch.job_api import JobApi
+    from hycluster.submit.job_api import JobApi
 
     api = JobApi(address)
 
@@ -188,8 +188,8 @@ def _on_engines_of(target: Target, job: Job) -> Job:
 
 
 def _to_kubernetes(sent: Submission, job: Job, settings: Settings | None, target: Target) -> None:
-    from hycluster.batch.rayjob import apply, ray_job
-    from hycluster.batch.submission import as_yaml
+    from hycluster.submit.rayjob import apply, ray_job
+    from hycluster.submit.submission import as_yaml
 
     manifest, notes = ray_job(sent, job, settings, target)
     for note in notes:
@@ -206,7 +206,7 @@ def _to_kubernetes(sent: Submission, job: Job, settings: Settings | None, target
 
 
 def _to_ray(sent: Submission, address: str, wait: bool) -> int:
-    from hycluster.batch.job_api import JobApi
+    from hycluster.submit.job_api import JobApi
 
     api = JobApi(address)
     api.submit(sent)

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from hycluster.batch import job_api
-from hycluster.batch.job_api import JobApi
-from hycluster.batch.submission import Submission
 from hycluster.errors import SettingsError, Unauthenticated, Unavailable
-from tests.batch.job_api_server import JobApiServer, job_api_server
+from hycluster.submit import job_api
+from hycluster.submit.job_api import JobApi
+from hycluster.submit.submission import Submission
+from tests.submit.job_api_server import JobApiServer, job_api_server
 
 SENT = Submission(
     "nightly-x7k2pq", "exec hycluster", {"hycluster_job": "nightly", "hycluster_output": "s3://b/out"}, ()
