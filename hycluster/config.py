@@ -1,6 +1,7 @@
 """Settings: YAML in, frozen pydantic models out, before anything heavy is imported.
 
-Unknown keys are refused. Every error names the field, the value and what is allowed.
+Unknown keys are refused. Every error names the field, the value and what is allowed. All keys are in this one file, as it
+is their reference.
 """
 
 from __future__ import annotations

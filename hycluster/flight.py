@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from hycluster.errors import HyclusterError, KillsReplicas, ReplicaLost, Unavailable
+
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreRequest
 
@@ -12,6 +14,10 @@ if TYPE_CHECKING:
 CLEARED_AFTER_TOKENS = 8
 # From so many deaths in a row on, a request has a replica to itself among those that are suspected like it.
 SUSPECTED_AFTER_DEATHS = 2
+# Replicas in a row that may die soon after they got the same request; then it is taken for what they died of.
+MOST_LOSSES = 2
+# How often a request may go to another replica in all.
+MOST_MOVES = 20
 
 
 @dataclass(slots=True, eq=False)
@@ -103,6 +109,19 @@ class Flight:
         self.made += len(tokens)
         self.tokens_left -= step
         return step
+
+    def verdict(self, *, died: bool) -> HyclusterError | None:
+        """Why it may not go to another replica, now that it has lost one; None if it may."""
+        if self.begun and not self.keep:
+            return (ReplicaLost if died else Unavailable)("the replica that ran this request was lost")
+        if self.losses > MOST_LOSSES:
+            return KillsReplicas(
+                f"this request was on {self.losses} replicas in a row when they died, each time soon after it came;"
+                " it is not sent to another one"
+            )
+        if self.moves > MOST_MOVES:
+            return Unavailable(f"this request has lost its replica {self.moves} times")
+        return None
 
     def lost(self, *, died: bool) -> Flight:
         """Its replica is gone.

@@ -28,7 +28,7 @@ from hycluster.core import ExpertLoad, ReplicaAddress
 from hycluster.directory import ReplicaReport
 from hycluster.engine.carried import carry
 from hycluster.engine.protocol import EngineInfo
-from hycluster.errors import HyclusterError, InvalidInput, KillsReplicas, ReplicaLost, Unavailable
+from hycluster.errors import HyclusterError, InvalidInput, ReplicaLost, Unavailable
 from hycluster.flight import Flight
 from hycluster.link import Link, connect
 from hycluster.observe.failover import Carried
@@ -38,10 +38,6 @@ from hycluster.wire import Kind
 logger = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 60.0
-# Replicas in a row that may die soon after they got the same request; then it is taken for what they died of.
-MOST_LOSSES = 2
-# How often a request may go to another replica in all.
-MOST_MOVES = 20
 
 
 class PoolClient(ControlCalls):
@@ -182,7 +178,7 @@ class PoolClient(ControlCalls):
 
     async def _carry_over(self, flight: Flight, died: bool) -> None:
         """Have a request computed further by another replica, behind the tokens that it has; or tell why not."""
-        error = self._verdict(flight, died)
+        error = flight.verdict(died=died)
         if error is None:
             try:
                 if await self._find_place(flight, self._wait_s):
@@ -226,19 +222,6 @@ class PoolClient(ControlCalls):
             del self._flights[flight.request_id]
             self.carried.ended(flight.request_id)
             await self._on_lost(flight.request_id, error)
-
-    def _verdict(self, flight: Flight, died: bool) -> HyclusterError | None:
-        """Why a request that lost its replica may not go to another one."""
-        if flight.begun and not self._failover:
-            return (ReplicaLost if died else Unavailable)("the replica that ran this request was lost")
-        if flight.losses > MOST_LOSSES:
-            return KillsReplicas(
-                f"this request was on {flight.losses} replicas in a row when they died, each time soon after it came;"
-                " it is not sent to another one"
-            )
-        if flight.moves > MOST_MOVES:
-            return Unavailable(f"this request has lost its replica {flight.moves} times")
-        return None
 
     def _wake(self) -> None:
         self._place_free.set()
