@@ -170,7 +170,8 @@ def _up(
     load: PoolLoad, need: Need, target: int, wanted: int, rules: Autoscaling, memory: Memory, now_s: float
 ) -> Decision:
     if target == 0:
-        words = f"{load.waiting_requests} requests wait" if load.waiting_requests else need.words
+        waiting = load.waiting_requests
+        words = f"{waiting} request{'s wait' if waiting > 1 else ' waits'}" if waiting else need.words
         return _changed(wanted, target, memory, words, "wake", now_s)
     since = now_s if memory.short_since_s is None else memory.short_since_s
     # A peak that has passed already is none that lasts.
