@@ -1,6 +1,6 @@
 """Settings: YAML in, frozen pydantic models out, before anything heavy is imported.
 
-Unknown keys are refused. Every error names the field, the value and what is allowed. All keys are in this one file, as it
+Unknown keys are refused. Every error names the field, the value and what is allowed. All keys are in this one file: it
 is their reference.
 """
 
