@@ -270,11 +270,15 @@ def _doors_have_room(settings: config.Settings, pod: Pod) -> Iterator[str]:
 
 def _engines_have_room(settings: config.Settings, pod: Pod) -> Iterator[str]:
     limits = pod.main["resources"]["limits"]
-    there = {"CPU": float(limits["cpu"]) * pod.count, "GPU": float(limits.get("nvidia.com/gpu", 0)) * pod.count}
-    for resource, amount in there.items():
-        wanted = sum(reserved(m).get(resource, 0) * m.replicas.count for m in settings.models)
-        if wanted > amount or (resource == "GPU" and wanted != amount):
-            yield f"engines: {amount:g} {resource}s in minReplicas' pods; the settings ask for {wanted:g}"
+    for resource, name in (("CPU", "cpu"), ("GPU", "nvidia.com/gpu")):
+        each = float(limits.get(name, 0)) * pod.group.get("numOfHosts", 1)
+        least, most = (each * pod.group[bound] for bound in ("minReplicas", "maxReplicas"))
+        wanted = sum(reserved(m).get(resource, 0) * m.replicas.min for m in settings.models)
+        if wanted > least or (resource == "GPU" and wanted != least):
+            yield f"engines: {least:g} {resource}s in minReplicas' pods; the settings ask for {wanted:g}"
+        wanted = sum(reserved(m).get(resource, 0) * m.replicas.most for m in settings.models)
+        if wanted > most:
+            yield f"engines: {most:g} {resource}s in maxReplicas' pods; the settings ask for up to {wanted:g}"
     for model in settings.models:
         if on_gpus(model) and f"accelerator_type:{model.hardware.accelerator}" not in pod.group.get("resources", {}):
             yield f"engines: resources: the autoscaler must know of accelerator_type:{model.hardware.accelerator}"

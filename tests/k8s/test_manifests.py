@@ -182,3 +182,11 @@ def test_a_mistake_in_serves_settings_is_found(
 
 def test_a_mistake_is_planted_in_each_kind(manifests: list[dict[str, Any]]) -> None:
     assert {kind for kind, *_ in PLANTED} == {resource["kind"] for resource in manifests}
+
+
+def test_pods_for_all_replicas_that_a_load_may_ask_for() -> None:
+    resources = built(K8S / "overlays" / "hunyuan-a13b")
+    (service,) = (resource for resource in resources if resource["kind"] == "RayService")
+    service["spec"]["rayClusterConfig"]["workerGroupSpecs"][1]["maxReplicas"] = 3
+    (said,) = problems(resources, [])
+    assert said == "RayService hycluster: engines: 12 GPUs in maxReplicas' pods; the settings ask for up to 16"
