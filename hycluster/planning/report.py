@@ -4,21 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from hycluster.config import Parallel
 from hycluster.planning.architecture import GIB, KIB
-from hycluster.planning.layouts import Fit, describe
+from hycluster.planning.layouts import describe
 from hycluster.planning.plan import Plan
+from hycluster.planning.shares import DeviceShare
 
 MOST_ALTERNATIVES = 6
 MOST_REASONS = 8
+# They fit a terminal of 80 characters.
+COLUMNS = (
+    "layout",
+    "GPUs",
+    "weights\nGiB/GPU",
+    "KV cache\nKiB/token",
+    "KV room\nGiB/GPU",
+    "sequences",
+    "tokens/s\neach",
+)
 
 
 def show(plan: Plan, console: Console) -> None:
     """Print the plan."""
     console.print(_model(plan))
     console.print(_layouts(plan))
+    cuts = (
+        ("TP, PP, DP, EP", "tensor, pipeline, data, expert") if plan.model.experts else ("TP, PP", "tensor, pipeline")
+    )
+    console.print(f"{cuts[0]}: {cuts[1]} parallel; room below 0 is missing", style="dim")
     for line in lines(plan):
         console.print(line, highlight=False)
 
@@ -60,34 +77,36 @@ def _layouts(plan: Plan) -> Table:
         title=f"On {gpu.name} ({gpu.memory_gib:g} GiB, {demand.per_node} a node), {demand.concurrency:,} x"
         f" {demand.context_tokens:,} tokens at a time",
         title_justify="left",
+        box=SIMPLE_HEAD,
     )
-    for name in ("layout of a replica", "replicas", "GPUs", "weights a GPU", "KV a token, GPU", "room for KV, GPU"):
-        table.add_column(name, justify="left" if name.startswith("layout") else "right")
-    table.add_column("sequences", justify="right")
-    table.add_column("tokens/s each, at most", justify="right")
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if name == COLUMNS[0] else "right", no_wrap=True)
     for misfit in plan.too_large:
-        weights, kv = gib(misfit.share.weights_bytes), kib(misfit.share.kv_bytes_per_token)
-        missing = f"{gib(misfit.missing_bytes)} missing"
-        cells = (describe(misfit.parallel), "-", str(misfit.parallel.devices), weights, kv, missing, "-", "-")
-        table.add_row(*cells, style="dim")
-    table.add_row(*_row(plan.chosen), style="bold")
-    for fit in plan.alternatives[:MOST_ALTERNATIVES]:
-        table.add_row(*_row(fit))
+        table.add_row(*_cells(misfit.share, misfit.parallel, 1, -misfit.missing_bytes), "-", "-", style="dim")
+    for fit, style in ((plan.chosen, "bold"), *((fit, "") for fit in plan.alternatives[:MOST_ALTERNATIVES])):
+        cells = _cells(fit.share, fit.parallel, fit.replicas, fit.free_bytes)
+        table.add_row(*cells, f"{fit.sequences:,}", f"{fit.decode.tokens_per_s_each:,.0f}", style=style)
     return table
 
 
-def _row(fit: Fit) -> tuple[str, ...]:
-    share = fit.share
+def _cells(share: DeviceShare, parallel: Parallel, replicas: int, room_bytes: float) -> tuple[str, ...]:
+    kv = share.kv_bytes_per_token / KIB
     return (
-        describe(fit.parallel),
-        str(fit.replicas),
-        str(fit.gpus),
-        gib(share.weights_bytes),
-        kib(share.kv_bytes_per_token),
-        gib(fit.free_bytes),
-        f"{fit.sequences:,}",
-        f"{fit.decode.tokens_per_s_each:,.0f}",
+        f"{replicas} x {short(parallel)}" if replicas > 1 else short(parallel),
+        str(replicas * parallel.devices),
+        f"{share.weights_bytes / GIB:.1f}",
+        f"{kv:,.0f}" if kv >= 10 or kv.is_integer() else f"{kv:.1f}",
+        f"{room_bytes / GIB:.1f}",
     )
+
+
+def short(parallel: Parallel) -> str:
+    """``TP8 DP2 EP``, as the field writes it; the sentences say it in words."""
+    sizes = (("TP", parallel.tensor), ("PP", parallel.pipeline), ("DP", parallel.data))
+    words = [f"{name}{size}" for name, size in sizes if size > 1]
+    if parallel.expert and parallel.expert_ranks > 1:
+        words.append("EP")
+    return " ".join(words) or "one GPU"
 
 
 def lines(plan: Plan) -> Iterator[str]:

@@ -51,7 +51,7 @@ def test_the_report_says_what_the_plan_holds() -> None:
         "80 KiB a token in bfloat16, 5.0% of full attention's",
         "10.0 GiB at 131,072 tokens",
         "smallest: 16 H20, 2 nodes, as a replica with tensor 8, data 2, expert",
-        "9.4 GiB missing",
+        "9.4 GiB are missing on a GPU",
         "engine.cpu_offload_gb: 10 with tensor 8",
         "hardware.kv_offload_gib: each GiB of a rank keeps 13,107 tokens",
     ):
