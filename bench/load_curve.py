@@ -2,6 +2,7 @@
 
     python -m bench.load_curve                                  # a tiny Llama on the real engine
     python -m bench.load_curve --engine simulated --quiet-s 5 --svg curve.svg
+    python -m bench.load_curve --data 2                         # a tiny Hunyuan, a replica's experts over two ranks
 
 Each phase has so many callers, half by HTTP and half by gRPC; a caller sends its next request when its last one has
 ended. A phase lasts until the pool has had the replicas that it is to come to for a while. Exits 1 if a request failed
@@ -29,6 +30,7 @@ from bench import tiny_llama
 from bench.curve_plot import Curve, svg
 from bench.gateway import MODEL, free_port, running
 from hycluster.client import AsyncClient
+from hycluster.models import tiny
 
 LOOK_EVERY_S = 0.25
 GIVE_UP_S = 240.0
@@ -191,12 +193,17 @@ def up_and_down(callers: int, hold_s: float) -> tuple[Phase, ...]:
     )
 
 
-def model_settings(source: Path, engine: str, quiet_s: float) -> dict[str, Any]:
-    """A model's settings: none to two replicas, of which each is full with ``BATCH`` sequences."""
+def model_settings(source: Path, engine: str, quiet_s: float, data: int = 1) -> dict[str, Any]:
+    """A model's settings: none to two replicas, of which each is full with ``BATCH`` sequences.
+
+    Args:
+        data: ranks of a replica, over which its experts lie.
+    """
     settings: dict[str, Any] = {
         "name": MODEL,
         "source": str(source),
-        "engine": {"max_model_len": 2048, "max_num_seqs": BATCH},
+        "engine": {"max_model_len": 2048, "max_num_seqs": BATCH // data},
+        "parallel": {"data": data, "expert": data > 1},
         "hardware": {"cpus": 0.5, "kv_cache_gib": 0.25},
         "replicas": {"min": 0, "max": 2},
         "autoscaling": {"scale_up_after_s": 2, "scale_down_after_s": quiet_s, "scale_to_zero_after_s": quiet_s},
@@ -238,6 +245,7 @@ def plotted(run: Run) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=["real", "simulated"], default="real")
+    parser.add_argument("--data", type=int, default=1, help="data-parallel ranks of a replica")
     parser.add_argument("--callers", type=int, default=10, help="at the highest")
     parser.add_argument("--quiet-s", type=float, default=20, help="until the pool shrinks, and until it sleeps")
     parser.add_argument("--hold-s", type=float, default=15, help="how long each phase lasts once it is there")
@@ -246,10 +254,12 @@ def main() -> None:
     args = parser.parse_args()
     curve = up_and_down(args.callers, args.hold_s)
     http, grpc = free_port(), free_port()
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        folder = work / "model"
+        source = tiny_llama.make(folder) if args.data == 1 else tiny.write(folder, tiny.TinyShape(layers=4, topk=2))
         settings = {
-            "models": [model_settings(tiny_llama.make(work / "model"), args.engine, args.quiet_s)],
+            "models": [model_settings(source, args.engine, args.quiet_s, args.data)],
             "batches": None,
             "http": {"port": http},
             "grpc": {"port": grpc},
