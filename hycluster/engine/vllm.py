@@ -146,8 +146,10 @@ class VllmEngine:
         try:
             self._core = started.result()
         except SettingsError:
+            self._scratch.remove()
             raise
         except Exception as error:
+            self._scratch.remove()
             raise EngineStartFailed(f"models: {model.name}: the engine did not start: {_first_lines(error)}") from error
         self._requests = MsgpackDecoder(EngineCoreRequest)
         self._outputs = MsgpackEncoder()

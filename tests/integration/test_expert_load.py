@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -100,5 +101,8 @@ def test_each_token_counts_once_a_layer(
 
 
 def test_a_model_without_routed_experts_is_refused(tiny_model: Path) -> None:
+    before = tempfile.gettempdir()
     with pytest.raises(SettingsError, match="routing: is not for this model"):
         start(tiny_model, recycle={"capacity_factor": 1.0})
+    # An engine that does not start leaves this process's temporary files where they were.
+    assert tempfile.gettempdir() == before

@@ -79,7 +79,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     # Between its signal and SIGKILL; 3 s are not much on a busy machine.
     env["RAY_JOB_STOP_WAIT_TIME_S"] = "60"
     # Ray's sockets are below, and their paths must be short.
-    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as ray_folder:
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as ray_folder:
         for attempt in range(START_ATTEMPTS):
             # Ray gives a node 30 s to start, which a busy machine may not keep.
             with ray_head(Path(ray_folder) / str(attempt), folder / "head.log", env) as address:
