@@ -191,7 +191,13 @@ def engine_environment(model: Model) -> dict[str, str]:
     On CPU the libraries that vLLM preloads into worker processes that it starts itself are preloaded here, since
     the engine lives in the replica's own process (vllm/platforms/cpu.py, 0.32.0).
     """
-    environment = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        # Ray Serve's log handler would be closed by it; see ``hycluster/app.py``.
+        "VLLM_CONFIGURE_LOGGING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     if model.hardware.accelerator is None and model.simulated is None:
         threads = str(max(1, math.floor(model.hardware.cpus)))
         environment |= {"OMP_NUM_THREADS": threads, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
