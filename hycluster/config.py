@@ -455,9 +455,9 @@ class Settings(Strict):
         doors: door processes; each holds both doors, and a gateway a model.
         door_resources: what a door reserves, by Ray's names of custom resources: only nodes that have them hold
             doors. Leave room for a door's successor. Empty: doors go anywhere.
-        doors_per_node: most doors on one node, not counting successors that are about to take over; doors for which there
-            is no node wait for one. None: where there are several nodes, as few as spread evenly over those that are
-            there at the start; no bound where there is one.
+        doors_per_node: most doors on one node, not counting successors that are about to take over; a door for which
+            there is no node waits for one. None: where there are several nodes, as many as it takes when they are
+            spread evenly over those that are there at the start; no bound where there is one.
         batches: None closes the Batch API.
         start_timeout_s: how long a pool may take until its engines are ready.
         drain_timeout_s: how long work in flight may go on where it is after a shutdown, or a replacement, is asked for.

@@ -1,9 +1,9 @@
 """Doors on different nodes: what Ray is asked for, so that the loss of one node does not take all doors.
 
-Ray Serve deals replicas out over nodes in turn and does not look at what a node has already: after a loss, or when nodes
-come late, all doors sit on one, and stay. Its ``max_replicas_per_node`` is a bound that holds, but counts a door's
-successor too: with as many nodes as doors a replacement would wait for ever for a node more. So each *edition* of the
-doors, which is all that one deployment of the application starts, has a bound of its own. A door that finds no
+Ray Serve deals replicas out over nodes in turn and does not look at what a node has already: after a loss, or when
+nodes come late, all doors sit on one, and stay. Its ``max_replicas_per_node`` is a bound that holds, but counts a
+door's successor too: with as many nodes as doors a replacement would wait for ever for a node more. So each *edition*
+of the doors, which is all that one deployment of the application starts, has a bound of its own. A door that finds no
 node waits for one and serves from there; Ray's autoscaler is told of it as of any other.
 
 Pinned to Ray 2.60.0: a resource of this prefix, of which each node has 1 by itself, is how Serve keeps its own bound.
@@ -57,4 +57,3 @@ def door_resources(settings: Settings, nodes: int, edition: str | None = None) -
         return dict(settings.door_resources)
     name = f"{IMPLICIT_RESOURCE_PREFIX}hycluster-door-{edition or secrets.token_hex(4)}"
     return settings.door_resources | {name: math.floor(STEPS / most) / STEPS}
-
