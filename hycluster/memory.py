@@ -106,14 +106,25 @@ def bound_bytes(model: Model) -> int | None:
     return int((hardware.memory_gib / ranks.data + cache_gib + (hardware.kv_offload_gib or 0.0)) * GIB)
 
 
-def held_bytes(process: psutil.Process) -> int:
-    """Memory of a process and of all below it; what they share counts once."""
-    total = 0
+def held_bytes(process: psutil.Process, at_most: int = 0) -> int:
+    """Memory of a process and of all below it; what they share counts once.
+
+    Args:
+        at_most: if it is surely no more than that, a figure too high is good enough: the exact one has the kernel walk
+            all of the pages, and changes to the process' memory wait for it.
+    """
+    family: list[psutil.Process] = []
     with contextlib.suppress(psutil.NoSuchProcess):
-        for each in (process, *process.children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                total += each.memory_full_info().pss
-    return total
+        family = [process, *process.children(recursive=True)]
+    roughly = sum(_bytes(each, lambda p: p.memory_info().rss) for each in family)
+    return roughly if roughly <= at_most else sum(_bytes(each, lambda p: p.memory_full_info().pss) for each in family)
+
+
+def _bytes(process: psutil.Process, figure: Callable[[psutil.Process], int]) -> int:
+    try:
+        return figure(process)
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return 0
 
 
 # By process title, how late the kernel is to take a worker: from the raylet's own score (0) to that of workers in
@@ -231,7 +242,10 @@ class MemoryGuard:
 
     def _problem(self) -> str | None:
         """That this process has more than it was given; None if it has not."""
-        if self._bound_bytes is None or (held := held_bytes(psutil.Process())) <= self._bound_bytes:
+        if self._bound_bytes is None:
+            return None
+        held = held_bytes(psutil.Process(), at_most=self._bound_bytes)
+        if held <= self._bound_bytes:
             return None
         return f"it has {_gib(held)}, and its settings (hardware) give it {_gib(self._bound_bytes)}"
 
