@@ -49,8 +49,10 @@ def listens(door: psutil.Process, port: int) -> bool:
 
 
 @pytest.fixture
-def head(tmp_path: Path) -> Iterator[str]:
+def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Address of a Ray head without a place for doors."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a-token-of-this-test")
     address = f"127.0.0.1:{free_port()}"
     process = subprocess.Popen(
         [
@@ -77,7 +79,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[contextlib.ExitStack]:
 
 
 async def test_doors_are_apart_late_after_a_loss_and_again(
-    nodes: contextlib.ExitStack, head: str, tiny_model: Path, tmp_path: Path
+    head: str, nodes: contextlib.ExitStack, tiny_model: Path, tmp_path: Path
 ) -> None:
     settings = tmp_path / "settings.yaml"
     model = {
