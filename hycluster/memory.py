@@ -55,7 +55,7 @@ SMALLEST_VICTIM_BYTES = 96 << 20
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Memory of the machine, or of this container if that is the tighter of the two; what files may hold is free."""
+    """Memory of the machine, or of this container if it has a limit; what only keeps files at hand is free."""
 
     used_bytes: int
     total_bytes: int
@@ -75,7 +75,6 @@ def usage(root: Path = Path("/sys/fs/cgroup")) -> Usage:
         root: where control groups are mounted; a container sees its own there.
     """
     machine = psutil.virtual_memory()
-    found = Usage(machine.total - machine.available, machine.total)
     for limit, used, files in (
         ("memory.max", "memory.current", ("inactive_file", "active_file")),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
@@ -86,8 +85,9 @@ def usage(root: Path = Path("/sys/fs/cgroup")) -> Usage:
             stat = dict(line.split() for line in (root / used).with_name("memory.stat").read_text().splitlines())
             held = int((root / used).read_text()) - sum(int(stat[name]) for name in files if name in stat)
             if most < machine.total:
-                found = max(found, Usage(held, most), key=lambda usage: usage.share)
-    return found
+                # What others have on the machine is not this container's to make room for.
+                return Usage(held, most)
+    return Usage(machine.total - machine.available, machine.total)
 
 
 def threshold() -> float:
@@ -192,6 +192,9 @@ class MemoryGuard:
         self._thread = threading.Thread(target=self._keep_looking, name="memory", daemon=True)
 
     def start(self) -> None:
+        if self._tell is not None:
+            # Another raylet's, of an earlier time.
+            self._journal.path.unlink(missing_ok=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -202,15 +205,23 @@ class MemoryGuard:
 
     def _keep_looking(self) -> None:
         while not self._stopping.wait(LOOK_EVERY_S):
-            with contextlib.suppress(psutil.NoSuchProcess):  # the raylet has ended, and so will this process
-                if time.monotonic() - self._looked_around_s > AROUND_EVERY_S:
-                    self._looked_around_s = time.monotonic()
-                    order_for_the_kernel(self._raylet)
-                    self._warn_if_over()
+            try:
+                self._look_around()
                 self.look()
-            if self._tell is not None:
-                for line in self._journal.news():
+                for line in self._journal.news() if self._tell is not None else ():
                     self._tell(line)
+            except psutil.NoSuchProcess:
+                # The raylet has ended, and so will this process.
+                continue
+            except OSError:
+                logger.warning("can't look after this node's memory; trying again", exc_info=True)
+                self._stopping.wait(AROUND_EVERY_S)
+
+    def _look_around(self) -> None:
+        if time.monotonic() - self._looked_around_s > AROUND_EVERY_S:
+            self._looked_around_s = time.monotonic()
+            order_for_the_kernel(self._raylet)
+            self._warn_if_over()
 
     def look(self) -> None:
         """Look once; make room if there must be some."""

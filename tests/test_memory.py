@@ -207,9 +207,11 @@ def test_one_at_a_time(node: Node, full: Callable[[bool], None]) -> None:
 def test_the_terminal_hears_of_all_that_goes_and_that_nothing_may(full: Callable[[bool], None]) -> None:
     said: list[str] = []
     guard = MemoryGuard(psutil.Process(), tell=said.append)
+    full(False)
+    Journal(os.getpid()).write("said of another raylet")
+    guard.start()
     Journal(os.getpid()).write("said by another")
     full(True)
-    guard.start()
     deadline = time.monotonic() + 10
     while len(said) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
