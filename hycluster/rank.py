@@ -105,10 +105,15 @@ class Rank:
         Args:
             siblings: the other ranks of the group; all of them have started.
         """
-        self._server.join(siblings)
+        self._server.join(siblings, self._sibling_lost)
         self._reporter.start()
         self._health.start()
         self._memory.start()
+
+    def _sibling_lost(self, replica_id: str) -> None:
+        """A rank has gone, or its machine: this one would wait for it for ever, in the midst of a step."""
+        if self._accepting:
+            end_this_process(f"rank {replica_id} of its group is lost")
 
     def _keep_reporting(self) -> None:
         while self._engine.error is None:
@@ -150,9 +155,10 @@ class Rank:
     async def _others_able(self) -> bool:
         """Some replica of the model takes requests; this one does not any more."""
         try:
-            ready: dict[str, int] = await self._directory.models.remote()
-        except ray.exceptions.RayError:
-            # The directory is starting again; ask once more.
+            async with asyncio.timeout(FORGET_AFTER_S):
+                ready: dict[str, int] = await self._directory.models.remote()
+        except (ray.exceptions.RayError, TimeoutError):
+            # The directory is starting again, or its machine is gone; ask once more.
             return False
         return ready.get(self._model.name, 0) > 0
 
@@ -163,6 +169,11 @@ class Rank:
         await asyncio.to_thread(self._memory.stop)
         if self._reporter.is_alive():
             await asyncio.to_thread(self._reporter.join)
-        await self._directory.leave.remote(self._model.name, self.address.replica_id)
+        try:
+            async with asyncio.timeout(FORGET_AFTER_S):
+                await self._directory.leave.remote(self._model.name, self.address.replica_id)
+        except (ray.exceptions.RayError, TimeoutError):
+            # It forgets by itself those that report no more.
+            logger.warning("the directory does not answer", exc_info=True)
         await asyncio.to_thread(self._engine.shutdown)
         await asyncio.to_thread(self._server.close)

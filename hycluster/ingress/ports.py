@@ -40,6 +40,23 @@ def bind(host: str, port: int, field: str, *, reuse_port: bool = False) -> socke
     return sock
 
 
+def notice_lost(sock: socket.socket, after_s: float) -> None:
+    """Have the kernel end connections whose other machine is gone without a word; for those that ``sock`` accepts.
+
+    Of one with nothing on its way the kernel asks; of one with something on its way, or with a caller who leaves no
+    room for more, it waits for an answer for so long. What sits in the kernel's buffers no protocol can see.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        ("TCP_KEEPIDLE", max(1, int(after_s / 2))),
+        ("TCP_KEEPINTVL", max(1, int(after_s / 8))),
+        ("TCP_USER_TIMEOUT", int(after_s * 1000)),
+    ):
+        # Linux has all three.
+        if hasattr(socket, option):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
 def check_port(host: str, port: int, field: str) -> None:
     """Find out early that a port is taken.
 
