@@ -66,7 +66,8 @@ def overlay(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         )  # fmt: skip
     words = listen(process, log)
     try:
-        served = Served(process, words[1], words[words.index("grpc") + 1], log)
+        grpc, ray = (words[words.index(name) + 1] for name in ("grpc", "ray"))
+        served = Served(process, words[1], grpc, ray, log)
         yield Overlay(served, config, Dashboard(words[words.index("dashboard") + 1], TOKEN))
     finally:
         if process.poll() is None:
