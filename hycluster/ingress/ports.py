@@ -95,10 +95,12 @@ async def let_in(ports: Collection[int], for_s: float) -> None:
 
 
 def _let_in(ports: Collection[int]) -> None:
-    for sock, wanted in _sockets(ports, listening=False):
-        if wanted:
-            with contextlib.suppress(OSError):  # it has ended meanwhile
-                _ask_for_hops(sock, 0)
+    # A process without free file descriptors drains all the same.
+    with contextlib.suppress(OSError):
+        for sock, wanted in _sockets(ports, listening=False):
+            if wanted:
+                with contextlib.suppress(OSError):  # it has ended meanwhile
+                    _ask_for_hops(sock, 0)
 
 
 def _ask_for_hops(sock: socket.socket, least: int) -> None:
