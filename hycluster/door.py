@@ -24,7 +24,7 @@ from hycluster.directory import FORGET_AFTER_S, open_directory
 from hycluster.errors import HyclusterError, SettingsError, Unavailable, start_failure
 from hycluster.ingress.grpc import serve_grpc
 from hycluster.ingress.health import PoolHealth
-from hycluster.ingress.ports import TURNED_AWAY_AFTER_S, turn_away
+from hycluster.ingress.ports import TURNED_AWAY_AFTER_S, let_in, turn_away
 from hycluster.ingress.starting import StartingDoors, starting_doors
 from hycluster.watchdog import Watchdog
 
@@ -146,10 +146,15 @@ class Door:
             self._able = False
             # A drain may take longer than a beat may be late.
             self._watchdog.close()
-            for door in (http, grpc):
-                turn_away(door.port)
-            await asyncio.sleep(TURNED_AWAY_AFTER_S)
-            closing = asyncio.gather(http.stop(), grpc.stop(settings.drain_timeout_s + LAST_WORDS_S))
+            ports = http.port, grpc.port
+            turn_away(*ports)
+            await let_in(ports, TURNED_AWAY_AFTER_S)
+            closing = asyncio.gather(
+                http.stop(),
+                grpc.stop(settings.drain_timeout_s + LAST_WORDS_S),
+                # Until both have closed their sockets, somebody may still come.
+                let_in(ports, TURNED_AWAY_AFTER_S),
+            )
             late = not (await asyncio.wait([closing], timeout=settings.drain_timeout_s))[0]
             if late:
                 await generator.end("the server shut down before the answer was complete")

@@ -137,7 +137,8 @@ def main() -> int:
         if not stopping.is_set():
             print(
                 f"ready http://127.0.0.1:{settings['http']['port']} grpc 127.0.0.1:{settings['grpc']['port']}"
-                f" dashboard {dashboard.url} after {time.monotonic() - begun:.0f} s",
+                f" ray {ray.get_runtime_context().gcs_address} dashboard {dashboard.url}"
+                f" after {time.monotonic() - begun:.0f} s",
                 flush=True,
             )
             stopping.wait()

@@ -27,6 +27,7 @@ from hycluster.k8s.render import APP_NAME, OVERLAY_MANIFEST
 from tests.integration.conftest import SIMULATED, Served, listen, stop
 from tests.integration.test_rolling import ENGINE, SHORT, Answer, Load, processes, until
 from tests.k8s.kustomize import K8S, ROOT
+from tests.ordinary_user import as_ordinary_user
 from tests.simulated_pool import predicted
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
@@ -60,14 +61,15 @@ def overlay(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     (folder / OVERLAY_MANIFEST).write_text(yaml.safe_dump({"spec": {"serveConfigV2": yaml.safe_dump(config)}}))
     log = folder / "serve.log"
     with log.open("w") as errors:
+        env = {"HYCLUSTER_HOME": str(folder / "home"), "RAY_AUTH_TOKEN": TOKEN}
         process = subprocess.Popen(
-            [sys.executable, ROOT / "scripts" / "serve_overlay.py", folder],
-            stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True,
-            env={**os.environ, "HYCLUSTER_HOME": str(folder / "home"), "RAY_AUTH_TOKEN": TOKEN},
+            as_ordinary_user([sys.executable, str(ROOT / "scripts" / "serve_overlay.py"), str(folder)], env),
+            stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True, env={**os.environ, **env},
         )  # fmt: skip
     words = listen(process, log)
     try:
-        served = Served(process, words[1], words[words.index("grpc") + 1], log)
+        grpc, ray = (words[words.index(name) + 1] for name in ("grpc", "ray"))
+        served = Served(process, words[1], grpc, ray, log)
         yield Overlay(served, config, Dashboard(words[words.index("dashboard") + 1], TOKEN))
     finally:
         if process.poll() is None:
