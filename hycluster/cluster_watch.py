@@ -12,6 +12,7 @@ import contextlib
 import os
 import select
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -81,7 +82,7 @@ class ClusterWatch:
         self._closed = threading.Event()
         self._once = threading.Lock()
         self._family: set[psutil.Process] = set()
-        self._wake, self._waker = socket.socketpair()
+        self._wake = os.eventfd(0)
         for watch in (self._watch_processes, *(() if ray.own else (self._watch_address,))):
             threading.Thread(target=watch, name="cluster watch", daemon=True).start()
 
@@ -90,8 +91,7 @@ class ClusterWatch:
         self._closed.set()
         if not self._once.acquire(blocking=False):
             threading.Event().wait()
-        with contextlib.suppress(OSError):
-            self._waker.send(b".")
+        os.eventfd_write(self._wake, 1)
 
     def remember(self) -> None:
         """Note which processes there are below this one: those of a raylet that has died have no parent to go by."""
@@ -122,19 +122,20 @@ class ClusterWatch:
         host, _, port = self._ray.address.rpartition(":")
         connection = _connect(host, int(port))
         while not self._closed.is_set():
+            connection = connection or self._wait_for_return(host, int(port))
             if connection is None:
-                connection = self._wait_for_return(host, int(port))
-                if connection is None:
-                    return
-            with contextlib.suppress(OSError):
-                select.select([connection, self._wake], [], [])
-                if self._closed.is_set():
-                    return
-                # What GCS sends to one who says nothing does not matter; its end does.
-                if connection.recv(1 << 12):
-                    continue
-            connection.close()
+                return
+            with connection:
+                self._wait_for_end(connection)
             connection = _connect(host, int(port))
+
+    def _wait_for_end(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while not self._closed.is_set():
+                select.select([connection, self._wake], [], [])
+                # What GCS sends to one who says nothing does not matter; its end does.
+                if self._closed.is_set() or not connection.recv(1 << 12):
+                    return
 
     def _wait_for_return(self, host: str, port: int) -> socket.socket | None:
         lost_s, said = time.monotonic(), False
@@ -162,6 +163,7 @@ class ClusterWatch:
         if self._closed.is_set() or not self._once.acquire(blocking=False):
             return
         begun_s = time.monotonic()
+        _quiet_ray()
         pid = {"gcs_server": self._ray.gcs, "raylet": self._ray.raylet}.get(name)
         which = f"Ray's {name} (pid {pid})" if pid else f"Ray's {name} at {self._ray.address}"
         if not self._ray.own:
@@ -193,6 +195,14 @@ class ClusterWatch:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(self._family, timeout=5)
+
+
+def _quiet_ray() -> None:
+    """Keep what Ray's C++ writes while Ray falls apart off the terminal: this module's words are to be read."""
+    sys.stderr.flush()
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
 
 
 def _connect(host: str, port: int) -> socket.socket | None:

@@ -18,8 +18,8 @@ from hycluster.ray_state import Look, Process
 # So many lines of one kind within a minute; then one a minute that counts.
 LINES_A_MINUTE = 6
 MINUTE_S = 60.0
-# Serve's word on a start that takes its time.
-STILL_AT_IT = "to initialize"
+# Parts of what Serve says of a process that does not start. All else that it says is told better here, or is patience.
+CAN_NOT_START = ("to be scheduled", "failed to start", "scheduling failed")
 # In such a state of its deployment a process that goes was asked to.
 ON_PURPOSE = frozenset({"UPDATING", "DOWNSCALING"})
 
@@ -184,8 +184,8 @@ class Losses:
         for model, trouble in look.overview.troubles.items():
             failures, reason = self._failures.get(model, (0, ""))
             # Each of the first, then as often as their number doubles, or when there is something new to say.
-            if trouble.failures >= max(1, 2 * failures) or trouble.reason != reason:
-                self._failures[model] = (trouble.failures, trouble.reason)
+            if trouble.failures >= max(1, 2 * failures) or _alike(trouble.reason) != reason:
+                self._failures[model] = (trouble.failures, _alike(trouble.reason))
                 lines += self._say(
                     f"start of {model}",
                     f"not started: model {model}: {trouble.told()}; next try in {trouble.retry_in_s:.0f} s",
@@ -201,17 +201,15 @@ class Losses:
         """What only Serve knows of a process that does not start: no node has room, or it died without a word."""
         lines, deployments = [], look.deployments or {}
         for name, deployment in deployments.items():
-            message = "" if STILL_AT_IT in deployment.message else one_line(deployment.message, 300)
-            # Counts and names of replicas change from one to the next.
-            if (
-                message
-                and re.sub(r"\W|\d", "", message)[:60] != self._messages_said.get(name)
-                and not reported(message)
-            ):
-                self._messages_said[name] = re.sub(r"\W|\d", "", message)[:60]
-                lines += self._say(f"{name}: Serve", f"Serve says of {self._names.get(name, name)}: {message}")
             if deployment.status == "HEALTHY":
                 self._messages_said.pop(name, None)
+            message = deployment.message
+            if not any(word in message for word in CAN_NOT_START) or reported(message):
+                continue
+            if _alike(message) != self._messages_said.get(name):
+                self._messages_said[name] = _alike(message)
+                called = self._names.get(name, name)
+                lines += self._say(f"{name}: Serve", f"Serve says of {called}: {one_line(message, 300)}")
         return lines
 
     # -- how much is said ---------------------------------------------------------------------------
@@ -234,3 +232,8 @@ class Losses:
                 lines.append(f"again and again: {called}: {kind.unsaid} more losses and returns in the last minute")
                 kind.unsaid, kind.lines = 0, [now] * LINES_A_MINUTE
         return lines
+
+
+def _alike(message: str) -> str:
+    """The same for messages that differ in figures only."""
+    return re.sub(r"\W|\d", "", message)[:80]
