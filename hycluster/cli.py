@@ -71,7 +71,8 @@ def serve(
 ) -> None:
     """Serve the models of CONFIG in the foreground, on the Ray cluster in RAY_ADDRESS or on one of its own.
 
-    Prints one line beginning "ready" once a request would succeed. SIGTERM or Ctrl-C drains, then exits 0.
+    Prints one line beginning "ready" once a request would succeed, and on standard error a line for whatever is lost
+    and for its return. SIGTERM or Ctrl-C drains, then exits 0. Exits 4 if Ray itself is lost: start it again.
     """
     ports = [f"{door}.port={port}" for door, port in (("http", http_port), ("grpc", grpc_port)) if port is not None]
     settings = load_settings(config, [*(assignments or []), *ports])
@@ -92,29 +93,37 @@ def serve(
     import ray
 
     from hycluster import cluster, running
+    from hycluster.service import Service
 
     started_ray = cluster.start()
     running.remember_models([model.name for model in settings.models])
     # After Ray's own handlers, which would end this process at once.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
+    address = ray.get_runtime_context().gcs_address
+    service = Service(settings, say, own=started_ray)
     try:
-        deployed = cluster.deploy(settings, started_ray=started_ray, stopping=stopping)
-        if deployed is not None:
+        opened = cluster.deploy(settings, service, started_ray=started_ray, stopping=stopping)
+        if opened is not None:
             typer.echo(
-                f"ready {deployed.doors.http} grpc {deployed.doors.grpc} ray {deployed.ray}"
-                f" models {','.join(model.name for model in settings.models)}"
+                f"ready {opened.doors.http} grpc {opened.doors.grpc} ray {address} models {','.join(opened.models)}"
                 f" after {time.monotonic() - begun:.0f} s"
             )
             sys.stdout.flush()
-            stopping.wait()
-        typer.echo("draining ...", err=True)
+            service.attend(stopping)
+        say("draining ...")
         cluster.stop(settings.drain_timeout_s)
-        typer.echo("stopped", err=True)
+        say("stopped")
     finally:
+        service.close()
         # A cluster of our own ends with this, whatever became of the application.
         running.forget()
         ray.shutdown()
+
+
+def say(line: str) -> None:
+    """A line for whoever runs the command."""
+    typer.echo(line, err=True)
 
 
 @app.command()
@@ -145,10 +154,10 @@ def upgrade(
 
     import ray
 
-    from hycluster import cluster, service, upgrade
+    from hycluster import cluster, running_service, upgrade
     from hycluster.placement import with_room
 
-    found = service.find(cluster.connect(address))
+    found = running_service.find(cluster.connect(address))
     try:
         names = ", ".join(model.name for model in settings.models)
         ask(f"{found}\nevery replica and every door of it is replaced, by the settings of {config} ({names})", yes=yes)
