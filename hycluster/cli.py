@@ -145,10 +145,10 @@ def upgrade(
 
     import ray
 
-    from hycluster import cluster, service, upgrade
+    from hycluster import cluster, running_service, upgrade
     from hycluster.placement import with_room
 
-    found = service.find(cluster.connect(address))
+    found = running_service.find(cluster.connect(address))
     try:
         names = ", ".join(model.name for model in settings.models)
         ask(f"{found}\nevery replica and every door of it is replaced, by the settings of {config} ({names})", yes=yes)

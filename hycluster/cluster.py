@@ -28,7 +28,7 @@ from ray.serve.schema import ApplicationStatus
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from hycluster import service
+from hycluster import running_service
 from hycluster.app import APP_NAME, application
 from hycluster.config import Model, Settings
 from hycluster.directory import NAMESPACE, SHARED_DIRECTORY, open_directory
@@ -178,8 +178,8 @@ def deploy(settings: Settings, *, started_ray: bool, stopping: threading.Event) 
     """
     check_resources(settings.models)
     check_doors(settings)
-    if service.there_is_one():
-        found = service.find(Chosen(ray.get_runtime_context().gcs_address, "RAY_ADDRESS", None))
+    if running_service.there_is_one():
+        found = running_service.find(Chosen(ray.get_runtime_context().gcs_address, "RAY_ADDRESS", None))
         raise SettingsError(
             "RAY_ADDRESS: a hycluster is running in this Ray cluster already; stop it first,"
             f" or give it these settings by 'hycluster upgrade':\n{found}"
