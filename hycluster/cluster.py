@@ -57,10 +57,10 @@ def connect(address: str | None = None) -> Chosen:
     if ray.is_initialized():
         return Chosen(ray.get_runtime_context().gcs_address, "this process", None)
     chosen = choose(address)
+    _quiet()
     if chosen.started:
         # As ``ray.init`` does by itself for a cluster that it starts, but not for one that is named.
         enable_token_auth_by_default()
-    _quiet()
     # Ray's C++ prints an error line for each of Ray Data's actors that is none.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
