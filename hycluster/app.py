@@ -114,7 +114,12 @@ def _batch_executor(settings: Settings, directory: str) -> Application:
 
 def deployment_name(model: Model) -> str:
     """Serve's name of a model's deployment: letters, digits and dashes."""
-    return "replica-" + re.sub(r"[^a-z0-9]+", "-", model.name.lower()).strip("-")
+    return deployment_of(model.name)
+
+
+def deployment_of(model_name: str) -> str:
+    """The same by the model's name."""
+    return "replica-" + re.sub(r"[^a-z0-9]+", "-", model_name.lower()).strip("-")
 
 
 def _one_more(count: int) -> int:

@@ -185,6 +185,29 @@ def upgrade(
         ray.shutdown()
 
 
+@app.command()
+def status() -> None:
+    """Say what of the running service is there, what is missing, and why. Exits 0 when all is well, else 1.
+
+    Looks at the Ray cluster in RAY_ADDRESS or at the last one that was started here.
+    """
+    import ray
+
+    from hycluster import cluster, ray_state
+    from hycluster.app import APP_NAME
+    from hycluster.directory import SHARED_DIRECTORY
+    from hycluster.status import status as told
+
+    cluster.connect()
+    try:
+        lines, well = told(ray_state.look(APP_NAME, SHARED_DIRECTORY))
+    finally:
+        ray.shutdown()
+    for line in lines:
+        typer.echo(line)
+    raise typer.Exit(0 if well else 1)
+
+
 def main() -> None:
     """Entry point of the ``hycluster`` command: hycluster's errors become one line and an exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

@@ -132,7 +132,7 @@ class ClusterWatch:
     def _wait_for_end(self, connection: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while not self._closed.is_set():
-                select.select([connection, self._wake], [], [])
+                select.select([connection.fileno(), self._wake], [], [])
                 # What GCS sends to one who says nothing does not matter; its end does.
                 if self._closed.is_set() or not connection.recv(1 << 12):
                     return

@@ -140,8 +140,9 @@ def own_process(name: str) -> int | None:
 
 def raylet_here() -> int | None:
     """Pid of the raylet that this process has joined, as the other end of its socket tells it."""
+    node: Any = ray._private.worker.global_worker.node
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
-        sock.connect(ray._private.worker.global_worker.node.raylet_socket_name)
+        sock.connect(node.raylet_socket_name)
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         return int(struct.unpack("3i", credentials)[0])
     return None

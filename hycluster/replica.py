@@ -100,9 +100,8 @@ class _Start:
     def wait(self) -> None:
         """Wait for its turn, if others of its model failed before it."""
         try:
-            pause_s: float = ray.get(
-                self._directory.begin_start.remote(self._model, self._id), timeout=DIRECTORY_TIMEOUT_S
-            )
+            begun: Any = self._directory.begin_start.remote(self._model, self._id)
+            pause_s: float = ray.get(begun, timeout=DIRECTORY_TIMEOUT_S)
         except (ray.exceptions.RayError, TimeoutError):
             logger.warning("the directory does not answer; starting at once", exc_info=True)
             return

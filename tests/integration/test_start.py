@@ -88,6 +88,8 @@ class Starting:
                     family = psutil.Process(self.process.pid).children(recursive=True)
                     for process in (*family, self.process):
                         process.kill()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
 
 
 def free_port() -> int:
@@ -113,10 +115,13 @@ async def streams(http: str, model: str, count: int, tokens: int) -> list[int]:
     async def one(caller: httpx.AsyncClient) -> int:
         got, done = 0, False
         body = {"model": model, "prompt": "x", "max_tokens": tokens, "ignore_eos": True, "stream": True}
+        body["stream_options"] = {"include_usage": True}
         async with caller.stream("POST", "/v1/completions", json=body) as answer:
             assert answer.status_code == 200, await answer.aread()
             async for line in answer.aiter_lines():
-                got += line.startswith("data: {")
+                # A chunk may hold several tokens; the last one counts them.
+                if line.startswith("data: {") and (usage := json.loads(line[6:]).get("usage")):
+                    got = usage["completion_tokens"]
                 done |= line == "data: [DONE]"
         assert done
         return got
