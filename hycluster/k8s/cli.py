@@ -54,3 +54,40 @@ def render(
     if not behind:
         typer.echo("all as the settings say")
     raise typer.Exit(1 if check and behind else 0)
+
+
+@app.command()
+def check(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="FOLDER|-",
+            help="A folder with a kustomization.yaml, or - for YAML on standard input.",
+            show_default=False,
+        ),
+    ],
+    digests: Annotated[bool, typer.Option("--digests", help="Images must be named by @sha256:DIGEST.")] = False,
+) -> None:
+    """Check manifests as they would be applied: a platform's own overlay, or what a chart renders.
+
+    A line for each rule that is broken: whose, which field, what is there, what must be, and why. Exits 0 if there is
+    none, 1 if there is, 2 if SOURCE can't be read or built.
+
+        hycluster k8s check platform
+
+        helm template hycluster ./chart | hycluster k8s check -
+    """
+    import sys
+
+    from hycluster.k8s.check import faults, unknown
+    from hycluster.k8s.sources import built, parsed
+
+    resources = parsed(sys.stdin.read(), "standard input") if source == "-" else built(Path(source))
+    found = faults(resources, digests=digests)
+    for name in unknown(resources):
+        typer.echo(f"not checked, there is no definition here: {name}", err=True)
+    for fault in dict.fromkeys(map(str, found)):
+        typer.echo(fault)
+    if not found:
+        typer.echo(f"{len(resources)} manifests, all in order")
+    raise typer.Exit(1 if found else 0)
