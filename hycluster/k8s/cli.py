@@ -33,7 +33,7 @@ def render(
 
     Run it in the repository, after every change in deployments/. With CONFIG and --folder it begins a new overlay.
     """
-    from hycluster.k8s.render import manifest_in, manifests, settings_of
+    from hycluster.k8s.render import manifest_in, manifests, settings_of, unlisted
     from hycluster.k8s.render import render as rendered
 
     if config is not None and folder is None:
@@ -41,19 +41,23 @@ def render(
     if folder is not None and not folder.is_dir():
         raise SettingsError(f"--folder: {str(folder)!r} is no folder")
     root = Path()
-    behind = []
+    behind, wanting = [], []
     for manifest in [manifest_in(folder)] if folder is not None else manifests(root):
-        text = rendered(manifest, config.as_posix() if config is not None else settings_of(manifest), root)
-        if manifest.exists() and manifest.read_text(encoding="utf-8") == text:
-            continue
-        behind.append(manifest)
-        if not check:
-            manifest.write_text(text, encoding="utf-8")
-    for manifest in behind:
-        typer.echo(f"{manifest}: differs from its settings" if check else f"{manifest}: written", err=check)
-    if not behind:
+        files = rendered(manifest, config.as_posix() if config is not None else settings_of(manifest), root)
+        wanting += unlisted(manifest.parent)
+        for path, text in files.items():
+            if path.exists() and path.read_text(encoding="utf-8") == text:
+                continue
+            behind.append(path)
+            if not check:
+                path.write_text(text, encoding="utf-8")
+    for path in behind:
+        typer.echo(f"{path}: differs from its settings" if check else f"{path}: written", err=check)
+    for line in wanting:
+        typer.echo(line, err=True)
+    if not behind and not wanting:
         typer.echo("all as the settings say")
-    raise typer.Exit(1 if check and behind else 0)
+    raise typer.Exit(1 if check and (behind or wanting) else 0)
 
 
 @app.command()
