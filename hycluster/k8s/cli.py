@@ -29,10 +29,12 @@ def render(
         bool, typer.Option("--check", help="Write nothing; exit 1 if a file is not as it would be.")
     ] = False,
 ) -> None:
-    """Write the settings into the manifests in k8s/, from the files in deployments/ that they name.
+    """Write the settings into the manifests in k8s/, from the files in deployments/ that they name, and the Helm chart.
 
-    Run it in the repository, after every change in deployments/. With CONFIG and --folder it begins a new overlay.
+    Run it in the repository, after every change in deployments/, k8s/base and k8s/components. With CONFIG and --folder
+    it begins a new overlay.
     """
+    from hycluster.k8s.chart.make import chart_files, surplus
     from hycluster.k8s.render import manifest_in, manifests, settings_of
     from hycluster.k8s.render import render as rendered
 
@@ -41,16 +43,49 @@ def render(
     if folder is not None and not folder.is_dir():
         raise SettingsError(f"--folder: {str(folder)!r} is no folder")
     root = Path()
-    behind = []
-    for manifest in [manifest_in(folder)] if folder is not None else manifests(root):
-        text = rendered(manifest, config.as_posix() if config is not None else settings_of(manifest), root)
-        if manifest.exists() and manifest.read_text(encoding="utf-8") == text:
-            continue
-        behind.append(manifest)
-        if not check:
-            manifest.write_text(text, encoding="utf-8")
-    for manifest in behind:
-        typer.echo(f"{manifest}: differs from its settings" if check else f"{manifest}: written", err=check)
+    files = {
+        manifest: rendered(manifest, config.as_posix() if config is not None else settings_of(manifest), root)
+        for manifest in ([manifest_in(folder)] if folder is not None else manifests(root))
+    }
+    gone = []
+    if folder is None:
+        files |= chart_files(root)
+        gone = surplus(root)
+    behind = [file for file, text in files.items() if not file.exists() or file.read_text(encoding="utf-8") != text]
+    if not check:
+        for file in behind:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(files[file], encoding="utf-8")
+        for file in gone:
+            file.unlink()
+    for file in behind:
+        typer.echo(f"{file}: differs from its settings" if check else f"{file}: written", err=check)
+    for file in gone:
+        typer.echo(f"{file}: nothing makes it any more" if check else f"{file}: removed", err=check)
+    behind += gone
     if not behind:
         typer.echo("all as the settings say")
     raise typer.Exit(1 if check and behind else 0)
+
+
+@app.command()
+def values(
+    manifests: Annotated[
+        Path, typer.Argument(help="Manifests as kubectl kustomize prints them; - reads them from the standard input.")
+    ],
+) -> None:
+    """Print the Helm chart's values that make the manifests of an overlay: for changing over from kustomize.
+
+    As in: kubectl kustomize platform | hycluster k8s values - > platform.yaml
+    """
+    import sys
+
+    import yaml
+
+    from hycluster.k8s.chart.defaults import values_of
+
+    if str(manifests) != "-" and not manifests.is_file():
+        raise SettingsError(f"MANIFESTS: {str(manifests)!r} is no file")
+    text = sys.stdin.read() if str(manifests) == "-" else manifests.read_text(encoding="utf-8")
+    resources = [resource for resource in yaml.safe_load_all(text) if resource]
+    typer.echo(yaml.safe_dump(values_of(resources), sort_keys=False, width=120, allow_unicode=True), nl=False)
