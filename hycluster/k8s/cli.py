@@ -69,23 +69,63 @@ def render(
 
 
 @app.command()
+def check(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="FOLDER|-",
+            help="A folder with a kustomization.yaml, or - for YAML on standard input.",
+            show_default=False,
+        ),
+    ],
+    digests: Annotated[bool, typer.Option("--digests", help="Images must be named by @sha256:DIGEST.")] = False,
+) -> None:
+    """Check manifests as they would be applied: a platform's own overlay, or what a chart renders.
+
+    A line for each rule that is broken: whose, which field, what is there, what must be, and why. Exits 0 if there is
+    none, 1 if there is, 2 if SOURCE can't be read or built.
+
+        hycluster k8s check platform
+
+        helm template hycluster ./chart | hycluster k8s check -
+    """
+    import sys
+
+    from hycluster.k8s.check import faults, unknown
+    from hycluster.k8s.sources import built, parsed
+
+    resources = parsed(sys.stdin.read(), "standard input") if source == "-" else built(Path(source))
+    found = faults(resources, digests=digests)
+    for name in unknown(resources):
+        typer.echo(f"not checked, there is no definition here: {name}", err=True)
+    for fault in dict.fromkeys(map(str, found)):
+        typer.echo(fault)
+    if not found:
+        typer.echo(f"{len(resources)} manifests, all in order")
+    raise typer.Exit(1 if found else 0)
+
+
+@app.command()
 def values(
-    manifests: Annotated[
-        Path, typer.Argument(help="Manifests as kubectl kustomize prints them; - reads them from the standard input.")
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="FOLDER|-",
+            help="A folder with a kustomization.yaml, or - for YAML on standard input.",
+            show_default=False,
+        ),
     ],
 ) -> None:
-    """Print the Helm chart's values that make the manifests of an overlay: for changing over from kustomize.
+    """Print the Helm chart's values for manifests: for changing over from kustomize.
 
-    As in: kubectl kustomize platform | hycluster k8s values - > platform.yaml
+    hycluster k8s values k8s/overlays/hunyuan-large-fp8 > large.yaml
     """
     import sys
 
     import yaml
 
     from hycluster.k8s.chart.defaults import values_of
+    from hycluster.k8s.sources import built, parsed
 
-    if str(manifests) != "-" and not manifests.is_file():
-        raise SettingsError(f"MANIFESTS: {str(manifests)!r} is no file")
-    text = sys.stdin.read() if str(manifests) == "-" else manifests.read_text(encoding="utf-8")
-    resources = [resource for resource in yaml.safe_load_all(text) if resource]
+    resources = parsed(sys.stdin.read(), "standard input") if source == "-" else built(Path(source))
     typer.echo(yaml.safe_dump(values_of(resources), sort_keys=False, width=120, allow_unicode=True), nl=False)

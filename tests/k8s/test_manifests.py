@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
+from hycluster.k8s.check import broken, refused
 from tests.k8s.kustomize import COMPONENTS, JOBS, K8S, OVERLAYS, built, with_components
-from tests.k8s.rules import broken
-from tests.k8s.schema import schema_errors
 
 # In overlays of the GPUs already, and nothing without them.
 WITHIN = {"h20", "weights"}
@@ -23,9 +22,8 @@ def problems(resources: list[dict[str, Any]], suspects: list[dict[str, Any]] | N
     Args:
         suspects: those that an API server may refuse; by default all. It takes some tenths of a second each.
     """
-    suspects = resources if suspects is None else suspects
-    refused = [f"{r['kind']} {r['metadata']['name']}: {e}" for r in suspects for e in schema_errors(r)]
-    return refused or broken(resources)
+    found = refused(resources if suspects is None else suspects) or broken(resources)
+    return [str(fault) for fault in found]
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,8 @@ import kubernetes_validate
 from jsonschema import Draft202012Validator
 
 KUBERNETES = "1.37"
+# Groups of Kubernetes' own besides those without a dot; in others a kind that has no definition here is not known.
+BUILT_IN = ("networking.k8s.io", "rbac.authorization.k8s.io", "scheduling.k8s.io", "storage.k8s.io", "node.k8s.io")
 CRDS = Path(__file__).with_name("crds")
 Resource = dict[str, Any]
 
@@ -31,6 +33,12 @@ def schema_errors(resource: Resource) -> list[str]:
     filled = _with_defaults(schema, copy.deepcopy(resource))
     errors = [f"{error.json_path}: {error.message[:200]}" for error in _validator(_key(resource)).iter_errors(filled)]
     return errors or list(_broken_rules(schema, filled, "$"))
+
+
+def is_known(resource: Resource) -> bool:
+    """Whether there is a definition of the kind here, or must be."""
+    group = resource["apiVersion"].rpartition("/")[0]
+    return _key(resource) in _schemas() or "." not in group or group in BUILT_IN
 
 
 def _built_in_errors(resource: Resource) -> list[str]:

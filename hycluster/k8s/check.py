@@ -1,0 +1,106 @@
+"""Manifests before a cluster sees them: what an API server would refuse, and then the rules in ``rules``.
+
+All resources are looked at together, as they would be applied: a platform's own kustomization, what a chart renders, or
+any stream of YAML.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from hycluster.errors import InvalidInput
+from hycluster.k8s.pods import All, Broken, Pod, Resource, name_of, pods_of
+from hycluster.k8s.rules import network, objects, pod, ray, routes, serving
+
+EXTRA = "pip install 'hycluster[k8s]'"
+Rule = Callable[[Resource, All], Iterator[Broken]]
+RULES: Sequence[tuple[tuple[str, ...], Sequence[Rule]]] = (
+    (("RayService", "RayJob", "RayCronJob", "RayCluster"), ray.RULES),
+    (("RayService",), (*ray.SERVICE_RULES, *serving.RULES)),
+    (("RayJob", "RayCronJob"), ray.JOB_RULES),
+    (("Service",), network.SERVICE_RULES),
+    (("NetworkPolicy",), network.POLICY_RULES),
+    (("ServiceMonitor",), network.MONITOR_RULES),
+    (("PodMonitor",), network.POD_MONITOR_RULES),
+    (("HTTPRoute", "GRPCRoute"), routes.RULES),
+    (("StatefulSet", "Deployment"), objects.WORKLOAD_RULES),
+    (("PodDisruptionBudget",), objects.BUDGET_RULES),
+    (("Namespace",), objects.NAMESPACE_RULES),
+    (("ServiceAccount",), objects.ACCOUNT_RULES),
+    (("PersistentVolumeClaim",), objects.CLAIM_RULES),
+    (("ConfigMap",), objects.CONFIG_RULES),
+    (("PriorityClass",), objects.PRIORITY_RULES),
+)
+
+
+class CheckError(InvalidInput):
+    """There is nothing that could be checked, or nothing to check it with."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A broken rule, and whose."""
+
+    resource: str
+    broken: Broken
+
+    def __str__(self) -> str:
+        field, wrong, allowed, why = self.broken
+        return f"{self.resource}: {field}: {wrong}; must {allowed} ({why})"
+
+
+def faults(resources: Sequence[Resource], *, digests: bool = False) -> list[Fault]:
+    """All that is wrong. Rules are asked only when no API server would refuse a resource."""
+    return refused(resources) or broken(resources, digests=digests)
+
+
+def refused(resources: Sequence[Resource]) -> list[Fault]:
+    """What an API server would not take.
+
+    Raises:
+        CheckError: a package that knows the definitions is not installed.
+    """
+    try:
+        from hycluster.k8s.schema import is_known, schema_errors
+    except ModuleNotFoundError as error:
+        raise CheckError(f"k8s check needs the package {error.name}: {EXTRA}") from error
+    found = []
+    for resource in resources:
+        for error in schema_errors(resource) if is_known(resource) else ():
+            field, _, message = error.removeprefix("$").removeprefix(".").partition(": ")
+            told = Broken(field or "(all of it)", message, "be as its definition says", "the API server refuses it")
+            found.append(Fault(name_of(resource), told))
+    return found
+
+
+def unknown(resources: Sequence[Resource]) -> list[str]:
+    """Resources of kinds whose definition is not here."""
+    from hycluster.k8s.schema import is_known
+
+    return [f"{name_of(resource)} ({resource['apiVersion']})" for resource in resources if not is_known(resource)]
+
+
+def broken(resources: Sequence[Resource], *, digests: bool = False) -> list[Fault]:
+    """The rules that manifests break.
+
+    Args:
+        digests: images must be named by their digests.
+    """
+    every = All(resources, [pod for resource in resources for pod in pods_of(resource)], digests)
+    found = []
+    for each in every.pods:
+        for pod_rule in pod.RULES:
+            found += [Fault(each.owner, fault._replace(field=_below(each, fault))) for fault in pod_rule(each, every)]
+    for resource in resources:
+        for kinds, rules in RULES:
+            if resource.get("kind") in kinds:
+                found += [Fault(name_of(resource), fault) for rule in rules for fault in rule(resource, every)]
+    return found
+
+
+def _below(pod: Pod, fault: Broken) -> str:
+    """The field's path from the resource on."""
+    if fault.field.startswith("../"):
+        return f"{pod.path.removesuffix('.template')}.{fault.field.removeprefix('../')}"
+    return f"{pod.path}.{fault.field}" if pod.path else fault.field

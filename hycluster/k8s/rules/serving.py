@@ -1,0 +1,217 @@
+"""Rules between the settings that a RayService starts with and its pods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from hycluster.config import Model, Settings, validate
+from hycluster.errors import SettingsError
+from hycluster.k8s.pods import All, Broken, Pod, Resource, pods_of
+from hycluster.k8s.render import APP_NAME, IMPORT_PATH, PORTS
+from hycluster.k8s.rules.drain import DRAIN
+from hycluster.k8s.rules.network import is_closed
+from hycluster.placement import on_gpus, reserved
+
+# What Serve gives a deployment beyond drain_timeout_s, see hycluster/app.py.
+SERVE_MARGIN_S = 15
+SERVE = "spec.serveConfigV2"
+
+
+def _settings(resource: Resource) -> Settings | None:
+    """Those that the pods start with; None if they are wrong."""
+    try:
+        serve = yaml.safe_load(resource["spec"]["serveConfigV2"])
+        return validate(Settings, serve["applications"][0]["args"], "args")
+    except (SettingsError, yaml.YAMLError, KeyError, TypeError, IndexError):
+        return None
+
+
+def _serve_config(resource: Resource, _all: All) -> Iterator[Broken]:
+    from ray.serve.schema import ServeDeploySchema
+
+    try:
+        serve = yaml.safe_load(resource["spec"].get("serveConfigV2") or "")
+        known = ServeDeploySchema.model_validate(serve).model_dump(mode="json")
+        (application,) = serve["applications"]
+    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        yield Broken(SERVE, " ".join(str(error).split())[:300], "be Ray Serve's settings", "Serve would refuse it")
+        return
+    for lost in _dropped(serve, known, ""):
+        yield Broken(f"{SERVE}{lost}", "Serve does not know it", "go", "Serve would leave it out without a word")
+    if serve.get("proxy_location") != "Disabled":
+        yield Broken(
+            f"{SERVE}.proxy_location",
+            str(serve.get("proxy_location")),
+            "be Disabled",
+            "Serve's proxies would listen on the doors' ports",
+        )
+    started = (application.get("name"), application.get("import_path"))
+    if started != (APP_NAME, IMPORT_PATH):
+        yield Broken(
+            f"{SERVE}.applications[0]",
+            f"{started}",
+            f"start {IMPORT_PATH} by the name {APP_NAME}",
+            "nothing else is known",
+        )
+    try:
+        validate(Settings, application.get("args") or {}, "args")
+    except SettingsError as error:
+        for line in error.message.splitlines():
+            yield Broken(f"{SERVE}.applications[0].args", line, "be valid settings", "no process would start")
+
+
+def _dropped(given: Any, kept: Any, path: str) -> Iterator[str]:
+    """Keys that a schema has lost."""
+    if isinstance(given, dict) and isinstance(kept, dict):
+        for key, value in given.items():
+            if key in kept:
+                yield from _dropped(value, kept[key], f"{path}.{key}")
+            else:
+                yield f"{path}.{key}"
+    elif isinstance(given, list):
+        for index, value in enumerate(given):
+            yield from _dropped(value, kept[index], f"{path}[{index}]")
+
+
+def _roles(resource: Resource, role: str) -> list[Pod]:
+    return [pod for pod in pods_of(resource) if pod.role == role]
+
+
+def _doors(resource: Resource, _all: All) -> Iterator[Broken]:
+    settings = _settings(resource)
+    if settings is None:
+        return
+    pods = _roles(resource, "doors")
+    if not pods:
+        yield Broken("spec.rayClusterConfig.workerGroupSpecs", "no group of doors", "have one", "nobody would answer")
+        return
+    pod, count = pods[0], sum(each.count for each in pods)
+    args = f"{SERVE}.applications[0].args"
+    wanted = settings.door_resources.get("door", 0)
+    there = float((pod.group.get("resources") or {}).get("door", 0))
+    if not 0 < 2 * wanted <= there:
+        yield Broken(
+            f"{args}.door_resources.door",
+            f"{wanted:g} of {there:g} a pod",
+            "be above 0 and leave room for a door's successor: half of the group's, or less",
+            "a change of the settings would wait for ever, or doors go anywhere",
+        )
+    if not 2 <= settings.doors <= count:
+        yield Broken(
+            f"{args}.doors",
+            f"{settings.doors} in {count} pods",
+            f"be from 2 to {count}, a pod each",
+            "a lost pod would leave nobody to answer",
+        )
+    ports = {port.get("name"): port["containerPort"] for port in pod.main.get("ports") or ()}
+    listening = {
+        "door-http": (settings.http.host, settings.http.port),
+        "door-grpc": (settings.grpc.host, settings.grpc.port),
+    }
+    for name, (host, port) in listening.items():
+        if port != ports.get(name) or host != "0.0.0.0":
+            yield Broken(
+                f"{args}.{name.removeprefix('door-')}",
+                f"{host}:{port}",
+                f"be 0.0.0.0:{ports.get(name, PORTS[name.removeprefix('door-')])}, the port {name} of the doors' pods",
+                "the Service would find nobody",
+            )
+
+
+def _drains_in_time(resource: Resource, _all: All) -> Iterator[Broken]:
+    settings = _settings(resource)
+    if settings is None:
+        return
+    needs_s = settings.drain_timeout_s + SERVE_MARGIN_S
+    for pod in pods_of(resource):
+        if pod.role == "head" or not pod.group:
+            continue
+        has = pod.env.get(DRAIN) or "30"
+        if float(has) < needs_s:
+            yield Broken(
+                f"{pod.path}.spec.containers[0].env[{DRAIN}]",
+                has,
+                f"be {needs_s:g} or more: drain_timeout_s {settings.drain_timeout_s:g} and Serve's {SERVE_MARGIN_S}",
+                "Ray ends what still drains",
+            )
+    delay = resource["spec"].get("rayClusterDeletionDelaySeconds", 60)
+    if delay < needs_s:
+        yield Broken(
+            "spec.rayClusterDeletionDelaySeconds",
+            str(delay),
+            f"be {needs_s:g} or more, as long as work may go on: drain_timeout_s {settings.drain_timeout_s:g}",
+            "the old cluster's head and workers are removed together, and with them what they have in work",
+        )
+
+
+def _engines(resource: Resource, _all: All) -> Iterator[Broken]:
+    """Pods for as many replicas as the settings want at the least, and at the most."""
+    settings = _settings(resource)
+    if settings is None:
+        return
+    pods = _roles(resource, "engines")
+    for pod, models in _homes(settings, pods):
+        if pod is None:
+            model = models[0]
+            yield Broken(
+                "spec.rayClusterConfig.workerGroupSpecs",
+                f"no group for {model.name}",
+                f"have a group whose resources have {_wants(model)}",
+                "the autoscaler must know what a node will have before there is one",
+            )
+            continue
+        yield from _room(pod, models)
+
+
+def _homes(settings: Settings, pods: list[Pod]) -> Iterator[tuple[Pod | None, list[Model]]]:
+    """Groups, and the models whose replicas go there."""
+    found: dict[int, list[Model]] = {}
+    for model in settings.models:
+        place = next((i for i, pod in enumerate(pods) if _is_home(model, pod)), None)
+        if place is None:
+            yield None, [model]
+        else:
+            found.setdefault(place, []).append(model)
+    for place, models in found.items():
+        yield pods[place], models
+
+
+def _wants(model: Model) -> str:
+    return f"accelerator_type:{model.hardware.accelerator}" if on_gpus(model) else "CPUs"
+
+
+def _is_home(model: Model, pod: Pod) -> bool:
+    return not on_gpus(model) or _wants(model) in (pod.group.get("resources") or {})
+
+
+def _room(pod: Pod, models: list[Model]) -> Iterator[Broken]:
+    group = pod.path.removesuffix(".template")
+    for resource, name in (("CPU", "cpu"), ("GPU", "nvidia.com/gpu")):
+        each = pod.limit(name) * pod.hosts
+        least, most = (each * pod.bound(bound) for bound in ("minReplicas", "maxReplicas"))
+        wanted = sum(reserved(model).get(resource, 0) * model.replicas.min for model in models)
+        if wanted > least or (resource == "GPU" and wanted != least):
+            yield Broken(
+                f"{group}.minReplicas",
+                f"{least:g} {resource}s in {pod.bound('minReplicas')} x {pod.hosts} pods",
+                f"be as many as hold {wanted:g}, as the settings ask for",
+                "replicas would wait for a pod, or GPUs for a replica",
+            )
+        wanted = sum(reserved(model).get(resource, 0) * model.replicas.most for model in models)
+        if wanted > most:
+            yield Broken(
+                f"{group}.maxReplicas",
+                f"{most:g} {resource}s in {pod.bound('maxReplicas')} x {pod.hosts} pods",
+                f"be as many as hold {wanted:g}, as the settings ask for up to",
+                "the load would ask for replicas that never come",
+            )
+
+
+def _closed(resource: Resource, every: All) -> Iterator[Broken]:
+    return is_closed(resource, every)
+
+
+RULES = (_serve_config, _doors, _drains_in_time, _engines, _closed)
