@@ -10,7 +10,7 @@ import yaml
 from hycluster.config import load_yaml
 from hycluster.errors import SettingsError
 from hycluster.k8s.chart import source
-from hycluster.k8s.render import DOORS
+from hycluster.k8s.render import DOORS, manifest_in, render, settings_of
 
 DEFAULT_OVERLAY = "k8s/overlays/dev"
 
@@ -20,7 +20,9 @@ def defaults(root: Path) -> dict[str, Any]:
     resources = [resource for file in source.base(root / "k8s/base").values() for resource in file]
     folder = root / DEFAULT_OVERLAY
     (image,) = load_yaml(folder / "kustomization.yaml")["images"]
-    patch = load_yaml(folder / "serve-config.yaml")
+    manifest = manifest_in(folder)
+    # Not what the file has now, which may be about to be written anew.
+    patch = yaml.safe_load(render(manifest, settings_of(manifest), root))
     found = values_of([*resources, patch])
     found["image"]["tag"] = image["newTag"]
     return found
