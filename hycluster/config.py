@@ -110,6 +110,10 @@ class Hardware(Strict):
             rank spans nodes) over nodes: few nodes or many, if that can be (``pack``, ``spread``) or else not at
             all (``strict_pack``: one node; ``strict_spread``: a node each).
         gpus_per_node: a rank of more devices than that is spread over nodes.
+        node_selector: on Kubernetes, labels of the nodes that its pods go to; by default those by which NVIDIA's
+            operator tells the accelerator, where it has one name only.
+        resources: what each of a replica's reservations takes besides, by Ray's names of custom resources: only nodes
+            that have them hold it. ``hycluster k8s render`` sets it where several models have pods of their own.
     """
 
     accelerator: str | None = None
@@ -119,6 +123,8 @@ class Hardware(Strict):
     kv_offload_gib: float | None = Field(default=None, gt=0)
     placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
     gpus_per_node: int = Field(default=8, ge=1)
+    node_selector: dict[str, str] = Field(default_factory=dict)
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
 
 
 class Replicas(Strict):

@@ -27,6 +27,8 @@ def actor_options(model: Model, rank: int = 0) -> dict[str, Any]:
         options["accelerator_type"] = model.hardware.accelerator
     if model.hardware.memory_gib is not None:
         options["memory"] = int(model.hardware.memory_gib * GIB) // model.parallel.data
+    if model.hardware.resources:
+        options["resources"] = dict(model.hardware.resources)
     return options
 
 
@@ -76,13 +78,14 @@ def _rank_bundles(model: Model) -> list[dict[str, float]]:
     first: dict[str, float] = {"CPU": options["num_cpus"]}
     if "memory" in options:
         first["memory"] = options["memory"]
+    first |= model.hardware.resources
     if not on_gpus(model):
         return [first]
     # As Ray itself asks for an accelerator type: a little of a resource of that name.
     kind = {f"accelerator_type:{model.hardware.accelerator}": 0.001}
     if not _spans_nodes(model):
         return [first | {"GPU": model.parallel.devices_per_rank} | kind]
-    gpu = {"GPU": 1.0} | kind
+    gpu = {"GPU": 1.0} | kind | model.hardware.resources
     return [first | gpu] + [gpu] * (model.parallel.devices_per_rank - 1)
 
 

@@ -35,7 +35,7 @@ def render(
     it begins a new overlay.
     """
     from hycluster.k8s.chart.make import chart_files, surplus
-    from hycluster.k8s.render import manifest_in, manifests, settings_of
+    from hycluster.k8s.render import manifest_in, manifests, settings_of, unlisted
     from hycluster.k8s.render import render as rendered
 
     if config is not None and folder is None:
@@ -43,29 +43,30 @@ def render(
     if folder is not None and not folder.is_dir():
         raise SettingsError(f"--folder: {str(folder)!r} is no folder")
     root = Path()
-    files = {
-        manifest: rendered(manifest, config.as_posix() if config is not None else settings_of(manifest), root)
-        for manifest in ([manifest_in(folder)] if folder is not None else manifests(root))
-    }
-    gone = []
+    files: dict[Path, str] = {}
+    wanting, gone = [], []
+    for manifest in [manifest_in(folder)] if folder is not None else manifests(root):
+        files |= rendered(manifest, config.as_posix() if config is not None else settings_of(manifest), root)
+        wanting += unlisted(manifest.parent)
     if folder is None:
         files |= chart_files(root)
         gone = surplus(root)
-    behind = [file for file, text in files.items() if not file.exists() or file.read_text(encoding="utf-8") != text]
+    behind = [path for path, text in files.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if not check:
-        for file in behind:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(files[file], encoding="utf-8")
-        for file in gone:
-            file.unlink()
-    for file in behind:
-        typer.echo(f"{file}: differs from its settings" if check else f"{file}: written", err=check)
-    for file in gone:
-        typer.echo(f"{file}: nothing makes it any more" if check else f"{file}: removed", err=check)
-    behind += gone
-    if not behind:
+        for path in behind:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(files[path], encoding="utf-8")
+        for path in gone:
+            path.unlink()
+    for path in behind:
+        typer.echo(f"{path}: differs from its settings" if check else f"{path}: written", err=check)
+    for path in gone:
+        typer.echo(f"{path}: nothing makes it any more" if check else f"{path}: removed", err=check)
+    for line in wanting:
+        typer.echo(line, err=True)
+    if not behind and not gone and not wanting:
         typer.echo("all as the settings say")
-    raise typer.Exit(1 if check and behind else 0)
+    raise typer.Exit(1 if check and (behind or gone or wanting) else 0)
 
 
 @app.command()
@@ -110,22 +111,27 @@ def values(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="FOLDER|-",
-            help="A folder with a kustomization.yaml, or - for YAML on standard input.",
+            metavar="SETTINGS|FOLDER|-",
+            help="A settings file; or a folder with a kustomization.yaml, or - for manifests on standard input.",
             show_default=False,
         ),
     ],
 ) -> None:
-    """Print the Helm chart's values for manifests: for changing over from kustomize.
+    """Print the Helm chart's values for settings, with pods of their size, or for what kustomize makes.
 
-    hycluster k8s values k8s/overlays/hunyuan-large-fp8 > large.yaml
+    Run it in the repository. What it can't know, such as the image's place and the volume's, is yours to add.
+
+        hycluster k8s values deployments/hunyuan-large-fp8-8xh20.yaml > large.yaml
     """
     import sys
 
     import yaml
 
-    from hycluster.k8s.chart.defaults import values_of
+    from hycluster.k8s.chart.defaults import for_settings, values_of
     from hycluster.k8s.sources import built, parsed
 
-    resources = parsed(sys.stdin.read(), "standard input") if source == "-" else built(Path(source))
-    typer.echo(yaml.safe_dump(values_of(resources), sort_keys=False, width=120, allow_unicode=True), nl=False)
+    if Path(source).is_file():
+        found = for_settings(source, Path())
+    else:
+        found = values_of(parsed(sys.stdin.read(), "standard input") if source == "-" else built(Path(source)))
+    typer.echo(yaml.safe_dump(found, sort_keys=False, width=120, allow_unicode=True), nl=False)

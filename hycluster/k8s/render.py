@@ -1,9 +1,10 @@
-"""A deployment's settings for Kubernetes: the one file of an overlay, or of a job, that nobody writes by hand.
+"""A deployment's settings for Kubernetes: those files of an overlay, or of a job, that nobody writes by hand.
 
-An overlay's ``serve-config.yaml`` is a patch of the RayService in ``k8s/base``. It carries, in ``serveConfigV2``, what
-KubeRay gives to Ray Serve: the application ``hycluster.app:build`` with the settings as arguments. A job's
-``settings.yaml`` is a ConfigMap with the settings of its own engines. Both name the file in ``deployments/`` that they
-were made from in an annotation, and are fitted to the pods in ``k8s/``.
+An overlay has three: ``serve-config.yaml``, a patch of the RayService in ``k8s/base`` that carries, in
+``serveConfigV2``, what KubeRay gives to Ray Serve: the application ``hycluster.app:build`` with the settings as
+arguments; ``pods.yaml``, a patch with how many pods there are, how large they are and how they end; ``beside.yaml``,
+resources that follow from them. A job's ``settings.yaml`` is a ConfigMap with the settings of its own engines. The
+settings file in ``deployments/`` that they were made from is named in an annotation.
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ import yaml
 
 from hycluster.config import Settings, load_yaml, validate
 from hycluster.errors import SettingsError
+from hycluster.k8s.patches import beside, pods_patch
+from hycluster.k8s.sizes import SHARE, deletion_delay_s, own_resource
 
 APP_NAME = "hycluster"
 IMPORT_PATH = "hycluster.app:build"
 OVERLAY_MANIFEST = "serve-config.yaml"
+PODS_PATCH = "pods.yaml"
+BESIDE = "beside.yaml"
 JOB_MANIFEST = "settings.yaml"
 # Which settings a manifest was made from; `kubectl get rayservice hycluster -o yaml` shows it too.
 ANNOTATION = "hycluster/settings"
@@ -34,7 +39,8 @@ def for_pods(settings: dict[str, Any]) -> dict[str, Any]:
 
     Doors and replicas are in pods of their own, so all listen for other pods, and doors are where the Service looks
     for them. There are two of them, if the settings do not say otherwise. The Batch API is closed where its
-    store is the folder of one machine: in another pod it would be another folder.
+    store is the folder of one machine: in another pod it would be another folder. Several models have pods of their
+    own each, which only their replicas fit.
     """
     fitted = copy.deepcopy(settings)
     for door, port in PORTS.items():
@@ -46,6 +52,11 @@ def for_pods(settings: dict[str, Any]) -> dict[str, Any]:
     store = (fitted.get("batches") or {}).get("store")
     if store is None:
         fitted["batches"] = None
+    if len(fitted.get("models") or ()) > 1:
+        for model in fitted["models"]:
+            hardware = model.get("hardware") or {}
+            own = (hardware.get("resources") or {}) | {own_resource(str(model.get("name"))): SHARE}
+            model["hardware"] = hardware | {"resources": own}
     return {key: value for key, value in fitted.items() if value != {}}
 
 
@@ -71,26 +82,47 @@ def serve_config(settings: dict[str, Any], where: str) -> dict[str, Any]:
     }
 
 
-def render(manifest: Path, settings_file: str, root: Path) -> str:
-    """The text of an overlay's or a job's manifest.
+def render(manifest: Path, settings_file: str, root: Path) -> dict[Path, str]:
+    """The files of an overlay's or a job's folder, with their texts.
 
     Args:
-        manifest: the file it is for; :func:`manifest_in` tells its name.
+        manifest: the one that carries the settings; :func:`manifest_in` tells its name.
         settings_file: as the annotation has it, relative to ``root``.
 
     Raises:
-        SettingsError: the settings file is missing or wrong.
+        SettingsError: the settings file is missing or wrong, or no pods can be made for it.
     """
-    settings = load_yaml(root / settings_file)
-    config = serve_config(settings, settings_file)
-    made: dict[str, Any]
-    if manifest.name == OVERLAY_MANIFEST:
-        made = _manifest("ray.io/v1", "RayService", APP_NAME, settings_file)
-        made["spec"] = {"serveConfigV2": _Block(_dump(config))}
-    else:
+    config = serve_config(load_yaml(root / settings_file), settings_file)
+    arguments = config["applications"][0]["args"]
+    header = f"# Made by 'hycluster k8s render' from {settings_file}: change it there, then render again.\n"
+    if manifest.name != OVERLAY_MANIFEST:
         made = _manifest("v1", "ConfigMap", f"{APP_NAME}-{manifest.parent.name}-settings", settings_file)
-        made["data"] = {manifest.name: _Block(_dump(config["applications"][0]["args"]))}
-    return f"# Made by 'hycluster k8s render' from {settings_file}: change it there, then render again.\n{_dump(made)}"
+        made["data"] = {manifest.name: _Block(_dump(arguments))}
+        return {manifest: header + _dump(made)}
+    settings = validate(Settings, arguments, settings_file)
+    made = _manifest("ray.io/v1", "RayService", APP_NAME, settings_file)
+    made["spec"] = {
+        "rayClusterDeletionDelaySeconds": deletion_delay_s(settings),
+        "serveConfigV2": _Block(_dump(config)),
+    }
+    return {
+        manifest: header + _dump(made),
+        manifest.with_name(PODS_PATCH): header + _dump(pods_patch(settings)),
+        manifest.with_name(BESIDE): header + "---\n".join(map(_dump, beside(settings, APP_NAME))),
+    }
+
+
+def unlisted(folder: Path) -> list[str]:
+    """What an overlay's kustomization does not say of the files that are made for it; [] while there is none."""
+    path = folder / "kustomization.yaml"
+    if not path.is_file() or folder.resolve().parent.name == "jobs":
+        return []
+    kustomization = load_yaml(path)
+    patches = [patch.get("path") for patch in kustomization.get("patches") or ()]
+    missing = [f"patches: must list {name}" for name in (OVERLAY_MANIFEST, PODS_PATCH) if name not in patches]
+    if BESIDE not in (kustomization.get("resources") or ()):
+        missing.append(f"resources: must list {BESIDE}")
+    return [f"{path}: {each}" for each in missing]
 
 
 def manifest_in(folder: Path) -> Path:
@@ -134,11 +166,12 @@ class _Block(str):
 
 
 class _Dumper(yaml.SafeDumper):
-    pass
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 _Dumper.add_representer(_Block, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|"))
 
 
-def _dump(data: dict[str, Any]) -> str:
+def _dump(data: Any) -> str:
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)

@@ -1,4 +1,4 @@
-"""Values from manifests: of the base for ``values.yaml``, of any overlay for those who change over to Helm."""
+"""Values from manifests: of the base for ``values.yaml``, of settings, of an overlay for who changes over to Helm."""
 
 from __future__ import annotations
 
@@ -7,24 +7,55 @@ from typing import Any
 
 import yaml
 
-from hycluster.config import load_yaml
+from hycluster import __version__
+from hycluster.config import Settings, load_yaml, validate
 from hycluster.errors import SettingsError
 from hycluster.k8s.chart import source
-from hycluster.k8s.render import DOORS, manifest_in, render, settings_of
+from hycluster.k8s.patches import beside, pods_patch
+from hycluster.k8s.render import APP_NAME, DOORS, manifest_in, serve_config, settings_of
 
-DEFAULT_OVERLAY = "k8s/overlays/dev"
+DEFAULT_OVERLAY = Path("k8s/overlays/dev")
+RDMA = "rdma"
 
 
 def defaults(root: Path) -> dict[str, Any]:
-    """The chart's own values: the dev overlay's."""
-    resources = [resource for file in source.base(root / "k8s/base").values() for resource in file]
-    folder = root / DEFAULT_OVERLAY
-    (image,) = load_yaml(folder / "kustomization.yaml")["images"]
-    manifest = manifest_in(folder)
-    # Not what the file has now, which may be about to be written anew.
-    patch = yaml.safe_load(render(manifest, settings_of(manifest), root))
-    found = values_of([*resources, patch])
-    found["image"]["tag"] = image["newTag"]
+    """The chart's own values: the dev overlay's, and the components' where they have more to say."""
+    found = _from_settings(settings_of(manifest_in(root / DEFAULT_OVERLAY)), root)
+    routes = source.add_component({}, root / "k8s/components/gateway-routes", "")["routes.yaml"]
+    found["gateway"] = {"authFilter": routes[0]["spec"]["rules"][0]["filters"][0]["extensionRef"]}
+    (fabric,) = source.read(root / "k8s/components" / RDMA)["configMapGenerator"]
+    found[RDMA] = {"environment": dict(literal.split("=", 1) for literal in fabric["literals"])}
+    return found
+
+
+def for_settings(settings_file: str, root: Path) -> dict[str, Any]:
+    """The values that differ from the chart's own, for settings."""
+    default = defaults(root)
+    return {key: value for key, value in _from_settings(settings_file, root).items() if value != default.get(key)}
+
+
+def _from_settings(settings_file: str, root: Path) -> dict[str, Any]:
+    """What an overlay of these settings would be made of: the base, the component ``gpu`` if need be, and patches."""
+    k8s = root / "k8s"
+    config = serve_config(load_yaml(root / settings_file), settings_file)
+    settings = validate(Settings, config["applications"][0]["args"], settings_file)
+    gpu = any(model.hardware.accelerator and model.simulated is None for model in settings.models)
+    files = source.base(k8s / "base")
+    if gpu:
+        source.add_component(files, k8s / "components/gpu", source.HERE)
+    resources = [resource for file in files.values() for resource in file]
+    service = next(resource for resource in resources if resource["kind"] == "RayService")
+    patched = source.patched(service, pods_patch(settings), Path(settings_file))
+    patched["spec"]["serveConfigV2"] = yaml.safe_dump(config, sort_keys=False)
+    found = values_of([*(r for r in resources if r is not service), patched, *beside(settings, APP_NAME)])
+    found["image"]["tag"] = f"{__version__}-{'gpu' if gpu else 'cpu'}"
+    # Which repository a folder is from, nobody can tell from the settings: the chart asks for it.
+    of_hub = [model.source for model in settings.models if not model.source.startswith("package:")]
+    if len(set(of_hub)) == 1:
+        folder = of_hub[0].removeprefix("/models/") if of_hub[0].startswith("/models/") else ""
+        found["weights"] = {"enabled": True, "repo": "" if folder else of_hub[0], "folder": folder}
+    elif of_hub:
+        found["hubEgress"] = True
     return found
 
 
@@ -35,12 +66,9 @@ def values_of(resources: list[dict[str, Any]]) -> dict[str, Any]:
         resources: an overlay's, as kustomize builds it.
 
     Raises:
-        SettingsError: there is no RayService of ours in them.
+        SettingsError: these are not hycluster's for serving.
     """
-    by_name: dict[str, Any] = {}
-    for resource in resources:
-        name = f"{resource['kind']}/{resource['metadata']['name']}"
-        by_name[name] = _merged(by_name.get(name, {}), resource)
+    by_name = {f"{resource['kind']}/{resource['metadata']['name']}": resource for resource in resources}
     try:
         spec = by_name["RayService/hycluster"]["spec"]
         return _values(by_name, spec, spec["rayClusterConfig"])
@@ -51,39 +79,35 @@ def values_of(resources: list[dict[str, Any]]) -> dict[str, Any]:
 def _values(by_name: dict[str, Any], spec: dict[str, Any], cluster: dict[str, Any]) -> dict[str, Any]:
     doors, *engines = cluster["workerGroupSpecs"]
     autoscaler = cluster["autoscalerOptions"]
+    api_server = by_name["NetworkPolicy/hycluster-head"]["spec"]["egress"][0]["to"]
     found: dict[str, Any] = {
         "image": _image(_main(doors)["image"]),
         "settings": _settings(spec["serveConfigV2"]),
         "head": _pods(cluster["headGroupSpec"]),
-        "autoscaler": {
-            "idleTimeoutSeconds": autoscaler["idleTimeoutSeconds"],
-            "resources": autoscaler["resources"],
-        },
+        "autoscaler": {key: autoscaler[key] for key in ("idleTimeoutSeconds", "resources")},
         "doors": _pods(doors),
         "engines": [_group(group) for group in engines],
-        "networkPolicies": {"clientNamespaces": _clients(by_name["NetworkPolicy/hycluster-doors"])},
-        "disruptionBudgets": {
-            part: by_name[budget]["spec"]["minAvailable"] if budget in by_name else 0
-            for part, budget in (
-                ("doors", "PodDisruptionBudget/hycluster-doors"),
-                ("engines", "PodDisruptionBudget/hycluster-engines"),
-            )
+        "redis": _redis(by_name, cluster),
+        "networkPolicies": {
+            "clientNamespaces": _clients(by_name["NetworkPolicy/hycluster-doors"]),
+            "apiServerCidrs": [peer["ipBlock"]["cidr"] for peer in api_server],
         },
     }
+    if secrets := doors["template"]["spec"].get("imagePullSecrets"):
+        found["imagePullSecrets"] = [secret["name"] for secret in secrets]
     if "PersistentVolumeClaim/hycluster-weights" in by_name:
-        wanted = by_name["ConfigMap/hycluster-weights"]["data"]
-        claim = by_name["PersistentVolumeClaim/hycluster-weights"]["spec"]
-        found["weights"] = {
-            "enabled": True,
-            "repo": wanted["REPO"],
-            "revision": wanted["REVISION"],
-            "folder": wanted["FOLDER"],
-            "size": claim["resources"]["requests"]["storage"],
-        }
-    if "HTTPRoute/hycluster" in by_name:
-        found["gateway"] = {"enabled": True}
-    if "ServiceMonitor/hycluster-doors" in by_name:
-        found["metrics"] = {"enabled": True}
+        found["weights"] = _weights(by_name)
+    if "ConfigMap/hycluster-nccl" in by_name:
+        found[RDMA] = _rdma(by_name["ConfigMap/hycluster-nccl"], engines[0])
+        for group in found["engines"]:
+            for bound in group["resources"].values():
+                bound.pop(found[RDMA]["resource"], None)
+    for name, value in {
+        "HTTPRoute/hycluster": {"gateway": {"enabled": True}},
+        "ServiceMonitor/hycluster-doors": {"metrics": {"enabled": True}},
+        "NetworkPolicy/hycluster-hub": {"hubEgress": True},
+    }.items():
+        found |= value if name in by_name else {}
     if "ray.io/gang-scheduling-enabled" in by_name["RayService/hycluster"]["metadata"].get("labels", {}):
         found["gangScheduling"] = True
     return found
@@ -96,8 +120,8 @@ def _main(group: dict[str, Any]) -> dict[str, Any]:
 
 def _image(image: str) -> dict[str, str]:
     name, _, digest = image.partition("@")
-    path, colon, tag = name.rpartition(":")
-    return {"repository": path, "tag": tag} | ({"digest": digest} if digest else {}) if colon else {"repository": name}
+    path, _, tag = name.rpartition(":")
+    return {"repository": path, "tag": tag} | ({"digest": digest} if digest else {})
 
 
 def _settings(serve_config: str) -> dict[str, Any]:
@@ -113,36 +137,47 @@ def _settings(serve_config: str) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if value != {}}
 
 
-def _pods(group: dict[str, Any]) -> dict[str, Any]:
-    spec = group["template"]["spec"]
-    optional = {key: spec[key] for key in ("nodeSelector", "tolerations", "priorityClassName") if key in spec}
-    return {"resources": _main(group)["resources"]} | optional
+def _pods(owner: dict[str, Any]) -> dict[str, Any]:
+    spec = owner["template"]["spec"]
+    where = {key: spec[key] for key in ("priorityClassName", "nodeSelector", "tolerations") if key in spec}
+    return {"resources": _main(owner)["resources"]} | where
 
 
 def _group(group: dict[str, Any]) -> dict[str, Any]:
     volumes = {volume["name"]: volume for volume in group["template"]["spec"]["volumes"]}
-    types = [name.partition(":")[2] for name in group.get("resources", {}) if name.startswith("accelerator_type:")]
-    return {
-        "name": group["groupName"],
-        "minReplicas": group["minReplicas"],
-        "maxReplicas": group["maxReplicas"],
-        "hosts": group.get("numOfHosts", 1),
-        **({"accelerator": types[0]} if types else {}),
-        **_pods(group),
-        "sharedMemory": volumes["shared-mem"]["emptyDir"]["sizeLimit"],
-    }
+    shared = volumes["shared-mem"]["emptyDir"]["sizeLimit"]
+    return {"hosts": group.get("numOfHosts", 1)} | _pods(group) | {"sharedMemory": shared}
+
+
+def _redis(by_name: dict[str, Any], cluster: dict[str, Any]) -> dict[str, Any]:
+    options = cluster["gcsFaultToleranceOptions"]
+    own = by_name.get("StatefulSet/hycluster-redis")
+    secret = {"passwordSecret": options["redisPassword"]["valueFrom"]["secretKeyRef"]}
+    if own is None:
+        return {"enabled": False, "address": options["redisAddress"]} | secret
+    claim = own["spec"]["volumeClaimTemplates"][0]["spec"]
+    return _pods(own["spec"]) | secret | {"image": _main(own["spec"])["image"]} | _storage(claim)
+
+
+def _weights(by_name: dict[str, Any]) -> dict[str, Any]:
+    wanted = by_name["ConfigMap/hycluster-weights"]["data"]
+    said = {key.lower(): wanted[key] for key in ("REPO", "REVISION", "FOLDER")}
+    return {"enabled": True} | said | _storage(by_name["PersistentVolumeClaim/hycluster-weights"]["spec"])
+
+
+def _storage(claim: dict[str, Any]) -> dict[str, Any]:
+    kind = {"storageClassName": claim["storageClassName"]} if "storageClassName" in claim else {}
+    return {"size": claim["resources"]["requests"]["storage"]} | kind
+
+
+def _rdma(fabric: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+    container = _main(group)
+    (device,) = (name for name in container["resources"]["limits"] if "/" in name and not name.endswith("/gpu"))
+    lock = "add" in container["securityContext"]["capabilities"]
+    return {"enabled": True, "resource": device, "environment": fabric["data"], "ipcLock": lock}
 
 
 def _clients(policy: dict[str, Any]) -> dict[str, str]:
-    (labels,) = (
-        peer["namespaceSelector"]["matchLabels"]
-        for peer in policy["spec"]["ingress"][0]["from"]
-        if "namespaceSelector" in peer
-    )
+    peers = policy["spec"]["ingress"][0]["from"]
+    (labels,) = (peer["namespaceSelector"]["matchLabels"] for peer in peers if "namespaceSelector" in peer)
     return dict(labels)
-
-
-def _merged(old: Any, new: Any) -> Any:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return old | {key: _merged(old.get(key), value) for key, value in new.items()}
-    return new

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from hycluster.k8s.chart.nodes import Block, Each, IfAny, Scalar, When
@@ -10,9 +11,17 @@ from hycluster.k8s.chart.nodes import Block, Each, IfAny, Scalar, When
 PATH_TYPES = {"PathPrefix": "Prefix", "Exact": "Exact"}
 
 
-def ingresses(routes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One for each route: a controller must be told by annotation of the whole Ingress what speaks gRPC."""
-    return [_ingress(route) for route in routes]
+def ingresses(routes: list[dict[str, Any]], policies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One for each route, and the policy that lets the controller in.
+
+    A controller must be told by an annotation of the whole Ingress that what is behind it speaks gRPC.
+
+    Args:
+        policies: those that let a Gateway in.
+    """
+    (policy,) = copy.deepcopy(policies)
+    policy["metadata"]["name"] = "hycluster-ingress"
+    return [*map(_ingress, routes), policy]
 
 
 def _ingress(route: dict[str, Any]) -> dict[str, Any]:

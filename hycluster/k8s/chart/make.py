@@ -11,17 +11,22 @@ from typing import Any
 from hycluster import __version__
 from hycluster.config import Settings
 from hycluster.errors import SettingsError
+from hycluster.k8s import sizes
 from hycluster.k8s.chart import source, table, values
 from hycluster.k8s.chart.defaults import defaults
 from hycluster.k8s.chart.describe import readme, values_yaml
 from hycluster.k8s.chart.ingress import ingresses
 from hycluster.k8s.chart.nodes import Each, IfAny, Scalar, When, text
-from hycluster.k8s.render import DOOR_RESOURCES, DOORS, PORTS, serve_config
+from hycluster.k8s.patches import GPU, beside
+from hycluster.k8s.render import APP_NAME, DOOR_RESOURCES, DOORS, PORTS, serve_config
 
 CHART = Path("k8s/chart")
 # Beside these, which are made, the folder has what is written by hand.
-BY_HAND = {"templates/_helpers.tpl", "templates/_checks.tpl", "templates/NOTES.txt"}
+BY_HAND = {"templates/_helpers.tpl", "templates/_checks.tpl", "templates/_groups.tpl", "templates/NOTES.txt"}
 MADE_BY = "Made by 'hycluster k8s render' from"
+TABLE = "hycluster/k8s/chart/table.py"
+# Of a model on CPU with a store, from which the manifests come that overlays have beside the base's.
+SAMPLE = {"models": [{"name": "m", "source": "m"}], "doors": DOORS, "batches": {"store": "s3://bucket"}}
 
 
 def made(root: Path) -> dict[str, str]:
@@ -35,7 +40,7 @@ def made(root: Path) -> dict[str, str]:
         "values.yaml": values_yaml(defaults(root)),
         "values.schema.json": json.dumps(values.schema(), indent=1, ensure_ascii=False) + "\n",
         "README.md": readme(),
-        "templates/_constants.tpl": _constants(root),
+        "templates/_constants.tpl": _constants(),
     }
     for name, (origin, resources) in _manifests(root / "k8s").items():
         files[f"templates/{name}"] = f"{{{{- /* {MADE_BY} {origin}. */ -}}}}\n" + "".join(map(_document, resources))
@@ -55,35 +60,47 @@ def surplus(root: Path) -> list[Path]:
     return sorted(file for file in there if file.relative_to(root / CHART).as_posix() not in wanted)
 
 
-def _manifests(k8s: Path) -> dict[str, tuple[str, list[Any]]]:
+def _manifests(k8s: Path) -> dict[str, tuple[str, list[When | Each]]]:
     """Resources with the values' expressions in them, by template; with the file that they come from."""
+    cluster = source.base(k8s / "cluster")
+    for name, condition in table.CLUSTER_PATCHES.items():
+        source.add_component(cluster, k8s / name, condition)
     parts = source.base(k8s / "base")
-    origins = {name: f"k8s/base/{name}" for name in parts}
+    origins = {
+        name: f"k8s/{folder}/{name}" for folder, files in (("base", parts), ("cluster", cluster)) for name in files
+    }
     conditions: dict[str, str] = {}
     for folder in sorted(path.parent for path in (k8s / "components").glob("*/kustomization.yaml")):
         if folder.name not in table.COMPONENTS:
-            raise SettingsError(
-                f"{folder}: hycluster/k8s/chart/table.py: COMPONENTS: must say what the chart does of it"
-            )
-        condition = table.COMPONENTS[folder.name]
-        if condition is None:
+            raise SettingsError(f"{folder}: {TABLE}: COMPONENTS: must say what the chart does with it")
+        if (condition := table.COMPONENTS[folder.name]) is None:
             continue
         for file, resources in source.add_component(parts, folder, condition).items():
-            name = f"{folder.name}-{file}" if file in parts or file == "network-policy.yaml" else file
-            parts[name], origins[name] = resources, f"k8s/components/{folder.name}/{file}"
+            cluster[f"{folder.name}-{file}"] = resources
+            origins[f"{folder.name}-{file}"] = f"k8s/components/{folder.name}/{file}"
             conditions |= {_name(resource): condition for resource in resources}
-    parts |= copy.deepcopy(table.EXTRA) | {"ingress.yaml": ingresses(parts["routes.yaml"])}
-    origins |= dict.fromkeys(table.EXTRA, "hycluster/k8s/chart/table.py") | {"ingress.yaml": origins["routes.yaml"]}
+    others = {
+        "beside.yaml": beside(Settings.model_validate(SAMPLE), APP_NAME),
+        "ingress.yaml": ingresses(cluster["gateway-routes-routes.yaml"], cluster["gateway-routes-network-policy.yaml"]),
+        "weights.yaml": [copy.deepcopy(table.WEIGHTS)],
+    }
+    origins |= {
+        "beside.yaml": "hycluster/k8s/patches.py",
+        "ingress.yaml": "k8s/components/gateway-routes",
+        "weights.yaml": TABLE,
+    }
+    parts = cluster | parts | others
     by_name = {_name(resource): resource for resources in parts.values() for resource in resources}
+    names = {id(resource): name for name, resource in by_name.items()}
     _fill(by_name)
     for resource in by_name.values():
         _common(resource)
-    conditions |= table.RESOURCES
-    if unknown := table.RESOURCES.keys() - by_name.keys():
-        raise SettingsError(f"hycluster/k8s/chart/table.py: RESOURCES: {sorted(unknown)}: there is no such manifest")
+    conditions |= table.RESOURCES | table.PER_GROUP
+    if unknown := conditions.keys() - by_name.keys():
+        raise SettingsError(f"{TABLE}: RESOURCES, PER_GROUP: {sorted(unknown)}: there is no such manifest")
     return {
-        name: (origins[name], [When(conditions.get(_name(r), ""), r) for r in resources])
-        for name, resources in parts.items()
+        file: (origins[file], [_conditional(names[id(r)], r, conditions) for r in resources])
+        for file, resources in parts.items()
     }
 
 
@@ -91,26 +108,29 @@ def _name(resource: dict[str, Any]) -> str:
     return f"{resource['kind']}/{resource['metadata']['name']}"
 
 
+def _conditional(name: str, resource: dict[str, Any], conditions: dict[str, str]) -> When | Each:
+    made = When(conditions.get(name, ""), resource)
+    return Each(table.EACH_GROUP, made) if name in table.PER_GROUP else made
+
+
 def _fill(by_name: dict[str, Any]) -> None:
     for path, node in table.REPLACED.items():
         parent, key = _found(by_name, path, "REPLACED")
-        parent[key] = node(parent[key]) if callable(node) else node
+        parent[key] = node(parent[key]) if callable(node) else copy.deepcopy(node)
     for path, node in table.ADDED.items():
         above, _, key = path.rpartition("/")
         holder, last = _found(by_name, above, "ADDED")
         parent = source.through(holder[last])
-        if key == "-":
-            parent.append(node)
-        elif key in parent:
-            raise SettingsError(f"hycluster/k8s/chart/table.py: ADDED: {path}: is there already")
-        else:
-            parent[key] = node
+        key = key.replace("~1", "/")
+        if key in parent:
+            raise SettingsError(f"{TABLE}: ADDED: {path}: is there already")
+        parent[key] = copy.deepcopy(node)
     for path, pods in table.PODS.items():
         holder, last = _found(by_name, f"{path}/template/spec", "PODS")
         _placed(holder[last], pods)
     # Last: from here on the group has no name to find it by.
     groups, key = _found(by_name, table.GROUP, "GROUP")
-    groups[key] = Each(table.EACH, groups[key] | {"groupName": table.GROUP_NAME})
+    groups[key] = Each(table.EACH_GROUP, groups[key] | {"groupName": table.GROUP_NAME})
 
 
 def _found(by_name: dict[str, Any], path: str, where: str) -> tuple[Any, Any]:
@@ -120,19 +140,16 @@ def _found(by_name: dict[str, Any], path: str, where: str) -> tuple[Any, Any]:
             return by_name, f"{kind}/{name}"
         return source.find(by_name[f"{kind}/{name}"], "/".join(rest))
     except (KeyError, TypeError):
-        raise SettingsError(f"hycluster/k8s/chart/table.py: {where}: {path}: there is no such path any more") from None
+        raise SettingsError(f"{TABLE}: {where}: {path}: there is no such path any more") from None
 
 
 def _placed(spec: dict[str, Any], pods: str) -> None:
-    """Let values say where a group's pods run."""
-    for key, node in {
-        "priorityClassName": When(f"{pods}.priorityClassName", Scalar(f"{pods}.priorityClassName")),
-        "nodeSelector": IfAny(f"{pods}.nodeSelector"),
-        "tolerations": IfAny(f"{pods}.tolerations"),
-    }.items():
+    """Let values say where a group's pods run, and what they are worth."""
+    spec["priorityClassName"] = When(f"{pods}.priorityClassName", Scalar(f"{pods}.priorityClassName"))
+    for key in ("nodeSelector", "tolerations"):
         if key in spec:
-            raise SettingsError(f"{pods}: {key}: is in k8s/base already; hycluster/k8s/chart/make.py adds it")
-        spec[key] = node
+            raise SettingsError(f"{pods}: {key}: is in k8s/base; hycluster/k8s/chart must take it into the defaults")
+        spec[key] = IfAny(f"{pods}.{key}")
 
 
 def _common(resource: dict[str, Any]) -> None:
@@ -140,19 +157,22 @@ def _common(resource: dict[str, Any]) -> None:
     metadata = resource["metadata"]
     if resource["kind"] == "Namespace":
         metadata["name"] = Scalar('include "hycluster.namespace" $')
-    else:
+    elif resource["kind"] != "PriorityClass":
         metadata["namespace"] = Scalar('include "hycluster.namespace" $')
     # Not on pods: a label that changes with the chart's version would make a new cluster.
-    ours = {
+    labels = metadata.get("labels", {}) | {
         "helm.sh/chart": Scalar('include "hycluster.chart" $'),
         "app.kubernetes.io/instance": Scalar("$.Release.Name"),
         "app.kubernetes.io/managed-by": Scalar("$.Release.Service"),
     }
-    metadata["labels"] = metadata.get("labels", {}) | ours
+    if resource["kind"] in table.MONITORS:
+        labels[IfAny(table.MONITORS[resource["kind"]])] = None
+    metadata["labels"] = labels
     for spec in _pod_specs(resource):
         spec["imagePullSecrets"] = IfAny('include "hycluster.pullSecrets" $ | fromYamlArray')
         for container in (source.through(one) for one in _containers(spec)):
-            if container["image"].startswith("hycluster:"):
+            image = container["image"]
+            if isinstance(image, str) and image.startswith("hycluster:"):
                 container["image"] = Scalar('include "hycluster.image" $')
                 container["imagePullPolicy"] = When("$.Values.image.pullPolicy", Scalar("$.Values.image.pullPolicy"))
 
@@ -178,26 +198,29 @@ def _containers(spec: dict[str, Any]) -> list[Any]:
     return [*spec["containers"], *source.through(spec.get("initContainers", []))]
 
 
-def _document(resource: When) -> str:
+def _document(resource: When | Each) -> str:
+    if isinstance(resource, Each):
+        return f"{{{{- range {resource.over} }}}}\n{_document(resource.item)}{{{{- end }}}}\n"
     if not resource.condition:
         return f"---\n{text(resource.then)}"
     return f"{{{{- if {resource.condition} }}}}\n---\n{text(resource.then)}{{{{- end }}}}\n"
 
 
-def _constants(root: Path) -> str:
+def _constants() -> str:
     """Numbers of the code's that the templates count with."""
-    settings = {"models": [{"name": "m", "source": "m"}]}
-    serve = serve_config(settings, "constants")
+    serve = serve_config(SAMPLE, "constants")
     serve["applications"][0]["args"] = {}
-    (redis,) = (r for r in source.base(root / "k8s/base")["rayservice.yaml"])
     constants = {
         "listen": {door: {"host": "0.0.0.0", "port": port} for door, port in PORTS.items()},
         "doors": DOORS,
         "doorResources": DOOR_RESOURCES,
         "serve": serve,
-        "redisAddress": redis["spec"]["rayClusterConfig"]["gcsFaultToleranceOptions"]["redisAddress"],
         "drainTimeoutSeconds": Settings.model_fields["drain_timeout_s"].default,
-        **table.MARGINS,
+        "drainMarginSeconds": sizes.SERVE_MARGIN_S + sizes.RAY_MARGIN_S,
+        "graceMarginSeconds": sizes.PRE_STOP_S + sizes.STOP_MARGIN_S,
+        "deletionMarginSeconds": sizes.SERVE_MARGIN_S,
+        "share": sizes.SHARE,
+        "gpu": GPU,
         "group": values.group_defaults(),
     }
     dumped = json.dumps(constants, indent=2)

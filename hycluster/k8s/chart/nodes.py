@@ -8,11 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import yaml
 
-GONE = object()
+
+class Nothing(Enum):
+    """No value, not even null; a copy of it is itself."""
+
+    GONE = "gone"
+
+
+GONE = Nothing.GONE
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class Block:
 class IfAny:
     """As :class:`Block`; where the pipeline gives nothing (``""``, ``[]``, ``{}``), its key is left out.
 
-    As an item of a list: all items that the pipeline gives.
+    As an item of a list, or as a key: all items, or entries, that the pipeline gives.
     """
 
     pipeline: str
@@ -78,8 +86,11 @@ def _lines(node: Any, indent: int) -> Iterator[str]:
             yield from _item(item, indent)
 
 
-def _entry(key: str | Scalar, value: Any, indent: int) -> Iterator[str]:
+def _entry(key: str | Scalar | IfAny, value: Any, indent: int) -> Iterator[str]:
     pad = " " * indent
+    if isinstance(key, IfAny):
+        yield from _item(key, indent)
+        return
     name = f"{{{{ {key.pipeline} | toJson }}}}" if isinstance(key, Scalar) else _scalar(key)
     match value:
         case When():

@@ -8,68 +8,74 @@ from __future__ import annotations
 
 from typing import Any
 
-from hycluster.k8s.chart.nodes import Block, Lines, Scalar, When
+from hycluster.k8s.chart.nodes import Block, Each, IfAny, Lines, Scalar, When
 
 # Each component of k8s/components by its condition; None: it is for jobs, or its patches are values here.
 COMPONENTS: dict[str, str | None] = {
     "gang-scheduling": "$.Values.gangScheduling",
     "gateway-routes": "$.Values.gateway.enabled",
-    "h20": None,
+    "gpu": None,
+    "hub-egress": "$.Values.hubEgress",
     "kueue": None,
+    "name-references": None,
+    "pull-secret": None,
+    "rdma": "$.Values.rdma.enabled",
+    "rdma-ipc-lock": "and $.Values.rdma.enabled $.Values.rdma.ipcLock",
     "service-monitor": "$.Values.metrics.enabled",
     "weights": "$.Values.weights.enabled",
 }
+# What else patches k8s/cluster.
+CLUSTER_PATCHES = {"cluster-ipc-lock": "and $.Values.rdma.enabled $.Values.rdma.ipcLock"}
 RAY = "RayService/hycluster/spec/rayClusterConfig"
 HEAD = f"{RAY}/headGroupSpec"
 DOORS = f"{RAY}/workerGroupSpecs/doors"
 ENGINES = f"{RAY}/workerGroupSpecs/engines"
-# The group that there is one of for each of .Values.engines.
-GROUP, GROUP_NAME = ENGINES, Scalar("$group.name")
-EACH = '$group := include "hycluster.groups" $ | fromYamlArray'
-FROM_NAMESPACE = "spec/ingress/0/from/0/namespaceSelector/matchLabels/kubernetes.io~1metadata.name"
+REDIS = "StatefulSet/hycluster-redis/spec"
+FROM = "spec/ingress/0/from/0"
+NAMESPACE = "namespaceSelector/matchLabels/kubernetes.io~1metadata.name"
 DRAIN = "env/RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S/value"
+# The group that there is one of for each model.
+GROUP, GROUP_NAME = ENGINES, Scalar("$group.name")
+EACH_GROUP = '$group := include "hycluster.groups" $ | fromYamlArray'
+ANY_STORE = 'include "hycluster.remoteStore" $'
+CLAIM = "PersistentVolumeClaim/hycluster-weights"
 
-# Beyond drain_timeout_s.
-MARGINS = {"drainMarginSeconds": 60, "graceMarginSeconds": 30, "deletionMarginSeconds": 0}
 # Manifests that are there on a condition; those of components have their component's, if they are not here.
 RESOURCES = {
     "Namespace/hycluster": "$.Values.namespace.create",
+    "PriorityClass/hycluster-control": "$.Values.priorityClasses.create",
+    "PriorityClass/hycluster-engines": "$.Values.priorityClasses.create",
+    "PriorityClass/hycluster-jobs": "$.Values.priorityClasses.create",
     "Service/hycluster-redis": "$.Values.redis.enabled",
     "StatefulSet/hycluster-redis": "$.Values.redis.enabled",
     "NetworkPolicy/hycluster-redis": "$.Values.redis.enabled",
-    "NetworkPolicy/hycluster-gateway": "or $.Values.gateway.enabled $.Values.ingress.enabled",
-    "PodDisruptionBudget/hycluster-engines": "gt (int $.Values.disruptionBudgets.engines) 0",
+    "NetworkPolicy/hycluster-batches": ANY_STORE,
+    "NetworkPolicy/hycluster-ingress": "$.Values.ingress.enabled",
     "ConfigMap/hycluster-weights": "$.Values.weights.enabled",
     "Ingress/hycluster": "$.Values.ingress.enabled",
     "Ingress/hycluster-grpc": "$.Values.ingress.enabled",
 }
+# Manifests that there is one of for each group, on a condition.
+PER_GROUP = {"PodDisruptionBudget/hycluster-engines": "gt (int $group.minReplicas) 0"}
 # What overlays bring, each its own.
-EXTRA: dict[str, list[dict[str, Any]]] = {
-    "weights.yaml": [
-        {
-            "apiVersion": "v1",
-            "kind": "ConfigMap",
-            "metadata": {"name": "hycluster-weights"},
-            "data": {
-                "REPO": Scalar("$.Values.weights.repo"),
-                "REVISION": Scalar("$.Values.weights.revision"),
-                "FOLDER": Scalar("$.Values.weights.folder"),
-            },
-        }
-    ],
+WEIGHTS = {
+    "apiVersion": "v1",
+    "kind": "ConfigMap",
+    "metadata": {"name": "hycluster-weights"},
+    "data": {
+        "REPO": Scalar("$.Values.weights.repo"),
+        "REVISION": Scalar("$.Values.weights.revision"),
+        "FOLDER": Scalar("$.Values.weights.folder"),
+    },
 }
 
 # In place of what is there; a function is given what is there.
 REPLACED: dict[str, Any] = {
-    "RayService/hycluster/spec/rayClusterDeletionDelaySeconds": Scalar('include "hycluster.deletionDelay" $ | int'),
     f"{RAY}/authOptions/secretName": Scalar("$.Values.tokenSecretName"),
-    f"{RAY}/gcsFaultToleranceOptions/redisAddress": Scalar('include "hycluster.redisAddress" $'),
-    f"{RAY}/gcsFaultToleranceOptions/redisPassword/valueFrom/secretKeyRef/name": Scalar(
-        "$.Values.redis.passwordSecret.name"
+    f"{RAY}/gcsFaultToleranceOptions/redisAddress": lambda own: When(
+        "$.Values.redis.enabled", own, Scalar("$.Values.redis.address")
     ),
-    f"{RAY}/gcsFaultToleranceOptions/redisPassword/valueFrom/secretKeyRef/key": Scalar(
-        "$.Values.redis.passwordSecret.key"
-    ),
+    f"{RAY}/gcsFaultToleranceOptions/redisPassword/valueFrom/secretKeyRef": Block("$.Values.redis.passwordSecret"),
     f"{RAY}/autoscalerOptions/idleTimeoutSeconds": Scalar("$.Values.autoscaler.idleTimeoutSeconds"),
     f"{RAY}/autoscalerOptions/resources": Block("$.Values.autoscaler.resources"),
     f"{HEAD}/template/spec/containers/ray-head/resources": Block("$.Values.head.resources"),
@@ -79,70 +85,89 @@ REPLACED: dict[str, Any] = {
     f"{DOORS}/template/spec/terminationGracePeriodSeconds": Scalar('include "hycluster.grace" $ | int'),
     f"{DOORS}/template/spec/containers/ray-worker/{DRAIN}": Scalar('include "hycluster.drain" $'),
     f"{DOORS}/template/spec/containers/ray-worker/resources": Block("$.Values.doors.resources"),
+    f"{ENGINES}/replicas": Scalar("$group.replicas"),
+    f"{ENGINES}/minReplicas": Scalar("$group.minReplicas"),
+    f"{ENGINES}/maxReplicas": Scalar("$group.maxReplicas"),
     f"{ENGINES}/template/spec/terminationGracePeriodSeconds": Scalar('include "hycluster.grace" $ | int'),
     f"{ENGINES}/template/spec/containers/ray-worker/{DRAIN}": Scalar('include "hycluster.drain" $'),
     f"{ENGINES}/template/spec/containers/ray-worker/resources": Block("$group.resources"),
+    f"{ENGINES}/template/spec/volumes/shared-mem/emptyDir/sizeLimit": Scalar("$group.sharedMemory"),
     f"{ENGINES}/template/spec/initContainers/fetch-weights/env/HF_TOKEN/valueFrom/secretKeyRef/name": Scalar(
         "$.Values.hubTokenSecretName"
     ),
-    f"{ENGINES}/template/spec/volumes/shared-mem/emptyDir/sizeLimit": Scalar("$group.sharedMemory"),
-    f"{ENGINES}/replicas": Scalar("$group.minReplicas"),
-    f"{ENGINES}/minReplicas": Scalar("$group.minReplicas"),
-    f"{ENGINES}/maxReplicas": Scalar("$group.maxReplicas"),
-    "StatefulSet/hycluster-redis/spec/template/spec/containers/redis/env/REDIS_PASSWORD/valueFrom/secretKeyRef": Block(
-        "$.Values.redis.passwordSecret"
-    ),
-    "StatefulSet/hycluster-redis/spec/volumeClaimTemplates/0/spec/resources/requests/storage": Scalar(
-        "$.Values.redis.size"
-    ),
-    "NetworkPolicy/hycluster-doors/spec/ingress/0/from/1/namespaceSelector/matchLabels": Block(
-        "$.Values.networkPolicies.clientNamespaces"
-    ),
+    f"{REDIS}/template/spec/containers/redis/image": Scalar("$.Values.redis.image"),
+    f"{REDIS}/template/spec/containers/redis/resources": Block("$.Values.redis.resources"),
+    f"{REDIS}/template/spec/volumes/password/secret/secretName": Scalar("$.Values.redis.passwordSecret.name"),
+    f"{REDIS}/volumeClaimTemplates/0/spec/resources/requests/storage": Scalar("$.Values.redis.size"),
     "NetworkPolicy/hycluster-ray/spec/egress/1": lambda own: When(
         "$.Values.redis.enabled",
         own,
         {"ports": [{"port": Scalar('$.Values.redis.address | splitList ":" | last | int')}]},
     ),
-    "PodDisruptionBudget/hycluster-doors/spec/minAvailable": Scalar("$.Values.disruptionBudgets.doors"),
-    "PodDisruptionBudget/hycluster-engines/spec/minAvailable": Scalar("$.Values.disruptionBudgets.engines"),
-    "PersistentVolumeClaim/hycluster-weights/spec/resources/requests/storage": Scalar("$.Values.weights.size"),
+    "NetworkPolicy/hycluster-head/spec/egress/0/to": [
+        Each("$cidr := $.Values.networkPolicies.apiServerCidrs", {"ipBlock": {"cidr": Scalar("$cidr")}})
+    ],
+    "NetworkPolicy/hycluster-doors/spec/ingress/0/from/1/namespaceSelector/matchLabels": Block(
+        "$.Values.networkPolicies.clientNamespaces"
+    ),
+    "PodDisruptionBudget/hycluster-doors/spec/minAvailable": Scalar(
+        'include "hycluster.doors" $ | int | add -1 | max 1'
+    ),
+    "PodDisruptionBudget/hycluster-engines/metadata/name": Scalar('printf "hycluster-%s" $group.name'),
+    "PodDisruptionBudget/hycluster-engines/spec/minAvailable": Scalar("$group.minAvailable"),
+    f"{CLAIM}/spec/resources/requests/storage": Scalar("$.Values.weights.size"),
+    "ConfigMap/hycluster-nccl/data": Block("$.Values.rdma.environment"),
     "HTTPRoute/hycluster/spec/parentRefs/0/name": Scalar("$.Values.gateway.name"),
     "HTTPRoute/hycluster/spec/parentRefs/0/namespace": Scalar("$.Values.gateway.namespace"),
     "HTTPRoute/hycluster/spec/hostnames": Block("$.Values.hosts.http"),
+    "HTTPRoute/hycluster/spec/rules/0/filters/0/extensionRef": Block("$.Values.gateway.authFilter"),
     "GRPCRoute/hycluster/spec/parentRefs/0/name": Scalar("$.Values.gateway.name"),
     "GRPCRoute/hycluster/spec/parentRefs/0/namespace": Scalar("$.Values.gateway.namespace"),
     "GRPCRoute/hycluster/spec/hostnames": Block("$.Values.hosts.grpc"),
-    f"NetworkPolicy/hycluster-gateway/{FROM_NAMESPACE}": (
-        Scalar("ternary $.Values.gateway.namespace $.Values.ingress.namespace $.Values.gateway.enabled")
+    "GRPCRoute/hycluster/spec/rules/0/filters/0/extensionRef": Block("$.Values.gateway.authFilter"),
+    f"NetworkPolicy/hycluster-gateway/{FROM}/{NAMESPACE}": Scalar("$.Values.gateway.namespace"),
+    f"NetworkPolicy/hycluster-gateway/{FROM}/podSelector/matchLabels/gateway.networking.k8s.io~1gateway-name": Scalar(
+        "$.Values.gateway.name"
     ),
-    f"NetworkPolicy/hycluster-metrics/{FROM_NAMESPACE}": (Scalar("$.Values.metrics.namespace")),
+    f"NetworkPolicy/hycluster-ingress/{FROM}/{NAMESPACE}": Scalar("$.Values.ingress.namespace"),
+    f"NetworkPolicy/hycluster-ingress/{FROM}/podSelector/matchLabels": Block("$.Values.ingress.podLabels"),
+    f"NetworkPolicy/hycluster-metrics/{FROM}/{NAMESPACE}": Scalar("$.Values.metrics.namespace"),
+    f"NetworkPolicy/hycluster-metrics/{FROM}/podSelector/matchLabels": Block("$.Values.metrics.podLabels"),
+    f"NetworkPolicy/hycluster-ray-metrics/{FROM}/{NAMESPACE}": Scalar("$.Values.metrics.namespace"),
+    f"NetworkPolicy/hycluster-ray-metrics/{FROM}/podSelector/matchLabels": Block("$.Values.metrics.podLabels"),
 }
-OBJECT_STORE = When(
-    "$.Values.objectStore.secretName", [{"secretRef": {"name": Scalar("$.Values.objectStore.secretName")}}]
-)
-# Beside what is there; a dash adds to a list.
+# Beside what is there.
 ADDED: dict[str, Any] = {
+    "RayService/hycluster/spec/rayClusterDeletionDelaySeconds": Scalar('include "hycluster.deletionDelay" $ | int'),
     "RayService/hycluster/spec/serveConfigV2": Lines('include "hycluster.serveConfig" $'),
-    f"{ENGINES}/numOfHosts": When("gt (int $group.hosts) 1", Scalar("$group.hosts")),
-    f"{ENGINES}/resources": When(
-        "$group.accelerator",
-        {
-            "CPU": Scalar("toString $group.resources.requests.cpu"),
-            "GPU": Scalar('toString (index $group.resources.limits "nvidia.com/gpu")'),
-            Scalar('printf "accelerator_type:%s" $group.accelerator'): "1",
-        },
+    f"{DOORS}/template/spec/containers/ray-worker/envFrom": When(
+        ANY_STORE, [{"secretRef": {"name": Scalar("$.Values.objectStore.secretName"), "optional": True}}]
     ),
-    "StatefulSet/hycluster-redis/spec/volumeClaimTemplates/0/spec/storageClassName": When(
+    f"{ENGINES}/numOfHosts": When("gt (int $group.hosts) 1", Scalar("$group.hosts")),
+    f"{ENGINES}/resources": IfAny("$group.rayResources"),
+    f"{ENGINES}/template/metadata/labels/hycluster~1group": When("$group.several", Scalar("$group.name")),
+    "PodDisruptionBudget/hycluster-engines/spec/selector/matchLabels/hycluster~1group": When(
+        "$group.several", Scalar("$group.name")
+    ),
+    f"{REDIS}/template/spec/volumes/password/secret/items": When(
+        'ne $.Values.redis.passwordSecret.key "password"',
+        [{"key": Scalar("$.Values.redis.passwordSecret.key"), "path": "password"}],
+    ),
+    f"{REDIS}/volumeClaimTemplates/0/spec/storageClassName": When(
         "$.Values.redis.storageClassName", Scalar("$.Values.redis.storageClassName")
     ),
-    "PersistentVolumeClaim/hycluster-weights/spec/storageClassName": When(
+    f"{CLAIM}/spec/storageClassName": When(
         "$.Values.weights.storageClassName", Scalar("$.Values.weights.storageClassName")
     ),
-    f"{DOORS}/template/spec/containers/ray-worker/envFrom": OBJECT_STORE,
-    f"{ENGINES}/template/spec/containers/ray-worker/envFrom": OBJECT_STORE,
     # A release that is uninstalled leaves what took hours to fetch.
-    "PersistentVolumeClaim/hycluster-weights/metadata/annotations": {"helm.sh/resource-policy": "keep"},
-    "ServiceMonitor/hycluster-doors/metadata/labels": {},
+    f"{CLAIM}/metadata/annotations": {"helm.sh/resource-policy": "keep"},
 }
-# Of every group's pods: its values' name.
-PODS = {HEAD: "$.Values.head", DOORS: "$.Values.doors", ENGINES: "$group"}
+# Which pods run where: the values' name of each.
+PODS = {
+    HEAD: "$.Values.head",
+    DOORS: "$.Values.doors",
+    ENGINES: "$group",
+    REDIS: "$.Values.redis",
+}
+# Monitors get these labels besides.
+MONITORS = {"ServiceMonitor": "$.Values.metrics.labels", "PodMonitor": "$.Values.metrics.labels"}

@@ -21,6 +21,7 @@ NoOrDnsName = Annotated[str, Field(pattern=r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9
 HostName = Annotated[str, Field(pattern=r"^(\*\.)?[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
 Tag = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")]
 Digest = Annotated[str, Field(pattern=r"^(sha256:[0-9a-f]{64})?$")]
+Cidr = Annotated[str, Field(pattern=r"^[0-9a-fA-F.:]+/[0-9]{1,3}$")]
 LabelKey = Annotated[str, Field(pattern=r"^([a-z0-9.-]+/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$")]
 Labels = dict[LabelKey, Annotated[str, Field(max_length=63)]]
 
@@ -34,13 +35,20 @@ class Namespace(Values):
     create: bool = Field(
         default=False,
         description="Make the namespace, with the restricted pod security standard, as a part of the release. Then"
-        " uninstalling deletes it and all that is in it.",
+        " uninstalling deletes it, and hangs on what KubeRay still has to do in it.",
+    )
+
+
+class PriorityClasses(Values):
+    create: bool = Field(
+        default=True,
+        description="Make hycluster-control, -engines and -jobs; false where k8s/cluster was applied, or another"
+        " release made them: they are the cluster's, not the namespace's.",
     )
 
 
 class Image(Values):
     repository: str = Field(
-        default="hycluster",
         pattern=r"^[a-z0-9.-]+(:[0-9]+)?(/[a-z0-9._-]+)*$",
         description="Where the image is, without tag: registry.example.com/hycluster.",
     )
@@ -70,24 +78,13 @@ class Resources(Values):
 
 class Pods(Values):
     resources: Resources = Field(description="What the container asks for and may use.")
+    priority_class_name: NoOrDnsName = Field(default="", description="The PriorityClass; empty: none.")
     node_selector: Labels = Field(default={}, description="Labels of the nodes to run on.")
     tolerations: tuple[Toleration, ...] = Field(default=(), description="Taints of nodes that are no hindrance.")
-    priority_class_name: NoOrDnsName = Field(default="", description="A PriorityClass of the cluster's; empty: none.")
 
 
 class EngineGroup(Pods):
-    name: str = Field(
-        pattern=r"^[a-z]([-a-z0-9]{0,30}[a-z0-9])?$",
-        description="Of the group, and in the names of its pods; one group for each kind of node.",
-    )
-    min_replicas: int = Field(ge=0, description="Engines that are always there; the sum of the models' replicas.min.")
-    max_replicas: int = Field(ge=1, description="As many at most: the models' replicas.max, and room for a successor.")
-    hosts: int = Field(default=1, ge=1, le=64, description="Pods of one engine, on a node each.")
-    accelerator: str = Field(
-        default="",
-        pattern=r"^[A-Za-z0-9_-]*$",
-        description="Ray's name of the GPU type, as in hardware.accelerator of the settings; empty: CPU only.",
-    )
+    hosts: int = Field(default=1, ge=1, le=64, description="Pods of one replica, on a node each.")
     shared_memory: Size = Field(default="1Gi", description="Of /dev/shm, through which one engine's ranks talk.")
 
 
@@ -110,7 +107,7 @@ class PasswordSecret(Values):
     key: str = Field(default="password", min_length=1, description="Key of the password in it.")
 
 
-class Redis(Values):
+class Redis(Pods):
     enabled: bool = Field(default=True, description="One Redis with a disk. Production brings its own, replicated.")
     address: str = Field(
         default="",
@@ -118,14 +115,46 @@ class Redis(Values):
         description="HOST:PORT of another Redis; needed where enabled is false, and for that only.",
     )
     password_secret: PasswordSecret = Field(default=PasswordSecret(), description="Where the password is.")
+    image: str = Field(
+        pattern=r"^[a-z0-9.-]+(:[0-9]+)?(/[a-z0-9._-]+)*:[A-Za-z0-9_.-]+(@sha256:[0-9a-f]{64})?$",
+        description="With its tag, and a digest to pin it.",
+    )
     size: Size = Field(default="2Gi", description="Of the disk.")
     storage_class_name: NoOrDnsName = Field(default="", description="Of the disk; empty: the cluster's default.")
+
+
+class Rdma(Values):
+    enabled: bool = Field(
+        default=False,
+        description="Engines over several hosts talk through the fabric; their resources name its device too.",
+    )
+    resource: str = Field(
+        default="rdma/rdma_shared_device_a",
+        pattern=r"^[a-z0-9.-]+/[A-Za-z0-9_.-]+$",
+        description="As its device plugin names it; each engine pod takes one.",
+    )
+    environment: dict[str, str] = Field(default={}, description="NCCL's variables, for your adapters and interfaces.")
+    ipc_lock: bool = Field(
+        default=False,
+        description="Engines may lock memory, and are root for it, with no other capability; the namespace must allow"
+        " that. Try without it first.",
+    )
+
+
+class AuthFilter(Values):
+    group: str = Field(min_length=1, description="Of its kind.")
+    kind: str = Field(min_length=1, description="As your Gateway has it.")
+    name: DnsName = Field(description="Its name in this namespace.")
 
 
 class Gateway(Values):
     enabled: bool = Field(default=False, description="HTTPRoute and GRPCRoute, for a Gateway that ends TLS.")
     name: DnsName = Field(default="public", description="The Gateway.")
     namespace: DnsName = Field(default="gateways", description="Of the Gateway, from which its pods reach the doors.")
+    auth_filter: AuthFilter = Field(
+        description="A filter that asks callers for credentials; the doors ask for none. A Gateway that does not know"
+        " it answers with an error."
+    )
 
 
 class Ingress(Values):
@@ -134,13 +163,20 @@ class Ingress(Values):
     namespace: DnsName = Field(
         default="ingress-nginx", description="Of the controller, from which its pods reach the doors."
     )
+    pod_labels: Labels = Field(
+        default={"app.kubernetes.io/name": "ingress-nginx"}, min_length=1, description="Of the controller's pods."
+    )
     tls_secret_name: NoOrDnsName = Field(
         default="", description="A kubernetes.io/tls Secret with the hosts' certificate; empty: no TLS."
     )
-    annotations: dict[str, str] = Field(default={}, description="Of both, in your controller's own words.")
+    annotations: dict[str, str] = Field(
+        default={},
+        description="Of both, in your controller's words; one must have it ask callers for credentials, such as"
+        " nginx.ingress.kubernetes.io/auth-url.",
+    )
     grpc_annotations: dict[str, str] = Field(
         default={"nginx.ingress.kubernetes.io/backend-protocol": "GRPC"},
-        description="Of the one for gRPC; a controller must be told that what is behind it speaks HTTP/2.",
+        description="Of the one for gRPC besides; a controller must be told that what is behind it speaks HTTP/2.",
     )
 
 
@@ -150,20 +186,23 @@ class Hosts(Values):
 
 
 class Metrics(Values):
-    enabled: bool = Field(default=False, description="What Prometheus' operator reads metrics by.")
+    enabled: bool = Field(default=False, description="ServiceMonitor and PodMonitor for Prometheus' operator.")
     namespace: DnsName = Field(default="monitoring", description="Of Prometheus, from which it reaches the pods.")
-    labels: Labels = Field(default={}, description="On them, where the operator selects by label.")
+    pod_labels: Labels = Field(
+        default={"app.kubernetes.io/name": "prometheus"},
+        min_length=1,
+        description="Of Prometheus' pods; who may read a door's metrics may use its API.",
+    )
+    labels: Labels = Field(default={}, description="On the monitors, where the operator selects by label.")
 
 
 class NetworkPolicies(Values):
     client_namespaces: Labels = Field(
         min_length=1, description="Labels of the namespaces whose pods may call the doors; all of them on each."
     )
-
-
-class DisruptionBudgets(Values):
-    doors: int = Field(ge=1, description="Doors that stay when nodes are drained.")
-    engines: int = Field(ge=0, description="Engine pods that stay; 0: no budget, for pools that may sleep.")
+    api_server_cidrs: tuple[Cidr, ...] = Field(
+        min_length=1, description="Where the API server is, which Ray's autoscaler asks for pods."
+    )
 
 
 class Autoscaler(Values):
@@ -172,10 +211,10 @@ class Autoscaler(Values):
 
 
 class ObjectStore(Values):
-    secret_name: NoOrDnsName = Field(
-        default="",
-        description="A Secret whose keys are put into the environment of doors and engines, such as AWS_ACCESS_KEY_ID"
-        " and AWS_SECRET_ACCESS_KEY; for settings.batches.store: s3://...",
+    secret_name: DnsName = Field(
+        default="hycluster-s3",
+        description="A Secret whose keys are put into the doors' environment, such as AWS_ACCESS_KEY_ID and"
+        " AWS_SECRET_ACCESS_KEY, if settings.batches.store is s3://...; need not be there.",
     )
 
 
@@ -183,14 +222,18 @@ class Chart(Values):
     """All of them, in the order of values.yaml."""
 
     namespace: Namespace = Field(default=Namespace(), description="Where it is installed.")
+    priority_classes: PriorityClasses = Field(
+        default=PriorityClasses(), description="What goes first where there is no room for all."
+    )
     image: Image = Field(description="What head, doors and engines run.")
     image_pull_secrets: tuple[DnsName, ...] = Field(default=(), description="Names of Secrets for the registry.")
     token_secret_name: DnsName = Field(
         default="hycluster-ray", description="Secret with auth_token, by which Ray's processes know each other."
     )
     settings: Settings = Field(
-        description="What is served and how: the content of a file as in deployments/. Hosts and ports of the doors,"
-        " and what a door reserves, are set by the chart. hycluster k8s values FILE writes this and the groups' sizes."
+        description="What is served and how: the content of a file as in deployments/. The chart sets hosts and ports"
+        " of the doors and what a door reserves, and computes from it: the number of doors and engine pods, the time"
+        " that pods get to end, budgets. hycluster k8s values FILE writes it, and the sizes of its pods.",
     )
     termination_grace_period_seconds: int | None = Field(
         default=None,
@@ -200,19 +243,24 @@ class Chart(Values):
     head: Pods = Field(description="Ray's head: GCS, Serve's controller, dashboard, autoscaler. No traffic.")
     autoscaler: Autoscaler = Field(description="Ray's, which asks KubeRay for pods.")
     doors: Pods = Field(description="The pods that callers come to; as many as settings.doors, and one more at need.")
-    engines: tuple[EngineGroup, ...] = Field(min_length=1, description="Groups of pods with engines.")
+    engines: tuple[EngineGroup, ...] = Field(
+        min_length=1, description="Pods with engines: one entry for each of settings.models, in the same order."
+    )
     weights: Weights = Field(default=Weights(), description="Weights on a volume.")
     hub_token_secret_name: DnsName = Field(
         default="hycluster-hub", description="Secret with token, for repositories that ask for one; need not be there."
     )
+    hub_egress: bool = Field(
+        default=False, description="Doors and engines may reach the Internet, for a source that is a hub id."
+    )
     object_store: ObjectStore = Field(default=ObjectStore(), description="Credentials of the Batch API's store.")
-    redis: Redis = Field(default=Redis(), description="What Ray's head must not lose.")
+    redis: Redis = Field(description="What Ray's head must not lose.")
     hosts: Hosts = Field(default=Hosts(), description="Names that callers from outside use (gateway, ingress).")
-    gateway: Gateway = Field(default=Gateway(), description="Callers from outside, by the Gateway API.")
+    gateway: Gateway = Field(description="Callers from outside, by the Gateway API.")
     ingress: Ingress = Field(default=Ingress(), description="Callers from outside, by Ingress.")
     metrics: Metrics = Field(default=Metrics(), description="Prometheus.")
     network_policies: NetworkPolicies = Field(description="Who may talk to whom.")
-    disruption_budgets: DisruptionBudgets = Field(description="What a drained node must leave running.")
+    rdma: Rdma = Field(default=Rdma(), description="InfiniBand or RoCE between an engine's hosts.")
     gang_scheduling: bool = Field(
         default=False, description="All pods of a cluster are placed, or none; needs a scheduler that can."
     )

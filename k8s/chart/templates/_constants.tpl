@@ -26,17 +26,17 @@
       }
     ]
   },
-  "redisAddress": "hycluster-redis:6379",
   "drainTimeoutSeconds": 60,
-  "drainMarginSeconds": 60,
-  "graceMarginSeconds": 30,
-  "deletionMarginSeconds": 0,
+  "drainMarginSeconds": 30,
+  "graceMarginSeconds": 20,
+  "deletionMarginSeconds": 15,
+  "share": 0.001,
+  "gpu": "nvidia.com/gpu",
   "group": {
+    "priorityClassName": "",
     "nodeSelector": {},
     "tolerations": [],
-    "priorityClassName": "",
     "hosts": 1,
-    "accelerator": "",
     "sharedMemory": "1Gi"
   }
 }

@@ -19,10 +19,6 @@
 {{- end }}
 {{- end -}}
 
-{{- define "hycluster.redisAddress" -}}
-{{- ternary (include "hycluster.constants" $ | fromJson).redisAddress $.Values.redis.address $.Values.redis.enabled -}}
-{{- end -}}
-
 {{- /* Seconds that what is in work has, in whole ones. */ -}}
 {{- define "hycluster.workSeconds" -}}
 {{- $constants := include "hycluster.constants" $ | fromJson -}}
@@ -53,12 +49,9 @@
 {{- $.Values.settings.doors | default (include "hycluster.constants" $ | fromJson).doors | int -}}
 {{- end -}}
 
-{{- /* .Values.engines, each with what it does not say: Helm has no defaults for a list's items. */ -}}
-{{- define "hycluster.groups" -}}
-{{- $default := (include "hycluster.constants" $ | fromJson).group -}}
-{{- range $given := $.Values.engines }}
-{{ list (mergeOverwrite (deepCopy $default) $given) | toYaml }}
-{{- end }}
+{{- /* Whether doors need an object store's credentials, and a way there; empty: no. */ -}}
+{{- define "hycluster.remoteStore" -}}
+{{- if hasPrefix "s3://" (dig "batches" "store" "" $.Values.settings | default "") }}true{{ end -}}
 {{- end -}}
 
 {{- /* The settings, fitted to the pods as `hycluster k8s render` does it, as Ray Serve takes them. */ -}}
@@ -75,6 +68,13 @@
 {{- $_ := set $fitted "door_resources" $constants.doorResources -}}
 {{- if not (dig "batches" "store" "" $fitted) -}}
 {{- $_ := set $fitted "batches" nil -}}
+{{- end -}}
+{{- if gt (len $fitted.models) 1 -}}
+{{- range $model := $fitted.models -}}
+{{- $hardware := $model.hardware | default dict -}}
+{{- $own := dict (include "hycluster.slug" $model.name) $constants.share -}}
+{{- $_ := set $model "hardware" (merge (dict "resources" (mergeOverwrite ($hardware.resources | default dict) $own)) $hardware) -}}
+{{- end -}}
 {{- end -}}
 {{- range $key, $value := $fitted -}}
 {{- if and (kindIs "map" $value) (not $value) -}}
