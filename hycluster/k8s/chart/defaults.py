@@ -30,8 +30,21 @@ def defaults(root: Path) -> dict[str, Any]:
 
 def for_settings(settings_file: str, root: Path) -> dict[str, Any]:
     """The values that differ from the chart's own, for settings."""
-    default = defaults(root)
-    return {key: value for key, value in _from_settings(settings_file, root).items() if value != default.get(key)}
+    return _beyond(_from_settings(settings_file, root), defaults(root))
+
+
+def _beyond(found: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+    """What is not the default. Settings stay whole: whoever reads them must not have to know the default's."""
+    made: dict[str, Any] = {}
+    for key, value in found.items():
+        usual = default.get(key)
+        if isinstance(value, dict) and isinstance(usual, dict) and key != "settings":
+            value = _beyond(value, usual)  # noqa: PLW2901
+            if value:
+                made[key] = value
+        elif value != usual:
+            made[key] = value
+    return made
 
 
 def _from_settings(settings_file: str, root: Path) -> dict[str, Any]:

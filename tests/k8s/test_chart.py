@@ -1,0 +1,348 @@
+"""The Helm chart says what the overlays say; values that are wrong are refused, by Helm or by ``hycluster k8s check``."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from hycluster.cli import app
+from hycluster.config import load_yaml
+from hycluster.k8s.chart.defaults import values_of
+from hycluster.k8s.chart.make import made, surplus
+from hycluster.k8s.chart.values import schema
+from hycluster.k8s.check import faults
+from hycluster.k8s.render import serve_config
+from tests.k8s.helm import CHART, Refused, lint, notes, template
+from tests.k8s.kustomize import K8S, OVERLAYS, ROOT, built, with_components
+
+Resource = dict[str, Any]
+# What Helm's chart has besides: labels of every object, none of them on pods.
+LABELS = {"helm.sh/chart", "app.kubernetes.io/instance", "app.kubernetes.io/managed-by"}
+# Values of a chart for a Gateway, Prometheus, a fabric: by the component that says the same.
+COMPONENTS = ("gateway-routes", "gang-scheduling", "hub-egress", "rdma", "service-monitor")
+CLUSTER = {"priorityClasses": {"create": False}}
+LARGE = "hunyuan-large-bf16"
+
+
+@functools.cache
+def overlay(name: str) -> list[Resource]:
+    return built(K8S / "overlays" / name)
+
+
+def values(name: str, **more: Any) -> dict[str, Any]:
+    return values_of(copy.deepcopy(overlay(name))) | CLUSTER | more
+
+
+def normal(resources: list[Resource]) -> dict[str, Resource]:
+    """By kind and name, without what is told apart on purpose."""
+    found = {}
+    for resource in copy.deepcopy(resources):
+        metadata = resource["metadata"]
+        metadata["labels"] = {k: v for k, v in metadata.get("labels", {}).items() if k not in LABELS}
+        # The file that an overlay was made from; an uninstalled release's volume.
+        for own in ("hycluster/settings", "helm.sh/resource-policy"):
+            metadata.get("annotations", {}).pop(own, None)
+        metadata["annotations"] = metadata.get("annotations", {})
+        if resource["kind"] == "RayService":
+            resource["spec"]["serveConfigV2"] = yaml.safe_load(resource["spec"]["serveConfigV2"])
+        found[f"{resource['kind']}/{metadata['name']}"] = resource
+    return found
+
+
+def service(resources: list[Resource]) -> Resource:
+    (found,) = (resource for resource in resources if resource["kind"] == "RayService")
+    return found
+
+
+def said(resources: list[Resource]) -> str:
+    return "\n".join(map(str, faults(resources)))
+
+
+def test_the_chart_has_not_drifted() -> None:
+    """If this fails, run 'hycluster k8s render'."""
+    for name, text in made(ROOT).items():
+        assert (CHART / name).read_text() == text, name
+    assert surplus(ROOT) == []
+
+
+def test_helm_finds_nothing_to_lint() -> None:
+    assert lint({}) == []
+
+
+@pytest.mark.parametrize("folder", OVERLAYS, ids=lambda folder: folder.name)
+def test_it_makes_what_the_overlay_makes(folder: Path) -> None:
+    chart = template(values(folder.name))
+    assert normal(chart) == normal(overlay(folder.name))
+    assert said(chart) == ""
+
+
+def test_its_own_values_are_the_dev_overlay() -> None:
+    chart = template({})
+    assert normal(template({} | CLUSTER)) == normal(overlay("dev"))
+    assert said(chart) == ""
+
+
+def test_it_makes_what_components_make(tmp_path: Path) -> None:
+    components = [K8S / "components" / name for name in COMPONENTS]
+    resources = with_components(K8S / "overlays" / LARGE, components, tmp_path)
+    chart = template(values_of(copy.deepcopy(resources)) | CLUSTER)
+    assert normal(chart) == normal(resources)
+    assert said(chart) == ""
+
+
+def test_it_makes_the_cluster_s_part_if_asked() -> None:
+    cluster = built(K8S / "cluster")
+    chart = template({"namespace": {"create": True}})
+    assert normal(cluster).items() <= normal(chart).items()
+    assert said(chart) == ""
+
+
+def test_locking_memory_is_allowed_and_asked_for(tmp_path: Path) -> None:
+    asked = {"rdma": {"enabled": True, "ipcLock": True}, "namespace": {"create": True}}
+    chart = template(values(LARGE) | asked)
+    assert normal(built(K8S / "cluster-ipc-lock")).items() >= {
+        name: resource for name, resource in normal(chart).items() if resource["kind"] == "Namespace"
+    }.items()
+    assert said(chart) == ""
+
+
+EVERYTHING: dict[str, Any] = {
+    "namespace": {"name": "llm", "create": True},
+    "image": {
+        "repository": "registry.example.com:5000/llm/hycluster",
+        "tag": "0.1.0-gpu",
+        "digest": f"sha256:{'0' * 64}",
+        "pullPolicy": "Always",
+    },
+    "imagePullSecrets": ["registry"],
+    "tokenSecretName": "ray-token",
+    "hubTokenSecretName": "hub-token",
+    "redis": {"enabled": False, "address": "redis.data:6380", "passwordSecret": {"name": "redis", "key": "secret"}},
+    "weights": {"size": "3Ti", "storageClassName": "shared"},
+    "hosts": {"http": ["a.example.com", "b.example.com"], "grpc": ["c.example.com"]},
+    "gateway": {"enabled": True, "name": "edge", "namespace": "edge"},
+    "ingress": {
+        "enabled": True,
+        "className": "nginx",
+        "tlsSecretName": "tls",
+        "annotations": {"nginx.ingress.kubernetes.io/auth-url": "https://auth.example.com"},
+    },
+    "metrics": {"enabled": True, "namespace": "prometheus", "labels": {"release": "prometheus"}},
+    "networkPolicies": {"clientNamespaces": {"team": "search"}, "apiServerCidrs": ["203.0.113.7/32"]},
+    "rdma": {"enabled": True, "resource": "rdma/hca"},
+    "gangScheduling": True,
+    "terminationGracePeriodSeconds": 600,
+}
+
+
+def merged(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """As Helm merges values files."""
+    made = dict(values)
+    for key, value in more.items():
+        both = isinstance(value, dict) and isinstance(made.get(key), dict)
+        made[key] = merged(made[key], value) if both else value
+    return made
+
+
+def everything() -> dict[str, Any]:
+    given = merged(values(LARGE, priorityClasses={"create": True}), EVERYTHING)
+    given["settings"]["batches"] = {"store": "s3://bucket/batches"}
+    return given
+
+
+def test_every_value_arrives() -> None:
+    chart = template(everything())
+    assert said(chart) == ""
+    assert {r["metadata"].get("namespace", "llm") for r in chart} == {"llm"}
+    found = normal(chart)
+    cluster = service(chart)["spec"]["rayClusterConfig"]
+    doors, engines = cluster["workerGroupSpecs"]
+    image = f"registry.example.com:5000/llm/hycluster:0.1.0-gpu@sha256:{'0' * 64}"
+    for group in (cluster["headGroupSpec"], doors, engines):
+        spec = group["template"]["spec"]
+        for container in [*spec["containers"], *spec.get("initContainers", ())]:
+            assert (container["image"], container["imagePullPolicy"]) == (image, "Always")
+        assert spec["imagePullSecrets"] == [{"name": "registry"}]
+    assert cluster["authOptions"]["secretName"] == "ray-token"
+    assert cluster["gcsFaultToleranceOptions"]["redisAddress"] == "redis.data:6380"
+    assert "StatefulSet/hycluster-redis" not in found
+    assert engines["template"]["spec"]["containers"][0]["resources"]["limits"]["rdma/hca"] == "1"
+    assert doors["template"]["spec"]["terminationGracePeriodSeconds"] == 600
+    (store,) = doors["template"]["spec"]["containers"][0]["envFrom"]
+    assert store["secretRef"]["name"] == "hycluster-s3"
+    assert found["PersistentVolumeClaim/hycluster-weights"]["spec"]["storageClassName"] == "shared"
+    assert found["HTTPRoute/hycluster"]["spec"]["hostnames"] == ["a.example.com", "b.example.com"]
+    ingress = found["Ingress/hycluster"]["spec"]
+    assert ingress["tls"] == [{"hosts": ["a.example.com", "b.example.com"], "secretName": "tls"}]
+    assert [rule["host"] for rule in ingress["rules"]] == ["a.example.com", "b.example.com"]
+    paths = {path["path"] for rule in found["Ingress/hycluster-grpc"]["spec"]["rules"] for path in rule["http"]["paths"]}
+    assert paths == {"/hycluster.v1.Inference/", "/grpc.health.v1.Health/"}
+    assert found["ServiceMonitor/hycluster-doors"]["metadata"]["labels"] == {"release": "prometheus"}
+
+
+MODEL = {"name": "Org/One.5", "source": "org/one"}
+SETTINGS: list[dict[str, Any]] = [
+    {"models": [MODEL]},
+    {"models": [MODEL], "doors": 3, "drain_timeout_s": 12.5, "batches": {"store": "s3://bucket"}},
+    {"models": [MODEL], "batches": {"max_lines": 5}, "data_plane": {"host": "127.0.0.1"}},
+    {"models": [MODEL | {"engine": {"max_model_len": 10_000_000}}], "http": {"port": 1, "max_body_mib": 8}},
+    {"models": [MODEL | {"replicas": {"min": 0, "max": 3, "initial": 1}}, {"name": "two", "source": "two"}]},
+    {"models": [MODEL | {"hardware": {"resources": {"fast": 0.5}}}, {"name": "two", "source": "two"}]},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_settings_are_fitted_as_render_fits_them(settings: dict[str, Any]) -> None:
+    resources = {"requests": {"cpu": 2, "memory": "8Gi"}, "limits": {"memory": "8Gi"}}
+    engines = [{"resources": resources} for _ in settings["models"]]
+    chart = template({"settings": settings, "engines": engines})
+    run = yaml.safe_load(service(chart)["spec"]["serveConfigV2"])
+    assert run == serve_config(settings, "settings")
+    assert said(chart) == ""
+
+
+@pytest.mark.parametrize("file", ["hunyuan-large-bf16-16xh20", "hunyuan-a13b-fp8-2xh20", "local"])
+def test_values_for_settings_make_pods_of_their_size(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    result = CliRunner().invoke(app, ["k8s", "values", f"deployments/{file}.yaml"])
+    assert result.exit_code == 0, result.output
+    given = yaml.safe_load(result.output)
+    if given.get("weights", {}).get("folder"):
+        with pytest.raises(Refused, match="weights.repo: must be a hub id"):
+            template(given)
+        given["weights"]["repo"] = "org/repo"
+    chart = template(given)
+    assert said(chart) == ""
+    run = yaml.safe_load(service(chart)["spec"]["serveConfigV2"])
+    assert run == serve_config(load_yaml(f"deployments/{file}.yaml"), file)
+
+
+def test_values_of_an_overlay_come_from_a_pipe_too() -> None:
+    stream = yaml.safe_dump_all(overlay("dev"))
+    result = CliRunner().invoke(app, ["k8s", "values", "-"], input=stream)
+    assert yaml.safe_load(result.output) == values_of(copy.deepcopy(overlay("dev")))
+    wrong = CliRunner().invoke(app, ["k8s", "values", "-"], input=yaml.safe_dump_all(overlay("dev")[:1]))
+    assert (wrong.exit_code, "these are not hycluster's for serving" in f"{wrong.exception}") == (1, True)
+
+
+GONE = object()
+GPU = "engines.0.resources.limits.nvidia.com/gpu"
+
+# What Helm itself refuses: by the schema, or by the chart's own checks. Of the largest overlay's values.
+REFUSED: list[tuple[str, Any, str]] = [
+    ("imge", {}, "'imge'"),
+    ("image.tagg", "x", "/image': additional properties 'tagg'"),
+    ("image.tag", "", "/image/tag"),
+    ("image.tag", "latest", "/image/tag"),
+    ("image.repository", "Registry/HyCluster:1", "/image/repository"),
+    ("image.digest", "sha256:12", "/image/digest"),
+    ("image.pullPolicy", "Sometimes", "/image/pullPolicy"),
+    ("imagePullSecrets", "registry", "/imagePullSecrets': got string, want array"),
+    ("imagePullSecrets", [{"name": "registry"}], "/imagePullSecrets/0"),
+    ("namespace", "llm", "/namespace': got string"),
+    ("settings.doors", 0, "/settings/doors"),
+    ("settings.doors", 1, "/settings/doors': minimum: got 1, want 2"),
+    ("settings.drain_timeout", 300, "'drain_timeout'"),
+    ("settings.drain_timeout_s", "300s", "/settings/drain_timeout_s"),
+    ("settings.models", [], "/settings/models"),
+    ("settings.models.0.sorce", "x", "/settings/models/0': additional properties 'sorce'"),
+    ("settings.models.0.source", "./large", "/settings/models/0/source"),
+    ("settings.models.0.hardware.cpus", 0, "/settings/models/0/hardware/cpus"),
+    ("settings.http", {"port": "http"}, "/settings/http/port"),
+    ("settings.admission", {"max_request": 1}, "'max_request'"),
+    ("settings.models.0.parallel.data", 4, "engines.0.resources.limits: nvidia.com/gpu: 8 on each of 2 hosts"),
+    ("terminationGracePeriodSeconds", 300, "terminationGracePeriodSeconds: 300 is too short"),
+    ("settings.drain_timeout_s", 9000, ""),
+    ("engines", [], "/engines"),
+    ("engines.0.replicas", 2, "/engines/0': additional properties 'replicas'"),
+    ("engines.0.hosts", 1, "engines.0.resources.limits: nvidia.com/gpu: 8 on each of 1 hosts"),
+    (GPU, GONE, "engines.0.resources.limits: nvidia.com/gpu: must be set"),
+    ("engines.0.nodeSelector", GONE, "engines.0.nodeSelector: must say which nodes have the accelerator H20"),
+    ("engines.0.tolerations.0.efect", "NoSchedule", "'efect'"),
+    ("engines.0.resources.request", {}, "'request'"),
+    ("engines.0.resources.requests.cpu", GONE, "/engines/0/resources/requests': missing property 'cpu'"),
+    ("engines.0.resources.requests.cpu", "1500m", "engines.0.resources.requests.cpu: 1500m must be a whole number"),
+    ("engines.0.resources.limits.memory", "512Gi", "engines.0.resources.limits.memory: must be what is requested"),
+    ("engines.0.resources.requests.memory", "lots", "/engines/0/resources/requests/memory"),
+    ("engines.0.sharedMemory", "32G", "/engines/0/sharedMemory"),
+    ("doors.resources.limits.memory", "5Gi", "doors.resources.limits.memory"),
+    ("weights.repo", "", "weights.repo: must be a hub id"),
+    ("weights.size", "big", "/weights/size"),
+    ("redis.enabled", False, "redis.address: must be HOST:PORT"),
+    ("redis.address", "redis:6379", "redis.address: redis:6379 is without effect"),
+    ("redis.address", "redis", "/redis/address"),
+    ("redis.image", "redis", "/redis/image"),
+    ("hosts", {"http": []}, "/hosts/http"),
+    ("ingress", {"enabled": True}, "ingress.annotations"),
+    ("gateway", {"enable": True}, "'enable'"),
+    ("rdma", {"ipcLock": True}, "rdma.ipcLock"),
+    ("networkPolicies.clientNamespaces", {}, ""),
+    ("networkPolicies.apiServerCidrs", ["anywhere"], "/networkPolicies/apiServerCidrs/0"),
+    ("metrics", {"enabled": "yes"}, "/metrics/enabled': got string, want boolean"),
+]
+# What only the rules see, in what is rendered.
+FOUND: list[tuple[str, Any, str]] = []
+
+
+def planted(given: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy with a value set; only the last step may have dots in it."""
+    changed = copy.deepcopy(given)
+    target: Any = changed
+    steps = path.removesuffix(".nvidia.com/gpu").split(".") + (["nvidia.com/gpu"] if path == GPU else [])
+    for step in steps[:-1]:
+        target = target[int(step)] if isinstance(target, list) else target[step]
+    if value is GONE:
+        del target[steps[-1]]
+    else:
+        target[steps[-1]] = value
+    return changed
+
+
+@pytest.mark.parametrize(("path", "value", "why"), REFUSED)
+def test_a_wrong_value_is_refused_by_name(path: str, value: Any, why: str) -> None:
+    with pytest.raises(Refused) as refused:
+        template(planted(values(LARGE), path, value))
+    assert why in str(refused.value)
+
+
+@pytest.mark.parametrize(("path", "value", "why"), FOUND)
+def test_what_helm_takes_the_rules_find(path: str, value: Any, why: str) -> None:
+    assert why in said(template(planted(values(LARGE), path, value)))
+
+
+def test_no_key_is_free_that_need_not_be() -> None:
+    """What the schema does not close, it says so: an engine's arguments, maps of names, and Helm's own ``global``."""
+    free = []
+
+    def walk(node: Any, path: str) -> None:
+        if isinstance(node, dict):
+            if node.get("type") == "object" and node.get("additionalProperties", True) is True:
+                free.append(path)
+            for key, value in node.items():
+                walk(value, f"{path}/{key}")
+        elif isinstance(node, list):
+            for index, value in enumerate(node):
+                walk(value, f"{path}/{index}")
+
+    walk(schema(), "")
+    assert free == [
+        "/definitions/Model/properties/engine",
+        "/definitions/Model/properties/api",
+        "/properties/global",
+    ]
+    assert json.loads((CHART / "values.schema.json").read_text()) == schema()
+
+
+def test_notes_say_how_to_reach_it_and_what_must_be_there() -> None:
+    told = notes(everything())
+    for needed in ("ray-token", "Secret redis: secret", "Secret registry", "hycluster-s3", "Secret tls", "Gateway edge"):
+        assert needed in told
+    assert "https://a.example.com/v1" in told
+    assert "port-forward service/hycluster 8000" in notes({})
