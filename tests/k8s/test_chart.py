@@ -1,4 +1,4 @@
-"""The Helm chart says what the overlays say; values that are wrong are refused, by Helm or by ``hycluster k8s check``."""
+"""The Helm chart says what the overlays say; wrong values are refused, by Helm or by ``hycluster k8s check``."""
 
 from __future__ import annotations
 
@@ -107,9 +107,10 @@ def test_it_makes_the_cluster_s_part_if_asked() -> None:
 def test_locking_memory_is_allowed_and_asked_for(tmp_path: Path) -> None:
     asked = {"rdma": {"enabled": True, "ipcLock": True}, "namespace": {"create": True}}
     chart = template(values(LARGE) | asked)
-    assert normal(built(K8S / "cluster-ipc-lock")).items() >= {
-        name: resource for name, resource in normal(chart).items() if resource["kind"] == "Namespace"
-    }.items()
+    assert (
+        normal(built(K8S / "cluster-ipc-lock")).items()
+        >= {name: resource for name, resource in normal(chart).items() if resource["kind"] == "Namespace"}.items()
+    )
     assert said(chart) == ""
 
 
@@ -135,7 +136,10 @@ EVERYTHING: dict[str, Any] = {
         "annotations": {"nginx.ingress.kubernetes.io/auth-url": "https://auth.example.com"},
     },
     "metrics": {"enabled": True, "namespace": "prometheus", "labels": {"release": "prometheus"}},
-    "networkPolicies": {"clientNamespaces": {"team": "search"}, "apiServerCidrs": ["203.0.113.7/32"]},
+    "networkPolicies": {
+        "clientNamespaces": [{"team": "search"}, {"team": "ads"}],
+        "apiServerCidrs": ["203.0.113.7/32"],
+    },
     "rdma": {"enabled": True, "resource": "rdma/hca"},
     "gangScheduling": True,
     "terminationGracePeriodSeconds": 600,
@@ -182,7 +186,9 @@ def test_every_value_arrives() -> None:
     ingress = found["Ingress/hycluster"]["spec"]
     assert ingress["tls"] == [{"hosts": ["a.example.com", "b.example.com"], "secretName": "tls"}]
     assert [rule["host"] for rule in ingress["rules"]] == ["a.example.com", "b.example.com"]
-    paths = {path["path"] for rule in found["Ingress/hycluster-grpc"]["spec"]["rules"] for path in rule["http"]["paths"]}
+    paths = {
+        path["path"] for rule in found["Ingress/hycluster-grpc"]["spec"]["rules"] for path in rule["http"]["paths"]
+    }
     assert paths == {"/hycluster.v1.Inference/", "/grpc.health.v1.Health/"}
     assert found["ServiceMonitor/hycluster-doors"]["metadata"]["labels"] == {"release": "prometheus"}
 
@@ -200,7 +206,8 @@ SETTINGS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_settings_are_fitted_as_render_fits_them(settings: dict[str, Any]) -> None:
-    resources = {"requests": {"cpu": 2, "memory": "8Gi"}, "limits": {"memory": "8Gi"}}
+    size = {"cpu": 2, "memory": "8Gi"}
+    resources = {"requests": size, "limits": size}
     engines = [{"resources": resources} for _ in settings["models"]]
     chart = template({"settings": settings, "engines": engines})
     run = yaml.safe_load(service(chart)["spec"]["serveConfigV2"])
@@ -215,7 +222,7 @@ def test_values_for_settings_make_pods_of_their_size(file: str, monkeypatch: pyt
     assert result.exit_code == 0, result.output
     given = yaml.safe_load(result.output)
     if given.get("weights", {}).get("folder"):
-        with pytest.raises(Refused, match="weights.repo: must be a hub id"):
+        with pytest.raises(Refused, match=r"weights\.repo: must be a hub id"):
             template(given)
         given["weights"]["repo"] = "org/repo"
     chart = template(given)
@@ -259,7 +266,6 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("settings.admission", {"max_request": 1}, "'max_request'"),
     ("settings.models.0.parallel.data", 4, "engines.0.resources.limits: nvidia.com/gpu: 8 on each of 2 hosts"),
     ("terminationGracePeriodSeconds", 300, "terminationGracePeriodSeconds: 300 is too short"),
-    ("settings.drain_timeout_s", 9000, ""),
     ("engines", [], "/engines"),
     ("engines.0.replicas", 2, "/engines/0': additional properties 'replicas'"),
     ("engines.0.hosts", 1, "engines.0.resources.limits: nvidia.com/gpu: 8 on each of 1 hosts"),
@@ -283,12 +289,17 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("ingress", {"enabled": True}, "ingress.annotations"),
     ("gateway", {"enable": True}, "'enable'"),
     ("rdma", {"ipcLock": True}, "rdma.ipcLock"),
-    ("networkPolicies.clientNamespaces", {}, ""),
+    ("networkPolicies.clients", [{"namespaceLabels": {}}], "/networkPolicies/clients/0/namespaceLabels"),
     ("networkPolicies.apiServerCidrs", ["anywhere"], "/networkPolicies/apiServerCidrs/0"),
     ("metrics", {"enabled": "yes"}, "/metrics/enabled': got string, want boolean"),
 ]
 # What only the rules see, in what is rendered.
-FOUND: list[tuple[str, Any, str]] = []
+FOUND: list[tuple[str, Any, str]] = [
+    ("engines.0.resources.limits.cpu", "16", "CPUs in 1 x 2 pods"),
+    ("engines.0.priorityClassName", "", "priorityClassName: there is none"),
+    ("engines.0.sharedMemory", "256Mi", "object-store-memory"),
+    ("networkPolicies.clients.0.namespaceLabels", {"team": "search"}, "all pods of namespaces"),
+]
 
 
 def planted(given: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
@@ -342,7 +353,14 @@ def test_no_key_is_free_that_need_not_be() -> None:
 
 def test_notes_say_how_to_reach_it_and_what_must_be_there() -> None:
     told = notes(everything())
-    for needed in ("ray-token", "Secret redis: secret", "Secret registry", "hycluster-s3", "Secret tls", "Gateway edge"):
+    for needed in (
+        "ray-token",
+        "Secret redis: secret",
+        "Secret registry",
+        "hycluster-s3",
+        "Secret tls",
+        "Gateway edge",
+    ):
         assert needed in told
     assert "https://a.example.com/v1" in told
     assert "port-forward service/hycluster 8000" in notes({})

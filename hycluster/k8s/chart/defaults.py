@@ -24,6 +24,8 @@ def defaults(root: Path) -> dict[str, Any]:
     routes = source.add_component({}, root / "k8s/components/gateway-routes", "")["routes.yaml"]
     found["gateway"] = {"authFilter": routes[0]["spec"]["rules"][0]["filters"][0]["extensionRef"]}
     (fabric,) = source.read(root / "k8s/components" / RDMA)["configMapGenerator"]
+    # As private as the API server's, until it is known better.
+    found["redis"]["cidrs"] = found["networkPolicies"]["apiServerCidrs"]
     found[RDMA] = {"environment": dict(literal.split("=", 1) for literal in fabric["literals"])}
     return found
 
@@ -102,7 +104,7 @@ def _values(by_name: dict[str, Any], spec: dict[str, Any], cluster: dict[str, An
         "engines": [_group(group) for group in engines],
         "redis": _redis(by_name, cluster),
         "networkPolicies": {
-            "clientNamespaces": _clients(by_name["NetworkPolicy/hycluster-doors"]),
+            "clients": _clients(by_name["NetworkPolicy/hycluster-doors"]),
             "apiServerCidrs": [peer["ipBlock"]["cidr"] for peer in api_server],
         },
     }
@@ -190,7 +192,10 @@ def _rdma(fabric: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
     return {"enabled": True, "resource": device, "environment": fabric["data"], "ipcLock": lock}
 
 
-def _clients(policy: dict[str, Any]) -> dict[str, str]:
-    peers = policy["spec"]["ingress"][0]["from"]
-    (labels,) = (peer["namespaceSelector"]["matchLabels"] for peer in peers if "namespaceSelector" in peer)
-    return dict(labels)
+def _clients(policy: dict[str, Any]) -> list[dict[str, Any]]:
+    found = []
+    for peer in policy["spec"]["ingress"][0]["from"]:
+        if "namespaceSelector" in peer:
+            pods = {"podLabels": peer["podSelector"]["matchLabels"]} if "podSelector" in peer else {}
+            found.append({"namespaceLabels": peer["namespaceSelector"]["matchLabels"]} | pods)
+    return found

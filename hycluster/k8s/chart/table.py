@@ -6,6 +6,7 @@ component that nobody has decided on.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from hycluster.k8s.chart.nodes import Block, Each, IfAny, Lines, Scalar, When
@@ -69,6 +70,13 @@ WEIGHTS = {
     },
 }
 
+
+def labels(whose: str) -> Callable[[Any], Block]:
+    """Of pods that somebody else has made. A default among the values would be merged with what is given."""
+    name = {"ingress": "ingress-nginx", "metrics": "prometheus"}[whose]
+    return lambda _: Block(f'$.Values.{whose}.podLabels | default (dict "app.kubernetes.io/name" "{name}")')
+
+
 # In place of what is there; a function is given what is there.
 REPLACED: dict[str, Any] = {
     f"{RAY}/authOptions/secretName": Scalar("$.Values.tokenSecretName"),
@@ -102,13 +110,20 @@ REPLACED: dict[str, Any] = {
     "NetworkPolicy/hycluster-ray/spec/egress/1": lambda own: When(
         "$.Values.redis.enabled",
         own,
-        {"ports": [{"port": Scalar('$.Values.redis.address | splitList ":" | last | int')}]},
+        {
+            "to": [Each("$cidr := $.Values.redis.cidrs", {"ipBlock": {"cidr": Scalar("$cidr")}})],
+            "ports": [{"port": Scalar('$.Values.redis.address | splitList ":" | last | int')}],
+        },
     ),
     "NetworkPolicy/hycluster-head/spec/egress/0/to": [
         Each("$cidr := $.Values.networkPolicies.apiServerCidrs", {"ipBlock": {"cidr": Scalar("$cidr")}})
     ],
-    "NetworkPolicy/hycluster-doors/spec/ingress/0/from/1/namespaceSelector/matchLabels": Block(
-        "$.Values.networkPolicies.clientNamespaces"
+    "NetworkPolicy/hycluster-doors/spec/ingress/0/from/1": Each(
+        "$client := $.Values.networkPolicies.clients",
+        {
+            "namespaceSelector": {"matchLabels": Block("$client.namespaceLabels")},
+            "podSelector": When("$client.podLabels", {"matchLabels": Block("$client.podLabels")}),
+        },
     ),
     "PodDisruptionBudget/hycluster-doors/spec/minAvailable": Scalar(
         'include "hycluster.doors" $ | int | add -1 | max 1'
@@ -130,11 +145,11 @@ REPLACED: dict[str, Any] = {
         "$.Values.gateway.name"
     ),
     f"NetworkPolicy/hycluster-ingress/{FROM}/{NAMESPACE}": Scalar("$.Values.ingress.namespace"),
-    f"NetworkPolicy/hycluster-ingress/{FROM}/podSelector/matchLabels": Block("$.Values.ingress.podLabels"),
+    f"NetworkPolicy/hycluster-ingress/{FROM}/podSelector/matchLabels": labels("ingress"),
     f"NetworkPolicy/hycluster-metrics/{FROM}/{NAMESPACE}": Scalar("$.Values.metrics.namespace"),
-    f"NetworkPolicy/hycluster-metrics/{FROM}/podSelector/matchLabels": Block("$.Values.metrics.podLabels"),
+    f"NetworkPolicy/hycluster-metrics/{FROM}/podSelector/matchLabels": labels("metrics"),
     f"NetworkPolicy/hycluster-ray-metrics/{FROM}/{NAMESPACE}": Scalar("$.Values.metrics.namespace"),
-    f"NetworkPolicy/hycluster-ray-metrics/{FROM}/podSelector/matchLabels": Block("$.Values.metrics.podLabels"),
+    f"NetworkPolicy/hycluster-ray-metrics/{FROM}/podSelector/matchLabels": labels("metrics"),
 }
 # Beside what is there.
 ADDED: dict[str, Any] = {

@@ -84,6 +84,7 @@ class Pods(Values):
 
 
 class EngineGroup(Pods):
+    priority_class_name: NoOrDnsName = Field(default="hycluster-engines", description="The PriorityClass; empty: none.")
     hosts: int = Field(default=1, ge=1, le=64, description="Pods of one replica, on a node each.")
     shared_memory: Size = Field(default="1Gi", description="Of /dev/shm, through which one engine's ranks talk.")
 
@@ -114,6 +115,7 @@ class Redis(Pods):
         pattern=r"^([A-Za-z0-9.-]+:[0-9]{1,5})?$",
         description="HOST:PORT of another Redis; needed where enabled is false, and for that only.",
     )
+    cidrs: tuple[Cidr, ...] = Field(min_length=1, description="Where the other Redis is.")
     password_secret: PasswordSecret = Field(default=PasswordSecret(), description="Where the password is.")
     image: str = Field(
         pattern=r"^[a-z0-9.-]+(:[0-9]+)?(/[a-z0-9._-]+)*:[A-Za-z0-9_.-]+(@sha256:[0-9a-f]{64})?$",
@@ -164,7 +166,7 @@ class Ingress(Values):
         default="ingress-nginx", description="Of the controller, from which its pods reach the doors."
     )
     pod_labels: Labels = Field(
-        default={"app.kubernetes.io/name": "ingress-nginx"}, min_length=1, description="Of the controller's pods."
+        default={}, description="Of the controller's pods; empty: app.kubernetes.io/name: ingress-nginx."
     )
     tls_secret_name: NoOrDnsName = Field(
         default="", description="A kubernetes.io/tls Secret with the hosts' certificate; empty: no TLS."
@@ -189,16 +191,24 @@ class Metrics(Values):
     enabled: bool = Field(default=False, description="ServiceMonitor and PodMonitor for Prometheus' operator.")
     namespace: DnsName = Field(default="monitoring", description="Of Prometheus, from which it reaches the pods.")
     pod_labels: Labels = Field(
-        default={"app.kubernetes.io/name": "prometheus"},
-        min_length=1,
-        description="Of Prometheus' pods; who may read a door's metrics may use its API.",
+        default={},
+        description="Of Prometheus' pods; empty: app.kubernetes.io/name: prometheus. Who may read a door's metrics may"
+        " use its API.",
     )
     labels: Labels = Field(default={}, description="On the monitors, where the operator selects by label.")
 
 
+class Client(Values):
+    namespace_labels: Labels = Field(min_length=1, description="Labels of their namespaces; a namespace has them all.")
+    pod_labels: Labels = Field(
+        default={},
+        description="Labels of the pods; empty: all of them, which only namespaces labelled hycluster/clients may say.",
+    )
+
+
 class NetworkPolicies(Values):
-    client_namespaces: Labels = Field(
-        min_length=1, description="Labels of the namespaces whose pods may call the doors; all of them on each."
+    clients: tuple[Client, ...] = Field(
+        min_length=1, description="Whose pods may call the doors, beside those of the own namespace."
     )
     api_server_cidrs: tuple[Cidr, ...] = Field(
         min_length=1, description="Where the API server is, which Ray's autoscaler asks for pods."

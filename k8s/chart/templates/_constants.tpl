@@ -33,7 +33,7 @@
   "share": 0.001,
   "gpu": "nvidia.com/gpu",
   "group": {
-    "priorityClassName": "",
+    "priorityClassName": "hycluster-engines",
     "nodeSelector": {},
     "tolerations": [],
     "hosts": 1,
