@@ -17,7 +17,7 @@ EXTRA = "pip install 'hycluster[k8s]'"
 Rule = Callable[[Resource, All], Iterator[Broken]]
 RULES: Sequence[tuple[tuple[str, ...], Sequence[Rule]]] = (
     (("RayService", "RayJob", "RayCronJob", "RayCluster"), ray.RULES),
-    (("RayService",), (*ray.SERVICE_RULES, *serving.RULES)),
+    (("RayService",), (*ray.SERVICE_RULES, *serving.RULES, *network.RAY_RULES)),
     (("RayJob", "RayCronJob"), ray.JOB_RULES),
     (("Service",), network.SERVICE_RULES),
     (("NetworkPolicy",), network.POLICY_RULES),
@@ -67,10 +67,10 @@ def refused(resources: Sequence[Resource]) -> list[Fault]:
         raise CheckError(f"k8s check needs the package {error.name}: {EXTRA}") from error
     found = []
     for resource in resources:
-        for error in schema_errors(resource) if is_known(resource) else ():
-            field, _, message = error.removeprefix("$").removeprefix(".").partition(": ")
-            told = Broken(field or "(all of it)", message, "be as its definition says", "the API server refuses it")
-            found.append(Fault(name_of(resource), told))
+        for told in schema_errors(resource) if is_known(resource) else ():
+            field, _, message = told.removeprefix("$").removeprefix(".").partition(": ")
+            fault = Broken(field or "(all of it)", message, "be as its definition says", "the API server refuses it")
+            found.append(Fault(name_of(resource), fault))
     return found
 
 

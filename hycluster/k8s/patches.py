@@ -1,4 +1,4 @@
-"""What the settings say of pods, as kustomize takes it: a JSON patch of the base's RayService, and what stands beside."""
+"""What the settings say of pods, as kustomize takes it: a patch of the base's RayService, and what stands beside."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ from hycluster.k8s.check import broken, refused
 from tests.k8s.kustomize import COMPONENTS, JOBS, K8S, OVERLAYS, built, with_components
 
 # In overlays of the GPUs already, and nothing without them.
-WITHIN = {"h20", "weights"}
+WITHIN = {"gpu", "weights", "name-references"}
+CLUSTER = [K8S / "cluster", K8S / "cluster-ipc-lock"]
 ON_TOP = [component for component in COMPONENTS if component.name not in WITHIN]
 
 
@@ -31,10 +32,11 @@ def manifests(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Of each kind that there is: the largest overlay, both jobs, all components."""
     scratch = tmp_path_factory.mktemp("kustomize")
     large = with_components(K8S / "overlays" / "hunyuan-large-bf16", ON_TOP, scratch)
-    return [*large, *(resource for job in JOBS for resource in built(job))]
+    cluster = built(K8S / "cluster-ipc-lock")
+    return [*large, *cluster, *(resource for job in JOBS for resource in built(job))]
 
 
-@pytest.mark.parametrize("folder", [*OVERLAYS, *JOBS], ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", [*OVERLAYS, *JOBS, *CLUSTER], ids=lambda folder: folder.name)
 def test_it_is_what_clusters_take(folder: Path) -> None:
     assert problems(built(folder)) == []
 
@@ -60,6 +62,7 @@ DOORS = "spec.rayClusterConfig.workerGroupSpecs.0"
 ENGINES = "spec.rayClusterConfig.workerGroupSpecs.1"
 DOOR = f"{DOORS}.template.spec.containers.0"
 ENGINE = f"{ENGINES}.template.spec.containers.0"
+HEAD_ENV = f"{HEAD}.containers.0.env"
 JOB_HEAD = "spec.rayClusterSpec.headGroupSpec.template.spec"
 
 PLANTED: list[tuple[str, str, Any, str]] = [
@@ -81,20 +84,22 @@ PLANTED: list[tuple[str, str, Any, str]] = [
     ("HTTPRoute", "spec.rules.0.matches.0.path.value", "v1", "value must be an absolute path"),
     ("GRPCRoute", "spec.rules.0.backendRefs.0.port", 90000, "90000"),
     ("ServiceMonitor", "spec.endpoints.0.intervall", "15s", "intervall"),
+    ("PodMonitor", "spec.podMetricsEndpoints.0.intervall", "15s", "intervall"),
+    ("PriorityClass", "preemption", "Never", "preemption"),
     # What it takes, and what would not work.
     ("RayService", "metadata.name", "hycluster-of-a-name-that-is-far-too-long-for-ray", "47 characters"),
-    ("RayService", "spec.upgradeStrategy.type", "NewClusterWithIncrementalUpgrade", "must be NewCluster"),
+    ("RayService", "spec.upgradeStrategy.type", "NewClusterWithIncrementalUpgrade", "be NewCluster"),
     ("RayService", "spec.excludeHeadPodFromServeSvc", GONE, "head has no door"),
     ("RayService", "spec.rayClusterConfig.rayVersion", "2.59.0", "rayVersion"),
-    ("RayService", "spec.rayClusterConfig.authOptions", GONE, "must be token"),
-    ("RayService", "spec.rayClusterConfig.autoscalerOptions.version", "v1", "must be v2"),
+    ("RayService", "spec.rayClusterConfig.authOptions", GONE, "be token"),
+    ("RayService", "spec.rayClusterConfig.autoscalerOptions.version", "v1", "be v2"),
     ("RayService", "spec.rayClusterConfig.gcsFaultToleranceOptions", GONE, "redisAddress"),
     ("RayService", "spec.rayClusterConfig.headGroupSpec.rayStartParams.num-cpus", "4", "num-cpus"),
     ("RayService", f"{ENGINES}.template.spec.restartPolicy", "Always", "restartPolicy"),
     ("RayService", f"{ENGINES}.maxReplicas", 0, "minReplicas to maxReplicas"),
     ("RayService", f"{ENGINES}.rayStartParams.num-gpus", "8", "rayStartParams too"),
     ("RayService", f"{ENGINES}.resources.accelerator_type:H20", GONE, "accelerator_type:H20"),
-    ("RayService", f"{ENGINES}.numOfHosts", 1, "ask for 16"),
+    ("RayService", f"{ENGINES}.numOfHosts", 1, "hold 16"),
     ("RayService", f"{ENGINES}.template.spec.terminationGracePeriodSeconds", 60, "terminationGracePeriodSeconds"),
     ("RayService", f"{ENGINE}.env.0.value", "30", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"),
     ("RayService", f"{ENGINES}.rayStartParams.object-store-memory", "99999999999", "fit /dev/shm (32 GiB)"),
@@ -106,37 +111,90 @@ PLANTED: list[tuple[str, str, Any, str]] = [
     ("RayService", f"{ENGINE}.volumeMounts.0.mountPath", "/scratch", "/tmp"),
     ("RayService", f"{ENGINE}.resources.limits.memory", "512Gi", "limits.memory"),
     ("RayService", f"{DOOR}.lifecycle.preStop.exec.command", ["sleep", "60"], "terminationGracePeriodSeconds"),
-    ("RayService", f"{DOOR}.ports.0.containerPort", 8001, "ports of the doors' pods"),
+    ("RayService", f"{DOOR}.ports.0.containerPort", 8001, "of the doors' pods"),
     ("RayService", f"{DOORS}.resources.door", "0.5", "room for a door's successor"),
     ("RayService", f"{DOORS}.minReplicas", 1, "a pod each"),
     ("RayService", f"{HEAD}.securityContext.runAsNonRoot", False, "not root"),
     ("RayService", f"{HEAD}.securityContext.seccompProfile", GONE, "seccompProfile"),
-    ("RayService", f"{DOORS}.template.spec.automountServiceAccountToken", True, "no token"),
+    ("RayService", f"{DOORS}.template.spec.automountServiceAccountToken", True, "a token in a pod"),
+    ("RayService", f"{DOORS}.template.spec.serviceAccountName", "other", "one of the ServiceAccounts here: hycluster"),
+    ("RayService", f"{HEAD_ENV}.3.value", "mine-hycluster-redis", "of which there is no Service here"),
+    ("RayService", "spec.rayClusterConfig.gcsFaultToleranceOptions.redisAddress", "redis:6379", "name the Service"),
+    ("RayService", "spec.rayClusterDeletionDelaySeconds", 60, "be 315 or more"),
+    (
+        "RayService",
+        f"{DOORS}.template.spec.topologySpreadConstraints.0.whenUnsatisfiable",
+        "ScheduleAnyway",
+        "may share",
+    ),
+    ("RayService", f"{DOORS}.template.spec.priorityClassName", GONE, "evicts the head and the doors"),
+    ("RayService", f"{ENGINES}.template.spec.priorityClassName", "hycluster-control", "below theirs"),
+    ("RayService", f"{HEAD_ENV}.2.value", "1", "RAY_USAGE_STATS_ENABLED"),
+    (
+        "RayService",
+        f"{ENGINES}.template.metadata.labels",
+        {"hycluster/role": "engines"},
+        "no NetworkPolicy here is for",
+    ),
+    ("RayService", f"{ENGINES}.template.spec.imagePullSecrets", GONE, "pulled there with a secret"),
+    ("RayService", f"{ENGINE}.securityContext.runAsUser", 1000, "to root alone"),
+    ("RayService", f"{ENGINE}.securityContext.capabilities.add", ["IPC_LOCK", "SYS_ADMIN"], "add nothing but"),
+    ("RayService", f"{ENGINE}.securityContext.capabilities.add", GONE, "only IPC_LOCK is a reason"),
+    (
+        "RayJob",
+        "spec.rayClusterSpec.workerGroupSpecs.0.template.spec.containers.0.resources.limits.cpu",
+        "500m",
+        "be 1 or",
+    ),
     ("RayJob", "spec.shutdownAfterJobFinishes", False, "held for ever"),
     ("RayJob", "spec.backoffLimit", 0, "tries"),
     ("RayJob", "spec.entrypoint", "sleep 1", "batch run"),
-    ("RayJob", f"{JOB_HEAD}.serviceAccountName", "default", "no token"),
+    ("RayJob", f"{JOB_HEAD}.serviceAccountName", "default", "without rights"),
     ("RayCronJob", "metadata.name", "hycluster-nightly-of-a-very-long-name", "36 characters"),
     ("Service", "spec.selector", {"hycluster/role": "door"}, "selects no pod"),
     ("Service", "spec.ports.0.targetPort", "http", "no selected pod has a port http"),
     ("StatefulSet", "spec.template.metadata.labels", {"a": "b"}, "selects no pod"),
-    ("PodDisruptionBudget", "spec.minAvailable", "50%", "must be a number"),
+    ("PodDisruptionBudget", "spec.minAvailable", "50%", "be a number"),
     ("PodDisruptionBudget", "spec.minAvailable", 3, "3 of 2"),
+    ("PodDisruptionBudget", "spec.minAvailable", 0, "more than one at once"),
     ("NetworkPolicy", "spec.podSelector.matchLabels", {"hycluster/role": "nobody"}, "selects no pod"),
-    ("ServiceAccount", "automountServiceAccountToken", True, "must be false"),
-    ("Namespace", "metadata.labels", {}, "restricted"),
+    (
+        "NetworkPolicy/hycluster-head",
+        "spec.ingress.0.from.0.podSelector.matchExpressions.0.values",
+        ["kuberay"],
+        "kuberay-operator",
+    ),
+    ("NetworkPolicy/hycluster-head", "spec.egress", [], "lets the autoscaler to the API server"),
+    ("NetworkPolicy/hycluster-metrics", "spec.ingress.0.from.0.podSelector", GONE, "one port"),
+    ("NetworkPolicy/hycluster-ray-metrics", "spec.ingress.0.ports", [{"port": 9090}], "which no NetworkPolicy opens"),
+    ("NetworkPolicy/hycluster-weights", "metadata.annotations", {}, "say for what"),
+    ("NetworkPolicy/hycluster-ray", "spec.egress.0.to", GONE, "would find the Internet open"),
+    ("NetworkPolicy", "spec.ingress", [{}], "everybody"),
+    ("NetworkPolicy", "spec.ingress", [{"from": [{"namespaceSelector": {}}]}], "name the pods"),
+    ("PriorityClass", "globalDefault", True, "be false"),
+    ("PodMonitor", "spec.podMetricsEndpoints.0.port", "metriks", "be one of"),
+    ("PodMonitor", "spec.podMetricsEndpoints.0.port", "gcs-server", "which no NetworkPolicy opens"),
+    ("HTTPRoute", "spec.rules.0.filters", GONE, "nobody is asked for credentials"),
+    ("GRPCRoute", "spec.rules.0.filters", GONE, "nobody is asked for credentials"),
+    ("ServiceAccount", "automountServiceAccountToken", True, "be false"),
+    ("Namespace", "metadata.annotations", {}, "say why not"),
     ("PersistentVolumeClaim", "spec.accessModes", ["ReadWriteOnce"], "several nodes"),
     ("ConfigMap", "data.REPO", "", "REPO"),
     ("HTTPRoute", "spec.rules.0.backendRefs.0.port", 9000, "hycluster at 8000"),
     ("GRPCRoute", "spec.rules.0.backendRefs.0.name", "other", "hycluster at 9000"),
-    ("ServiceMonitor", "spec.endpoints.0.port", "metrics", "port http"),
+    ("ServiceMonitor", "spec.endpoints.0.port", "metrics", "be a port of a Service that it selects: grpc, http"),
 ]
 
 
 def planted(manifests: list[dict[str, Any]], kind: str, path: str, value: Any) -> list[dict[str, Any]]:
-    """A copy, the first resource of a kind to its front and with a value set."""
+    """A copy, the first resource of a kind (or KIND/NAME) to its front and with a value set."""
     changed = copy.deepcopy(manifests)
-    changed.sort(key=lambda resource: resource["kind"] != kind)
+    kind, _, name = kind.partition("/")
+    changed.sort(
+        key=lambda resource: (
+            (resource["kind"], name or resource["metadata"]["name"]) != (kind, resource["metadata"]["name"])
+        )
+    )
     target: Any = changed[0]
     *parents, last = path.split(".")
     for part in parents:
@@ -162,8 +220,8 @@ SERVE_MISTAKES = [
     ("import_path: hycluster.app:build", "import_path: hycluster.app:application", "hycluster.app:build"),
     ("drain_timeout_s: 300", "drain_timeout_s: 330", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"),
     ("drain_timeout_s: 300", "drain_timeout: 300", "drain_timeout"),
-    ("port: 8000", "port: 8080", "ports of the doors' pods"),
-    ("data: 2", "data: 4", "ask for 32"),
+    ("port: 8000", "port: 8080", "the port door-http of the doors' pods"),
+    ("data: 2", "data: 4", "hold 32"),
 ]
 
 
@@ -179,7 +237,7 @@ def test_a_mistake_in_serves_settings_is_found(
 
 
 def test_a_mistake_is_planted_in_each_kind(manifests: list[dict[str, Any]]) -> None:
-    assert {kind for kind, *_ in PLANTED} == {resource["kind"] for resource in manifests}
+    assert {kind.partition("/")[0] for kind, *_ in PLANTED} == {resource["kind"] for resource in manifests}
 
 
 def test_pods_for_all_replicas_that_a_load_may_ask_for() -> None:
@@ -187,4 +245,7 @@ def test_pods_for_all_replicas_that_a_load_may_ask_for() -> None:
     (service,) = (resource for resource in resources if resource["kind"] == "RayService")
     service["spec"]["rayClusterConfig"]["workerGroupSpecs"][1]["maxReplicas"] = 3
     (said,) = problems(resources, [])
-    assert said == "RayService hycluster: engines: 12 GPUs in maxReplicas' pods; the settings ask for up to 16"
+    assert said == (
+        "RayService/hycluster: spec.rayClusterConfig.workerGroupSpecs[1].maxReplicas: 12 GPUs in 3 x 1 pods; must be as"
+        " many as hold 16, which the settings allow (the load would ask for replicas that never come)"
+    )

@@ -121,7 +121,7 @@ def _egress(resource: Resource, _all: All) -> Iterator[Broken]:
             )
 
 
-def is_closed(resource: Resource, every: All) -> Iterator[Broken]:
+def _is_closed(resource: Resource, every: All) -> Iterator[Broken]:
     """All Ray pods of a service have policies for both ways."""
     policies = every.of_kind("NetworkPolicy")
     for pod in every.pods:
@@ -139,6 +139,32 @@ def is_closed(resource: Resource, every: All) -> Iterator[Broken]:
                 f"no NetworkPolicy here is for this pod's {' and '.join(sorted(missing))}",
                 "have the labels that the policies select",
                 "who reaches Ray's ports runs code there",
+            )
+
+
+def way_out(pod: Pod, port: int, every: All) -> bool:
+    """Whether a pod may reach addresses outside of the cluster at a port."""
+    closed = False
+    for policy in every.of_kind("NetworkPolicy"):
+        spec = policy["spec"]
+        if "Egress" not in (spec.get("policyTypes") or ()) or pod not in selected(spec.get("podSelector") or {}, every):
+            continue
+        closed = True
+        for rule in spec.get("egress") or ():
+            outside = not rule.get("to") or any("ipBlock" in peer for peer in rule["to"])
+            if outside and port in {each.get("port", port) for each in rule.get("ports") or ({},)}:
+                return True
+    return not closed
+
+
+def _head_asks_the_api_server(resource: Resource, every: All) -> Iterator[Broken]:
+    for pod in every.pods:
+        if pod.owner == name_of(resource) and pod.autoscaled and not way_out(pod, 443, every):
+            yield Broken(
+                f"{pod.path}.metadata.labels",
+                "no NetworkPolicy here lets the autoscaler to the API server",
+                "be let out at 443 to its address",
+                "it could ask for no pods",
             )
 
 
@@ -188,6 +214,7 @@ def _admits(policy: Resource, pod: Pod, numbers: set[int], every: All) -> bool:
     )
 
 
+RAY_RULES = (_is_closed, _head_asks_the_api_server)
 SERVICE_RULES = (selects_somebody, _ports_are_there)
 POLICY_RULES = (selects_somebody, _opens_to_named, _head_hears_operator, _egress)
 MONITOR_RULES = (_reads_a_service,)

@@ -90,11 +90,21 @@ def _shared(resource: Resource, every: All) -> Iterator[Broken]:
         )
 
 
+def settings_in(config: Resource) -> Settings | None:
+    """Those of a job's ConfigMap; None if it has none that are right."""
+    try:
+        return validate(Settings, yaml.safe_load(config["data"]["settings.yaml"]), "settings.yaml")
+    except (SettingsError, yaml.YAMLError, KeyError, TypeError):
+        return None
+
+
 def _values(resource: Resource, _all: All) -> Iterator[Broken]:
     data = resource.get("data") or {}
     if "settings.yaml" in data:
         try:
             validate(Settings, yaml.safe_load(data["settings.yaml"]), "settings.yaml")
+        except yaml.YAMLError as error:
+            yield Broken("data.settings.yaml", " ".join(str(error).split()), "be YAML", "the job does not start")
         except SettingsError as error:
             for line in error.message.splitlines():
                 yield Broken("data.settings.yaml", line, "be valid settings", "the job does not start")

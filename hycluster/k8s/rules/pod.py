@@ -11,12 +11,12 @@ from hycluster.k8s.rules.drain import is_control
 RAY_FOLDERS = ("/tmp", "/dev/shm", "/home/hycluster")
 # What may be added in a namespace that allows it: locking memory for RDMA (k8s/components/rdma-ipc-lock).
 CAPABILITIES = {"IPC_LOCK"}
+ENFORCE = "pod-security.kubernetes.io/enforce"
 
 
 def _user(pod: Pod, _all: All) -> Iterator[Broken]:
     security = pod.spec.get("securityContext") or {}
-    locks = any("IPC_LOCK" in _added(container) for _, container in pod.containers)
-    if not locks and (security.get("runAsNonRoot") is not True or not security.get("runAsUser")):
+    if security.get("runAsNonRoot") is not True or not security.get("runAsUser"):
         user = security.get("runAsUser")
         yield Broken(
             "spec.securityContext.runAsNonRoot",
@@ -36,6 +36,9 @@ def _user(pod: Pod, _all: All) -> Iterator[Broken]:
 def _unprivileged(pod: Pod, _all: All) -> Iterator[Broken]:
     for path, container in pod.containers:
         security = container.get("securityContext") or {}
+        root = security.get("runAsUser") == 0 or security.get("runAsNonRoot") is False
+        if root and "IPC_LOCK" not in _added(container):
+            yield Broken(f"{path}.securityContext.runAsUser", "root", "be as the pod's", "only IPC_LOCK is a reason")
         for key, wanted in (("allowPrivilegeEscalation", False), ("readOnlyRootFilesystem", True)):
             if security.get(key) is not wanted:
                 yield Broken(
@@ -55,6 +58,43 @@ def _added(container: dict[str, object]) -> set[str]:
     security = container.get("securityContext")
     capabilities = security.get("capabilities") if isinstance(security, dict) else None
     return set((capabilities or {}).get("add") or ())
+
+
+def _locks_memory(pod: Pod, every: All) -> Iterator[Broken]:
+    """A capability that is of use, in a namespace that allows it."""
+    standards = {labels_of(namespace).get(ENFORCE) for namespace in every.of_kind("Namespace")}
+    for path, container in pod.containers:
+        if "IPC_LOCK" not in _added(container):
+            continue
+        security = {**(pod.spec.get("securityContext") or {}), **(container.get("securityContext") or {})}
+        if security.get("runAsUser") != 0:
+            yield Broken(
+                f"{path}.securityContext.runAsUser",
+                str(security.get("runAsUser")),
+                "be 0 with IPC_LOCK",
+                "the kernel gives added capabilities to root alone: RDMA would fail as without",
+            )
+        if standards & {"restricted", "baseline"}:
+            yield Broken(
+                f"{path}.securityContext.capabilities.add",
+                "IPC_LOCK in a namespace that enforces " + " and ".join(sorted(map(str, standards))),
+                "be in a namespace that enforces privileged (k8s/cluster-ipc-lock)",
+                "the API server refuses the pod",
+            )
+
+
+def _no_secret_in_argv(pod: Pod, _all: All) -> Iterator[Broken]:
+    for path, container in pod.containers:
+        secret = {e["name"] for e in container.get("env") or () if "secretKeyRef" in (e.get("valueFrom") or {})}
+        words = [*(container.get("command") or ()), *(container.get("args") or ())]
+        for name in sorted(secret):
+            if any(f"$({name})" in word for word in words):
+                yield Broken(
+                    f"{path}.args",
+                    f"$({name}) is a secret's",
+                    "be without secrets",
+                    "every process of the node reads command lines, and so do logs",
+                )
 
 
 def _token(pod: Pod, _all: All) -> Iterator[Broken]:
@@ -189,6 +229,8 @@ def _priority(pod: Pod, every: All) -> Iterator[Broken]:
 RULES = (
     _user,
     _unprivileged,
+    _locks_memory,
+    _no_secret_in_argv,
     _token,
     _account_is_there,
     _images,

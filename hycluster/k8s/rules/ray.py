@@ -7,6 +7,8 @@ from functools import cache
 from importlib.metadata import version
 
 from hycluster.k8s.pods import All, Broken, Pod, Resource, cluster_of, job_of, pods_of
+from hycluster.k8s.rules.objects import settings_in
+from hycluster.placement import reserved
 
 NAME_LIMIT = {"RayService": 47, "RayJob": 47, "RayCronJob": 36, "RayCluster": 63}
 HOSTNAME = "kubernetes.io/hostname"
@@ -200,6 +202,24 @@ def _job(resource: Resource, _all: All) -> Iterator[Broken]:
         )
 
 
+def _job_has_room(resource: Resource, every: All) -> Iterator[Broken]:
+    """CPUs and GPUs for all replicas of the settings that the job's pods mount."""
+    for pod in _cluster_pods(resource, every):
+        mounted = {(volume.get("configMap") or {}).get("name") for volume in pod.spec.get("volumes") or ()}
+        maps = [m for m in every.of_kind("ConfigMap") if m["metadata"]["name"] in mounted and pod.role == "job-engines"]
+        for settings in filter(None, (settings_in(each) for each in maps)):
+            for name, ray_name in (("cpu", "CPU"), ("nvidia.com/gpu", "GPU")):
+                there = pod.limit(name) * pod.count
+                wanted = sum(reserved(model).get(ray_name, 0) * model.replicas.count for model in settings.models)
+                if wanted > there:
+                    yield Broken(
+                        f"{pod.path}.spec.containers[0].resources.limits.{name}",
+                        f"{there:g} in {pod.count} pods",
+                        f"be {wanted:g} or more, for the replicas of its settings.yaml",
+                        "the job would wait for engines for ever",
+                    )
+
+
 RULES = (_name, _cluster, _groups)
 SERVICE_RULES = (_service, _redis, _doors_are_apart, _one_service)
-JOB_RULES = (_job,)
+JOB_RULES = (_job, _job_has_room)

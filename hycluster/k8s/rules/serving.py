@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import yaml
 
 from hycluster.config import Model, Settings, validate
 from hycluster.errors import SettingsError
-from hycluster.k8s.pods import All, Broken, Pod, Resource, pods_of
+from hycluster.k8s.pods import All, Broken, Pod, Resource, annotations_of, pods_of
 from hycluster.k8s.render import APP_NAME, IMPORT_PATH, PORTS
 from hycluster.k8s.rules.drain import DRAIN
-from hycluster.k8s.rules.network import is_closed
+from hycluster.k8s.rules.network import way_out
+from hycluster.k8s.sizes import SERVE_MARGIN_S, deletion_delay_s, stored_remotely
 from hycluster.placement import on_gpus, reserved
 
-# What Serve gives a deployment beyond drain_timeout_s, see hycluster/app.py.
-SERVE_MARGIN_S = 15
+STORE_PORT = 443
 SERVE = "spec.serveConfigV2"
 
 
 def _settings(resource: Resource) -> Settings | None:
     """Those that the pods start with; None if they are wrong."""
+    return _read(resource["spec"].get("serveConfigV2") or "")
+
+
+@cache
+def _read(text: str) -> Settings | None:
     try:
-        serve = yaml.safe_load(resource["spec"]["serveConfigV2"])
+        serve = yaml.safe_load(text)
         return validate(Settings, serve["applications"][0]["args"], "args")
     except (SettingsError, yaml.YAMLError, KeyError, TypeError, IndexError):
         return None
@@ -137,12 +143,12 @@ def _drains_in_time(resource: Resource, _all: All) -> Iterator[Broken]:
                 f"be {needs_s:g} or more: drain_timeout_s {settings.drain_timeout_s:g} and Serve's {SERVE_MARGIN_S}",
                 "Ray ends what still drains",
             )
-    delay = resource["spec"].get("rayClusterDeletionDelaySeconds", 60)
-    if delay < needs_s:
+    delay, least = resource["spec"].get("rayClusterDeletionDelaySeconds", 60), deletion_delay_s(settings)
+    if delay < least:
         yield Broken(
             "spec.rayClusterDeletionDelaySeconds",
             str(delay),
-            f"be {needs_s:g} or more, as long as work may go on: drain_timeout_s {settings.drain_timeout_s:g}",
+            f"be {least} or more, as long as work may go on: drain_timeout_s {settings.drain_timeout_s:g}",
             "the old cluster's head and workers are removed together, and with them what they have in work",
         )
 
@@ -159,7 +165,7 @@ def _engines(resource: Resource, _all: All) -> Iterator[Broken]:
             yield Broken(
                 "spec.rayClusterConfig.workerGroupSpecs",
                 f"no group for {model.name}",
-                f"have a group whose resources have {_wants(model)}",
+                f"have a group whose resources have {', '.join(_wants(model)) or 'CPUs'}",
                 "the autoscaler must know what a node will have before there is one",
             )
             continue
@@ -179,12 +185,14 @@ def _homes(settings: Settings, pods: list[Pod]) -> Iterator[tuple[Pod | None, li
         yield pods[place], models
 
 
-def _wants(model: Model) -> str:
-    return f"accelerator_type:{model.hardware.accelerator}" if on_gpus(model) else "CPUs"
+def _wants(model: Model) -> list[str]:
+    """Names of Ray's resources that the group's nodes must have."""
+    kind = [f"accelerator_type:{model.hardware.accelerator}"] if on_gpus(model) else []
+    return kind + list(model.hardware.resources)
 
 
 def _is_home(model: Model, pod: Pod) -> bool:
-    return not on_gpus(model) or _wants(model) in (pod.group.get("resources") or {})
+    return set(_wants(model)) <= (pod.group.get("resources") or {}).keys()
 
 
 def _room(pod: Pod, models: list[Model]) -> Iterator[Broken]:
@@ -205,13 +213,48 @@ def _room(pod: Pod, models: list[Model]) -> Iterator[Broken]:
             yield Broken(
                 f"{group}.maxReplicas",
                 f"{most:g} {resource}s in {pod.bound('maxReplicas')} x {pod.hosts} pods",
-                f"be as many as hold {wanted:g}, as the settings ask for up to",
+                f"be as many as hold {wanted:g}, which the settings allow",
                 "the load would ask for replicas that never come",
             )
 
 
-def _closed(resource: Resource, every: All) -> Iterator[Broken]:
-    return is_closed(resource, every)
+def _store_is_reachable(resource: Resource, every: All) -> Iterator[Broken]:
+    """Doors take uploads and run the Batch API: they need the object store's credentials, and a way there."""
+    settings = _settings(resource)
+    if settings is None or not stored_remotely(settings):
+        return
+    store = f"batches.store: {settings.batches.store}" if settings.batches else ""
+    trusted = {a["metadata"]["name"] for a in every.of_kind("ServiceAccount") if annotations_of(a)}
+    for pod in _roles(resource, "doors"):
+        secret = any("secretRef" in each for each in pod.main.get("envFrom") or ())
+        if not secret and "AWS_ACCESS_KEY_ID" not in pod.env and pod.spec.get("serviceAccountName") not in trusted:
+            yield Broken(
+                f"{pod.path}.spec.containers[0].envFrom",
+                f"no credentials for {store}",
+                "have a secretRef, or an account that the store trusts (with an annotation)",
+                "the Batch API would answer with errors",
+            )
+        if not way_out(pod, STORE_PORT, every):
+            yield Broken(
+                f"{pod.path}.metadata.labels",
+                f"no NetworkPolicy here lets it out to {store}",
+                f"be let out at {STORE_PORT}",
+                "uploads would hang",
+            )
 
 
-RULES = (_serve_config, _doors, _drains_in_time, _engines, _closed)
+def _hub_is_reachable(resource: Resource, every: All) -> Iterator[Broken]:
+    settings = _settings(resource)
+    hubs = [m.source for m in settings.models if not m.source.startswith(("/", "package:"))] if settings else []
+    for pod in pods_of(resource) if hubs else ():
+        offline = pod.env.get("HF_HUB_OFFLINE") == "1"
+        if pod.role in ("doors", "engines") and not offline and not way_out(pod, 443, every):
+            yield Broken(
+                f"{pod.path}.metadata.labels",
+                f"no NetworkPolicy here lets it out to the hub, for {', '.join(hubs)}",
+                "be let out at 443 (components/hub-egress), or have the weights (components/weights)",
+                "it would wait for the model's files until start_timeout_s",
+            )
+
+
+RULES = (_serve_config, _doors, _drains_in_time, _engines, _store_is_reachable, _hub_is_reachable)
