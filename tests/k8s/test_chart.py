@@ -137,7 +137,7 @@ EVERYTHING: dict[str, Any] = {
     },
     "metrics": {"enabled": True, "namespace": "prometheus", "labels": {"release": "prometheus"}},
     "networkPolicies": {
-        "clientNamespaces": [{"team": "search"}, {"team": "ads"}],
+        "clients": [{"namespaceLabels": {"team": "search"}, "podLabels": {"app": "answers"}}],
         "apiServerCidrs": ["203.0.113.7/32"],
     },
     "rdma": {"enabled": True, "resource": "rdma/hca"},
@@ -208,8 +208,9 @@ SETTINGS: list[dict[str, Any]] = [
 def test_settings_are_fitted_as_render_fits_them(settings: dict[str, Any]) -> None:
     size = {"cpu": 2, "memory": "8Gi"}
     resources = {"requests": size, "limits": size}
-    engines = [{"resources": resources} for _ in settings["models"]]
-    chart = template({"settings": settings, "engines": engines})
+    told = [model.get("hardware", {}).get("resources", {}) for model in settings["models"]]
+    engines = [{"resources": resources, "rayResources": dict.fromkeys(names, "1")} for names in told]
+    chart = template({"settings": settings, "engines": engines, "hubEgress": True})
     run = yaml.safe_load(service(chart)["spec"]["serveConfigV2"])
     assert run == serve_config(settings, "settings")
     assert said(chart) == ""
@@ -295,7 +296,7 @@ REFUSED: list[tuple[str, Any, str]] = [
 ]
 # What only the rules see, in what is rendered.
 FOUND: list[tuple[str, Any, str]] = [
-    ("engines.0.resources.limits.cpu", "16", "CPUs in 1 x 2 pods"),
+    ("engines.0.resources.limits.cpu", "8", "CPUs in 1 x 2 pods"),
     ("engines.0.priorityClassName", "", "priorityClassName: there is none"),
     ("engines.0.sharedMemory", "256Mi", "object-store-memory"),
     ("networkPolicies.clients.0.namespaceLabels", {"team": "search"}, "all pods of namespaces"),

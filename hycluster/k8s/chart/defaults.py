@@ -161,7 +161,11 @@ def _pods(owner: dict[str, Any]) -> dict[str, Any]:
 def _group(group: dict[str, Any]) -> dict[str, Any]:
     volumes = {volume["name"]: volume for volume in group["template"]["spec"]["volumes"]}
     shared = volumes["shared-mem"]["emptyDir"]["sizeLimit"]
-    return {"hosts": group.get("numOfHosts", 1)} | _pods(group) | {"sharedMemory": shared}
+    computed = {"CPU", "GPU", group["groupName"]}
+    told = group.get("resources", {})
+    more = {k: v for k, v in told.items() if k not in computed and not k.startswith("accelerator_type:")}
+    own = {"rayResources": more} if more else {}
+    return {"hosts": group.get("numOfHosts", 1)} | _pods(group) | own | {"sharedMemory": shared}
 
 
 def _redis(by_name: dict[str, Any], cluster: dict[str, Any]) -> dict[str, Any]:

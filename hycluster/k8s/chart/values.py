@@ -86,6 +86,9 @@ class Pods(Values):
 class EngineGroup(Pods):
     priority_class_name: NoOrDnsName = Field(default="hycluster-engines", description="The PriorityClass; empty: none.")
     hosts: int = Field(default=1, ge=1, le=64, description="Pods of one replica, on a node each.")
+    ray_resources: dict[str, Annotated[str, Field(pattern=r"^[0-9.]+$")]] = Field(
+        default={}, description="What Ray is told that such a pod has besides: hardware.resources of the settings."
+    )
     shared_memory: Size = Field(default="1Gi", description="Of /dev/shm, through which one engine's ranks talk.")
 
 

@@ -37,6 +37,7 @@
     "nodeSelector": {},
     "tolerations": [],
     "hosts": 1,
+    "rayResources": {},
     "sharedMemory": "1Gi"
   }
 }

@@ -42,8 +42,8 @@
 {{- $_ := set $group "maxReplicas" (add1 $most) -}}
 {{- /* Of several, one at a time may go; the only one stays until somebody decides. */ -}}
 {{- $_ := set $group "minAvailable" (mul (ternary (sub $least 1) $least (gt $least 1)) $hosts) -}}
-{{- $ray := dict -}}
-{{- if or $several $gpus -}}
+{{- $ray := $group.rayResources -}}
+{{- if or $several $gpus $ray -}}
 {{- $_ := set $ray "CPU" (toString $group.resources.requests.cpu) -}}
 {{- end -}}
 {{- if $gpus -}}
