@@ -50,7 +50,7 @@ def render(
         wanting += unlisted(manifest.parent)
     if folder is None:
         files |= chart_files(root)
-        gone = surplus(root)
+        gone = surplus(root, files)
     behind = [path for path, text in files.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if not check:
         for path in behind:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,10 @@ def chart_files(root: Path) -> dict[Path, str]:
     return {root / CHART / name: content for name, content in made(root).items()}
 
 
-def surplus(root: Path) -> list[Path]:
+def surplus(root: Path, wanted: Collection[Path]) -> list[Path]:
     """Files in the chart that are neither made nor written by hand: what made them is gone."""
-    wanted = made(root).keys() | BY_HAND
-    there = (file for file in (root / CHART).rglob("*") if file.is_file())
-    return sorted(file for file in there if file.relative_to(root / CHART).as_posix() not in wanted)
+    known = {root / CHART / name for name in BY_HAND}.union(wanted)
+    return sorted(file for file in (root / CHART).rglob("*") if file.is_file() and file not in known)
 
 
 def _manifests(k8s: Path) -> dict[str, tuple[str, list[When | Each]]]:
