@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from hycluster.k8s.chart.make import chart_files, surplus
 from hycluster.k8s.chart.values import schema
 from hycluster.k8s.check import Fault, broken, faults
 from hycluster.k8s.render import serve_config
+from tests.k8s.chart_values import CLUSTER, LARGE, everything, overlay, values
 from tests.k8s.helm import CHART, Refused, lint, notes, template
 from tests.k8s.kustomize import K8S, OVERLAYS, ROOT, built, with_components
 
@@ -28,17 +28,6 @@ Resource = dict[str, Any]
 LABELS = {"helm.sh/chart", "app.kubernetes.io/instance", "app.kubernetes.io/managed-by"}
 # Values of a chart for a Gateway, Prometheus, a fabric: by the component that says the same.
 COMPONENTS = ("gateway-routes", "gang-scheduling", "hub-egress", "rdma", "service-monitor")
-CLUSTER = {"priorityClasses": {"create": False}}
-LARGE = "hunyuan-large-bf16"
-
-
-@functools.cache
-def overlay(name: str) -> list[Resource]:
-    return built(K8S / "overlays" / name)
-
-
-def values(name: str, **more: Any) -> dict[str, Any]:
-    return values_of(copy.deepcopy(overlay(name))) | CLUSTER | more
 
 
 def normal(resources: list[Resource]) -> dict[str, Resource]:
@@ -113,53 +102,6 @@ def test_locking_memory_is_allowed_and_asked_for(tmp_path: Path) -> None:
         >= {name: resource for name, resource in normal(chart).items() if resource["kind"] == "Namespace"}.items()
     )
     assert said(chart) == ""
-
-
-EVERYTHING: dict[str, Any] = {
-    "namespace": {"name": "llm", "create": True},
-    "image": {
-        "repository": "registry.example.com:5000/llm/hycluster",
-        "tag": "0.1.0-gpu",
-        "digest": f"sha256:{'0' * 64}",
-        "pullPolicy": "Always",
-    },
-    "imagePullSecrets": ["registry"],
-    "tokenSecretName": "ray-token",
-    "hubTokenSecretName": "hub-token",
-    "redis": {"enabled": False, "address": "redis.data:6380", "passwordSecret": {"name": "redis", "key": "secret"}},
-    "weights": {"size": "3Ti", "storageClassName": "shared"},
-    "hosts": {"http": ["a.example.com", "b.example.com"], "grpc": ["c.example.com"]},
-    "gateway": {"enabled": True, "name": "edge", "namespace": "edge"},
-    "ingress": {
-        "enabled": True,
-        "className": "nginx",
-        "tlsSecretName": "tls",
-        "annotations": {"nginx.ingress.kubernetes.io/auth-url": "https://auth.example.com"},
-    },
-    "metrics": {"enabled": True, "namespace": "prometheus", "labels": {"release": "prometheus"}},
-    "networkPolicies": {
-        "clients": [{"namespaceLabels": {"team": "search"}, "podLabels": {"app": "answers"}}],
-        "apiServerCidrs": ["203.0.113.7/32"],
-    },
-    "rdma": {"enabled": True, "resource": "rdma/hca"},
-    "gangScheduling": True,
-    "terminationGracePeriodSeconds": 600,
-}
-
-
-def merged(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """As Helm merges values files."""
-    made = dict(values)
-    for key, value in more.items():
-        both = isinstance(value, dict) and isinstance(made.get(key), dict)
-        made[key] = merged(made[key], value) if both else value
-    return made
-
-
-def everything() -> dict[str, Any]:
-    given = merged(values(LARGE, priorityClasses={"create": True}), EVERYTHING)
-    given["settings"]["batches"] = {"store": "s3://bucket/batches"}
-    return given
 
 
 def test_every_value_arrives() -> None:
