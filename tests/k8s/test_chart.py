@@ -140,6 +140,7 @@ MODEL = {"name": "Org/One.5", "source": "org/one"}
 SETTINGS: list[dict[str, Any]] = [
     {"models": [MODEL]},
     {"models": [MODEL], "doors": 3, "drain_timeout_s": 12.5, "batches": {"store": "s3://bucket"}},
+    {"models": [MODEL | {"hardware": {"memory_gib": None}}], "batches": None, "admission": {"max_requests": None}},
     {"models": [MODEL], "batches": {"max_lines": 5}, "data_plane": {"host": "127.0.0.1"}},
     {"models": [MODEL | {"engine": {"max_model_len": 10_000_000}}], "http": {"port": 1, "max_body_mib": 8}},
     {"models": [MODEL | {"replicas": {"min": 0, "max": 3, "initial": 1}}, {"name": "two", "source": "two"}]},

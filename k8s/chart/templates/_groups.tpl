@@ -7,7 +7,7 @@
 
 {{- /* GPUs of a replica of a model; 0 on CPU. */ -}}
 {{- define "hycluster.gpus" -}}
-{{- $accelerator := dig "hardware" "accelerator" "" . -}}
+{{- $accelerator := (.hardware | default dict).accelerator -}}
 {{- $parallel := .parallel | default dict -}}
 {{- if and $accelerator (not .simulated) -}}
 {{- mul ($parallel.tensor | default 1) ($parallel.pipeline | default 1) ($parallel.data | default 1) -}}

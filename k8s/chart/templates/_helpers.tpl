@@ -51,7 +51,7 @@
 
 {{- /* Whether doors need an object store's credentials, and a way there; empty: no. */ -}}
 {{- define "hycluster.remoteStore" -}}
-{{- if hasPrefix "s3://" (dig "batches" "store" "" $.Values.settings | default "") }}true{{ end -}}
+{{- if hasPrefix "s3://" (($.Values.settings.batches | default dict).store | default "") }}true{{ end -}}
 {{- end -}}
 
 {{- /* The settings, fitted to the pods as `hycluster k8s render` does it, as Ray Serve takes them. */ -}}
@@ -66,7 +66,7 @@
 {{- end -}}
 {{- $_ := set $fitted "doors" (include "hycluster.doors" $ | int) -}}
 {{- $_ := set $fitted "door_resources" $constants.doorResources -}}
-{{- if not (dig "batches" "store" "" $fitted) -}}
+{{- if not ($fitted.batches | default dict).store -}}
 {{- $_ := set $fitted "batches" nil -}}
 {{- end -}}
 {{- if gt (len $fitted.models) 1 -}}
