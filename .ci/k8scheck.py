@@ -20,7 +20,7 @@ TOOLS = ROOT.parent / "shared" / "k8scheck"
 # RayCronJob is behind a gate of the operator, as docs/kubernetes.md says.
 GATES = frozenset({"RayCronJob"})
 # The API server in memory has no Prometheus operator.
-COMPONENTS = ("gateway-routes", "kueue", "gang-scheduling")
+COMPONENTS = ("gateway-routes", "kueue", "gang-scheduling", "hub-egress", "pull-secret", "rdma")
 
 
 def installed(crds: Path) -> list[str]:
@@ -70,7 +70,9 @@ def main() -> int:
     crds = load_crds(TOOLS / "crds")
     faults = []
     with tempfile.TemporaryDirectory() as home:
-        everything = {folder.relative_to(K8S).as_posix(): built(folder) for folder in (*OVERLAYS, *JOBS)}
+        everything = {
+            folder.relative_to(K8S).as_posix(): built(folder) for folder in (*OVERLAYS, *JOBS, K8S / "cluster")
+        }
         components = [K8S / "components" / name for name in COMPONENTS]
         everything["chart"] = template({})
         everything["chart with all values"] = template(all_values() | {"metrics": {"enabled": False}})

@@ -117,3 +117,14 @@ def test_a_group_needs_room_for_all_its_ranks() -> None:
     there = {"CPU": 8.0, "GPU": 2.0, "accelerator_type:H20": 1.0}
     assert with_room((group,), there) == {"m"}
     assert with_room((group,), there | {"GPU": 1.0}) == frozenset()
+
+
+def test_resources_of_its_own_are_taken_by_each_reservation() -> None:
+    own = {"engines-m": 0.001}
+    alone = model(hardware=Hardware(resources=own))
+    assert actor_options(alone)["resources"] == own
+    assert reserved(alone) == {"CPU": 1} | own
+    ranks = model(hardware=Hardware(accelerator="H20", resources=own), parallel=Parallel(tensor=8, data=2))
+    assert bundles(ranks) == [{"CPU": 1, "GPU": 8} | H20 | own] * 2
+    over_nodes = model(hardware=Hardware(accelerator="H20", gpus_per_node=1, resources=own), parallel=Parallel(tensor=2))
+    assert bundles(over_nodes) == [{"CPU": 1, "GPU": 1} | H20 | own, {"GPU": 1} | H20 | own]

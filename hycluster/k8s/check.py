@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from hycluster.errors import InvalidInput
 from hycluster.k8s.pods import All, Broken, Pod, Resource, name_of, pods_of
-from hycluster.k8s.rules import network, objects, pod, ray, routes, serving
+from hycluster.k8s.rules import network, objects, ray, routes, serving
+from hycluster.k8s.rules import pod as pod_rules
 
 EXTRA = "pip install 'hycluster[k8s]'"
 Rule = Callable[[Resource, All], Iterator[Broken]]
@@ -87,10 +88,16 @@ def broken(resources: Sequence[Resource], *, digests: bool = False) -> list[Faul
     Args:
         digests: images must be named by their digests.
     """
-    every = All(resources, [pod for resource in resources for pod in pods_of(resource)], digests)
-    found = []
+    pods = [pod for resource in resources for pod in pods_of(resource)]
+    # Definitions do not say so, only servers.
+    empty = [pod for pod in pods if not pod.spec.get("containers")]
+    every = All(resources, [pod for pod in pods if pod not in empty], digests)
+    nothing = Broken("spec.containers", "there is none", "be one at least", "the API server refuses it")
+    found = [Fault(pod.owner, nothing._replace(field=_below(pod, nothing))) for pod in empty]
+    if empty:
+        return found
     for each in every.pods:
-        for pod_rule in pod.RULES:
+        for pod_rule in pod_rules.RULES:
             found += [Fault(each.owner, fault._replace(field=_below(each, fault))) for fault in pod_rule(each, every)]
     for resource in resources:
         for kinds, rules in RULES:

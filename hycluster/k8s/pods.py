@@ -158,7 +158,7 @@ def pods_of(resource: Resource) -> Iterator[Pod]:
     elif kind == "Pod":
         yield Pod(owner, "", resource, 1, labels_of(resource).get(ROLE, ""))
     path, cluster = cluster_of(resource)
-    if not cluster:
+    if "headGroupSpec" not in cluster:
         return
     job_path, job = job_of(resource)
     if "submitterPodTemplate" in job:

@@ -23,14 +23,21 @@ def built(folder: Path) -> list[dict[str, Any]]:
     return sources.built(folder)
 
 
-def with_components(folder: Path, components: Sequence[Path], scratch: Path) -> list[dict[str, Any]]:
-    """The same with components on top, as a user's own kustomization would have them."""
-    own = {
+def kustomization(
+    folder: Path, base: Path, components: Sequence[Path] = (), extra: Sequence[str] = (), **own: Any
+) -> None:
+    """Write a user's own kustomization on top of one of ours."""
+    lists = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
         "namespace": "hycluster",
-        "resources": [os.path.relpath(folder, scratch)],
-        "components": [os.path.relpath(component, scratch) for component in components],
+        "resources": [os.path.relpath(base, folder), *extra],
+        "components": [os.path.relpath(component, folder) for component in components],
     }
-    (scratch / "kustomization.yaml").write_text(yaml.safe_dump(own))
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(lists | own))
+
+
+def with_components(folder: Path, components: Sequence[Path], scratch: Path) -> list[dict[str, Any]]:
+    """The manifests of a folder with components on top, as a user's own kustomization would have them."""
+    kustomization(scratch, folder, components)
     return built(scratch)

@@ -13,7 +13,17 @@ from typer.testing import CliRunner
 from hycluster.cli import app
 from hycluster.config import Settings, load_yaml, validate
 from hycluster.errors import SettingsError
-from hycluster.k8s.render import for_pods, manifest_in, manifests, render, serve_config, settings_of
+from hycluster.k8s.render import (
+    APP_NAME,
+    IMPORT_PATH,
+    for_pods,
+    manifest_in,
+    manifests,
+    render,
+    serve_config,
+    settings_of,
+    unlisted,
+)
 from tests.k8s.kustomize import OVERLAYS, ROOT
 
 MODEL = {"name": "m", "source": "org/m"}
@@ -36,11 +46,19 @@ def run(*arguments: str) -> tuple[int, str]:
 def test_the_manifests_have_not_drifted() -> None:
     """If this fails, run 'hycluster k8s render'."""
     for manifest in manifests(ROOT):
-        assert manifest.read_text() == render(manifest, settings_of(manifest), ROOT), manifest
+        for path, text in render(manifest, settings_of(manifest), ROOT).items():
+            assert path.read_text() == text, path
+
+
+def test_the_application_is_the_one_that_there_is() -> None:
+    from hycluster import app as application
+
+    assert (application.APP_NAME, f"{application.__name__}:{application.build.__name__}") == (APP_NAME, IMPORT_PATH)
 
 
 def test_every_overlay_has_its_settings() -> None:
     assert {manifest_in(overlay) for overlay in OVERLAYS} <= set(manifests(ROOT))
+    assert [line for overlay in OVERLAYS for line in unlisted(overlay)] == []
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda overlay: overlay.name)
@@ -92,12 +110,14 @@ def test_a_change_is_seen_and_written(repository: Path) -> None:
     before = dev.read_text()
     code, said = run("--check")
     assert (code, dev.read_text()) == (1, before)
-    assert said.splitlines()[:2] == [
+    assert said.splitlines()[:3] == [
         "k8s/jobs/summarize/settings.yaml: differs from its settings",
         "k8s/overlays/dev/serve-config.yaml: differs from its settings",
+        "k8s/overlays/dev/pods.yaml: differs from its settings",
     ]
     assert run()[0] == 0
     assert "drain_timeout_s: 33" in dev.read_text()
+    assert "terminationGracePeriodSeconds\n  value: 83\n" in dev.with_name("pods.yaml").read_text()
     assert run("--check")[0] == 0
 
 
@@ -134,3 +154,11 @@ def test_a_manifest_must_name_its_settings(repository: Path) -> None:
     dev = repository / "k8s" / "overlays" / "dev" / "serve-config.yaml"
     dev.write_text("kind: RayService\nmetadata:\n  name: x\n")
     assert "metadata.annotations: hycluster/settings must name the settings file" in run()[1]
+
+
+def test_a_kustomization_must_list_what_is_made_for_it(repository: Path) -> None:
+    path = repository / "k8s" / "overlays" / "dev" / "kustomization.yaml"
+    path.write_text(path.read_text().replace("  - path: pods.yaml\n    target:\n      kind: RayService\n", ""))
+    code, said = run("--check")
+    assert code == 1
+    assert "k8s/overlays/dev/kustomization.yaml: patches: must list pods.yaml" in said

@@ -186,7 +186,7 @@ def _reads_pods(resource: Resource, every: All) -> Iterator[Broken]:
     pods = selected(resource["spec"]["selector"], every)
     if not pods:
         yield Broken("spec.selector", "selects no pod", "select a pod that is here", "Prometheus would find nothing")
-    for index, endpoint in enumerate(resource["spec"]["podMetricsEndpoints"]):
+    for index, endpoint in enumerate(resource["spec"].get("podMetricsEndpoints") or ()):
         path = f"spec.podMetricsEndpoints[{index}].port"
         for pod in pods:
             numbers = {port["containerPort"] for port in _ports(pod) if port.get("name") == endpoint.get("port")}

@@ -17,9 +17,25 @@ MUST_HAVE_A_VALUE = ("INPUT", "OUTPUT", "JOB", "REPO", "REVISION")
 
 
 def selected(selector: Resource, every: All) -> list[Pod]:
-    """Pods that a selector's labels match; expressions are not looked at."""
-    wanted = selector.get("matchLabels") or {} if selector.keys() & {"matchLabels", "matchExpressions"} else selector
-    return [pod for pod in every.pods if wanted.items() <= pod.labels.items()]
+    """Pods that a selector takes: a map of labels, or Kubernetes' two forms of them."""
+    forms = {"matchLabels", "matchExpressions"}
+    wanted = selector.get("matchLabels") or {} if selector.keys() & forms else selector
+    asked = selector.get("matchExpressions") or ()
+    return [
+        pod
+        for pod in every.pods
+        if wanted.items() <= pod.labels.items() and all(_holds(each, pod.labels) for each in asked)
+    ]
+
+
+def _holds(expression: Resource, labels: dict[str, str]) -> bool:
+    key, values = expression["key"], expression.get("values") or ()
+    return {
+        "In": labels.get(key) in values,
+        "NotIn": labels.get(key) not in values,
+        "Exists": key in labels,
+        "DoesNotExist": key not in labels,
+    }[expression["operator"]]
 
 
 def selects_somebody(resource: Resource, every: All) -> Iterator[Broken]:
@@ -40,7 +56,7 @@ def _budget(resource: Resource, every: All) -> Iterator[Broken]:
             "nothing with a size stands behind Ray's pods",
         )
         return
-    pods = selected(spec["selector"], every)
+    pods = selected(spec.get("selector") or {}, every)
     there = sum(pod.count for pod in pods)
     one = max((pod.hosts for pod in pods), default=1)
     # The last one stays until somebody decides; of several, one at a time goes.
@@ -77,7 +93,7 @@ def _grants_nothing(resource: Resource, _all: All) -> Iterator[Broken]:
 
 def _shared(resource: Resource, every: All) -> Iterator[Broken]:
     """A claim that pods of several nodes mount."""
-    name, modes = resource["metadata"]["name"], resource["spec"]["accessModes"]
+    name, modes = resource["metadata"]["name"], resource["spec"].get("accessModes") or []
     users = [
         pod
         for pod in every.pods

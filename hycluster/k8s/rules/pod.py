@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hycluster.k8s.pods import ROLE, All, Broken, Pod, labels_of, quantity
+from hycluster.k8s.pods import ROLE, All, Broken, Pod, labels_of, name_of, quantity
 from hycluster.k8s.rules.drain import RULES as RAY_POD_RULES
 from hycluster.k8s.rules.drain import is_control
 
@@ -176,7 +176,7 @@ def _resources(pod: Pod, _all: All) -> Iterator[Broken]:
 def _mounts(pod: Pod, every: All) -> Iterator[Broken]:
     volumes = {volume["name"] for volume in pod.spec.get("volumes") or ()}
     for set_ in every.of_kind("StatefulSet"):
-        volumes |= {claim["metadata"]["name"] for claim in set_["spec"].get("volumeClaimTemplates") or ()}
+        volumes |= {name_of(claim).partition("/")[2] for claim in set_["spec"].get("volumeClaimTemplates") or ()}
     for path, container in pod.containers:
         for index, mount in enumerate(container.get("volumeMounts") or ()):
             if mount["name"] not in volumes:

@@ -32,6 +32,11 @@ def _name(resource: Resource, _all: All) -> Iterator[Broken]:
 
 def _cluster(resource: Resource, _all: All) -> Iterator[Broken]:
     path, cluster = cluster_of(resource)
+    if not cluster:
+        return
+    if "headGroupSpec" not in cluster:
+        yield Broken(f"{path}.headGroupSpec", "there is none", "be there", "a cluster without a head is none")
+        return
     if cluster.get("rayVersion") != ray_version():
         yield Broken(
             f"{path}.rayVersion",
@@ -51,6 +56,8 @@ def _cluster(resource: Resource, _all: All) -> Iterator[Broken]:
 
 def _groups(resource: Resource, _all: All) -> Iterator[Broken]:
     path, cluster = cluster_of(resource)
+    if "headGroupSpec" not in cluster:
+        return
     groups = cluster.get("workerGroupSpecs") or []
     places = [("headGroupSpec", cluster["headGroupSpec"])]
     places += [(f"workerGroupSpecs[{index}]", group) for index, group in enumerate(groups)]

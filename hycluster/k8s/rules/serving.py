@@ -36,10 +36,19 @@ def _read(text: str) -> Settings | None:
 
 
 def _serve_config(resource: Resource, _all: All) -> Iterator[Broken]:
+    yield from _wrong_in(resource["spec"].get("serveConfigV2") or "")
+
+
+@cache
+def _wrong_in(text: str) -> tuple[Broken, ...]:
+    return tuple(_wrong(text))
+
+
+def _wrong(text: str) -> Iterator[Broken]:
     from ray.serve.schema import ServeDeploySchema
 
     try:
-        serve = yaml.safe_load(resource["spec"].get("serveConfigV2") or "")
+        serve = yaml.safe_load(text)
         known = ServeDeploySchema.model_validate(serve).model_dump(mode="json")
         (application,) = serve["applications"]
     except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
