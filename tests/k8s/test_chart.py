@@ -136,6 +136,16 @@ def test_every_value_arrives() -> None:
     assert found["ServiceMonitor/hycluster-doors"]["metadata"]["labels"] == {"release": "prometheus"}
 
 
+def test_who_authenticates_may_be_said_in_words() -> None:
+    said_so = {"gateway": {"enabled": True, "authenticatedBy": "the mesh's JWT policy"}}
+    chart = template(said_so)
+    assert said(chart, broken) == ""
+    for name in ("HTTPRoute/hycluster", "GRPCRoute/hycluster"):
+        route = normal(chart)[name]
+        assert route["metadata"]["annotations"] == {"hycluster/authenticated-by": "the mesh's JWT policy"}
+        assert "filters" not in route["spec"]["rules"][0]
+
+
 MODEL = {"name": "Org/One.5", "source": "org/one"}
 SETTINGS: list[dict[str, Any]] = [
     {"models": [MODEL]},

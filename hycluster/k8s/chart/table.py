@@ -77,6 +77,10 @@ def labels(whose: str) -> Callable[[Any], Block]:
     return lambda _: Block(f'$.Values.{whose}.podLabels | default (dict "app.kubernetes.io/name" "{name}")')
 
 
+def unless_authenticated(filters: Any) -> When:
+    return When("not $.Values.gateway.authenticatedBy", filters)
+
+
 # In place of what is there; a function is given what is there.
 REPLACED: dict[str, Any] = {
     f"{RAY}/authOptions/secretName": Scalar("$.Values.tokenSecretName"),
@@ -136,10 +140,12 @@ REPLACED: dict[str, Any] = {
     "HTTPRoute/hycluster/spec/parentRefs/0/namespace": Scalar("$.Values.gateway.namespace"),
     "HTTPRoute/hycluster/spec/hostnames": Block("$.Values.hosts.http"),
     "HTTPRoute/hycluster/spec/rules/0/filters/0/extensionRef": Block("$.Values.gateway.authFilter"),
+    "HTTPRoute/hycluster/spec/rules/0/filters": unless_authenticated,
     "GRPCRoute/hycluster/spec/parentRefs/0/name": Scalar("$.Values.gateway.name"),
     "GRPCRoute/hycluster/spec/parentRefs/0/namespace": Scalar("$.Values.gateway.namespace"),
     "GRPCRoute/hycluster/spec/hostnames": Block("$.Values.hosts.grpc"),
     "GRPCRoute/hycluster/spec/rules/0/filters/0/extensionRef": Block("$.Values.gateway.authFilter"),
+    "GRPCRoute/hycluster/spec/rules/0/filters": unless_authenticated,
     f"NetworkPolicy/hycluster-gateway/{FROM}/{NAMESPACE}": Scalar("$.Values.gateway.namespace"),
     f"NetworkPolicy/hycluster-gateway/{FROM}/podSelector/matchLabels/gateway.networking.k8s.io~1gateway-name": Scalar(
         "$.Values.gateway.name"
@@ -151,6 +157,9 @@ REPLACED: dict[str, Any] = {
     f"NetworkPolicy/hycluster-ray-metrics/{FROM}/{NAMESPACE}": Scalar("$.Values.metrics.namespace"),
     f"NetworkPolicy/hycluster-ray-metrics/{FROM}/podSelector/matchLabels": labels("metrics"),
 }
+AUTHENTICATED = When(
+    "$.Values.gateway.authenticatedBy", {"hycluster/authenticated-by": Scalar("$.Values.gateway.authenticatedBy")}
+)
 # Beside what is there.
 ADDED: dict[str, Any] = {
     "RayService/hycluster/spec/rayClusterDeletionDelaySeconds": Scalar('include "hycluster.deletionDelay" $ | int'),
@@ -174,6 +183,8 @@ ADDED: dict[str, Any] = {
     f"{CLAIM}/spec/storageClassName": When(
         "$.Values.weights.storageClassName", Scalar("$.Values.weights.storageClassName")
     ),
+    "HTTPRoute/hycluster/metadata/annotations": AUTHENTICATED,
+    "GRPCRoute/hycluster/metadata/annotations": AUTHENTICATED,
     # A release that is uninstalled leaves what took hours to fetch.
     f"{CLAIM}/metadata/annotations": {"helm.sh/resource-policy": "keep"},
 }

@@ -156,6 +156,9 @@ class Gateway(Values):
     enabled: bool = Field(default=False, description="HTTPRoute and GRPCRoute, for a Gateway that ends TLS.")
     name: DnsName = Field(default="public", description="The Gateway.")
     namespace: DnsName = Field(default="gateways", description="Of the Gateway, from which its pods reach the doors.")
+    authenticated_by: str = Field(
+        default="", description="In words, what else asks callers for credentials; then the routes have no filter."
+    )
     auth_filter: AuthFilter = Field(
         description="A filter that asks callers for credentials; the doors ask for none. A Gateway that does not know"
         " it answers with an error."
