@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from hycluster.k8s.chart.defaults import values_of
 from hycluster.k8s.chart.make import chart_files, surplus
 from hycluster.k8s.chart.values import schema
 from hycluster.k8s.check import Fault, broken, faults
-from hycluster.k8s.render import serve_config
+from hycluster.k8s.render import BESIDE, OVERLAY_MANIFEST, PODS_PATCH, render, serve_config
 from tests.k8s.chart_values import CLUSTER, LARGE, everything, overlay, values
 from tests.k8s.helm import CHART, Refused, lint, notes, template
 from tests.k8s.kustomize import K8S, OVERLAYS, ROOT, built, with_components
@@ -85,6 +86,31 @@ def test_it_makes_what_components_make(tmp_path: Path) -> None:
     chart = template(values_of(copy.deepcopy(resources)) | CLUSTER)
     assert normal(chart) == normal(resources)
     assert said(chart) == ""
+
+
+def test_it_makes_what_an_overlay_of_two_models_makes(tmp_path: Path) -> None:
+    """On different GPUs; one may sleep, the other is over two hosts."""
+    gpus = [("H20", {"tensor": 8, "data": 2}, {"min": 2}), ("H100", {"tensor": 4}, {"min": 0, "max": 3, "initial": 1})]
+    models = [
+        {"name": f"Org/On-{gpu}", "source": "org/m", "parallel": parallel, "replicas": replicas}
+        | {"hardware": {"accelerator": gpu, "cpus": 4}}
+        for gpu, parallel, replicas in gpus
+    ]
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump({"models": models, "doors": 3, "drain_timeout_s": 7.5}))
+    for file, text in render(tmp_path / OVERLAY_MANIFEST, str(tmp_path / "settings.yaml"), ROOT).items():
+        file.write_text(text)
+    own = {
+        "namespace": "hycluster",
+        "resources": [os.path.relpath(K8S / "base", tmp_path), BESIDE],
+        "components": [os.path.relpath(K8S / "components" / name, tmp_path) for name in ("gpu", "hub-egress")],
+        "patches": [{"path": OVERLAY_MANIFEST}, {"path": PODS_PATCH, "target": {"kind": "RayService"}}],
+    }
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(own))
+    resources = built(tmp_path)
+    chart = template(values_of(copy.deepcopy(resources)) | CLUSTER)
+    assert len(service(chart)["spec"]["rayClusterConfig"]["workerGroupSpecs"]) == 3
+    assert normal(chart) == normal(resources)
+    assert said(chart, broken) == ""
 
 
 def test_it_makes_the_cluster_s_part_if_asked() -> None:
