@@ -75,7 +75,7 @@ def simulated_engines(pids: str, job: Job, settings: Settings | None) -> Iterato
 
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     yield partial(open_simulated, pids)
 
 

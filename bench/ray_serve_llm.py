@@ -13,7 +13,7 @@ from ray.serve.llm import LLMConfig, build_openai_app
 
 def main() -> None:
     model, port = sys.argv[1], int(sys.argv[2])
-    ray.init(include_dashboard=False, log_to_driver=False, num_cpus=8)
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=8)
     config = LLMConfig(
         model_loading_config={"model_id": "tiny", "model_source": model},
         accelerator_type=None,

@@ -15,6 +15,7 @@ import ray
 from ray import serve
 from ray.serve import Application
 
+from hycluster import logs
 from hycluster.batch_api.executor import BatchExecutor
 from hycluster.config import Model, Settings, validate
 from hycluster.directory import SHARED_DIRECTORY
@@ -23,6 +24,7 @@ from hycluster.placement import actor_options, bundles, strategy, with_room
 from hycluster.rank import Patience
 from hycluster.replica import Replica
 from hycluster.scaler import autoscaling_config
+from hycluster.spread import door_nodes, door_resources
 
 APP_NAME = "hycluster"
 # Serve notices that a process is gone when it next asks for its health, and then replaces it.
@@ -66,7 +68,7 @@ def application(
         # Nothing, so that a laptop's cores stay free for the engine, and there is always room for a door's successor.
         ray_actor_options={
             "num_cpus": 0,
-            "resources": settings.door_resources,
+            "resources": door_resources(settings, door_nodes(settings)),
             "runtime_env": {"env_vars": _DOOR_ENVIRONMENT},
         },
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
@@ -79,11 +81,8 @@ def application(
 
 # The work of doors and of the batch executor is Python on one thread; OpenMP's would only stand in the engine's way.
 _DOOR_ENVIRONMENT = {
-    # vLLM's own set-up of logging closes Ray Serve's log handler, without which Serve's controller, when it comes back,
-    # can take no replica over.
-    "VLLM_CONFIGURE_LOGGING": "0",
+    **logs.ENVIRONMENT,
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }

@@ -17,10 +17,12 @@ from hycluster import __version__
 from hycluster.batch.cli import app as batch_app
 from hycluster.chaos.cli import chaos
 from hycluster.config import DEFAULT_SETTINGS, load_settings
+from hycluster.consent import Yes, ask
 from hycluster.errors import HyclusterError
 from hycluster.k8s.cli import app as k8s_app
 from hycluster.models.cli import tiny_model
 from hycluster.planning.cli import plan
+from hycluster.running import choose
 from hycluster.summarize.cli import summarize
 
 if TYPE_CHECKING:
@@ -89,9 +91,10 @@ def serve(
 
     import ray
 
-    from hycluster import cluster
+    from hycluster import cluster, running
 
     started_ray = cluster.start()
+    running.remember_models([model.name for model in settings.models])
     # After Ray's own handlers, which would end this process at once.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
@@ -110,6 +113,7 @@ def serve(
         typer.echo("stopped", err=True)
     finally:
         # A cluster of our own ends with this, whatever became of the application.
+        running.forget()
         ray.shutdown()
 
 
@@ -117,13 +121,22 @@ def serve(
 def upgrade(
     config: Annotated[Path, typer.Argument(help="Settings file.")] = DEFAULT_SETTINGS,
     assignments: SetOption = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="Ray cluster; default: RAY_ADDRESS, or what this HYCLUSTER_HOME has started."
+        ),
+    ] = None,
+    yes: Yes = False,
 ) -> None:
     """Replace every replica and every door of the running service, with the settings of CONFIG, under load.
 
-    Acts on the Ray cluster in RAY_ADDRESS or on the last one that was started here. Requests go on meanwhile;
-    docs/upgrades.md tells how, and what stays as it was. Ctrl-C ends the waiting, not the upgrade.
+    Says which service that is, and asks. Requests go on meanwhile; docs/upgrades.md tells how, and what stays as it
+    was. Ctrl-C ends the waiting, not the upgrade.
     """
     settings = load_settings(config, assignments or [])
+    # Before anything is looked at: whose cluster it is.
+    choose(address)
     begun = time.monotonic()
     from hycluster.engine.arguments import engine_arguments, model_files
 
@@ -132,14 +145,16 @@ def upgrade(
 
     import ray
 
-    from hycluster import cluster, upgrade
+    from hycluster import cluster, service, upgrade
     from hycluster.placement import with_room
 
-    cluster.connect()
-    stopping = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopping.set())
+    found = service.find(cluster.connect(address))
     try:
+        names = ", ".join(model.name for model in settings.models)
+        ask(f"{found}\nevery replica and every door of it is replaced, by the settings of {config} ({names})", yes=yes)
+        stopping = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stopping.set())
         surging = with_room(settings.models, upgrade.free())
         for model in settings.models:
             if model.name not in surging and model.replicas.most == 1 and not model.sleeps:

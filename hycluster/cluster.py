@@ -8,7 +8,6 @@ Pinned to Ray 2.60.0: ``enable_token_auth_by_default`` is Ray's own and private.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import re
@@ -18,9 +17,9 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import ray
 from ray import serve
 from ray._private.authentication.authentication_token_setup import enable_token_auth_by_default
@@ -30,15 +29,19 @@ from ray.serve.schema import ApplicationStatus
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from hycluster import service
 from hycluster.app import APP_NAME, application
-from hycluster.config import Model, Settings, home
+from hycluster.config import Model, Settings
 from hycluster.directory import NAMESPACE, SHARED_DIRECTORY, open_directory
 from hycluster.door import DoorAddresses
 from hycluster.engine.scratch import sweep
 from hycluster.errors import START_FAILURE, EngineStartFailed, HyclusterError, SettingsError
+from hycluster.memory import MONITOR_VARIABLE, MemoryGuard
 from hycluster.placement import actor_options, bundles, on_gpus, reserved, strategy
 from hycluster.rank import Patience
 from hycluster.replica import Replica
+from hycluster.running import Chosen, choose, remember, started_here
+from hycluster.spread import door_nodes, doors_per_node
 
 logger = logging.getLogger(__name__)
 
@@ -47,28 +50,29 @@ GIB = 1 << 30
 _REASON = re.compile(rf"RuntimeError: {START_FAILURE}(\w+): (.+)")
 
 
-def connect(address: str | None = None) -> None:
+def connect(address: str | None = None) -> Chosen:
     """Join the Ray cluster at ``address``, in ``RAY_ADDRESS``, or the one that ``hycluster serve`` started here.
 
+    Never whatever Ray finds on this machine. One that this process has joined already stays.
+
     Raises:
-        SettingsError: there is none, or it does not answer.
+        SettingsError: there is none, there are several, or it does not answer.
     """
     if ray.is_initialized():
-        return
-    started_here = _remembered()
-    address = address or os.environ.get("RAY_ADDRESS") or started_here or "auto"
-    where = "on this machine" if address == "auto" else f"at {address!r}"
-    if address == started_here:
+        return Chosen(ray.get_runtime_context().gcs_address, "this process", None)
+    chosen = choose(address)
+    if chosen.started:
         # As ``ray.init`` does by itself for a cluster that it starts, but not for one that is named.
         enable_token_auth_by_default()
     _quiet()
     # Ray's C++ prints an error line for each of Ray Data's actors that is none.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
-        _check_reachable(address)
-        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+        _check_reachable(chosen.address)
+        ray.init(address=chosen.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
-        raise SettingsError(f"RAY_ADDRESS: no Ray cluster {where}: {_one_line(error)}") from None
+        raise SettingsError(f"{chosen.said_by}: no Ray cluster at {chosen.address!r}: {_one_line(error)}") from None
+    return chosen
 
 
 def _check_reachable(address: str) -> None:
@@ -84,8 +88,11 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def start() -> bool:
+def start(*, remembered: bool = True) -> bool:
     """Join the cluster in ``RAY_ADDRESS``, or start one on this machine.
+
+    Args:
+        remembered: other commands of this home find the one that was started.
 
     Returns:
         Whether one was started; it ends with this process. Ray listens on the machine's own address whatever
@@ -97,6 +104,8 @@ def start() -> bool:
     _quiet()
     # Ray gives its workers a nice value of 15; engines and doors are what this machine is for.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # Ray's monitor kills the directory and Serve's controller for what others have; a guard of ours is in its place.
+    os.environ.setdefault(MONITOR_VARIABLE, "0")
     ray.init(
         address="local",
         namespace=NAMESPACE,
@@ -104,31 +113,12 @@ def start() -> bool:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
-    _clusters().mkdir(parents=True, exist_ok=True)
-    state = {"address": ray.get_runtime_context().gcs_address, "pid": os.getpid()}
-    written = _clusters() / f"{os.getpid()}.tmp"
-    written.write_text(json.dumps(state))
-    written.replace(written.with_suffix(".json"))
+    for process in psutil.Process().children():
+        if process.name() == "raylet":
+            MemoryGuard(process, tell=logger.warning).start()
+    if remembered:
+        remember(ray.get_runtime_context().gcs_address)
     return True
-
-
-def _clusters() -> Path:
-    """A file for each cluster that was started on this machine."""
-    return home() / "state" / "clusters"
-
-
-def _remembered() -> str | None:
-    """Address of the last cluster that :func:`start` started on this machine and whose process lives."""
-    found: list[tuple[float, str]] = []
-    for file in _clusters().glob("*.json"):
-        try:
-            state = json.loads(file.read_text())
-            os.kill(state["pid"], 0)
-            found.append((file.stat().st_mtime, str(state["address"])))
-        except (OSError, ValueError, KeyError):
-            # Its process is gone.
-            file.unlink(missing_ok=True)
-    return max(found)[1] if found else None
 
 
 def check_resources(models: tuple[Model, ...]) -> None:
@@ -175,6 +165,13 @@ def check_doors(settings: Settings) -> None:
                 f"door_resources: {resource}: all doors together ask for {settings.doors * amount:g};"
                 f" this Ray cluster has {there.get(resource, 0.0):g}"
             )
+    nodes = door_nodes(settings)
+    if (most := doors_per_node(settings, nodes)) is not None and nodes * most < settings.doors:
+        # Not refused: nodes may come late.
+        logger.warning(
+            "doors_per_node: %d on each of the %d nodes that can hold doors; %d of %d doors wait for a node",
+            most, nodes, settings.doors - nodes * most, settings.doors,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,13 +193,14 @@ def deploy(settings: Settings, *, started_ray: bool, stopping: threading.Event) 
     """
     check_resources(settings.models)
     check_doors(settings)
-    # Serve's proxies share their ports with whoever asks for it, and would take callers from the doors.
-    serve.start(proxy_location="Disabled")
-    if APP_NAME in serve.status().applications:
+    if service.there_is_one():
+        found = service.find(Chosen(ray.get_runtime_context().gcs_address, "RAY_ADDRESS", None))
         raise SettingsError(
             "RAY_ADDRESS: a hycluster is running in this Ray cluster already; stop it first,"
-            " or give it these settings by 'hycluster upgrade'"
+            f" or give it these settings by 'hycluster upgrade':\n{found}"
         )
+    # Serve's proxies share their ports with whoever asks for it, and would take callers from the doors.
+    serve.start(proxy_location="Disabled")
     serve.run_many(
         [serve.RunTarget(application(settings), name=APP_NAME, route_prefix=None)],
         wait_for_applications_running=False,
@@ -256,30 +254,38 @@ def stop(drain_timeout_s: float) -> None:
     deadline = time.monotonic() + drain_timeout_s + 30
     while APP_NAME in serve.status().applications and time.monotonic() < deadline:
         time.sleep(0.1)
-    serve.shutdown()
+    if not serve.status().applications:
+        # All that Serve runs there, for whomever.
+        serve.shutdown()
     with contextlib.suppress(ValueError):
         ray.kill(ray.get_actor(SHARED_DIRECTORY, namespace=NAMESPACE))
     sweep()
+
+
+def join_or_start(address: str | None = None) -> Chosen | None:
+    """Join the Ray cluster that is named or that this home has started, or start one that ends with this process: None.
+
+    Raises:
+        SettingsError: as :func:`connect`.
+    """
+    if ray.is_initialized() or address or os.environ.get("RAY_ADDRESS") or started_here():
+        return connect(address)
+    # Another job that found it would end with this one.
+    start(remembered=False)
+    return None
 
 
 @contextlib.contextmanager
 def dedicated_pool(settings: Settings, model_name: str) -> Iterator[str]:
     """Engines of a batch job's own; yields the name of their directory, stops them at the end.
 
-    Joins the running Ray cluster, or starts one for the job.
+    In the Ray cluster that this process has joined; see :func:`join_or_start`.
 
     Raises:
         SettingsError: no such model, or the cluster is too small.
         EngineStartFailed: an engine could not start.
     """
     model = settings.model(model_name)
-    if not ray.is_initialized():
-        try:
-            connect()
-        except SettingsError:
-            if os.environ.get("RAY_ADDRESS"):
-                raise
-            start()
     check_resources((model,))
     name = f"{SHARED_DIRECTORY}-{secrets.token_hex(6)}"
     directory = open_directory(name)

@@ -345,7 +345,8 @@ class Http(Strict):
         max_body_mib: most of a request's body. 32 MiB hold a 256k-token prompt as text or as ids with room to spare.
         max_bodies_mib: most of all bodies of the requests that a door has in work.
         stalled_client_timeout_s: how long a client may keep the door waiting: for a request that it has begun to
-            send, or for room for an answer that it does not read. Then it is cut off and its request aborted.
+            send, or for room for an answer that it does not read. Then it is cut off and its request aborted. So is one
+            whose machine has gone without a word.
     """
 
     host: str = "127.0.0.1"
@@ -366,7 +367,7 @@ class Grpc(Strict):
         max_calls: calls of one door at a time, all methods together.
         max_calls_per_connection: the further calls of a client wait until it has fewer.
         stalled_client_timeout_s: how long a caller may leave the next chunk of its stream unread. Then its request
-            is aborted.
+            is aborted. So is that of one whose machine has gone without a word.
     """
 
     host: str = "127.0.0.1"
@@ -416,11 +417,14 @@ class DataPlane(Strict):
     Attributes:
         host: address to bind; None is the address by which Ray knows the node.
         port_min, port_max: range to bind in; both 0 is any free port.
+        lost_after_s: a peer from whose machine nothing comes for so long is lost, and its requests go on elsewhere. How
+            busy a peer is does not matter: its sockets answer by themselves.
     """
 
     host: str | None = None
     port_min: Port = 0
     port_max: Port = 0
+    lost_after_s: float = Field(default=6, ge=1, le=60)
 
     @model_validator(mode="after")
     def _range(self) -> DataPlane:
@@ -461,6 +465,9 @@ class Settings(Strict):
         doors: door processes; each holds both doors, and a gateway a model.
         door_resources: what a door reserves, by Ray's names of custom resources: only nodes that have them hold
             doors. Leave room for a door's successor. Empty: doors go anywhere.
+        doors_per_node: most doors on one node, not counting successors that are about to take over; a door for which
+            there is no node waits for one. None: where there are several nodes, as many as it takes when they are
+            spread evenly over those that are there at the start; no bound where there is one.
         batches: None closes the Batch API.
         start_timeout_s: how long a pool may take until its engines are ready.
         drain_timeout_s: how long work in flight may go on where it is after a shutdown, or a replacement, is asked for.
@@ -473,6 +480,7 @@ class Settings(Strict):
     grpc: Grpc = Grpc()
     doors: int = Field(default=1, ge=1, le=64)
     door_resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    doors_per_node: int | None = Field(default=None, ge=1)
     router: Router = Router()
     admission: Admission = Admission()
     data_plane: DataPlane = DataPlane()

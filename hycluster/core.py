@@ -164,6 +164,7 @@ class ReplicaAddress:
         requests: ZMQ endpoint that takes requests.
         outputs: ZMQ endpoint that sends outputs, one message an engine step.
         token: what the gateway says in its hello; known only inside the Ray cluster.
+        lost_after_s: setting of the same name, for both ends.
     """
 
     replica_id: str
@@ -171,6 +172,7 @@ class ReplicaAddress:
     requests: str
     outputs: str
     token: str
+    lost_after_s: float = 6.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,12 +18,13 @@ from typing import Any
 
 import ray
 
+from hycluster import logs
 from hycluster.config import Settings
-from hycluster.directory import open_directory
+from hycluster.directory import FORGET_AFTER_S, open_directory
 from hycluster.errors import HyclusterError, SettingsError, Unavailable, start_failure
 from hycluster.ingress.grpc import serve_grpc
 from hycluster.ingress.health import PoolHealth
-from hycluster.ingress.ports import TURNED_AWAY_AFTER_S, turn_away
+from hycluster.ingress.ports import TURNED_AWAY_AFTER_S, let_in, turn_away
 from hycluster.ingress.starting import StartingDoors, starting_doors
 from hycluster.watchdog import Watchdog
 
@@ -56,6 +57,7 @@ class Door:
     """
 
     def __init__(self, settings: Settings, directory: str, *others: Any) -> None:
+        logs.settle("door")
         self._settings = settings
         self._directory = directory
         self._opened: Future[DoorAddresses] = Future()
@@ -100,8 +102,9 @@ class Door:
     async def _pools(self) -> dict[str, PoolHealth]:
         """What the directory knows of the replicas, while there is no gateway to ask."""
         ready: dict[str, int] = {}
-        with contextlib.suppress(ray.exceptions.RayError):
-            ready = await open_directory(self._directory).models.remote()
+        with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
+            async with asyncio.timeout(FORGET_AFTER_S):
+                ready = await open_directory(self._directory).models.remote()
         return {m.name: PoolHealth(ready.get(m.name, 0), m.replicas.count, m.sleeps) for m in self._settings.models}
 
     async def _serve_models(self, starting: StartingDoors | None) -> None:
@@ -143,10 +146,15 @@ class Door:
             self._able = False
             # A drain may take longer than a beat may be late.
             self._watchdog.close()
-            for door in (http, grpc):
-                turn_away(door.port)
-            await asyncio.sleep(TURNED_AWAY_AFTER_S)
-            closing = asyncio.gather(http.stop(), grpc.stop(settings.drain_timeout_s + LAST_WORDS_S))
+            ports = http.port, grpc.port
+            turn_away(*ports)
+            await let_in(ports, TURNED_AWAY_AFTER_S)
+            closing = asyncio.gather(
+                http.stop(),
+                grpc.stop(settings.drain_timeout_s + LAST_WORDS_S),
+                # Until both have closed their sockets, somebody may still come.
+                let_in(ports, TURNED_AWAY_AFTER_S),
+            )
             late = not (await asyncio.wait([closing], timeout=settings.drain_timeout_s))[0]
             if late:
                 await generator.end("the server shut down before the answer was complete")

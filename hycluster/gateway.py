@@ -37,7 +37,7 @@ from hycluster.adapters import AdapterTable, Word, adapter_id
 from hycluster.admission import Gate, check_id
 from hycluster.coldstart import ColdStart
 from hycluster.config import Admission, Model, Router
-from hycluster.directory import REPORT_EVERY_S, Demand, PoolView
+from hycluster.directory import FORGET_AFTER_S, REPORT_EVERY_S, Demand, PoolView
 from hycluster.engine.arguments import model_files
 from hycluster.engine.protocol import CARRIED
 from hycluster.engine.vllm import engine_config
@@ -264,13 +264,16 @@ class Gateway(AsyncLLM):
             await asyncio.sleep(REPORT_EVERY_S)
 
     async def _sync(self, directory: ActorHandle[Any]) -> PoolView:
-        view: PoolView = await directory.sync.remote(
-            self.model.name,
-            self.engine_core.gateway_id,
-            self.engine_core.outstanding,
-            self._adapters.words,
-            self._demand() if self.model.replicas.vary else None,
-        )
+        # Of an actor on a machine that is gone without a word Ray says nothing for minutes; one that has started again
+        # elsewhere answers the next call.
+        async with asyncio.timeout(FORGET_AFTER_S):
+            view: PoolView = await directory.sync.remote(
+                self.model.name,
+                self.engine_core.gateway_id,
+                self.engine_core.outstanding,
+                self._adapters.words,
+                self._demand() if self.model.replicas.vary else None,
+            )
         self._take_over(view.adapters)
         self.cold_start.hear(view.scaling)
         return view

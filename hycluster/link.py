@@ -14,7 +14,7 @@ from zmq.utils.monitor import recv_monitor_message
 from hycluster.core import ReplicaAddress, ReplicaLoad
 from hycluster.engine.protocol import EngineInfo
 from hycluster.flight import Flight
-from hycluster.wire import READY, Kind, decode_info
+from hycluster.wire import READY, Kind, decode_info, notice_lost
 
 HELLO_TIMEOUT_S = 10.0
 
@@ -58,7 +58,7 @@ async def connect(context: zmq.asyncio.Context, address: ReplicaAddress) -> Link
         ConnectionError: it does not answer, or refuses; the directory may still name one that has just died.
     """
     identity = secrets.token_bytes(16)
-    requests, outputs = (_socket(context, identity) for _ in range(2))
+    requests, outputs = (_socket(context, identity, address.lost_after_s) for _ in range(2))
     monitor = outputs.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
     link = None
     try:
@@ -83,7 +83,7 @@ async def connect(context: zmq.asyncio.Context, address: ReplicaAddress) -> Link
     return link
 
 
-def _socket(context: zmq.asyncio.Context, identity: bytes) -> zmq.asyncio.Socket:
+def _socket(context: zmq.asyncio.Context, identity: bytes, lost_after_s: float) -> zmq.asyncio.Socket:
     sock = context.socket(zmq.DEALER)
     sock.setsockopt(zmq.IDENTITY, identity)
     sock.setsockopt(zmq.LINGER, 0)
@@ -91,8 +91,7 @@ def _socket(context: zmq.asyncio.Context, identity: bytes) -> zmq.asyncio.Socket
     sock.setsockopt(zmq.RCVHWM, 0)
     # A replica that comes back is a new one, with a new address.
     sock.setsockopt(zmq.RECONNECT_IVL, -1)
-    sock.setsockopt(zmq.HEARTBEAT_IVL, 2000)
-    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6000)
+    notice_lost(sock, lost_after_s)
     return sock
 
 

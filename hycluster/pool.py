@@ -38,6 +38,9 @@ from hycluster.wire import Kind
 logger = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 60.0
+# A replica that is there greets back within milliseconds. One whose machine is gone, and which the directory names a
+# while yet, must not keep the rest of its news waiting.
+JOIN_PATIENCE_S = 1.0
 
 
 class PoolClient(ControlCalls):
@@ -86,6 +89,7 @@ class PoolClient(ControlCalls):
         self._context = zmq.asyncio.Context()
         self._links: dict[str, Link] = {}
         self._connecting: set[str] = set()
+        self._joining: set[asyncio.Task[None]] = set()
         self._flights: dict[str, Flight] = {}
         self._arrived: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._calls: dict[int, tuple[Link, asyncio.Future[Any]]] = {}
@@ -105,7 +109,12 @@ class PoolClient(ControlCalls):
         reports = list(reports)
         new = [r.address for r in reports if r.accepting and r.address.replica_id not in self._links]
         # Successors first: no request may find that the old replica takes none any more, and no other one yet.
-        await asyncio.gather(*(self._connect(a) for a in new if a.replica_id not in self._connecting))
+        joining = [self._spawn(self._connect(a)) for a in new if a.replica_id not in self._connecting]
+        self._joining.update(joining)
+        for task in joining:
+            task.add_done_callback(self._joining.discard)
+        if joining:
+            await asyncio.wait(joining, timeout=JOIN_PATIENCE_S)
         for report in reports:
             link = self._links.get(report.address.replica_id)
             if link is not None:
@@ -470,10 +479,11 @@ class PoolClient(ControlCalls):
 
     # -- the end ------------------------------------------------------------------------------------
 
-    def _spawn(self, coroutine: Any) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine)
+    def _spawn(self, coroutine: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _close(self, link: Link, *, say_bye: bool) -> None:
         for of, future in self._calls.values():
@@ -493,6 +503,9 @@ class PoolClient(ControlCalls):
 
     async def close(self) -> None:
         """Say goodbye to every replica; what is still in flight there is dropped."""
+        for task in list(self._joining):
+            task.cancel()
+        await asyncio.gather(*self._joining, return_exceptions=True)
         links, self._links = list(self._links.values()), {}
         for link in links:
             await self._close(link, say_bye=True)

@@ -23,13 +23,15 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from enum import Enum
 from typing import Any
 
 import msgspec
 import zmq
+import zmq.asyncio
+from zmq.utils.monitor import recv_monitor_message
 
 from hycluster.config import DataPlane
 from hycluster.core import ReplicaAddress
@@ -83,6 +85,21 @@ OUTPUT_BACKLOG = 10_000
 CONNECT_GRACE_S = 1.0
 
 
+def notice_lost(sock: zmq.Socket[bytes] | zmq.asyncio.Socket, after_s: float) -> None:
+    """Have a socket close connections to machines that are gone without a word; before it binds or connects.
+
+    libzmq's own threads ask and answer, however long Python or the engine is busy. A beat goes out every ``IVL``, and
+    nothing may come for ``TIMEOUT`` behind it.
+    """
+    beat_ms = int(after_s * 1000 / 4)
+    sock.setsockopt(zmq.HEARTBEAT_IVL, beat_ms)
+    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(after_s * 1000) - beat_ms)
+    # A machine that never answers a connection is tried no longer either; libzmq leaves that to the kernel, minutes.
+    sock.setsockopt(zmq.CONNECT_TIMEOUT, int(after_s * 1000))
+    # What was sent and is not acknowledged: the kernel would repeat it for a quarter of an hour.
+    sock.setsockopt(zmq.TCP_MAXRT, int(after_s * 1000))
+
+
 def encode_info(info: EngineInfo) -> bytes:
     return msgspec.msgpack.encode(asdict(info))
 
@@ -115,9 +132,7 @@ class EngineServer:
             sock.linger = 1000
             sock.setsockopt(zmq.RCVHWM, 0)
             sock.setsockopt(zmq.SNDHWM, OUTPUT_BACKLOG)
-            # A peer whose machine is gone never says so; a beat finds it within seconds.
-            sock.setsockopt(zmq.HEARTBEAT_IVL, 2000)
-            sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6000)
+            notice_lost(sock, ports.lost_after_s)
             sock.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._outputs.setsockopt(zmq.ROUTER_MANDATORY, 1)
         try:
@@ -126,7 +141,12 @@ class EngineServer:
             self._context.destroy(linger=0)
             raise
         self.address = ReplicaAddress(
-            replica_id=replica_id, model=model, requests=requests, outputs=outputs, token=self._token
+            replica_id=replica_id,
+            model=model,
+            requests=requests,
+            outputs=outputs,
+            token=self._token,
+            lost_after_s=ports.lost_after_s,
         )
         self._threads = [
             threading.Thread(target=self._read_requests, name="wire-requests", daemon=True),
@@ -135,16 +155,40 @@ class EngineServer:
         for thread in self._threads:
             thread.start()
 
-    def join(self, siblings: Sequence[ReplicaAddress]) -> None:
-        """Learn where the other ranks of the data-parallel group are; once, before the first gateway connects."""
-        known = []
+    def join(self, siblings: Sequence[ReplicaAddress], on_lost: Callable[[str], None] | None = None) -> None:
+        """Learn where the other ranks of the data-parallel group are; once, before the first gateway connects.
+
+        Args:
+            on_lost: told the id of a rank when the connection to it has ended, on a thread of its own.
+        """
+        known, monitors = [], {}
         for address in siblings:
             sock = self._context.socket(zmq.DEALER)
             sock.linger = 0
+            notice_lost(sock, address.lost_after_s)
+            if on_lost is not None:
+                monitors[sock.get_monitor_socket(zmq.EVENT_DISCONNECTED)] = address.replica_id
             sock.connect(address.requests)
             known.append((sock, address.token.encode()))
         # From here on they belong to the thread that writes outputs.
         self._siblings = known
+        if on_lost is not None and monitors:
+            watching = threading.Thread(
+                target=self._watch_siblings, args=(monitors, on_lost), name="wire-siblings", daemon=True
+            )
+            watching.start()
+            self._threads.append(watching)
+
+    def _watch_siblings(self, monitors: dict[zmq.Socket[bytes], str], on_lost: Callable[[str], None]) -> None:
+        poller = zmq.Poller()
+        for monitor in monitors:
+            poller.register(monitor, zmq.POLLIN)
+        while not self._closing:
+            for monitor, _ in poller.poll(200):
+                if recv_monitor_message(monitor)["event"] == zmq.EVENT_DISCONNECTED and not self._closing:
+                    on_lost(monitors[monitor])
+        for monitor in monitors:
+            monitor.close(linger=0)
 
     def wait_until_ended(self) -> None:
         """Block until the engine has ended, in good order or not."""

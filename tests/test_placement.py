@@ -126,5 +126,7 @@ def test_resources_of_its_own_are_taken_by_each_reservation() -> None:
     assert reserved(alone) == {"CPU": 1} | own
     ranks = model(hardware=Hardware(accelerator="H20", resources=own), parallel=Parallel(tensor=8, data=2))
     assert bundles(ranks) == [{"CPU": 1, "GPU": 8} | H20 | own] * 2
-    over_nodes = model(hardware=Hardware(accelerator="H20", gpus_per_node=1, resources=own), parallel=Parallel(tensor=2))
+    over_nodes = model(
+        hardware=Hardware(accelerator="H20", gpus_per_node=1, resources=own), parallel=Parallel(tensor=2)
+    )
     assert bundles(over_nodes) == [{"CPU": 1, "GPU": 1} | H20 | own, {"GPU": 1} | H20 | own]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hycluster.config import DEFAULT_SETTINGS, load_settings
+from hycluster.consent import Yes, ask
 from hycluster.errors import HyclusterError, SettingsError
 from hycluster.submit.cli import cancel, jobs, logs, show_submitted, submit
 
@@ -40,9 +42,16 @@ def run(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: sampling.max_tokens=8.")
     ] = None,
     config: Annotated[Path, typer.Option(help="Deployment, for dedicated engines.")] = DEFAULT_SETTINGS,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="Ray cluster; default: RAY_ADDRESS, or what this HYCLUSTER_HOME has started."
+        ),
+    ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete the output if it is another job's or another input's.")
+        bool, typer.Option("--overwrite", help="Delete the output if it is another job's or another input's; asks.")
     ] = False,
+    yes: Yes = False,
 ) -> None:
     """Run a job, or resume it: the same command goes on where it stopped.
 
@@ -57,7 +66,7 @@ def run(
 
         from hycluster.batch.run import run_job
 
-        run_job(job, settings=settings, overwrite=overwrite)
+        run_job(job, settings=settings, address=address, overwrite=overwrite, consent=partial(ask, yes=yes))
     except HyclusterError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(error.exit_code) from None

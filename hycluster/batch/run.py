@@ -33,6 +33,7 @@ from hycluster.batch.storage import one_line, shown
 from hycluster.batch.task import Connect
 from hycluster.config import Settings
 from hycluster.errors import HyclusterError, JobFailed, SettingsError, UnknownModel
+from hycluster.running import Chosen
 
 Engines = Callable[[Job, Settings | None], AbstractContextManager[Connect]]
 # Files at fault that are named when a job begins.
@@ -42,15 +43,23 @@ log = logging.getLogger(__name__)
 
 
 def run_job(
-    job: Job, *, settings: Settings | None = None, engines: Engines | None = None, overwrite: bool = False
+    job: Job,
+    *,
+    settings: Settings | None = None,
+    engines: Engines | None = None,
+    address: str | None = None,
+    overwrite: bool = False,
+    consent: Callable[[str], None] = lambda what: None,
 ) -> None:
     """Run a job to its committed output, or say that it is there already.
 
     Args:
         settings: the deployment; needed for ``engine: dedicated`` only.
         engines: what to generate with; by default what ``job.engine`` says.
+        address: of the Ray cluster to join; see :func:`hycluster.cluster.connect`.
         overwrite: if the output is that of another job or input, delete it and start anew, as soon as there are
             engines. An output of this very job is resumed all the same.
+        consent: is told what is to be deleted, before; raises if that is not wanted.
 
     Raises:
         SettingsError: job, input or output are refused; nothing was done.
@@ -69,6 +78,8 @@ def run_job(
         )
     mine = identity(job, corpus)
     replaces = overwrite and output.foreign(mine)
+    if replaces:
+        consent(_to_be_deleted(job, output))
     if not replaces and output.finished(mine):
         _say_done(job, console)
         return
@@ -80,12 +91,12 @@ def run_job(
         lease.look()
         try:
             if earlier.rows < corpus.rows:
-                with (engines or _engines)(job, settings) as connect:
-                    if _claim(output, mine, lease, overwrite):
+                with (engines or partial(_engines, address=address))(job, settings) as connect:
+                    if _claim(output, mine, lease, replaces):
                         _say_done(job, console)
                         return
                     _generate(job, corpus, output, connect, earlier, lease, console)
-            elif _claim(output, mine, lease, overwrite):
+            elif _claim(output, mine, lease, replaces):
                 _say_done(job, console)
                 return
             committed = _totals(output.records())
@@ -104,6 +115,14 @@ def run_job(
             raise JobFailed(f"{type(error).__name__}: {one_line(error)}") from error
     this_run = Totals(*(getattr(committed, name) - getattr(earlier, name) for name in asdict(earlier)))
     summarize(console, f"{job.name} -> {shown(job.output.path)}", committed, this_run, time.monotonic() - begun_s)
+
+
+def _to_be_deleted(job: Job, output: Output) -> str:
+    theirs = _totals(output.records())
+    return (
+        f"--overwrite: {shown(job.output.path)} is the output of another job or input, with {theirs.rows} committed"
+        f" rows; they are deleted, and {job.name!r} begins anew there"
+    )
 
 
 def _claim(output: Output, mine: Identity, lease: Lease, overwrite: bool) -> bool:
@@ -131,7 +150,7 @@ def _say_done(job: Job, console: Console) -> None:
 
 
 @contextmanager
-def _engines(job: Job, settings: Settings | None) -> Iterator[Connect]:
+def _engines(job: Job, settings: Settings | None, address: str | None = None) -> Iterator[Connect]:
     """The running cluster's engines, or engines of the job's own while the block lasts."""
     import ray
 
@@ -139,7 +158,7 @@ def _engines(job: Job, settings: Settings | None) -> Iterator[Connect]:
     from hycluster.directory import SHARED_DIRECTORY, find_directory
 
     if job.engine == "shared":
-        cluster.connect()
+        _say_where(cluster.connect(address))
         try:
             directory: Any = find_directory(SHARED_DIRECTORY)
         except ValueError:
@@ -151,8 +170,14 @@ def _engines(job: Job, settings: Settings | None) -> Iterator[Connect]:
     else:
         if settings is None:
             raise SettingsError("engine: 'dedicated' needs the settings of a deployment (--config)")
+        _say_where(cluster.join_or_start(address))
         with cluster.dedicated_pool(settings, job.model) as directory:
             yield partial(_open_generator, directory, job.model)
+
+
+def _say_where(joined: Chosen | None) -> None:
+    where = joined or "of its own, which ends with it"
+    Console(stderr=True).print(f"the job runs on the Ray cluster {where}", **PLAIN)
 
 
 def _open_generator(directory: str, model: str) -> AbstractAsyncContextManager[Generator]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Annotated
 
 import typer
 
+from hycluster.consent import Yes, ask
 from hycluster.errors import SettingsError, shown
+from hycluster.running import choose
 
 INTERRUPTED = 130
 FEATURES = "n, logprobs, stop"
@@ -43,8 +46,11 @@ def chaos(
     delay_s: Annotated[float, typer.Option(min=0, max=60, help="Seconds for which one is delayed.")] = 1,
     patience_s: Annotated[float, typer.Option(min=1, help="Seconds for one request, repetitions included.")] = 300,
     recovery_s: Annotated[float, typer.Option(min=1, help="Seconds in which the pool must be whole again.")] = 300,
-    ray: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="The Ray cluster; default: RAY_ADDRESS, or the one here.")
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="Ray cluster; default: RAY_ADDRESS, or what this HYCLUSTER_HOME has started."
+        ),
     ] = None,
     http: Annotated[
         str | None, typer.Option(metavar="URL", help="The HTTP door; default: that of the cluster.")
@@ -53,9 +59,11 @@ def chaos(
         str | None, typer.Option(metavar="HOST:PORT", help="The gRPC door; default: that of the cluster.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    yes: Yes = False,
 ) -> None:
-    """Kill, stop and delay processes of the running cluster under load, and check every answer.
+    """Kill, stop and delay processes of a running service under load, and check every answer.
 
+    Says which service that is, and asks.
     The requests are asked undisturbed first; under faults greedy and seeded ones must be answered the same.
     Exit codes: 0 nothing failed and nothing was wrong; 1 otherwise; 2 wrong use; 130 interrupted.
     """
@@ -79,6 +87,9 @@ def chaos(
     if http is not None and not http.startswith(("http://", "https://")):
         raise SettingsError(f"--http: {shown(http)} is not allowed; must begin with http:// or https://")
 
+    # Before anything is looked at: whose cluster it is.
+    choose(address)
+
     from rich.console import Console
 
     from hycluster.chaos.report import show
@@ -88,7 +99,7 @@ def chaos(
     plan = Plan(
         faults=wish,
         patience=Patience(stop_s=stop_s, delay_s=delay_s, recovery_s=recovery_s),
-        ray=ray,
+        address=address,
         http=http,
         grpc=grpc,
         model=model,
@@ -101,7 +112,7 @@ def chaos(
         patience_s=patience_s,
     )
     try:
-        found = run(plan, lambda line: typer.echo(line, err=True))
+        found = run(plan, lambda line: typer.echo(line, err=True), partial(ask, yes=yes))
     except KeyboardInterrupt:
         typer.echo("stopped; what was held up runs on", err=True)
         raise typer.Exit(INTERRUPTED) from None

@@ -9,10 +9,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
-from ray import serve
-
-from hycluster import cluster
-from hycluster.app import APP_NAME, deployment_name
+from hycluster import cluster, service
+from hycluster.app import deployment_name
 from hycluster.chaos.ask import http_client
 from hycluster.chaos.gateways import Gateways
 from hycluster.chaos.load import Caller, drive, over_and_over
@@ -34,7 +32,7 @@ class Plan:
     """What to do, as the command line says it.
 
     Attributes:
-        ray, http, grpc: addresses; None is that of the cluster found.
+        address, http, grpc: of the Ray cluster and its doors; None is what is found, see ``cluster.connect``.
         model: None is the only one served.
         streams: different requests.
         patience_s: for one request.
@@ -42,7 +40,7 @@ class Plan:
 
     faults: Wish
     patience: Patience
-    ray: str | None
+    address: str | None
     http: str | None
     grpc: str | None
     model: str | None
@@ -55,27 +53,28 @@ class Plan:
     patience_s: float
 
 
-def run(plan: Plan, say: Say) -> Report:
+def run(plan: Plan, say: Say, consent: Say) -> Report:
     """Do it.
 
+    Args:
+        consent: is told what is about to be hit; raises if that is not wanted.
+
     Raises:
-        SettingsError: there is no such Ray cluster.
+        SettingsError: there is no such Ray cluster, or no hycluster in it.
         InvalidInput, UnknownModel: the model is not served, or its context is too short for the requests.
-        Unavailable: no hycluster runs there, or it is not whole before the first fault.
+        Unavailable: it is not whole before the first fault.
     """
-    cluster.connect(plan.ray)
-    where = _addresses()
+    found = service.find(cluster.connect(plan.address))
+    where = found.addresses
+    if where is None:
+        raise Unavailable("health: the doors are open, but a request would not succeed now; wait until it would")
+    if plan.faults.count:
+        kinds, places = ", ".join(plan.faults.kinds), ", ".join(plan.faults.places)
+        consent(f"{found}\n{plan.faults.count} faults ({kinds}) hit processes of it ({places}) under load")
+    else:
+        say(str(found))
     http, grpc = plan.http or where.http, plan.grpc or where.grpc
     return asyncio.run(_run(plan, http.rstrip("/"), grpc, _ports(where), say))
-
-
-def _addresses() -> DoorAddresses:
-    if APP_NAME not in serve.status().applications:
-        raise Unavailable("ray: no hycluster is running in this Ray cluster")
-    found: DoorAddresses | None = serve.get_app_handle(APP_NAME).addresses.remote().result(timeout_s=30)
-    if found is None:
-        raise Unavailable("health: the doors are open, but a request would not succeed now; wait until it would")
-    return found
 
 
 def _ports(where: DoorAddresses) -> tuple[int, ...]:

@@ -263,9 +263,10 @@ def _options(settings: config.Grpc, reuse_port: bool) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", max_bytes),
         ("grpc.max_concurrent_streams", settings.max_calls_per_connection),
         ("grpc.so_reuseport", int(reuse_port)),
-        # Find clients that went without a word, so that their requests are aborted.
-        ("grpc.keepalive_time_ms", 60_000),
-        ("grpc.keepalive_timeout_ms", 20_000),
+        # Find clients that went without a word, so that their requests are aborted: those that have nothing on its way
+        # after both times, and by the kernel's own TCP_USER_TIMEOUT the others after the second.
+        ("grpc.keepalive_time_ms", int(settings.stalled_client_timeout_s * 1000 * 2 / 3)),
+        ("grpc.keepalive_timeout_ms", int(settings.stalled_client_timeout_s * 1000 / 3)),
         # And let clients find a dead server, without being cut off for pinging too often.
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),

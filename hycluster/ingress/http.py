@@ -43,7 +43,7 @@ from hycluster.ingress.body import TOKENIZED_PATHS, BodyLimit
 from hycluster.ingress.connection import protocol
 from hycluster.ingress.errors import answer_error, answer_generation_error, answer_http_error, answer_unreadable
 from hycluster.ingress.health import WithHealth
-from hycluster.ingress.ports import bind
+from hycluster.ingress.ports import bind, notice_lost
 
 # What a caller may use. Everything else of vLLM's app (scaling, raw token routes, rendering for
 # disaggregated setups, SageMaker's doubles, ...) answers 404 unless ``http.control_routes`` is set.
@@ -128,6 +128,7 @@ async def serve_http(
         app = WithBatches(BodyLimit(api, (batches.max_file_mib << 20) + MULTIPART_BYTES, stall_s=stall_s), app)
     app = WithHealth(app, generator.pools)
     sock = sock or bind(settings.host, settings.port, "http.port", reuse_port=reuse_port)
+    notice_lost(sock, settings.stalled_client_timeout_s)
     config = uvicorn.Config(
         app,
         http=protocol(settings),

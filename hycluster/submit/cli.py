@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hycluster.config import DEFAULT_SETTINGS, load_settings
+from hycluster.consent import Yes, ask
 from hycluster.errors import SettingsError
 from hycluster.submit.target import Target
 
@@ -46,8 +47,9 @@ def submit(
     ] = None,
     config: Annotated[Path, typer.Option(help="Deployment, for dedicated engines; sent along.")] = DEFAULT_SETTINGS,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete the output if it is another job's or another input's.")
+        bool, typer.Option("--overwrite", help="Delete the output if it is another job's or another input's; asks.")
     ] = False,
+    yes: Yes = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the job's log and exit as it does.")] = False,
     kubernetes: Annotated[
         bool, typer.Option("--kubernetes", help="As a RayJob, by kubectl apply.", rich_help_panel=KUBERNETES)
@@ -81,6 +83,7 @@ def submit(
     Exit codes: 0 submitted; 1 the cluster did not take it; 2 refused here. With --wait those of 'batch run'.
     """
     from hycluster.batch.job import load_job
+    from hycluster.batch.storage import shown
     from hycluster.submit.submission import submission
 
     target = Target(dry_run, namespace, cluster, template, image)
@@ -94,6 +97,9 @@ def submit(
     if kubernetes:
         job = _on_engines_of(target, job)
     settings = load_settings(config) if job.engine == "dedicated" else None
+    if overwrite and not dry_run:
+        # There is nobody to ask where the job runs.
+        ask(f"--overwrite: {shown(job.output.path)} is deleted if it is the output of another job or input", yes=yes)
     sent = submission(job, settings, overwrite=overwrite)
     for note in sent.notes:
         _note(note)
@@ -131,11 +137,19 @@ def logs(
     typer.echo(api.log(job_id), nl=False)
 
 
-def cancel(job_id: JobId, address: Address) -> None:
-    """Stop a submitted job. What it has committed stays; the same submit goes on from there."""
+def cancel(job_id: JobId, address: Address, yes: Yes = False) -> None:
+    """Stop a submitted job. What it has committed stays; the same submit goes on from there.
+
+    Says which job that is, and asks.
+    """
     from hycluster.submit.job_api import JobApi
 
-    stopped, now = JobApi(address).cancel(job_id)
+    api = JobApi(address)
+    if not (job := api.look(job_id)).ended:
+        since = f" since {job.started}" if job.started else ""
+        output = f", writes to {job.output}" if job.output else ""
+        ask(f"{job_id} at {address}, {job.state}{since}{output}: it is stopped", yes=yes)
+    stopped, now = api.cancel(job_id)
     if not stopped:
         typer.echo(f"{job_id} had ended: {now.meaning}")
     elif now.ended:

@@ -89,7 +89,8 @@ def submission(job: Job, settings: Settings | None, *, overwrite: bool = False) 
         arguments += ["--config", "/dev/fd/4"]
         notes += [note] if note else []
     if overwrite:
-        arguments.append("--overwrite")
+        # It was asked for where somebody could be asked.
+        arguments += ["--overwrite", "--yes"]
     command = _command(arguments, documents)
     size = len(command.encode())
     if size > MOST_COMMAND_BYTES:

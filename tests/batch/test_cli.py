@@ -21,7 +21,7 @@ JOB = str(ROOT / "jobs" / "summarize.yaml")
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Job, Settings | None]]:
     calls: list[tuple[Job, Settings | None]] = []
-    monkeypatch.setattr(run_module, "run_job", lambda job, settings, overwrite: calls.append((job, settings)))
+    monkeypatch.setattr(run_module, "run_job", lambda job, settings, **_: calls.append((job, settings)))
     return calls
 
 
@@ -40,7 +40,7 @@ def test_options_reach_the_job(ran: list[tuple[Job, Settings | None]]) -> None:
 @pytest.mark.parametrize("options", [[], ["--overwrite"]])
 def test_overwrite_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch, options: list[str]) -> None:
     said: list[bool] = []
-    monkeypatch.setattr(run_module, "run_job", lambda job, settings, overwrite: said.append(overwrite))
+    monkeypatch.setattr(run_module, "run_job", lambda job, settings, overwrite, **_: said.append(overwrite))
     assert invoke(JOB, "--input", "i", "--output", "o", *options).exit_code == 0
     assert said == [bool(options)]
 
@@ -76,7 +76,7 @@ def test_wrong_use_is_one_line_and_exit_2(ran: list[tuple[Job, Settings | None]]
     ("error", "code"), [(JobFailed("x"), 1), (SettingsError("x"), 2), (TooManyQuarantined("x"), 3)]
 )
 def test_errors_become_exit_codes(monkeypatch: pytest.MonkeyPatch, error: HyclusterError, code: int) -> None:
-    def fail(job: Job, settings: Settings | None, overwrite: bool) -> None:
+    def fail(job: Job, settings: Settings | None, **_: Any) -> None:
         raise error
 
     monkeypatch.setattr(run_module, "run_job", fail)

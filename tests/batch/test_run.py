@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import threading
@@ -22,6 +23,7 @@ from hycluster.batch.prompts import prompt_of
 from hycluster.batch.run import Engines, run_job
 from hycluster.batch.status import Status, Watcher
 from hycluster.batch.verify import verify
+from hycluster.consent import ask
 from hycluster.errors import JobFailed, SettingsError, TooManyQuarantined
 from tests.batch.conftest import MakeJob, broken_utf8, damage, write_texts
 from tests.batch.stand_in import stand_in
@@ -169,9 +171,23 @@ def test_a_second_run_on_the_same_output_is_told_who_is_there(make_job: MakeJob)
 def test_overwrite_replaces_another_job_and_resumes_this_one(make_job: MakeJob) -> None:
     run_job(make_job(), engines=engines())
     job = make_job(prompt="new {text}")
-    run_job(job, engines=engines(), overwrite=True)
+    asked: list[str] = []
+    run_job(job, engines=engines(), overwrite=True, consent=asked.append)
     assert {row["output"][:4] for row in read_out(job)} == {"NEW "}
-    run_job(job, engines=no_engines, overwrite=True)
+    (what,) = asked
+    assert f"{job.output.path} is the output of another job or input, with 12 committed rows" in what
+    run_job(job, engines=no_engines, overwrite=True, consent=asked.append)
+    assert len(asked) == 1
+
+
+def test_an_output_that_nobody_agrees_to_lose_stays(make_job: MakeJob) -> None:
+    run_job(old := make_job(), engines=engines())
+    there = sorted(Path(old.output.path).rglob("*"))
+    with pytest.raises(SettingsError, match=r"^--yes: must be given"):
+        run_job(
+            make_job(prompt="new {text}"), engines=no_engines, overwrite=True, consent=functools.partial(ask, yes=False)
+        )
+    assert sorted(Path(old.output.path).rglob("*")) == there
 
 
 def test_too_many_quarantined_rows_end_the_job_until_the_limit_is_raised(make_job: MakeJob, corpus: Path) -> None:

@@ -20,7 +20,7 @@ from hycluster.errors import SettingsError
         (["--doors", ","], "--doors: must name one or more"),
         (["--leave-out", "seeds"], "--leave-out: 'seeds'"),
         (["--http", "localhost:8000"], "--http: 'localhost:8000' is not allowed; must begin with http"),
-        (["--ray", "127.0.0.1:1"], "RAY_ADDRESS: no Ray cluster at '127.0.0.1:1'"),
+        (["--address", "127.0.0.1:1"], "--address: no Ray cluster at '127.0.0.1:1'"),
     ],
 )
 def test_wrong_use_is_refused_before_anything_is_hit(arguments: list[str], says: str) -> None:

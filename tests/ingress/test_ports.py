@@ -1,15 +1,21 @@
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import os
 import socket
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
 from hycluster.errors import SettingsError
-from hycluster.ingress.ports import TURNED_AWAY_AFTER_S, bind, check_port, turn_away
+from hycluster.ingress import ports
+from hycluster.ingress.ports import TURNED_AWAY_AFTER_S, bind, check_port, let_in, turn_away
+from tests.ordinary_user import as_ordinary_user
 
 
 def test_a_free_port_listens() -> None:
@@ -82,6 +88,56 @@ def test_connections_that_there_are_stay() -> None:
                 caller.sendall(b"ask")
                 inside.settimeout(5)
                 assert inside.recv(3) == b"ask"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the kernel is not told")
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+async def test_who_was_half_open_is_heard(host: str) -> None:
+    """To the kernel that one is what the socket says by then: none of its packets would count."""
+    with bind(host, 0, "http.port", reuse_port=True) as door:
+        port = door.getsockname()[1]
+        # Half open until its first word, which comes after the door has begun to leave.
+        door.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 30)
+        with socket.create_connection((host, port), timeout=5) as caller:
+            with pytest.raises(BlockingIOError):
+                door.accept()
+            turn_away(port)
+            caller.sendall(b"ask")
+            inside, _ = await asyncio.to_thread(patiently_accepted, door)
+            with inside:
+                assert inside.recv(3) == b"ask"
+                caller.sendall(b"more")
+                inside.settimeout(0.1)
+                with pytest.raises(TimeoutError):
+                    inside.recv(4)
+                await let_in([port], TURNED_AWAY_AFTER_S)
+                inside.settimeout(5)
+                assert inside.recv(4) == b"more"
+
+
+def patiently_accepted(door: socket.socket) -> tuple[socket.socket, Any]:
+    door.settimeout(5)
+    return door.accept()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the kernel is not told")
+def test_a_kernel_that_refuses_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(sock: socket.socket, least: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(ports, "_ask_for_hops", refuse)
+    with bind("127.0.0.1", 0, "http.port", reuse_port=True) as door:
+        port = door.getsockname()[1]
+        turn_away(port)
+    assert f"ports ({port},) are left without a word to the kernel: [Errno 1]" in caplog.text
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="it is one already")
+def test_an_ordinary_user_may_do_all_of_it() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(as_ordinary_user(command), check=False, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout
+    assert "1 skipped" in done.stdout
 
 
 def accepted(door: socket.socket, stack: contextlib.ExitStack) -> int:

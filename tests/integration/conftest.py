@@ -23,6 +23,7 @@ import ray
 from hycluster import cluster
 from hycluster.directory import SHARED_DIRECTORY, ReplicaReport, find_directory
 from hycluster.models import tiny
+from tests.ordinary_user import as_ordinary_user
 
 if TYPE_CHECKING:
     from tests.integration.featured import Featured
@@ -106,14 +107,15 @@ class Served:
     process: subprocess.Popen[str]
     http: str
     grpc: str
+    ray: str
     log: Path
 
 
 def launch(arguments: list[str], log: Path, env: dict[str, str] | None = None) -> Served:
-    """Run ``hycluster serve`` until its ready line."""
+    """Run ``hycluster serve`` until its ready line, without rights (``tests/ordinary_user.py``)."""
     with log.open("w") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "hycluster", "serve", *arguments],
+            as_ordinary_user([sys.executable, "-m", "hycluster", "serve", *arguments], env),
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
@@ -121,7 +123,8 @@ def launch(arguments: list[str], log: Path, env: dict[str, str] | None = None) -
             start_new_session=True,
         )
     words = listen(process, log)
-    return Served(process, words[1], words[words.index("grpc") + 1], log)
+    grpc, ray_address = (words[words.index(name) + 1] for name in ("grpc", "ray"))
+    return Served(process, words[1], grpc, ray_address, log)
 
 
 def listen(process: subprocess.Popen[str], log: Path) -> list[str]:
@@ -168,7 +171,7 @@ def served(settings_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     """The cluster. Ends with a drain; a test of its own looks at the exit code."""
     server = launch([str(settings_file)], tmp_path_factory.mktemp("log") / "serve.log")
     try:
-        cluster.connect()
+        cluster.connect(server.ray)
         yield server
     finally:
         ray.shutdown()

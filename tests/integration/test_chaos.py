@@ -46,7 +46,7 @@ def test_rays_table_has_what_targets_are_found_by(served: Served) -> None:
 
 def chaos(*arguments: str) -> tuple[int, dict[str, Any], str]:
     """Exit code, figures and what was said meanwhile."""
-    command = [sys.executable, "-m", "hycluster", "chaos", "--model", SIMULATED, "--json", *arguments]
+    command = [sys.executable, "-m", "hycluster", "chaos", "--model", SIMULATED, "--json", "--yes", *arguments]
     # Simulated engines have no logprobs.
     done = subprocess.run(
         [*command, "--leave-out", "logprobs", "--output-tokens", "4-40", "--concurrency", "8", "--patience-s", "60"],

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.conftest import eventually, stop
+from tests.ordinary_user import as_ordinary_user
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 TOKENS = 250
@@ -23,12 +24,13 @@ def test_sigterm_during_the_start(tiny_model: Path, tmp_path: Path) -> None:
     path = tmp_path / "settings.yaml"
     model = {"name": "m", "source": str(tiny_model), "hardware": {"cpus": 0.1, "kv_cache_gib": 0.2}}
     path.write_text(json.dumps({"models": [model], "http": {"port": 0}, "grpc": {"port": 0}}))
+    env = {"HYCLUSTER_HOME": str(tmp_path / "home")}
     process = subprocess.Popen(
-        [sys.executable, "-m", "hycluster", "serve", str(path)],
+        as_ordinary_user([sys.executable, "-m", "hycluster", "serve", str(path)], env),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "HYCLUSTER_HOME": str(tmp_path / "home")},
+        env={**os.environ, **env},
     )
     try:
         # Ray is up, the engine is not. (While Ray itself starts, its own handler would end the process at once.)

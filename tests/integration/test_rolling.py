@@ -147,19 +147,19 @@ def body(prompt: str, tokens: int) -> dict[str, Any]:
     return asked | {"stream": True, "return_token_ids": True}
 
 
-async def upgraded(rolling: Rolling, *arguments: str) -> str:
-    """What ``hycluster upgrade`` says."""
+async def upgraded(rolling: Rolling, *arguments: str, code: int = 0) -> str:
+    """What ``hycluster upgrade`` says; where it is to fail, what it says about that."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "hycluster", "upgrade", str(rolling.settings), *arguments,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **rolling.env},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **rolling.env},
     )  # fmt: skip
     try:
         out, errors = await asyncio.wait_for(process.communicate(), UPGRADE_S)
     finally:
         if process.returncode is None:
             process.kill()
-    assert process.returncode == 0, errors.decode()
-    return out.decode()
+    assert process.returncode == code, errors.decode()
+    return (errors if code else out).decode()
 
 
 def processes(served: Served, deployment: str) -> set[int]:
@@ -175,6 +175,17 @@ async def until(condition: Callable[[], bool], timeout_s: float) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 - processes tell nobody
             await asyncio.sleep(0.2)
+
+
+async def test_nothing_is_replaced_unasked(rolling: Rolling) -> None:
+    served = rolling.served
+    there = [processes(served, f"replica-{SIMULATED}"), processes(served, "door")]
+    refused = await upgraded(rolling, code=2)
+    by = f"started by process {served.process.pid} of this machine at "
+    assert refused.startswith(f"the service of Ray cluster {served.ray} ({by}"), refused
+    assert f"models: {SIMULATED} (2 replicas)\n  doors: 2, {served.http} grpc {served.grpc}\n" in refused
+    assert "error: --yes: must be given where there is no terminal to ask at; nothing was changed" in refused
+    assert [processes(served, f"replica-{SIMULATED}"), processes(served, "door")] == there
 
 
 async def test_everything_is_replaced_under_load(rolling: Rolling) -> None:
@@ -205,7 +216,7 @@ async def test_everything_is_replaced_under_load(rolling: Rolling) -> None:
             for way, call in (("HTTP", http_call), ("gRPC", grpc_call), ("new gRPC", load.over_new_grpc))
         ]
         upgrading = asyncio.create_task(
-            upgraded(rolling, "--set", f"drain_timeout_s={NEW_DRAIN_S}", "--set", "doors=1")
+            upgraded(rolling, "--yes", "--set", f"drain_timeout_s={NEW_DRAIN_S}", "--set", "doors=1")
         )
         await until(
             lambda: not processes(served, f"replica-{SIMULATED}") & replicas or upgrading.done(), timeout_s=UPGRADE_S

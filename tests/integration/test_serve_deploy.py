@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import yaml
 from serve_overlay import APPLICATIONS, Dashboard, serve_config
@@ -26,6 +27,7 @@ from hycluster.k8s.render import APP_NAME, OVERLAY_MANIFEST
 from tests.integration.conftest import SIMULATED, Served, listen, stop
 from tests.integration.test_rolling import ENGINE, SHORT, Answer, Load, processes, until
 from tests.k8s.kustomize import K8S, ROOT
+from tests.ordinary_user import as_ordinary_user
 from tests.simulated_pool import predicted
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
@@ -59,14 +61,15 @@ def overlay(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     (folder / OVERLAY_MANIFEST).write_text(yaml.safe_dump({"spec": {"serveConfigV2": yaml.safe_dump(config)}}))
     log = folder / "serve.log"
     with log.open("w") as errors:
+        env = {"HYCLUSTER_HOME": str(folder / "home"), "RAY_AUTH_TOKEN": TOKEN}
         process = subprocess.Popen(
-            [sys.executable, ROOT / "scripts" / "serve_overlay.py", folder],
-            stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True,
-            env={**os.environ, "HYCLUSTER_HOME": str(folder / "home"), "RAY_AUTH_TOKEN": TOKEN},
+            as_ordinary_user([sys.executable, str(ROOT / "scripts" / "serve_overlay.py"), str(folder)], env),
+            stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True, env={**os.environ, **env},
         )  # fmt: skip
     words = listen(process, log)
     try:
-        served = Served(process, words[1], words[words.index("grpc") + 1], log)
+        grpc, ray = (words[words.index(name) + 1] for name in ("grpc", "ray"))
+        served = Served(process, words[1], grpc, ray, log)
         yield Overlay(served, config, Dashboard(words[words.index("dashboard") + 1], TOKEN))
     finally:
         if process.poll() is None:
@@ -80,6 +83,12 @@ def settled(overlay: Overlay, drain_timeout_s: float) -> bool:
     return bool(app["status"] == "RUNNING" and args.get("drain_timeout_s") == drain_timeout_s)
 
 
+def apart(served: Served) -> bool:
+    """Whether each door is on a node of its own: below another raylet."""
+    doors = processes(served, "door")
+    return len({psutil.Process(door).ppid() for door in doors}) == len(doors)
+
+
 async def test_both_doors_answer(overlay: Overlay) -> None:
     load = Load(overlay.served)
     async with httpx.AsyncClient(timeout=60) as http, AsyncClient(overlay.served.grpc) as caller:
@@ -89,6 +98,7 @@ async def test_both_doors_answer(overlay: Overlay) -> None:
         assert (await load.over_grpc(caller, "hello", SHORT))[1] == expected
     doors = overlay.dashboard.application(APP_NAME)["deployments"]["door"]["replicas"]
     assert len(doors) == overlay.config["applications"][0]["args"]["doors"]
+    assert apart(overlay.served)
 
 
 async def test_its_token_is_asked_for(overlay: Overlay) -> None:
@@ -126,4 +136,6 @@ async def test_new_settings_are_rolled_out_under_load(overlay: Overlay) -> None:
             load.ending.set()
             await asyncio.gather(*asking)
     assert load.wrong == []
+    # With as many nodes as doors; each door's successor was there before it went.
+    assert apart(served)
     assert min(load.outcomes[f"{way} right"] for way in ("HTTP", "gRPC")) > 20

@@ -144,7 +144,7 @@ def test_a_cancelled_job_is_resumed_by_the_same_submit(head: Head, tmp_path: Pat
     assert (running.returncode, told["state"], told["name"]) == (0, "running", "Night.ly")
     assert told["output"] == str(output)
 
-    cancelled = head.hycluster("cancel", job_id)
+    cancelled = head.hycluster("cancel", job_id, "--yes")
     assert cancelled.stdout == f"{job_id}: cancelled; the same submit goes on where it stopped\n"
     assert head.hycluster("status", job_id).returncode == 1
     # It was asked first: the lease is given back, and the next run need not wait for it to expire.
@@ -178,7 +178,7 @@ def test_the_exit_code_and_the_reason_are_those_of_the_job(head: Head, tmp_path:
     again = head.hycluster("status", job_id)
     assert again.returncode == 2
     assert f"reason   input.path: '{tmp_path}/nowhere': no such file or folder\n" in again.stdout
-    assert head.hycluster("cancel", job_id).stdout.startswith(f"{job_id} had ended: refused")
+    assert head.hycluster("cancel", job_id, "--yes").stdout.startswith(f"{job_id} had ended: refused")
 
 
 @pytest.mark.parametrize(

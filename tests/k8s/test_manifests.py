@@ -222,6 +222,7 @@ SERVE_MISTAKES = [
     ("drain_timeout_s: 300", "drain_timeout: 300", "drain_timeout"),
     ("port: 8000", "port: 8080", "the port door-http of the doors' pods"),
     ("data: 2", "data: 4", "hold 32"),
+    ("doors_per_node: 1", "doors_per_node: 2", "doors_per_node: 2; must be 1"),
 ]
 
 

@@ -91,12 +91,18 @@ def api(monkeypatch: pytest.MonkeyPatch) -> type[FakeApi]:
 
 
 def test_submit_prints_the_id_alone(hycluster: Run, api: type[FakeApi]) -> None:
-    done = hycluster("submit", JOB, *PATHS, "--address", URL, "--set", "sampling.max_tokens=8", "--overwrite")
+    done = hycluster("submit", JOB, *PATHS, "--address", URL, "--set", "sampling.max_tokens=8", "--overwrite", "--yes")
     assert api.sent is not None
     assert (done.code, done.out) == (0, f"{api.sent.id}\n")
     assert f"status|logs|cancel {api.sent.id} --address {URL}" in done.err
-    assert api.sent.command.startswith("exec hycluster batch run /dev/fd/3 --overwrite 3<<'JOB'\n")
+    assert api.sent.command.startswith("exec hycluster batch run /dev/fd/3 --overwrite --yes 3<<'JOB'\n")
     assert "max_tokens: 8" in api.sent.command
+
+
+def test_an_output_is_not_deleted_unasked(hycluster: Run, api: type[FakeApi]) -> None:
+    done = hycluster("submit", JOB, *PATHS, "--address", URL, "--overwrite")
+    assert (done.code, done.out, api.sent) == (2, "", None)
+    assert "is deleted if it is the output of another job or input\nerror: --yes: must be given" in done.err
 
 
 @pytest.mark.parametrize("command_exit", [0, 1, 2, 3])
@@ -216,6 +222,9 @@ def test_logs_and_cancel(hycluster: Run, api: type[FakeApi]) -> None:
     assert hycluster("logs", "nightly-1", "--address", URL).out == api.said
     done = hycluster("cancel", "nightly-1", "--address", URL)
     assert (done.code, done.out) == (0, "nightly-1 had ended: finished\n")
-    api.now = Submitted("nightly-1", "running")
+    api.now = Submitted("nightly-1", "running", output="s3://b/out")
     done = hycluster("cancel", "nightly-1", "--address", URL)
+    assert (done.code, done.out) == (2, "")
+    assert f"nightly-1 at {URL}, running, writes to s3://b/out: it is stopped\nerror: --yes: must" in done.err
+    done = hycluster("cancel", "nightly-1", "--address", URL, "--yes")
     assert (done.code, done.out) == (0, "nightly-1: cancelled; the same submit goes on where it stopped\n")

@@ -67,7 +67,7 @@ def test_what_arrives_is_what_was_sent(tmp_path: Path) -> None:
 
 def test_dedicated_engines_take_their_model_and_no_doors_along(tmp_path: Path) -> None:
     arguments, arrived, config = received(make(engine="dedicated"), tmp_path, overwrite=True)
-    assert arguments == ["batch", "run", "/dev/fd/3", "--config", "/dev/fd/4", "--overwrite"]
+    assert arguments == ["batch", "run", "/dev/fd/3", "--config", "/dev/fd/4", "--overwrite", "--yes"]
     assert arrived.engine == "dedicated"
     assert config is not None
     assert config.models == DEPLOYMENT.models[1:]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from hycluster.k8s.pods import All, Broken, Pod, quantity
 
 DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+MEMORY_MONITOR = "RAY_memory_monitor_refresh_ms"
 USAGE = "RAY_USAGE_STATS_ENABLED"
 # Between the end of Ray's drain and the kill: Ray ends its processes.
 STOP_MARGIN_S = 15
@@ -65,4 +66,14 @@ def _no_usage_statistics(pod: Pod, _all: All) -> Iterator[Broken]:
         )
 
 
-RULES = (_ends_in_time, _object_store_fits, _no_usage_statistics)
+def _no_memory_monitor(pod: Pod, _all: All) -> Iterator[Broken]:
+    if pod.group and pod.owner.startswith("RayService") and pod.env.get(MEMORY_MONITOR) != "0":
+        yield Broken(
+            f"spec.containers[0].env[{MEMORY_MONITOR}]",
+            repr(pod.env.get(MEMORY_MONITOR)),
+            'be "0"',
+            "Ray's monitor would kill Serve's controller or a door first; hycluster looks itself",
+        )
+
+
+RULES = (_ends_in_time, _object_store_fits, _no_usage_statistics, _no_memory_monitor)

@@ -152,7 +152,8 @@ def way_out(pod: Pod, port: int, every: All) -> bool:
         closed = True
         for rule in spec.get("egress") or ():
             outside = not rule.get("to") or any("ipBlock" in peer for peer in rule["to"])
-            if outside and port in {each.get("port", port) for each in rule.get("ports") or ({},)}:
+            ports = [each.get("port") for each in rule.get("ports") or ()]
+            if outside and (not ports or port in ports or None in ports):
                 return True
     return not closed
 

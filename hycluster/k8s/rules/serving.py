@@ -121,6 +121,13 @@ def _doors(resource: Resource, _all: All) -> Iterator[Broken]:
             f"be from 2 to {count}, a pod each",
             "a lost pod would leave nobody to answer",
         )
+    if settings.doors_per_node != 1:
+        yield Broken(
+            f"{args}.doors_per_node",
+            f"doors_per_node: {settings.doors_per_node}",
+            "be 1",
+            "the loss or the drain of one pod would take more than one door",
+        )
     ports = {port.get("name"): port["containerPort"] for port in pod.main.get("ports") or ()}
     listening = {
         "door-http": (settings.http.host, settings.http.port),
