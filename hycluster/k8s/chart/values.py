@@ -295,6 +295,9 @@ def schema() -> dict[str, Any]:
     made["$schema"] = "http://json-schema.org/draft-07/schema#"
     # Helm puts in what charts above this one share.
     made["properties"]["global"] = {"type": "object"}
+    # Of classes: they are for readers of the code, and long.
+    for definition in (made, *made["definitions"].values()):
+        definition.pop("description", None)
     settings = made["definitions"]["Settings"]["properties"]
     # A door alone is nobody's spare; the chart's groups and budgets count on two.
     settings["doors"] |= {"minimum": 2}
