@@ -30,7 +30,9 @@ READ = {
     "tokenspeed-mla": "MIT",
 }
 
-_NVIDIA = "NVIDIA's own, which vLLM or torch for CUDA needs; no image is published here, and who passes theirs on reads its terms"
+_NVIDIA = (
+    "NVIDIA's own; vLLM or torch for CUDA needs it. Who passes an image on reads its terms: none is published here"
+)
 _MPL = "weak copyleft by file; used unchanged, its source is on PyPI"
 # Why a licence that asks for more than to be named is accepted. By the beginning of the package's name.
 REASONS = {"certifi": _MPL, "tqdm": _MPL, "nvidia-": _NVIDIA, "cuda-": _NVIDIA}
@@ -116,7 +118,7 @@ def rows(known: dict[tuple[str, str], str]) -> list[Row]:
     cpu = locked(REQUIREMENTS / "cpu.lock") | locked(REQUIREMENTS / "torch-cpu.txt")
     cpu["torch"] = cpu["torch"].partition("+")[0]
     gpu = locked(REQUIREMENTS / "gpu.lock")
-    images = {pair: "cpu" for pair in cpu.items()}
+    images = dict.fromkeys(cpu.items(), "cpu")
     for pair in gpu.items():
         images[pair] = "both" if pair in images else "gpu"
     return [Row(*pair, known[pair], images[pair]) for pair in sorted(images)]
