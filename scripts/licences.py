@@ -76,14 +76,17 @@ def locked(lock: Path) -> dict[str, str]:
     return dict(re.findall(r"^([a-z0-9][a-z0-9.-]*)==([^\s;]+)", lock.read_text(), re.MULTILINE))
 
 
+def _field(one: Distribution, name: str) -> str:
+    return one.metadata[name].strip() if name in one.metadata else ""
+
+
 def licence(one: Distribution) -> str:
     """What a package says of its licence: the expression, else its one-line field, else its classifiers."""
-    metadata = one.metadata
-    stated = (metadata.get("License-Expression") or "").strip()
-    field = (metadata.get("License") or "").strip()
+    stated = _field(one, "License-Expression")
+    field = _field(one, "License")
     classifiers = [
         text.split(" :: ")[-1]
-        for text in metadata.get_all("Classifier") or []
+        for text in one.metadata.get_all("Classifier") or []
         if text.startswith("License ::") and not text.endswith(("OSI Approved", "DFSG approved"))
     ]
     short = field if field and "\n" not in field and len(field) < 80 else ""

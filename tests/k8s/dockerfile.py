@@ -145,9 +145,9 @@ class Build:
     def _copy(self, rest: str) -> None:
         *sources, target = rest.split()
         if sources[0].startswith("--from="):
-            source, copied = Path(self.inside(sources[1])), Path(self.inside(target))
-            if source != copied:
-                shutil.copytree(source, copied, symlinks=True, dirs_exist_ok=True)
+            made, into = Path(self.inside(sources[1])), Path(self.inside(target))
+            if made != into:
+                shutil.copytree(made, into, symlinks=True, dirs_exist_ok=True)
             return
         ignored = (self.context / ".dockerignore").read_text()
         for source in sources:
@@ -180,8 +180,8 @@ def _link_packages(venv: Path) -> None:
         for file in one.files or []:
             owners[file.parts[0]].add(name)
     (into,) = venv.glob("lib/python*/site-packages")
-    for name in sorted(wanted):
-        for file in found[name].files or []:
+    for wish in sorted(wanted):
+        for file in found[canonicalize_name(wish)].files or []:
             path = Path(*file.parts[:1]) if len(owners[file.parts[0]]) == 1 else Path(file)
             if path.parts[0] != ".." and not (into / path).exists():
                 (into / path).parent.mkdir(parents=True, exist_ok=True)
