@@ -137,7 +137,7 @@ class Build:
         elif word == "RUN" and not rest.startswith("apt-get"):
             done = subprocess.run(
                 ["sh", "-c", self.inside(rest)], cwd=self.folder, env=self.environment, capture_output=True, text=True,
-                timeout=120, check=False,
+                timeout=240, check=False,
             )  # fmt: skip
             if done.returncode:
                 raise BuildError(f"{rest}: exit {done.returncode}: {done.stdout}{done.stderr}")

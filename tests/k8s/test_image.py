@@ -152,7 +152,7 @@ def started(image: Path, *command: str) -> subprocess.CompletedProcess[str]:
         as_in_pods = ("unshare", "--mount", "sh", "-c", inside, "sh")
     return subprocess.run(
         [*as_in_pods, *command], cwd=folder, env={**environment, "PYTHONDONTWRITEBYTECODE": "1"}, capture_output=True,
-        text=True, timeout=120, check=False,
+        text=True, timeout=240, check=False,
     )  # fmt: skip
 
 
