@@ -23,6 +23,7 @@ from hycluster.placement import actor_options, bundles, strategy, with_room
 from hycluster.rank import Patience
 from hycluster.replica import Replica
 from hycluster.scaler import autoscaling_config
+from hycluster.spread import door_nodes, door_resources
 
 APP_NAME = "hycluster"
 # Serve notices that a process is gone when it next asks for its health, and then replaces it.
@@ -66,7 +67,7 @@ def application(
         # Nothing, so that a laptop's cores stay free for the engine, and there is always room for a door's successor.
         ray_actor_options={
             "num_cpus": 0,
-            "resources": settings.door_resources,
+            "resources": door_resources(settings, door_nodes(settings)),
             "runtime_env": {"env_vars": _DOOR_ENVIRONMENT},
         },
         health_check_period_s=HEALTH_CHECK_PERIOD_S,

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import ray
 from ray import serve
 from ray._private.authentication.authentication_token_setup import enable_token_auth_by_default
@@ -36,6 +37,7 @@ from hycluster.directory import NAMESPACE, SHARED_DIRECTORY, open_directory
 from hycluster.door import DoorAddresses
 from hycluster.engine.scratch import sweep
 from hycluster.errors import START_FAILURE, EngineStartFailed, HyclusterError, SettingsError
+from hycluster.memory import MONITOR_VARIABLE, MemoryGuard
 from hycluster.placement import actor_options, bundles, on_gpus, reserved, strategy
 from hycluster.rank import Patience
 from hycluster.replica import Replica
@@ -97,6 +99,8 @@ def start() -> bool:
     _quiet()
     # Ray gives its workers a nice value of 15; engines and doors are what this machine is for.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # Ray's monitor kills the directory and Serve's controller for what others have; a guard of ours is in its place.
+    os.environ.setdefault(MONITOR_VARIABLE, "0")
     ray.init(
         address="local",
         namespace=NAMESPACE,
@@ -104,6 +108,9 @@ def start() -> bool:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
+    for process in psutil.Process().children():
+        if process.name() == "raylet":
+            MemoryGuard(process, tell=logger.warning).start()
     _clusters().mkdir(parents=True, exist_ok=True)
     state = {"address": ray.get_runtime_context().gcs_address, "pid": os.getpid()}
     written = _clusters() / f"{os.getpid()}.tmp"

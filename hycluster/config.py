@@ -455,6 +455,9 @@ class Settings(Strict):
         doors: door processes; each holds both doors, and a gateway a model.
         door_resources: what a door reserves, by Ray's names of custom resources: only nodes that have them hold
             doors. Leave room for a door's successor. Empty: doors go anywhere.
+        doors_per_node: most doors on one node, not counting successors that are about to take over; a door for which
+            there is no node waits for one. None: where there are several nodes, as many as it takes when they are
+            spread evenly over those that are there at the start; no bound where there is one.
         batches: None closes the Batch API.
         start_timeout_s: how long a pool may take until its engines are ready.
         drain_timeout_s: how long work in flight may go on where it is after a shutdown, or a replacement, is asked for.
@@ -467,6 +470,7 @@ class Settings(Strict):
     grpc: Grpc = Grpc()
     doors: int = Field(default=1, ge=1, le=64)
     door_resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    doors_per_node: int | None = Field(default=None, ge=1)
     router: Router = Router()
     admission: Admission = Admission()
     data_plane: DataPlane = DataPlane()

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import psutil
 import ray
 
 from hycluster.config import DataPlane, Model
@@ -21,6 +23,7 @@ from hycluster.directory import FORGET_AFTER_S, REPORT_EVERY_S, ReplicaReport, o
 from hycluster.engine.arguments import model_files
 from hycluster.engine.protocol import Engine, GroupRank
 from hycluster.health import EngineHealth
+from hycluster.memory import MemoryGuard, bound_bytes
 from hycluster.watchdog import end_this_process
 from hycluster.wire import EngineServer
 
@@ -82,6 +85,8 @@ class Rank:
         self._reporter = threading.Thread(target=self._keep_reporting, name="reporter", daemon=True)
         self._engine = start_engine(model, place)
         self._health = EngineHealth(self._engine, model.health, end_this_process)
+        # A worker's parent is its node's raylet.
+        self._memory = MemoryGuard(psutil.Process(os.getppid()), bound_bytes=bound_bytes(model), end=end_this_process)
         self._server = EngineServer(
             self._engine,
             replica_id=secrets.token_hex(8),
@@ -103,6 +108,7 @@ class Rank:
         self._server.join(siblings)
         self._reporter.start()
         self._health.start()
+        self._memory.start()
 
     def _keep_reporting(self) -> None:
         while self._engine.error is None:
@@ -154,6 +160,7 @@ class Rank:
         """Leave the directory, end the engine. All ranks of a group stop at the same time."""
         self._stopped.set()
         await asyncio.to_thread(self._health.stop)
+        await asyncio.to_thread(self._memory.stop)
         if self._reporter.is_alive():
             await asyncio.to_thread(self._reporter.join)
         await self._directory.leave.remote(self._model.name, self.address.replica_id)

@@ -2,28 +2,32 @@
 
     .venv/bin/python scripts/serve_overlay.py k8s/overlays/dev
 
-Starts a Ray cluster of its own, with a dashboard, a token and the doors' resource, and gives it the overlay's
-serveConfigV2 as it is. Prints one line beginning "ready" once a request would succeed; Ctrl-C drains and stops. Model,
-CPUs and memory must fit this machine.
+Starts a Ray cluster of its own, with a dashboard, a token and a node for each of the doors' pods, and gives it the
+overlay's serveConfigV2 as it is. Prints one line beginning "ready" once a request would succeed; Ctrl-C drains and
+stops. Model, CPUs and memory must fit this machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 import secrets
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import yaml
 
-from hycluster.k8s.render import DOOR_RESOURCES, OVERLAY_MANIFEST
+from hycluster.k8s.render import OVERLAY_MANIFEST
 
 APPLICATIONS = "/api/serve/applications/"
 
@@ -57,6 +61,38 @@ class Dashboard:
         return found
 
 
+@contextlib.contextmanager
+def door_node(address: str) -> Iterator[subprocess.Popen[str]]:
+    """A node of Ray's as a door's pod starts it, on this machine, once it has started; ends with its doors.
+
+    Nodes that start at the same moment take the same sockets: one after the other.
+    """
+    process = subprocess.Popen(
+        [
+            sys.executable, "-u", "-m", "ray.scripts.scripts", "start", f"--address={address}", "--num-cpus=0",
+            f"--resources={json.dumps({'door': 1})}", f"--object-store-memory={128 << 20}", "--block",
+            # Ports of several nodes on one machine must differ.
+            "--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if "Ray runtime started" in line:
+                break
+        else:
+            raise RuntimeError(f"ray start: {''.join(said)}")
+        yield process
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("overlay", type=Path)
@@ -78,15 +114,19 @@ def main() -> int:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     begun = time.monotonic()
-    doors = settings["doors"] * 2 * DOOR_RESOURCES["door"]
+    # A node that drains waits for its doors; here they have been stopped before it is.
+    os.environ.setdefault("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "5")
     ray.init(
-        address="local", namespace=NAMESPACE, num_cpus=arguments.cpus, resources={"door": doors},
-        include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=port, log_to_driver=False,
+        address="local", namespace=NAMESPACE, num_cpus=arguments.cpus, include_dashboard=True,
+        dashboard_host="127.0.0.1", dashboard_port=port, log_to_driver=False,
     )  # fmt: skip
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
-    try:
+    with contextlib.ExitStack() as nodes:
+        nodes.callback(ray.shutdown)
+        for _ in range(settings["doors"]):
+            nodes.enter_context(door_node(ray.get_runtime_context().gcs_address))
         dashboard = Dashboard(f"http://127.0.0.1:{port}", token)
         dashboard.deploy(config)
         while not _answers(settings) and not stopping.wait(0.5):
@@ -102,8 +142,6 @@ def main() -> int:
             )
             stopping.wait()
         cluster.stop(settings.get("drain_timeout_s", 60))
-    finally:
-        ray.shutdown()
     return 0
 
 

@@ -72,11 +72,15 @@ def test_doors_go_where_their_resources_are() -> None:
     assert door.ray_actor_options["resources"] == {"door": 0.5}
     with pytest.raises(SettingsError, match=r"door_resources.door: 0"):
         build(SETTINGS | {"door_resources": {"door": 0}})
+    # And one of them to a node, where that is asked for.
+    apart = deployment(build(SETTINGS | {"door_resources": {"door": 0.5}, "doors_per_node": 1}))
+    assert sorted(apart.ray_actor_options["resources"].values()) == [0.5, 1.0]
 
 
 def test_settings_that_come_by_serve_surge_where_the_cluster_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 2.5})
+    monkeypatch.setattr("ray.nodes", list)
     replicas = [deployment(replica) for replica in deployment(build(SETTINGS | {"batches": None})).init_args[2:]]
     # The first one's successor asks for two; the second one's for one, which is not left.
     assert [d._deployment_config.max_surge_percent for d in replicas] == [34, 0]

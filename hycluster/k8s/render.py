@@ -27,6 +27,8 @@ PORTS = {"http": 8000, "grpc": 9000}
 # Half of what each door pod has, so that a door's successor finds room in any of them.
 DOOR_RESOURCES = {"door": 0.5}
 DOORS = 2
+# A pod each, also while one of the pods is not there yet, or not there any more.
+DOORS_PER_POD = 1
 
 
 def for_pods(settings: dict[str, Any]) -> dict[str, Any]:
@@ -43,6 +45,7 @@ def for_pods(settings: dict[str, Any]) -> dict[str, Any]:
         fitted["data_plane"] = {key: value for key, value in fitted["data_plane"].items() if key != "host"}
     fitted.setdefault("doors", DOORS)
     fitted["door_resources"] = dict(DOOR_RESOURCES)
+    fitted.setdefault("doors_per_node", DOORS_PER_POD)
     store = (fitted.get("batches") or {}).get("store")
     if store is None:
         fitted["batches"] = None

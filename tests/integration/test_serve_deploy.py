@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import yaml
 from serve_overlay import APPLICATIONS, Dashboard, serve_config
@@ -80,6 +81,12 @@ def settled(overlay: Overlay, drain_timeout_s: float) -> bool:
     return bool(app["status"] == "RUNNING" and args.get("drain_timeout_s") == drain_timeout_s)
 
 
+def apart(served: Served) -> bool:
+    """Whether each door is on a node of its own: below another raylet."""
+    doors = processes(served, "door")
+    return len({psutil.Process(door).ppid() for door in doors}) == len(doors)
+
+
 async def test_both_doors_answer(overlay: Overlay) -> None:
     load = Load(overlay.served)
     async with httpx.AsyncClient(timeout=60) as http, AsyncClient(overlay.served.grpc) as caller:
@@ -89,6 +96,7 @@ async def test_both_doors_answer(overlay: Overlay) -> None:
         assert (await load.over_grpc(caller, "hello", SHORT))[1] == expected
     doors = overlay.dashboard.application(APP_NAME)["deployments"]["door"]["replicas"]
     assert len(doors) == overlay.config["applications"][0]["args"]["doors"]
+    assert apart(overlay.served)
 
 
 async def test_its_token_is_asked_for(overlay: Overlay) -> None:
@@ -126,4 +134,6 @@ async def test_new_settings_are_rolled_out_under_load(overlay: Overlay) -> None:
             load.ending.set()
             await asyncio.gather(*asking)
     assert load.wrong == []
+    # With as many nodes as doors; each door's successor was there before it went.
+    assert apart(served)
     assert min(load.outcomes[f"{way} right"] for way in ("HTTP", "gRPC")) > 20

@@ -262,6 +262,8 @@ def _doors_have_room(settings: config.Settings, pod: Pod) -> Iterator[str]:
         yield f"door_resources: {wanted} of {there:g} a pod: must leave room for a door's successor"
     if settings.doors < 2 or settings.doors > pod.count:
         yield f"doors: {settings.doors} in {pod.count} pods: must be two or more, a pod each"
+    if settings.doors_per_node != 1:
+        yield f"doors_per_node: {settings.doors_per_node}: must be 1; the loss or the drain of one pod would take more"
     ports = {p["name"]: p["containerPort"] for p in pod.main["ports"]}
     listening = (settings.http.port, settings.grpc.port)
     if listening != (ports["door-http"], ports["door-grpc"]) or {settings.http.host, settings.grpc.host} != {"0.0.0.0"}:

@@ -166,6 +166,7 @@ SERVE_MISTAKES = [
     ("drain_timeout_s: 300", "drain_timeout: 300", "drain_timeout"),
     ("port: 8000", "port: 8080", "ports of the doors' pods"),
     ("data: 2", "data: 4", "ask for 32"),
+    ("doors_per_node: 1", "doors_per_node: 2", "doors_per_node: 2: must be 1"),
 ]
 
 

@@ -50,7 +50,7 @@ def test_pods_run_what_the_file_says(overlay: Path) -> None:
     serve = yaml.safe_load(load_yaml(manifest)["spec"]["serveConfigV2"])
     run = validate(Settings, serve["applications"][0]["args"], "manifest")
     assert run.models == given.models
-    fitted = {"http", "grpc", "data_plane", "doors", "door_resources", "batches"}
+    fitted = {"http", "grpc", "data_plane", "doors", "door_resources", "doors_per_node", "batches"}
     assert run.model_dump(exclude=fitted) == given.model_dump(exclude=fitted)
 
 
