@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import shlex
 import shutil
 import signal
+import socket
+import socketserver
+import struct
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -39,7 +44,7 @@ def missing() -> str | None:
     """Why there can be no nodes here; None if there can."""
     if os.geteuid() != 0:
         return "needs root, for network namespaces"
-    for tool in ("ip", "tc", "unshare", "nsenter", "setpriv"):
+    for tool in ("ip", "bridge", "unshare", "nsenter", "setpriv"):
         if shutil.which(tool) is None:
             return f"needs {tool} (Debian's iproute2 and util-linux)"
     probe = f"{PREFIX}-probe-{os.getpid()}"
@@ -91,7 +96,7 @@ class Node:
         inside = [
             "set -e",
             f"mount --bind {folder}/ray /tmp/ray",
-            f"mount --bind {folder}/hosts /etc/hosts",
+            f"mount --bind {folder}/resolv.conf /etc/resolv.conf",
             "mount -t tmpfs -o size=1g,mode=1777 shm /dev/shm",
             # Its own folder stays writable where all else, as in the manifests, is not.
             f"mount --bind {folder} {folder}",
@@ -132,12 +137,20 @@ class Node:
         if self.process is not None:
             self.process.kill()
             self.process.wait(30)
+            wait_for(lambda: not self.pids(), 30, f"{self.name} has ended")
 
     def cut(self) -> None:
-        """From now on no packet arrives or leaves. Neighbours still resolve its address: nobody is told."""
-        _run("tc", "qdisc", "add", "dev", self.link, "clsact")
-        for way in ("ingress", "egress"):
-            _run("tc", "filter", "add", "dev", self.link, way, "protocol", "ip", "matchall", "action", "drop")
+        """From now on no packet arrives or leaves, and nobody is told.
+
+        Neighbours go on knowing the way, as they do to a node behind a router: without, they would soon hear that it
+        cannot be reached.
+        """
+        here = json.loads(_run("ip", "-j", "-n", self.namespace, "link", "show", "eth0"))[0]["address"]
+        others = [node for node in self.network.nodes.values() if node is not self]
+        for command in (["ip"], *(["ip", "-n", node.namespace] for node in others)):
+            device = "eth0" if len(command) > 1 else self.network.name
+            _run(*command, "neigh", "replace", self.address, "lladdr", here, "nud", "permanent", "dev", device)
+        _run("bridge", "link", "set", "dev", self.link, "state", "0")
 
     def remove(self) -> None:
         """Kill it and take its address away."""
@@ -149,7 +162,11 @@ class Node:
 
 @dataclass
 class Network:
-    """A bridge of its own, and the nodes on it."""
+    """A bridge of its own, and the nodes on it.
+
+    Attributes:
+        hosts: names and addresses, as all nodes are told them from now on: a Service's name moves with its pod.
+    """
 
     name: str
     number: int
@@ -182,20 +199,8 @@ class Network:
         _run(*within, "link", "set", "eth0", "up")
         # Ray asks the routing table for its own address. Nobody is at that one: nothing leaves the bridge.
         _run(*within, "route", "add", "default", "via", f"10.213.{self.number}.254")
-        self._write_hosts(node)
+        (node.folder / "resolv.conf").write_text(f"nameserver {self.gateway}\n")
         return node
-
-    def call(self, host: str, node: Node) -> None:
-        """Let a name stand for a node, for all nodes, as a Service's name does."""
-        self.hosts[host] = node.address
-        for known in self.nodes.values():
-            self._write_hosts(known)
-
-    def _write_hosts(self, node: Node) -> None:
-        lines = [f"{address} {host}" for host, address in self.hosts.items()]
-        # In place: the node has this very file mounted.
-        text = "\n".join(["127.0.0.1 localhost", f"{node.address} {node.name}", *lines, ""])
-        (node.folder / "hosts").write_text(text)
 
     def tails(self, lines: int = 25) -> str:
         """The ends of what may tell why something failed."""
@@ -232,10 +237,43 @@ def network() -> Iterator[Network]:
         made.folder.chmod(0o755)
         Path("/tmp/ray").mkdir(exist_ok=True)
         _run("ip", "link", "set", made.name, "alias", _owner(os.getpid()), "up")
+        _clear(made.name)
         _run("ip", "addr", "add", f"{made.gateway}/24", "dev", made.name)
-        yield made
+        with _names(made):
+            yield made
     finally:
         made.close()
+
+
+@contextlib.contextmanager
+def _names(of: Network) -> Iterator[None]:
+    """Answer the nodes' questions for names: gRPC asks no file. What is unknown does not exist."""
+
+    class Names(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            asked, reply = self.request
+            at, labels = 12, []
+            while length := asked[at]:
+                labels.append(asked[at + 1 : at + 1 + length].decode())
+                at += 1 + length
+            question, kind = asked[12 : at + 5], asked[at + 1 : at + 3]
+            address = of.hosts.get(".".join(labels).lower())
+            answer = b""
+            if address and kind == b"\x00\x01":
+                # The question's name, an address, good for a second.
+                answer = b"\xc0\x0c" + struct.pack("!HHIH", 1, 1, 1, 4) + socket.inet_aton(address)
+            flags = 0x8580 if address else 0x8583
+            head = asked[:2] + struct.pack("!HHHHH", flags, 1, bool(answer), 0, 0)
+            reply.sendto(head + question + answer, self.client_address)
+
+    with socketserver.ThreadingUDPServer((of.gateway, 53), Names) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def _owner(pid: int) -> str:
@@ -249,8 +287,15 @@ def _sweep() -> None:
         with contextlib.suppress(psutil.Error):
             if not owner or owner == _owner(int(owner.split()[0])):
                 continue
-        for entry in Path("/run/netns").glob(f"{link.name}-*"):
-            _end(entry.name)
+        _clear(link.name)
+        _try("ip", "link", "del", link.name)
+
+
+def _clear(name: str) -> None:
+    """What belongs to the network of that name, but for its bridge."""
+    for entry in Path("/run/netns").glob(f"{name}-*"):
+        _end(entry.name)
+    for link in Path("/sys/class/net").glob(f"{name}v*"):
         _try("ip", "link", "del", link.name)
 
 

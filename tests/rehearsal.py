@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -52,13 +53,21 @@ class Rehearsal:
         model: laid over the settings' first model.
         settings: laid over the settings.
         env: for all of Ray's nodes, over the manifest's.
+        prepared: a folder of prepared models that workers begin with.
     """
 
     def __init__(
-        self, network: Network, model: dict[str, Any], settings: dict[str, Any], env: dict[str, str] | None = None
+        self,
+        network: Network,
+        model: dict[str, Any],
+        settings: dict[str, Any],
+        env: dict[str, str] | None = None,
+        prepared: Path | None = None,
     ) -> None:
         self.network = network
         self._env = env or {}
+        self._prepared = prepared
+        self._started: Counter[str] = Counter()
         manifests = built(K8S / "overlays" / "dev")
         service = next(resource["spec"] for resource in manifests if resource["kind"] == "RayService")
         self._redis = next(
@@ -79,7 +88,7 @@ class Rehearsal:
     def start_redis(self) -> None:
         """At its own address and with its own disk, as a StatefulSet's pod."""
         node = self.network.nodes.get(REDIS) or self.network.add(REDIS)
-        self.network.call(REDIS, node)
+        self.network.hosts[REDIS] = node.address
         env = self._variables(self._redis)
         arguments = " ".join(
             shlex.quote(word) if "$(" not in word else word.replace("$(", '"${').replace(")", '}"')
@@ -93,7 +102,7 @@ class Rehearsal:
         if old := self.network.nodes.get("head"):
             old.remove()
         node = self.network.add("head")
-        self.network.call(HEAD, node)
+        self.network.hosts[HEAD] = node.address
         group = self._ray["headGroupSpec"]
         container = group["template"]["spec"]["containers"][0]
         parameters = {"dashboard-host": "0.0.0.0", "no-monitor": "true", "redis-password": "$REDIS_PASSWORD"}
@@ -116,16 +125,19 @@ class Rehearsal:
 
         wait_for(open_, timeout_s, "GCS listens")
 
-    def start_worker(self, group_name: str, name: str, cpus: int | None = None) -> Node:
+    def start_worker(self, group_name: str) -> Node:
         """A pod of a worker group."""
-        node = self.network.add(name)
+        self._started[group_name] += 1
+        node = self.network.add(f"{group_name.removesuffix('s')}-{self._started[group_name]}")
+        if self._prepared is not None:
+            shutil.copytree(self._prepared, node.folder / "home" / ".cache" / "hycluster" / "models")
         group = self._groups[group_name]
         parameters = {"address": f"{HEAD}:6379", **group["rayStartParams"]}
         resources = {key: float(value) for key, value in group.get("resources", {}).items()}
         if "CPU" in resources:
             parameters["num-cpus"] = f"{resources.pop('CPU'):.0f}"
-        if cpus is not None:
-            parameters["num-cpus"] = str(cpus)
+        if group_name == "engines":
+            parameters["num-cpus"] = "1"
         if resources:
             parameters["resources"] = shlex.quote(json.dumps(resources))
         container = group["template"]["spec"]["containers"][0]
@@ -194,13 +206,9 @@ class Rehearsal:
         self.start_redis()
         self.start_head()
         self.await_gcs(120)
-        self.start_worker("doors", "door-a")
-        for name in ("engine-a", "engine-b"):
-            self.start_worker("engines", name, cpus=1)
+        for group in ("doors", "engines") * 2:
+            self.start_worker(group)
         self.serve(120)
-        # Ray puts both doors on one node where it can.
-        wait_for(lambda: self.processes()["door-a"], 120, "a door on the first node")
-        self.start_worker("doors", "door-b")
 
     def controllers(self) -> set[int]:
         """Serve's controller, or none."""
