@@ -15,6 +15,7 @@ import ray
 from ray import serve
 from ray.serve import Application
 
+from hycluster import logs
 from hycluster.batch_api.executor import BatchExecutor
 from hycluster.config import Model, Settings, validate
 from hycluster.directory import SHARED_DIRECTORY
@@ -80,11 +81,8 @@ def application(
 
 # The work of doors and of the batch executor is Python on one thread; OpenMP's would only stand in the engine's way.
 _DOOR_ENVIRONMENT = {
-    # vLLM's own set-up of logging closes Ray Serve's log handler, without which Serve's controller, when it comes back,
-    # can take no replica over.
-    "VLLM_CONFIGURE_LOGGING": "0",
+    **logs.ENVIRONMENT,
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }

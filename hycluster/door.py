@@ -18,6 +18,7 @@ from typing import Any
 
 import ray
 
+from hycluster import logs
 from hycluster.config import Settings
 from hycluster.directory import open_directory
 from hycluster.errors import HyclusterError, SettingsError, Unavailable, start_failure
@@ -56,6 +57,7 @@ class Door:
     """
 
     def __init__(self, settings: Settings, directory: str, *others: Any) -> None:
+        logs.settle("door")
         self._settings = settings
         self._directory = directory
         self._opened: Future[DoorAddresses] = Future()

@@ -20,6 +20,7 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from hycluster import logs
 from hycluster.config import DataPlane, Model
 from hycluster.core import ReplicaAddress
 from hycluster.engine.protocol import GroupRank
@@ -38,6 +39,7 @@ class OtherRank:
     """
 
     def __init__(self, model: Model, data_plane: DataPlane, directory: str, group: str, place: GroupRank) -> None:
+        logs.settle(f"rank{place.rank}")
         try:
             self._rank = Rank(model, data_plane, directory, group, place)
         except HyclusterError as error:

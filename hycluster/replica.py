@@ -14,6 +14,7 @@ from typing import Any, cast
 import ray
 from ray.util.placement_group import PlacementGroup
 
+from hycluster import logs
 from hycluster.config import DataPlane, Model
 from hycluster.errors import HyclusterError, start_failure
 from hycluster.group import Group
@@ -32,6 +33,7 @@ class Replica:
     """
 
     def __init__(self, model: Model, data_plane: DataPlane, directory: str, patience: Patience) -> None:
+        logs.settle("replica")
         self._patience = patience
         self._group: Group | None = None
         try:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from hycluster import logs
 from hycluster.batch.ask import first_error
 from hycluster.batch.commit import Output
 from hycluster.batch.corpus import REFUSAL, ROW_ID, SHARD
@@ -46,6 +47,7 @@ class Generate:
     """
 
     def __init__(self, output: Output, open_task: OpenTask, report: Report, *, name: str, slots: int) -> None:
+        logs.settle("batch")
         self._output = output
         self._open_task = open_task
         self._report = report

@@ -16,6 +16,7 @@ from typing import Self
 
 from starlette.types import ASGIApp
 
+from hycluster import logs
 from hycluster.batch_api.runner import Runner
 from hycluster.batch_api.store import Store
 from hycluster.config import Admission, Settings
@@ -39,6 +40,7 @@ class BatchExecutor:
 
     def __init__(self, settings: Settings, directory: str) -> None:
         assert settings.batches is not None
+        logs.settle("batches")
         self._settings = settings
         self._batches = settings.batches
         self._directory = directory

@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from hycluster import logs
 from hycluster.adapters import adapter_arguments
 from hycluster.config import Model, Routing, home
 from hycluster.engine.protocol import GroupRank
@@ -192,10 +193,8 @@ def engine_environment(model: Model) -> dict[str, str]:
     the engine lives in the replica's own process (vllm/platforms/cpu.py, 0.32.0).
     """
     environment = {
-        # Ray Serve's log handler would be closed by it; see ``hycluster/app.py``.
-        "VLLM_CONFIGURE_LOGGING": "0",
+        **logs.ENVIRONMENT,
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
         "TOKENIZERS_PARALLELISM": "false",
     }
     if model.hardware.accelerator is None and model.simulated is None:

@@ -21,10 +21,12 @@ def register() -> None:
     from vllm.tokenizers.registry import TokenizerRegistry
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
+    from hycluster import logs
     from hycluster.models import shared_memory
     from hycluster.models.configuration import HunyuanConfig
     from hycluster.models.verify import TOKENIZER_MODE, HunyuanVerification
 
+    logs.settle_below()
     # In vLLM's own registry a configuration counts as local: a checkpoint's ``auto_map`` is not followed,
     # and no remote code runs, even where the caller trusts it.
     _CONFIG_REGISTRY[HunyuanConfig.model_type] = HunyuanConfig
