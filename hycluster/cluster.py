@@ -41,6 +41,7 @@ from hycluster.memory import MONITOR_VARIABLE, MemoryGuard
 from hycluster.placement import actor_options, bundles, on_gpus, reserved, strategy
 from hycluster.rank import Patience
 from hycluster.replica import Replica
+from hycluster.spread import door_nodes, doors_per_node
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +183,13 @@ def check_doors(settings: Settings) -> None:
                 f"door_resources: {resource}: all doors together ask for {settings.doors * amount:g};"
                 f" this Ray cluster has {there.get(resource, 0.0):g}"
             )
+    nodes = door_nodes(settings)
+    if (most := doors_per_node(settings, nodes)) is not None and nodes * most < settings.doors:
+        # Not refused: nodes may come late.
+        logger.warning(
+            "doors_per_node: %d on each of the %d nodes that can hold doors; %d of %d doors wait for a node",
+            most, nodes, settings.doors - nodes * most, settings.doors,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ SMALLEST_VICTIM_BYTES = 96 << 20
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Memory of the machine, or of this container if that is the tighter of the two; what files may hold is free."""
+    """Memory of the machine, or of this container if it has a limit; what only keeps files at hand is free."""
 
     used_bytes: int
     total_bytes: int
@@ -75,7 +75,6 @@ def usage(root: Path = Path("/sys/fs/cgroup")) -> Usage:
         root: where control groups are mounted; a container sees its own there.
     """
     machine = psutil.virtual_memory()
-    found = Usage(machine.total - machine.available, machine.total)
     for limit, used, files in (
         ("memory.max", "memory.current", ("inactive_file", "active_file")),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
@@ -86,8 +85,9 @@ def usage(root: Path = Path("/sys/fs/cgroup")) -> Usage:
             stat = dict(line.split() for line in (root / used).with_name("memory.stat").read_text().splitlines())
             held = int((root / used).read_text()) - sum(int(stat[name]) for name in files if name in stat)
             if most < machine.total:
-                found = max(found, Usage(held, most), key=lambda usage: usage.share)
-    return found
+                # What others have on the machine is not this container's to make room for.
+                return Usage(held, most)
+    return Usage(machine.total - machine.available, machine.total)
 
 
 def threshold() -> float:
@@ -106,14 +106,25 @@ def bound_bytes(model: Model) -> int | None:
     return int((hardware.memory_gib / ranks.data + cache_gib + (hardware.kv_offload_gib or 0.0)) * GIB)
 
 
-def held_bytes(process: psutil.Process) -> int:
-    """Memory of a process and of all below it; what they share counts once."""
-    total = 0
+def held_bytes(process: psutil.Process, at_most: int = 0) -> int:
+    """Memory of a process and of all below it; what they share counts once.
+
+    Args:
+        at_most: if it is surely no more than that, a figure too high is good enough: the exact one has the kernel walk
+            all of the pages, and changes to the process' memory wait for it.
+    """
+    family: list[psutil.Process] = []
     with contextlib.suppress(psutil.NoSuchProcess):
-        for each in (process, *process.children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                total += each.memory_full_info().pss
-    return total
+        family = [process, *process.children(recursive=True)]
+    roughly = sum(_bytes(each, lambda p: p.memory_info().rss) for each in family)
+    return roughly if roughly <= at_most else sum(_bytes(each, lambda p: p.memory_full_info().pss) for each in family)
+
+
+def _bytes(process: psutil.Process, figure: Callable[[psutil.Process], int]) -> int:
+    try:
+        return figure(process)
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return 0
 
 
 # By process title, how late the kernel is to take a worker: from the raylet's own score (0) to that of workers in
@@ -181,6 +192,9 @@ class MemoryGuard:
         self._thread = threading.Thread(target=self._keep_looking, name="memory", daemon=True)
 
     def start(self) -> None:
+        if self._tell is not None:
+            # Another raylet's, of an earlier time.
+            self._journal.path.unlink(missing_ok=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -191,15 +205,23 @@ class MemoryGuard:
 
     def _keep_looking(self) -> None:
         while not self._stopping.wait(LOOK_EVERY_S):
-            with contextlib.suppress(psutil.NoSuchProcess):  # the raylet has ended, and so will this process
-                if time.monotonic() - self._looked_around_s > AROUND_EVERY_S:
-                    self._looked_around_s = time.monotonic()
-                    order_for_the_kernel(self._raylet)
-                    self._warn_if_over()
+            try:
+                self._look_around()
                 self.look()
-            if self._tell is not None:
-                for line in self._journal.news():
+                for line in self._journal.news() if self._tell is not None else ():
                     self._tell(line)
+            except psutil.NoSuchProcess:
+                # The raylet has ended, and so will this process.
+                continue
+            except OSError:
+                logger.warning("can't look after this node's memory; trying again", exc_info=True)
+                self._stopping.wait(AROUND_EVERY_S)
+
+    def _look_around(self) -> None:
+        if time.monotonic() - self._looked_around_s > AROUND_EVERY_S:
+            self._looked_around_s = time.monotonic()
+            order_for_the_kernel(self._raylet)
+            self._warn_if_over()
 
     def look(self) -> None:
         """Look once; make room if there must be some."""
@@ -231,7 +253,10 @@ class MemoryGuard:
 
     def _problem(self) -> str | None:
         """That this process has more than it was given; None if it has not."""
-        if self._bound_bytes is None or (held := held_bytes(psutil.Process())) <= self._bound_bytes:
+        if self._bound_bytes is None:
+            return None
+        held = held_bytes(psutil.Process(), at_most=self._bound_bytes)
+        if held <= self._bound_bytes:
             return None
         return f"it has {_gib(held)}, and its settings (hardware) give it {_gib(self._bound_bytes)}"
 

@@ -16,7 +16,7 @@ import secrets
 from collections.abc import Mapping
 
 import ray
-from ray._raylet import IMPLICIT_RESOURCE_PREFIX
+from ray._raylet import IMPLICIT_RESOURCE_PREFIX  # type: ignore[attr-defined]
 
 from hycluster.config import Settings
 

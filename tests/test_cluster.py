@@ -85,6 +85,21 @@ def test_doors_need_nodes_that_have_what_they_reserve(there: dict[str, float]) -
     cluster.check_doors(settings)
 
 
+@pytest.mark.parametrize(("nodes", "waits"), [(1, True), (2, False)])
+def test_doors_that_wait_for_a_node_are_told_of(
+    there: dict[str, float],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    nodes: int,
+    waits: bool,
+) -> None:
+    there["door"] = float(nodes)
+    monkeypatch.setattr(cluster, "door_nodes", lambda settings: nodes)
+    settings = Settings(models=(model(),), doors=2, door_resources={"door": 0.5}, doors_per_node=1)
+    cluster.check_doors(settings)
+    assert ("1 of 2 doors wait for a node" in caplog.text) == waits
+
+
 class TestRememberedCluster:
     """``hycluster serve`` leaves its address for other commands on this machine."""
 

@@ -166,7 +166,9 @@ def test_the_largest_batch_worker_goes_first_and_nobody_else(node: Node, full: C
     assert node.alive() == kept
     said = Journal(os.getpid()).news()
     assert len(said) == 2
-    assert re.search(r"out of memory \(.*, at most 95%\): process \d+, ray::ReadCorpus, 0.[12]\d GiB, is ended", said[0])
+    assert re.search(
+        r"out of memory \(.*, at most 95%\): process \d+, ray::ReadCorpus, 0.[12]\d GiB, is ended", said[0]
+    )
 
 
 def test_an_engine_over_its_bound_ends_and_one_within_does_not(node: Node, full: Callable[[bool], None]) -> None:
@@ -205,9 +207,11 @@ def test_one_at_a_time(node: Node, full: Callable[[bool], None]) -> None:
 def test_the_terminal_hears_of_all_that_goes_and_that_nothing_may(full: Callable[[bool], None]) -> None:
     said: list[str] = []
     guard = MemoryGuard(psutil.Process(), tell=said.append)
+    full(False)
+    Journal(os.getpid()).write("said of another raylet")
+    guard.start()
     Journal(os.getpid()).write("said by another")
     full(True)
-    guard.start()
     deadline = time.monotonic() + 10
     while len(said) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import ray
-from ray._raylet import IMPLICIT_RESOURCE_PREFIX
+from ray._raylet import IMPLICIT_RESOURCE_PREFIX  # type: ignore[attr-defined]
 
 from hycluster.config import Model, Settings
 from hycluster.spread import door_nodes, door_resources, doors_per_node
