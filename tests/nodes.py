@@ -81,6 +81,7 @@ class Node:
     link: str
     folder: Path
     process: subprocess.Popen[bytes] | None = None
+    _started: tuple[str, dict[str, str]] = ("", {})
 
     @property
     def namespace(self) -> str:
@@ -92,6 +93,7 @@ class Node:
 
     def start(self, command: str, env: Mapping[str, str]) -> None:
         """Run a line of bash as the node's first process, as KubeRay does; its end is the node's."""
+        self._started = command, dict(env)
         folder = shlex.quote(str(self.folder))
         inside = [
             "set -e",
@@ -114,6 +116,11 @@ class Node:
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**own, **env}, cwd=home,
                 start_new_session=True,
             )  # fmt: skip
+
+    def start_again(self) -> None:
+        """The same, with the disk that it had."""
+        self.kill()
+        self.start(*self._started)
 
     @property
     def running(self) -> bool:

@@ -11,7 +11,6 @@ import contextlib
 import json
 import shlex
 import shutil
-import socket
 import sys
 import threading
 import time
@@ -115,15 +114,20 @@ class Rehearsal:
         self._start(node, "--head", group["rayStartParams"] | parameters, container, env)
         return node
 
-    def await_gcs(self, timeout_s: float) -> None:
-        """As the init container of KubeRay's workers does."""
+    def await_start(self, node: Node, timeout_s: float = 240) -> None:
+        """Until Ray runs there. One that ends before that is started again, as KubeRay makes another pod.
 
-        def open_() -> bool:
-            with contextlib.suppress(OSError), socket.create_connection((self.network.hosts[HEAD], 6379), timeout=1):
+        A raylet gives its agents 15 s, which they may not have where all nodes share a few CPUs.
+        """
+
+        def started() -> bool:
+            if "Ray runtime started" in node.log.read_text(errors="replace"):
                 return True
+            if not node.running:
+                node.start_again()
             return False
 
-        wait_for(open_, timeout_s, "GCS listens")
+        wait_for(started, timeout_s, f"Ray starts on {node.name}")
 
     def start_worker(self, group_name: str) -> Node:
         """A pod of a worker group."""
@@ -147,7 +151,15 @@ class Rehearsal:
     def _start(
         self, node: Node, kind: str, parameters: dict[str, str], container: dict[str, Any], env: dict[str, str]
     ) -> None:
-        given = {"metrics-export-port": "8080", "dashboard-agent-listen-port": "52365", "block": "true", **parameters}
+        given = {
+            "metrics-export-port": "8080",
+            "dashboard-agent-listen-port": "52365",
+            # Else a raylet waits for its agents to choose, and dies where that takes them over 15 s.
+            "dashboard-agent-grpc-port": "52366",
+            "runtime-env-agent-port": "52367",
+            "block": "true",
+            **parameters,
+        }
         given.setdefault("memory", str(quantity(container["resources"]["limits"]["memory"])))
         flags = " ".join(f"--{key}" if value == "true" else f"--{key}={value}" for key, value in given.items())
         token = self.network.folder / "token"
@@ -206,11 +218,10 @@ class Rehearsal:
     def start(self) -> None:
         """All nodes, then Serve's settings."""
         self.start_redis()
-        self.start_head()
-        self.await_gcs(120)
-        for group in ("doors", "engines") * 2:
-            self.start_worker(group)
+        self.await_start(self.start_head())
         self.serve(120)
+        for group in ("doors", "engines") * 2:
+            self.await_start(self.start_worker(group))
 
     def controllers(self) -> set[int]:
         """Serve's controller, or none."""

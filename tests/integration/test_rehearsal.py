@@ -132,7 +132,7 @@ def test_the_head_is_lost_and_comes_back_elsewhere(rehearsal: Rehearsal) -> None
     with load.going():
         rehearsal.network.nodes["head"].kill()
         time.sleep(AWAY_S)
-        rehearsal.start_head()
+        rehearsal.await_start(rehearsal.start_head())
         well_s = wait_for(rehearsal.running, 180, "Serve runs all again")
         time.sleep(AFTER_S)
     print(f"head: Serve says that all is well {well_s:.1f} s after the new pod's start")
@@ -146,7 +146,7 @@ def test_the_head_falls_silent_and_comes_back_elsewhere(rehearsal: Rehearsal) ->
     with load.going():
         rehearsal.network.nodes["head"].cut()
         time.sleep(AWAY_S)
-        rehearsal.start_head()
+        rehearsal.await_start(rehearsal.start_head())
         well_s = wait_for(rehearsal.running, 400, "Serve runs all again")
         time.sleep(AFTER_S)
     print(f"silent head: Serve says that all is well {well_s:.1f} s after the new pod's start")
@@ -164,6 +164,7 @@ def engine_node_lost(rehearsal: Rehearsal, *, silently: bool) -> None:
             lost.kill()
         at = time.monotonic()
         new = rehearsal.start_worker("engines")
+        rehearsal.await_start(new)
         wait_for(lambda: rehearsal.processes()[new.name], START_S, "an engine is placed on the new node")
         placed_s = time.monotonic() - at
         wait_for(rehearsal.running, START_S, "Serve runs all again", every_s=0.5)
@@ -186,6 +187,7 @@ def door_node_lost(rehearsal: Rehearsal, *, silently: bool) -> None:
             lost.kill()
         at = time.monotonic()
         new = rehearsal.start_worker("doors")
+        rehearsal.await_start(new)
         wait_for(lambda: rehearsal.processes()[new.name], START_S, "a door is placed on the new node")
         placed_s = time.monotonic() - at
         wait_for(lambda: rehearsal.able(new), START_S, "the new node's door answers")
