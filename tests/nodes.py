@@ -235,6 +235,7 @@ def network() -> Iterator[Network]:
         name = f"{PREFIX}{number}"
         # The name is the lock: there can be only one link of it.
         if _try("ip", "link", "add", name, "type", "bridge").returncode == 0:
+            _clear(name)
             # Not below pytest's folders, which others than root may not enter.
             made = Network(name, number, Path(tempfile.mkdtemp(prefix=f"{name}-")))
             break
@@ -244,7 +245,6 @@ def network() -> Iterator[Network]:
         made.folder.chmod(0o755)
         Path("/tmp/ray").mkdir(exist_ok=True)
         _run("ip", "link", "set", made.name, "alias", _owner(os.getpid()), "up")
-        _clear(made.name)
         _run("ip", "addr", "add", f"{made.gateway}/24", "dev", made.name)
         with _names(made):
             yield made
@@ -304,6 +304,8 @@ def _clear(name: str) -> None:
         _end(entry.name)
     for link in Path("/sys/class/net").glob(f"{name}v*"):
         _try("ip", "link", "del", link.name)
+    for folder in Path(tempfile.gettempdir()).glob(f"{name}-*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _end(namespace: str) -> None:

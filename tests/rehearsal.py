@@ -174,7 +174,7 @@ class Rehearsal:
                 "RAY_AUTH_TOKEN_PATH": str(token),
                 "RAY_TMPDIR": "/tmp",
                 # Four of them start at once here, on few CPUs.
-                "RAY_raylet_start_wait_time_s": "180",
+                "RAY_raylet_start_wait_time_s": "60",
                 "RAY_USAGE_STATS_ENABLED": "0",
                 **self._variables(container),
                 **env,
