@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import ray
 from ray.serve._private import constants, controller, deployment_state, replica
-from ray.serve.schema import ControllerOptions, DeploymentDetails, ReplicaDetails, ReplicaState, ServeInstanceDetails
+from ray.serve._private.common import ReplicaState
+from ray.serve.config import ControllerOptions
+from ray.serve.schema import DeploymentDetails, ReplicaDetails, ServeInstanceDetails
 
 from hycluster import ray_state
 from hycluster.starts import CONTROLLER_OPTIONS, ENDLESS
@@ -38,7 +40,7 @@ def test_the_controller_tries_for_ever() -> None:
     assert ControllerOptions(**CONTROLLER_OPTIONS).runtime_env == CONTROLLER_OPTIONS["runtime_env"]
     assert int(value) == ENDLESS
     assert f'get_env_int("{variable}"' in Path(constants.__file__).read_text()
-    threshold = inspect.getsource(deployment_state.DeploymentState._failed_to_start_threshold.fget)
+    threshold = inspect.getsource(vars(deployment_state.DeploymentState)["_failed_to_start_threshold"].fget)
     assert "min(" in threshold
     assert "max_constructor_retry_count" in threshold
     assert "MAX_PER_REPLICA_RETRY_COUNT" in threshold

@@ -89,9 +89,11 @@ def test_wrong_settings_are_hopeless_once_all_have_said_so(starts: Starts) -> No
         starts.begin("a", 3)
     starts.failed("a", 2, "SettingsError", "source: no such folder")
     starts.failed("b", 2, "SettingsError", "source: no such folder")
+    assert starts.trouble is not None
     assert starts.trouble.hopeless
     # The next try has begun; it will end the same.
     starts.begin("c", 2)
+    assert starts.trouble is not None
     assert starts.trouble.hopeless
 
 

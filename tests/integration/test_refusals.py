@@ -64,9 +64,13 @@ def test_no_ray_at_the_address(arguments: list[str], tmp_path: Path) -> None:
 def test_engine_that_can_not_start_ends_serve(tmp_path: Path, tiny_model: Path) -> None:
     model = {"name": "m", "source": str(tiny_model), "hardware": {"cpus": 0.1, "kv_cache_gib": 9000}}
     path = tmp_path / "settings.yaml"
-    path.write_text(json.dumps({"models": [model], "http": {"port": 0}, "grpc": {"port": 0}}))
+    # Memory may be free later, so it is tried again until then; no request has ever succeeded.
+    settings = {"models": [model], "http": {"port": 0}, "grpc": {"port": 0}, "start_timeout_s": 60}
+    path.write_text(json.dumps(settings))
     done = command("serve", str(path))
     assert done.returncode == 1
+    assert "start_timeout_s: no model could be served after 60 s: m: " in only_error(done)
+    assert "not started: model m: a replica did not start: " in done.stderr
     assert "the engine did not start" in only_error(done)
     assert "9000" in only_error(done)
     assert "ready" not in done.stdout

@@ -120,8 +120,11 @@ async def test_streams_wait_while_there_is_no_replica_at_all(served: Served) -> 
             os.kill(process.pid, signal.SIGKILL)
         # For those who come now there is a truthful answer. Not before the door has noticed: who is in waits too.
         async with asyncio.timeout(10):
-            while (await http.get("/health")).status_code == 200:  # noqa: ASYNC110 - tests look from outside
+            asked = {"model": SIMULATED}
+            while (await http.get("/health", params=asked)).status_code == 200:  # noqa: ASYNC110 - from outside
                 await asyncio.sleep(0.02)
+        # The other models' callers are none the worse for it.
+        assert (await http.get("/health")).json()["status"] == "degraded"
         answer = await http.post("/v1/completions", json={"model": SIMULATED, "prompt": "x", "max_tokens": 2})
         assert answer.status_code == 503
         assert [answer for answer, _ in await asking] == [answer for answer, _ in expected]

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,8 @@ class Starting:
             finally:
                 if self.process.poll() is None:
                     family = psutil.Process(self.process.pid).children(recursive=True)
-                    for process in (*family, self.process):
+                    self.process.kill()
+                    for process in family:
                         process.kill()
         assert self.process.stdout is not None
         self.process.stdout.close()
@@ -172,7 +174,7 @@ async def test_what_serves_serves_on(half_broken: Starting) -> None:
     # It is tried again, and each that was lost and came back has its two lines.
     await asyncio.to_thread(eventually, lambda: service.said("not started: model broken: 2 starts"), 120, "tried again")
     for lost in ("replica of fine", "batch executor"):
-        await asyncio.to_thread(eventually, lambda lost=lost: service.said("back: ", lost), 60, f"{lost} is back")
+        await asyncio.to_thread(eventually, partial(service.said, "back: ", lost), 60, f"{lost} is back")
         assert len(service.said("lost: ", lost)) == 1
     service.process.send_signal(signal.SIGTERM)
     assert await asyncio.to_thread(service.process.wait, 60) == 0
