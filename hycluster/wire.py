@@ -161,7 +161,8 @@ class EngineServer:
         Args:
             on_lost: told the id of a rank when the connection to it has ended, on a thread of its own.
         """
-        known, monitors = [], {}
+        known: list[tuple[zmq.Socket[bytes], bytes]] = []
+        monitors: dict[zmq.Socket[bytes], str] = {}
         for address in siblings:
             sock = self._context.socket(zmq.DEALER)
             sock.linger = 0
