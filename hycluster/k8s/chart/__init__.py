@@ -1,0 +1,1 @@
+"""The Helm chart, made from the files that kustomize builds from; see ``docs/kubernetes.md``."""

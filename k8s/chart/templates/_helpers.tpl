@@ -1,0 +1,87 @@
+{{- /* Written by hand. What the other templates include; numbers come from _constants.tpl, which is made. */ -}}
+
+{{- define "hycluster.namespace" -}}
+{{- $.Values.namespace.name | default $.Release.Namespace -}}
+{{- end -}}
+
+{{- define "hycluster.chart" -}}
+{{- printf "%s-%s" $.Chart.Name $.Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" -}}
+{{- end -}}
+
+{{- define "hycluster.image" -}}
+{{- $image := $.Values.image -}}
+{{- printf "%s:%s" $image.repository $image.tag }}{{ with $image.digest }}@{{ . }}{{ end -}}
+{{- end -}}
+
+{{- define "hycluster.pullSecrets" -}}
+{{- range $.Values.imagePullSecrets }}
+- name: {{ . }}
+{{- end }}
+{{- end -}}
+
+{{- /* Seconds that what is in work has, in whole ones. */ -}}
+{{- define "hycluster.workSeconds" -}}
+{{- $constants := include "hycluster.constants" $ | fromJson -}}
+{{- ceil ($.Values.settings.drain_timeout_s | default $constants.drainTimeoutSeconds) | int64 -}}
+{{- end -}}
+
+{{- /* RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S of doors and engines. */ -}}
+{{- define "hycluster.drain" -}}
+{{- add (include "hycluster.workSeconds" $) (int64 (include "hycluster.constants" $ | fromJson).drainMarginSeconds) -}}
+{{- end -}}
+
+{{- /* terminationGracePeriodSeconds of doors and engines. */ -}}
+{{- define "hycluster.grace" -}}
+{{- $needed := add (include "hycluster.drain" $) (int64 (include "hycluster.constants" $ | fromJson).graceMarginSeconds) -}}
+{{- $given := $.Values.terminationGracePeriodSeconds | default $needed | int64 -}}
+{{- if lt $given $needed -}}
+{{- fail (printf "terminationGracePeriodSeconds: %d is too short: settings.drain_timeout_s takes %d" $given $needed) -}}
+{{- end -}}
+{{- $given -}}
+{{- end -}}
+
+{{- /* rayClusterDeletionDelaySeconds: what the old cluster has in work may end there. */ -}}
+{{- define "hycluster.deletionDelay" -}}
+{{- add (include "hycluster.workSeconds" $) (int64 (include "hycluster.constants" $ | fromJson).deletionMarginSeconds) -}}
+{{- end -}}
+
+{{- define "hycluster.doors" -}}
+{{- $.Values.settings.doors | default (include "hycluster.constants" $ | fromJson).doors | int -}}
+{{- end -}}
+
+{{- /* Whether doors need an object store's credentials, and a way there; empty: no. */ -}}
+{{- define "hycluster.remoteStore" -}}
+{{- if hasPrefix "s3://" (($.Values.settings.batches | default dict).store | default "") }}true{{ end -}}
+{{- end -}}
+
+{{- /* The settings, fitted to the pods as `hycluster k8s render` does it, as Ray Serve takes them. */ -}}
+{{- define "hycluster.serveConfig" -}}
+{{- $constants := include "hycluster.constants" $ | fromJson -}}
+{{- $fitted := deepCopy $.Values.settings -}}
+{{- range $door := list "http" "grpc" -}}
+{{- $_ := set $fitted $door (mergeOverwrite (deepCopy (get $fitted $door | default dict)) (get $constants.listen $door)) -}}
+{{- end -}}
+{{- with $fitted.data_plane -}}
+{{- $_ := set $fitted "data_plane" (omit . "host") -}}
+{{- end -}}
+{{- $_ := set $fitted "doors" (include "hycluster.doors" $ | int) -}}
+{{- $_ := set $fitted "door_resources" $constants.doorResources -}}
+{{- if not ($fitted.batches | default dict).store -}}
+{{- $_ := set $fitted "batches" nil -}}
+{{- end -}}
+{{- if gt (len $fitted.models) 1 -}}
+{{- range $model := $fitted.models -}}
+{{- $hardware := $model.hardware | default dict -}}
+{{- $own := dict (include "hycluster.slug" $model.name) $constants.share -}}
+{{- $_ := set $model "hardware" (merge (dict "resources" (mergeOverwrite ($hardware.resources | default dict) $own)) $hardware) -}}
+{{- end -}}
+{{- end -}}
+{{- range $key, $value := $fitted -}}
+{{- if and (kindIs "map" $value) (not $value) -}}
+{{- $_ := unset $fitted $key -}}
+{{- end -}}
+{{- end -}}
+{{- $serve := $constants.serve -}}
+{{- $_ := set (first $serve.applications) "args" $fitted -}}
+{{- toYaml $serve -}}
+{{- end -}}
