@@ -127,6 +127,7 @@ def test_two_models_on_different_gpus_have_groups_of_their_own(two_models: list[
 
 STORE_MISTAKES = [
     (lambda groups: groups[0]["template"]["spec"]["containers"][0].pop("envFrom"), "no credentials for batches.store"),
+    (lambda groups: groups[0]["resources"].pop("batches"), "the Batch API's process would wait for a node"),
     (lambda groups: groups[2]["resources"].pop("engines-small"), "no group for small"),
     (lambda groups: groups[2]["resources"].pop("accelerator_type:L4"), "no group for small"),
     (lambda groups: groups[2].update(minReplicas=1), "hold 2"),
