@@ -35,7 +35,7 @@ AWAY_S = 12.0
 AFTER_S = 8.0
 SOURCE = os.environ.get("REHEARSAL_MODEL", "tiny")
 # Some seconds each.
-LONG_TOKENS = 1200 if SOURCE == "tiny" else 200
+LONG_TOKENS = 600 if SOURCE == "tiny" else 200
 
 
 @pytest.fixture(scope="module")
