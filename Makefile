@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format serve bench proto lock clean
+.PHONY: help setup demo test check format serve bench proto lock licences clean
 
 BIN := .venv/bin
 CONFIG ?= deployments/local.yaml
@@ -40,6 +40,9 @@ proto: setup  ## generate the gRPC code from the .proto
 
 lock: setup  ## resolve requirements/*.lock anew (UPGRADE=1 moves every version)
 	@scripts/lock.sh
+
+licences: setup  ## write requirements/licences.md from the locks (ARGS="--gpu FOLDER" after a change of gpu.lock)
+	@$(BIN)/python scripts/licences.py $(ARGS)
 
 clean:  ## remove what runs leave behind (not .venv)
 	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

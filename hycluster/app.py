@@ -25,10 +25,13 @@ from hycluster.rank import Patience
 from hycluster.replica import Replica
 from hycluster.scaler import autoscaling_config
 from hycluster.spread import door_nodes, door_resources
+from hycluster.starts import ENDLESS
 
 APP_NAME = "hycluster"
 # Serve notices that a process is gone when it next asks for its health, and then replaces it.
 HEALTH_CHECK_PERIOD_S = 1.0
+# An upgrade that can't start its replicas is to stop, before it has stopped more of the old ones.
+UPGRADE_TRIES = 3
 
 
 def build(arguments: dict[str, Any]) -> Application:
@@ -48,7 +51,7 @@ def application(
     surging: Collection[str] = (),
     counts: Mapping[str, int] | None = None,
 ) -> Application:
-    """Replicas of every model, and doors that open when all of them can serve.
+    """Replicas of every model, and doors that open when one of the models can be served.
 
     Args:
         surging: models whose replicas are replaced by successors that have started; see :func:`replicas`.
@@ -65,6 +68,7 @@ def application(
         name="door",
         num_replicas=settings.doors,
         max_surge_percent=_one_more(settings.doors),
+        max_constructor_retry_count=UPGRADE_TRIES * settings.doors if counts else ENDLESS,
         # Nothing, so that a laptop's cores stay free for the engine, and there is always room for a door's successor.
         ray_actor_options={
             "num_cpus": 0,
@@ -90,10 +94,17 @@ _DOOR_ENVIRONMENT = {
 
 def _batch_executor(settings: Settings, directory: str) -> Application:
     """One process for the whole service; a second one would only wait for the first one's leases."""
+    assert settings.batches is not None
     executor = serve.deployment(
         name="batches",
         num_replicas=1,
-        ray_actor_options={"num_cpus": 0.01, "runtime_env": {"env_vars": _DOOR_ENVIRONMENT}},
+        # Nothing that engines may need; a machine may have no more than they ask for.
+        ray_actor_options={
+            "num_cpus": 0,
+            "resources": settings.batches.resources,
+            "runtime_env": {"env_vars": _DOOR_ENVIRONMENT},
+        },
+        max_constructor_retry_count=ENDLESS,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_timeout_s=15,
         graceful_shutdown_wait_loop_s=0.1,
@@ -103,7 +114,12 @@ def _batch_executor(settings: Settings, directory: str) -> Application:
 
 def deployment_name(model: Model) -> str:
     """Serve's name of a model's deployment: letters, digits and dashes."""
-    return "replica-" + re.sub(r"[^a-z0-9]+", "-", model.name.lower()).strip("-")
+    return deployment_of(model.name)
+
+
+def deployment_of(model_name: str) -> str:
+    """The same by the model's name."""
+    return "replica-" + re.sub(r"[^a-z0-9]+", "-", model_name.lower()).strip("-")
 
 
 def _one_more(count: int) -> int:
@@ -132,6 +148,7 @@ def replicas(
         name=deployment_name(model),
         **size,
         max_surge_percent=_one_more(count) if surge else 0,
+        max_constructor_retry_count=ENDLESS if found is None else UPGRADE_TRIES * max(1, count),
         ray_actor_options=actor_options(model),
         **placement,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,

@@ -47,15 +47,19 @@ SetOption = Annotated[
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    _version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Serve large mixture-of-experts models on Ray and vLLM, and run bulk jobs with the same engines."""
-
-
-@app.command()
-def version() -> None:
-    """Print the version."""
-    typer.echo(__version__)
 
 
 @app.command()
@@ -71,7 +75,8 @@ def serve(
 ) -> None:
     """Serve the models of CONFIG in the foreground, on the Ray cluster in RAY_ADDRESS or on one of its own.
 
-    Prints one line beginning "ready" once a request would succeed. SIGTERM or Ctrl-C drains, then exits 0.
+    Prints one line beginning "ready" once a request would succeed, and on standard error a line for whatever is lost
+    and for its return. SIGTERM or Ctrl-C drains, then exits 0. Exits 4 if Ray itself is lost: start it again.
     """
     ports = [f"{door}.port={port}" for door, port in (("http", http_port), ("grpc", grpc_port)) if port is not None]
     settings = load_settings(config, [*(assignments or []), *ports])
@@ -92,29 +97,37 @@ def serve(
     import ray
 
     from hycluster import cluster, running
+    from hycluster.service import Service
 
     started_ray = cluster.start()
     running.remember_models([model.name for model in settings.models])
     # After Ray's own handlers, which would end this process at once.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
+    address = ray.get_runtime_context().gcs_address
+    service = Service(settings, say, own=started_ray)
     try:
-        deployed = cluster.deploy(settings, started_ray=started_ray, stopping=stopping)
-        if deployed is not None:
+        opened = cluster.deploy(settings, service, started_ray=started_ray, stopping=stopping)
+        if opened is not None:
             typer.echo(
-                f"ready {deployed.doors.http} grpc {deployed.doors.grpc} ray {deployed.ray}"
-                f" models {','.join(model.name for model in settings.models)}"
+                f"ready {opened.doors.http} grpc {opened.doors.grpc} ray {address} models {','.join(opened.models)}"
                 f" after {time.monotonic() - begun:.0f} s"
             )
             sys.stdout.flush()
-            stopping.wait()
-        typer.echo("draining ...", err=True)
+            service.attend(stopping)
+        say("draining ...")
         cluster.stop(settings.drain_timeout_s)
-        typer.echo("stopped", err=True)
+        say("stopped")
     finally:
+        service.close()
         # A cluster of our own ends with this, whatever became of the application.
         running.forget()
         ray.shutdown()
+
+
+def say(line: str) -> None:
+    """A line for whoever runs the command."""
+    typer.echo(line, err=True)
 
 
 @app.command()
@@ -145,10 +158,10 @@ def upgrade(
 
     import ray
 
-    from hycluster import cluster, service, upgrade
+    from hycluster import cluster, running_service, upgrade
     from hycluster.placement import with_room
 
-    found = service.find(cluster.connect(address))
+    found = running_service.find(cluster.connect(address))
     try:
         names = ", ".join(model.name for model in settings.models)
         ask(f"{found}\nevery replica and every door of it is replaced, by the settings of {config} ({names})", yes=yes)
@@ -174,6 +187,29 @@ def upgrade(
             )
     finally:
         ray.shutdown()
+
+
+@app.command()
+def status() -> None:
+    """Say what of the running service is there, what is missing, and why. Exits 0 when all is well, else 1.
+
+    Looks at the Ray cluster in RAY_ADDRESS or at the last one that was started here.
+    """
+    import ray
+
+    from hycluster import cluster, ray_state
+    from hycluster.app import APP_NAME
+    from hycluster.directory import SHARED_DIRECTORY
+    from hycluster.status import status as told
+
+    cluster.connect()
+    try:
+        lines, well = told(ray_state.look(APP_NAME, SHARED_DIRECTORY))
+    finally:
+        ray.shutdown()
+    for line in lines:
+        typer.echo(line)
+    raise typer.Exit(0 if well else 1)
 
 
 def main() -> None:

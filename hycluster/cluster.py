@@ -10,44 +10,40 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import secrets
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import psutil
 import ray
 from ray import serve
 from ray._private.authentication.authentication_token_setup import enable_token_auth_by_default
 from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import ApplicationStatus
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from hycluster import service
+from hycluster import running_service
 from hycluster.app import APP_NAME, application
+from hycluster.capacity import check_places
 from hycluster.config import Model, Settings
 from hycluster.directory import NAMESPACE, SHARED_DIRECTORY, open_directory
-from hycluster.door import DoorAddresses
 from hycluster.engine.scratch import sweep
-from hycluster.errors import START_FAILURE, EngineStartFailed, HyclusterError, SettingsError
+from hycluster.errors import EngineStartFailed, HyclusterError, SettingsError, one_line, reported
 from hycluster.memory import MONITOR_VARIABLE, MemoryGuard
 from hycluster.placement import actor_options, bundles, on_gpus, reserved, strategy
 from hycluster.rank import Patience
 from hycluster.replica import Replica
 from hycluster.running import Chosen, choose, remember, started_here
+from hycluster.service import Opened, Service
 from hycluster.spread import door_nodes, doors_per_node
+from hycluster.starts import CONTROLLER_OPTIONS
 
 logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
-# How an engine's or a door's one-line reason is told from the rest of Ray's report.
-_REASON = re.compile(rf"RuntimeError: {START_FAILURE}(\w+): (.+)")
 
 
 def connect(address: str | None = None) -> Chosen:
@@ -61,17 +57,17 @@ def connect(address: str | None = None) -> Chosen:
     if ray.is_initialized():
         return Chosen(ray.get_runtime_context().gcs_address, "this process", None)
     chosen = choose(address)
+    _quiet()
     if chosen.started:
         # As ``ray.init`` does by itself for a cluster that it starts, but not for one that is named.
         enable_token_auth_by_default()
-    _quiet()
     # Ray's C++ prints an error line for each of Ray Data's actors that is none.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         _check_reachable(chosen.address)
         ray.init(address=chosen.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
-        raise SettingsError(f"{chosen.said_by}: no Ray cluster at {chosen.address!r}: {_one_line(error)}") from None
+        raise SettingsError(f"{chosen.said_by}: no Ray cluster at {chosen.address!r}: {one_line(error)}") from None
     return chosen
 
 
@@ -142,6 +138,7 @@ def check_resources(models: tuple[Model, ...]) -> None:
                 f"models: {field}: all replicas together ask for {wanted[resource] / unit:g} {resource}"
                 f"{' GiB' if unit == GIB else 's'}; this Ray cluster has {there.get(resource, 0.0) / unit:g}"
             )
+    check_places(models, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     for model in models:
         accelerator = model.hardware.accelerator
         if model.replicas.count and on_gpus(model) and f"accelerator_type:{accelerator}" not in there:
@@ -174,75 +171,60 @@ def check_doors(settings: Settings) -> None:
         )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Deployed:
-    """A running application, and the Ray cluster that it runs on."""
+def check_batches(settings: Settings) -> None:
+    """Refuse a Batch API whose process no node has a place for.
 
-    doors: DoorAddresses
-    ray: str
+    Raises:
+        SettingsError: names the resource, what is asked for and what there is.
+    """
+    if settings.batches is None:
+        return
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for resource, amount in settings.batches.resources.items():
+        most = max((node.get(resource, 0.0) for node in nodes), default=0.0)
+        if amount > most:
+            raise SettingsError(
+                f"batches.resources: {resource}: {amount:g} is not to be had; the node of this Ray cluster that has"
+                f" most of it has {most:g}"
+            )
 
 
-def deploy(settings: Settings, *, started_ray: bool, stopping: threading.Event) -> Deployed | None:
+def deploy(settings: Settings, service: Service, *, started_ray: bool, stopping: threading.Event) -> Opened | None:
     """Start the application and wait until a request would succeed, or until ``stopping`` is set: then None.
 
     Args:
+        service: looks after it.
         started_ray: whether this process started the Ray cluster; one that it joined is left as it was found.
 
     Raises:
-        SettingsError, EngineStartFailed: an engine or a door could not start; one line says why.
+        SettingsError, EngineStartFailed: nothing can be served; one line says why.
     """
     check_resources(settings.models)
     check_doors(settings)
-    if service.there_is_one():
-        found = service.find(Chosen(ray.get_runtime_context().gcs_address, "RAY_ADDRESS", None))
+    check_batches(settings)
+    if running_service.there_is_one():
+        found = running_service.find(Chosen(ray.get_runtime_context().gcs_address, "RAY_ADDRESS", None))
         raise SettingsError(
             "RAY_ADDRESS: a hycluster is running in this Ray cluster already; stop it first,"
             f" or give it these settings by 'hycluster upgrade':\n{found}"
         )
     # Serve's proxies share their ports with whoever asks for it, and would take callers from the doors.
-    serve.start(proxy_location="Disabled")
+    serve.start(proxy_location="Disabled", controller_options=CONTROLLER_OPTIONS)
     serve.run_many(
         [serve.RunTarget(application(settings), name=APP_NAME, route_prefix=None)],
         wait_for_applications_running=False,
     )
     try:
-        addresses = wait_until_open(settings.start_timeout_s, stopping)
+        return service.wait_until_open(stopping)
     except (HyclusterError, ray.exceptions.RayError) as error:
         if not started_ray:
             stop(drain_timeout_s=0)
         raise (error if isinstance(error, HyclusterError) else _failure(str(error))) from None
-    return Deployed(addresses, ray.get_runtime_context().gcs_address) if addresses else None
-
-
-def wait_until_open(timeout_s: float, stopping: threading.Event) -> DoorAddresses | None:
-    """Wait until the doors are open; None if ``stopping`` is set before."""
-    deadline = time.monotonic() + timeout_s
-    door: DeploymentHandle[Any] | None = None
-    while not stopping.wait(0.2):
-        app = serve.status().applications.get(APP_NAME)
-        messages = [app.message, *(d.message for d in app.deployments.values())] if app else []
-        # The first reason that an engine or a door gives is enough: trying again would not change it.
-        if any(_REASON.search(text) for text in messages):
-            raise _failure(" ".join(messages))
-        state = _one_line(" ".join(messages))
-        if app and app.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
-            raise EngineStartFailed(f"the application did not start: {state}")
-        if app and app.status == ApplicationStatus.RUNNING:
-            door = door or serve.get_app_handle(APP_NAME)
-            if addresses := door.addresses.remote().result(timeout_s=timeout_s):
-                return cast(DoorAddresses, addresses)
-        if time.monotonic() > deadline:
-            raise EngineStartFailed(f"start_timeout_s: the application did not run after {timeout_s:g} s: {state}")
-    return None
 
 
 def _failure(report: str) -> HyclusterError:
     """The error that an engine or a door ended with, out of what Ray says about it."""
-    found = _REASON.search(report)
-    if found is None:
-        return EngineStartFailed(_one_line(report))
-    kind = SettingsError if found[1] == SettingsError.__name__ else EngineStartFailed
-    return kind(found[2].strip())
+    return reported(report) or EngineStartFailed(one_line(report))
 
 
 def stop(drain_timeout_s: float) -> None:
@@ -338,8 +320,3 @@ def _wait_until_ready(actors: list[Any], model: Model, timeout_s: float) -> None
             )  # fmt: skip
         if starting and time.monotonic() > deadline:
             raise EngineStartFailed(f"start_timeout_s: {len(starting)} engines did not start within {timeout_s:g} s")
-
-
-def _one_line(error: BaseException | str, limit: int = 400) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= limit else text[: limit - 3] + "..."

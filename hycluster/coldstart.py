@@ -10,6 +10,7 @@ from collections.abc import Callable
 from hycluster.autoscaling import Scaling
 from hycluster.config import Model
 from hycluster.errors import Unavailable
+from hycluster.starts import StartTrouble
 
 # What a caller is told as long as no start has been timed.
 UNKNOWN_RETRY_AFTER_S = 5.0
@@ -28,6 +29,7 @@ class ColdStart:
 
     Attributes:
         scaling: what the pool's scaler last said.
+        trouble: why replicas do not start, if they don't.
         last_start_s: how long the last start took that anybody has told of.
         asleep: set while there is to be no replica.
     """
@@ -38,6 +40,7 @@ class ColdStart:
         self._patient = patient
         self._awaited_until_s = -math.inf
         self.scaling: Scaling | None = None
+        self.trouble: StartTrouble | None = None
         self.last_start_s: float | None = None
         self.asleep = asyncio.Event()
 
@@ -53,9 +56,9 @@ class ColdStart:
         waits = self.wakes and (self._patient or rules.cold_start == "wait")
         return rules.max_cold_start_wait_s if waits else None
 
-    def hear(self, scaling: Scaling | None) -> None:
-        """The scaler's word; None if there is none."""
-        self.scaling = scaling
+    def hear(self, scaling: Scaling | None, trouble: StartTrouble | None = None) -> None:
+        """The scaler's word, and the directory's of starts that failed; None if there is none."""
+        self.scaling, self.trouble = scaling, trouble
         if scaling is not None and scaling.cold_start_s is not None:
             self.last_start_s = scaling.cold_start_s
         if scaling is not None and scaling.target == 0:
@@ -78,14 +81,16 @@ class ColdStart:
     def refusal(self) -> Unavailable:
         """What to tell a caller that finds no replica; from now on the pool is to start one."""
         name = repr(self._model.name)
+        why = f": {self.trouble.told()}" if self.trouble else ""
         if not self.wakes:
-            return Unavailable(f"model: no replica of {name} can serve now", retry_after_s=1.0)
+            retry_after_s = max(1.0, self.trouble.retry_in_s if self.trouble else 0.0)
+            return Unavailable(f"model: no replica of {name} can serve now{why}", retry_after_s=retry_after_s)
         retry_after_s = self.retry_after_s()
         self._awaited_until_s = max(self._awaited_until_s, self._clock() + retry_after_s + LATE_S)
         known_s = self.last_start_s
         took = "how long that takes is not known yet" if known_s is None else f"the last start took {known_s:.0f} s"
         return Unavailable(
-            f"model: {name} is starting, as nobody had asked for it; {took}", retry_after_s=retry_after_s
+            f"model: {name} is starting, as nobody had asked for it; {took}{why}", retry_after_s=retry_after_s
         )
 
     def retry_after_s(self) -> float:

@@ -446,6 +446,8 @@ class Batches(Strict):
         concurrent_batches: batches that run side by side; the others wait.
         poll_s: seconds between two looks for new batches and for cancelled ones.
         keep_days: age at which files are deleted for which no other was asked for; None keeps them.
+        resources: what the process that runs batches reserves, by Ray's names of custom resources: only nodes that have
+            them hold it. Empty: it goes anywhere. It takes no CPU.
     """
 
     store: str | None = Field(default=None, min_length=1)
@@ -456,6 +458,7 @@ class Batches(Strict):
     concurrent_batches: int = Field(default=8, ge=1, le=1000)
     poll_s: float = Field(default=1.0, gt=0, le=60)
     keep_days: float | None = Field(default=None, gt=0)
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
 
 
 class Settings(Strict):

@@ -7,6 +7,7 @@ with what they last heard.
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +19,7 @@ from hycluster.adapters import AdapterTable, Word
 from hycluster.autoscaling import PoolLoad, Scaling
 from hycluster.config import Model
 from hycluster.core import ReplicaAddress, ReplicaLoad
+from hycluster.starts import Starts, StartTrouble
 
 NAMESPACE = "hycluster"
 SHARED_DIRECTORY = "hycluster-directory"
@@ -62,12 +64,31 @@ class PoolView:
 
     Attributes:
         scaling: what its scaler last decided; None if it has said nothing, or the pool's size is fixed.
+        trouble: why replicas do not start, if they don't.
     """
 
     model: Model | None
     replicas: list[ReplicaReport]
     adapters: dict[str, Word] = field(default_factory=dict)
     scaling: Scaling | None = None
+    trouble: StartTrouble | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """What one looks at to know how a service is.
+
+    Attributes:
+        pid: of the directory's process.
+        ready: by model, how many replicas take requests; a group counts as one.
+        troubles: by model, why replicas do not start.
+        asleep: models that are to have no replica now.
+    """
+
+    pid: int = 0
+    ready: dict[str, int] = field(default_factory=dict)
+    troubles: dict[str, StartTrouble] = field(default_factory=dict)
+    asleep: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True)
@@ -78,6 +99,7 @@ class _Pool:
     adapters: AdapterTable = field(default_factory=AdapterTable)
     demands: dict[str, tuple[float, Demand]] = field(default_factory=dict)
     scaling: tuple[float, Scaling] | None = None
+    starts: Starts = field(default_factory=Starts)
 
 
 class Directory:
@@ -91,7 +113,21 @@ class Directory:
         pool = self._pools.setdefault(model.name, _Pool())
         pool.model = model
         pool.adapters.merge(AdapterTable(model.adapters).words)
+        if report.address.replica_id not in pool.reports:
+            pool.starts.succeeded()
         pool.reports[report.address.replica_id] = (time.monotonic(), report)
+
+    def begin_start(self, model: Model, replica: str) -> float:
+        """A replica starts; returns the seconds that it is to wait first, as others of its model failed before it."""
+        pool = self._pools.setdefault(model.name, _Pool())
+        if pool.model is None:
+            pool.model = model
+            pool.adapters.merge(AdapterTable(model.adapters).words)
+        return pool.starts.begin(replica, model.replicas.most)
+
+    def start_failed(self, model: Model, replica: str, kind: str, reason: str) -> None:
+        """A replica could not start."""
+        self._pools.setdefault(model.name, _Pool()).starts.failed(replica, model.replicas.count, kind, reason)
 
     def leave(self, model: str, replica_id: str) -> None:
         """A replica has gone, in good order."""
@@ -123,7 +159,7 @@ class Directory:
         pool.reports = {r: said for r, said in pool.reports.items() if now - said[0] < FORGET_AFTER_S}
         reports = [self._with_outstanding(pool, report) for _, report in pool.reports.values()]
         scaling = pool.scaling[1] if pool.scaling and now - pool.scaling[0] < FORGET_AFTER_S else None
-        return PoolView(pool.model, reports, pool.adapters.words, scaling)
+        return PoolView(pool.model, reports, pool.adapters.words, scaling, pool.starts.trouble)
 
     def _want(self, gateway_id: str, demand: Demand, now: float) -> None:
         pool = self._pools.setdefault(demand.model.name, _Pool())
@@ -157,8 +193,26 @@ class Directory:
 
     def models(self) -> dict[str, int]:
         """Names of models and adapters, and how many replicas of each take requests; a group counts as one."""
+        ready = self._ready()
+        return ready | {adapter: ready[name] for name, pool in self._pools.items() for adapter in pool.adapters.sources}
+
+    def overview(self) -> Overview:
+        """How all pools are."""
         now = time.monotonic()
-        ready = {
+        return Overview(
+            os.getpid(),
+            self._ready(),
+            {name: trouble for name, pool in self._pools.items() if (trouble := pool.starts.trouble)},
+            frozenset(
+                name
+                for name, pool in self._pools.items()
+                if pool.scaling and now - pool.scaling[0] < FORGET_AFTER_S and pool.scaling[1].target == 0
+            ),
+        )
+
+    def _ready(self) -> dict[str, int]:
+        now = time.monotonic()
+        return {
             name: len(
                 {
                     report.group or report.address.replica_id
@@ -168,7 +222,6 @@ class Directory:
             )
             for name, pool in self._pools.items()
         }
-        return ready | {adapter: ready[name] for name, pool in self._pools.items() for adapter in pool.adapters.sources}
 
     @staticmethod
     def _with_outstanding(pool: _Pool, report: ReplicaReport) -> ReplicaReport:

@@ -20,7 +20,7 @@ import ray
 
 from hycluster import logs
 from hycluster.config import Settings
-from hycluster.directory import FORGET_AFTER_S, open_directory
+from hycluster.directory import FORGET_AFTER_S, Overview, open_directory
 from hycluster.errors import HyclusterError, SettingsError, Unavailable, start_failure
 from hycluster.ingress.grpc import serve_grpc
 from hycluster.ingress.health import PoolHealth
@@ -45,7 +45,7 @@ class DoorAddresses:
 
 
 class Door:
-    """Opens when every model has a replica that can serve.
+    """Opens when a model can be served; the others follow by themselves.
 
     Args:
         directory: name of the directory to follow.
@@ -101,11 +101,14 @@ class Door:
 
     async def _pools(self) -> dict[str, PoolHealth]:
         """What the directory knows of the replicas, while there is no gateway to ask."""
-        ready: dict[str, int] = {}
+        known = Overview()
         with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
             async with asyncio.timeout(FORGET_AFTER_S):
-                ready = await open_directory(self._directory).models.remote()
-        return {m.name: PoolHealth(ready.get(m.name, 0), m.replicas.count, m.sleeps) for m in self._settings.models}
+                known = await open_directory(self._directory).overview.remote()
+        return {
+            m.name: PoolHealth(known.ready.get(m.name, 0), m.replicas.count, m.sleeps, known.troubles.get(m.name))
+            for m in self._settings.models
+        }
 
     async def _serve_models(self, starting: StartingDoors | None) -> None:
         # Half a minute on a slow machine, and callers are to be told meanwhile.
@@ -120,7 +123,8 @@ class Door:
             settings.models,
             router=settings.router,
             admission=settings.admission,
-            wait_s=settings.start_timeout_s,
+            # However long that takes: callers hear meanwhile what is missing.
+            wait_s=None,
         ) as generator:
             http = await serve_http(
                 generator,
@@ -161,7 +165,7 @@ class Door:
             await closing
 
     async def addresses(self) -> DoorAddresses | None:
-        """Where this door listens; None until a request to any model would succeed.
+        """Where this door listens; None while no request would succeed.
 
         Raises:
             RuntimeError: it could not open.

@@ -6,6 +6,7 @@ and the command line translate them by the attributes below and nowhere else.
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 
@@ -127,6 +128,12 @@ class DeadlineExceeded(HyclusterError):
     grpc_status = "DEADLINE_EXCEEDED"
 
 
+class ClusterLost(HyclusterError):
+    """Ray's GCS or raylet died under ``hycluster serve``; a supervisor starts it anew."""
+
+    exit_code = 4
+
+
 class EngineStartFailed(HyclusterError):
     """An engine could not start: too little memory, more devices than there are, a bad model folder."""
 
@@ -147,6 +154,24 @@ START_FAILURE = "hycluster: "
 def start_failure(error: HyclusterError) -> RuntimeError:
     """Why an engine or a door can't start, in a form that comes through Ray's reports as one line.
 
-    Ray turns an actor's error into text; ``hycluster/cluster.py`` finds this line in it again.
+    Ray turns an actor's error into text; :func:`reported` finds this line in it again.
     """
     return RuntimeError(f"{START_FAILURE}{type(error).__name__}: {error.message}")
+
+
+_REASON = re.compile(rf"RuntimeError: {START_FAILURE}(\w+): (.+)")
+
+
+def reported(report: str) -> HyclusterError | None:
+    """The error that an engine or a door ended with, out of what Ray says about it; None if it says no such thing."""
+    found = _REASON.search(report)
+    if found is None:
+        return None
+    kind = SettingsError if found[1] == SettingsError.__name__ else EngineStartFailed
+    return kind(found[2].strip())
+
+
+def one_line(error: BaseException | str, limit: int = 400) -> str:
+    """A text of many lines in one."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -15,7 +15,8 @@ import contextlib
 import json
 import logging
 import secrets
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -50,6 +51,9 @@ from hycluster.pool import PoolClient
 from hycluster.router import make_policy
 
 logger = logging.getLogger(__name__)
+
+# A replica that died is named by the directory for a while, and nobody reaches it.
+CUT_OFF_AFTER_S = FORGET_AFTER_S + 5.0
 
 
 class PoolOverloaded(Overloaded, GracefulHTTPError):  # type: ignore[misc]  # both have an http_status, the same
@@ -121,6 +125,9 @@ class Gateway(AsyncLLM):
         self.lora_requests: dict[str, LoRARequest] = {}
         self._take_over({})
         self._directory: ActorHandle[Any] | None = None
+        self._view: PoolView | None = None
+        # Since when no replica can be reached from here though the directory names some.
+        self._cut_off_since_s: float | None = None
         self._learned = False
         self.vllm_config = config
         self.model_config = config.model_config
@@ -175,7 +182,7 @@ class Gateway(AsyncLLM):
         """
         pool = self.engine_core
         if not pool.able and self.cold_start.wait_s is None:
-            raise self._refusal()
+            raise self.refusal()
         try:
             self._gate.check(
                 n,
@@ -212,12 +219,36 @@ class Gateway(AsyncLLM):
         """A request would find a replica, or have one started."""
         return self.engine_core.able or self.cold_start.wakes
 
+    @property
+    def can_open(self) -> bool:
+        """There is, or was, a replica; or the pool is known to sleep."""
+        # Of what does not generate only its engine knows what it can do, and the doors' routes follow from that.
+        sleeps = self.cold_start.asleep.is_set() and self.model_config.runner_type == "generate"
+        return self.engine_core.first_replica.is_set() or sleeps
+
+    @property
+    def settled(self) -> bool:
+        """What the directory knows of the pool is known here, and its replicas are connected."""
+        return self._view is not None and (self.can_open or not self._named)
+
+    @property
+    def _named(self) -> bool:
+        """The directory names a replica that takes requests."""
+        return self._view is not None and any(report.accepting for report in self._view.replicas)
+
+    @property
+    def cut_off(self) -> bool:
+        """Others may reach replicas of this pool; here none has been reached for a while."""
+        since_s = self._cut_off_since_s
+        return since_s is not None and time.monotonic() - since_s > CUT_OFF_AFTER_S
+
     async def check_health(self) -> None:
         """Raise PoolUnavailable unless a request would find a replica, or have one started."""
         if not self.able:
-            raise self._refusal()
+            raise self.refusal()
 
-    def _refusal(self) -> PoolUnavailable:
+    def refusal(self) -> PoolUnavailable:
+        """What a caller hears that finds no replica, and for whom none is started."""
         error = self.cold_start.refusal()
         return PoolUnavailable(error.message, error.retry_after_s)
 
@@ -242,7 +273,7 @@ class Gateway(AsyncLLM):
         except Unavailable:
             # The last replica has gone since this request was admitted.
             self.output_processor.abort_requests([request.request_id], internal=True)
-            raise self._refusal() from None
+            raise self.refusal() from None
         except InvalidInput:
             self.output_processor.abort_requests([request.request_id], internal=True)
             raise
@@ -256,6 +287,7 @@ class Gateway(AsyncLLM):
             try:
                 view = await self._sync(directory)
                 await self.engine_core.update(view.replicas)
+                self._look_around()
                 if not self._learned and self.engine_core.infos:
                     self.learn()
             except Exception:
@@ -275,8 +307,15 @@ class Gateway(AsyncLLM):
                 self._demand() if self.model.replicas.vary else None,
             )
         self._take_over(view.adapters)
-        self.cold_start.hear(view.scaling)
+        self.cold_start.hear(view.scaling, view.trouble)
+        self._view = view
         return view
+
+    def _look_around(self) -> None:
+        if self.engine_core.able or not self._named:
+            self._cut_off_since_s = None
+        elif self._cut_off_since_s is None:
+            self._cut_off_since_s = time.monotonic()
 
     def _demand(self) -> Demand:
         pool = self.engine_core
@@ -290,6 +329,7 @@ class Gateway(AsyncLLM):
     def learn(self) -> None:
         """Take over what only a started engine knows, as ``AsyncLLM`` does from its own."""
         self._learned = True
+        self.cold_start.want_no_more()
         for info in self.engine_core.infos:
             self.model_config.max_model_len = min(self.model_config.max_model_len, info.max_model_len)
             self.vllm_config.cache_config.block_size = info.block_size
@@ -382,11 +422,14 @@ async def open_gateway(
     *,
     router: Router,
     admission: Admission,
-    wait_s: float,
+    wait_s: float | None,
     metrics: bool = False,
     patient: bool = False,
 ) -> AsyncIterator[Gateway]:
-    """A gateway that follows the directory; waits until a replica can serve, or the pool is known to sleep.
+    """A gateway that follows the directory.
+
+    Args:
+        wait_s: wait until a replica can serve, or the pool is known to sleep; None: not at all.
 
     Raises:
         Unavailable: there is none after ``wait_s`` seconds.
@@ -395,13 +438,8 @@ async def open_gateway(
     gateway = Gateway(model, config, router, admission, metrics=metrics, patient=patient)
     follower = asyncio.create_task(gateway.follow(directory))
     try:
-        try:
-            async with asyncio.timeout(wait_s):
-                await _until_it_can_open(gateway)
-        except TimeoutError:
-            raise Unavailable(f"model: no replica of {model.name!r} could serve within {wait_s:.0f} s") from None
-        if gateway.engine_core.infos:
-            gateway.learn()
+        if wait_s is not None:
+            await until_one_can_serve([gateway], wait_s)
         yield gateway
     finally:
         follower.cancel()
@@ -413,17 +451,24 @@ async def open_gateway(
         gateway.renderer.shutdown()
 
 
-async def _until_it_can_open(gateway: Gateway) -> None:
-    pool, cold_start = gateway.engine_core, gateway.cold_start
-    if gateway.model_config.runner_type != "generate":
-        # Only its engine knows what it can do, and the doors' routes follow from that.
-        cold_start.want()
-        await pool.first_replica.wait()
-        cold_start.want_no_more()
-        return
-    waits = [asyncio.create_task(event.wait()) for event in (pool.first_replica, cold_start.asleep)]
+async def until_one_can_serve(gateways: Sequence[Gateway], wait_s: float | None) -> None:
+    """Wait until one of the models can be served, and what can be of the others too: a model's start is its own affair.
+
+    Raises:
+        Unavailable: there is none after ``wait_s`` seconds; None waits for ever.
+    """
+    wanted = [gateway for gateway in gateways if gateway.model_config.runner_type != "generate"]
+    for gateway in wanted:
+        # It may sleep, and has to tell what it can do; see ``learn``.
+        gateway.cold_start.want()
     try:
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for wait in waits:
-            wait.cancel()
+        async with asyncio.timeout(wait_s):
+            while not (any(g.can_open for g in gateways) and all(g.settled for g in gateways)):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+    except TimeoutError:
+        names = ", ".join(repr(gateway.model.name) for gateway in gateways)
+        why = "".join(f"; {g.cold_start.trouble.told()}" for g in gateways if g.cold_start.trouble)
+        raise Unavailable(f"model: no replica of {names} could serve within {wait_s:.0f} s{why}") from None
+    for gateway in gateways:
+        if gateway.engine_core.infos:
+            gateway.learn()

@@ -41,8 +41,8 @@ from hycluster.errors import (
     UnknownModel,
     shown,
 )
-from hycluster.gateway import Gateway, open_gateway
-from hycluster.ingress.health import PoolHealth
+from hycluster.gateway import Gateway, open_gateway, until_one_can_serve
+from hycluster.ingress.health import PoolHealth, able
 
 # What vLLM's renderer names as wrong where a prompt is too long, counted in characters or in tokens.
 LENGTH_PARAMETERS = ("input_text", "input_tokens")
@@ -117,8 +117,8 @@ class Generator:
             await gateway.end_requests(why)
 
     async def ready(self) -> bool:
-        """A request to any model would succeed, or wake the model; see :attr:`Gateway.able`."""
-        return all(gateway.able for gateway in self.gateways.values())
+        """Whether callers are to come here; see :func:`hycluster.ingress.health.able`."""
+        return able(await self.pools())
 
     async def pools(self) -> dict[str, PoolHealth]:
         """How many replicas of each model take requests from here. A group counts once one of its ranks does."""
@@ -127,6 +127,8 @@ class Generator:
                 math.ceil(gateway.engine_core.links / gateway.model.parallel.data),
                 scaling.target if (scaling := gateway.cold_start.scaling) else gateway.model.replicas.count,
                 gateway.cold_start.wakes,
+                gateway.cold_start.trouble,
+                gateway.cut_off,
             )
             for name, gateway in self.gateways.items()
         }
@@ -394,25 +396,30 @@ async def open_generators(
     *,
     router: Router,
     admission: Admission,
-    wait_s: float,
+    wait_s: float | None,
     metrics: bool = True,
     patient: bool = False,
 ) -> AsyncIterator[Generator]:
-    """A generator over several models, with metrics where a door shows them.
+    """A generator over several models, with metrics where a door shows them. Waits until one of them can be served.
 
     Args:
+        wait_s: how long; None is for ever.
         patient: see :class:`Gateway`.
+
+    Raises:
+        Unavailable: no model could be served.
     """
     handle = _directory(directory)
     async with contextlib.AsyncExitStack() as stack:
         gateways = {
             model.name: await stack.enter_async_context(
                 open_gateway(
-                    model, handle, router=router, admission=admission, wait_s=wait_s, metrics=metrics, patient=patient
+                    model, handle, router=router, admission=admission, wait_s=None, metrics=metrics, patient=patient
                 )
             )
             for model in models
         }
+        await until_one_can_serve(list(gateways.values()), wait_s)
         yield Generator(gateways)
 
 

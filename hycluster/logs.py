@@ -11,7 +11,7 @@ controller comes back and asks the replica for the name of that file, it takes t
 start and stops it. So vLLM is told not to (``ENVIRONMENT``), and what others configure leaves Serve's handlers alone.
 
 Pinned to Ray 2.60.0: the handlers of Serve's logger and the folder of its files (``ray.serve._private``);
-``tests/integration/test_logs.py`` says so too.
+``tests/test_logs.py`` says so too.
 """
 
 from __future__ import annotations

@@ -208,14 +208,18 @@ class MemoryGuard:
             try:
                 self._look_around()
                 self.look()
-                for line in self._journal.news() if self._tell is not None else ():
-                    self._tell(line)
+                self._tell_news()
             except psutil.NoSuchProcess:
                 # The raylet has ended, and so will this process.
                 continue
             except OSError:
                 logger.warning("can't look after this node's memory; trying again", exc_info=True)
                 self._stopping.wait(AROUND_EVERY_S)
+
+    def _tell_news(self) -> None:
+        if self._tell is not None:
+            for line in self._journal.news():
+                self._tell(line)
 
     def _look_around(self) -> None:
         if time.monotonic() - self._looked_around_s > AROUND_EVERY_S:

@@ -7,7 +7,9 @@ past Ray, over the sockets of ``hycluster/wire.py``.
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Coroutine
 from typing import Any, cast
 
@@ -16,9 +18,15 @@ from ray.util.placement_group import PlacementGroup
 
 from hycluster import logs
 from hycluster.config import DataPlane, Model
-from hycluster.errors import HyclusterError, start_failure
+from hycluster.directory import open_directory
+from hycluster.errors import EngineStartFailed, HyclusterError, one_line, reported, start_failure
 from hycluster.group import Group
 from hycluster.rank import Patience, Rank
+
+logger = logging.getLogger(__name__)
+
+# How long a start that asks the directory for its turn waits for an answer; without one it goes ahead.
+DIRECTORY_TIMEOUT_S = 10.0
 
 
 class Replica:
@@ -36,6 +44,8 @@ class Replica:
         logs.settle("replica")
         self._patience = patience
         self._group: Group | None = None
+        start = _Start(model, directory)
+        start.wait()
         try:
             if model.parallel.data > 1:
                 placement = cast(PlacementGroup, ray.util.get_current_placement_group())
@@ -45,7 +55,11 @@ class Replica:
                 self._rank = Rank(model, data_plane, directory)
                 self._rank.report()
         except HyclusterError as error:
+            start.failed(error)
             raise start_failure(error) from None
+        except Exception as error:
+            start.failed(reported(str(error)) or EngineStartFailed(f"{type(error).__name__}: {error}"))
+            raise
 
     async def check_health(self) -> None:
         """Called by Ray Serve; raising makes it replace this replica."""
@@ -73,3 +87,26 @@ class Replica:
         """Answers once the engine has started; which processes hold it, for tools and tests."""
         pids = [os.getpid()] if self._group is None else await self._group.pids()
         return {"replica_id": self._rank.address.replica_id, "pid": pids[0], "pids": pids}
+
+
+class _Start:
+    """One start of a replica, as the directory is told of it."""
+
+    def __init__(self, model: Model, directory: str) -> None:
+        self._model = model
+        self._directory = open_directory(directory)
+        self._id = ray.get_runtime_context().get_actor_id()
+
+    def wait(self) -> None:
+        """Wait for its turn, if others of its model failed before it."""
+        try:
+            begun: Any = self._directory.begin_start.remote(self._model, self._id)
+            pause_s: float = ray.get(begun, timeout=DIRECTORY_TIMEOUT_S)
+        except (ray.exceptions.RayError, TimeoutError):
+            logger.warning("the directory does not answer; starting at once", exc_info=True)
+            return
+        time.sleep(pause_s)
+
+    def failed(self, error: HyclusterError) -> None:
+        # Nobody waits for the answer: this process is to end.
+        self._directory.start_failed.remote(self._model, self._id, type(error).__name__, one_line(error.message))

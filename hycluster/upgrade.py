@@ -7,16 +7,20 @@ what it has (``hycluster/rank.py``), a door's successor listens before the door 
 from __future__ import annotations
 
 import threading
-from typing import Any
+import time
+from dataclasses import dataclass
+from typing import Any, cast
 
 import ray
 from ray import serve
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ApplicationStatus
 
 from hycluster.app import APP_NAME, application, deployment_name
-from hycluster.cluster import Deployed, check_doors, check_resources, wait_until_open
+from hycluster.cluster import check_batches, check_doors, check_resources
 from hycluster.config import Model, Settings
 from hycluster.door import DoorAddresses
-from hycluster.errors import HyclusterError, SettingsError
+from hycluster.errors import EngineStartFailed, HyclusterError, SettingsError, one_line, reported
 
 
 def upgrade(settings: Settings, surging: frozenset[str], stopping: threading.Event) -> Deployed | None:
@@ -36,6 +40,7 @@ def upgrade(settings: Settings, surging: frozenset[str], stopping: threading.Eve
     settings = _same_ports(settings, doors)
     check_resources(settings.models)
     check_doors(settings)
+    check_batches(settings)
     app = application(settings, surging=surging, counts=_running_replicas(settings.models))
     serve.run_many(
         [serve.RunTarget(app, name=APP_NAME, route_prefix=None)],
@@ -46,6 +51,40 @@ def upgrade(settings: Settings, surging: frozenset[str], stopping: threading.Eve
     except HyclusterError as error:
         raise type(error)(f"{error.message} (what has not been replaced serves on with the old settings)") from None
     return Deployed(addresses, ray.get_runtime_context().gcs_address) if addresses else None
+
+
+@dataclass(frozen=True, slots=True)
+class Deployed:
+    """A running application, and the Ray cluster that it runs on."""
+
+    doors: DoorAddresses
+    ray: str
+
+
+def wait_until_open(timeout_s: float, stopping: threading.Event) -> DoorAddresses | None:
+    """Wait until all that is new runs; None if ``stopping`` is set before.
+
+    Raises:
+        SettingsError, EngineStartFailed: something that is new did not start.
+    """
+    deadline = time.monotonic() + timeout_s
+    door: DeploymentHandle[Any] | None = None
+    while not stopping.wait(0.5):
+        app = serve.status().applications.get(APP_NAME)
+        messages = [app.message, *(d.message for d in app.deployments.values())] if app else []
+        # The first reason that an engine or a door gives is enough: what is old serves on, and somebody waits to hear.
+        if error := reported(" ".join(messages)):
+            raise error
+        state = one_line(" ".join(messages))
+        if app and app.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+            raise EngineStartFailed(f"the application did not start: {state}")
+        if app and app.status == ApplicationStatus.RUNNING:
+            door = door or serve.get_app_handle(APP_NAME)
+            if addresses := door.addresses.remote().result(timeout_s=timeout_s):
+                return cast(DoorAddresses, addresses)
+        if time.monotonic() > deadline:
+            raise EngineStartFailed(f"start_timeout_s: the application did not run after {timeout_s:g} s: {state}")
+    return None
 
 
 def running() -> DoorAddresses:
@@ -60,7 +99,7 @@ def running() -> DoorAddresses:
         )
     addresses = serve.get_app_handle(APP_NAME).addresses.remote().result(timeout_s=30)
     if addresses is None:
-        raise SettingsError("RAY_ADDRESS: the hycluster in this Ray cluster can't serve all of its models now")
+        raise SettingsError("RAY_ADDRESS: the hycluster in this Ray cluster can't serve any of its models now")
     found: DoorAddresses = addresses
     return found
 

@@ -1,17 +1,32 @@
 #!/usr/bin/env bash
-# Writes requirements/*.lock anew from pyproject.toml. cpu.lock: exact versions and hashes, for every Python and
-# machine that [tool.uv] in pyproject.toml names. gpu.lock: exact versions of the GPU image (x86_64), for the Dockerfile. Versions move only where they must, or all with UPGRADE=1.
+# Writes requirements/*.lock anew from pyproject.toml: exact versions with hashes. Versions move only where they must, or
+# all with UPGRADE=1.
+#
+# cpu.lock  what serves on CPUs, for every Python and machine that [tool.uv] in pyproject.toml names
+# dev.lock  what tests and checks need beside it
+# uv.lock   of that the tool that installs them, for the image
+# gpu.lock  what serves on GPUs, for the image (x86_64)
 set -euo pipefail
 cd "$(dirname "$0")/.."
+python=3.11
 
-.venv/bin/uv pip compile pyproject.toml \
-  --extra cpu --extra demo --extra dev \
-  --universal --python-version 3.11 --generate-hashes --no-emit-package torch \
-  ${UPGRADE:+--upgrade} --custom-compile-command "make lock" --quiet -o requirements/cpu.lock
-echo "requirements/cpu.lock: $(grep -c '^[a-z].*==' requirements/cpu.lock) packages"
+compile() { # lock, options
+  local lock="requirements/$1"
+  shift
+  .venv/bin/uv pip compile pyproject.toml --python-version "$python" --generate-hashes \
+    --excludes requirements/left-out.txt "$@" \
+    ${UPGRADE:+--upgrade} --custom-compile-command "make lock" --quiet -o "$lock"
+  echo "$lock: $(grep -c '^[a-z].*==' "$lock") packages"
+}
 
-.venv/bin/uv pip compile pyproject.toml --no-config \
-  --extra gpu \
-  --python-platform x86_64-manylinux_2_28 --python-version 3.11 --no-annotate \
-  ${UPGRADE:+--upgrade} --custom-compile-command "make lock" --quiet -o requirements/gpu.lock
-echo "requirements/gpu.lock: $(grep -c '^[a-z].*==' requirements/gpu.lock) packages"
+cpu=(--universal --excludes requirements/left-out-cpu.txt --extra cpu --extra demo --no-emit-package torch)
+compile cpu.lock "${cpu[@]}"
+# The whole that tests need, less what is in cpu.lock already, in its versions.
+served="$(mktemp)"
+trap 'rm -f "$served"' EXIT
+grep -oE '^[a-z0-9][a-z0-9.-]*==[^ ]+' requirements/cpu.lock >"$served"
+mapfile -t names < <(cut -d= -f1 "$served")
+compile dev.lock "${cpu[@]}" --extra dev --constraints "$served" "${names[@]/#/--no-emit-package=}"
+awk 'NR <= 2 || /^uv==/ { print; entry = /\\$/ } entry && /^ / { print; entry = /\\$/ }' requirements/dev.lock >requirements/uv.lock
+# Without [tool.uv]: its torch is the CPU's.
+compile gpu.lock --no-config --excludes requirements/left-out-gpu.txt --extra gpu --python-platform x86_64-manylinux_2_28

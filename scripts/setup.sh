@@ -55,7 +55,7 @@ key="$(
   {
     "$python" -VV
     echo "$venv"
-    cat requirements/cpu.lock requirements/torch-cpu.txt pyproject.toml scripts/setup.sh
+    cat requirements/cpu.lock requirements/dev.lock requirements/torch-cpu.txt pyproject.toml scripts/setup.sh
   } | "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
 )"
 if [[ -f "$stamp" && "$(<"$stamp")" == "$key" ]]; then
@@ -80,8 +80,8 @@ install() {
 quiet=(--quiet)
 [[ -t 1 ]] && quiet=()
 
-echo "setup: installing requirements/cpu.lock into .venv (about 4 GiB on disk, some minutes)"
-install -r requirements/cpu.lock
+echo "setup: installing requirements/cpu.lock and dev.lock into .venv (about 3 GiB on disk, some minutes)"
+install -r requirements/cpu.lock -r requirements/dev.lock
 echo "setup: installing torch"
 install -r requirements/torch-cpu.txt 2>/dev/null || install --index-url "$TORCH_INDEX_URL" -r requirements/torch-cpu.txt
 echo "setup: installing hycluster"

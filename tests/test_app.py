@@ -8,6 +8,7 @@ from ray.serve import Application
 from hycluster.app import application, build, deployment_name, replicas
 from hycluster.config import Autoscaling, Hardware, Model, Parallel, Replicas, Settings
 from hycluster.errors import SettingsError
+from hycluster.starts import ENDLESS
 
 SETTINGS: dict[str, Any] = {
     "models": [
@@ -92,7 +93,22 @@ def test_batch_api_have_one_process_beside_the_doors() -> None:
     executor = deployment(last)
     assert (executor.name, executor.num_replicas) == ("batches", 1)
     assert executor.init_args == (settings, directory)
-    assert executor.ray_actor_options["num_cpus"] < 0.1
+    # Engines may have asked for all that a machine has.
+    assert executor.ray_actor_options["num_cpus"] == 0
+    kept = {"batches": {"resources": {"batches": 1}}}
+    *_, last = deployment(build(SETTINGS | kept)).init_args
+    assert deployment(last).ray_actor_options["resources"] == {"batches": 1}
+
+
+def test_what_does_not_start_is_tried_for_ever() -> None:
+    door = deployment(build(SETTINGS))
+    for each in (door, *(deployment(bound) for bound in door.init_args[2:])):
+        assert each._deployment_config.max_constructor_retry_count == ENDLESS
+    # An upgrade stops, and leaves the old replicas that there are.
+    door = deployment(application(Settings(**SETTINGS), counts={"Org/Big-1.5": 3}))
+    first, second = (deployment(bound) for bound in door.init_args[2:4])
+    counts = [d._deployment_config.max_constructor_retry_count for d in (door, first, second)]
+    assert counts == [6, 9, ENDLESS]
 
 
 def test_wrong_settings_are_refused_before_anything_is_built() -> None:

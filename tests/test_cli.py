@@ -39,7 +39,7 @@ def run(*arguments: str, home: Path) -> tuple[subprocess.CompletedProcess[str], 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((), ["serve", "batch", "version"]),
+        ((), ["serve", "batch", "--version"]),
         (("serve",), ["CONFIG", "--http-port", "--grpc-port", "--set"]),
         (("batch",), ["run"]),
         (("summarize",), ["FILE", "--address", "--model", "--together"]),
@@ -60,7 +60,7 @@ def test_help_imports_nothing_heavy(tmp_path: Path, arguments: tuple[str, ...], 
 
 
 def test_version(tmp_path: Path) -> None:
-    done, imported = run("version", home=tmp_path)
+    done, imported = run("--version", home=tmp_path)
     assert done.stdout.strip() == "0.1.0"
     assert not HEAVY & imported
 

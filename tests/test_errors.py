@@ -21,7 +21,7 @@ def test_one_tree() -> None:
 def test_each_knows_its_statuses(kind: type[HyclusterError]) -> None:
     assert http.HTTPStatus(kind.http_status) >= 400
     assert kind.grpc_status in grpc.StatusCode.__members__
-    assert kind.exit_code in (1, 2, 3)
+    assert kind.exit_code in (1, 2, 3, 4)
     assert kind.openai_type
     assert kind.__doc__
 
@@ -43,6 +43,7 @@ def test_statuses_of_the_contract() -> None:
         "Unavailable": (503, "UNAVAILABLE", 1),
         "DeadlineExceeded": (504, "DEADLINE_EXCEEDED", 1),
         "EngineStartFailed": (500, "INTERNAL", 1),
+        "ClusterLost": (500, "INTERNAL", 4),
         "JobFailed": (500, "INTERNAL", 1),
         "TooManyQuarantined": (500, "INTERNAL", 3),
     }

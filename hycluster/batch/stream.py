@@ -27,7 +27,6 @@ from hycluster.batch.report import Progress
 from hycluster.batch.task import Connect, open_task
 
 READERS = 4
-TASK_CPUS = 0.1
 
 
 class CorpusDatasource(Datasource):
@@ -77,11 +76,10 @@ def _records(
     # Several blocks for each process, even of a small corpus.
     corpus_bytes = sum(file.data_bytes for file in plan.files)
     source = CorpusDatasource(plan, shards, min(SPAN_BYTES, corpus_bytes // (job.generate_processes * 4)))
-    # Engines may have taken every CPU of the cluster; the job must not wait for them to give one back.
-    free = ray.available_resources().get("CPU", 0.0)
-    cpus = TASK_CPUS if free >= TASK_CPUS * (READERS + job.generate_processes) else 0
+    # No CPUs: engines may have taken every one of the cluster, or come to need what is free now, and neither must wait
+    # for the other.
     blocks = ray.data.read_datasource(
-        source, override_num_blocks=len(source), num_cpus=cpus, concurrency=min(READERS, len(source))
+        source, override_num_blocks=len(source), num_cpus=0, concurrency=min(READERS, len(source))
     )
     records = blocks.map_batches(
         Generate,
@@ -89,7 +87,7 @@ def _records(
         fn_constructor_kwargs={"name": job.name, "slots": max(1, job.rows_in_flight // job.generate_processes)},
         batch_size=None,
         batch_format="pyarrow",
-        num_cpus=cpus,
+        num_cpus=0,
         compute=ActorPoolStrategy(
             size=job.generate_processes,
             max_concurrent_calls_per_actor=BLOCKS_AT_ONCE,

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
-from hycluster import cluster, service
+from hycluster import cluster, running_service
 from hycluster.app import deployment_name
 from hycluster.chaos.ask import http_client
 from hycluster.chaos.gateways import Gateways
@@ -64,7 +64,7 @@ def run(plan: Plan, say: Say, consent: Say) -> Report:
         InvalidInput, UnknownModel: the model is not served, or its context is too short for the requests.
         Unavailable: it is not whole before the first fault.
     """
-    found = service.find(cluster.connect(plan.address))
+    found = running_service.find(cluster.connect(plan.address))
     where = found.addresses
     if where is None:
         raise Unavailable("health: the doors are open, but a request would not succeed now; wait until it would")

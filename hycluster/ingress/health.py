@@ -1,21 +1,27 @@
-"""``/health`` of the HTTP door: whether a request to any model would succeed, or wake it; if not, what is missing.
+"""``/health`` of the HTTP door: whether callers are to come here; if not, or not for each model, what is missing.
 
-200 with ``{"status": "ready", ...}``, or 503 with ``"starting"`` until the door has opened, ``"unavailable"`` after.
-``models`` says for each model how many replicas can serve and how many there are to be. The gRPC door's health says
-SERVING at the same times.
+200 while a request to some model would succeed, or wake it, and this door reaches what can be reached of the others: a
+model that can't be served anywhere must not take the others' callers away with it. ``status`` is ``"ready"`` if that is
+so of all models, else ``"degraded"``; with 503 it is ``"starting"`` until the door has opened, ``"unavailable"`` after.
+``/health?model=NAME`` is 200 only while a request to that model would succeed. ``models`` says for each model how many
+replicas can serve, how many there are to be, and why starts failed. The gRPC door's health says SERVING at the same
+times as ``/health`` says 200.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import parse_qs
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hycluster.errors import Unavailable
+from hycluster.errors import Unavailable, UnknownModel
 from hycluster.ingress.errors import answer_error
+from hycluster.starts import StartTrouble
 
 PATH = "/health"
 
@@ -26,24 +32,41 @@ class PoolHealth:
 
     Attributes:
         wakes: a request that finds none has one started.
+        trouble: why replicas do not start, if they don't.
+        cut_off: there are replicas, and this door has reached none of them for a while.
     """
 
     replicas_ready: int
     replicas_wanted: int
     wakes: bool = False
+    trouble: StartTrouble | None = None
+    cut_off: bool = False
 
     @property
     def able(self) -> bool:
         return self.replicas_ready > 0 or self.wakes
 
-    def told(self) -> dict[str, int | bool]:
-        """As callers read it; a pool that never sleeps says nothing of it."""
-        counts = {"replicas_ready": self.replicas_ready, "replicas_wanted": self.replicas_wanted}
-        return counts | {"wakes": True} if self.wakes else counts
+    def told(self) -> dict[str, Any]:
+        """As callers read it; a pool that never sleeps, or has no trouble, says nothing of it."""
+        told: dict[str, Any] = {"replicas_ready": self.replicas_ready, "replicas_wanted": self.replicas_wanted}
+        if self.wakes:
+            told["wakes"] = True
+        if self.trouble is not None:
+            told |= {
+                "failed_starts": self.trouble.failures,
+                "reason": self.trouble.reason,
+                "next_start_in_s": math.ceil(self.trouble.retry_in_s),
+            }
+        return told
 
 
 # By model name.
 Pools = Callable[[], Awaitable[Mapping[str, PoolHealth]]]
+
+
+def able(pools: Mapping[str, PoolHealth]) -> bool:
+    """Whether callers are to come to a door that sees the pools like this."""
+    return any(pool.able for pool in pools.values()) and not any(pool.cut_off for pool in pools.values())
 
 
 class WithHealth:
@@ -55,21 +78,31 @@ class WithHealth:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] == PATH and scope["method"] in ("GET", "HEAD"):
-            status, body = self._health(await self._pools())
-            await JSONResponse(body, status_code=status)(scope, receive, send)
+            await (await self._health(await self._pools(), _model_asked(scope)))(scope, receive, send)
         elif self._app is not None:
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
             answer = await answer_error(None, starting(await self._pools()))
             await answer(scope, receive, send)
 
-    def _health(self, pools: Mapping[str, PoolHealth]) -> tuple[int, dict[str, Any]]:
-        able = self._app is not None and all(pool.able for pool in pools.values())
-        status = "ready" if able else "starting" if self._app is None else "unavailable"
-        return 200 if able else 503, {"status": status, "models": {name: p.told() for name, p in pools.items()}}
+    async def _health(self, pools: Mapping[str, PoolHealth], model: str | None) -> ASGIApp:
+        if model is not None and model not in pools:
+            return await answer_error(None, UnknownModel(model, list(pools)))
+        if model is not None:
+            pools = {model: pools[model]}
+        serves = self._app is not None and able(pools)
+        whole = all(pool.able for pool in pools.values())
+        status = ("ready" if whole else "degraded") if serves else "starting" if self._app is None else "unavailable"
+        body = {"status": status, "models": {name: pool.told() for name, pool in pools.items()}}
+        return JSONResponse(body, status_code=200 if serves else 503)
+
+
+def _model_asked(scope: Scope) -> str | None:
+    return next(iter(parse_qs(scope.get("query_string", b"").decode("latin-1")).get("model", [])), None)
 
 
 def starting(pools: Mapping[str, PoolHealth]) -> Unavailable:
     """What a caller hears that comes before the door has opened."""
     waiting = [f"{name!r} has {p.replicas_ready} of {p.replicas_wanted} replicas" for name, p in pools.items()]
-    return Unavailable(f"the service is starting: {', '.join(waiting)}", retry_after_s=5)
+    troubles = [f"; {name!r}: {p.trouble.told()}" for name, p in pools.items() if p.trouble]
+    return Unavailable(f"the service is starting: {', '.join(waiting)}{''.join(troubles)}", retry_after_s=5)

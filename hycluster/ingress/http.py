@@ -110,10 +110,6 @@ async def serve_http(
         SettingsError: the port is in use, or a model's ``api`` argument is unknown.
     """
     apps = await model_apps(generator, settings)
-    if settings.control_routes:
-        for model in apps.values():
-            # Ahead of vLLM's own, which know one engine and one door.
-            model.router.routes[:0] = adapter_routes(generator).routes
     stall_s = settings.stalled_client_timeout_s
     app: ASGIApp = BodyLimit(
         over_all_models(apps, generator),
@@ -140,7 +136,7 @@ async def serve_http(
     )
     server = _Server(config)
     for model in apps.values():
-        model.state.server = server
+        model.set_server(server)
     serving = asyncio.create_task(server.serve(sockets=[sock]))
     while not server.started:
         if serving.done():
@@ -149,9 +145,56 @@ async def serve_http(
     return HttpDoor(server, serving, sock.getsockname()[1])
 
 
-async def model_apps(generator: Generator, settings: Http) -> dict[str, FastAPI]:
+async def model_apps(generator: Generator, settings: Http) -> dict[str, ModelApp]:
     """vLLM's API app of each model, by its name."""
-    return {name: await model_app(gateway, settings) for name, gateway in generator.gateways.items()}
+    apps = {name: ModelApp(gateway, settings, generator) for name, gateway in generator.gateways.items()}
+    for app in apps.values():
+        if app.can_build:
+            await app.build()
+    return apps
+
+
+class ModelApp:
+    """ASGI app: vLLM's API app of one model, built as soon as it is known what the model can do.
+
+    What generates is known by its settings. Else only an engine knows, and until there has been one all is refused.
+    """
+
+    def __init__(self, gateway: Gateway, settings: Http, generator: Generator) -> None:
+        self._gateway = gateway
+        self._settings = settings
+        self._generator = generator
+        self._building = asyncio.Lock()
+        self._server: Any = None
+        self._app: FastAPI | None = None
+
+    @property
+    def can_build(self) -> bool:
+        return self._gateway.model_config.runner_type == "generate" or bool(self._gateway.engine_core.infos)
+
+    def set_server(self, server: Any) -> None:
+        """The door's, instead of none; see :func:`model_app`."""
+        self._server = server
+        if self._app is not None:
+            self._app.state.server = server
+
+    async def build(self) -> FastAPI:
+        """The app; made at the first call."""
+        async with self._building:
+            if self._app is None:
+                app = await model_app(self._gateway, self._settings)
+                if self._settings.control_routes:
+                    # Ahead of vLLM's own, which know one engine and one door.
+                    app.router.routes[:0] = adapter_routes(self._generator).routes
+                app.state.server = self._server or app.state.server
+                self._app = app
+        return self._app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app: ASGIApp | None = self._app
+        if app is None:
+            app = await self.build() if self.can_build else await answer_error(None, self._gateway.refusal())
+        await app(scope, receive, send)
 
 
 def over_all_models(apps: Mapping[str, ASGIApp], generator: Generator) -> ASGIApp:
@@ -267,12 +310,14 @@ class ModelDispatch:
         await (self.default if model is None else self.apps[model])(scope, replayed, send)
 
     async def _models_of_all(self, scope: Scope, receive: Receive, send: Send) -> None:
-        status, listed = 200, []
+        statuses, listed = [], []
         for app in self.apps.values():
             code, body = await _ask(app, scope, receive)
-            status = max(status, code)
+            statuses.append(code)
             if body:
                 listed += json.loads(body).get("data", [])
+        # One that can't be asked yet leaves the others listed.
+        status = min(statuses)
         await JSONResponse({"object": "list", "data": listed}, status_code=status)(scope, receive, send)
 
 

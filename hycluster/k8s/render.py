@@ -19,6 +19,7 @@ from hycluster.config import Settings, load_yaml, validate
 from hycluster.errors import SettingsError
 from hycluster.k8s.patches import beside, pods_patch
 from hycluster.k8s.sizes import SHARE, deletion_delay_s, own_resource
+from hycluster.starts import CONTROLLER_OPTIONS
 
 APP_NAME = "hycluster"
 IMPORT_PATH = "hycluster.app:build"
@@ -31,18 +32,23 @@ ANNOTATION = "hycluster/settings"
 PORTS = {"http": 8000, "grpc": 9000}
 # Half of what each door pod has, so that a door's successor finds room in any of them.
 DOOR_RESOURCES = {"door": 0.5}
+# So that the Batch API's process is on a door's pod, not on one with GPUs. Every door pod has one.
+BATCHES_RESOURCES = {"batches": 1}
 DOORS = 2
 # A pod each, also while one of the pods is not there yet, or not there any more.
 DOORS_PER_POD = 1
 
 
-def for_pods(settings: dict[str, Any]) -> dict[str, Any]:
+def for_pods(settings: dict[str, Any], *, groups: bool = True) -> dict[str, Any]:
     """The settings, as a mapping, fitted to the base's pods.
 
     Doors and replicas are in pods of their own, so all listen for other pods, and doors are where the Service looks
     for them. There are two of them, if the settings do not say otherwise. The Batch API is closed where its
     store is the folder of one machine: in another pod it would be another folder. Several models have pods of their
     own each, which only their replicas fit.
+
+    Args:
+        groups: whether there are groups of pods by model; a job's cluster has one for all.
     """
     fitted = copy.deepcopy(settings)
     for door, port in PORTS.items():
@@ -55,7 +61,9 @@ def for_pods(settings: dict[str, Any]) -> dict[str, Any]:
     store = (fitted.get("batches") or {}).get("store")
     if store is None:
         fitted["batches"] = None
-    if len(fitted.get("models") or ()) > 1:
+    else:
+        fitted["batches"] = {**fitted["batches"], "resources": dict(BATCHES_RESOURCES)}
+    if groups and len(fitted.get("models") or ()) > 1:
         for model in fitted["models"]:
             hardware = model.get("hardware") or {}
             own = (hardware.get("resources") or {}) | {own_resource(str(model.get("name"))): SHARE}
@@ -63,13 +71,13 @@ def for_pods(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in fitted.items() if value != {}}
 
 
-def serve_config(settings: dict[str, Any], where: str) -> dict[str, Any]:
+def serve_config(settings: dict[str, Any], where: str, *, groups: bool = True) -> dict[str, Any]:
     """Ray Serve's settings (its ``ServeDeploySchema``) for a deployment's.
 
     Raises:
         SettingsError: the settings are wrong, or name a file that no pod has.
     """
-    fitted = for_pods(settings)
+    fitted = for_pods(settings, groups=groups)
     for model in validate(Settings, fitted, where).models:
         if model.source.startswith("."):
             raise SettingsError(
@@ -79,6 +87,8 @@ def serve_config(settings: dict[str, Any], where: str) -> dict[str, Any]:
     return {
         # Callers come straight to the doors. Serve's own proxies would listen on the same ports.
         "proxy_location": "Disabled",
+        # What does not start is tried again for as long as it takes.
+        "controller_options": CONTROLLER_OPTIONS,
         "applications": [
             {"name": APP_NAME, "route_prefix": None, "import_path": IMPORT_PATH, "args": fitted},
         ],
@@ -95,10 +105,11 @@ def render(manifest: Path, settings_file: str, root: Path) -> dict[Path, str]:
     Raises:
         SettingsError: the settings file is missing or wrong, or no pods can be made for it.
     """
-    config = serve_config(load_yaml(root / settings_file), settings_file)
+    overlay = manifest.name == OVERLAY_MANIFEST
+    config = serve_config(load_yaml(root / settings_file), settings_file, groups=overlay)
     arguments = config["applications"][0]["args"]
     header = f"# Made by 'hycluster k8s render' from {settings_file}: change it there, then render again.\n"
-    if manifest.name != OVERLAY_MANIFEST:
+    if not overlay:
         made = _manifest("v1", "ConfigMap", f"{APP_NAME}-{manifest.parent.name}-settings", settings_file)
         made["data"] = {manifest.name: _Block(_dump(arguments))}
         return {manifest: header + _dump(made)}

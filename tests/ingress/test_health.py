@@ -10,8 +10,10 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hycluster.ingress.health import PoolHealth, WithHealth
+from hycluster.starts import StartTrouble
 
 WHOLE, HALF, NONE = PoolHealth(2, 2), PoolHealth(1, 2), PoolHealth(0, 2)
+CUT_OFF = PoolHealth(0, 2, cut_off=True)
 ASLEEP, WOKEN = PoolHealth(0, 0, wakes=True), PoolHealth(0, 1, wakes=True)
 
 
@@ -31,10 +33,14 @@ def client(app: ASGIApp | None, **pools: PoolHealth) -> httpx.AsyncClient:
     [
         (rest, WHOLE, WHOLE, 200, "ready"),
         (rest, HALF, WHOLE, 200, "ready"),
-        (rest, NONE, WHOLE, 503, "unavailable"),
+        # A model that can't be served takes no other's callers away.
+        (rest, NONE, WHOLE, 200, "degraded"),
+        (rest, NONE, NONE, 503, "unavailable"),
+        # Others may reach it: callers are to go to another door.
+        (rest, CUT_OFF, WHOLE, 503, "unavailable"),
         (rest, ASLEEP, WHOLE, 200, "ready"),
         (rest, WOKEN, WHOLE, 200, "ready"),
-        (rest, ASLEEP, NONE, 503, "unavailable"),
+        (rest, ASLEEP, NONE, 200, "degraded"),
         (None, ASLEEP, WHOLE, 503, "starting"),
         (None, HALF, NONE, 503, "starting"),
         # Its replicas are there, and it is not open yet.
@@ -53,6 +59,26 @@ async def test_what_it_says(app: ASGIApp | None, a: PoolHealth, b: PoolHealth, s
             for name, pool in {"a": a, "b": b}.items()
         },
     }
+
+
+async def test_one_model_can_be_asked_for() -> None:
+    async with client(rest, a=NONE, b=WHOLE) as http:
+        answers = {name: await http.get("/health", params={"model": name}) for name in ("a", "b", "c")}
+    assert {name: answer.status_code for name, answer in answers.items()} == {"a": 503, "b": 200, "c": 404}
+    assert answers["b"].json() == {"status": "ready", "models": {"b": {"replicas_ready": 2, "replicas_wanted": 2}}}
+    assert answers["c"].json()["error"]["message"] == "model: 'c' is not served here; served are 'a', 'b'"
+
+
+async def test_it_says_why_a_model_does_not_start() -> None:
+    trouble = StartTrouble(3, "EngineStartFailed", "no memory", 3.2)
+    async with client(rest, a=PoolHealth(0, 1, trouble=trouble), b=WHOLE) as http:
+        told = (await http.get("/health")).json()["models"]["a"]
+    assert told == {
+        "replicas_ready": 0, "replicas_wanted": 1, "failed_starts": 3, "reason": "no memory", "next_start_in_s": 4
+    }  # fmt: skip
+    async with client(None, a=PoolHealth(0, 1, trouble=trouble)) as http:
+        message = (await http.post("/v1/completions", json={})).json()["error"]["message"]
+    assert message.endswith("'a' has 0 of 1 replicas; 'a': 3 starts of replicas failed: no memory")
 
 
 async def test_the_rest_is_served_by_the_app() -> None:

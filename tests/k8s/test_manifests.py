@@ -33,6 +33,9 @@ def manifests(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     scratch = tmp_path_factory.mktemp("kustomize")
     large = with_components(K8S / "overlays" / "hunyuan-large-bf16", ON_TOP, scratch)
     cluster = built(K8S / "cluster-ipc-lock")
+    # All in one is what a chart makes, never a kustomization.
+    (namespace,) = (resource for resource in cluster if resource["kind"] == "Namespace")
+    namespace["metadata"]["labels"]["app.kubernetes.io/managed-by"] = "Helm"
     return [*large, *cluster, *(resource for job in JOBS for resource in built(job))]
 
 
@@ -177,7 +180,8 @@ PLANTED: list[tuple[str, str, Any, str]] = [
     ("HTTPRoute", "spec.rules.0.filters", GONE, "nobody is asked for credentials"),
     ("GRPCRoute", "spec.rules.0.filters", GONE, "nobody is asked for credentials"),
     ("ServiceAccount", "automountServiceAccountToken", True, "be false"),
-    ("Namespace", "metadata.annotations", {}, "say why not"),
+    ("Namespace", "metadata.annotations.hycluster/pod-security", GONE, "say why not"),
+    ("Namespace", "metadata.annotations.helm\\.sh/resource-policy", GONE, "a delete would hang for good"),
     ("PersistentVolumeClaim", "spec.accessModes", ["ReadWriteOnce"], "several nodes"),
     ("ConfigMap", "data.REPO", "", "REPO"),
     ("HTTPRoute", "spec.rules.0.backendRefs.0.port", 9000, "hycluster at 8000"),
@@ -196,7 +200,7 @@ def planted(manifests: list[dict[str, Any]], kind: str, path: str, value: Any) -
         )
     )
     target: Any = changed[0]
-    *parents, last = path.split(".")
+    *parents, last = (part.replace("\\", ".") for part in path.replace("\\.", "\\").split("."))
     for part in parents:
         target = target[int(part)] if isinstance(target, list) else target[part]
     if value is GONE:

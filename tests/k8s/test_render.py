@@ -93,7 +93,20 @@ def test_doors_are_two_unless_said_otherwise() -> None:
 def test_the_batch_api_needs_a_store_that_all_pods_see() -> None:
     assert for_pods({"models": [MODEL], "batches": {"max_lines": 5}})["batches"] is None
     shared = {"store": "s3://bucket/batches"}
-    assert for_pods({"models": [MODEL], "batches": shared})["batches"] == shared
+    fitted = for_pods({"models": [MODEL], "batches": shared})["batches"]
+    # Its process is on a door's pod, and keeps none with GPUs.
+    assert fitted == shared | {"resources": {"batches": 1}}
+
+
+def test_models_are_kept_apart_where_they_have_pods_of_their_own(tmp_path: Path) -> None:
+    two = {"models": [MODEL, MODEL | {"name": "n", "hardware": {"cpus": 2}}]}
+    fitted = for_pods(two)["models"]
+    assert [each["hardware"]["resources"] for each in fitted] == [{"engines-m": 0.001}, {"engines-n": 0.001}]
+    assert fitted[1]["hardware"]["cpus"] == 2
+    assert "resources" not in for_pods({"models": [MODEL]})["models"][0].get("hardware", {})
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(two))
+    job = tmp_path / "k8s" / "jobs" / "x" / "settings.yaml"
+    assert "engines-m" not in render(job, "two.yaml", tmp_path)[job]
 
 
 def test_a_folder_of_this_machine_is_no_source() -> None:

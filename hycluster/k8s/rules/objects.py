@@ -8,7 +8,7 @@ import yaml
 
 from hycluster.config import Settings, validate
 from hycluster.errors import SettingsError
-from hycluster.k8s.pods import All, Broken, Pod, Resource, annotations_of, labels_of
+from hycluster.k8s.pods import All, Broken, Pod, Resource, annotations_of, labels_of, name_of
 
 ENFORCE = "pod-security.kubernetes.io/enforce"
 # In words, why a namespace allows more than the restricted standard.
@@ -81,6 +81,21 @@ def _restricted(resource: Resource, _all: All) -> Iterator[Broken]:
         )
 
 
+def _outlives(resource: Resource, every: All) -> Iterator[Broken]:
+    """A namespace is not deleted together with a cluster in it."""
+    kept = annotations_of(resource).get("helm.sh/resource-policy") == "keep"
+    if kept and labels_of(resource).get("app.kubernetes.io/managed-by") == "Helm":
+        return
+    within = [r for r in every.of_kind("RayService") if r["metadata"].get("namespace") == resource["metadata"]["name"]]
+    if within:
+        yield Broken(
+            "metadata.name",
+            f"{resource['metadata']['name']}, together with {name_of(within[0])}",
+            "be in a kustomization of its own (k8s/cluster), or kept by Helm (helm.sh/resource-policy: keep)",
+            "a delete would hang for good: KubeRay makes one more Job there, which a namespace that ends forbids",
+        )
+
+
 def _grants_nothing(resource: Resource, _all: All) -> Iterator[Broken]:
     if resource.get("automountServiceAccountToken") is not False:
         yield Broken(
@@ -148,7 +163,7 @@ def _order(resource: Resource, every: All) -> Iterator[Broken]:
 
 WORKLOAD_RULES = (selects_somebody,)
 BUDGET_RULES = (selects_somebody, _budget)
-NAMESPACE_RULES = (_restricted,)
+NAMESPACE_RULES = (_restricted, _outlives)
 ACCOUNT_RULES = (_grants_nothing,)
 CLAIM_RULES = (_shared,)
 CONFIG_RULES = (_values,)

@@ -234,6 +234,22 @@ def _room(pod: Pod, models: list[Model]) -> Iterator[Broken]:
             )
 
 
+def _batches_have_a_home(resource: Resource, _all: All) -> Iterator[Broken]:
+    """The Batch API's process sits where the store's credentials are, on no engine's pod."""
+    settings = _settings(resource)
+    if settings is None or settings.batches is None:
+        return
+    wanted = settings.batches.resources
+    there = [pod.group.get("resources") or {} for pod in _roles(resource, "doors")]
+    if not wanted or not any(float(has.get(name, 0)) >= amount for has in there for name, amount in wanted.items()):
+        yield Broken(
+            f"{SERVE}.applications[0].args.batches.resources",
+            str(wanted),
+            f"be what the doors' group has and engines have not: {there}",
+            "the Batch API's process would wait for a node, or keep one with GPUs, without the store's secret",
+        )
+
+
 def _store_is_reachable(resource: Resource, every: All) -> Iterator[Broken]:
     """Doors take uploads and run the Batch API: they need the object store's credentials, and a way there."""
     settings = _settings(resource)
@@ -273,4 +289,4 @@ def _hub_is_reachable(resource: Resource, every: All) -> Iterator[Broken]:
             )
 
 
-RULES = (_serve_config, _doors, _drains_in_time, _engines, _store_is_reachable, _hub_is_reachable)
+RULES = (_serve_config, _doors, _drains_in_time, _engines, _batches_have_a_home, _store_is_reachable, _hub_is_reachable)

@@ -17,6 +17,13 @@
   },
   "serve": {
     "proxy_location": "Disabled",
+    "controller_options": {
+      "runtime_env": {
+        "env_vars": {
+          "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1000000"
+        }
+      }
+    },
     "applications": [
       {
         "name": "hycluster",

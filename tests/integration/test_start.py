@@ -1,0 +1,216 @@
+"""A start is each model's own affair; a full machine gets ready; Ray's loss is noticed, said and ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from openai import OpenAI
+
+from tests.integration.conftest import eventually, listen
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+SIMULATED = {"decode_token_s": 0.02, "max_model_len": 2048, "vocab_size": 256}
+WHOLE = os.cpu_count() or 2
+
+
+class Starting:
+    """A ``hycluster serve`` that has been begun, with ports that are known."""
+
+    def __init__(self, folder: Path, models: list[dict[str, Any]], **settings: Any) -> None:
+        self.http, self.log = f"http://127.0.0.1:{free_port()}", folder / "log"
+        path = folder / "settings.yaml"
+        path.write_text(
+            json.dumps(
+                {
+                    "models": models,
+                    "http": {"port": int(self.http.rpartition(":")[2])},
+                    "grpc": {"port": 0},
+                    "data_plane": {"host": "127.0.0.1"},
+                    "batches": {"store": str(folder / "batches"), "poll_s": 0.2},
+                    "drain_timeout_s": 30,
+                }
+                | settings
+            )
+        )
+        with self.log.open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "hycluster", "serve", str(path)],
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                start_new_session=True,
+            )
+
+    def ready(self) -> str:
+        """The ready line's models."""
+        words = listen(self.process, self.log)
+        return words[words.index("models") + 1]
+
+    def below(self, part: str) -> list[psutil.Process]:
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # zombies too
+                if part in process.name() or part in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+    def said(self, *parts: str) -> list[str]:
+        return [line for line in self.log.read_text().splitlines() if all(part in line for part in parts)]
+
+    def healthy(self) -> bool:
+        try:
+            return httpx.get(f"{self.http}/health", timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(60)
+            finally:
+                if self.process.poll() is None:
+                    family = psutil.Process(self.process.pid).children(recursive=True)
+                    for process in (*family, self.process):
+                        process.kill()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def simulated(name: str, source: Path, cpus: float) -> dict[str, Any]:
+    return {
+        "name": name,
+        "source": str(source),
+        "simulated": SIMULATED,
+        "engine": {"max_model_len": 2048},
+        "hardware": {"cpus": cpus},
+        "replicas": {"min": 2},
+    }
+
+
+async def streams(http: str, model: str, count: int, tokens: int) -> list[int]:
+    """How many tokens each of some streams got; one that is cut raises."""
+
+    async def one(caller: httpx.AsyncClient) -> int:
+        got, done = 0, False
+        body = {"model": model, "prompt": "x", "max_tokens": tokens, "ignore_eos": True, "stream": True}
+        body["stream_options"] = {"include_usage": True}
+        async with caller.stream("POST", "/v1/completions", json=body) as answer:
+            assert answer.status_code == 200, await answer.aread()
+            async for line in answer.aiter_lines():
+                # A chunk may hold several tokens; the last one counts them.
+                if line.startswith("data: {") and (usage := json.loads(line[6:]).get("usage")):
+                    got = usage["completion_tokens"]
+                done |= line == "data: [DONE]"
+        assert done
+        return got
+
+    async with httpx.AsyncClient(base_url=http, timeout=200) as caller:
+        return await asyncio.gather(*(one(caller) for _ in range(count)))
+
+
+@pytest.fixture
+def half_broken(tmp_path: Path, tiny_model: Path) -> Iterator[Starting]:
+    """Two models, one of which no machine has the memory for; ahead of the other, as the order must not matter."""
+    broken = {
+        "name": "broken",
+        "source": str(tiny_model),
+        "engine": {"max_model_len": 2048},
+        "hardware": {"cpus": 0.1, "kv_cache_gib": 9000},
+    }
+    starting = Starting(tmp_path, [broken, simulated("fine", tiny_model, 0.2)])
+    yield starting
+    starting.end()
+
+
+async def test_what_serves_serves_on(half_broken: Starting) -> None:
+    service = half_broken
+    await asyncio.to_thread(eventually, service.healthy, 200, "callers of the fine model are served")
+    # The start is not over: the other one has only begun, or is trying again.
+    asking = asyncio.create_task(streams(service.http, "fine", 20, 400))
+    await asyncio.sleep(2)
+    doors = service.below("hycluster:door")
+    for part in ("replica-fine", "hycluster:batches"):
+        os.kill(service.below(part)[0].pid, signal.SIGKILL)
+    assert await asking == [400] * 20
+    assert await asyncio.to_thread(service.ready) == "fine"
+    assert [p.pid for p in service.below("hycluster:door")] == [p.pid for p in doors]
+    async with httpx.AsyncClient(base_url=service.http, timeout=60) as caller:
+        refused = await caller.post("/v1/completions", json={"model": "broken", "prompt": "x", "max_tokens": 2})
+        assert refused.status_code == 503
+        assert int(refused.headers["Retry-After"]) >= 1
+        for said in (
+            refused.json()["error"]["message"],
+            (await caller.get("/health")).json()["models"]["broken"]["reason"],
+        ):
+            assert "the engine did not start" in said
+            assert "9000" in said
+        assert (await caller.get("/health")).json()["status"] == "degraded"
+        asked = {name: (await caller.get("/health", params={"model": name})).status_code for name in ("fine", "broken")}
+        assert asked == {"fine": 200, "broken": 503}
+    # It is tried again, and each that was lost and came back has its two lines.
+    await asyncio.to_thread(eventually, lambda: service.said("not started: model broken: 2 starts"), 120, "tried again")
+    for lost in ("replica of fine", "batch executor"):
+        await asyncio.to_thread(eventually, lambda lost=lost: service.said("back: ", lost), 60, f"{lost} is back")
+        assert len(service.said("lost: ", lost)) == 1
+    service.process.send_signal(signal.SIGTERM)
+    assert await asyncio.to_thread(service.process.wait, 60) == 0
+
+
+@pytest.fixture
+def full(tmp_path: Path, tiny_model: Path) -> Iterator[Starting]:
+    """Two replicas that take all of the machine's CPUs."""
+    starting = Starting(tmp_path, [simulated("m", tiny_model, WHOLE / 2)])
+    yield starting
+    starting.end()
+
+
+async def test_a_full_machine_gets_ready_and_ends_well_without_its_gcs(full: Starting) -> None:
+    service = full
+    assert await asyncio.to_thread(service.ready) == "m"
+    await asyncio.to_thread(_run_a_batch, service.http)
+    asking = asyncio.create_task(streams(service.http, "m", 20, 300))
+    await asyncio.sleep(2)
+    family = psutil.Process(service.process.pid).children(recursive=True)
+    (gcs,) = service.below("gcs_server")
+    gcs.kill()
+    lost = time.monotonic()
+    await asyncio.to_thread(eventually, lambda: service.said("lost: Ray's gcs_server"), 5, "it is said")
+    assert await asking == [300] * 20
+    assert await asyncio.to_thread(service.process.wait, 30) == 4
+    # No longer than what was in work took.
+    assert time.monotonic() - lost < 30
+    assert [process for process in family if process.is_running()] == []
+    assert len(service.said("exit code 4")) == 1
+    # Nothing that only Ray's developers read.
+    assert not service.said(".cc:")
+
+
+def _run_a_batch(http: str) -> None:
+    client = OpenAI(base_url=f"{http}/v1", api_key="none")
+    line = {"custom_id": "1", "method": "POST", "url": "/v1/completions"}
+    body = {"model": "m", "prompt": "x", "max_tokens": 3}
+    file = client.files.create(file=("r.jsonl", json.dumps(line | {"body": body}).encode()), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+    eventually(lambda: client.batches.retrieve(batch.id).status == "completed", 120, "the batch is done")
