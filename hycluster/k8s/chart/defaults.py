@@ -117,11 +117,12 @@ def _values(by_name: dict[str, Any], spec: dict[str, Any], cluster: dict[str, An
         for group in found["engines"]:
             for bound in group["resources"].values():
                 bound.pop(found[RDMA]["resource"], None)
-    for name, value in {
+    switches: dict[str, dict[str, Any]] = {
         "HTTPRoute/hycluster": {"gateway": {"enabled": True}},
         "ServiceMonitor/hycluster-doors": {"metrics": {"enabled": True}},
         "NetworkPolicy/hycluster-hub": {"hubEgress": True},
-    }.items():
+    }
+    for name, value in switches.items():
         found |= value if name in by_name else {}
     if "ray.io/gang-scheduling-enabled" in by_name["RayService/hycluster"]["metadata"].get("labels", {}):
         found["gangScheduling"] = True

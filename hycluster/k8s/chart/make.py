@@ -72,12 +72,13 @@ def _manifests(k8s: Path) -> dict[str, tuple[str, list[When | Each]]]:
     for folder in sorted(path.parent for path in (k8s / "components").glob("*/kustomization.yaml")):
         if folder.name not in table.COMPONENTS:
             raise SettingsError(f"{folder}: {TABLE}: COMPONENTS: must say what the chart does with it")
-        if (condition := table.COMPONENTS[folder.name]) is None:
+        switch = table.COMPONENTS[folder.name]
+        if switch is None:
             continue
-        for file, resources in source.add_component(parts, folder, condition).items():
+        for file, resources in source.add_component(parts, folder, switch).items():
             cluster[f"{folder.name}-{file}"] = resources
             origins[f"{folder.name}-{file}"] = f"k8s/components/{folder.name}/{file}"
-            conditions |= {_name(resource): condition for resource in resources}
+            conditions |= {_name(resource): switch for resource in resources}
     others = {
         "beside.yaml": beside(Settings.model_validate(SAMPLE), APP_NAME),
         "ingress.yaml": ingresses(cluster["gateway-routes-routes.yaml"], cluster["gateway-routes-network-policy.yaml"]),
