@@ -18,7 +18,7 @@ from hycluster.k8s.chart.describe import readme, values_yaml
 from hycluster.k8s.chart.ingress import ingresses
 from hycluster.k8s.chart.nodes import Each, IfAny, Scalar, When, text
 from hycluster.k8s.patches import GPU, beside
-from hycluster.k8s.render import APP_NAME, DOOR_RESOURCES, DOORS, PORTS, serve_config
+from hycluster.k8s.render import APP_NAME, BATCHES_RESOURCES, DOOR_RESOURCES, DOORS, DOORS_PER_POD, PORTS, serve_config
 
 CHART = Path("k8s/chart")
 # Beside these, which are made, the folder has what is written by hand.
@@ -214,6 +214,8 @@ def _constants() -> str:
         "listen": {door: {"host": "0.0.0.0", "port": port} for door, port in PORTS.items()},
         "doors": DOORS,
         "doorResources": DOOR_RESOURCES,
+        "doorsPerPod": DOORS_PER_POD,
+        "batchesResources": BATCHES_RESOURCES,
         "serve": serve,
         "drainTimeoutSeconds": Settings.model_fields["drain_timeout_s"].default,
         "drainMarginSeconds": sizes.SERVE_MARGIN_S + sizes.RAY_MARGIN_S,

@@ -158,7 +158,7 @@ def _merging(content: dict[str, Any], path: str) -> Iterator[dict[str, Any]]:
     """A strategic merge patch of mappings as a JSON patch."""
     for key, value in content.items():
         below = f"{path}/{key.replace('~', '~0').replace('/', '~1')}"
-        if isinstance(value, dict) and key in ("metadata", "labels", "spec"):
+        if isinstance(value, dict) and key in ("metadata", "annotations", "labels", "spec"):
             yield from _merging(value, below)
         elif below != "/metadata/name":
             yield {"op": "add", "path": below, "value": value}

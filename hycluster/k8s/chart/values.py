@@ -34,8 +34,8 @@ class Namespace(Values):
     name: NoOrDnsName = Field(default="", description="Where all of it goes; empty: the release's own (--namespace).")
     create: bool = Field(
         default=False,
-        description="Make the namespace, with the restricted pod security standard, as a part of the release. Then"
-        " uninstalling deletes it, and hangs on what KubeRay still has to do in it.",
+        description="Make the namespace, with the restricted pod security standard. It stays when the release goes:"
+        " KubeRay still has something to do in it.",
     )
 
 

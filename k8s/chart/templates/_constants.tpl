@@ -15,6 +15,10 @@
   "doorResources": {
     "door": 0.5
   },
+  "doorsPerPod": 1,
+  "batchesResources": {
+    "batches": 1
+  },
   "serve": {
     "proxy_location": "Disabled",
     "controller_options": {

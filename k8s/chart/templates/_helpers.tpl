@@ -68,6 +68,11 @@
 {{- $_ := set $fitted "door_resources" $constants.doorResources -}}
 {{- if not ($fitted.batches | default dict).store -}}
 {{- $_ := set $fitted "batches" nil -}}
+{{- else -}}
+{{- $_ := set $fitted.batches "resources" $constants.batchesResources -}}
+{{- end -}}
+{{- if not (hasKey $fitted "doors_per_node") -}}
+{{- $_ := set $fitted "doors_per_node" $constants.doorsPerPod -}}
 {{- end -}}
 {{- if gt (len $fitted.models) 1 -}}
 {{- range $model := $fitted.models -}}
