@@ -121,7 +121,7 @@ PLANTED: list[tuple[str, str, Any, str]] = [
     ("RayService", f"{HEAD}.securityContext.seccompProfile", GONE, "seccompProfile"),
     ("RayService", f"{DOORS}.template.spec.automountServiceAccountToken", True, "a token in a pod"),
     ("RayService", f"{DOORS}.template.spec.serviceAccountName", "other", "one of the ServiceAccounts here: hycluster"),
-    ("RayService", f"{HEAD_ENV}.3.value", "mine-hycluster-redis", "of which there is no Service here"),
+    ("RayService", f"{HEAD_ENV}.HYCLUSTER_REDIS.value", "mine-hycluster-redis", "of which there is no Service here"),
     ("RayService", "spec.rayClusterConfig.gcsFaultToleranceOptions.redisAddress", "redis:6379", "name the Service"),
     ("RayService", "spec.rayClusterDeletionDelaySeconds", 60, "be 315 or more"),
     (
@@ -132,7 +132,7 @@ PLANTED: list[tuple[str, str, Any, str]] = [
     ),
     ("RayService", f"{DOORS}.template.spec.priorityClassName", GONE, "evicts the head and the doors"),
     ("RayService", f"{ENGINES}.template.spec.priorityClassName", "hycluster-control", "below theirs"),
-    ("RayService", f"{HEAD_ENV}.2.value", "1", "RAY_USAGE_STATS_ENABLED"),
+    ("RayService", f"{HEAD_ENV}.RAY_USAGE_STATS_ENABLED.value", "1", "RAY_USAGE_STATS_ENABLED"),
     (
         "RayService",
         f"{ENGINES}.template.metadata.labels",
@@ -190,6 +190,11 @@ PLANTED: list[tuple[str, str, Any, str]] = [
 ]
 
 
+def _item(items: list[Any], step: str) -> Any:
+    """By its place, or by its name."""
+    return items[int(step)] if step.isdigit() else next(item for item in items if item["name"] == step)
+
+
 def planted(manifests: list[dict[str, Any]], kind: str, path: str, value: Any) -> list[dict[str, Any]]:
     """A copy, the first resource of a kind (or KIND/NAME) to its front and with a value set."""
     changed = copy.deepcopy(manifests)
@@ -202,7 +207,7 @@ def planted(manifests: list[dict[str, Any]], kind: str, path: str, value: Any) -
     target: Any = changed[0]
     *parents, last = (part.replace("\\", ".") for part in path.replace("\\.", "\\").split("."))
     for part in parents:
-        target = target[int(part)] if isinstance(target, list) else target[part]
+        target = _item(target, part) if isinstance(target, list) else target[part]
     if value is GONE:
         del target[last]
     else:
