@@ -138,7 +138,6 @@ def check_resources(models: tuple[Model, ...]) -> None:
                 f"models: {field}: all replicas together ask for {wanted[resource] / unit:g} {resource}"
                 f"{' GiB' if unit == GIB else 's'}; this Ray cluster has {there.get(resource, 0.0) / unit:g}"
             )
-    check_places(models, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     for model in models:
         accelerator = model.hardware.accelerator
         if model.replicas.count and on_gpus(model) and f"accelerator_type:{accelerator}" not in there:
@@ -147,6 +146,7 @@ def check_resources(models: tuple[Model, ...]) -> None:
                 f"models: {model.name}: hardware.accelerator: {accelerator!r} is not in this Ray cluster;"
                 f" there are {kinds or 'none'}"
             )
+    check_places(models, [node["Resources"] for node in ray.nodes() if node["Alive"]])
 
 
 def check_doors(settings: Settings) -> None:

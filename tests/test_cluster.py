@@ -25,6 +25,7 @@ def there(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """What the Ray cluster has."""
     resources = {"CPU": 8.0, "GPU": 4.0, "memory": 64.0 * GIB, "accelerator_type:H20": 1.0}
     monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": resources}])
     return resources
 
 

@@ -56,7 +56,11 @@ class _Yaml(yaml.SafeDumper):
         return True
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+        # YAML's other line ends come back as another one, or not at all, unless they are escaped.
+        escaped = any(end in text for end in "\x85\u2028\u2029")
+        return self.represent_scalar(
+            "tag:yaml.org,2002:str", text, style='"' if escaped else "|" if "\n" in text else None
+        )
 
 
 _Yaml.add_representer(str, _Yaml.represent_text)

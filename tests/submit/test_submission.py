@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hycluster.batch.job import Job, load_job
@@ -76,6 +76,8 @@ def test_dedicated_engines_take_their_model_and_no_doors_along(tmp_path: Path) -
 
 @settings(max_examples=25)
 @given(st.text(st.characters(codec="utf-8", exclude_characters="{}"), min_size=1, max_size=40))
+@example("\x85")
+@example("a\u2028b\u2029")
 def test_any_prompt_survives_the_shell(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     for prompt in (text, f"JOB\n{text}\nJOB\n$HOME `id` 'x' \"y\" \\\n"):
         job = make(prompt=prompt)
