@@ -233,6 +233,8 @@ def stop(drain_timeout_s: float) -> None:
         serve.delete(APP_NAME, _blocking=False)
     except RayServeException:
         return
+    with contextlib.suppress(ValueError):
+        ray.get_actor(SHARED_DIRECTORY, namespace=NAMESPACE).close.remote()
     deadline = time.monotonic() + drain_timeout_s + 30
     while APP_NAME in serve.status().applications and time.monotonic() < deadline:
         time.sleep(0.1)

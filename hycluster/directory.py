@@ -107,6 +107,7 @@ class Directory:
 
     def __init__(self) -> None:
         self._pools: dict[str, _Pool] = {}
+        self._closing = False
 
     def report(self, model: Model, report: ReplicaReport) -> None:
         """A replica is there."""
@@ -124,6 +125,14 @@ class Directory:
             pool.model = model
             pool.adapters.merge(AdapterTable(model.adapters).words)
         return pool.starts.begin(replica, model.replicas.most)
+
+    def close(self) -> None:
+        """The service ends."""
+        self._closing = True
+
+    def closing(self) -> bool:
+        """Whether starts that wait for their turn are to give up."""
+        return self._closing
 
     def start_failed(self, model: Model, replica: str, kind: str, reason: str) -> None:
         """A replica could not start."""

@@ -7,6 +7,7 @@ past Ray, over the sockets of ``hycluster/wire.py``.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -19,7 +20,7 @@ from ray.util.placement_group import PlacementGroup
 from hycluster import logs
 from hycluster.config import DataPlane, Model
 from hycluster.directory import open_directory
-from hycluster.errors import EngineStartFailed, HyclusterError, one_line, reported, start_failure
+from hycluster.errors import EngineStartFailed, HyclusterError, Unavailable, one_line, reported, start_failure
 from hycluster.group import Group
 from hycluster.rank import Patience, Rank
 
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 # How long a start that asks the directory for its turn waits for an answer; without one it goes ahead.
 DIRECTORY_TIMEOUT_S = 10.0
+LOOK_EVERY_S = 1.0
 
 
 class Replica:
@@ -105,7 +107,14 @@ class _Start:
         except (ray.exceptions.RayError, TimeoutError):
             logger.warning("the directory does not answer; starting at once", exc_info=True)
             return
-        time.sleep(pause_s)
+        turn_s = time.monotonic() + pause_s
+        while (left_s := turn_s - time.monotonic()) > 0:
+            time.sleep(min(left_s, LOOK_EVERY_S))
+            # Serve can't stop a replica whose constructor has not returned, and waits for it as for one that drains.
+            with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
+                closing: Any = self._directory.closing.remote()
+                if ray.get(closing, timeout=DIRECTORY_TIMEOUT_S):
+                    raise start_failure(Unavailable("the service ended before this start had its turn"))
 
     def failed(self, error: HyclusterError) -> None:
         # Nobody waits for the answer: this process is to end.
