@@ -35,7 +35,10 @@ _NVIDIA = (
 )
 _MPL = "weak copyleft by file; used unchanged, its source is on PyPI"
 # Why a licence that asks for more than to be named is accepted. By the beginning of the package's name.
-REASONS = {"certifi": _MPL, "tqdm": _MPL, "nvidia-": _NVIDIA, "cuda-": _NVIDIA}
+_LGPL = (
+    "a table of countries, LGPL-2.1; a Python package that anybody can replace, used unchanged, its source is on PyPI"
+)
+REASONS = {"certifi": _MPL, "tqdm": _MPL, "pycountry": _LGPL, "nvidia-": _NVIDIA, "cuda-": _NVIDIA}
 _ASKS_MORE = re.compile(r"GPL|MPL|Mozilla|EPL|CDDL|Proprietary|NVIDIA|Intel|EULA|LicenseRef|unknown", re.IGNORECASE)
 
 HEAD = """# Licences of the packages in the images

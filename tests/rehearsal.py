@@ -88,12 +88,12 @@ class Rehearsal:
         """At its own address and with its own disk, as a StatefulSet's pod."""
         node = self.network.nodes.get(REDIS) or self.network.add(REDIS)
         self.network.hosts[REDIS] = node.address
-        env = self._variables(self._redis)
-        arguments = " ".join(
-            shlex.quote(word) if "$(" not in word else word.replace("$(", '"${').replace(")", '}"')
-            for word in self._redis["args"]
-        )
-        node.start(f"exec redis-server {arguments} --dir {node.folder}/home", env)
+        home = node.folder / "home"
+        # As the kubelet mounts the secret and the disk.
+        (home / "password").write_text(SECRETS[REDIS, "password"])
+        (script,) = self._redis["args"]
+        script = script.replace("/run/secrets/redis", str(home)).replace("dir /data", f"dir {home}")
+        node.start(shlex.join(["exec", *self._redis["command"], script]), self._variables(self._redis))
         wait_for(lambda: "Ready to accept" in node.log.read_text(), 30, "Redis starts")
 
     def start_head(self) -> Node:
@@ -107,7 +107,7 @@ class Rehearsal:
         parameters = {"dashboard-host": "0.0.0.0", "no-monitor": "true", "redis-password": "$REDIS_PASSWORD"}
         redis = self._ray["gcsFaultToleranceOptions"]
         env = {
-            "RAY_REDIS_ADDRESS": redis["redisAddress"],
+            "RAY_REDIS_ADDRESS": self._expanded(redis["redisAddress"], container),
             "REDIS_PASSWORD": self._value(redis["redisPassword"]),
             "RAY_external_storage_namespace": "a-uid-of-this-rehearsal",
         }
@@ -186,6 +186,12 @@ class Rehearsal:
 
     def _variables(self, container: dict[str, Any]) -> dict[str, str]:
         return {entry["name"]: self._value(entry) for entry in container.get("env", ())}
+
+    def _expanded(self, text: str, container: dict[str, Any]) -> str:
+        """With the container's variables in it, as the kubelet puts them."""
+        for name, value in self._variables(container).items():
+            text = text.replace(f"$({name})", value)
+        return text
 
     @staticmethod
     def _value(entry: dict[str, Any]) -> str:
