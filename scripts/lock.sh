@@ -24,8 +24,7 @@ compile cpu.lock "${cpu[@]}"
 # The whole that tests need, less what is in cpu.lock already, in its versions.
 served="$(mktemp)"
 trap 'rm -f "$served"' EXIT
-# What is there for PyPy alone is not there for a test.
-grep -v "implementation_name == 'pypy'" requirements/cpu.lock | grep -oE '^[a-z0-9][a-z0-9.-]*==[^ ]+' >"$served"
+grep -oE '^[a-z0-9][a-z0-9.-]*==[^ ]+' requirements/cpu.lock >"$served"
 mapfile -t names < <(cut -d= -f1 "$served")
 compile dev.lock "${cpu[@]}" --extra dev --constraints "$served" "${names[@]/#/--no-emit-package=}"
 awk 'NR <= 2 || /^uv==/ { print; entry = /\\$/ } entry && /^ / { print; entry = /\\$/ }' requirements/dev.lock >requirements/uv.lock
