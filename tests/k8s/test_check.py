@@ -32,6 +32,8 @@ TWO_MODELS = {
     "drain_timeout_s": 120,
 }
 
+PORT = {"port": 8000}
+
 
 def run(*arguments: str, given: str = "") -> tuple[int, str, str]:
     result = CliRunner().invoke(app, ["k8s", "check", *arguments], input=given)
@@ -187,6 +189,39 @@ def test_words_take_the_place_of_a_filter() -> None:
     assert not broken([route, policy | {"spec": {"targetRefs": [{"kind": "HTTPRoute", "name": "r"}]}}])
     route["metadata"]["annotations"]["hycluster/authenticated-by"] = "the mesh asks for client certificates"
     assert not broken([route])
+
+
+OPENED = [
+    ("NetworkPolicy/hycluster-doors", {"ingress": [{"from": [{"ipBlock": {"cidr": "0.0.0.0/0"}}], "ports": [PORT]}]}),
+    ("Service/hycluster", {"type": "LoadBalancer"}),
+    ("RayService/hycluster", {"serveService": {"spec": {"type": "LoadBalancer"}}}),
+]
+
+
+@pytest.mark.parametrize(("name", "opened"), OPENED)
+def test_words_take_the_place_of_credentials_at_the_doors(name: str, opened: dict[str, Any]) -> None:
+    made = built(K8S / "overlays" / "dev")
+    (target,) = (r for r in made if f"{r['kind']}/{r['metadata']['name']}" == name)
+    target["spec"] |= opened
+    (said,) = map(str, broken(made))
+    assert "the annotation hycluster/authenticated-by say in words who asks for credentials" in said
+    target["metadata"].setdefault("annotations", {})["hycluster/authenticated-by"] = "a proxy on each node"
+    assert broken(made) == []
+
+
+def test_an_ingress_asks_for_credentials() -> None:
+    made = built(K8S / "overlays" / "dev")
+    paths = [{"path": "/", "pathType": "Prefix", "backend": {"service": {"name": "hycluster", "port": PORT}}}]
+    ingress: dict[str, Any] = {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "Ingress",
+        "metadata": {"name": "i", "annotations": {"nginx.ingress.kubernetes.io/backend-protocol": "HTTP"}},
+        "spec": {"rules": [{"host": "h.example.com", "http": {"paths": paths}}]},
+    }
+    (said,) = map(str, broken([*made, ingress]))
+    assert "Ingress/i: metadata.annotations: nobody is asked for credentials" in said
+    ingress["metadata"]["annotations"]["nginx.ingress.kubernetes.io/auth-url"] = "https://auth.example.com"
+    assert broken([*made, ingress]) == []
 
 
 def test_a_stream_is_read_and_each_broken_rule_is_a_line() -> None:
