@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hycluster.errors import SettingsError, shown
 from hycluster.explain import explain
+from hycluster.unique_keys import TwiceError, read_yaml
 
 DEFAULT_SETTINGS = Path("deployments/local.yaml")
 Port = Annotated[int, Field(ge=0, le=65535)]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._/:-]*$"
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=NAME_PATTERN)]
+URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/|s3:", re.IGNORECASE)
+BUCKET = re.compile(r"s3://([^/@\s]+@)?[A-Za-z0-9]")
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -460,6 +464,15 @@ class Batches(Strict):
     keep_days: float | None = Field(default=None, gt=0)
     resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
 
+    @field_validator("store")
+    @classmethod
+    def _store_is_no_typo(cls, store: str | None) -> str | None:
+        """What looks like a URI and is none that is known would be a folder's name."""
+        if store and URI.match(store) and not BUCKET.match(store):
+            told = re.sub(r"//[^/@]*@", "//...@", store)
+            raise ValueError(f"{shown(told)} is not allowed; must be s3://BUCKET, with a path or without, or a folder")
+        return store
+
 
 class Settings(Strict):
     """A way of running the cluster: one of ``deployments/*.yaml``.
@@ -516,17 +529,19 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
     Raises:
-        SettingsError: the file is missing, is no YAML, or is no mapping.
+        SettingsError: the file is missing, is no YAML, gives a key twice, or is no mapping.
     """
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SettingsError(f"{path}: no such file") from None
     except OSError as error:
         raise SettingsError(f"{path}: can't be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise SettingsError(f"{path}: is not text in UTF-8") from error
+    except TwiceError as error:
+        raise SettingsError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
         raise SettingsError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
     if data is None:

@@ -72,6 +72,13 @@ def test_pods_run_what_the_file_says(overlay: Path) -> None:
     assert run.model_dump(exclude=fitted) == given.model_dump(exclude=fitted)
 
 
+def test_a_store_that_would_be_a_folder_of_the_pods_is_refused() -> None:
+    settings = {"models": [MODEL], "batches": {"store": "batches"}}
+    with pytest.raises(SettingsError, match=r"batches\.store: 'batches' is below a working folder"):
+        serve_config(settings, "file")
+    assert serve_config(settings | {"batches": {"store": "/shared"}}, "file")
+
+
 def test_pods_listen_for_each_other() -> None:
     settings: dict[str, Any] = {
         "models": [MODEL],

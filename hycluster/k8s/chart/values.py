@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 from hycluster.config import Settings
+from hycluster.k8s.render import POD_STORE
 
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$")] | Annotated[int, Field(ge=1)]
 Size = Annotated[str, Field(pattern=r"^[1-9][0-9]*(Mi|Gi|Ti)$")]
@@ -303,8 +304,15 @@ def schema() -> dict[str, Any]:
     settings["doors"] |= {"minimum": 2}
     # A relative folder is below a working folder, which pods do not have.
     made["definitions"]["Model"]["properties"]["source"] |= {"pattern": r"^[^.]"}
+    _text(made["definitions"]["Batches"]["properties"]["store"])["pattern"] = POD_STORE
     made["definitions"]["Image"]["properties"]["tag"]["not"] = {"const": "latest"}
     return made
+
+
+def _text(node: dict[str, Any]) -> dict[str, Any]:
+    """The part of an optional text that is one."""
+    part: dict[str, Any] = next(each for each in node["anyOf"] if each["type"] == "string")
+    return part
 
 
 def _draft7(node: Any) -> Any:
