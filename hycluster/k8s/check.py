@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 from hycluster.errors import InvalidInput
 from hycluster.k8s.pods import All, Broken, Pod, Resource, name_of, pods_of
-from hycluster.k8s.rules import access, network, objects, ray, routes, serving
+from hycluster.k8s.rules import access, network, objects, ray, routes, serving, sources
 from hycluster.k8s.rules import pod as pod_rules
 
 EXTRA = "pip install 'hycluster[k8s]'"
 Rule = Callable[[Resource, All], Iterator[Broken]]
 RULES: Sequence[tuple[tuple[str, ...], Sequence[Rule]]] = (
     (("RayService", "RayJob", "RayCronJob", "RayCluster"), ray.RULES),
-    (("RayService",), (*ray.SERVICE_RULES, *serving.RULES, *network.RAY_RULES, *access.RAY_RULES)),
+    (("RayService",), (*ray.SERVICE_RULES, *serving.RULES, *sources.RULES, *network.RAY_RULES, *access.RAY_RULES)),
     (("RayJob", "RayCronJob"), ray.JOB_RULES),
     (("Service",), (*network.SERVICE_RULES, *access.SERVICE_RULES)),
     (("NetworkPolicy",), (*network.POLICY_RULES, *access.POLICY_RULES)),

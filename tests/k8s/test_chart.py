@@ -243,6 +243,10 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("settings.models.0.sorce", "x", "/settings/models/0': additional properties 'sorce'"),
     ("settings.models.0.source", "./large", "/settings/models/0/source"),
     ("settings.models.0.hardware.cpus", 0, "/settings/models/0/hardware/cpus"),
+    ("settings.batches", {"store": "s3:/bucket"}, "/settings/batches"),
+    ("settings.batches", {"store": "S3://bucket"}, "/settings/batches"),
+    ("settings.batches", {"store": "s3://"}, "/settings/batches"),
+    ("settings.batches", {"store": "batches"}, "/settings/batches"),
     ("settings.http", {"port": "http"}, "/settings/http/port"),
     ("settings.admission", {"max_request": 1}, "'max_request'"),
     ("settings.models.0.parallel.data", 4, "engines.0.resources.limits: nvidia.com/gpu: 8 on each of 2 hosts"),
@@ -279,6 +283,9 @@ FOUND: list[tuple[str, Any, str]] = [
     ("engines.0.resources.limits.cpu", "8", "CPUs in 1 x 2 pods"),
     ("engines.0.priorityClassName", "", "priorityClassName: there is none"),
     ("engines.0.sharedMemory", "256Mi", "object-store-memory"),
+    ("settings.batches", {"store": "/models/batches"}, "below a volumeMount"),
+    ("settings.batches", {"store": "/tmp/batches"}, "a folder of its own"),
+    ("weights.enabled", False, "the engine would find no weights"),
     ("networkPolicies.clients.0.namespaceLabels", {"team": "search"}, "all pods of namespaces"),
 ]
 

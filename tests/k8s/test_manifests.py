@@ -246,6 +246,10 @@ SERVE_MISTAKES = [
     ("drain_timeout_s: 300", "drain_timeout: 300", "drain_timeout"),
     ("port: 8000", "port: 8080", "the port door-http of the doors' pods"),
     ("data: 2", "data: 4", "hold 32"),
+    ("source: /models/", "source: /elsewhere/", "'/elsewhere/Hunyuan-A52B-Instruct'; must be below a volumeMount"),
+    ("source: /models/", "source: /tmp/", "the engine would find no weights"),
+    ("source: /models/", "source: org/", "HF_HUB_OFFLINE is set"),
+    ("doors: 2\n", "doors: 2\n    doors: 3\n", "the key 'doors' is given twice"),
     ("doors_per_node: 1", "doors_per_node: 2", "doors_per_node: 2; must be 1"),
 ]
 
@@ -259,6 +263,14 @@ def test_a_mistake_in_serves_settings_is_found(
     assert right in text
     changed = planted(manifests, "RayService", "spec.serveConfigV2", text.replace(right, wrong))
     assert said in "\n".join(problems(changed, []))
+
+
+def test_a_service_without_serves_settings_is_told_so(manifests: list[dict[str, Any]]) -> None:
+    said = "\n".join(problems(planted(manifests, "RayService", "spec.serveConfigV2", GONE), []))
+    assert "spec.serveConfigV2: there is none; must be Ray Serve's settings" in said
+    said = "\n".join(problems(planted(manifests, "RayService", "spec.serveConfigV2", "applications: 5"), []))
+    assert "spec.serveConfigV2.applications: Input should be a valid list" in said
+    assert "http" not in said
 
 
 def test_a_mistake_is_planted_in_each_kind(manifests: list[dict[str, Any]]) -> None:
