@@ -220,6 +220,28 @@ def test_values_of_an_overlay_come_from_a_pipe_too() -> None:
     assert (wrong.exit_code, "these are not hycluster's for serving" in f"{wrong.exception}") == (1, True)
 
 
+def test_values_say_what_they_can_not_carry_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert CliRunner().invoke(app, ["k8s", "values", "-"], input=yaml.safe_dump_all(overlay(LARGE))).stderr == ""
+    made = copy.deepcopy(overlay("dev"))
+    groups = service(made)["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    groups[1]["template"]["spec"]["containers"][0]["env"] += [{"name": "VLLM_USE_X", "value": "1"}]
+    result = CliRunner().invoke(app, ["k8s", "values", "-"], input=yaml.safe_dump_all(made))
+    assert result.stderr == (
+        "not carried over, the chart has no value for it: RayService/hycluster: spec.rayClusterConfig"
+        ".workerGroupSpecs[1].template.spec.containers[0].env: VLLM_USE_X=1\n"
+    )
+
+
+def test_values_of_what_can_not_be_are_refused_in_words() -> None:
+    made = copy.deepcopy(overlay("dev"))
+    service(made)["metadata"]["name"] = "prod-hycluster"
+    said = CliRunner().invoke(app, ["k8s", "values", "-"], input=yaml.safe_dump_all(made)).exception
+    assert "RayService/prod-hycluster: must be RayService/hycluster; the chart's names are fixed" in str(said)
+    said = CliRunner().invoke(app, ["k8s", "values", "nowhere.yaml"]).exception
+    assert str(said).startswith("SETTINGS: 'nowhere.yaml' is not there; give a settings file")
+
+
 GONE = object()
 GPU = "engines.0.resources.limits.nvidia.com/gpu"
 

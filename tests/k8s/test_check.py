@@ -260,6 +260,24 @@ def test_wrong_use_is_said_and_exits_2(source: str, given: str, said: str) -> No
     assert said in heard
 
 
+def test_bytes_on_standard_input_are_a_line_and_exit_2() -> None:
+    result = CliRunner().invoke(app, ["k8s", "check", "-"], input=b"\x89PNG\xff\xfe")
+    assert getattr(result.exception, "exit_code", None) == 2
+    assert "standard input: is not text in UTF-8: byte 0; must be YAML" in str(result.exception)
+    result = CliRunner().invoke(app, ["k8s", "check", "-"], input=b"a\x00b")
+    assert "standard input: is not YAML" in str(result.exception)
+
+
+def test_a_stream_of_unknown_kinds_only_is_not_in_order() -> None:
+    other = {"apiVersion": "example.com/v1", "kind": "Thing", "metadata": {"name": "t"}}
+    code, said, noted = run("-", given=yaml.safe_dump(other))
+    assert (code, said) == (2, "")
+    assert "nothing in it was checked" in noted
+    account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "x"}}
+    given = yaml.safe_dump_all([account | {"automountServiceAccountToken": False}, other])
+    assert run("-", given=given)[:2] == (0, "1 manifest, all in order\n")
+
+
 def test_a_chart_is_told_how(tmp_path: Path) -> None:
     (tmp_path / "Chart.yaml").write_text("name: x\n")
     assert "helm template" in run(str(tmp_path))[2]
