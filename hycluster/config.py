@@ -24,6 +24,13 @@ DEFAULT_SETTINGS = Path("deployments/local.yaml")
 Port = Annotated[int, Field(ge=0, le=65535)]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._/:-]*$"
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=NAME_PATTERN)]
+# As Kubernetes has them.
+LABEL_KEY = r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+LABEL_VALUE = r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$"
+LabelKey = Annotated[str, Field(pattern=LABEL_KEY)]
+LabelValue = Annotated[str, Field(pattern=LABEL_VALUE)]
+# Nodes wait for it: a day is a typo's bound, not a wish's.
+MAX_DRAIN_S = 86400
 URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/|s3:", re.IGNORECASE)
 BUCKET = re.compile(r"s3://([^/@\s]+@)?[A-Za-z0-9]")
 M = TypeVar("M", bound=BaseModel)
@@ -127,7 +134,7 @@ class Hardware(Strict):
     kv_offload_gib: float | None = Field(default=None, gt=0)
     placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
     gpus_per_node: int = Field(default=8, ge=1)
-    node_selector: dict[str, str] = Field(default_factory=dict)
+    node_selector: dict[LabelKey, LabelValue] = Field(default_factory=dict)
     resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
 
 
@@ -502,7 +509,7 @@ class Settings(Strict):
     data_plane: DataPlane = DataPlane()
     batches: Batches | None = Batches()
     start_timeout_s: float = Field(default=600, gt=0)
-    drain_timeout_s: float = Field(default=60, gt=0)
+    drain_timeout_s: float = Field(default=60, gt=0, le=MAX_DRAIN_S)
     hand_over_after_s: float = Field(default=10, ge=0)
 
     @model_validator(mode="after")

@@ -251,6 +251,18 @@ def test_stores(store: str) -> None:
     assert validate(Batches, {"store": store}, "s.yaml").store == store
 
 
+def test_a_drain_is_no_longer_than_a_day() -> None:
+    data = {"models": [{"name": "m", "source": "org/m"}], "drain_timeout_s": 86_401}
+    with pytest.raises(SettingsError, match="drain_timeout_s: 86401 is not allowed"):
+        validate(Settings, data, "s.yaml")
+
+
+def test_node_selectors_are_labels_as_kubernetes_has_them() -> None:
+    hardware = {"node_selector": {"nvidia.com/gpu.product": "NVIDIA H20"}}
+    with pytest.raises(SettingsError, match="'NVIDIA H20' is not allowed"):
+        validate(Settings, {"models": [{"name": "m", "source": "org/m", "hardware": hardware}]}, "s.yaml")
+
+
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"none\.yaml: no such file"):
         load_settings(tmp_path / "none.yaml")
