@@ -216,6 +216,7 @@ PLANTED: list[tuple[str, str, Any, str]] = [
     ("Namespace", "metadata.annotations.helm\\.sh/resource-policy", GONE, "a delete would hang for good"),
     ("PersistentVolumeClaim", "spec.accessModes", ["ReadWriteOnce"], "several nodes"),
     ("ConfigMap", "data.REPO", "", "REPO"),
+    ("ConfigMap/hycluster-weights", "data.REPO", "https://hub.example.com/a/b", "must be a hub id"),
     ("HTTPRoute", "spec.rules.0.backendRefs.0.port", 9000, "hycluster at 8000"),
     ("GRPCRoute", "spec.rules.0.backendRefs.0.name", "other", "hycluster at 9000"),
     ("ServiceMonitor", "spec.endpoints.0.port", "metrics", "be a port of a Service that it selects: grpc, http"),

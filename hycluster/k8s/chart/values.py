@@ -13,6 +13,7 @@ from pydantic.alias_generators import to_camel
 
 from hycluster.config import LabelKey, LabelValue, Settings
 from hycluster.k8s.render import POD_STORE
+from hycluster.k8s.rules.objects import HUB_ID
 from hycluster.k8s.rules.syntax import MAX_GRACE_S
 
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$")] | Annotated[int, Field(ge=1)]
@@ -24,7 +25,7 @@ HostName = Annotated[str, Field(pattern=r"^(\*\.)?[a-z0-9]([-a-z0-9.]{0,251}[a-z
 Tag = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")]
 Digest = Annotated[str, Field(pattern=r"^(sha256:[0-9a-f]{64})?$")]
 Cidr = Annotated[str, Field(pattern=r"^[0-9a-fA-F.:]+/[0-9]{1,3}$")]
-HubId = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?)?$")]
+HubId = Annotated[str, Field(pattern=f"^({HUB_ID})?$")]
 Labels = dict[LabelKey, LabelValue]
 
 
