@@ -8,20 +8,31 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hycluster.errors import SettingsError, shown
 from hycluster.explain import explain
+from hycluster.unique_keys import TwiceError, read_yaml
 
 DEFAULT_SETTINGS = Path("deployments/local.yaml")
 Port = Annotated[int, Field(ge=0, le=65535)]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._/:-]*$"
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=NAME_PATTERN)]
+# As Kubernetes has them.
+LABEL_KEY = r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+LABEL_VALUE = r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$"
+LabelKey = Annotated[str, Field(pattern=LABEL_KEY)]
+LabelValue = Annotated[str, Field(pattern=LABEL_VALUE)]
+# Nodes wait for it: a day is a typo's bound, not a wish's.
+MAX_DRAIN_S = 86400
+URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/|s3:", re.IGNORECASE)
+BUCKET = re.compile(r"s3://([^/@\s]+@)?[A-Za-z0-9]")
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -123,7 +134,7 @@ class Hardware(Strict):
     kv_offload_gib: float | None = Field(default=None, gt=0)
     placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
     gpus_per_node: int = Field(default=8, ge=1)
-    node_selector: dict[str, str] = Field(default_factory=dict)
+    node_selector: dict[LabelKey, LabelValue] = Field(default_factory=dict)
     resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
 
 
@@ -460,6 +471,15 @@ class Batches(Strict):
     keep_days: float | None = Field(default=None, gt=0)
     resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
 
+    @field_validator("store")
+    @classmethod
+    def _store_is_no_typo(cls, store: str | None) -> str | None:
+        """What looks like a URI and is none that is known would be a folder's name."""
+        if store and URI.match(store) and not BUCKET.match(store):
+            told = re.sub(r"//[^/@]*@", "//...@", store)
+            raise ValueError(f"{shown(told)} is not allowed; must be s3://BUCKET, with a path or without, or a folder")
+        return store
+
 
 class Settings(Strict):
     """A way of running the cluster: one of ``deployments/*.yaml``.
@@ -489,7 +509,7 @@ class Settings(Strict):
     data_plane: DataPlane = DataPlane()
     batches: Batches | None = Batches()
     start_timeout_s: float = Field(default=600, gt=0)
-    drain_timeout_s: float = Field(default=60, gt=0)
+    drain_timeout_s: float = Field(default=60, gt=0, le=MAX_DRAIN_S)
     hand_over_after_s: float = Field(default=10, ge=0)
 
     @model_validator(mode="after")
@@ -516,17 +536,19 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
     Raises:
-        SettingsError: the file is missing, is no YAML, or is no mapping.
+        SettingsError: the file is missing, is no YAML, gives a key twice, or is no mapping.
     """
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SettingsError(f"{path}: no such file") from None
     except OSError as error:
         raise SettingsError(f"{path}: can't be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise SettingsError(f"{path}: is not text in UTF-8") from error
+    except TwiceError as error:
+        raise SettingsError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
         raise SettingsError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
     if data is None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hycluster import config
-from hycluster.config import Settings, Strict, load_settings, load_yaml, override, validate
+from hycluster.config import Batches, Settings, Strict, load_settings, load_yaml, override, validate
 from hycluster.core import Sampling
 from hycluster.errors import SettingsError
 
@@ -218,6 +218,49 @@ def test_files_that_are_no_settings(tmp_path: Path, content: bytes, said: str) -
     message = str(refused.value)
     assert message.startswith(f"{path}: {said}")
     assert "\n" not in message
+
+
+def test_a_key_that_is_given_twice_is_refused_with_its_lines(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text("a:\n  doors: 2\n  b: 1\n  doors: 3\n")
+    with pytest.raises(SettingsError) as refused:
+        load_yaml(path)
+    assert str(refused.value) == f"{path}: the key 'doors' is given twice, in lines 2 and 4"
+    path.write_text("a: {b: 1, b: 1}\n")
+    with pytest.raises(SettingsError, match="'b' is given twice, in lines 1 and 1"):
+        load_yaml(path)
+    path.write_text("a: &a {b: 1, c: 2}\nd: {<<: *a, b: 3}\n")
+    assert load_yaml(path)["d"] == {"b": 3, "c": 2}
+
+
+@pytest.mark.parametrize("store", ["s3:/x", "S3://b/x", "s3://", "s3:///x", "s3:b", "gs://b", "s4://b", "file:///x"])
+def test_a_store_that_only_looks_like_an_address_is_refused(store: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        validate(Batches, {"store": store}, "s.yaml")
+    assert str(refused.value).startswith(f"s.yaml: store: {store!r} is not allowed; must be s3://BUCKET")
+
+
+def test_a_stores_secret_is_not_repeated() -> None:
+    with pytest.raises(SettingsError) as refused:
+        validate(Batches, {"store": "S3://KEY:SECRET@b"}, "s.yaml")
+    assert "SECRET" not in str(refused.value)
+
+
+@pytest.mark.parametrize("store", ["s3://b", "s3://k:s@b/a/?endpoint_override=localhost:1&scheme=http", "/a", "a/b"])
+def test_stores(store: str) -> None:
+    assert validate(Batches, {"store": store}, "s.yaml").store == store
+
+
+def test_a_drain_is_no_longer_than_a_day() -> None:
+    data = {"models": [{"name": "m", "source": "org/m"}], "drain_timeout_s": 86_401}
+    with pytest.raises(SettingsError, match="drain_timeout_s: 86401 is not allowed"):
+        validate(Settings, data, "s.yaml")
+
+
+def test_node_selectors_are_labels_as_kubernetes_has_them() -> None:
+    hardware = {"node_selector": {"nvidia.com/gpu.product": "NVIDIA H20"}}
+    with pytest.raises(SettingsError, match="'NVIDIA H20' is not allowed"):
+        validate(Settings, {"models": [{"name": "m", "source": "org/m", "hardware": hardware}]}, "s.yaml")
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:

@@ -11,20 +11,21 @@ from dataclasses import dataclass
 
 from hycluster.errors import InvalidInput
 from hycluster.k8s.pods import All, Broken, Pod, Resource, name_of, pods_of
-from hycluster.k8s.rules import network, objects, ray, routes, serving
+from hycluster.k8s.rules import access, network, objects, ray, routes, serving, sources, syntax
 from hycluster.k8s.rules import pod as pod_rules
 
 EXTRA = "pip install 'hycluster[k8s]'"
 Rule = Callable[[Resource, All], Iterator[Broken]]
 RULES: Sequence[tuple[tuple[str, ...], Sequence[Rule]]] = (
     (("RayService", "RayJob", "RayCronJob", "RayCluster"), ray.RULES),
-    (("RayService",), (*ray.SERVICE_RULES, *serving.RULES, *network.RAY_RULES)),
+    (("RayService",), (*ray.SERVICE_RULES, *serving.RULES, *sources.RULES, *network.RAY_RULES, *access.RAY_RULES)),
     (("RayJob", "RayCronJob"), ray.JOB_RULES),
-    (("Service",), network.SERVICE_RULES),
-    (("NetworkPolicy",), network.POLICY_RULES),
+    (("Service",), (*network.SERVICE_RULES, *access.SERVICE_RULES, *syntax.SERVICE_RULES)),
+    (("NetworkPolicy",), (*network.POLICY_RULES, *access.POLICY_RULES, *syntax.POLICY_RULES)),
     (("ServiceMonitor",), network.MONITOR_RULES),
     (("PodMonitor",), network.POD_MONITOR_RULES),
     (("HTTPRoute", "GRPCRoute"), routes.RULES),
+    (("Ingress",), access.INGRESS_RULES),
     (("StatefulSet", "Deployment"), objects.WORKLOAD_RULES),
     (("PodDisruptionBudget",), objects.BUDGET_RULES),
     (("Namespace",), objects.NAMESPACE_RULES),
@@ -97,9 +98,10 @@ def broken(resources: Sequence[Resource], *, digests: bool = False) -> list[Faul
     if empty:
         return found
     for each in every.pods:
-        for pod_rule in pod_rules.RULES:
+        for pod_rule in (*pod_rules.RULES, *access.POD_RULES, *syntax.POD_RULES):
             found += [Fault(each.owner, fault._replace(field=_below(each, fault))) for fault in pod_rule(each, every)]
     for resource in resources:
+        found += [Fault(name_of(resource), fault) for rule in syntax.RESOURCE_RULES for fault in rule(resource, every)]
         for kinds, rules in RULES:
             if resource.get("kind") in kinds:
                 found += [Fault(name_of(resource), fault) for rule in rules for fault in rule(resource, every)]

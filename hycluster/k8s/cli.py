@@ -32,7 +32,7 @@ def render(
     """Write the settings into the manifests in k8s/, from the files in deployments/ that they name, and the Helm chart.
 
     Run it in the repository, after every change in deployments/, k8s/base and k8s/components. With CONFIG and --folder
-    it begins a new overlay.
+    it begins a new overlay; exits 1 while an overlay's kustomization does not list what is made for it.
     """
     from hycluster.k8s.chart.make import chart_files, surplus
     from hycluster.k8s.render import manifest_in, manifests, settings_of, unlisted
@@ -66,7 +66,7 @@ def render(
         typer.echo(line, err=True)
     if not behind and not gone and not wanting:
         typer.echo("all as the settings say")
-    raise typer.Exit(1 if check and (behind or gone or wanting) else 0)
+    raise typer.Exit(1 if wanting or (check and (behind or gone)) else 0)
 
 
 @app.command()
@@ -84,25 +84,27 @@ def check(
     """Check manifests as they would be applied: a platform's own overlay, or what a chart renders.
 
     A line for each rule that is broken: whose, which field, what is there, what must be, and why. Exits 0 if there is
-    none, 1 if there is, 2 if SOURCE can't be read or built.
+    none, 1 if there is, 2 if SOURCE can't be read or built, or has nothing that could be checked.
 
         hycluster k8s check platform
 
         helm template hycluster ./chart | hycluster k8s check -
     """
-    import sys
+    from hycluster.k8s.check import CheckError, faults, unknown
+    from hycluster.k8s.sources import built, standard_input
 
-    from hycluster.k8s.check import faults, unknown
-    from hycluster.k8s.sources import built, parsed
-
-    resources = parsed(sys.stdin.read(), "standard input") if source == "-" else built(Path(source))
+    resources = standard_input() if source == "-" else built(Path(source))
     found = faults(resources, digests=digests)
-    for name in unknown(resources):
+    passed_over = unknown(resources)
+    for name in passed_over:
         typer.echo(f"not checked, there is no definition here: {name}", err=True)
     for fault in dict.fromkeys(map(str, found)):
         typer.echo(fault)
+    checked = len(resources) - len(passed_over)
+    if not found and not checked:
+        raise CheckError(f"{source}: nothing in it was checked; must have a manifest of a kind that is known here")
     if not found:
-        typer.echo(f"{len(resources)} manifests, all in order")
+        typer.echo(f"{checked} manifest{'s' if checked > 1 else ''}, all in order")
     raise typer.Exit(1 if found else 0)
 
 
@@ -123,15 +125,22 @@ def values(
 
         hycluster k8s values deployments/hunyuan-large-fp8-8xh20.yaml > large.yaml
     """
-    import sys
-
     import yaml
 
+    from hycluster.k8s.chart.carry import left_behind
     from hycluster.k8s.chart.defaults import for_settings, values_of
-    from hycluster.k8s.sources import built, parsed
+    from hycluster.k8s.sources import built, standard_input
 
+    if source != "-" and not Path(source).exists():
+        raise SettingsError(
+            f"SETTINGS: {source!r} is not there; give a settings file, a folder with a kustomization.yaml, or - for"
+            " manifests on standard input"
+        )
     if Path(source).is_file():
         found = for_settings(source, Path())
     else:
-        found = values_of(parsed(sys.stdin.read(), "standard input") if source == "-" else built(Path(source)))
+        resources = standard_input() if source == "-" else built(Path(source))
+        found = values_of(resources)
+        for line in left_behind(resources, Path()):
+            typer.echo(f"not carried over, the chart has no value for it: {line}", err=True)
     typer.echo(yaml.safe_dump(found, sort_keys=False, width=120, allow_unicode=True), nl=False)

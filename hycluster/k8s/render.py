@@ -10,6 +10,7 @@ settings file in ``deployments/`` that they were made from is named in an annota
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from hycluster.k8s.sizes import SHARE, deletion_delay_s, own_resource
 from hycluster.starts import CONTROLLER_OPTIONS
 
 APP_NAME = "hycluster"
+# What pods share: an object store, or a volume. Helm's schema has it too, so no more than RE2 knows.
+POD_STORE = r"^(s3://([^/@\s]+@)?[A-Za-z0-9]|/)"
 IMPORT_PATH = "hycluster.app:build"
 OVERLAY_MANIFEST = "serve-config.yaml"
 PODS_PATCH = "pods.yaml"
@@ -78,7 +81,14 @@ def serve_config(settings: dict[str, Any], where: str, *, groups: bool = True) -
         SettingsError: the settings are wrong, or name a file that no pod has.
     """
     fitted = for_pods(settings, groups=groups)
-    for model in validate(Settings, fitted, where).models:
+    checked = validate(Settings, fitted, where)
+    store = checked.batches.store if checked.batches else None
+    if store and not re.match(POD_STORE, store):
+        raise SettingsError(
+            f"{where}: batches.store: {store!r} is below a working folder, which pods do not have; give s3://BUCKET/..."
+            " or the absolute path of a volume that all doors mount"
+        )
+    for model in checked.models:
         if model.source.startswith("."):
             raise SettingsError(
                 f"{where}: models: {model.name}: source: {model.source!r} is below a working folder, which pods do not"

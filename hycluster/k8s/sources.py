@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hycluster.k8s.pods import Resource
 
 KUSTOMIZATIONS = ("kustomization.yaml", "kustomization.yml", "Kustomization")
 BUILD_TIMEOUT_S = 300
+STDIN = "standard input"
 
 
 def built(folder: Path) -> list[Resource]:
@@ -59,6 +61,18 @@ def _builder() -> list[str]:
     except ModuleNotFoundError:
         raise CheckError(f"no kubectl or kustomize on PATH to build it with; one comes with {EXTRA}") from None
     return [str(kubectl_path()), "kustomize"]
+
+
+def standard_input() -> list[Resource]:
+    """The manifests that come in.
+
+    Raises:
+        CheckError: what comes in is none.
+    """
+    try:
+        return parsed(sys.stdin.buffer.read().decode("utf-8"), STDIN)
+    except UnicodeDecodeError as error:
+        raise CheckError(f"{STDIN}: is not text in UTF-8: byte {error.start}; must be YAML") from None
 
 
 def parsed(text: str, where: str) -> list[Resource]:

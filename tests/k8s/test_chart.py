@@ -220,6 +220,28 @@ def test_values_of_an_overlay_come_from_a_pipe_too() -> None:
     assert (wrong.exit_code, "these are not hycluster's for serving" in f"{wrong.exception}") == (1, True)
 
 
+def test_values_say_what_they_can_not_carry_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert CliRunner().invoke(app, ["k8s", "values", "-"], input=yaml.safe_dump_all(overlay(LARGE))).stderr == ""
+    made = copy.deepcopy(overlay("dev"))
+    groups = service(made)["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    groups[1]["template"]["spec"]["containers"][0]["env"] += [{"name": "VLLM_USE_X", "value": "1"}]
+    result = CliRunner().invoke(app, ["k8s", "values", "-"], input=yaml.safe_dump_all(made))
+    assert result.stderr == (
+        "not carried over, the chart has no value for it: RayService/hycluster: spec.rayClusterConfig"
+        ".workerGroupSpecs[1].template.spec.containers[0].env: VLLM_USE_X=1\n"
+    )
+
+
+def test_values_of_what_can_not_be_are_refused_in_words() -> None:
+    made = copy.deepcopy(overlay("dev"))
+    service(made)["metadata"]["name"] = "prod-hycluster"
+    said = CliRunner().invoke(app, ["k8s", "values", "-"], input=yaml.safe_dump_all(made)).exception
+    assert "RayService/prod-hycluster: must be RayService/hycluster; the chart's names are fixed" in str(said)
+    said = CliRunner().invoke(app, ["k8s", "values", "nowhere.yaml"]).exception
+    assert str(said).startswith("SETTINGS: 'nowhere.yaml' is not there; give a settings file")
+
+
 GONE = object()
 GPU = "engines.0.resources.limits.nvidia.com/gpu"
 
@@ -243,10 +265,19 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("settings.models.0.sorce", "x", "/settings/models/0': additional properties 'sorce'"),
     ("settings.models.0.source", "./large", "/settings/models/0/source"),
     ("settings.models.0.hardware.cpus", 0, "/settings/models/0/hardware/cpus"),
+    ("settings.batches", {"store": "s3:/bucket"}, "/settings/batches"),
+    ("settings.batches", {"store": "S3://bucket"}, "/settings/batches"),
+    ("settings.batches", {"store": "s3://"}, "/settings/batches"),
+    ("settings.batches", {"store": "batches"}, "/settings/batches"),
     ("settings.http", {"port": "http"}, "/settings/http/port"),
     ("settings.admission", {"max_request": 1}, "'max_request'"),
     ("settings.models.0.parallel.data", 4, "engines.0.resources.limits: nvidia.com/gpu: 8 on each of 2 hosts"),
     ("terminationGracePeriodSeconds", 300, "terminationGracePeriodSeconds: 300 is too short"),
+    ("terminationGracePeriodSeconds", 900_000, "/terminationGracePeriodSeconds"),
+    ("settings.drain_timeout_s", 100_000, "/settings/drain_timeout_s"),
+    ("settings.models.0.hardware.node_selector", {"gpu": "NVIDIA H20"}, "/settings/models/0/hardware/node_selector"),
+    ("engines.0.nodeSelector", {"gpu": "NVIDIA H20"}, "/engines/0/nodeSelector"),
+    ("weights.repo", "https://huggingface.co/a/b", "/weights/repo"),
     ("engines", [], "/engines"),
     ("engines.0.replicas", 2, "/engines/0': additional properties 'replicas'"),
     ("engines.0.hosts", 1, "engines.0.resources.limits: nvidia.com/gpu: 8 on each of 1 hosts"),
@@ -279,6 +310,9 @@ FOUND: list[tuple[str, Any, str]] = [
     ("engines.0.resources.limits.cpu", "8", "CPUs in 1 x 2 pods"),
     ("engines.0.priorityClassName", "", "priorityClassName: there is none"),
     ("engines.0.sharedMemory", "256Mi", "object-store-memory"),
+    ("settings.batches", {"store": "/models/batches"}, "below a volumeMount"),
+    ("settings.batches", {"store": "/tmp/batches"}, "a folder of its own"),
+    ("weights.enabled", False, "the engine would find no weights"),
     ("networkPolicies.clients.0.namespaceLabels", {"team": "search"}, "all pods of namespaces"),
 ]
 

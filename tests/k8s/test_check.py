@@ -32,6 +32,8 @@ TWO_MODELS = {
     "drain_timeout_s": 120,
 }
 
+PORT = {"port": 8000}
+
 
 def run(*arguments: str, given: str = "") -> tuple[int, str, str]:
     result = CliRunner().invoke(app, ["k8s", "check", *arguments], input=given)
@@ -189,6 +191,39 @@ def test_words_take_the_place_of_a_filter() -> None:
     assert not broken([route])
 
 
+OPENED = [
+    ("NetworkPolicy/hycluster-doors", {"ingress": [{"from": [{"ipBlock": {"cidr": "0.0.0.0/0"}}], "ports": [PORT]}]}),
+    ("Service/hycluster", {"type": "LoadBalancer"}),
+    ("RayService/hycluster", {"serveService": {"spec": {"type": "LoadBalancer"}}}),
+]
+
+
+@pytest.mark.parametrize(("name", "opened"), OPENED)
+def test_words_take_the_place_of_credentials_at_the_doors(name: str, opened: dict[str, Any]) -> None:
+    made = built(K8S / "overlays" / "dev")
+    (target,) = (r for r in made if f"{r['kind']}/{r['metadata']['name']}" == name)
+    target["spec"] |= opened
+    (said,) = map(str, broken(made))
+    assert "the annotation hycluster/authenticated-by say in words who asks for credentials" in said
+    target["metadata"].setdefault("annotations", {})["hycluster/authenticated-by"] = "a proxy on each node"
+    assert broken(made) == []
+
+
+def test_an_ingress_asks_for_credentials() -> None:
+    made = built(K8S / "overlays" / "dev")
+    paths = [{"path": "/", "pathType": "Prefix", "backend": {"service": {"name": "hycluster", "port": PORT}}}]
+    ingress: dict[str, Any] = {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "Ingress",
+        "metadata": {"name": "i", "annotations": {"nginx.ingress.kubernetes.io/backend-protocol": "HTTP"}},
+        "spec": {"rules": [{"host": "h.example.com", "http": {"paths": paths}}]},
+    }
+    (said,) = map(str, broken([*made, ingress]))
+    assert "Ingress/i: metadata.annotations: nobody is asked for credentials" in said
+    ingress["metadata"]["annotations"]["nginx.ingress.kubernetes.io/auth-url"] = "https://auth.example.com"
+    assert broken([*made, ingress]) == []
+
+
 def test_a_stream_is_read_and_each_broken_rule_is_a_line() -> None:
     account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "x"}}
     other = {"apiVersion": "example.com/v1", "kind": "Thing", "metadata": {"name": "t"}}
@@ -223,6 +258,24 @@ def test_wrong_use_is_said_and_exits_2(source: str, given: str, said: str) -> No
     code, _, heard = run(source, given=given)
     assert code == 2
     assert said in heard
+
+
+def test_bytes_on_standard_input_are_a_line_and_exit_2() -> None:
+    result = CliRunner().invoke(app, ["k8s", "check", "-"], input=b"\x89PNG\xff\xfe")
+    assert getattr(result.exception, "exit_code", None) == 2
+    assert "standard input: is not text in UTF-8: byte 0; must be YAML" in str(result.exception)
+    result = CliRunner().invoke(app, ["k8s", "check", "-"], input=b"a\x00b")
+    assert "standard input: is not YAML" in str(result.exception)
+
+
+def test_a_stream_of_unknown_kinds_only_is_not_in_order() -> None:
+    other = {"apiVersion": "example.com/v1", "kind": "Thing", "metadata": {"name": "t"}}
+    code, said, noted = run("-", given=yaml.safe_dump(other))
+    assert (code, said) == (2, "")
+    assert "nothing in it was checked" in noted
+    account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "x"}}
+    given = yaml.safe_dump_all([account | {"automountServiceAccountToken": False}, other])
+    assert run("-", given=given)[:2] == (0, "1 manifest, all in order\n")
 
 
 def test_a_chart_is_told_how(tmp_path: Path) -> None:

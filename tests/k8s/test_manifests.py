@@ -174,6 +174,38 @@ PLANTED: list[tuple[str, str, Any, str]] = [
     ("NetworkPolicy/hycluster-ray", "spec.egress.0.to", GONE, "would find the Internet open"),
     ("NetworkPolicy", "spec.ingress", [{}], "everybody"),
     ("NetworkPolicy", "spec.ingress", [{"from": [{"namespaceSelector": {}}]}], "name the pods"),
+    (
+        "NetworkPolicy/hycluster-doors",
+        "spec.ingress.0.from",
+        [{"ipBlock": {"cidr": "0.0.0.0/0"}}],
+        "0.0.0.0/0; must be narrower",
+    ),
+    ("NetworkPolicy/hycluster-doors", "spec.ingress.0.from", [{"ipBlock": {"cidr": "::/0"}}], "must be narrower"),
+    ("NetworkPolicy/hycluster-doors", "spec.ingress.0.from", [{"ipBlock": {"cidr": "128.0.0.0/1"}}], "be narrower"),
+    ("Service/hycluster", "spec.type", "LoadBalancer", "spec.type: LoadBalancer; must be ClusterIP"),
+    ("Service/hycluster", "spec.type", "NodePort", "spec.type: NodePort; must be ClusterIP"),
+    ("Service/hycluster", "spec.externalIPs", ["203.0.113.7"], "spec.externalIPs"),
+    ("RayService", "spec.serveService.spec.type", "LoadBalancer", "spec.serveService.spec.type: LoadBalancer"),
+    ("RayService", "spec.rayClusterConfig.headGroupSpec.serviceType", "NodePort", "be ClusterIP"),
+    ("RayService", f"{DOORS}.template.spec.hostNetwork", True, "policies do not hold"),
+    ("RayService", f"{DOOR}.ports.0.hostPort", 8000, "open on the node's address"),
+    ("RayService", f"{ENGINE}.image", "hycluster:0.1.0-cpu", "0.1.0-cpu with 8 GPUs; must be the image for GPUs"),
+    (
+        "RayJob",
+        "spec.rayClusterSpec.workerGroupSpecs.0.template.spec.containers.0.image",
+        "hycluster:0.1.0-gpu",
+        "0.1.0-gpu without a GPU; must be the image for CPUs",
+    ),
+    ("RayService", f"{DOORS}.template.spec.terminationGracePeriodSeconds", 900_000, "be 90000 or less"),
+    ("RayService", f"{ENGINES}.template.spec.nodeSelector", {"a/b/c": "x"}, "'a/b/c'; must be a label's name"),
+    ("RayService", f"{ENGINES}.template.spec.nodeSelector", {"a": "NVIDIA H20"}, "'NVIDIA H20'; must be 63 letters"),
+    ("RayService", f"{DOOR}.ports.0.containerPort", 80000, "80000; must be from 1 to 65535"),
+    ("Service", "spec.ports.0.port", 0, "0; must be from 1 to 65535"),
+    ("Service", "metadata.labels", {"a": "b c"}, "'b c'; must be 63 letters"),
+    ("NetworkPolicy", "spec.ingress.0.ports.0.port", 70000, "from 1 to 65535"),
+    ("NetworkPolicy/hycluster-head", "spec.egress.0.to.0.ipBlock.cidr", "10.0.0/8", "'10.0.0/8'; must be a network"),
+    ("NetworkPolicy/hycluster-head", "spec.egress.0.to.0.ipBlock.cidr", "10.0.0.0/33", "must be a network"),
+    ("NetworkPolicy/hycluster-weights", "spec.egress.0.to.0.ipBlock.except", ["::/1"], "a network within 0.0.0.0/0"),
     ("PriorityClass", "globalDefault", True, "be false"),
     ("PodMonitor", "spec.podMetricsEndpoints.0.port", "metriks", "be one of"),
     ("PodMonitor", "spec.podMetricsEndpoints.0.port", "gcs-server", "which no NetworkPolicy opens"),
@@ -184,6 +216,7 @@ PLANTED: list[tuple[str, str, Any, str]] = [
     ("Namespace", "metadata.annotations.helm\\.sh/resource-policy", GONE, "a delete would hang for good"),
     ("PersistentVolumeClaim", "spec.accessModes", ["ReadWriteOnce"], "several nodes"),
     ("ConfigMap", "data.REPO", "", "REPO"),
+    ("ConfigMap/hycluster-weights", "data.REPO", "https://hub.example.com/a/b", "must be a hub id"),
     ("HTTPRoute", "spec.rules.0.backendRefs.0.port", 9000, "hycluster at 8000"),
     ("GRPCRoute", "spec.rules.0.backendRefs.0.name", "other", "hycluster at 9000"),
     ("ServiceMonitor", "spec.endpoints.0.port", "metrics", "be a port of a Service that it selects: grpc, http"),
@@ -231,6 +264,10 @@ SERVE_MISTAKES = [
     ("drain_timeout_s: 300", "drain_timeout: 300", "drain_timeout"),
     ("port: 8000", "port: 8080", "the port door-http of the doors' pods"),
     ("data: 2", "data: 4", "hold 32"),
+    ("source: /models/", "source: /elsewhere/", "'/elsewhere/Hunyuan-A52B-Instruct'; must be below a volumeMount"),
+    ("source: /models/", "source: /tmp/", "the engine would find no weights"),
+    ("source: /models/", "source: org/", "HF_HUB_OFFLINE is set"),
+    ("doors: 2\n", "doors: 2\n    doors: 3\n", "the key 'doors' is given twice"),
     ("doors_per_node: 1", "doors_per_node: 2", "doors_per_node: 2; must be 1"),
 ]
 
@@ -244,6 +281,14 @@ def test_a_mistake_in_serves_settings_is_found(
     assert right in text
     changed = planted(manifests, "RayService", "spec.serveConfigV2", text.replace(right, wrong))
     assert said in "\n".join(problems(changed, []))
+
+
+def test_a_service_without_serves_settings_is_told_so(manifests: list[dict[str, Any]]) -> None:
+    said = "\n".join(problems(planted(manifests, "RayService", "spec.serveConfigV2", GONE), []))
+    assert "spec.serveConfigV2: there is none; must be Ray Serve's settings" in said
+    said = "\n".join(problems(planted(manifests, "RayService", "spec.serveConfigV2", "applications: 5"), []))
+    assert "spec.serveConfigV2.applications: Input should be a valid list" in said
+    assert "http" not in said
 
 
 def test_a_mistake_is_planted_in_each_kind(manifests: list[dict[str, Any]]) -> None:

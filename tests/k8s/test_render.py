@@ -72,6 +72,13 @@ def test_pods_run_what_the_file_says(overlay: Path) -> None:
     assert run.model_dump(exclude=fitted) == given.model_dump(exclude=fitted)
 
 
+def test_a_store_that_would_be_a_folder_of_the_pods_is_refused() -> None:
+    settings = {"models": [MODEL], "batches": {"store": "batches"}}
+    with pytest.raises(SettingsError, match=r"batches\.store: 'batches' is below a working folder"):
+        serve_config(settings, "file")
+    assert serve_config(settings | {"batches": {"store": "/shared"}}, "file")
+
+
 def test_pods_listen_for_each_other() -> None:
     settings: dict[str, Any] = {
         "models": [MODEL],
@@ -172,6 +179,7 @@ def test_a_manifest_must_name_its_settings(repository: Path) -> None:
 def test_a_kustomization_must_list_what_is_made_for_it(repository: Path) -> None:
     path = repository / "k8s" / "overlays" / "dev" / "kustomization.yaml"
     path.write_text(path.read_text().replace("  - path: pods.yaml\n    target:\n      kind: RayService\n", ""))
-    code, said = run("--check")
-    assert code == 1
-    assert "k8s/overlays/dev/kustomization.yaml: patches: must list pods.yaml" in said
+    for arguments in ([], ["--check"]):
+        code, said = run(*arguments)
+        assert code == 1
+        assert "k8s/overlays/dev/kustomization.yaml: patches: must list pods.yaml" in said

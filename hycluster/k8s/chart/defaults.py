@@ -84,6 +84,12 @@ def values_of(resources: list[dict[str, Any]]) -> dict[str, Any]:
         SettingsError: these are not hycluster's for serving.
     """
     by_name = {f"{resource['kind']}/{resource['metadata']['name']}": resource for resource in resources}
+    services = [name for name in by_name if name.startswith("RayService/")]
+    if services and f"RayService/{APP_NAME}" not in services:
+        raise SettingsError(
+            f"manifests: {', '.join(services)}: must be RayService/{APP_NAME}; the chart's names are fixed, so leave"
+            " namePrefix and nameSuffix out: one release a namespace"
+        )
     try:
         spec = by_name["RayService/hycluster"]["spec"]
         return _values(by_name, spec, spec["rayClusterConfig"])

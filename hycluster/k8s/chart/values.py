@@ -11,7 +11,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
-from hycluster.config import Settings
+from hycluster.config import LabelKey, LabelValue, Settings
+from hycluster.k8s.render import POD_STORE
+from hycluster.k8s.rules.objects import HUB_ID
+from hycluster.k8s.rules.syntax import MAX_GRACE_S
 
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$")] | Annotated[int, Field(ge=1)]
 Size = Annotated[str, Field(pattern=r"^[1-9][0-9]*(Mi|Gi|Ti)$")]
@@ -22,8 +25,8 @@ HostName = Annotated[str, Field(pattern=r"^(\*\.)?[a-z0-9]([-a-z0-9.]{0,251}[a-z
 Tag = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")]
 Digest = Annotated[str, Field(pattern=r"^(sha256:[0-9a-f]{64})?$")]
 Cidr = Annotated[str, Field(pattern=r"^[0-9a-fA-F.:]+/[0-9]{1,3}$")]
-LabelKey = Annotated[str, Field(pattern=r"^([a-z0-9.-]+/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$")]
-Labels = dict[LabelKey, Annotated[str, Field(max_length=63)]]
+HubId = Annotated[str, Field(pattern=f"^({HUB_ID})?$")]
+Labels = dict[LabelKey, LabelValue]
 
 
 class Values(BaseModel):
@@ -94,7 +97,7 @@ class EngineGroup(Pods):
 
 class Weights(Values):
     enabled: bool = Field(default=False, description="A volume for all nodes, at /models, and a step that fills it.")
-    repo: str = Field(default="", description="Hub id of the weights: tencent/Tencent-Hunyuan-Large.")
+    repo: HubId = Field(default="", description="Hub id of the weights: tencent/Tencent-Hunyuan-Large.")
     revision: str = Field(default="main", min_length=1, description="Branch, tag or commit there.")
     folder: str = Field(
         default="",
@@ -254,6 +257,7 @@ class Chart(Values):
     termination_grace_period_seconds: int | None = Field(
         default=None,
         ge=1,
+        le=MAX_GRACE_S,
         description="Of doors and engines; null: what settings.drain_timeout_s takes. Less than that is refused.",
     )
     head: Pods = Field(description="Ray's head: GCS, Serve's controller, dashboard, autoscaler. No traffic.")
@@ -303,8 +307,15 @@ def schema() -> dict[str, Any]:
     settings["doors"] |= {"minimum": 2}
     # A relative folder is below a working folder, which pods do not have.
     made["definitions"]["Model"]["properties"]["source"] |= {"pattern": r"^[^.]"}
+    _text(made["definitions"]["Batches"]["properties"]["store"])["pattern"] = POD_STORE
     made["definitions"]["Image"]["properties"]["tag"]["not"] = {"const": "latest"}
     return made
+
+
+def _text(node: dict[str, Any]) -> dict[str, Any]:
+    """The part of an optional text that is one."""
+    part: dict[str, Any] = next(each for each in node["anyOf"] if each["type"] == "string")
+    return part
 
 
 def _draft7(node: Any) -> Any:

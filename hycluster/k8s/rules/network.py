@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hycluster.k8s.pods import All, Broken, Pod, Resource, annotations_of, labels_of, name_of
+from hycluster.k8s.rules.access import is_everybody
 from hycluster.k8s.rules.objects import selected, selects_somebody
 
 # By KubeRay's Helm chart, and by its kustomization.
@@ -16,7 +17,6 @@ DOOR_PORTS = {8000, 9000, "door-http", "door-grpc"}
 CLIENTS = "hycluster/clients"
 # In words, why pods may reach any address.
 EGRESS_BECAUSE = "hycluster/egress"
-ANYWHERE = {"0.0.0.0/0", "::/0"}
 
 
 def _ports_are_there(resource: Resource, every: All) -> Iterator[Broken]:
@@ -112,7 +112,7 @@ def _egress(resource: Resource, _all: All) -> Iterator[Broken]:
         return
     for index, rule in enumerate(spec.get("egress") or ()):
         blocks = {peer["ipBlock"]["cidr"] for peer in rule.get("to") or () if "ipBlock" in peer}
-        if not rule.get("to") or blocks & ANYWHERE:
+        if not rule.get("to") or any(map(is_everybody, blocks)):
             yield Broken(
                 f"spec.egress[{index}].to",
                 "anywhere",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import yaml
@@ -13,6 +14,7 @@ from hycluster.k8s.pods import All, Broken, Pod, Resource, annotations_of, label
 ENFORCE = "pod-security.kubernetes.io/enforce"
 # In words, why a namespace allows more than the restricted standard.
 PRIVILEGED_BECAUSE = "hycluster/pod-security"
+HUB_ID = r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?"
 MUST_HAVE_A_VALUE = ("INPUT", "OUTPUT", "JOB", "REPO", "REVISION")
 
 
@@ -142,6 +144,8 @@ def _values(resource: Resource, _all: All) -> Iterator[Broken]:
     for key in MUST_HAVE_A_VALUE:
         if data.get(key) == "":
             yield Broken(f"data.{key}", "is empty", "have a value", "what reads it would act on nothing")
+    if data.get("REPO") and not re.fullmatch(HUB_ID, data["REPO"]):
+        yield Broken("data.REPO", repr(data["REPO"]), "be a hub id: ORGANISATION/NAME", "nothing would be fetched")
 
 
 def _order(resource: Resource, every: All) -> Iterator[Broken]:

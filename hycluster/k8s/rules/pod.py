@@ -138,6 +138,26 @@ def _images(pod: Pod, every: All) -> Iterator[Broken]:
             yield Broken(f"{path}.image", image, "name a version", "pods of one cluster would run different code")
 
 
+def _image_is_for_the_hardware(pod: Pod, _all: All) -> Iterator[Broken]:
+    """By our tags' ends: engines run on what their image was built for."""
+    tag = str(pod.main.get("image")).partition("@")[0].rpartition("/")[2].partition(":")[2]
+    gpus = pod.limit("nvidia.com/gpu")
+    if gpus and tag.endswith("-cpu"):
+        yield Broken(
+            "spec.containers[0].image",
+            f"{tag} with {gpus:g} GPUs",
+            "be the image for GPUs (-gpu), or the pod have none",
+            "the engine would not see them, and does not start",
+        )
+    if not gpus and tag.endswith("-gpu") and pod.role in ("engines", "job-engines"):
+        yield Broken(
+            "spec.containers[0].image",
+            f"{tag} without a GPU",
+            "be the image for CPUs (-cpu), or the pod have GPUs",
+            "the engine finds no device, and does not start",
+        )
+
+
 def _pull_secrets(pod: Pod, every: All) -> Iterator[Broken]:
     """Pods of one image are pulled with the same secrets."""
     mine = pod.spec.get("imagePullSecrets") or []
@@ -234,6 +254,7 @@ RULES = (
     _token,
     _account_is_there,
     _images,
+    _image_is_for_the_hardware,
     _pull_secrets,
     _resources,
     _mounts,

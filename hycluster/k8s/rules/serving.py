@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from hycluster.config import Model, Settings, validate
 from hycluster.errors import SettingsError
@@ -16,12 +17,13 @@ from hycluster.k8s.rules.drain import DRAIN
 from hycluster.k8s.rules.network import way_out
 from hycluster.k8s.sizes import SERVE_MARGIN_S, deletion_delay_s, stored_remotely
 from hycluster.placement import on_gpus, reserved
+from hycluster.unique_keys import read_yaml
 
 STORE_PORT = 443
 SERVE = "spec.serveConfigV2"
 
 
-def _settings(resource: Resource) -> Settings | None:
+def settings_of_service(resource: Resource) -> Settings | None:
     """Those that the pods start with; None if they are wrong."""
     return _read(resource["spec"].get("serveConfigV2") or "")
 
@@ -48,9 +50,19 @@ def _wrong(text: str) -> Iterator[Broken]:
     from ray.serve.schema import ServeDeploySchema
 
     try:
-        serve = yaml.safe_load(text)
+        serve = read_yaml(text)
+        if serve is None:
+            yield Broken(
+                SERVE, "there is none", "be Ray Serve's settings (hycluster k8s render)", "nothing would start"
+            )
+            return
         known = ServeDeploySchema.model_validate(serve).model_dump(mode="json")
         (application,) = serve["applications"]
+    except ValidationError as error:
+        for problem in error.errors(include_url=False):
+            where = ".".join(map(str, problem["loc"]))
+            yield Broken(f"{SERVE}{where and '.'}{where}", problem["msg"], "be as Ray Serve has it", "Serve refuses it")
+        return
     except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         yield Broken(SERVE, " ".join(str(error).split())[:300], "be Ray Serve's settings", "Serve would refuse it")
         return
@@ -96,7 +108,7 @@ def _roles(resource: Resource, role: str) -> list[Pod]:
 
 
 def _doors(resource: Resource, _all: All) -> Iterator[Broken]:
-    settings = _settings(resource)
+    settings = settings_of_service(resource)
     if settings is None:
         return
     pods = _roles(resource, "doors")
@@ -144,7 +156,7 @@ def _doors(resource: Resource, _all: All) -> Iterator[Broken]:
 
 
 def _drains_in_time(resource: Resource, _all: All) -> Iterator[Broken]:
-    settings = _settings(resource)
+    settings = settings_of_service(resource)
     if settings is None:
         return
     needs_s = settings.drain_timeout_s + SERVE_MARGIN_S
@@ -171,7 +183,7 @@ def _drains_in_time(resource: Resource, _all: All) -> Iterator[Broken]:
 
 def _engines(resource: Resource, _all: All) -> Iterator[Broken]:
     """Pods for as many replicas as the settings want at the least, and at the most."""
-    settings = _settings(resource)
+    settings = settings_of_service(resource)
     if settings is None:
         return
     pods = _roles(resource, "engines")
@@ -192,7 +204,7 @@ def _homes(settings: Settings, pods: list[Pod]) -> Iterator[tuple[Pod | None, li
     """Groups, and the models whose replicas go there."""
     found: dict[int, list[Model]] = {}
     for model in settings.models:
-        place = next((i for i, pod in enumerate(pods) if _is_home(model, pod)), None)
+        place = next((i for i, pod in enumerate(pods) if is_home(model, pod)), None)
         if place is None:
             yield None, [model]
         else:
@@ -207,7 +219,7 @@ def _wants(model: Model) -> list[str]:
     return kind + list(model.hardware.resources)
 
 
-def _is_home(model: Model, pod: Pod) -> bool:
+def is_home(model: Model, pod: Pod) -> bool:
     return set(_wants(model)) <= (pod.group.get("resources") or {}).keys()
 
 
@@ -236,7 +248,7 @@ def _room(pod: Pod, models: list[Model]) -> Iterator[Broken]:
 
 def _batches_have_a_home(resource: Resource, _all: All) -> Iterator[Broken]:
     """The Batch API's process sits where the store's credentials are, on no engine's pod."""
-    settings = _settings(resource)
+    settings = settings_of_service(resource)
     if settings is None or settings.batches is None:
         return
     wanted = settings.batches.resources
@@ -252,7 +264,7 @@ def _batches_have_a_home(resource: Resource, _all: All) -> Iterator[Broken]:
 
 def _store_is_reachable(resource: Resource, every: All) -> Iterator[Broken]:
     """Doors take uploads and run the Batch API: they need the object store's credentials, and a way there."""
-    settings = _settings(resource)
+    settings = settings_of_service(resource)
     if settings is None or not stored_remotely(settings):
         return
     store = f"batches.store: {settings.batches.store}" if settings.batches else ""
@@ -276,7 +288,7 @@ def _store_is_reachable(resource: Resource, every: All) -> Iterator[Broken]:
 
 
 def _hub_is_reachable(resource: Resource, every: All) -> Iterator[Broken]:
-    settings = _settings(resource)
+    settings = settings_of_service(resource)
     hubs = [m.source for m in settings.models if not m.source.startswith(("/", "package:"))] if settings else []
     for pod in pods_of(resource) if hubs else ():
         offline = pod.env.get("HF_HUB_OFFLINE") == "1"
