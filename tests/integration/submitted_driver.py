@@ -17,8 +17,8 @@ from tests.batch import stand_in
 
 
 @contextmanager
-def engines(job: Job, settings: Settings | None) -> Iterator[Connect]:
-    cluster.connect()
+def engines(job: Job, settings: Settings | None, address: str | None = None) -> Iterator[Connect]:
+    cluster.connect(address)
     yield stand_in.stand_in()
 
 
