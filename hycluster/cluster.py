@@ -44,6 +44,8 @@ from hycluster.starts import CONTROLLER_OPTIONS
 logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
+START_ATTEMPTS = 3
+_TIMED_OUT = "timed out during startup"
 
 
 def connect(address: str | None = None) -> Chosen:
@@ -102,19 +104,37 @@ def start(*, remembered: bool = True) -> bool:
     os.environ.setdefault("RAY_worker_niceness", "0")
     # Ray's monitor kills the directory and Serve's controller for what others have; a guard of ours is in its place.
     os.environ.setdefault(MONITOR_VARIABLE, "0")
-    ray.init(
-        address="local",
-        namespace=NAMESPACE,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    _start_node()
     for process in psutil.Process().children():
         if process.name() == "raylet":
             MemoryGuard(process, tell=logger.warning).start()
     if remembered:
         remember(ray.get_runtime_context().gcs_address)
     return True
+
+
+def _start_node() -> None:
+    """Ray gives its own processes 30 s to start, whatever one asks for; on a busy machine that may not do."""
+    others = psutil.Process().children(recursive=True)
+    for left in reversed(range(START_ATTEMPTS)):
+        try:
+            ray.init(
+                address="local",
+                namespace=NAMESPACE,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+            return
+        except Exception as error:  # Ray has no class of its own for it.
+            if not left or _TIMED_OUT not in str(error):
+                raise
+            logger.warning("Ray's processes did not start within 30 s; once more")
+            ray.shutdown()
+            for process in psutil.Process().children(recursive=True):
+                if process not in others:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
 
 
 def check_resources(models: tuple[Model, ...]) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 import time
 
 import pytest
@@ -103,3 +104,39 @@ def test_an_address_where_nobody_listens_is_refused_at_once(monkeypatch: pytest.
     with pytest.raises(SettingsError, match=rf"^--address: no Ray cluster at '127\.0\.0\.1:{port}': .*refused"):
         cluster.connect(f"127.0.0.1:{port}")
     assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize(("timeouts", "starts"), [(0, 1), (2, 3)])
+def test_ray_may_take_longer_than_it_gives_itself(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, timeouts: int, starts: int
+) -> None:
+    begun = []
+
+    def init(**_: object) -> None:
+        begun.append(subprocess.Popen(["sleep", "100"]))
+        if len(begun) <= timeouts:
+            raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr(ray, "init", init)
+    cluster._start_node()
+    assert len(begun) == starts
+    assert len(caplog.records) == timeouts
+    # What a start that failed has left is gone; what serves is not.
+    for process in begun[:-1]:
+        assert process.wait(5) < 0
+    assert begun[-1].poll() is None
+    begun[-1].kill()
+    begun[-1].wait()
+
+
+def test_what_else_keeps_ray_from_starting_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+
+    def init(**_: object) -> None:
+        begun.append(1)
+        raise ValueError("no")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ValueError, match="no"):
+        cluster._start_node()
+    assert begun == [1]
