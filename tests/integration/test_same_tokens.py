@@ -51,6 +51,8 @@ def test_batch(served: Served, reference: Reference, engine: str, tmp_path: Path
     )
     command = [sys.executable, "-m", "hycluster", "batch", "run", str(job), "--input", str(tmp_path / "in.parquet")]
     command += ["--output", str(tmp_path / "out"), "--engine", engine, "--config", str(_small_pool(tmp_path))]
+    # This session's other cluster is of the same home.
+    command += ["--address", served.ray]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     parts = sorted((tmp_path / "out").glob("part-*.parquet"))
