@@ -79,7 +79,7 @@ def llm(work: Path, max_tokens: int) -> float:
 LLM_SCRIPT = """
 import json, sys, time
 from vllm import LLM, SamplingParams
-from hycluster.config import home
+from hycluster.settings.base import home
 from hycluster.engine.weights import prepare
 
 if __name__ == "__main__":

@@ -97,8 +97,8 @@ class Plain:
     async def __call__(self, batch: pa.Table) -> pa.Table:
         async with self._opening:
             if self._generator is None:
-                from hycluster.directory import SHARED_DIRECTORY
-                from hycluster.generation import open_generator
+                from hycluster.directory.directory import SHARED_DIRECTORY
+                from hycluster.gateway.generation import open_generator
 
                 self._context = open_generator(SHARED_DIRECTORY, MODEL)
                 self._generator = await self._context.__aenter__()

@@ -33,8 +33,8 @@ import pyarrow.parquet as pq
 
 from hycluster.batch.job import Job
 from hycluster.batch.task import Connect
-from hycluster.config import Settings
 from hycluster.core import Generation, GenerationRequest, ModelCard, Output, Usage
+from hycluster.settings.settings import Settings
 
 MODEL = "simulated"
 FILE_ROWS = 250_000
@@ -123,7 +123,7 @@ def child(command: str, work: Path) -> None:
         settings = json.loads((work / "job.json").read_text())
         run_job(Job.model_validate(settings), engines=partial(simulated_engines, str(work / "pids")))
     else:
-        from hycluster.batch.verify import verify
+        from hycluster.batch.output.verify import verify
 
         verdict = verify(str(work / "out"), str(work / "corpus"))
         print("\n".join(verdict.lines()))

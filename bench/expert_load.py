@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hycluster.config import Routing
 from hycluster.engine.expert_load import by_rank, skew
 from hycluster.models.recycling import expert_loads, recycle, route
 from hycluster.models.routing import Router
+from hycluster.settings.model import Routing
 
 FACTORS = (1.0, 1.25, 1.5, 2.0)
 RANKS = (2, 4, 8, 16)

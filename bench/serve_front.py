@@ -15,8 +15,9 @@ from ray import serve
 
 from hycluster import cluster
 from hycluster.app import replicas
-from hycluster.config import Settings, load_settings
-from hycluster.directory import SHARED_DIRECTORY, open_directory
+from hycluster.directory.directory import SHARED_DIRECTORY, open_directory
+from hycluster.settings.read import load_settings
+from hycluster.settings.settings import Settings
 
 
 def front(settings: Settings) -> Any:
@@ -27,7 +28,7 @@ def front(settings: Settings) -> Any:
         if scope["type"] != "http":
             return
         if "app" not in opened:
-            from hycluster.generation import open_generators
+            from hycluster.gateway.generation import open_generators
             from hycluster.ingress.http import model_app
 
             stack = contextlib.AsyncExitStack()

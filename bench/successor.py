@@ -24,7 +24,7 @@ import httpx
 import psutil
 
 from hycluster.app import deployment_name
-from hycluster.config import Model
+from hycluster.settings.model import Model
 
 LOOK_EVERY_S = 0.05
 GIVE_UP_S = 300.0

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hycluster.config import NAME_PATTERN, Adapter, Model
 from hycluster.errors import InvalidInput, SettingsError, shown
+from hycluster.settings.base import NAME_PATTERN
+from hycluster.settings.model import Adapter, Model
 
 # What vLLM 0.32.0 takes for ``max_lora_rank``.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

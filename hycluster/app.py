@@ -17,15 +17,17 @@ from ray.serve import Application
 
 from hycluster import logs
 from hycluster.batch_api.executor import BatchExecutor
-from hycluster.config import Model, Settings, validate
-from hycluster.directory import SHARED_DIRECTORY
+from hycluster.directory.directory import SHARED_DIRECTORY
+from hycluster.directory.scaler import autoscaling_config
+from hycluster.directory.starts import ENDLESS
 from hycluster.door import Door
-from hycluster.placement import actor_options, bundles, strategy, with_room
-from hycluster.rank import Patience
-from hycluster.replica import Replica
-from hycluster.scaler import autoscaling_config
+from hycluster.replica.placement import actor_options, bundles, strategy, with_room
+from hycluster.replica.rank import Patience
+from hycluster.replica.replica import Replica
+from hycluster.settings.model import Model
+from hycluster.settings.read import validate
+from hycluster.settings.settings import Settings
 from hycluster.spread import door_nodes, door_resources
-from hycluster.starts import ENDLESS
 
 APP_NAME = "hycluster"
 # Serve notices that a process is gone when it next asks for its health, and then replaces it.

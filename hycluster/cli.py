@@ -16,13 +16,13 @@ import typer
 from hycluster import __version__
 from hycluster.batch.cli import app as batch_app
 from hycluster.chaos.cli import chaos
-from hycluster.config import DEFAULT_SETTINGS, load_settings
 from hycluster.consent import Yes, ask
 from hycluster.errors import HyclusterError
 from hycluster.k8s.cli import app as k8s_app
 from hycluster.models.cli import tiny_model
 from hycluster.planning.cli import plan
-from hycluster.running import choose
+from hycluster.serving.running import choose
+from hycluster.settings.read import DEFAULT_SETTINGS, load_settings
 from hycluster.summarize.cli import summarize
 
 if TYPE_CHECKING:
@@ -96,8 +96,9 @@ def serve(
 
     import ray
 
-    from hycluster import cluster, running
-    from hycluster.service import Service
+    from hycluster import cluster
+    from hycluster.serving import running
+    from hycluster.serving.service import Service
 
     started_ray = cluster.start()
     running.remember_models([model.name for model in settings.models])
@@ -158,8 +159,9 @@ def upgrade(
 
     import ray
 
-    from hycluster import cluster, running_service, upgrade
-    from hycluster.placement import with_room
+    from hycluster import cluster, upgrade
+    from hycluster.replica.placement import with_room
+    from hycluster.serving import running_service
 
     found = running_service.find(cluster.connect(address))
     try:
@@ -197,10 +199,11 @@ def status() -> None:
     """
     import ray
 
-    from hycluster import cluster, ray_state
+    from hycluster import cluster
     from hycluster.app import APP_NAME
-    from hycluster.directory import SHARED_DIRECTORY
-    from hycluster.status import status as told
+    from hycluster.directory.directory import SHARED_DIRECTORY
+    from hycluster.serving import ray_state
+    from hycluster.serving.status import status as told
 
     cluster.connect()
     try:

@@ -25,21 +25,22 @@ from ray.serve.exceptions import RayServeException
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from hycluster import running_service
 from hycluster.app import APP_NAME, application
-from hycluster.capacity import check_places
-from hycluster.config import Model, Settings
-from hycluster.directory import NAMESPACE, SHARED_DIRECTORY, open_directory
+from hycluster.directory.directory import NAMESPACE, SHARED_DIRECTORY, open_directory
+from hycluster.directory.starts import CONTROLLER_OPTIONS
 from hycluster.engine.scratch import sweep
 from hycluster.errors import EngineStartFailed, HyclusterError, SettingsError, one_line, reported
 from hycluster.memory import MONITOR_VARIABLE, MemoryGuard
-from hycluster.placement import actor_options, bundles, on_gpus, reserved, strategy
-from hycluster.rank import Patience
-from hycluster.replica import Replica
-from hycluster.running import Chosen, choose, remember, started_here
-from hycluster.service import Opened, Service
+from hycluster.replica.placement import actor_options, bundles, on_gpus, reserved, strategy
+from hycluster.replica.rank import Patience
+from hycluster.replica.replica import Replica
+from hycluster.serving import running_service
+from hycluster.serving.capacity import check_places
+from hycluster.serving.running import Chosen, choose, remember, started_here
+from hycluster.serving.service import Opened, Service
+from hycluster.settings.model import Model
+from hycluster.settings.settings import Settings
 from hycluster.spread import door_nodes, doors_per_node
-from hycluster.starts import CONTROLLER_OPTIONS
 
 logger = logging.getLogger(__name__)
 

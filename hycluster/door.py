@@ -19,13 +19,13 @@ from typing import Any
 import ray
 
 from hycluster import logs
-from hycluster.config import Settings
-from hycluster.directory import FORGET_AFTER_S, Overview, open_directory
+from hycluster.directory.directory import FORGET_AFTER_S, Overview, open_directory
 from hycluster.errors import HyclusterError, SettingsError, Unavailable, start_failure
 from hycluster.ingress.grpc import serve_grpc
 from hycluster.ingress.health import PoolHealth
 from hycluster.ingress.ports import TURNED_AWAY_AFTER_S, let_in, turn_away
 from hycluster.ingress.starting import StartingDoors, starting_doors
+from hycluster.settings.settings import Settings
 from hycluster.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class Door:
     async def _serve_models(self, starting: StartingDoors | None) -> None:
         # Half a minute on a slow machine, and callers are to be told meanwhile.
         await asyncio.to_thread(importlib.import_module, "hycluster.ingress.http")
-        from hycluster.generation import open_generators
+        from hycluster.gateway.generation import open_generators
         from hycluster.ingress.http import serve_http
 
         settings = self._settings

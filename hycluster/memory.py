@@ -28,7 +28,7 @@ from pathlib import Path
 
 import psutil
 
-from hycluster.config import Model
+from hycluster.settings.model import Model
 
 logger = logging.getLogger(__name__)
 

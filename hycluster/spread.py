@@ -18,7 +18,7 @@ from collections.abc import Mapping
 import ray
 from ray._raylet import IMPLICIT_RESOURCE_PREFIX  # type: ignore[attr-defined]
 
-from hycluster.config import Settings
+from hycluster.settings.settings import Settings
 
 # Ray counts resources in steps of this size, and drops what is below.
 STEPS = 10_000

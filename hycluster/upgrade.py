@@ -1,7 +1,7 @@
 """New settings for a service that runs: Serve replaces its replicas and its doors one by one, and no request fails.
 
 It is Serve's own rolling update. What makes it one without a gap lies elsewhere: a replica that is stopped hands over
-what it has (``hycluster/rank.py``), a door's successor listens before the door stops (``hycluster/door.py``).
+what it has (``hycluster/replica/rank.py``), a door's successor listens before the door stops (``hycluster/door.py``).
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from ray.serve.schema import ApplicationStatus
 
 from hycluster.app import APP_NAME, application, deployment_name
 from hycluster.cluster import check_batches, check_doors, check_resources
-from hycluster.config import Model, Settings
 from hycluster.door import DoorAddresses
 from hycluster.errors import EngineStartFailed, HyclusterError, SettingsError, one_line, reported
+from hycluster.settings.model import Model
+from hycluster.settings.settings import Settings
 
 
 def upgrade(settings: Settings, surging: frozenset[str], stopping: threading.Event) -> Deployed | None:
@@ -29,7 +30,8 @@ def upgrade(settings: Settings, surging: frozenset[str], stopping: threading.Eve
     What is old may drain for a while longer. ``http.port`` and ``grpc.port`` 0 are the ports that are open now.
 
     Args:
-        surging: models with room for a successor beside the old replica; see :func:`hycluster.placement.with_room`.
+        surging: models with room for a successor beside the old replica; see
+            :func:`hycluster.replica.placement.with_room`.
         stopping: gives up waiting, not the upgrade: then None.
 
     Raises:

@@ -30,8 +30,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hycluster.client import Client
-from hycluster.config import DEFAULT_SETTINGS, load_settings
 from hycluster.errors import HyclusterError
+from hycluster.settings.read import DEFAULT_SETTINGS, load_settings
 
 TEXTS = 48
 SHOWN = 8

@@ -108,7 +108,7 @@ def main() -> int:
     import ray
 
     from hycluster import cluster
-    from hycluster.directory import NAMESPACE
+    from hycluster.directory.directory import NAMESPACE
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

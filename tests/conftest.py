@@ -21,7 +21,7 @@ def vllm_imported() -> None:
     """For tests of modules that import vLLM: its import takes seconds and warns of third parties' sins."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import hycluster.generation
+        import hycluster.gateway.generation
         import hycluster.ingress.http  # noqa: F401
 
 

@@ -8,13 +8,15 @@ from types import SimpleNamespace, TracebackType
 from typing import Any, Self
 
 from hycluster.adapters import Word
-from hycluster.config import DataPlane, Model, Simulated
 from hycluster.core import ReplicaAddress
-from hycluster.directory import Demand, Directory, ReplicaReport
+from hycluster.directory.directory import Demand, Directory, ReplicaReport
 from hycluster.engine import messages
 from hycluster.engine.simulated import SimulatedEngine
 from hycluster.engine.timing import SimulatedScheduler
-from hycluster.wire import EngineServer
+from hycluster.replica.wire import EngineServer
+from hycluster.settings.load import DataPlane
+from hycluster.settings.model import Model
+from hycluster.settings.simulated import Simulated
 
 LOOPBACK = DataPlane(host="127.0.0.1")
 

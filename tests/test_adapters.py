@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hycluster.adapters import AdapterTable, Word, adapter_arguments, adapter_id, check_name, rank
-from hycluster.config import Adapter, Model
 from hycluster.errors import InvalidInput, SettingsError
+from hycluster.settings.model import Adapter, Model
 
 STATIC = (Adapter(name="a", source="/a"), Adapter(name="b", source="/b"))
 words = st.builds(Word, st.integers(0, 3), st.sampled_from(["x", "y"]), st.none() | st.sampled_from(["/1", "/2"]))

@@ -6,9 +6,12 @@ import pytest
 from ray.serve import Application
 
 from hycluster.app import application, build, deployment_name, replicas
-from hycluster.config import Autoscaling, Hardware, Model, Parallel, Replicas, Settings
+from hycluster.directory.starts import ENDLESS
 from hycluster.errors import SettingsError
-from hycluster.starts import ENDLESS
+from hycluster.settings.model import Model
+from hycluster.settings.parallel import Parallel
+from hycluster.settings.pool import Autoscaling, Hardware, Replicas
+from hycluster.settings.settings import Settings
 
 SETTINGS: dict[str, Any] = {
     "models": [

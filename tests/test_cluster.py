@@ -8,9 +8,11 @@ import pytest
 import ray
 
 from hycluster import cluster
-from hycluster.config import Model, Parallel, Settings
 from hycluster.errors import SettingsError
-from tests.placed_model import model
+from hycluster.settings.model import Model
+from hycluster.settings.parallel import Parallel
+from hycluster.settings.settings import Settings
+from tests.replica.placed_model import model
 
 GIB = 1 << 30
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from hycluster.config import Model, load_settings
 from hycluster.planning.architecture import GIB, KIB, Architecture
 from hycluster.planning.families import architecture
 from hycluster.planning.gpus import gpu
 from hycluster.planning.precision import Precision
 from hycluster.planning.shares import DeviceShare, device_share, kv_bytes_per_token
+from hycluster.settings.model import Model
+from hycluster.settings.read import load_settings
 
 ROOT = Path(__file__).parent.parent
 H20_GIB = gpu("H20").memory_gib

@@ -16,14 +16,15 @@ from typing import Any
 
 import pytest
 
-from hycluster.config import DataPlane, Simulated
 from hycluster.core import ReplicaAddress
-from hycluster.directory import ReplicaReport
+from hycluster.directory.directory import ReplicaReport
 from hycluster.engine.simulated import SimulatedEngine
 from hycluster.errors import HyclusterError
+from hycluster.gateway.router import make_policy
 from hycluster.ingress.ports import bind, notice_lost
-from hycluster.router import make_policy
-from hycluster.wire import EngineServer
+from hycluster.replica.wire import EngineServer
+from hycluster.settings.load import DataPlane
+from hycluster.settings.simulated import Simulated
 from tests.cable import Cable, cable
 from tests.engine_requests import PROMPT, ask
 from tests.ingress.stand_in import MODEL, StandInGenerator, open_door
@@ -41,9 +42,10 @@ SLACK_S = 1.5
 REPLICA = """
 import ctypes, json, sys
 from dataclasses import asdict
-from hycluster.config import DataPlane, Simulated
+from hycluster.settings.load import DataPlane
+from hycluster.settings.simulated import Simulated
 from hycluster.engine.simulated import SimulatedEngine
-from hycluster.wire import EngineServer
+from hycluster.replica.wire import EngineServer
 host, settings, ports = sys.argv[1], Simulated(**json.loads(sys.argv[2])), DataPlane(**json.loads(sys.argv[3]))
 engine = SimulatedEngine(settings)
 server = EngineServer(engine, replica_id="far", model="tiny", host=host, ports=ports)
@@ -57,7 +59,7 @@ for line in sys.stdin:
 GATEWAY = """
 import json, sys, time
 from hycluster.core import ReplicaAddress
-from tests.test_wire import RawGateway
+from tests.replica.test_wire import RawGateway
 gateway = RawGateway(ReplicaAddress(**json.loads(sys.argv[1])))
 gateway.hello()
 gateway.add("r", max_tokens=100_000)
@@ -100,7 +102,7 @@ def far_replica(far: Cable, lost_after_s: float = LOST_AFTER_S) -> Any:
 
 @asynccontextmanager
 async def pool() -> AsyncIterator[tuple[Any, dict[str, str]]]:
-    from hycluster.pool import PoolClient
+    from hycluster.gateway.pool import PoolClient
 
     lost: dict[str, str] = {}
 

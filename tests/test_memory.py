@@ -12,8 +12,9 @@ import psutil
 import pytest
 
 from hycluster import memory
-from hycluster.config import Model, Simulated
 from hycluster.memory import GIB, Journal, MemoryGuard, Usage, bound_bytes, usage
+from hycluster.settings.model import Model
+from hycluster.settings.simulated import Simulated
 
 TOTAL = psutil.virtual_memory().total
 

@@ -6,7 +6,8 @@ import pytest
 import ray
 from ray._raylet import IMPLICIT_RESOURCE_PREFIX  # type: ignore[attr-defined]
 
-from hycluster.config import Model, Settings
+from hycluster.settings.model import Model
+from hycluster.settings.settings import Settings
 from hycluster.spread import door_nodes, door_resources, doors_per_node
 
 

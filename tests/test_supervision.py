@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from hycluster.config import load_settings
 from hycluster.errors import ClusterLost, EngineStartFailed, SettingsError
+from hycluster.settings.read import load_settings
 
 ROOT = Path(__file__).parents[1]
 UNIT = ROOT / "deployments" / "hycluster.service"

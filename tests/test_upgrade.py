@@ -1,7 +1,9 @@
 from __future__ import annotations
 
-from hycluster.config import Grpc, Http, Model, Settings
 from hycluster.door import DoorAddresses
+from hycluster.settings.ingress import Grpc, Http
+from hycluster.settings.model import Model
+from hycluster.settings.settings import Settings
 from hycluster.upgrade import _same_ports
 
 MODEL = Model(name="m", source="/m")

@@ -10,9 +10,9 @@ from typing import Annotated
 
 import typer
 
-from hycluster.config import DEFAULT_SETTINGS, load_settings
 from hycluster.consent import Yes, ask
 from hycluster.errors import HyclusterError, SettingsError
+from hycluster.settings.read import DEFAULT_SETTINGS, load_settings
 from hycluster.submit.cli import cancel, jobs, logs, show_submitted, submit
 
 app = typer.Typer(name="batch", help="Bulk runs over Parquet.", no_args_is_help=True)
@@ -86,7 +86,7 @@ def verify(
     Exit codes: 0 it is so; 1 it is not, a line a fault; 2 there is no such output or input.
     """
     with _one_line_errors():
-        from hycluster.batch.verify import verify
+        from hycluster.batch.output.verify import verify
 
         verdict = verify(output_path, input_path)
     for line in verdict.lines():
@@ -112,7 +112,7 @@ def status(
     with _one_line_errors():
         if address is not None:
             raise typer.Exit(show_submitted(subject, address, follow=follow, as_json=as_json))
-        from hycluster.batch.status import show
+        from hycluster.batch.progress.status import show
 
         show(subject, follow=follow, as_json=as_json)
 
@@ -123,7 +123,7 @@ def report(
 ) -> None:
     """Write report.html and report.json into an output, of what is committed there. A finished job has them."""
     with _one_line_errors():
-        from hycluster.batch.figures import REPORT_HTML, write_report
+        from hycluster.batch.progress.figures import REPORT_HTML, write_report
 
         written = write_report(output_path)
     typer.echo(f"{written['output']}/{REPORT_HTML}")
@@ -138,7 +138,7 @@ def _one_line_errors() -> Iterator[None]:
         raise typer.Exit(error.exit_code) from None
     except OSError as error:
         # A store that does not answer, a folder that may not be read: at any of many reads.
-        from hycluster.batch.storage import one_line
+        from hycluster.storage import one_line
 
         typer.echo(f"error: OUTPUT: can't be read: {one_line(error)}", err=True)
         raise typer.Exit(SettingsError.exit_code) from None

@@ -20,11 +20,11 @@ import pyarrow as pa
 
 from hycluster import logs
 from hycluster.batch.ask import first_error
-from hycluster.batch.commit import Output
-from hycluster.batch.corpus import REFUSAL, ROW_ID, SHARD
-from hycluster.batch.record import ShardRecord
+from hycluster.batch.input.corpus import REFUSAL, ROW_ID, SHARD
+from hycluster.batch.output.commit import Output
+from hycluster.batch.output.record import ShardRecord
+from hycluster.batch.progress.terminal import Progress, Totals
 from hycluster.batch.refusal import Reason, Refusal, RowRefused, refusal_of
-from hycluster.batch.report import Progress, Totals
 from hycluster.batch.task import Answer, OpenTask, Task
 from hycluster.errors import HyclusterError, InvalidInput, JobFailed, SettingsError, Unauthenticated, UnknownModel
 

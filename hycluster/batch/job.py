@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from hycluster.config import Strict, load_yaml, override, validate
 from hycluster.core import Sampling
 from hycluster.errors import SettingsError
+from hycluster.settings.base import Strict
+from hycluster.settings.read import load_yaml, override, validate
 
 Task = Literal["summarize", "rewrite", "outline", "ask", "math", "code", "generate"]
 Engine = Literal["shared", "dedicated"]

@@ -36,7 +36,7 @@ PRESETS = {
     "code": "Write code that does what is asked. Answer with the code only.\n\nTask:\n{text}",
 }
 
-# For texts that are longer than the context (``hycluster/batch/summary.py``).
+# For texts that are longer than the context (``hycluster/batch/summaries/summarizer.py``).
 PART = {
     "en": (
         "Summarize the following part of a longer text in a few sentences. Keep names and numbers.\n\n"

@@ -18,22 +18,22 @@ from typing import Any
 from rich.console import Console
 
 from hycluster.batch.ask import Generator
-from hycluster.batch.commit import Output
-from hycluster.batch.corpus import Plan, plan
-from hycluster.batch.figures import write_report
-from hycluster.batch.identity import Identity, identity
+from hycluster.batch.input.corpus import Plan, plan
 from hycluster.batch.job import Job
-from hycluster.batch.lease import Lease
-from hycluster.batch.limit import check_quarantine
-from hycluster.batch.progress import Teller
+from hycluster.batch.output.commit import Output
+from hycluster.batch.output.identity import Identity, identity
+from hycluster.batch.output.lease import Lease
+from hycluster.batch.output.record import ShardRecord
+from hycluster.batch.progress.figures import write_report
+from hycluster.batch.progress.progress_file import Teller
+from hycluster.batch.progress.terminal import JobProgress, Progress, Reporter, Totals, summarize
 from hycluster.batch.prompts import prompt_of
-from hycluster.batch.record import ShardRecord
-from hycluster.batch.report import JobProgress, Progress, Reporter, Totals, summarize
-from hycluster.batch.storage import one_line, shown
+from hycluster.batch.quarantine_limit import check_quarantine
 from hycluster.batch.task import Connect
-from hycluster.config import Settings
 from hycluster.errors import HyclusterError, JobFailed, SettingsError, UnknownModel
-from hycluster.running import Chosen
+from hycluster.serving.running import Chosen
+from hycluster.settings.settings import Settings
+from hycluster.storage import one_line, shown
 
 Engines = Callable[[Job, Settings | None], AbstractContextManager[Connect]]
 # Files at fault that are named when a job begins.
@@ -155,7 +155,7 @@ def _engines(job: Job, settings: Settings | None, address: str | None = None) ->
     import ray
 
     from hycluster import cluster
-    from hycluster.directory import SHARED_DIRECTORY, find_directory
+    from hycluster.directory.directory import SHARED_DIRECTORY, find_directory
 
     if job.engine == "shared":
         _say_where(cluster.connect(address))
@@ -182,7 +182,7 @@ def _say_where(joined: Chosen | None) -> None:
 
 def _open_generator(directory: str, model: str) -> AbstractAsyncContextManager[Generator]:
     """Runs where the rows are; the driver has no need of vLLM."""
-    from hycluster.generation import open_generator
+    from hycluster.gateway.generation import open_generator
 
     return open_generator(directory, model)
 

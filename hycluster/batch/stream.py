@@ -18,12 +18,12 @@ from ray.data import ActorPoolStrategy, DataContext, Datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
-from hycluster.batch.commit import Output
-from hycluster.batch.corpus import SPAN_BYTES, Plan, Shard, Span, read, spans
 from hycluster.batch.generate import BLOCKS_AT_ONCE, Generate
+from hycluster.batch.input.corpus import SPAN_BYTES, Plan, Shard, Span, read, spans
 from hycluster.batch.job import Job
-from hycluster.batch.record import ShardRecord
-from hycluster.batch.report import Progress
+from hycluster.batch.output.commit import Output
+from hycluster.batch.output.record import ShardRecord
+from hycluster.batch.progress.terminal import Progress
 from hycluster.batch.task import Connect, open_task
 
 READERS = 4

@@ -12,7 +12,7 @@ from typing import Protocol
 from hycluster.batch.ask import Asker, Generator
 from hycluster.batch.job import Job, Summary
 from hycluster.batch.prompts import TREE, Prompt, Row, prompt_of
-from hycluster.batch.summary import Summarizer
+from hycluster.batch.summaries.summarizer import Summarizer
 from hycluster.core import GenerationRequest, Priority
 
 Connect = Callable[[], AbstractAsyncContextManager[Generator]]

@@ -19,8 +19,9 @@ from starlette.types import ASGIApp
 from hycluster import logs
 from hycluster.batch_api.runner import Runner
 from hycluster.batch_api.store import Store
-from hycluster.config import Admission, Settings
-from hycluster.directory import open_directory
+from hycluster.directory.directory import open_directory
+from hycluster.settings.load import Admission
+from hycluster.settings.settings import Settings
 from hycluster.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -159,7 +160,7 @@ class _Api:
     async def _open(self) -> ASGIApp:
         # Half a minute and half a gigabyte.
         await asyncio.to_thread(_import_vllm)
-        from hycluster.generation import open_generators
+        from hycluster.gateway.generation import open_generators
         from hycluster.ingress.http import model_apps, over_all_models
 
         settings = self._settings

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from hycluster.batch.commit import Output
-from hycluster.batch.corpus import ROW_ID, Plan, read, spans
+from hycluster.batch.input.corpus import ROW_ID, Plan, read, spans
+from hycluster.batch.output.commit import Output
 from hycluster.batch_api.lines import NOT_RUN, request_hash
 from hycluster.batch_api.records import Ending, Usage
 from hycluster.batch_api.requests import CUSTOM_ID

@@ -21,10 +21,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hycluster.batch_api.records import FINAL, Batch, ExpiresAfter, NewBatch, StoredFile, new_id, shown
 from hycluster.batch_api.store import Store
-from hycluster.config import validate
 from hycluster.errors import HyclusterError, InvalidInput
 from hycluster.errors import shown as echoed
 from hycluster.ingress.errors import answer_error, openai_error
+from hycluster.settings.read import validate
 
 ROOTS = ("/v1/files", "/v1/batches")
 MAX_JSON_BYTES = 1 << 20

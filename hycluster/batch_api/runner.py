@@ -18,20 +18,20 @@ from typing import Any
 import pyarrow as pa
 from starlette.types import ASGIApp
 
-from hycluster.batch import corpus
 from hycluster.batch.ask import first_error
-from hycluster.batch.commit import Output
-from hycluster.batch.corpus import Plan, Shard
 from hycluster.batch.generate import Generate
-from hycluster.batch.lease import Lease
-from hycluster.batch.storage import locate, make_folder, one_line
+from hycluster.batch.input import corpus
+from hycluster.batch.input.corpus import Plan, Shard
+from hycluster.batch.output.commit import Output
+from hycluster.batch.output.lease import Lease
 from hycluster.batch_api.lines import Lines
 from hycluster.batch_api.records import FINAL, Batch, Ending, LineError, State, new_id
 from hycluster.batch_api.requests import Refused, convert
 from hycluster.batch_api.results import Results
 from hycluster.batch_api.store import Store
-from hycluster.config import Batches
 from hycluster.errors import NotFound
+from hycluster.settings.ingress import Batches
+from hycluster.storage import locate, make_folder, one_line
 
 log = logging.getLogger(__name__)
 

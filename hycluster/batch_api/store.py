@@ -25,7 +25,11 @@ from typing import BinaryIO, TypeVar
 
 import pyarrow.fs as pafs
 
-from hycluster.batch.storage import (
+from hycluster.batch_api.records import BATCH_ID, FILE_ID, Batch, Record, State, StoredFile, new_id
+from hycluster.errors import InvalidInput, NotFound, shown
+from hycluster.settings.base import home
+from hycluster.settings.ingress import Batches
+from hycluster.storage import (
     create_if_absent,
     delete,
     leftover_of,
@@ -36,9 +40,6 @@ from hycluster.batch.storage import (
     replace,
     writing,
 )
-from hycluster.batch_api.records import BATCH_ID, FILE_ID, Batch, Record, State, StoredFile, new_id
-from hycluster.config import Batches, home
-from hycluster.errors import InvalidInput, NotFound, shown
 
 CHUNK_BYTES = 1 << 20
 READERS = 16

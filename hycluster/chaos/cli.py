@@ -10,7 +10,7 @@ import typer
 
 from hycluster.consent import Yes, ask
 from hycluster.errors import SettingsError, shown
-from hycluster.running import choose
+from hycluster.serving.running import choose
 
 INTERRUPTED = 130
 FEATURES = "n, logprobs, stop"

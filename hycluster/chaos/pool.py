@@ -9,9 +9,9 @@ from typing import Any
 import ray
 
 from hycluster.chaos.targets import Target, Targets
-from hycluster.config import Model
-from hycluster.directory import PoolView, find_directory
+from hycluster.directory.directory import PoolView, find_directory
 from hycluster.errors import InvalidInput, Unavailable
+from hycluster.settings.model import Model
 
 ANSWER_TIMEOUT_S = 10.0
 ASKER = "chaos"

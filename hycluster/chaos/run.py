@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
-from hycluster import cluster, running_service
+from hycluster import cluster
 from hycluster.app import deployment_name
 from hycluster.chaos.ask import http_client
 from hycluster.chaos.gateways import Gateways
@@ -23,6 +23,7 @@ from hycluster.chaos.targets import Targets
 from hycluster.client import AsyncClient
 from hycluster.door import DoorAddresses
 from hycluster.errors import InvalidInput, Unavailable
+from hycluster.serving import running_service
 
 Say = Callable[[str], None]
 

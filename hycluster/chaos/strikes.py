@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from hycluster.chaos.pool import Doors, Members, members
 from hycluster.chaos.schedule import Fault, Kind, Where
 from hycluster.chaos.targets import Process, Target, Targets
-from hycluster.config import Model
+from hycluster.settings.model import Model
 
 POLL_S = 0.2
 

@@ -13,10 +13,11 @@ from typing import Any
 
 from hycluster import logs
 from hycluster.adapters import adapter_arguments
-from hycluster.config import Model, Routing, home
 from hycluster.engine.protocol import GroupRank
 from hycluster.engine.weights import prepare
 from hycluster.errors import SettingsError
+from hycluster.settings.base import home
+from hycluster.settings.model import Model, Routing
 
 GIB = 1 << 30
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from hycluster.config import Routing
 from hycluster.core import ExpertLoad
 from hycluster.errors import SettingsError
 from hycluster.models.routing import LayerCounts, routed_layers, routing_settings
+from hycluster.settings.model import Routing
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

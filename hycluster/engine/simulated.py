@@ -15,7 +15,6 @@ from typing import Any
 
 import msgspec
 
-from hycluster.config import Simulated
 from hycluster.core import ReplicaLoad
 from hycluster.engine import messages
 from hycluster.engine.messages import (
@@ -28,6 +27,7 @@ from hycluster.engine.messages import (
 from hycluster.engine.protocol import NOBODY, EngineInfo, Frame
 from hycluster.engine.timing import SimulatedScheduler
 from hycluster.errors import InvalidInput
+from hycluster.settings.simulated import Simulated
 
 log = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hycluster.config import Simulated
 from hycluster.core import ReplicaLoad
 from hycluster.engine.messages import EngineCoreOutput, EngineCoreRequest, FinishReason, SamplingParams
 from hycluster.engine.protocol import CARRIED
 from hycluster.errors import InvalidInput
+from hycluster.settings.simulated import Simulated
 
 # Tokenizers keep special and single-byte tokens in the lowest ids; staying above them gives text
 # that detokenizes, and no end of sequence by chance.

@@ -41,7 +41,6 @@ from vllm.v1.request import Request
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from hycluster.adapters import adapter_id
-from hycluster.config import Adapter, Model
 from hycluster.core import ReplicaLoad
 from hycluster.engine.arguments import check_platform, engine_arguments
 from hycluster.engine.carried import lead_grammars, mend_worker, take_over
@@ -50,6 +49,7 @@ from hycluster.engine.protocol import NOBODY, SIBLINGS, EngineInfo, Frame, Group
 from hycluster.engine.scratch import Scratch
 from hycluster.errors import EngineStartFailed, SettingsError
 from hycluster.models.routing import layer_counts
+from hycluster.settings.model import Adapter, Model
 
 logger = logging.getLogger(__name__)
 

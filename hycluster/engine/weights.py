@@ -44,7 +44,7 @@ def prepare(source: str, home: Path, *, needs_weights: bool = True, needs_tokeni
 
     Args:
         source: ``Model.source`` of the settings.
-        home: ``hycluster.config.home()``; a package's model is kept below it.
+        home: ``hycluster.settings.base.home()``; a package's model is kept below it.
         needs_weights: False where the engine makes its own (``load_format: dummy``).
         needs_tokenizer: False where the engine's tokenizer is elsewhere (``tokenizer: ...``), or where it has none.
 

@@ -13,7 +13,7 @@ from starlette.responses import PlainTextResponse
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 
 from hycluster.errors import InvalidInput
-from hycluster.generation import Generator
+from hycluster.gateway.generation import Generator
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 

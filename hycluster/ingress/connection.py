@@ -17,9 +17,9 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from hycluster.config import Http
 from hycluster.errors import InvalidInput, Overloaded
 from hycluster.ingress.errors import error_body
+from hycluster.settings.ingress import Http
 
 MAX_HEADERS = 100
 # Of the request line and all headers together.

@@ -21,13 +21,13 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from grpc_reflection.v1alpha import reflection
 
-from hycluster import config
 from hycluster.core import Generation, GenerationRequest, ModelCard
 from hycluster.errors import DeadlineExceeded, HyclusterError, SettingsError, Unavailable, UnknownModel
 from hycluster.ingress import translate
 from hycluster.ingress.malformed import RefuseMalformed
 from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto import inference_pb2_grpc
+from hycluster.settings.ingress import Grpc
 
 logger = logging.getLogger(__name__)
 
@@ -225,7 +225,7 @@ class GrpcDoor:
 
 
 async def serve_grpc(
-    generator: Generator, settings: config.Grpc, *, reuse_port: bool = False, ready_poll_s: float = 0.2
+    generator: Generator, settings: Grpc, *, reuse_port: bool = False, ready_poll_s: float = 0.2
 ) -> GrpcDoor:
     """Open the gRPC door in the running event loop.
 
@@ -256,7 +256,7 @@ async def serve_grpc(
     return GrpcDoor(port, server, servicer, generator, health, readiness)
 
 
-def _options(settings: config.Grpc, reuse_port: bool) -> list[tuple[str, int]]:
+def _options(settings: Grpc, reuse_port: bool) -> list[tuple[str, int]]:
     max_bytes = settings.max_message_mib * 2**20
     return [
         ("grpc.max_receive_message_length", max_bytes),
@@ -273,7 +273,7 @@ def _options(settings: config.Grpc, reuse_port: bool) -> list[tuple[str, int]]:
     ]
 
 
-def _bind(server: grpc.aio.Server, settings: config.Grpc, reuse_port: bool) -> int:
+def _bind(server: grpc.aio.Server, settings: Grpc, reuse_port: bool) -> int:
     where = f"{settings.port} on {settings.host}"
     if not reuse_port:
         # Asks the socket layer first, because gRPC says only that it failed, and not why.

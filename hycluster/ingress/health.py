@@ -19,9 +19,9 @@ from urllib.parse import parse_qs
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from hycluster.directory.starts import StartTrouble
 from hycluster.errors import Unavailable, UnknownModel
 from hycluster.ingress.errors import answer_error
-from hycluster.starts import StartTrouble
 
 PATH = "/health"
 

@@ -34,16 +34,16 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from hycluster.batch_api.routes import WithBatches, batch_api
 from hycluster.batch_api.store import Store
-from hycluster.config import Batches, Http
 from hycluster.errors import HyclusterError, SettingsError
-from hycluster.gateway import Gateway
-from hycluster.generation import Generator
+from hycluster.gateway.gateway import Gateway
+from hycluster.gateway.generation import Generator
 from hycluster.ingress.adapters import adapter_routes
 from hycluster.ingress.body import TOKENIZED_PATHS, BodyLimit
 from hycluster.ingress.connection import protocol
 from hycluster.ingress.errors import answer_error, answer_generation_error, answer_http_error, answer_unreadable
 from hycluster.ingress.health import WithHealth
 from hycluster.ingress.ports import bind, notice_lost
+from hycluster.settings.ingress import Batches, Http
 
 # What a caller may use. Everything else of vLLM's app (scaling, raw token routes, rendering for
 # disaggregated setups, SageMaker's doubles, ...) answers 404 unless ``http.control_routes`` is set.

@@ -15,11 +15,11 @@ from typing import Any
 
 import uvicorn
 
-from hycluster import config
 from hycluster.core import Generation, GenerationRequest, ModelCard
 from hycluster.ingress import health
 from hycluster.ingress.grpc import Generator, GrpcDoor, serve_grpc
 from hycluster.ingress.ports import bind, check_port
+from hycluster.settings.settings import Settings
 
 
 class WaitingGenerator:
@@ -99,7 +99,7 @@ class StartingDoors:
 
 
 @contextlib.asynccontextmanager
-async def starting_doors(settings: config.Settings, pools: health.Pools) -> AsyncIterator[StartingDoors]:
+async def starting_doors(settings: Settings, pools: health.Pools) -> AsyncIterator[StartingDoors]:
     """Open both doors with nothing behind them.
 
     Raises:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from hycluster.config import Settings
 from hycluster.k8s.pods import ROLE
 from hycluster.k8s.sizes import Group, drain_s, grace_s, groups, stored_remotely
+from hycluster.settings.settings import Settings
 
 GROUPS = "/spec/rayClusterConfig/workerGroupSpecs"
 GROUP_LABEL = "hycluster/group"

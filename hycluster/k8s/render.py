@@ -16,11 +16,12 @@ from typing import Any
 
 import yaml
 
-from hycluster.config import Settings, load_yaml, validate
+from hycluster.directory.starts import CONTROLLER_OPTIONS
 from hycluster.errors import SettingsError
 from hycluster.k8s.patches import beside, pods_patch
 from hycluster.k8s.sizes import SHARE, deletion_delay_s, own_resource
-from hycluster.starts import CONTROLLER_OPTIONS
+from hycluster.settings.read import load_yaml, validate
+from hycluster.settings.settings import Settings
 
 APP_NAME = "hycluster"
 # What pods share: an object store, or a volume. Helm's schema has it too, so no more than RE2 knows.

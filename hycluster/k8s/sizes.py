@@ -9,9 +9,10 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from hycluster.config import Model, Settings
 from hycluster.errors import SettingsError
-from hycluster.placement import on_gpus, reserved
+from hycluster.replica.placement import on_gpus, reserved
+from hycluster.settings.model import Model
+from hycluster.settings.settings import Settings
 
 # What Serve gives a deployment to end beyond drain_timeout_s, see hycluster/app.py.
 SERVE_MARGIN_S = 15

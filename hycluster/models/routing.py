@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.library import custom_op
 from vllm.forward_context import get_forward_context, is_forward_context_available
 
-from hycluster.config import Routing, validate
 from hycluster.models.recycling import expert_loads, recycle, route
+from hycluster.settings.model import Routing
+from hycluster.settings.read import validate
 
 # Routers of this process's models, in the order in which the layers were built.
 _routers: WeakValueDictionary[int, Router] = WeakValueDictionary()

@@ -13,7 +13,7 @@ from prometheus_client import REGISTRY
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from hycluster.autoscaling import Scaling
+from hycluster.directory.autoscaling import Scaling
 
 
 class Told(Protocol):

@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hycluster.config import Parallel
 from hycluster.errors import SettingsError
 from hycluster.planning.architecture import GIB, Architecture
 from hycluster.planning.gpus import Gpu
@@ -20,6 +19,7 @@ from hycluster.planning.precision import Precision
 from hycluster.planning.rules import refusals
 from hycluster.planning.shares import RESERVE_GIB, UTILIZATION, DeviceShare, device_share
 from hycluster.planning.speed import Decode, decode_bound
+from hycluster.settings.parallel import Parallel
 
 
 @dataclass(frozen=True, slots=True)

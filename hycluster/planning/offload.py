@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hycluster.config import Parallel
 from hycluster.planning.architecture import GIB, Architecture
 from hycluster.planning.gpus import Gpu
 from hycluster.planning.layouts import Demand, Fit, Misfit
 from hycluster.planning.precision import Precision
 from hycluster.planning.speed import decode_bound, prefill_s
+from hycluster.settings.parallel import Parallel
 
 
 @dataclass(frozen=True, slots=True)

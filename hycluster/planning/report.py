@@ -8,11 +8,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from hycluster.config import Parallel
 from hycluster.planning.architecture import GIB, KIB
 from hycluster.planning.layouts import describe
 from hycluster.planning.plan import Plan
 from hycluster.planning.shares import DeviceShare
+from hycluster.settings.parallel import Parallel
 
 MOST_ALTERNATIVES = 6
 MOST_REASONS = 8

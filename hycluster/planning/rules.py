@@ -7,10 +7,10 @@ and of ``hycluster/models/verify.py`` (pipelines through layers that share keys 
 
 from __future__ import annotations
 
-from hycluster.config import Parallel
 from hycluster.planning.architecture import Architecture
 from hycluster.planning.precision import Precision
 from hycluster.planning.shares import kv_copies, stages
+from hycluster.settings.parallel import Parallel
 
 
 def refusals(model: Architecture, parallel: Parallel, precision: Precision) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from hycluster.config import Parallel
 from hycluster.planning.architecture import (
     GIB,
     Architecture,
@@ -15,6 +14,7 @@ from hycluster.planning.architecture import (
     mha_kv_channels,
 )
 from hycluster.planning.precision import Precision, size
+from hycluster.settings.parallel import Parallel
 
 # Of a GPU's memory: what vLLM may use, and what of that goes to activations, CUDA graphs and communication buffers.
 # The second is an estimate; vLLM measures it at its start.

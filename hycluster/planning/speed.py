@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hycluster.config import Parallel
 from hycluster.planning.architecture import Architecture, parameters
 from hycluster.planning.gpus import Gpu
 from hycluster.planning.precision import Precision
 from hycluster.planning.shares import DeviceShare
+from hycluster.settings.parallel import Parallel
 
 
 @dataclass(frozen=True, slots=True)

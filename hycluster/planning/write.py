@@ -8,12 +8,13 @@ from typing import Any
 
 import yaml
 
-from hycluster.config import Settings, validate
 from hycluster.errors import SettingsError
 from hycluster.planning.architecture import GIB
 from hycluster.planning.layouts import describe
 from hycluster.planning.plan import Plan
 from hycluster.planning.report import billions, kib, tokens
+from hycluster.settings.read import validate
+from hycluster.settings.settings import Settings
 
 # What vLLM schedules at a time unless it is told otherwise; short sequences are many more than full ones.
 MAX_NUM_SEQS = 256

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hycluster.config import DEFAULT_SETTINGS, load_settings
 from hycluster.consent import Yes, ask
 from hycluster.errors import SettingsError
+from hycluster.settings.read import DEFAULT_SETTINGS, load_settings
 from hycluster.submit.target import Target
 
 if TYPE_CHECKING:
     from hycluster.batch.job import Job
-    from hycluster.config import Settings
+    from hycluster.settings.settings import Settings
     from hycluster.submit.submission import Submission
     from hycluster.submit.submitted import Submitted
 
@@ -83,7 +83,7 @@ def submit(
     Exit codes: 0 submitted; 1 the cluster did not take it; 2 refused here. With --wait those of 'batch run'.
     """
     from hycluster.batch.job import load_job
-    from hycluster.batch.storage import shown
+    from hycluster.storage import shown
     from hycluster.submit.submission import submission
 
     target = Target(dry_run, namespace, cluster, template, image)

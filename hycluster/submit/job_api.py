@@ -17,8 +17,8 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from hycluster.batch.storage import one_line
 from hycluster.errors import SettingsError, Unauthenticated, Unavailable, shown
+from hycluster.storage import one_line
 from hycluster.submit.submission import NAME_KEY, Submission
 from hycluster.submit.submitted import Submitted, submitted
 

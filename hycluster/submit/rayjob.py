@@ -19,9 +19,10 @@ import yaml
 
 from hycluster import __version__
 from hycluster.batch.job import Job
-from hycluster.config import Model, Settings
 from hycluster.errors import SettingsError, Unavailable, shown
-from hycluster.placement import bundles, on_gpus, reserved, strategy
+from hycluster.replica.placement import bundles, on_gpus, reserved, strategy
+from hycluster.settings.model import Model
+from hycluster.settings.settings import Settings
 from hycluster.submit.submission import Submission, as_yaml
 from hycluster.submit.target import Target
 

@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 
 from hycluster.batch.job import Job
-from hycluster.config import Settings
 from hycluster.errors import SettingsError, shown
+from hycluster.settings.settings import Settings
 
 # Metadata of a job in Ray's job API, by which the commands know theirs.
 NAME_KEY = "hycluster_job"
@@ -117,7 +117,7 @@ def _check_path(field: str, path: str) -> str | None:
     Raises:
         SettingsError: it means nothing on another machine, or must not be shown there.
     """
-    from hycluster.batch.storage import shown as without_keys
+    from hycluster.storage import shown as without_keys
 
     if without_keys(path) != path:
         raise SettingsError(

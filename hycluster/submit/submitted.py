@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
-from hycluster.batch.report import duration
+from hycluster.batch.progress.terminal import duration
 from hycluster.errors import JobFailed, SettingsError, TooManyQuarantined
 from hycluster.submit.submission import NAME_KEY, OUTPUT_KEY
 

@@ -56,8 +56,8 @@ def summarize(
     if keep_tree and not (as_json or output):
         raise SettingsError("--keep-tree: needs --json or --output PATH; plain text has no place for it")
     from hycluster.batch.job import Summary
-    from hycluster.config import validate
     from hycluster.core import Priority, Sampling
+    from hycluster.settings.read import validate
     from hycluster.summarize.files import files_of
     from hycluster.summarize.output import open_output
     from hycluster.summarize.run import Wish

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 import typer
 
-from hycluster.batch.tree import Tree
+from hycluster.batch.summaries.tree import Tree
 from hycluster.errors import SettingsError
 
 

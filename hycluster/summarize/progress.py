@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from hycluster.batch.report import duration
-from hycluster.batch.summary import Watch
-from hycluster.batch.tree import Node
+from hycluster.batch.progress.terminal import duration
+from hycluster.batch.summaries.summarizer import Watch
+from hycluster.batch.summaries.tree import Node
 
 BAR_EVERY_S = 0.2
 LINE_EVERY_S = 5.0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from hycluster.batch.ask import Asker, first_error
 from hycluster.batch.job import Summary
 from hycluster.batch.prompts import PRESETS, Messages
-from hycluster.batch.summary import Summarizer
+from hycluster.batch.summaries.summarizer import Summarizer
 from hycluster.client import AsyncClient
 from hycluster.core import Priority, Sampling
 from hycluster.errors import DeadlineExceeded, InvalidInput, SettingsError, Unavailable, UnknownModel

@@ -14,11 +14,13 @@ from unittest.mock import patch
 
 import pyarrow as pa
 
-from hycluster.batch import commit, lease, run, storage
-from hycluster.batch.corpus import Plan, read, spans
+from hycluster import storage
+from hycluster.batch import run
 from hycluster.batch.generate import Generate
+from hycluster.batch.input.corpus import Plan, read, spans
 from hycluster.batch.job import Job
-from hycluster.batch.record import ShardRecord
+from hycluster.batch.output import commit, lease
+from hycluster.batch.output.record import ShardRecord
 from hycluster.batch.task import open_task
 from tests.batch.stand_in import stand_in
 

@@ -18,9 +18,11 @@ from unittest.mock import patch
 import ray
 from ray import cloudpickle
 
-from hycluster.batch import commit, run, storage
+from hycluster import storage
+from hycluster.batch import run
 from hycluster.batch.job import Job
-from hycluster.batch.lease import Lease
+from hycluster.batch.output import commit
+from hycluster.batch.output.lease import Lease
 from hycluster.core import Generation, GenerationRequest
 from tests.batch import chaos_driver, stand_in
 

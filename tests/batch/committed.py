@@ -11,14 +11,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hycluster.batch.commit import Output
-from hycluster.batch.corpus import REFUSAL, SHARD, Shard, plan, read, spans
 from hycluster.batch.generate import split
-from hycluster.batch.identity import identity
+from hycluster.batch.input.corpus import REFUSAL, SHARD, Shard, plan, read, spans
 from hycluster.batch.job import Job
+from hycluster.batch.output.commit import Output
+from hycluster.batch.output.identity import identity
+from hycluster.batch.progress.terminal import Totals
 from hycluster.batch.prompts import prompt_of
 from hycluster.batch.refusal import Refusal
-from hycluster.batch.report import Totals
 from hycluster.batch.task import Answer
 
 

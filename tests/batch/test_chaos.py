@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hycluster.batch.job import Job
-from hycluster.batch.storage import locate
+from hycluster.storage import locate
 from tests.batch.chaos_driver import DELETION, WHEN, WRITES, drive
 from tests.batch.conftest import write_texts
 from tests.batch.object_store import ObjectStore

@@ -13,14 +13,18 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from hycluster.batch import commit, run
-from hycluster.batch.commit import Output
-from hycluster.batch.corpus import Plan, read, spans
+from hycluster.batch import run
 from hycluster.batch.generate import Generate
+from hycluster.batch.input.corpus import Plan, read, spans
 from hycluster.batch.job import Job
+from hycluster.batch.output import commit
+from hycluster.batch.output.commit import Output
+from hycluster.batch.output.verify import verify
 from hycluster.batch.task import open_task
-from hycluster.batch.verify import verify
-from hycluster.config import Admission, Model, Replicas, Router, Simulated
+from hycluster.settings.load import Admission, Router
+from hycluster.settings.model import Model
+from hycluster.settings.pool import Replicas
+from hycluster.settings.simulated import Simulated
 from tests.batch.test_chaos import contents, make_job, texts
 from tests.simulated_pool import SimulatedPool, SimulatedReplica
 
@@ -69,8 +73,8 @@ class Engines:
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Any]:
-        from hycluster.gateway import open_gateway
-        from hycluster.generation import Generator
+        from hycluster.gateway.gateway import open_gateway
+        from hycluster.gateway.generation import Generator
 
         directory = self._pool.directory(self._model)
         unbounded = Admission(max_requests=None)

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 from hycluster.batch import run as run_module
 from hycluster.batch.cli import app
 from hycluster.batch.job import Job
-from hycluster.config import Settings
 from hycluster.errors import HyclusterError, JobFailed, SettingsError, TooManyQuarantined
+from hycluster.settings.settings import Settings
 from tests.batch.committed import commit_all, parts
 from tests.batch.conftest import MakeJob
 

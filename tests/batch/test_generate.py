@@ -14,11 +14,11 @@ import pytest
 
 from hycluster.batch import ask as module
 from hycluster.batch import generate
-from hycluster.batch.commit import Output
-from hycluster.batch.corpus import REFUSAL, REFUSAL_TYPE, ROW_ID, SHARD
 from hycluster.batch.generate import Generate
+from hycluster.batch.input.corpus import REFUSAL, REFUSAL_TYPE, ROW_ID, SHARD
+from hycluster.batch.output.commit import Output
+from hycluster.batch.progress.terminal import Progress, Totals
 from hycluster.batch.prompts import prompt_of
-from hycluster.batch.report import Progress, Totals
 from hycluster.batch.task import open_task
 from hycluster.core import Generation, GenerationRequest
 from hycluster.errors import (

@@ -16,13 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hycluster.batch.corpus import plan
+from hycluster.batch.input.corpus import plan
 from hycluster.batch.job import Job
-from hycluster.batch.lease import Lease
+from hycluster.batch.output.lease import Lease
+from hycluster.batch.output.verify import verify
+from hycluster.batch.progress.status import Status, Watcher
 from hycluster.batch.prompts import prompt_of
 from hycluster.batch.run import Engines, run_job
-from hycluster.batch.status import Status, Watcher
-from hycluster.batch.verify import verify
 from hycluster.consent import ask
 from hycluster.errors import JobFailed, SettingsError, TooManyQuarantined
 from tests.batch.conftest import MakeJob, broken_utf8, damage, write_texts

@@ -8,8 +8,8 @@ import tracemalloc
 
 import pyarrow.fs as pafs
 
-from hycluster.batch.compact import ShardSet
-from hycluster.batch.corpus import File, Plan, Shard
+from hycluster.batch.input.corpus import File, Plan, Shard
+from hycluster.batch.output.shard_set import ShardSet
 from hycluster.batch.stream import CorpusDatasource
 
 ROWS = 10_000_000

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hycluster.batch_api.store import Store
-from hycluster.config import Batches
+from hycluster.settings.ingress import Batches
 from tests.batch.object_store import ObjectStore, object_store
 
 

@@ -7,8 +7,8 @@ from openai.types import Batch as TheirBatch
 from openai.types import FileObject
 
 from hycluster.batch_api.records import BATCH_ID, FILE_ID, Batch, NewBatch, State, StoredFile, Usage, new_id, shown
-from hycluster.config import validate
 from hycluster.errors import SettingsError
+from hycluster.settings.read import validate
 
 BATCH = Batch(
     id=new_id("batch_"),

@@ -18,7 +18,7 @@ from hycluster.batch_api.records import State
 from hycluster.batch_api.routes import WithBatches, batch_api
 from hycluster.batch_api.runner import Runner
 from hycluster.batch_api.store import Store
-from hycluster.config import Batches
+from hycluster.settings.ingress import Batches
 from tests.batch_api.stand_in import ENDPOINT, StandIn, jsonl, submit
 
 pytestmark = pytest.mark.timeout(60)

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 from starlette.types import ASGIApp
 
-from hycluster.batch.commit import Output
-from hycluster.batch.lease import Lease
+from hycluster.batch.output.commit import Output
+from hycluster.batch.output.lease import Lease
 from hycluster.batch_api import runner as runner_module
 from hycluster.batch_api.executor import Watch
 from hycluster.batch_api.records import Batch, State
 from hycluster.batch_api.runner import Runner
 from hycluster.batch_api.store import Store
-from hycluster.config import Batches
 from hycluster.core import Priority
 from hycluster.errors import JobFailed, NotFound
+from hycluster.settings.ingress import Batches
 from tests.batch.object_store import ObjectStore
 from tests.batch_api.stand_in import StandIn, jsonl, line, lines_of, submit
 

@@ -10,8 +10,8 @@ import pytest
 
 from hycluster.batch_api.records import State, new_id
 from hycluster.batch_api.store import Store
-from hycluster.config import Batches
 from hycluster.errors import InvalidInput, NotFound
+from hycluster.settings.ingress import Batches
 from tests.batch_api.stand_in import submit
 
 

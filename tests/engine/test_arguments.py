@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 
-from hycluster.config import Eplb, Hardware, Model, Parallel, Simulated
 from hycluster.engine.arguments import GIB, check_platform, engine_arguments, engine_environment, executor, model_files
 from hycluster.engine.protocol import GroupRank
 from hycluster.errors import SettingsError
+from hycluster.settings.model import Model
+from hycluster.settings.parallel import Eplb, Parallel
+from hycluster.settings.pool import Hardware
+from hycluster.settings.simulated import Simulated
 
 
 def model(**fields: Any) -> Model:

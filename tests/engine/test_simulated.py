@@ -8,11 +8,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from hycluster.config import Simulated
 from hycluster.engine import messages
 from hycluster.engine.messages import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from hycluster.engine.protocol import Engine, EngineInfo
 from hycluster.engine.simulated import SimulatedEngine
+from hycluster.settings.simulated import Simulated
 
 # A message that doesn't come would block for ever.
 pytestmark = pytest.mark.timeout(30)

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hycluster.config import Simulated
 from hycluster.engine.messages import EngineCoreOutput, EngineCoreRequest, FinishReason, SamplingParams
 from hycluster.engine.timing import LOWEST_TOKEN, SimulatedScheduler, StepResult
 from hycluster.errors import InvalidInput
+from hycluster.settings.simulated import Simulated
 
 
 def scheduler(**changes: Any) -> SimulatedScheduler:

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
-from hycluster.config import Eplb, Hardware, Model, Parallel
 from hycluster.engine.protocol import GroupRank
 from hycluster.errors import SettingsError
 from hycluster.models.tiny import TinyShape, write
+from hycluster.settings.model import Model
+from hycluster.settings.parallel import Eplb, Parallel
+from hycluster.settings.pool import Hardware
 
 pytestmark = pytest.mark.usefixtures("vllm_imported")
 

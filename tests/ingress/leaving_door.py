@@ -8,9 +8,9 @@ from typing import Any
 
 import uvicorn
 
-from hycluster import config
 from hycluster.ingress.grpc import serve_grpc
 from hycluster.ingress.ports import TURNED_AWAY_AFTER_S, bind, let_in, turn_away
+from hycluster.settings.ingress import Grpc
 from tests.ingress.stand_in import StandInGenerator
 
 
@@ -20,7 +20,7 @@ async def answer(scope: Any, receive: Any, send: Any) -> None:
 
 
 async def main(http: int, grpc: int) -> None:
-    door = await serve_grpc(StandInGenerator(), config.Grpc(port=grpc), reuse_port=True)
+    door = await serve_grpc(StandInGenerator(), Grpc(port=grpc), reuse_port=True)
     server = uvicorn.Server(uvicorn.Config(answer, log_config=None, access_log=False, lifespan="off"))
     serving = asyncio.create_task(
         server.serve(sockets=[bind("127.0.0.1", http, "http.port", reuse_port=True)]),

@@ -7,10 +7,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
-from hycluster import config
 from hycluster.core import Generation, GenerationRequest, ModelCard, Output, TokenLogprob, Usage
 from hycluster.errors import InvalidInput, UnknownModel
 from hycluster.ingress.grpc import GrpcDoor, serve_grpc
+from hycluster.settings.ingress import Grpc
 
 MODEL = "stand-in"
 CARD = ModelCard(name=MODEL, max_model_len=262_144, ready_replicas=2)
@@ -146,7 +146,7 @@ def join(deltas: list[Generation]) -> Generation:
 @asynccontextmanager
 async def open_door(generator: StandInGenerator, **settings: Any) -> AsyncIterator[GrpcDoor]:
     """A gRPC door on a free port, that looks at the generator's readiness every 20 ms."""
-    door = await serve_grpc(generator, config.Grpc(port=0, **settings), ready_poll_s=0.02)
+    door = await serve_grpc(generator, Grpc(port=0, **settings), ready_poll_s=0.02)
     try:
         yield door
     finally:

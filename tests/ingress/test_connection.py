@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hycluster.config import Http
 from hycluster.ingress.connection import MAX_HEADER_BYTES, MAX_HEADERS, protocol
+from hycluster.settings.ingress import Http
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send

@@ -15,12 +15,13 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from hycluster import config, errors
+from hycluster import errors
 from hycluster.core import GenerationRequest, Priority, Sampling
 from hycluster.ingress import grpc as grpc_door
 from hycluster.ingress.grpc import SERVICE, GrpcDoor, serve_grpc
 from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto import inference_pb2_grpc
+from hycluster.settings.ingress import Grpc
 from tests.ingress.stand_in import MODEL, StandInGenerator, open_door, until
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -418,7 +419,7 @@ async def test_health_follows_the_generator(channel: grpc.aio.Channel, stand_in:
 
 async def test_health_is_true_from_the_first_call_on(stand_in: StandInGenerator) -> None:
     stand_in.is_ready = False
-    door = await serve_grpc(stand_in, config.Grpc(port=0), ready_poll_s=60)
+    door = await serve_grpc(stand_in, Grpc(port=0), ready_poll_s=60)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{door.port}") as channel:
         assert await status(channel) == NOT_SERVING
     await door.stop(0)
@@ -514,22 +515,22 @@ async def test_a_port_in_use_is_a_settings_error(stand_in: StandInGenerator) -> 
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(errors.SettingsError, match=rf"^grpc\.port: {port} on .*Address already in use"):
-            await serve_grpc(stand_in, config.Grpc(port=port))
+            await serve_grpc(stand_in, Grpc(port=port))
         with pytest.raises(errors.SettingsError, match=rf"^grpc\.port: {port} on .* can't be opened"):
-            await serve_grpc(stand_in, config.Grpc(port=port), reuse_port=True)
+            await serve_grpc(stand_in, Grpc(port=port), reuse_port=True)
 
 
 async def test_a_host_that_is_not_here_is_a_settings_error(stand_in: StandInGenerator) -> None:
     with pytest.raises(errors.SettingsError, match=r"grpc\.port: 0 on 192\.0\.2\.1 can't be opened"):
-        await serve_grpc(stand_in, config.Grpc(host="192.0.2.1", port=0))
+        await serve_grpc(stand_in, Grpc(host="192.0.2.1", port=0))
 
 
 async def test_doors_share_a_port_only_when_asked_to(stand_in: StandInGenerator) -> None:
-    first = await serve_grpc(stand_in, config.Grpc(port=0), reuse_port=True)
-    second = await serve_grpc(stand_in, config.Grpc(port=first.port), reuse_port=True)
+    first = await serve_grpc(stand_in, Grpc(port=0), reuse_port=True)
+    second = await serve_grpc(stand_in, Grpc(port=first.port), reuse_port=True)
     assert second.port == first.port
     with pytest.raises(errors.SettingsError):
-        await serve_grpc(stand_in, config.Grpc(port=first.port))
+        await serve_grpc(stand_in, Grpc(port=first.port))
     await first.stop(0)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{second.port}") as channel:
         assert (await inference_pb2_grpc.InferenceStub(channel).Generate(ask())).outputs

@@ -15,12 +15,14 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from starlette.responses import PlainTextResponse
 
-from hycluster.config import Grpc, Http, Model, Settings
 from hycluster.errors import SettingsError
 from hycluster.ingress.health import PoolHealth
 from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto.inference_pb2_grpc import InferenceStub
 from hycluster.ingress.starting import StartingDoors, starting_doors
+from hycluster.settings.ingress import Grpc, Http
+from hycluster.settings.model import Model
+from hycluster.settings.settings import Settings
 from tests.ingress.stand_in import MODEL, StandInGenerator
 
 pytestmark = pytest.mark.timeout(60)

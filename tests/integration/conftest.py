@@ -21,7 +21,7 @@ import pytest
 import ray
 
 from hycluster import cluster
-from hycluster.directory import SHARED_DIRECTORY, ReplicaReport, find_directory
+from hycluster.directory.directory import SHARED_DIRECTORY, ReplicaReport, find_directory
 from hycluster.models import tiny
 from tests.ordinary_user import as_ordinary_user
 

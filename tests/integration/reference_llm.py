@@ -11,8 +11,8 @@ from typing import Any
 def main() -> None:
     from vllm import LLM, SamplingParams
 
-    from hycluster.config import home
     from hycluster.engine.weights import prepare
+    from hycluster.settings.base import home
 
     asked = json.load(sys.stdin)
     llm = LLM(

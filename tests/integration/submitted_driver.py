@@ -12,7 +12,7 @@ from hycluster import cli, cluster
 from hycluster.batch import run
 from hycluster.batch.job import Job
 from hycluster.batch.task import Connect
-from hycluster.config import Settings
+from hycluster.settings.settings import Settings
 from tests.batch import stand_in
 
 

@@ -19,15 +19,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hycluster.adapters import Word
-from hycluster.config import Admission, DataPlane, Hardware, Model, Router
-from hycluster.directory import Directory, ReplicaReport
-from hycluster.wire import EngineServer
+from hycluster.directory.directory import Directory, ReplicaReport
+from hycluster.replica.wire import EngineServer
+from hycluster.settings.load import Admission, DataPlane, Router
+from hycluster.settings.model import Model
+from hycluster.settings.pool import Hardware
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
 
     from hycluster.engine.vllm import VllmEngine
-    from hycluster.gateway import Gateway
+    from hycluster.gateway.gateway import Gateway
 
 # A first engine in a process imports what warns of third parties' sins.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180), pytest.mark.filterwarnings("ignore")]
@@ -90,7 +92,7 @@ def replica(model: Model) -> Iterator[Replica]:
 
 @asynccontextmanager
 async def gateway_to(replica: Replica, model: Model) -> AsyncIterator[Gateway]:
-    from hycluster.gateway import open_gateway
+    from hycluster.gateway.gateway import open_gateway
 
     directory = Directory()
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from hycluster.config import Hardware, Model
+from hycluster.settings.model import Model
+from hycluster.settings.pool import Hardware
 
 # A first engine in a process imports what warns of third parties' sins.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from hycluster.config import Hardware, Model, Routing
 from hycluster.core import ExpertLoad
 from hycluster.errors import SettingsError
 from hycluster.models.tiny import TinyShape, write
+from hycluster.settings.model import Model, Routing
+from hycluster.settings.pool import Hardware
 
 # A first engine in a process imports what warns of third parties' sins.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

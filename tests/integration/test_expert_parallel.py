@@ -23,10 +23,14 @@ import ray
 from ray import serve
 
 from hycluster.app import replicas
-from hycluster.config import Admission, DataPlane, Hardware, Model, Parallel, Router, Settings
-from hycluster.directory import NAMESPACE, ReplicaReport, open_directory
+from hycluster.directory.directory import NAMESPACE, ReplicaReport, open_directory
 from hycluster.engine.scratch import folders
 from hycluster.models.tiny import TinyShape, write
+from hycluster.settings.load import Admission, DataPlane, Router
+from hycluster.settings.model import Model
+from hycluster.settings.parallel import Parallel
+from hycluster.settings.pool import Hardware
+from hycluster.settings.settings import Settings
 from tests.integration.conftest import eventually, gather_bounded
 from tests.models.hunyuan_reference import Reference
 
@@ -82,7 +86,7 @@ class Deployed:
 
     @contextlib.asynccontextmanager
     async def gateway(self, name: str) -> AsyncIterator[Any]:
-        from hycluster.gateway import open_gateway
+        from hycluster.gateway.gateway import open_gateway
 
         model = self.models[name]
         async with open_gateway(

@@ -29,9 +29,10 @@ import pytest
 
 from bench.gateway import free_port
 from hycluster.client import AsyncClient
-from hycluster.config import Router, Simulated
 from hycluster.core import Sampling
 from hycluster.errors import Unavailable
+from hycluster.settings.load import Router
+from hycluster.settings.simulated import Simulated
 from tests.integration.conftest import SIMULATED, Served, launch, stop
 from tests.simulated_pool import predicted
 

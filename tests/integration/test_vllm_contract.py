@@ -1,5 +1,5 @@
 """What hycluster relies on inside vLLM 0.32.0. When one of these fails after an upgrade, read
-``hycluster/engine/vllm.py``, ``hycluster/gateway.py`` and ``hycluster/pool.py`` beside vLLM's sources."""
+``hycluster/engine/vllm.py``, ``hycluster/gateway/gateway.py`` and ``hycluster/gateway/pool.py`` beside its sources."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_version() -> None:
 def test_gateway_sets_what_async_llm_sets() -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from hycluster.gateway import Gateway
+    from hycluster.gateway.gateway import Gateway
 
     only_with_a_frontend_profiler = {"_frontend_profiler_worker_name"}
     missing = set_on_self(AsyncLLM.__init__) - set_on_self(Gateway.__init__) - only_with_a_frontend_profiler
@@ -65,7 +65,7 @@ def test_gateway_sets_what_async_llm_sets() -> None:
 def test_pool_offers_what_async_llm_asks_of_its_engine_core() -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from hycluster.pool import PoolClient
+    from hycluster.gateway.pool import PoolClient
 
     asked = calls_on(AsyncLLM, "engine_core")
     # Elastic EP, weight transfer, checksums and fault tolerance act on one engine; a pool refuses them.
@@ -109,8 +109,8 @@ def test_routing_learns_of_padding_and_is_called_by_name() -> None:
     from vllm.model_executor.layers.fused_moe.router.custom_routing_router import CustomRoutingRouter
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from hycluster.config import Routing
     from hycluster.models.routing import Router
+    from hycluster.settings.model import Routing
 
     assert "is_padding" in ForwardContext.__dataclass_fields__
     for method in (GPUModelRunner.execute_model, GPUModelRunner._dummy_run):

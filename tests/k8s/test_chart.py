@@ -14,12 +14,12 @@ import yaml
 from typer.testing import CliRunner
 
 from hycluster.cli import app
-from hycluster.config import load_yaml
 from hycluster.k8s.chart.defaults import values_of
 from hycluster.k8s.chart.make import chart_files, surplus
 from hycluster.k8s.chart.values import schema
 from hycluster.k8s.check import Fault, broken, faults
 from hycluster.k8s.render import BESIDE, OVERLAY_MANIFEST, PODS_PATCH, render, serve_config
+from hycluster.settings.read import load_yaml
 from tests.k8s.chart_values import CLUSTER, LARGE, everything, overlay, values
 from tests.k8s.helm import CHART, Refused, lint, notes, template
 from tests.k8s.kustomize import K8S, OVERLAYS, ROOT, built, with_components

@@ -11,7 +11,6 @@ import yaml
 from typer.testing import CliRunner
 
 from hycluster.cli import app
-from hycluster.config import Settings, load_yaml, validate
 from hycluster.errors import SettingsError
 from hycluster.k8s.render import (
     APP_NAME,
@@ -24,6 +23,8 @@ from hycluster.k8s.render import (
     settings_of,
     unlisted,
 )
+from hycluster.settings.read import load_yaml, validate
+from hycluster.settings.settings import Settings
 from tests.k8s.kustomize import OVERLAYS, ROOT
 
 MODEL = {"name": "m", "source": "org/m"}

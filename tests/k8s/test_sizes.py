@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from hycluster.config import Settings, validate
 from hycluster.errors import SettingsError
 from hycluster.k8s.patches import beside, pods_patch
 from hycluster.k8s.sizes import Group, deletion_delay_s, drain_s, grace_s, groups
+from hycluster.settings.read import validate
+from hycluster.settings.settings import Settings
 
 H20 = {"accelerator": "H20", "cpus": 8}
 

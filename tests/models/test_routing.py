@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hycluster.config import Recycle, Routing
 from hycluster.errors import SettingsError
+from hycluster.settings.model import Recycle, Routing
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -6,7 +6,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from hycluster.autoscaling import Scaling
+from hycluster.directory.autoscaling import Scaling
 from hycluster.observe.scaling import ScalingMetrics
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from hycluster.config import Parallel
 from hycluster.models.tiny import TinyShape, config_of
 from hycluster.planning.architecture import Architecture
 from hycluster.planning.families import architecture
 from hycluster.planning.precision import Precision
 from hycluster.planning.shares import device_share
+from hycluster.settings.parallel import Parallel
 
 KV_CACHE_BYTES = 1 << 24
 ROOT = Path(__file__).parents[2]

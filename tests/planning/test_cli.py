@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hycluster.config import load_settings
+from hycluster.settings.read import load_settings
 from tests.planning.configs import PATHS
 from tests.test_cli import HEAVY, run
 

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hycluster.config import Parallel
 from hycluster.errors import SettingsError
 from hycluster.planning.gpus import GPUS, gpu
 from hycluster.planning.layouts import Demand, Pinned, Search, candidates, describe, search
 from hycluster.planning.precision import precision_of
 from hycluster.planning.rules import refusals
+from hycluster.settings.parallel import Parallel
 from tests.planning.configs import PATHS, published, shape
 
 ONE = Demand(8192, 1)

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from hycluster.config import Eplb, Parallel
 from hycluster.planning.architecture import Architecture
 from hycluster.planning.families import architecture
 from hycluster.planning.precision import Precision, precision_of
 from hycluster.planning.rules import refusals, remarks
+from hycluster.settings.parallel import Eplb, Parallel
 from tests.planning.configs import published, shape
 
 SMALL_QWEN = architecture(published("llama-3.1-8b") | {"num_attention_heads": 28, "num_key_value_heads": 4})

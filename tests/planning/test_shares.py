@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from hycluster.config import Eplb, Parallel
 from hycluster.planning.architecture import GIB, KIB, expert_parameters, kv_channels, parameters
 from hycluster.planning.families import architecture
 from hycluster.planning.precision import Precision
 from hycluster.planning.shares import device_share, kv_copies, stages
+from hycluster.settings.parallel import Eplb, Parallel
 from tests.planning.configs import published, shape
 
 LARGE, V3 = shape("hunyuan-large"), shape("deepseek-v3")

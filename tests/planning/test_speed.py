@@ -4,12 +4,12 @@ import random
 
 import pytest
 
-from hycluster.config import Parallel
 from hycluster.planning.architecture import parameters
 from hycluster.planning.gpus import gpu
 from hycluster.planning.precision import Precision
 from hycluster.planning.shares import device_share
 from hycluster.planning.speed import Decode, decode_bound, experts_touched, prefill_s
+from hycluster.settings.parallel import Parallel
 from tests.planning.configs import shape
 
 H20, H100 = gpu("H20"), gpu("H100")

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from hycluster.config import load_settings
 from hycluster.errors import SettingsError
 from hycluster.planning.shares import device_share
 from hycluster.planning.write import settings_text, write
+from hycluster.settings.read import load_settings
 from tests.planning.configs import PATHS
 from tests.planning.test_plan import plan_of
 

@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from hycluster.batch.job import Job
-from hycluster.config import Settings, load_settings
 from hycluster.errors import SettingsError, Unavailable
+from hycluster.settings.read import load_settings
+from hycluster.settings.settings import Settings
 from hycluster.submit import rayjob
 from hycluster.submit.submission import Submission, as_yaml, submission
 from hycluster.submit.target import Target

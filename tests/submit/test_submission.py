@@ -10,8 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hycluster.batch.job import Job, load_job
-from hycluster.config import Settings, load_settings
 from hycluster.errors import SettingsError
+from hycluster.settings.read import load_settings
+from hycluster.settings.settings import Settings
 from hycluster.submit.submission import MOST_ID_CHARACTERS, new_id, submission
 
 # Stands for `hycluster` on the cluster: prints its arguments and what is in the files among them.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hycluster.batch.tree import Node, Tree
+from hycluster.batch.summaries.tree import Node, Tree
 from hycluster.errors import SettingsError
 from hycluster.summarize.output import Summarized, open_output
 

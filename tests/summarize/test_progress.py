@@ -6,7 +6,7 @@ import io
 import pytest
 from rich.console import Console
 
-from hycluster.batch.tree import Node
+from hycluster.batch.summaries.tree import Node
 from hycluster.summarize import progress as progress_
 from hycluster.summarize.progress import Progress, shown
 

@@ -8,11 +8,12 @@ from typing import Any
 import yaml
 
 from hycluster import __version__
-from hycluster.config import Settings, load_yaml, validate
 from hycluster.errors import SettingsError
 from hycluster.k8s.chart import source
 from hycluster.k8s.patches import beside, pods_patch
 from hycluster.k8s.render import APP_NAME, DOORS, manifest_in, serve_config, settings_of
+from hycluster.settings.read import load_yaml, validate
+from hycluster.settings.settings import Settings
 
 DEFAULT_OVERLAY = Path("k8s/overlays/dev")
 RDMA = "rdma"

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from hycluster import __version__
-from hycluster.config import Settings
 from hycluster.errors import SettingsError
 from hycluster.k8s import sizes
 from hycluster.k8s.chart import source, table, values
@@ -19,6 +18,7 @@ from hycluster.k8s.chart.ingress import ingresses
 from hycluster.k8s.chart.nodes import Each, IfAny, Scalar, When, text
 from hycluster.k8s.patches import GPU, beside
 from hycluster.k8s.render import APP_NAME, BATCHES_RESOURCES, DOOR_RESOURCES, DOORS, DOORS_PER_POD, PORTS, serve_config
+from hycluster.settings.settings import Settings
 
 CHART = Path("k8s/chart")
 # Beside these, which are made, the folder has what is written by hand.

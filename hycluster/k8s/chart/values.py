@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
-from hycluster.config import LabelKey, LabelValue, Settings
 from hycluster.k8s.render import POD_STORE
 from hycluster.k8s.rules.objects import HUB_ID
 from hycluster.k8s.rules.syntax import MAX_GRACE_S
+from hycluster.settings.base import LabelKey, LabelValue
+from hycluster.settings.settings import Settings
 
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$")] | Annotated[int, Field(ge=1)]
 Size = Annotated[str, Field(pattern=r"^[1-9][0-9]*(Mi|Gi|Ti)$")]

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import yaml
 
-from hycluster.config import Settings, validate
 from hycluster.errors import SettingsError
 from hycluster.k8s.pods import All, Broken, Pod, Resource, annotations_of, labels_of, name_of
+from hycluster.settings.read import validate
+from hycluster.settings.settings import Settings
 
 ENFORCE = "pod-security.kubernetes.io/enforce"
 # In words, why a namespace allows more than the restricted standard.

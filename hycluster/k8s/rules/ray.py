@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 from hycluster.k8s.pods import All, Broken, Pod, Resource, cluster_of, job_of, pods_of
 from hycluster.k8s.rules.objects import settings_in
-from hycluster.placement import reserved
+from hycluster.replica.placement import reserved
 
 NAME_LIMIT = {"RayService": 47, "RayJob": 47, "RayCronJob": 36, "RayCluster": 63}
 HOSTNAME = "kubernetes.io/hostname"

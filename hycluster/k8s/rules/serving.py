@@ -9,15 +9,17 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from hycluster.config import Model, Settings, validate
 from hycluster.errors import SettingsError
 from hycluster.k8s.pods import All, Broken, Pod, Resource, annotations_of, pods_of
 from hycluster.k8s.render import APP_NAME, IMPORT_PATH, PORTS
 from hycluster.k8s.rules.drain import DRAIN
 from hycluster.k8s.rules.network import way_out
 from hycluster.k8s.sizes import SERVE_MARGIN_S, deletion_delay_s, stored_remotely
-from hycluster.placement import on_gpus, reserved
-from hycluster.unique_keys import read_yaml
+from hycluster.replica.placement import on_gpus, reserved
+from hycluster.settings.model import Model
+from hycluster.settings.read import validate
+from hycluster.settings.settings import Settings
+from hycluster.settings.unique_keys import read_yaml
 
 STORE_PORT = 443
 SERVE = "spec.serveConfigV2"

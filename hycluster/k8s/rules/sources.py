@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from hycluster.config import Model
 from hycluster.k8s.pods import All, Broken, Pod, Resource, pods_of
 from hycluster.k8s.rules.serving import SERVE, is_home, settings_of_service
+from hycluster.settings.model import Model
 
 
 def kept_at(pod: Pod, folder: str, *, written: bool = False) -> bool:

@@ -6,8 +6,9 @@ import ipaddress
 import re
 from collections.abc import Iterator
 
-from hycluster.config import LABEL_KEY, LABEL_VALUE, MAX_DRAIN_S
 from hycluster.k8s.pods import All, Broken, Pod, Resource
+from hycluster.settings.base import LABEL_KEY, LABEL_VALUE
+from hycluster.settings.settings import MAX_DRAIN_S
 
 # A drain of a day, and what a pod needs besides.
 MAX_GRACE_S = MAX_DRAIN_S + 3600

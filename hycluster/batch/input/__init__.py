@@ -1,0 +1,1 @@
+"""From a corpus of Parquet files to the rows of a shard."""

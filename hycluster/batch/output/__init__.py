@@ -1,0 +1,1 @@
+"""From answered rows to shards committed exactly once, and the proof of it."""

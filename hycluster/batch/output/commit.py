@@ -1,0 +1,302 @@
+"""The output folder: what is written, and what of it counts.
+
+Layout:
+    _coordinator/<n>.json                       who is at work here, see lease.py; gone at the end
+    _job.json                                   whose output this is, and which edition
+    part-<shard>-<attempt>.parquet              results of one attempt at one shard
+    quarantine/part-<shard>-<attempt>.parquet   rows of that attempt that got no result
+    _shards/<shard>-<edition>.json              the attempt that counts: created once, first finisher wins
+    _progress.json                              what a running job says of itself, see progress.py
+    report.html, report.json                    what it all came to, see page.py and figures.py
+    _manifest.json                              all parts that count, written when all shards are done
+    _SUCCESS                                    last
+
+Attempt files have unique names and are never changed, so any number of attempts at a shard may
+run and die; the shard's record picks one. Generation is at least once, commit exactly once.
+
+``clear`` makes room for another job and begins a new edition. Processes of the job before it, which
+may not know yet that they are to stop, write records of the old edition, which nobody reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from hycluster.batch.input.corpus import Plan
+from hycluster.batch.output.identity import Identity, differences
+from hycluster.batch.output.record import DAMAGE, ShardRecord, Written
+from hycluster.batch.output.shard_set import PartNames, ShardSet
+from hycluster.errors import JobFailed, SettingsError
+from hycluster.storage import (
+    check_creates_once,
+    check_exclusive,
+    create_if_absent,
+    delete,
+    exists,
+    leftover_of,
+    locate,
+    make_folder,
+    names,
+    one_line,
+    read_json,
+    replace,
+    shown,
+    write,
+    writing,
+)
+
+# What is made from the records, beside _job.json, which says whose they are.
+DERIVED = ("_SUCCESS", "_manifest.json", "report.html", "report.json", "_progress.json")
+_ATTEMPT = re.compile(r"part-\d{8}-[0-9a-f]{12}\.parquet")
+_RECORD = re.compile(r"\d{8}-[0-9a-f]{12}\.json")
+
+
+class Output:
+    """The output folder of one job. Small and picklable: every process that commits has one."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._filesystem, self._root = locate(path, "output.path")
+        check_exclusive(self._filesystem, path)
+        self._edition: str | None = None
+
+    def check_store(self) -> None:
+        """Raise SettingsError where two attempts at a shard could both come to count, or if it can't be written."""
+        try:
+            check_creates_once(self._filesystem, self._at("_job.json"))
+        except OSError as error:
+            raise self._not_writable(error) from None
+
+    def finished(self, mine: Identity) -> bool:
+        """Whether this very job has been here and finished. Writes nothing.
+
+        Raises:
+            SettingsError: the folder holds something else, with the difference named, or can't be read.
+        """
+        theirs = self._owner()
+        if theirs is None:
+            return False
+        found = list(differences(theirs, mine))
+        if found:
+            raise SettingsError(
+                f"output.path: {shown(self.path)!r} holds the output of another job or input; give another folder "
+                f"or --overwrite ({'; '.join(found)})"
+            )
+        return exists(self._filesystem, self._at("_SUCCESS"))
+
+    def foreign(self, mine: Identity) -> bool:
+        """Whether the folder is the output of another job or input."""
+        theirs = self._owner()
+        return theirs is not None and any(differences(theirs, mine))
+
+    def clear(self, mine: Identity) -> None:
+        """Delete what another job has written here, and nothing else; then the folder is this job's.
+
+        Cut off at any point it leaves an output of the old job that is not finished and in itself right.
+        """
+        delete(self._filesystem, [self._at("_SUCCESS")])
+        # Records before what they point to.
+        for folder in ("_shards", "", "quarantine"):
+            found = [name for name in names(self._filesystem, self._at(folder)) if _is_output(folder, name)]
+            delete(self._filesystem, (self._at(_join(folder, name)) for name in found))
+        # In one step, so that there is no moment at which the folder is nobody's.
+        replace(self._filesystem, self._at("_job.json"), _job_file(mine))
+        self._edition = None
+
+    def claim(self, mine: Identity) -> bool:
+        """Make the folder this job's, unless it is already.
+
+        Returns:
+            Whether the job is finished; another run of it may have just been here.
+
+        Raises:
+            SettingsError: it can't be written, or another job was faster.
+        """
+        try:
+            for folder in ("", "quarantine", "_shards"):
+                make_folder(self._filesystem, self._at(folder))
+            create_if_absent(self._filesystem, self._at("_job.json"), _job_file(mine))
+        except OSError as error:
+            raise self._not_writable(error) from None
+        # Pinned: what this run and its processes write belongs to this edition, whatever becomes of the folder.
+        self._edition = None
+        self.edition()
+        return self.finished(mine)
+
+    def edition(self) -> str:
+        """Which start of a job on this folder: the one that was there when this object first looked."""
+        if self._edition is None:
+            owner = read_json(self._filesystem, self._at("_job.json"))
+            if owner is None:
+                return ""
+            self._edition = str(owner.get("edition", ""))
+        return self._edition
+
+    def done(self) -> ShardSet:
+        """Numbers of the shards that are committed."""
+        end = f"-{self.edition()}.json"
+        found = names(self._filesystem, self._at("_shards"))
+        return ShardSet(int(name.removesuffix(end)) for name in found if name.endswith(end))
+
+    def record(self, shard: int) -> ShardRecord | None:
+        """The record of a committed shard, None if it is not committed."""
+        return self._read_record(shard, self.edition())
+
+    def records(self) -> Iterator[ShardRecord]:
+        """The records of all committed shards in order, one at a time."""
+        edition = self.edition()
+        for shard in self.done():
+            record = self._read_record(shard, edition)
+            if record is not None:
+                yield record
+
+    def commit(
+        self, shard: int, row_id: str, results: pa.Table, quarantined: pa.Table, *, begun_at: float
+    ) -> ShardRecord:
+        """Write one attempt at a shard and its record.
+
+        Args:
+            row_id: of the shard's first row.
+            results: finished rows in input order; ``quarantined``: those that got no result.
+
+        Returns:
+            The record that counts: this attempt's, or that of an attempt that finished first.
+        """
+        attempt = uuid.uuid4().hex[:12]
+        input_file, _, first_row = row_id.rpartition("#")
+        name = f"part-{shard:08d}-{attempt}.parquet"
+        mine = ShardRecord(
+            shard=shard,
+            input_file=input_file,
+            first_row=int(first_row),
+            rows=results.num_rows + quarantined.num_rows,
+            part=self._write(name, results),
+            quarantine=self._write(f"quarantine/{name}", quarantined),
+            prompt_tokens=_total(results, "prompt_tokens"),
+            completion_tokens=_total(results, "completion_tokens"),
+            begun_at=begun_at,
+            committed_at=time.time(),
+        )
+        record = _record_name(shard, self.edition())
+        if create_if_absent(self._filesystem, self._at(record), mine.to_json().encode()):
+            return mine
+        return self.record(shard) or mine
+
+    def finish(self, mine: Identity, totals: dict[str, Any]) -> None:
+        """Write the manifest, delete what attempts without a record left behind, then say ``_SUCCESS``."""
+        shards = max(self.done(), default=-1) + 1
+        parts, quarantine = PartNames(shards), PartNames(shards)
+        with writing(self._filesystem, self._at("_manifest.json")) as stream:
+            head = json.dumps({"version": 1, **mine, "totals": totals})
+            stream.write(head[:-1].encode() + b', "shards": [')
+            for position, record in enumerate(self.records()):
+                stream.write((",\n" if position else "\n").encode() + record.to_json().encode())
+                if record.part:
+                    parts.add(record.part.path)
+                if record.quarantine:
+                    quarantine.add(record.quarantine.path.removeprefix("quarantine/"))
+            stream.write(b"\n]}\n")
+        for folder, counted in (("", parts), ("quarantine", quarantine), ("_shards", None)):
+            found = names(self._filesystem, self._at(folder))
+            # Listed to the end before the first is deleted.
+            orphans = [_join(folder, name) for name in found if self._is_orphan(folder, name, counted)]
+            delete(self._filesystem, map(self._at, orphans))
+        write(self._filesystem, self._at("_SUCCESS"), b"")
+
+    def is_input(self, plan: Plan) -> bool:
+        """Whether the parts written here would become rows of that input."""
+        return plan.takes(self._filesystem, self._at("part-.parquet"))
+
+    def _owner(self) -> Identity | None:
+        """Whose output this is; None if it is nobody's yet."""
+        try:
+            if self._filesystem.get_file_info(self._root).type == pafs.FileType.File:
+                raise SettingsError(f"output.path: {shown(self.path)!r} is a file; must be a folder")
+            theirs = read_json(self._filesystem, self._at("_job.json"))
+            if theirs is None:
+                self._refuse_foreign()
+        except (OSError, json.JSONDecodeError) as error:
+            raise SettingsError(f"output.path: {shown(self.path)!r} can't be used: {one_line(error)}") from None
+        return theirs
+
+    def _is_orphan(self, folder: str, name: str, counted: PartNames | None) -> bool:
+        if leftover_of(name) is not None:
+            return _is_output(folder, name) or (not folder and leftover_of(name) == "_job.json")
+        if counted is None:
+            return _is_output(folder, name) and not name.endswith(f"-{self.edition()}.json")
+        return bool(_ATTEMPT.fullmatch(name)) and name not in counted
+
+    def _read_record(self, shard: int, edition: str) -> ShardRecord | None:
+        name = _record_name(shard, edition)
+        try:
+            data = read_json(self._filesystem, self._at(name))
+            return None if data is None else ShardRecord.from_dict(data)
+        except DAMAGE as error:
+            # Not taken for absent: nothing here leaves such a file, so nobody knows what else is wrong.
+            raise JobFailed(
+                f"output.path: {shown(self.path)!r}: {name} is damaged ({one_line(error)}); delete it and run the "
+                "same command again: its shard is generated anew"
+            ) from None
+
+    def _not_writable(self, error: OSError) -> SettingsError:
+        return SettingsError(f"output.path: {shown(self.path)!r} can't be written: {one_line(error)}")
+
+    def _at(self, relative: str) -> str:
+        return f"{self._root}/{relative}" if relative else self._root
+
+    def _write(self, relative: str, table: pa.Table) -> Written | None:
+        if not table.num_rows:
+            return None
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer)
+        data = buffer.getbuffer()
+        write(self._filesystem, self._at(relative), data)
+        return Written(relative, table.num_rows, len(data), hashlib.sha256(data).hexdigest())
+
+    def _refuse_foreign(self) -> None:
+        info = self._filesystem.get_file_info(self._root)
+        if info.type == pafs.FileType.Directory:
+            held = sorted(found.base_name for found in self._filesystem.get_file_info(pafs.FileSelector(self._root)))
+            # An earlier start may have died between making the folders and saying whose they are.
+            ours = ("quarantine", "_shards", "_coordinator")
+            foreign = [name for name in held if name not in ours and leftover_of(name) != "_job.json"]
+            if foreign:
+                raise SettingsError(
+                    f"output.path: {shown(self.path)!r} holds files that no job of hycluster wrote ({foreign[0]!r}); "
+                    "give an empty or a new folder"
+                )
+
+
+def _record_name(shard: int, edition: str) -> str:
+    return f"_shards/{shard:08d}-{edition}.json"
+
+
+def _job_file(mine: Identity) -> bytes:
+    return json.dumps({"edition": uuid.uuid4().hex[:12], **mine}, indent=1).encode()
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
+def _is_output(folder: str, name: str) -> bool:
+    """Whether a file was written by a job of hycluster, or is what is left of such a write."""
+    name = leftover_of(name) or name
+    if folder == "_shards":
+        return bool(_RECORD.fullmatch(name))
+    return bool(_ATTEMPT.fullmatch(name)) or (not folder and name in DERIVED)
+
+
+def _total(table: pa.Table, column: str) -> int:
+    return sum(table.column(column).to_pylist())

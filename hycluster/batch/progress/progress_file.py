@@ -1,0 +1,82 @@
+"""What a running job says of itself, in the output folder: so that its status can be seen from any machine.
+
+A word every few seconds in ``_progress.json``, each in the place of the one before. Nothing depends on it: it
+holds what the shards' records don't tell, and whoever finds it old knows that the job has stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hycluster.batch.progress.terminal import Progress, Totals
+from hycluster.storage import delete, locate, one_line, read_json, replace
+
+PROGRESS = "_progress.json"
+TELL_EVERY_S = 5.0
+# A job is silent for longer than this only if it has stopped.
+SILENT_S = 60.0
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """One word of a run.
+
+    Attributes:
+        told_at: seconds since the epoch, by the clock of the machine that runs the job.
+        earlier_rows: committed before this run began.
+        progress: of this run.
+    """
+
+    told_at: float
+    earlier_rows: int
+    progress: Progress
+
+
+class Teller:
+    """Says how far a run is.
+
+    Args:
+        edition: of the output, see ``Output.edition``; a word of another one is not believed.
+        earlier_rows: rows that earlier runs have committed.
+    """
+
+    def __init__(self, output_path: str, edition: str, earlier_rows: int) -> None:
+        self._filesystem, root = locate(output_path, "output.path")
+        self._path = f"{root}/{PROGRESS}"
+        self._edition = edition
+        self._earlier_rows = earlier_rows
+        self._told_s = float("-inf")
+
+    def tell(self, progress: Progress) -> None:
+        """Write it down, if the last time is long enough ago. A store that does not take it is none of the job's."""
+        if time.monotonic() - self._told_s < TELL_EVERY_S:
+            return
+        self._told_s = time.monotonic()
+        word = {"edition": self._edition, **asdict(Word(time.time(), self._earlier_rows, progress))}
+        try:
+            replace(self._filesystem, self._path, json.dumps(word).encode())
+        except OSError as error:
+            log.debug("%s: can't be written: %s", PROGRESS, one_line(error))
+
+    def end(self) -> None:
+        """The run is over and needs nobody to know how far it is."""
+        delete(self._filesystem, [self._path])
+
+
+def last_word(filesystem: Any, root: str, edition: str) -> Word | None:
+    """What the job said last; None if it said nothing that can be understood."""
+    try:
+        data = read_json(filesystem, f"{root}/{PROGRESS}")
+        if data is None or data["edition"] != edition:
+            return None
+        said = data["progress"]
+        progress = Progress(Totals(**said["done"]), said["in_flight"], said["retries"], dict(said["reasons"]))
+        return Word(float(data["told_at"]), int(data["earlier_rows"]), progress)
+    except (OSError, ValueError, KeyError, TypeError):
+        # Half written, or by another version: the records are what counts.
+        return None

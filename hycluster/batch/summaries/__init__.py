@@ -1,0 +1,1 @@
+"""Texts longer than the context: split, summarized level by level."""

@@ -1,0 +1,1 @@
+"""Soft state of all pools, and the pure policies that size them."""

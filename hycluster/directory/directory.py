@@ -1,0 +1,257 @@
+"""Which replicas there are: one small Ray actor that replicas report to and gateways ask.
+
+All of its state is soft. Replicas report twice a second; one that has not for a while is dropped.
+Losing the directory loses nothing: Ray starts it again, the next reports fill it, and gateways go on
+with what they last heard.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from hycluster.adapters import AdapterTable, Word
+from hycluster.core import ReplicaAddress, ReplicaLoad
+from hycluster.directory.autoscaling import PoolLoad, Scaling
+from hycluster.directory.starts import Starts, StartTrouble
+from hycluster.settings.model import Model
+
+NAMESPACE = "hycluster"
+SHARED_DIRECTORY = "hycluster-directory"
+REPORT_EVERY_S = 0.5
+FORGET_AFTER_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaReport:
+    """What a replica says of itself: where it is, what it does, and whether it takes new requests.
+
+    Attributes:
+        group: name of the data-parallel group that it is a rank of; None for a replica of one engine.
+    """
+
+    address: ReplicaAddress
+    load: ReplicaLoad
+    accepting: bool = True
+    group: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a gateway wants of a pool that follows its load.
+
+    Attributes:
+        model: its settings; no replica says them while the pool sleeps.
+        waiting_requests: that have no replica, or were told to come back.
+        outstanding_tokens: to prefill or decode, of all its requests, those that wait among them.
+        cold_start_s: what it has heard of the last start.
+    """
+
+    model: Model
+    waiting_requests: int = 0
+    outstanding_tokens: int = 0
+    cold_start_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PoolView:
+    """What a gateway is told of one model's pool. Loads carry the outstanding tokens of all gateways.
+
+    Attributes:
+        scaling: what its scaler last decided; None if it has said nothing, or the pool's size is fixed.
+        trouble: why replicas do not start, if they don't.
+    """
+
+    model: Model | None
+    replicas: list[ReplicaReport]
+    adapters: dict[str, Word] = field(default_factory=dict)
+    scaling: Scaling | None = None
+    trouble: StartTrouble | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """What one looks at to know how a service is.
+
+    Attributes:
+        pid: of the directory's process.
+        ready: by model, how many replicas take requests; a group counts as one.
+        troubles: by model, why replicas do not start.
+        asleep: models that are to have no replica now.
+    """
+
+    pid: int = 0
+    ready: dict[str, int] = field(default_factory=dict)
+    troubles: dict[str, StartTrouble] = field(default_factory=dict)
+    asleep: frozenset[str] = frozenset()
+
+
+@dataclass(slots=True)
+class _Pool:
+    model: Model | None = None
+    reports: dict[str, tuple[float, ReplicaReport]] = field(default_factory=dict)
+    outstanding: dict[str, tuple[float, dict[str, int]]] = field(default_factory=dict)
+    adapters: AdapterTable = field(default_factory=AdapterTable)
+    demands: dict[str, tuple[float, Demand]] = field(default_factory=dict)
+    scaling: tuple[float, Scaling] | None = None
+    starts: Starts = field(default_factory=Starts)
+
+
+class Directory:
+    """The actor's class; plain Python, so tests use it as it is."""
+
+    def __init__(self) -> None:
+        self._pools: dict[str, _Pool] = {}
+        self._closing = False
+
+    def report(self, model: Model, report: ReplicaReport) -> None:
+        """A replica is there."""
+        pool = self._pools.setdefault(model.name, _Pool())
+        pool.model = model
+        pool.adapters.merge(AdapterTable(model.adapters).words)
+        if report.address.replica_id not in pool.reports:
+            pool.starts.succeeded()
+        pool.reports[report.address.replica_id] = (time.monotonic(), report)
+
+    def begin_start(self, model: Model, replica: str) -> float:
+        """A replica starts; returns the seconds that it is to wait first, as others of its model failed before it."""
+        pool = self._pools.setdefault(model.name, _Pool())
+        if pool.model is None:
+            pool.model = model
+            pool.adapters.merge(AdapterTable(model.adapters).words)
+        return pool.starts.begin(replica, model.replicas.most)
+
+    def close(self) -> None:
+        """The service ends."""
+        self._closing = True
+
+    def closing(self) -> bool:
+        """Whether starts that wait for their turn are to give up."""
+        return self._closing
+
+    def start_failed(self, model: Model, replica: str, kind: str, reason: str) -> None:
+        """A replica could not start."""
+        self._pools.setdefault(model.name, _Pool()).starts.failed(replica, model.replicas.count, kind, reason)
+
+    def leave(self, model: str, replica_id: str) -> None:
+        """A replica has gone, in good order."""
+        if model in self._pools:
+            self._pools[model].reports.pop(replica_id, None)
+
+    def sync(
+        self,
+        model: str,
+        gateway_id: str,
+        outstanding: dict[str, int],
+        adapters: dict[str, Word] | None = None,
+        demand: Demand | None = None,
+    ) -> PoolView:
+        """A gateway says what it has outstanding on each replica and which adapters it knows, and hears of the pool.
+
+        Args:
+            demand: None for a pool of fixed size.
+        """
+        now = time.monotonic()
+        if demand is not None:
+            self._want(gateway_id, demand, now)
+        pool = self._pools.get(model)
+        if pool is None:
+            return PoolView(None, [])
+        pool.adapters.merge(adapters or {})
+        pool.outstanding[gateway_id] = (now, outstanding)
+        pool.outstanding = {g: said for g, said in pool.outstanding.items() if now - said[0] < FORGET_AFTER_S}
+        pool.reports = {r: said for r, said in pool.reports.items() if now - said[0] < FORGET_AFTER_S}
+        reports = [self._with_outstanding(pool, report) for _, report in pool.reports.values()]
+        scaling = pool.scaling[1] if pool.scaling and now - pool.scaling[0] < FORGET_AFTER_S else None
+        return PoolView(pool.model, reports, pool.adapters.words, scaling, pool.starts.trouble)
+
+    def _want(self, gateway_id: str, demand: Demand, now: float) -> None:
+        pool = self._pools.setdefault(demand.model.name, _Pool())
+        if not pool.reports:
+            pool.model = demand.model
+            pool.adapters.merge(AdapterTable(demand.model.adapters).words)
+        pool.demands[gateway_id] = (now, demand)
+
+    def scale(self, model: str, scaling: Scaling) -> PoolLoad:
+        """A pool's scaler says what it has decided, and hears what there is to do."""
+        now = time.monotonic()
+        pool = self._pools.setdefault(model, _Pool())
+        pool.scaling = (now, scaling)
+        pool.demands = {g: said for g, said in pool.demands.items() if now - said[0] < FORGET_AFTER_S}
+        demands = [demand for _, demand in pool.demands.values()]
+        reports = [report for at, report in pool.reports.values() if now - at < FORGET_AFTER_S]
+        return PoolLoad(
+            gateways=len(demands),
+            waiting_requests=sum(demand.waiting_requests for demand in demands),
+            outstanding_tokens=sum(demand.outstanding_tokens for demand in demands),
+            engines=tuple(report.load for report in reports),
+            cold_start_s=next((demand.cold_start_s for demand in demands if demand.cold_start_s is not None), None),
+        )
+
+    def find(self, name: str) -> Model | None:
+        """The model of that name, or the one that has an adapter of that name."""
+        for model, pool in self._pools.items():
+            if name == model or name in pool.adapters.sources:
+                return pool.model
+        return None
+
+    def models(self) -> dict[str, int]:
+        """Names of models and adapters, and how many replicas of each take requests; a group counts as one."""
+        ready = self._ready()
+        return ready | {adapter: ready[name] for name, pool in self._pools.items() for adapter in pool.adapters.sources}
+
+    def overview(self) -> Overview:
+        """How all pools are."""
+        now = time.monotonic()
+        return Overview(
+            os.getpid(),
+            self._ready(),
+            {name: trouble for name, pool in self._pools.items() if (trouble := pool.starts.trouble)},
+            frozenset(
+                name
+                for name, pool in self._pools.items()
+                if pool.scaling and now - pool.scaling[0] < FORGET_AFTER_S and pool.scaling[1].target == 0
+            ),
+        )
+
+    def _ready(self) -> dict[str, int]:
+        now = time.monotonic()
+        return {
+            name: len(
+                {
+                    report.group or report.address.replica_id
+                    for at, report in pool.reports.values()
+                    if report.accepting and now - at < FORGET_AFTER_S
+                }
+            )
+            for name, pool in self._pools.items()
+        }
+
+    @staticmethod
+    def _with_outstanding(pool: _Pool, report: ReplicaReport) -> ReplicaReport:
+        replica_id = report.address.replica_id
+        tokens = {gateway: said.get(replica_id, 0) for gateway, (_, said) in pool.outstanding.items()}
+        return replace(report, load=replace(report.load, outstanding_tokens=tokens))
+
+
+def open_directory(name: str = SHARED_DIRECTORY) -> ActorHandle[Any]:
+    """The directory of that name, started if there is none. It lives as long as the Ray cluster."""
+    actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=3)(Directory)
+    handle: ActorHandle[Any] = actor.options(
+        name=name, namespace=NAMESPACE, get_if_exists=True, lifetime="detached"
+    ).remote()
+    return handle
+
+
+def find_directory(name: str = SHARED_DIRECTORY) -> ActorHandle[Any]:
+    """The directory of that name.
+
+    Raises:
+        ValueError: there is none in this Ray cluster.
+    """
+    return ray.get_actor(name, namespace=NAMESPACE)

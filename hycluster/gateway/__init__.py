@@ -1,0 +1,1 @@
+"""In every process that takes requests: the pool of engines as one vLLM engine client."""

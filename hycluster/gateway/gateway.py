@@ -1,0 +1,475 @@
+"""The gateway: one model's pool as a vLLM ``EngineClient``.
+
+It is vLLM's own ``AsyncLLM`` around a client that reaches the whole pool (``hycluster/gateway/pool.py``), so
+tokenizing, detokenizing, stop strings, logprobs and ``n`` > 1 are vLLM's code, and all text state lives
+here: the death of a replica loses none of it. It holds the model's config and tokenizer, no weights.
+
+Pinned to vLLM 0.32.0: ``__init__`` sets what ``AsyncLLM.__init__`` sets, without starting an engine core;
+``tests/integration/test_vllm_contract.py`` compares the two.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from http import HTTPStatus
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from vllm.config import VllmConfig
+from vllm.exceptions import GracefulHTTPError, VLLMClientError
+from vllm.lora.request import LoRARequest
+from vllm.pooling_params import PoolingParams
+from vllm.renderers import renderer_from_config
+from vllm.sampling_params import SamplingParams
+from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+
+from hycluster.adapters import AdapterTable, Word, adapter_id
+from hycluster.directory.directory import FORGET_AFTER_S, REPORT_EVERY_S, Demand, PoolView
+from hycluster.engine.arguments import model_files
+from hycluster.engine.protocol import CARRIED
+from hycluster.engine.vllm import engine_config
+from hycluster.errors import HyclusterError, InvalidInput, KillsReplicas, Overloaded, ReplicaLost, Unavailable, shown
+from hycluster.gateway.admission import Gate, check_id
+from hycluster.gateway.coldstart import ColdStart
+from hycluster.gateway.pool import PoolClient
+from hycluster.gateway.router import make_policy
+from hycluster.observe.experts import expert_metrics
+from hycluster.observe.failover import failover_metrics
+from hycluster.observe.metrics import stat_logger
+from hycluster.observe.scaling import scaling_metrics
+from hycluster.settings.load import Admission, Router
+from hycluster.settings.model import Model
+
+logger = logging.getLogger(__name__)
+
+# A replica that died is named by the directory for a while, and nobody reaches it.
+CUT_OFF_AFTER_S = FORGET_AFTER_S + 5.0
+
+
+class PoolOverloaded(Overloaded, GracefulHTTPError):  # type: ignore[misc]  # both have an http_status, the same
+    """:class:`Overloaded` in a form that vLLM's own code passes on unchanged."""
+
+    def __init__(self, message: str, retry_after_s: float | None) -> None:
+        GracefulHTTPError.__init__(self, message, HTTPStatus(Overloaded.http_status))
+        self.retry_after_s = retry_after_s
+
+
+class PoolInvalidInput(InvalidInput, VLLMClientError):
+    """:class:`InvalidInput` in a form that vLLM's own code passes on unchanged."""
+
+
+class PoolUnavailable(Unavailable, GracefulHTTPError):  # type: ignore[misc]  # as above
+    """:class:`Unavailable` in a form that vLLM's own code passes on unchanged."""
+
+    def __init__(self, message: str, retry_after_s: float | None = 1.0) -> None:
+        GracefulHTTPError.__init__(self, message, HTTPStatus(Unavailable.http_status))
+        self.retry_after_s = retry_after_s
+
+
+class PoolReplicaLost(ReplicaLost, PoolUnavailable):  # type: ignore[misc]  # as above
+    """:class:`ReplicaLost` in a form that vLLM's own code passes on unchanged."""
+
+
+class PoolKillsReplicas(KillsReplicas, GracefulHTTPError):  # type: ignore[misc]  # as above
+    """:class:`KillsReplicas` in a form that vLLM's own code passes on unchanged."""
+
+    def __init__(self, message: str) -> None:
+        GracefulHTTPError.__init__(self, message, HTTPStatus(KillsReplicas.http_status))
+        self.retry_after_s = None
+
+
+LOST = {ReplicaLost: PoolReplicaLost, Unavailable: PoolUnavailable, KillsReplicas: PoolKillsReplicas}
+
+
+class Gateway(AsyncLLM):
+    """A vLLM engine client whose engine is every replica of one model.
+
+    Build it with :func:`open_gateway`.
+
+    Args:
+        patient: a request that finds no replica waits for one, if one can be started for it, whatever the settings say.
+
+    Attributes:
+        cold_start: who comes while there is no replica.
+        lora_requests: by name, what a request to an adapter of this model carries. Changes in place.
+    """
+
+    engine_core: PoolClient
+
+    def __init__(
+        self,
+        model: Model,
+        config: VllmConfig,
+        router: Router,
+        admission: Admission,
+        *,
+        metrics: bool,
+        patient: bool = False,
+    ) -> None:
+        maybe_register_config_serialize_by_value()
+        self.model = model
+        self.cold_start = ColdStart(model, patient=patient)
+        self.admission = admission
+        self._gate = Gate(model.name, admission)
+        self._adapters = AdapterTable(model.adapters)
+        self.lora_requests: dict[str, LoRARequest] = {}
+        self._take_over({})
+        self._directory: ActorHandle[Any] | None = None
+        self._view: PoolView | None = None
+        # Since when no replica can be reached from here though the directory names some.
+        self._cut_off_since_s: float | None = None
+        self._learned = False
+        self.vllm_config = config
+        self.model_config = config.model_config
+        self.scheduler_config = config.scheduler_config
+        self.observability_config = config.observability_config
+        self.renderer = renderer_from_config(config)
+        self.input_processor = InputProcessor(config, self.renderer)
+        self.admission_stats = None
+        self.log_requests = False
+        self.log_stats = metrics
+        self.output_processor = OutputProcessor(
+            self.renderer.tokenizer,
+            log_stats=self.log_stats,
+            stream_interval=config.scheduler_config.stream_interval,
+            tracing_enabled=False,
+        )
+        gateway_id = secrets.token_hex(8)
+        self.engine_core = PoolClient(
+            model.name,
+            make_policy(router.policy, gateway_id, session_slack_tokens=router.session_slack_tokens),
+            gateway_id,
+            replicas=model.engines,
+            wait_s=router.failover_wait_s,
+            cold_start_wait_s=self.cold_start.wait_s,
+            failover=router.failover,
+            on_lost=self._request_lost,
+        )
+        self.logger_manager = stat_logger(config, model.engines) if metrics else None
+        if metrics:
+            expert_metrics.watch(model.name, self.engine_core)
+            failover_metrics.watch(model.name, self.engine_core)
+            if model.replicas.vary:
+                scaling_metrics.watch(model.name, self)
+        self._client_count = 1
+        self.output_handler = None
+        self.profiler = None
+        self._frontend_profiler_injected = False
+        self._profile_lock = asyncio.Lock()
+        self._profile_session_guard_enabled = True
+        self._profile_session_active = False
+        self._elastic_ep_lock = asyncio.Lock()
+
+    # -- admission and health -----------------------------------------------------------------------
+
+    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+        """Refuse a request before any work is done for it.
+
+        Raises:
+            PoolOverloaded: a bound of the settings' ``admission`` is reached.
+            PoolUnavailable: no replica can serve, and the request is not to wait for one.
+            PoolInvalidInput: more sequences than are ever admitted.
+        """
+        pool = self.engine_core
+        if not pool.able and self.cold_start.wait_s is None:
+            raise self.refusal()
+        try:
+            self._gate.check(
+                n,
+                in_flight=pool.requests_in_flight,
+                outstanding_tokens=pool.outstanding_tokens,
+                worked_off_tokens=pool.worked_off_tokens,
+            )
+        except Overloaded as shed:
+            raise PoolOverloaded(shed.message, shed.retry_after_s) from None
+        except InvalidInput as error:
+            raise PoolInvalidInput(error.message) from None
+
+    async def add_request(
+        self, request_id: str, prompt: Any, params: SamplingParams | PoolingParams, *rest: Any, **named: Any
+    ) -> RequestOutputCollector:
+        """Begin a request that has been admitted.
+
+        Raises:
+            PoolInvalidInput: a part of it is larger than its bound, or is not the caller's to set.
+        """
+        try:
+            check_id("request_id", request_id)
+            check_id("session_id", named.get("session_id"))
+            if isinstance(params, SamplingParams):
+                if CARRIED in (params.extra_args or {}):
+                    raise InvalidInput(f"vllm_xargs: {CARRIED!r} is not allowed; it is how gateways carry requests on")
+                check_grammar(params, self.admission.max_grammar_kib)
+            return await super().add_request(request_id, prompt, params, *rest, **named)
+        except InvalidInput as error:
+            raise PoolInvalidInput(error.message) from None
+
+    @property
+    def able(self) -> bool:
+        """A request would find a replica, or have one started."""
+        return self.engine_core.able or self.cold_start.wakes
+
+    @property
+    def can_open(self) -> bool:
+        """There is, or was, a replica; or the pool is known to sleep."""
+        # Of what does not generate only its engine knows what it can do, and the doors' routes follow from that.
+        sleeps = self.cold_start.asleep.is_set() and self.model_config.runner_type == "generate"
+        return self.engine_core.first_replica.is_set() or sleeps
+
+    @property
+    def settled(self) -> bool:
+        """What the directory knows of the pool is known here, and its replicas are connected."""
+        return self._view is not None and (self.can_open or not self._named)
+
+    @property
+    def _named(self) -> bool:
+        """The directory names a replica that takes requests."""
+        return self._view is not None and any(report.accepting for report in self._view.replicas)
+
+    @property
+    def cut_off(self) -> bool:
+        """Others may reach replicas of this pool; here none has been reached for a while."""
+        since_s = self._cut_off_since_s
+        return since_s is not None and time.monotonic() - since_s > CUT_OFF_AFTER_S
+
+    async def check_health(self) -> None:
+        """Raise PoolUnavailable unless a request would find a replica, or have one started."""
+        if not self.able:
+            raise self.refusal()
+
+    def refusal(self) -> PoolUnavailable:
+        """What a caller hears that finds no replica, and for whom none is started."""
+        error = self.cold_start.refusal()
+        return PoolUnavailable(error.message, error.retry_after_s)
+
+    async def _request_lost(self, request_id: str, error: HyclusterError) -> None:
+        state = self.output_processor.request_states.get(request_id)
+        if state is not None and state.queue is not None:
+            lost = LOST[type(error)](error.message)
+            lost.retry_after_s = error.retry_after_s or lost.retry_after_s
+            state.queue.put(lost)
+            # With n > 1 its siblings may be on replicas that live; nobody waits for them any more.
+            asked = state.parent_req.request_id if state.parent_req else request_id
+            await self.engine_core.abort_requests_async(self.output_processor.abort_requests([asked], internal=True))
+
+    async def end_requests(self, why: str) -> None:
+        """End all that is in flight with PoolUnavailable, whatever it waits for."""
+        for request_id in list(self.output_processor.request_states):
+            await self._request_lost(request_id, Unavailable(why))
+
+    async def _add_request(self, request: EngineCoreRequest, *rest: Any) -> None:
+        try:
+            await super()._add_request(request, *rest)
+        except Unavailable:
+            # The last replica has gone since this request was admitted.
+            self.output_processor.abort_requests([request.request_id], internal=True)
+            raise self.refusal() from None
+        except InvalidInput:
+            self.output_processor.abort_requests([request.request_id], internal=True)
+            raise
+
+    # -- the pool -----------------------------------------------------------------------------------
+
+    async def follow(self, directory: ActorHandle[Any]) -> None:
+        """Keep the pool's members, loads and adapters as the directory says; runs until cancelled."""
+        self._directory = directory
+        while True:
+            try:
+                view = await self._sync(directory)
+                await self.engine_core.update(view.replicas)
+                self._look_around()
+                if not self._learned and self.engine_core.infos:
+                    self.learn()
+            except Exception:
+                # The directory may be starting again; the pool stays as it is meanwhile.
+                logger.warning("the directory does not answer", exc_info=True)
+            await asyncio.sleep(REPORT_EVERY_S)
+
+    async def _sync(self, directory: ActorHandle[Any]) -> PoolView:
+        # Of an actor on a machine that is gone without a word Ray says nothing for minutes; one that has started again
+        # elsewhere answers the next call.
+        async with asyncio.timeout(FORGET_AFTER_S):
+            view: PoolView = await directory.sync.remote(
+                self.model.name,
+                self.engine_core.gateway_id,
+                self.engine_core.outstanding,
+                self._adapters.words,
+                self._demand() if self.model.replicas.vary else None,
+            )
+        self._take_over(view.adapters)
+        self.cold_start.hear(view.scaling, view.trouble)
+        self._view = view
+        return view
+
+    def _look_around(self) -> None:
+        if self.engine_core.able or not self._named:
+            self._cut_off_since_s = None
+        elif self._cut_off_since_s is None:
+            self._cut_off_since_s = time.monotonic()
+
+    def _demand(self) -> Demand:
+        pool = self.engine_core
+        return Demand(
+            self.model,
+            waiting_requests=pool.requests_waiting + self.cold_start.awaited,
+            outstanding_tokens=pool.expected_tokens(self.model.autoscaling.expected_output_tokens),
+            cold_start_s=self.cold_start.last_start_s,
+        )
+
+    def learn(self) -> None:
+        """Take over what only a started engine knows, as ``AsyncLLM`` does from its own."""
+        self._learned = True
+        self.cold_start.want_no_more()
+        for info in self.engine_core.infos:
+            self.model_config.max_model_len = min(self.model_config.max_model_len, info.max_model_len)
+            self.vllm_config.cache_config.block_size = info.block_size
+            self.vllm_config.cache_config.num_gpu_blocks = info.kv_tokens // info.block_size
+
+    # -- adapters -----------------------------------------------------------------------------------
+
+    def _take_over(self, words: dict[str, Word]) -> None:
+        self._adapters.merge(words)
+        sources = self._adapters.sources
+        for name in self.lora_requests.keys() - sources.keys():
+            del self.lora_requests[name]
+        for name, source in sources.items():
+            if (known := self.lora_requests.get(name)) is None or known.lora_path != source:
+                self.lora_requests[name] = LoRARequest(
+                    lora_name=name,
+                    lora_int_id=adapter_id(name, source),
+                    lora_path=source,
+                    base_model_name=self.model.name,
+                )
+
+    async def load_adapter(self, name: str, source: str) -> None:
+        """Load an adapter into every replica, then offer it at every door; returns when all doors have heard.
+
+        A name that is in use goes over to the new source. Replicas that start later load it at its first request.
+
+        Raises:
+            InvalidInput: the model takes no adapters, or a replica can't load this one; then nothing has changed.
+            Unavailable: no replica can serve, or one did not answer.
+        """
+        if self.vllm_config.lora_config is None:
+            raise InvalidInput(
+                f"model: {self.model.name!r} takes no adapters; its settings must have adapters or engine.enable_lora"
+            )
+        request = LoRARequest(lora_name=name, lora_int_id=adapter_id(name, source), lora_path=source)
+        try:
+            await self.engine_core.add_lora_async(request)
+        except TimeoutError:
+            raise Unavailable(f"lora_path: a replica did not load {shown(source)} in time") from None
+        except RuntimeError as error:
+            # What the engine said; some replicas may have it already, which costs memory and nothing else.
+            raise InvalidInput(f"lora_path: {shown(source)} can't be loaded: {error}") from None
+        await self._announce(name, source)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Offer an adapter no more, at any door; requests that run go on. Returns when all doors have heard.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        request = self.lora_requests[name]
+        await self._announce(name, None)
+        try:
+            await self.engine_core.remove_lora_async(request.lora_int_id)
+        except (RuntimeError, TimeoutError, Unavailable):
+            # It stays in that engine until others push it out.
+            logger.warning("adapter %s could not be taken out of every replica", name, exc_info=True)
+
+    async def _announce(self, name: str, source: str | None) -> None:
+        self._adapters.say(name, source, self.engine_core.gateway_id)
+        self._take_over({})
+        if self._directory is not None:
+            # If the directory is away now, the next sync tells it.
+            with contextlib.suppress(ray.exceptions.RayError):
+                await self._sync(self._directory)
+        # The other doors hear of it at their next sync.
+        await asyncio.sleep(2 * REPORT_EVERY_S)
+
+
+def check_grammar(params: SamplingParams, max_kib: int) -> None:
+    """Refuse a grammar that an engine would compile for minutes; none can be stopped once it has begun.
+
+    Raises:
+        InvalidInput: it is over ``max_kib`` KiB, as JSON where it is not text.
+    """
+    asked = params.structured_outputs
+    if asked is None:
+        return
+    for name in ("json", "regex", "choice", "grammar", "structural_tag"):
+        value = getattr(asked, name)
+        size = 0 if value is None else len(value if isinstance(value, str) else json.dumps(value))
+        if size > max_kib << 10:
+            raise InvalidInput(f"structured_outputs.{name}: is {size} bytes; at most {max_kib << 10} are allowed")
+
+
+@contextlib.asynccontextmanager
+async def open_gateway(
+    model: Model,
+    directory: ActorHandle[Any],
+    *,
+    router: Router,
+    admission: Admission,
+    wait_s: float | None,
+    metrics: bool = False,
+    patient: bool = False,
+) -> AsyncIterator[Gateway]:
+    """A gateway that follows the directory.
+
+    Args:
+        wait_s: wait until a replica can serve, or the pool is known to sleep; None: not at all.
+
+    Raises:
+        Unavailable: there is none after ``wait_s`` seconds.
+    """
+    config = await asyncio.to_thread(lambda: engine_config(model, model_files(model)))
+    gateway = Gateway(model, config, router, admission, metrics=metrics, patient=patient)
+    follower = asyncio.create_task(gateway.follow(directory))
+    try:
+        if wait_s is not None:
+            await until_one_can_serve([gateway], wait_s)
+        yield gateway
+    finally:
+        follower.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await follower
+        if gateway.output_handler is not None:
+            gateway.output_handler.cancel()
+        await gateway.engine_core.close()
+        gateway.renderer.shutdown()
+
+
+async def until_one_can_serve(gateways: Sequence[Gateway], wait_s: float | None) -> None:
+    """Wait until one of the models can be served, and what can be of the others too: a model's start is its own affair.
+
+    Raises:
+        Unavailable: there is none after ``wait_s`` seconds; None waits for ever.
+    """
+    wanted = [gateway for gateway in gateways if gateway.model_config.runner_type != "generate"]
+    for gateway in wanted:
+        # It may sleep, and has to tell what it can do; see ``learn``.
+        gateway.cold_start.want()
+    try:
+        async with asyncio.timeout(wait_s):
+            while not (any(g.can_open for g in gateways) and all(g.settled for g in gateways)):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+    except TimeoutError:
+        names = ", ".join(repr(gateway.model.name) for gateway in gateways)
+        why = "".join(f"; {g.cold_start.trouble.told()}" for g in gateways if g.cold_start.trouble)
+        raise Unavailable(f"model: no replica of {names} could serve within {wait_s:.0f} s{why}") from None
+    for gateway in gateways:
+        if gateway.engine_core.infos:
+            gateway.learn()

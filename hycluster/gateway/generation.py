@@ -1,0 +1,431 @@
+"""A request in the house's own words, carried out by the gateway of its model.
+
+The gRPC door and batch jobs come through here; the HTTP door is vLLM's own app over the same gateways.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import gc
+import math
+import secrets
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from typing import Any
+
+from ray.actor import ActorHandle
+from tokenizers import Tokenizer
+from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMNotFoundError, VLLMValidationError
+from vllm.inputs import EngineInput, split_enc_dec_input
+from vllm.logprobs import Logprob
+from vllm.lora.request import LoRARequest
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.renderers import ChatParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.tokenizers import TokenizerLike
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+from hycluster.adapters import check_name
+from hycluster.core import Generation, GenerationRequest, ModelCard, Output, Sampling, TokenLogprob, Usage
+from hycluster.directory.directory import find_directory
+from hycluster.errors import (
+    DeadlineExceeded,
+    HyclusterError,
+    InvalidInput,
+    PromptTooLong,
+    RequestFailed,
+    Unavailable,
+    UnknownModel,
+    shown,
+)
+from hycluster.gateway.gateway import Gateway, open_gateway, until_one_can_serve
+from hycluster.ingress.health import PoolHealth, able
+from hycluster.settings.load import Admission, Router
+from hycluster.settings.model import Model
+
+# What vLLM's renderer names as wrong where a prompt is too long, counted in characters or in tokens.
+LENGTH_PARAMETERS = ("input_text", "input_tokens")
+
+
+class Generator:
+    """All models of a cluster behind one interface; see :func:`open_generator`."""
+
+    def __init__(self, gateways: Mapping[str, Gateway]) -> None:
+        self.gateways = dict(gateways)
+        self._counters: dict[str, Callable[[Sequence[str]], list[int]]] = {}
+
+    async def models(self) -> list[ModelCard]:
+        """What is served, adapters after their model, and by how many replicas now."""
+        return [
+            ModelCard(name, gateway.model_config.max_model_len, gateway.engine_core.links)
+            for model, gateway in self.gateways.items()
+            for name in (model, *gateway.lora_requests)
+        ]
+
+    def model_of(self, name: str) -> str | None:
+        """The model that a name stands for: its own, or one of its adapters'; None if nothing has that name."""
+        if name in self.gateways:
+            return name
+        return next((model for model, gateway in self.gateways.items() if name in gateway.lora_requests), None)
+
+    async def load_adapter(self, name: str, source: str, *, model: str | None = None, replace: bool = False) -> None:
+        """Serve a LoRA adapter from now on, at all doors and by all replicas of its model.
+
+        Args:
+            source: a folder in PEFT's format that every node sees, or a hub id.
+            model: whose adapter it is; needs not be said where only one model takes adapters.
+            replace: let a name that is in use go over to another source.
+
+        Raises:
+            InvalidInput: names the field and what is allowed; then nothing has changed.
+            UnknownModel: there is no such model.
+            Unavailable: no replica can serve, or one did not answer.
+        """
+        check_name(name, source)
+        if name in self.gateways:
+            raise InvalidInput(f"lora_name: {shown(name)} is the name of a model")
+        takers = [taker for taker, gateway in self.gateways.items() if gateway.vllm_config.lora_config is not None]
+        if model is None:
+            if len(takers) > 1:
+                raise InvalidInput(f"model: must be one of {', '.join(map(repr, takers))}")
+            model = next(iter(takers or self.gateways))
+        holder, gateway = self.model_of(name), self._gateway(model)[0]
+        if holder is not None:
+            if not replace or holder != model:
+                raise InvalidInput(f"lora_name: {shown(name)} is an adapter of {holder!r} already")
+            if gateway.lora_requests[name].lora_path == source:
+                raise InvalidInput(
+                    f"lora_path: {shown(name)} is loaded from there already; changed weights need a path of their own"
+                )
+        await gateway.load_adapter(name, source)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Serve a LoRA adapter no more; requests that run go on.
+
+        Raises:
+            UnknownModel: there is no such adapter.
+        """
+        model = self.model_of(name)
+        if model is None or model == name:
+            raise UnknownModel(name, [name for gateway in self.gateways.values() for name in gateway.lora_requests])
+        await self.gateways[model].unload_adapter(name)
+
+    async def end(self, why: str) -> None:
+        """End all that is in flight, at either door, with Unavailable."""
+        for gateway in self.gateways.values():
+            await gateway.end_requests(why)
+
+    async def ready(self) -> bool:
+        """Whether callers are to come here; see :func:`hycluster.ingress.health.able`."""
+        return able(await self.pools())
+
+    async def pools(self) -> dict[str, PoolHealth]:
+        """How many replicas of each model take requests from here. A group counts once one of its ranks does."""
+        return {
+            name: PoolHealth(
+                math.ceil(gateway.engine_core.links / gateway.model.parallel.data),
+                scaling.target if (scaling := gateway.cold_start.scaling) else gateway.model.replicas.count,
+                gateway.cold_start.wakes,
+                gateway.cold_start.trouble,
+                gateway.cut_off,
+            )
+            for name, gateway in self.gateways.items()
+        }
+
+    async def tokenize(
+        self, model: str, *, prompt: str | None = None, messages: list[dict[str, Any]] | None = None
+    ) -> list[int]:
+        """Token ids of a prompt, or of messages under the model's chat template."""
+        gateway, _ = self._gateway(model)
+        with _translated_errors():
+            engine_input = await self._render(gateway, prompt, messages, None)
+        return _prompt_ids(engine_input)
+
+    def token_counter(self, model: str) -> Callable[[Sequence[str]], list[int]]:
+        """Counts the tokens of many texts, special ones aside; may be called from any thread."""
+        name = self.model_of(model) or model
+        if name not in self._counters:
+            self._counters[name] = token_counter(self._gateway(name)[0].renderer.get_tokenizer())
+        return self._counters[name]
+
+    async def count_tokens(self, model: str, texts: Sequence[str]) -> list[int]:
+        """How many tokens each text has, special ones aside. Streams go on meanwhile: a thread counts.
+
+        Raises:
+            UnknownModel
+        """
+        return await asyncio.to_thread(self.token_counter(model), texts)
+
+    async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
+        """The whole answer at once.
+
+        Raises:
+            InvalidInput (PromptTooLong), UnknownModel, Overloaded, Unavailable (ReplicaLost, RequestFailed),
+            DeadlineExceeded
+        """
+        last: RequestOutput | None = None
+        async with contextlib.aclosing(self._run(request, RequestOutputKind.FINAL_ONLY, deadline_s)) as outputs:
+            async for output in outputs:
+                last = output
+        if last is None:
+            raise Unavailable("the engine ended this request without an output")
+        return Generation(
+            last.request_id, request.model, [_output(o) for o in last.outputs], _usage(last, _lengths(last))
+        )
+
+    async def stream(
+        self, request: GenerationRequest, *, deadline_s: float | None = None
+    ) -> AsyncGenerator[Generation, None]:
+        """What is new, as it comes; the last one carries the usage. Closing the iterator aborts the request."""
+        lengths: dict[int, int] = {}
+        async with contextlib.aclosing(self._run(request, RequestOutputKind.DELTA, deadline_s)) as outputs:
+            async for delta in outputs:
+                for output in delta.outputs:
+                    lengths[output.index] = lengths.get(output.index, 0) + len(output.token_ids)
+                usage = _usage(delta, lengths) if delta.finished else None
+                yield Generation(delta.request_id, request.model, [_output(o) for o in delta.outputs], usage)
+
+    async def _run(
+        self, request: GenerationRequest, kind: RequestOutputKind, deadline_s: float | None
+    ) -> AsyncGenerator[RequestOutput, None]:
+        gateway, lora_request = self._gateway(request.model)
+        gateway.check_admission(request.sampling.n)
+        deadline = None if deadline_s is None else asyncio.get_running_loop().time() + deadline_s
+        with _translated_errors():
+            async with asyncio.timeout_at(deadline):
+                engine_input = await self._render(gateway, request.prompt, request.messages, request.token_ids)
+            room = gateway.model_config.max_model_len - len(_prompt_ids(engine_input))
+            outputs = gateway.generate(
+                engine_input,
+                sampling_params(gateway, request.sampling, room, kind),
+                request.request_id or f"gen-{secrets.token_hex(12)}",
+                lora_request=lora_request,
+                priority=int(request.priority),
+                session_id=request.session_id,
+            )
+            async with contextlib.aclosing(outputs):
+                while True:
+                    # Around each step, not around the loop: a deadline must not strike in the caller's code.
+                    async with asyncio.timeout_at(deadline):
+                        output = await anext(outputs, None)
+                    if output is None:
+                        return
+                    for sequence in output.outputs:
+                        # vLLM hands these out as if they were answers.
+                        if sequence.finish_reason in ("error", "abort"):
+                            kind_of = RequestFailed if sequence.finish_reason == "error" else Unavailable
+                            raise kind_of(f"the engine ended this request early ({sequence.finish_reason})")
+                    yield output
+
+    def _gateway(self, name: str) -> tuple[Gateway, LoRARequest | None]:
+        """The gateway for a name, and the adapter that the name stands for, if it is one's."""
+        model = self.model_of(name)
+        if model is None:
+            served = [name for model, gateway in self.gateways.items() for name in (model, *gateway.lora_requests)]
+            raise UnknownModel(name, served)
+        gateway = self.gateways[model]
+        return gateway, gateway.lora_requests.get(name) if name != model else None
+
+    @staticmethod
+    async def _render(
+        gateway: Gateway,
+        prompt: str | None,
+        messages: list[dict[str, Any]] | None,
+        token_ids: Sequence[int] | None,
+    ) -> EngineInput:
+        renderer = gateway.renderer
+        engine_input: EngineInput
+        if messages is not None:
+            for number, message in enumerate(messages):
+                # vLLM's own doors check this before they render.
+                if not message.get("role"):
+                    raise InvalidInput(f"messages[{number}].role: must be set")
+            _, (engine_input,) = await renderer.render_chat_async(
+                [messages],  # type: ignore[list-item]
+                ChatParams(chat_template_kwargs={"add_generation_prompt": True}),
+                renderer.default_chat_tok_params,
+            )
+            return engine_input
+        text_or_ids: Any = {"prompt": prompt} if prompt is not None else {"prompt_token_ids": list(token_ids or ())}
+        (engine_input,) = await renderer.render_cmpl_async([text_or_ids], renderer.default_cmpl_tok_params)
+        return engine_input
+
+
+def token_counter(tokenizer: TokenizerLike) -> Callable[[Sequence[str]], list[int]]:
+    """A counter with a tokenizer of its own: a fast one must not be used by two threads at once."""
+    lock = threading.Lock()
+    fast: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
+    own: Any = copy.deepcopy(tokenizer if fast is None else fast)
+    if fast is not None:
+        own.no_truncation()
+        own.no_padding()
+
+    def count(texts: Sequence[str]) -> list[int]:
+        if not texts:
+            return []
+        with lock:
+            if fast is None:
+                return [len(ids) for ids in own(list(texts), add_special_tokens=False)["input_ids"]]
+            # Past transformers, which would make a Python list of all ids: twice as quick.
+            return [len(encoding) for encoding in own.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    return count
+
+
+def sampling_params(gateway: Gateway, sampling: Sampling, room: int, kind: RequestOutputKind) -> SamplingParams:
+    """vLLM's sampling parameters; what the caller left open is the model's ``generation_config``.
+
+    Args:
+        room: tokens that the context leaves after the prompt.
+
+    Raises:
+        PromptTooLong: the prompt fills the context.
+    """
+    limit = gateway.model_config.max_model_len
+    if room < 1:
+        raise PromptTooLong(
+            f"prompt: has {limit - room} tokens, too long for a context of {limit} with room for an output"
+        )
+    defaults = gateway.model_config.get_diff_sampling_param()
+    chosen = {
+        name: value
+        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        if (value := getattr(sampling, name)) is not None or (value := defaults.get(name)) is not None
+    }
+    return SamplingParams(
+        n=sampling.n,
+        max_tokens=min(room, sampling.max_tokens or defaults.get("max_tokens") or room),
+        min_tokens=sampling.min_tokens,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        seed=sampling.seed,
+        stop=list(sampling.stop),
+        stop_token_ids=list(sampling.stop_token_ids),
+        ignore_eos=sampling.ignore_eos,
+        logprobs=sampling.logprobs,
+        output_kind=kind,
+        **chosen,
+    )
+
+
+@contextlib.contextmanager
+def _translated_errors() -> Any:
+    """vLLM's errors in the house's words."""
+    try:
+        yield
+    except HyclusterError:
+        raise
+    except TimeoutError:
+        raise DeadlineExceeded("the deadline passed before the answer was complete") from None
+    except VLLMNotFoundError as error:
+        raise InvalidInput(str(error)) from error
+    except GracefulHTTPError as error:
+        raise Unavailable(str(error)) from error
+    except VLLMValidationError as error:
+        kind = PromptTooLong if error.parameter in LENGTH_PARAMETERS else InvalidInput
+        raise kind(str(error)) from error
+    except (EngineGenerateError, EngineDeadError) as error:
+        raise Unavailable(f"the engine failed this request: {error.__cause__ or error}") from error
+    except (VLLMClientError, ValueError, TypeError) as error:
+        raise InvalidInput(str(error)) from error
+
+
+def _prompt_ids(engine_input: EngineInput) -> list[int]:
+    """What takes room in the context: the decoder's side, where a model has two."""
+    _, decoder_input = split_enc_dec_input(engine_input)
+    return list(decoder_input["prompt_token_ids"])
+
+
+def _lengths(output: RequestOutput) -> dict[int, int]:
+    return {o.index: len(o.token_ids) for o in output.outputs}
+
+
+def _usage(output: RequestOutput, lengths: Mapping[int, int]) -> Usage:
+    return Usage(len(output.prompt_token_ids or ()), sum(lengths.values()), output.num_cached_tokens or 0)
+
+
+def _output(output: CompletionOutput) -> Output:
+    logprobs = None
+    if output.logprobs is not None:
+        logprobs = [[_logprob(token_id, entry) for token_id, entry in position.items()] for position in output.logprobs]
+    return Output(output.index, output.text, list(output.token_ids), output.finish_reason, logprobs)
+
+
+def _logprob(token_id: int, entry: Logprob) -> TokenLogprob:
+    return TokenLogprob(token_id, entry.decoded_token or "", entry.logprob)
+
+
+@contextlib.asynccontextmanager
+async def open_generator(
+    directory: str,
+    model: str,
+    *,
+    router: Router | None = None,
+    admission: Admission | None = None,
+    wait_s: float = 300.0,
+) -> AsyncIterator[Generator]:
+    """A generator over one model of a running pool, from any process of the Ray cluster. It wakes one that sleeps.
+
+    Args:
+        directory: name of the pool's directory.
+        model: name of the model, or of an adapter.
+
+    Raises:
+        UnknownModel: the pool has no such model.
+        Unavailable: there is no pool, or no replica can serve.
+    """
+    handle = _directory(directory)
+    pool: Model | None = await handle.find.remote(model)
+    if pool is None:
+        raise UnknownModel(model, sorted(await handle.models.remote()))
+    unbounded = Admission(max_requests=None)
+    async with open_gateway(
+        pool, handle, router=router or Router(), admission=admission or unbounded, wait_s=wait_s, patient=True
+    ) as gateway:
+        # As in a door (see there).
+        gc.collect()
+        gc.freeze()
+        yield Generator({pool.name: gateway})
+
+
+@contextlib.asynccontextmanager
+async def open_generators(
+    directory: str,
+    models: Sequence[Model],
+    *,
+    router: Router,
+    admission: Admission,
+    wait_s: float | None,
+    metrics: bool = True,
+    patient: bool = False,
+) -> AsyncIterator[Generator]:
+    """A generator over several models, with metrics where a door shows them. Waits until one of them can be served.
+
+    Args:
+        wait_s: how long; None is for ever.
+        patient: see :class:`Gateway`.
+
+    Raises:
+        Unavailable: no model could be served.
+    """
+    handle = _directory(directory)
+    async with contextlib.AsyncExitStack() as stack:
+        gateways = {
+            model.name: await stack.enter_async_context(
+                open_gateway(
+                    model, handle, router=router, admission=admission, wait_s=None, metrics=metrics, patient=patient
+                )
+            )
+            for model in models
+        }
+        await until_one_can_serve(list(gateways.values()), wait_s)
+        yield Generator(gateways)
+
+
+def _directory(name: str) -> ActorHandle[Any]:
+    try:
+        return find_directory(name)
+    except ValueError:
+        raise Unavailable(f"directory {name!r}: no hycluster is running in this Ray cluster") from None

@@ -1,0 +1,1 @@
+"""Around one engine: a Ray Serve replica, its ranks, its sockets, its health."""

@@ -1,0 +1,1 @@
+"""Settings: YAML in, frozen models out; a file a topic."""

@@ -1,0 +1,29 @@
+"""What all settings share: frozen, unknown keys refused; names, ports, and where state lives."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._/:-]*$"
+Name = Annotated[str, Field(min_length=1, max_length=200, pattern=NAME_PATTERN)]
+# As Kubernetes has them.
+LABEL_KEY = r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+LABEL_VALUE = r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$"
+LabelKey = Annotated[str, Field(pattern=LABEL_KEY)]
+LabelValue = Annotated[str, Field(pattern=LABEL_VALUE)]
+
+
+def home() -> Path:
+    """Where prepared models and state live: ``$HYCLUSTER_HOME``, by default ``~/.cache/hycluster``."""
+    return Path(os.environ.get("HYCLUSTER_HOME") or Path.home() / ".cache" / "hycluster").expanduser()
+
+
+class Strict(BaseModel):
+    """Base of all settings: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")

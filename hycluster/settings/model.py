@@ -1,0 +1,112 @@
+"""One model and its pool."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from hycluster.settings.base import Name, Strict
+from hycluster.settings.parallel import Parallel
+from hycluster.settings.pool import Autoscaling, Hardware, Health, Replicas
+from hycluster.settings.simulated import Simulated
+
+
+class Adapter(Strict):
+    """A LoRA adapter in PEFT's format, on all replicas of a model.
+
+    Attributes:
+        name: what callers put in ``model``.
+        source: a folder that every node sees, or a hub id. Changed weights need a source of their own: what is
+            cached is told apart by name and source.
+    """
+
+    name: Name
+    source: str = Field(min_length=1)
+
+
+class Recycle(Strict):
+    """Random compensation: an expert over its capacity hands tokens to experts that have room.
+
+    Attributes:
+        capacity_factor: an expert's capacity in a step, over its fair share of the step's tokens.
+        min_capacity_tokens: capacity is never below it. In a small decode batch an expert's time is that of reading
+            its weights, however many tokens it has, so moving tokens there costs quality and gains nothing.
+        seed: the same batch, seed and factor give the same experts.
+    """
+
+    capacity_factor: float = Field(default=1.0, gt=0, le=1024)
+    min_capacity_tokens: int = Field(default=1, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+
+class Routing(Strict):
+    """How a mixture-of-experts model chooses its experts (models of ``hycluster/models``).
+
+    Attributes:
+        recycle: None is plain top-k. With it a request's output depends on what it shares a batch with.
+        expert_metrics: count tokens by expert and show them under ``/metrics``.
+    """
+
+    recycle: Recycle | None = None
+    expert_metrics: bool = False
+
+
+class Model(Strict):
+    """One model and its pool.
+
+    Attributes:
+        name: what callers put in ``model``.
+        source: a path, a hub id, or ``package:NAME`` for weights that a Python package ships.
+        engine: any argument of vLLM's engine, by its Python name.
+        api: any argument of vLLM's API server that belongs to the model (``tool_call_parser``,
+            ``reasoning_parser``, ``chat_template``, ...), by its Python name.
+        adapters: LoRA adapters, each served under its own name beside the model.
+        routing: how a mixture-of-experts model chooses its experts.
+        health: when a replica is given up.
+        autoscaling: when its pool grows and shrinks.
+        simulated: set to replace the engine by a timing model.
+    """
+
+    name: Name
+    source: str = Field(min_length=1)
+    engine: dict[str, Any] = Field(default_factory=dict)
+    api: dict[str, Any] = Field(default_factory=dict)
+    parallel: Parallel = Parallel()
+    hardware: Hardware = Hardware()
+    replicas: Replicas = Replicas()
+    adapters: tuple[Adapter, ...] = ()
+    routing: Routing = Routing()
+    health: Health = Health()
+    autoscaling: Autoscaling = Autoscaling()
+    simulated: Simulated | None = None
+
+    @model_validator(mode="after")
+    def _simulated_has_no_adapters(self) -> Model:
+        if self.simulated is not None and self.adapters:
+            raise ValueError(f"adapters: {self.adapters[0].name!r} is not allowed; a simulated engine has no adapters")
+        return self
+
+    @model_validator(mode="after")
+    def _autoscaling_has_room(self) -> Model:
+        if self.autoscaling.model_fields_set and not self.replicas.vary:
+            name = min(self.autoscaling.model_fields_set)
+            raise ValueError(
+                f"autoscaling.{name}: is without effect; set replicas.max above replicas.min ({self.replicas.min})"
+            )
+        return self
+
+    @property
+    def engines(self) -> int:
+        """Most engines that requests go to: every data-parallel rank of every replica is one."""
+        return self.replicas.most * self.parallel.data
+
+    @property
+    def sleeps(self) -> bool:
+        """Its pool may have no replica, in good order; a request wakes it."""
+        return self.replicas.min == 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What callers may put in ``model`` to reach this pool."""
+        return self.name, *(adapter.name for adapter in self.adapters)

@@ -1,0 +1,91 @@
+"""From YAML and ``--set`` to checked settings; every error names the field, the value and what is allowed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from hycluster.errors import SettingsError, shown
+from hycluster.explain import explain
+from hycluster.settings.settings import Settings
+from hycluster.settings.unique_keys import TwiceError, read_yaml
+
+DEFAULT_SETTINGS = Path("deployments/local.yaml")
+M = TypeVar("M", bound=BaseModel)
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        SettingsError: the file is missing, is no YAML, gives a key twice, or is no mapping.
+    """
+    path = Path(path)
+    try:
+        data = read_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(f"{path}: no such file") from None
+    except OSError as error:
+        raise SettingsError(f"{path}: can't be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path}: is not text in UTF-8") from error
+    except TwiceError as error:
+        raise SettingsError(f"{path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    if data is None:
+        raise SettingsError(f"{path}: is empty; must be a mapping of settings")
+    if not isinstance(data, dict):
+        raise SettingsError(f"{path}: must be a mapping of settings, not {type(data).__name__}")
+    return data
+
+
+def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Apply ``--set a.b.c=VALUE`` (VALUE is YAML) to a copy of ``data``.
+
+    Numbers index into lists: ``models.0.name=x``.
+    """
+    result: dict[str, Any] = copy.deepcopy(data)
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise SettingsError(f"--set: {shown(assignment)} must be of the form KEY=VALUE")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        *parents, last = key.split(".")
+        target: Any = result
+        try:
+            for part in parents:
+                target = target[int(part)] if isinstance(target, list) else target.setdefault(part, {})
+            target[int(last) if isinstance(target, list) else last] = value
+        except (TypeError, ValueError, IndexError, AttributeError):
+            raise SettingsError(f"--set: {shown(key)} names no place in the settings") from None
+    return result
+
+
+def validate(kind: type[M], data: dict[str, Any], where: str) -> M:
+    """Turn a mapping into settings of a kind.
+
+    Raises:
+        SettingsError: one line for each wrong field, with its value and what is allowed.
+    """
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise SettingsError("\n".join(explain(kind, error, where))) from None
+
+
+def load_settings(path: str | Path = DEFAULT_SETTINGS, assignments: Sequence[str] = ()) -> Settings:
+    """Read and check a deployment's settings.
+
+    Raises:
+        SettingsError: names the file, the field, the value and what is allowed.
+    """
+    return validate(Settings, override(load_yaml(path), assignments), str(path))

@@ -1,0 +1,67 @@
+"""A way of running the cluster: one of ``deployments/*.yaml``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from hycluster.errors import SettingsError, shown
+from hycluster.settings.base import Strict
+from hycluster.settings.ingress import Batches, Grpc, Http
+from hycluster.settings.load import Admission, DataPlane, Router
+from hycluster.settings.model import Model
+
+# Nodes wait for it: a day is a typo's bound, not a wish's.
+MAX_DRAIN_S = 86400
+
+
+class Settings(Strict):
+    """A way of running the cluster: one of ``deployments/*.yaml``.
+
+    Attributes:
+        doors: door processes; each holds both doors, and a gateway a model.
+        door_resources: what a door reserves, by Ray's names of custom resources: only nodes that have them hold
+            doors. Leave room for a door's successor. Empty: doors go anywhere.
+        doors_per_node: most doors on one node, not counting successors that are about to take over; a door for which
+            there is no node waits for one. None: where there are several nodes, as many as it takes when they are
+            spread evenly over those that are there at the start; no bound where there is one.
+        batches: None closes the Batch API.
+        start_timeout_s: how long a pool may take until its engines are ready.
+        drain_timeout_s: how long work in flight may go on where it is after a shutdown, or a replacement, is asked for.
+        hand_over_after_s: age of a replica's drain at which what is left there goes on at other replicas, if there are
+            any that take requests; above ``drain_timeout_s`` it has no effect.
+    """
+
+    models: tuple[Model, ...] = Field(min_length=1)
+    http: Http = Http()
+    grpc: Grpc = Grpc()
+    doors: int = Field(default=1, ge=1, le=64)
+    door_resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    doors_per_node: int | None = Field(default=None, ge=1)
+    router: Router = Router()
+    admission: Admission = Admission()
+    data_plane: DataPlane = DataPlane()
+    batches: Batches | None = Batches()
+    start_timeout_s: float = Field(default=600, gt=0)
+    drain_timeout_s: float = Field(default=60, gt=0, le=MAX_DRAIN_S)
+    hand_over_after_s: float = Field(default=10, ge=0)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Settings:
+        names = [name for model in self.models for name in model.names]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"models: the name {name!r} is given {names.count(name)} times; names must differ")
+        return self
+
+    def model(self, name: str) -> Model:
+        """The model of that name, or the one that has an adapter of that name.
+
+        Raises:
+            SettingsError: there is none.
+        """
+        for model in self.models:
+            if name in model.names:
+                return model
+        raise SettingsError(f"model: {shown(name)} is not in the settings; there are {[m.name for m in self.models]}")

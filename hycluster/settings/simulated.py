@@ -1,0 +1,35 @@
+"""A timing model in the place of an engine."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from hycluster.settings.base import Strict
+
+
+class Simulated(Strict):
+    """A timing model in the place of a real engine: for tests of control logic and for simulation only.
+
+    One step takes ``step_base_s + prefill_token_s * prefill tokens + decode_token_s * decode tokens``.
+    Output tokens are a fixed function of the prompt; they mean nothing.
+    """
+
+    step_base_s: float = Field(default=0.002, ge=0)
+    prefill_token_s: float = Field(default=0.00002, ge=0)
+    decode_token_s: float = Field(default=0.0002, ge=0)
+    max_num_seqs: int = Field(default=64, ge=1)
+    max_num_batched_tokens: int = Field(default=2048, ge=1)
+    kv_blocks: int = Field(default=4096, ge=1)
+    block_size_tokens: int = Field(default=16, ge=1)
+    max_model_len: int = Field(default=32768, ge=2)
+    vocab_size: int = Field(default=32000, ge=1, le=2**31)
+    realtime: bool = True
+
+    @model_validator(mode="after")
+    def _one_fits(self) -> Simulated:
+        tokens = self.kv_blocks * self.block_size_tokens
+        if tokens < self.max_model_len:
+            raise ValueError(
+                f"kv_blocks: {self.kv_blocks} hold {tokens} tokens, fewer than max_model_len ({self.max_model_len})"
+            )
+        return self

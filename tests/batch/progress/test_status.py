@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from hycluster.batch.output.commit import Output
+from hycluster.batch.progress.progress_file import Teller
+from hycluster.batch.progress.status import Status, Watcher, _Recent, recent_rates, show
+from hycluster.batch.progress.terminal import Progress, Totals
+from hycluster.errors import SettingsError
+from tests.batch.committed import commit_all
+from tests.batch.conftest import MakeJob, write_texts
+
+
+def test_a_job_on_its_way(make_job: MakeJob, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_texts(corpus / "a" / "a.parquet", [None, "two words"])
+    job = make_job()
+    out = commit_all(job, first=0, finish=False)
+    watcher = Watcher(str(out))
+    status = watcher.look()
+    assert (status.finished, status.rows, status.shards, status.shards_done) == (False, 14, 8, 0)
+    assert (status.rows_per_s, status.tokens_per_s, status.eta_s, status.committed_at) == (None, None, None, None)
+    assert status.line().startswith("state nothing committed yet, shards 0/8, rows 0/14, ")
+
+    commit_all(job, first=3, finish=False)
+    status = watcher.look()
+    assert (status.shards_done, status.done) == (3, Totals(6, 1, 15, 10))
+    assert status.rows_per_s is not None
+    assert status.eta_s == pytest.approx(8 / status.rows_per_s)
+    assert "state not finished, last commit 0:00:" in status.line()
+    assert "shards 3/8, rows 6/14, quarantined 1" in status.line()
+
+    read: list[int] = []
+    whole = Output.record
+
+    def counted(self: Output, shard: int) -> object:
+        read.append(shard)
+        return whole(self, shard)
+
+    monkeypatch.setattr(Output, "record", counted)
+    commit_all(job, first=4, finish=False)
+    read.clear()
+    assert watcher.look().shards_done == 4
+    assert read == [3], "what was read is not read again"
+    commit_all(job)
+    status = watcher.look()
+    assert (status.finished, status.shards_done, status.done.rows, status.eta_s) == (True, 8, 14, None)
+    assert status.line().startswith("state finished, shards 8/8, rows 14/14, quarantined 1, ")
+
+
+def test_what_the_job_said_last(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = commit_all(make_job(), first=2, finish=False)
+    edition = Output(str(out)).edition()
+    progress = Progress(Totals(5, 1, 0, 0), 3, 2, {"Poison": 1})
+    teller = Teller(str(out), edition, earlier_rows=4)
+    teller.tell(progress)
+    teller.tell(Progress())
+    status = Watcher(str(out)).look()
+    assert status.word is not None
+    assert status.word.progress == progress, "a word within seconds of the last is not written"
+    assert (status.rows_through, status.done.rows) == (9, 4)
+    assert (
+        "rows 9/12, of these committed 4, in flight 3, retries 2, quarantined 1 (this run: Poison 1)," in status.line()
+    )
+    assert status.line().startswith("state running, last commit ")
+    assert json.loads(json.dumps(status.to_dict()))["word"]["progress"]["retries"] == 2
+
+    later = time.time() + 3600
+    monkeypatch.setattr("hycluster.batch.progress.status.time", SimpleNamespace(time=lambda: later))
+    assert "state stopped, last heard of 1:00:00 ago; its own command resumes it" in Watcher(str(out)).look().line()
+
+    for unbelievable in (json.dumps({"edition": "another"}), "{", json.dumps({"edition": edition, "progress": 1})):
+        (out / "_progress.json").write_text(unbelievable)
+        assert Watcher(str(out)).look().word is None
+    teller.end()
+    assert not (out / "_progress.json").exists()
+
+
+def test_a_store_that_takes_no_word_does_not_end_the_job(make_job: MakeJob) -> None:
+    out = commit_all(make_job(), first=1, finish=False)
+    shutil.rmtree(out)
+    Teller(str(out), "e", 0).tell(Progress())
+    assert not out.exists()
+
+
+def test_another_job_in_the_same_folder_is_counted_anew(make_job: MakeJob) -> None:
+    out = commit_all(make_job())
+    watcher = Watcher(str(out))
+    assert watcher.look().shards_done == 7
+    shutil.rmtree(out)
+    commit_all(make_job(), first=2, finish=False)
+    assert (watcher.look().shards_done, watcher.look().done.rows) == (2, 4)
+
+
+def test_rates_are_those_of_the_last_commits() -> None:
+    assert recent_rates([]) is None
+    assert recent_rates([_Recent(100.0, 90.0, 20, 50)]) == (2.0, 5.0)
+    assert recent_rates([_Recent(100.0, 100.0, 20, 50)]) is None
+    # The first one's rows were made before the time that is looked at.
+    assert recent_rates([_Recent(110.0, 95.0, 20, 50), _Recent(100.0, 90.0, 7, 7)]) == (2.0, 5.0)
+    yesterday = _Recent(100.0 - 86400, 90.0 - 86400, 1000, 1000)
+    assert recent_rates([yesterday, _Recent(100.0, 90.0, 20, 50)]) == (2.0, 5.0)
+
+
+def shown(out: Path, *, terminal: bool = False, follow: bool = False, as_json: bool = False) -> str:
+    text = io.StringIO()
+    show(str(out), follow=follow, as_json=as_json, console=Console(file=text, force_terminal=terminal, width=300))
+    return text.getvalue()
+
+
+def test_a_line_a_table_and_json(make_job: MakeJob) -> None:
+    out = commit_all(make_job())
+    assert shown(out).count("\n") == 1
+    data = json.loads(shown(out, as_json=True))
+    assert (data["finished"], data["shards_done"], data["done"]["completion_tokens"]) == (True, 7, 24)
+    table = shown(out, terminal=True)
+    assert "7/7" in table
+    assert "│" in table
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_follow_ends_with_the_job(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    out = commit_all(make_job(), first=2, finish=False)
+    monkeypatch.setattr("hycluster.batch.progress.status.time.sleep", lambda seconds: commit_all(make_job()))
+    text = shown(out, terminal=terminal, follow=True)
+    assert text.index("2/7") < text.index("7/7")
+
+
+def test_where_no_job_is(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"^OUTPUT: '.*' holds no output of a job"):
+        Watcher(str(tmp_path)).look()
+    (tmp_path / "_job.json").write_text("{}")
+    with pytest.raises(SettingsError, match=r"^OUTPUT: .*_job.json can't be read"):
+        Watcher(str(tmp_path)).look()
+
+
+def test_status_is_plain_data() -> None:
+    status = Status("o", False, 10, None, 1, Totals(5), 2.0, 4.0, 2.5, 0.0)
+    assert json.loads(json.dumps(status.to_dict()))["done"]["rows"] == 5
+    assert "shards 1/?" in status.line()
+    assert status.line().endswith("rows/s 2.0, tokens/s 4.0, ETA 0:00:02")

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import io
+import time
+
+import pytest
+from rich.console import Console
+
+from hycluster.batch.progress import terminal as report
+from hycluster.batch.progress.terminal import JobProgress, Progress, Reporter, Totals, summarize
+
+
+def test_processes_say_totals_so_a_word_lost_or_said_twice_does_no_harm() -> None:
+    progress = JobProgress()
+    progress.report("a", Progress(Totals(1, 0, 10, 5), 4, 1))
+    progress.report("a", Progress(Totals(3, 1, 30, 15), 4, 2, {"NullValue": 1}))
+    progress.report("a", Progress(Totals(3, 1, 30, 15), 4, 2, {"NullValue": 1}))
+    progress.report("b", Progress(Totals(2, 1, 20, 10), 3, 0, {"NullValue": 1}))
+    assert progress.total() == Progress(Totals(5, 2, 50, 25), 7, 2, {"NullValue": 2})
+
+
+def shown(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(report, "LINE_EVERY_S", 0.02)
+    monkeypatch.setattr(report, "BAR_EVERY_S", 0.02)
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=terminal, width=160)
+    with Reporter("job", 100, 40, lambda: Progress(Totals(10, 2, 0, 50), retries=3), console):
+        time.sleep(0.2)
+    return text.getvalue()
+
+
+def test_plain_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = shown(False, monkeypatch).splitlines()
+    assert len(lines) > 1
+    assert lines[0].startswith("job: 50/100 rows, ")
+    for what in (" rows/s, ", " tokens/s, ", "ETA 0:00:0", "2 quarantined", "3 retries"):
+        assert what in lines[-1]
+    assert "\x1b" not in "".join(lines)
+
+
+def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = shown(True, monkeypatch)
+    assert "50/100" in text
+    assert "━" in text
+
+
+def test_the_table_counts_all_and_rates_this_run() -> None:
+    text = io.StringIO()
+    summarize(Console(file=text, width=80), "t", Totals(100, 3, 1000, 500), Totals(60, 0, 600, 300), 2.0)
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.getvalue().splitlines()]
+    for row in (
+        ["rows", "100"],
+        ["of these quarantined", "3"],
+        ["of these done earlier", "40"],
+        ["rows/s", "30.00"],
+        ["tokens/s", "150.0"],
+    ):
+        assert row in cells

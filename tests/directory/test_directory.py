@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from hycluster.adapters import Word
+from hycluster.core import ReplicaAddress, ReplicaLoad
+from hycluster.directory import directory
+from hycluster.directory.autoscaling import PoolLoad, Scaling
+from hycluster.directory.directory import FORGET_AFTER_S, Demand, Directory, ReplicaReport
+from hycluster.settings.model import Adapter, Model
+
+MODEL = Model(name="m", source="/m")
+
+
+class Clock(SimpleNamespace):
+    """In the place of the ``time`` module."""
+
+    now: float = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(directory, "time", clock)
+    return clock
+
+
+def report(replica_id: str, *, accepting: bool = True, running: int = 0) -> ReplicaReport:
+    address = ReplicaAddress(replica_id, MODEL.name, "tcp://h:1", "tcp://h:2", "token")
+    return ReplicaReport(address, ReplicaLoad(running=running), accepting)
+
+
+def seen(there: Directory, gateway: str = "g") -> list[str]:
+    return [r.address.replica_id for r in there.sync(MODEL.name, gateway, {}).replicas]
+
+
+def test_what_replicas_say_gateways_hear() -> None:
+    there = Directory()
+    there.report(MODEL, report("a", running=3))
+    there.report(MODEL, report("b", accepting=False))
+    view = there.sync(MODEL.name, "g", {})
+    assert view.model == MODEL
+    a, b = view.replicas
+    assert (a.address.replica_id, a.load.running, a.accepting) == ("a", 3, True)
+    assert (b.address.replica_id, b.accepting) == ("b", False)
+    assert there.models() == {"m": 1}
+
+
+def test_the_last_word_counts() -> None:
+    there = Directory()
+    there.report(MODEL, report("a", running=3))
+    there.report(MODEL, report("a", running=5))
+    (only,) = there.sync(MODEL.name, "g", {}).replicas
+    assert only.load.running == 5
+
+
+def test_an_unknown_model_has_no_pool() -> None:
+    view = Directory().sync("nope", "g", {"a": 1})
+    assert view.model is None
+    assert view.replicas == []
+
+
+def test_models_are_kept_apart() -> None:
+    there = Directory()
+    other = Model(name="other", source="/o")
+    there.report(MODEL, report("a"))
+    there.report(other, report("b"))
+    assert seen(there) == ["a"]
+    assert there.models() == {"m": 1, "other": 1}
+
+
+def test_a_replica_that_is_silent_is_forgotten(clock: Clock) -> None:
+    there = Directory()
+    there.report(MODEL, report("silent"))
+    clock.now += FORGET_AFTER_S / 2
+    there.report(MODEL, report("talking"))
+    clock.now += FORGET_AFTER_S / 2 - 0.1
+    assert seen(there) == ["silent", "talking"]
+    clock.now += 0.2
+    assert there.models() == {"m": 1}
+    assert seen(there) == ["talking"]
+
+
+def test_a_replica_that_leaves_is_gone_at_once() -> None:
+    there = Directory()
+    there.report(MODEL, report("a"))
+    there.report(MODEL, report("b"))
+    there.leave(MODEL.name, "a")
+    there.leave(MODEL.name, "never there")
+    there.leave("no such model", "a")
+    assert seen(there) == ["b"]
+
+
+def test_outstanding_tokens_by_gateway() -> None:
+    there = Directory()
+    there.report(MODEL, report("a"))
+    there.report(MODEL, report("b"))
+    there.sync(MODEL.name, "g1", {"a": 10, "b": 20})
+    view = there.sync(MODEL.name, "g2", {"a": 5})
+    assert [r.load.outstanding_tokens for r in view.replicas] == [{"g1": 10, "g2": 5}, {"g1": 20, "g2": 0}]
+    view = there.sync(MODEL.name, "g1", {})
+    assert [r.load.outstanding_tokens for r in view.replicas] == [{"g1": 0, "g2": 5}, {"g1": 0, "g2": 0}]
+
+
+def test_what_a_silent_gateway_had_outstanding_is_forgotten(clock: Clock) -> None:
+    there = Directory()
+    there.report(MODEL, report("a"))
+    there.sync(MODEL.name, "gone", {"a": 1000})
+    clock.now += FORGET_AFTER_S + 0.1
+    there.report(MODEL, report("a"))
+    (only,) = there.sync(MODEL.name, "g", {"a": 1}).replicas
+    assert only.load.outstanding_tokens == {"g": 1}
+
+
+class TestAdapters:
+    STATIC = Model(name="m", source="/m", adapters=(Adapter(name="a", source="/a"),))
+
+    def test_the_settings_adapters_and_what_doors_say(self) -> None:
+        there = Directory()
+        there.report(self.STATIC, report("r"))
+        there.sync("m", "g", {}, {"b": Word(1, "g", "/b")})
+        assert {name: word.source for name, word in there.sync("m", "h", {}).adapters.items()} == {"a": "/a", "b": "/b"}
+        assert there.models() == {"m": 1, "a": 1, "b": 1}
+        assert [there.find(name) for name in ("m", "a", "b", "c")] == [self.STATIC] * 3 + [None]
+
+    def test_a_report_does_not_bring_back_what_was_unloaded(self) -> None:
+        there = Directory()
+        there.report(self.STATIC, report("r"))
+        there.sync("m", "g", {}, {"a": Word(1, "g", None)})
+        there.report(self.STATIC, report("r"))
+        assert there.models() == {"m": 1}
+        assert there.find("a") is None
+
+
+def test_the_ranks_of_a_group_are_one_replica() -> None:
+    there = Directory()
+    for rank in ("a0", "a1"):
+        there.report(MODEL, replace(report(rank), group="a"))
+    there.report(MODEL, report("b"))
+    assert there.models() == {"m": 2}
+    assert sorted(seen(there)) == ["a0", "a1", "b"]
+    there.report(MODEL, replace(report("a0", accepting=False), group="a"))
+    there.report(MODEL, replace(report("a1", accepting=False), group="a"))
+    assert there.models() == {"m": 1}
+
+
+class TestPoolsThatFollowTheirLoad:
+    STATIC = Model(name="m", source="/m", adapters=(Adapter(name="a", source="/a"),))
+
+    def test_what_gateways_want_the_scaler_hears(self) -> None:
+        there = Directory()
+        there.report(MODEL, report("r", running=3))
+        there.sync("m", "g", {}, {}, Demand(MODEL, waiting_requests=2, outstanding_tokens=100))
+        there.sync("m", "h", {}, {}, Demand(MODEL, waiting_requests=1, outstanding_tokens=10, cold_start_s=7.0))
+        # Who looks on wants nothing.
+        there.sync("m", "chaos", {}, {})
+        assert there.scale("m", Scaling(1, 1)) == PoolLoad(2, 3, 110, (ReplicaLoad(running=3),), 7.0)
+
+    def test_what_the_scaler_says_gateways_hear(self, clock: Clock) -> None:
+        there = Directory()
+        assert there.scale("m", Scaling(2, 1, 3.0)) == PoolLoad()
+        assert there.sync("m", "g", {}).scaling == Scaling(2, 1, 3.0)
+        clock.now += FORGET_AFTER_S + 0.1
+        assert there.sync("m", "g", {}).scaling is None
+
+    def test_who_is_silent_wants_nothing_and_does_nothing(self, clock: Clock) -> None:
+        there = Directory()
+        there.report(MODEL, report("r", running=3))
+        there.sync("m", "gone", {}, {}, Demand(MODEL, waiting_requests=1))
+        clock.now += FORGET_AFTER_S + 0.1
+        assert there.scale("m", Scaling(1, 1)) == PoolLoad()
+
+    def test_a_pool_without_a_replica_is_known_by_its_gateways(self) -> None:
+        there = Directory()
+        there.sync("m", "g", {}, {}, Demand(self.STATIC))
+        assert [there.find(name) for name in ("m", "a", "b")] == [self.STATIC, self.STATIC, None]
+        assert there.models() == {"m": 0, "a": 0}
+
+    def test_replicas_know_their_settings_better(self) -> None:
+        there = Directory()
+        there.report(MODEL, report("r"))
+        there.sync("m", "old", {}, {}, Demand(self.STATIC))
+        assert there.find("m") == MODEL

@@ -1,0 +1,361 @@
+"""The gateway over simulated engines: what vLLM's front end makes of their tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from hycluster.errors import InvalidInput, KillsReplicas, Overloaded, Unavailable
+from hycluster.settings.load import Admission, Router
+from hycluster.settings.model import Model
+from hycluster.settings.pool import Replicas
+from hycluster.settings.simulated import Simulated
+from tests.simulated_pool import SimulatedPool, eventually, predicted
+
+if TYPE_CHECKING:
+    from vllm.outputs import RequestOutput
+
+    from hycluster.gateway.gateway import Gateway
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60), pytest.mark.usefixtures("vllm_imported")]
+
+# The tiny model's 258 tokens: every one has a text.
+ENGINE: dict[str, Any] = {"vocab_size": 256, "max_model_len": 512}
+FAST = Simulated(**ENGINE, realtime=False)
+SLOW = Simulated(**ENGINE, step_base_s=0.01, decode_token_s=0.0)
+PROMPT = [10, 20, 30]
+
+
+class Served:
+    """A gateway and the replicas behind it."""
+
+    def __init__(self, gateway: Gateway, replicas: SimulatedPool) -> None:
+        self.gateway = gateway
+        self.replicas = replicas
+
+    async def generate(self, request_id: str = "r", **sampling: Any) -> AsyncGenerator[RequestOutput, None]:
+        """Every output of one request; end of sequence is ignored, as ``predicted`` does."""
+        from vllm.sampling_params import SamplingParams
+
+        params = SamplingParams(**({"max_tokens": 20, "ignore_eos": True, "temperature": 0} | sampling))
+        (prompt,) = await self.gateway.renderer.render_cmpl_async([{"prompt_token_ids": PROMPT}])
+        async with contextlib.aclosing(self.gateway.generate(prompt, params, request_id)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def last(self, request_id: str = "r", **sampling: Any) -> RequestOutput:
+        return [output async for output in self.generate(request_id, **sampling)][-1]
+
+    async def running(self, *counts: int) -> None:
+        """Wait until the replicas have this many sequences each."""
+        await asyncio.to_thread(eventually, lambda: tuple(r.requests for r in self.replicas.replicas) == counts)
+
+
+Open = Callable[..., contextlib.AbstractAsyncContextManager[Served]]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what other tasks of this loop do."""
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110 - tests look from outside
+            await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+def opened(tiny_model: Path) -> Open:
+    @contextlib.asynccontextmanager
+    async def begin(
+        settings: Simulated, replicas: int = 1, admission: Admission | None = None, router: Router | None = None
+    ) -> AsyncIterator[Served]:
+        from hycluster.gateway.gateway import open_gateway
+
+        model = Model(
+            name="tiny",
+            source=str(tiny_model),
+            simulated=settings,
+            engine={"max_model_len": 1024},
+            replicas=Replicas(min=replicas),
+        )
+        with SimulatedPool(settings, replicas) as simulated:
+            async with open_gateway(
+                model,
+                simulated.directory(model),
+                router=router or Router(),
+                admission=admission or Admission(),
+                wait_s=10,
+            ) as gateway:
+                async with asyncio.timeout(10):
+                    while gateway.engine_core.links < replicas:  # noqa: ASYNC110 - the first one opens it
+                        await asyncio.sleep(0.01)
+                yield Served(gateway, simulated)
+
+    return begin
+
+
+async def test_tokens_and_text(opened: Open) -> None:
+    async with opened(FAST) as served:
+        output = await served.last()
+        (only,) = output.outputs
+        assert list(only.token_ids) == predicted(PROMPT, 20, FAST)
+        tokenizer: Any = served.gateway.renderer.tokenizer
+        # Bytes that may yet become a character are held back.
+        assert only.text == tokenizer.decode(predicted(PROMPT, 20, FAST)).rstrip("\ufffd")
+        assert only.finish_reason == "length"
+        assert output.prompt_token_ids == PROMPT
+        assert served.gateway.engine_core.outstanding == {"r0": 0}
+
+
+async def test_the_engines_context_is_the_gateways(opened: Open) -> None:
+    async with opened(FAST) as served:
+        assert served.gateway.model_config.max_model_len == 512
+        assert served.gateway.vllm_config.cache_config.num_gpu_blocks == FAST.kv_blocks
+
+
+async def test_two_replicas_say_what_one_says(opened: Open) -> None:
+    async with opened(FAST, 2) as served:
+        answers = await asyncio.gather(*(served.last(str(number)) for number in range(16)))
+    assert {tuple(answer.outputs[0].token_ids) for answer in answers} == {tuple(predicted(PROMPT, 20, FAST))}
+
+
+async def test_stop_string(opened: Open) -> None:
+    async with opened(SLOW) as served:
+        whole = (await served.last(max_tokens=200)).outputs[0].text
+        stop = next(character for character in whole[5:] if character.isascii() and character.isprintable())
+        stopped = (await served.last(max_tokens=200, stop=[stop])).outputs[0]
+        assert stopped.text == whole.partition(stop)[0]
+        assert (stopped.finish_reason, stopped.stop_reason) == ("stop", stop)
+        # Text is the gateway's business; the engine is told to stop.
+        await served.running(0)
+        assert served.gateway.engine_core.outstanding == {"r0": 0}
+
+
+async def test_n(opened: Open) -> None:
+    async with opened(FAST, 2) as served:
+        from vllm.sampling_params import RequestOutputKind
+
+        output = await served.last(n=3, temperature=1, output_kind=RequestOutputKind.FINAL_ONLY)
+    assert [o.index for o in output.outputs] == [0, 1, 2]
+    assert {tuple(o.token_ids) for o in output.outputs} == {tuple(predicted(PROMPT, 20, FAST))}
+
+
+@pytest.mark.parametrize("n", [1, 4])
+async def test_cancelling_aborts_in_the_engine(opened: Open, n: int) -> None:
+    async with opened(SLOW) as served:
+        asking = asyncio.create_task(served.last(max_tokens=500, n=n, temperature=1))
+        await served.running(n)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        await served.running(0)
+        assert served.gateway.engine_core.requests_in_flight == 0
+
+
+async def test_leaving_the_stream_aborts_in_the_engine(opened: Open) -> None:
+    async with opened(SLOW) as served:
+        async with contextlib.aclosing(served.generate(max_tokens=500)) as outputs:
+            await anext(outputs)
+        await served.running(0)
+
+
+async def test_requests_over_the_bound_are_shed(opened: Open) -> None:
+    async with opened(SLOW, admission=Admission(max_requests=3)) as served:
+        asking = [asyncio.create_task(served.last(str(number), max_tokens=500)) for number in range(2)]
+        await served.running(2)
+        served.gateway.check_admission(1)
+        with pytest.raises(Overloaded, match="'tiny' has 2 requests in flight; at most 3 are admitted") as caught:
+            served.gateway.check_admission(2)
+        assert caught.value.retry_after_s is not None
+        assert 1 <= caught.value.retry_after_s <= 60
+        assert (caught.value.http_status, caught.value.grpc_status) == (429, "RESOURCE_EXHAUSTED")
+        asking.append(asyncio.create_task(served.last("2", max_tokens=500)))
+        await served.running(3)
+        # By itself too, whoever calls it.
+        with pytest.raises(Overloaded):
+            await served.last("3")
+        for each in asking:
+            each.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+        served.gateway.check_admission(3)
+
+
+async def test_retry_after_is_true(opened: Open) -> None:
+    async with opened(SLOW, admission=Admission(max_requests=2)) as served:
+        asking = [asyncio.create_task(served.last(str(number), max_tokens=250)) for number in range(2)]
+        await served.running(2)
+        clock = asyncio.get_running_loop().time
+        with pytest.raises(Overloaded):
+            served.gateway.check_admission()
+        await asyncio.sleep(1)
+        with pytest.raises(Overloaded) as caught:
+            served.gateway.check_admission()
+        told = clock()
+        await asyncio.gather(*asking)
+        took = clock() - told
+        served.gateway.check_admission(2)
+        # A place of two is told after half of the work; both end together here.
+        assert caught.value.retry_after_s == pytest.approx(took / 2, rel=0.5, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "says"),
+    [
+        ({"n": 4}, "at most 3"),
+        ({"stop": ["\ud800"]}, "can't be sent to an engine"),
+        ({"extra_args": {"hycluster_carried": [1]}}, "hycluster_carried"),
+        ({"structured_outputs": {"choice": ["a" * 100] * 1000}}, r"structured_outputs\.choice: is 104000 bytes"),
+    ],
+)
+@pytest.mark.parametrize("n", [1, 2])
+async def test_what_is_refused_leaves_nothing_behind(opened: Open, n: int, sampling: dict[str, Any], says: str) -> None:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    if (grammar := sampling.get("structured_outputs")) is not None:
+        sampling = sampling | {"structured_outputs": StructuredOutputsParams(**grammar)}
+    async with opened(FAST, admission=Admission(max_requests=3)) as served:
+        with pytest.raises(InvalidInput, match=says):
+            await served.last(**({"n": n, "temperature": 1} | sampling))
+        assert served.gateway.engine_core.requests_in_flight == 0
+        assert served.gateway.engine_core.outstanding == {"r0": 0}
+        assert not served.gateway.output_processor.has_unfinished_requests()
+        assert (await served.last()).finished
+
+
+async def test_what_is_not_fetched_is_one_output_of_the_requests_own(opened: Open) -> None:
+    from vllm.sampling_params import RequestOutputKind
+
+    async with (
+        opened(FAST) as served,
+        contextlib.aclosing(served.generate(max_tokens=400, output_kind=RequestOutputKind.DELTA)) as outputs,
+    ):
+        first = await anext(outputs)
+        async with asyncio.timeout(10):
+            while served.gateway.engine_core.requests_in_flight:  # noqa: ASYNC110 - tests look from outside
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        rest = [output async for output in outputs]
+    counts = [len(output.outputs[0].token_ids) for output in (first, *rest)]
+    assert sum(counts) == 400
+    assert len(rest) <= 2
+
+
+async def test_ids_that_are_too_long(opened: Open) -> None:
+    async with opened(FAST) as served:
+        with pytest.raises(InvalidInput, match="request_id"):
+            await served.last("x" * 1000)
+
+
+async def test_tokens_over_the_bound_are_shed(opened: Open) -> None:
+    async with opened(SLOW, admission=Admission(max_outstanding_tokens=300)) as served:
+        asking = asyncio.create_task(served.last(max_tokens=400))
+        await served.running(1)
+        with pytest.raises(Overloaded, match="tokens outstanding; at most 300 are admitted"):
+            served.gateway.check_admission()
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        served.gateway.check_admission()
+
+
+async def test_without_replicas_nothing_is_admitted(opened: Open) -> None:
+    async with opened(SLOW) as served:
+        served.replicas[0].die()
+        async with asyncio.timeout(5):
+            while served.gateway.engine_core.able:  # noqa: ASYNC110 - tests look from outside
+                await asyncio.sleep(0.01)
+        for refused in (served.gateway.check_health(), served.last()):
+            with pytest.raises(Unavailable, match="no replica of 'tiny' can serve now") as caught:
+                await refused
+            assert (caught.value.http_status, caught.value.grpc_status) == (503, "UNAVAILABLE")
+
+
+async def test_the_last_replica_goes_after_admission(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opened(SLOW) as served:
+        monkeypatch.setattr(served.gateway, "check_admission", lambda **_: None)
+        served.replicas[0].die()
+        async with asyncio.timeout(5):
+            while served.gateway.engine_core.able:  # noqa: ASYNC110 - tests look from outside
+                await asyncio.sleep(0.01)
+        with pytest.raises(Unavailable) as caught:
+            await served.last()
+        assert caught.value.http_status == 503
+        assert not served.gateway.output_processor.has_unfinished_requests()
+
+
+async def test_a_lost_replicas_streams_go_on(opened: Open) -> None:
+    """Nobody sees more of it than a pause: not in the tokens, the text, or the counts."""
+    async with opened(SLOW, 2) as served:
+        undisturbed = await served.last("before", max_tokens=100)
+        streams = [asyncio.create_task(served.last(str(number), max_tokens=100)) for number in range(4)]
+        await served.running(2, 2)
+        await asyncio.sleep(0.1)
+        served.replicas[0].die()
+        for end in await asyncio.gather(*streams):
+            assert end.outputs[0].token_ids == undisturbed.outputs[0].token_ids
+            assert end.outputs[0].text == undisturbed.outputs[0].text
+            assert end.outputs[0].finish_reason == "length"
+            assert end.num_cached_tokens == undisturbed.num_cached_tokens
+        assert not served.gateway.output_processor.has_unfinished_requests()
+
+
+async def test_sequences_of_one_request_go_on_wherever_they_are(opened: Open) -> None:
+    from vllm.sampling_params import RequestOutputKind
+
+    async with opened(SLOW, 2) as served:
+        final = RequestOutputKind.FINAL_ONLY
+        stream = asyncio.create_task(served.last(n=4, temperature=1, max_tokens=100, output_kind=final))
+        await served.running(2, 2)
+        await asyncio.sleep(0.1)
+        served.replicas[0].die()
+        lengths = {output.index: len(output.token_ids) for output in (await stream).outputs}
+        assert lengths == dict.fromkeys(range(4), 100)
+        assert served.gateway.engine_core.requests_in_flight == 0
+
+
+async def test_a_lost_sequence_takes_its_siblings_along(opened: Open) -> None:
+    async with opened(SLOW, 2, router=Router(failover=False)) as served:
+        stream = asyncio.create_task(served.last(n=4, temperature=1, max_tokens=500))
+        await served.running(2, 2)
+        await asyncio.sleep(0.1)
+        served.replicas[0].die()
+        with pytest.raises(Unavailable, match="lost"):
+            await stream
+        await asyncio.to_thread(eventually, lambda: served.replicas[1].requests == 0)
+        assert served.gateway.engine_core.requests_in_flight == 0
+        assert not served.gateway.output_processor.has_unfinished_requests()
+
+
+async def test_a_request_that_kills_replicas_is_told_so(opened: Open) -> None:
+    async with opened(SLOW, 3) as served:
+        for replica in served.replicas.replicas:
+            replica.engine.hang()
+        asking = asyncio.create_task(served.last())
+        pool = served.gateway.engine_core
+
+        def fewer(links: int) -> bool:
+            return pool.links < links
+
+        for _ in range(3):
+            await until(lambda: any(f.taken or not f.losses for f in pool._flights.values()))
+            (flight,) = pool._flights.values()
+            victim = served.replicas[int(flight.replica_id[1:])]
+            await asyncio.to_thread(eventually, partial(getattr, victim, "requests"))
+            gone = partial(fewer, pool.links)
+            victim.die()
+            await until(gone)
+        with pytest.raises(KillsReplicas, match="on 3 replicas in a row when they died") as caught:
+            await asking
+        assert (caught.value.http_status, caught.value.grpc_status) == (422, "FAILED_PRECONDITION")
+
+
+async def test_opening_waits_for_a_replica(tiny_model: Path) -> None:
+    from hycluster.gateway.gateway import open_gateway
+
+    model = Model(name="tiny", source=str(tiny_model), simulated=FAST, engine={"max_model_len": 1024})
+    with SimulatedPool(FAST, 0) as nobody, pytest.raises(Unavailable, match="could serve within 0 s"):
+        async with open_gateway(model, nobody.directory(model), router=Router(), admission=Admission(), wait_s=0.2):
+            raise AssertionError("it must not open")

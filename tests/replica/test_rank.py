@@ -1,0 +1,110 @@
+"""A rank that can't go on ends its process, however it is held up; with Ray's actors and simulated engines."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from hycluster.directory.directory import open_directory
+from hycluster.replica.rank import Patience
+from hycluster.replica.replica import Replica
+from hycluster.settings.load import DataPlane
+from hycluster.settings.model import Model
+from hycluster.settings.pool import Health
+from hycluster.settings.simulated import Simulated
+from tests.simulated_pool import eventually
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), pytest.mark.usefixtures("some_ray")]
+
+Start = Callable[..., Any]
+
+
+@pytest.fixture
+def directory() -> Iterator[str]:
+    name = f"rank-{secrets.token_hex(4)}"
+    handle = open_directory(name)
+    yield name
+    ray.kill(handle)
+
+
+@pytest.fixture
+def start(directory: str) -> Iterator[Start]:
+    started: list[Any] = []
+
+    # Made here, so that Ray sends it whole: its workers have no tests to import.
+    class Brittle(Replica):
+        async def hang(self) -> None:
+            self._rank._engine.hang()  # type: ignore[attr-defined]
+
+        async def kill_engine(self) -> None:
+            self._rank._engine.kill(RuntimeError("device lost"))  # type: ignore[attr-defined]
+
+    def begin(**bounds: float) -> Any:
+        model = Model(name="m", source="/m", simulated=Simulated(), health=Health(**bounds))
+        actor: Any = ray.remote(num_cpus=0)(Brittle)
+        started.append(actor.remote(model, DataPlane(host="127.0.0.1"), directory, Patience(0.5, 0.5)))
+        return started[-1]
+
+    yield begin
+    for replica in started:
+        ray.kill(replica)
+
+
+def family(replica: Any) -> list[psutil.Process]:
+    """The replica's process, then what it has started."""
+    process = psutil.Process(ray.get(replica.ready.remote())["pid"])
+    eventually(lambda: bool(process.children()), 10)
+    return [process, *process.children(recursive=True)]
+
+
+def ended_after_s(processes: list[psutil.Process]) -> float:
+    began = time.monotonic()
+    _, alive = psutil.wait_procs(processes, 30)
+    assert not alive
+    return time.monotonic() - began
+
+
+def test_a_dead_engine_takes_its_process_along(start: Start) -> None:
+    replica = start()
+    processes = family(replica)
+    replica.kill_engine.remote()
+    assert ended_after_s(processes) < 10
+
+
+def test_so_does_one_that_hangs_while_nobody_asks_it(start: Start) -> None:
+    replica = start(probe_after_s=0.5, hung_after_s=0.5)
+    processes = family(replica)
+    ray.get(replica.check_health.remote())
+    replica.hang.remote()
+    assert ended_after_s(processes) < 15
+
+
+def test_a_stopped_process_is_killed_and_does_not_come_back(start: Start, directory: str) -> None:
+    replica = start(stopped_after_s=0.5)
+    processes = family(replica)
+
+    def reports() -> list[Any]:
+        view: Any = ray.get(open_directory(directory).sync.remote("m", "test", {}))
+        return list(view.replicas)
+
+    eventually(lambda: len(reports()) == 1, 10)
+    os.kill(processes[0].pid, signal.SIGSTOP)
+    assert ended_after_s(processes) < 10
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(replica.check_health.remote(), timeout=20)
+
+
+def test_one_that_is_stopped_in_good_order_is_not_killed(start: Start) -> None:
+    replica = start(probe_after_s=0.2, hung_after_s=0.5)
+    process, *watchdogs = family(replica)
+    ray.get(replica.stop.remote())
+    assert ended_after_s(watchdogs) < 10
+    assert process.is_running()
