@@ -22,6 +22,7 @@ from hycluster.k8s.cli import app as k8s_app
 from hycluster.models.cli import tiny_model
 from hycluster.planning.cli import plan
 from hycluster.serving.running import choose
+from hycluster.settings.cli import app as settings_app
 from hycluster.settings.read import DEFAULT_SETTINGS, load_settings
 from hycluster.summarize.cli import summarize
 
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 app.add_typer(batch_app, name="batch")
 app.add_typer(k8s_app, name="k8s")
+app.add_typer(settings_app, name="settings")
 app.command("summarize")(summarize)
 app.command("chaos")(chaos)
 app.command("plan")(plan)
