@@ -31,6 +31,7 @@ from hycluster.batch.prompts import prompt_of
 from hycluster.batch.quarantine_limit import check_quarantine
 from hycluster.batch.task import Connect
 from hycluster.errors import HyclusterError, JobFailed, SettingsError, UnknownModel
+from hycluster.imports import without_collector
 from hycluster.serving.running import Chosen
 from hycluster.settings.settings import Settings
 from hycluster.storage import one_line, shown
@@ -182,7 +183,8 @@ def _say_where(joined: Chosen | None) -> None:
 
 def _open_generator(directory: str, model: str) -> AbstractAsyncContextManager[Generator]:
     """Runs where the rows are; the driver has no need of vLLM."""
-    from hycluster.gateway.generation import open_generator
+    with without_collector():
+        from hycluster.gateway.generation import open_generator
 
     return open_generator(directory, model)
 
