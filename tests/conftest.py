@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import psutil
 import pytest
 
 from bench import tiny_llama
+from hycluster.imports import without_collector
 from tests.lanes import SHARED, Lanes, check_shared, place
 from tests.ray_apart import ray_apart
 
@@ -33,7 +36,7 @@ _ENDS: dict[str, Callable[[], None]] = {}
 @pytest.fixture(scope="session")
 def vllm_imported() -> None:
     """For tests of modules that import vLLM: its import takes seconds and warns of third parties' sins."""
-    with warnings.catch_warnings():
+    with without_collector(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import hycluster.gateway.generation
         import hycluster.ingress.http  # noqa: F401
@@ -62,15 +65,26 @@ def ends_early() -> dict[str, Callable[[], None]]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_BEGAN] = time.monotonic(), _busy_s()
+    if getattr(config.option, "testrunuid", "") is None:
+        config.option.testrunuid = secrets.token_hex(16)
     if worker := os.environ.get("PYTEST_XDIST_WORKER"):
         # Commands without an address take the only cluster of their home.
-        home = Path(tempfile.gettempdir(), f"hyt-{os.environ['PYTEST_XDIST_TESTRUNUID'][:8]}-{worker}")
+        home = _homes(os.environ["PYTEST_XDIST_TESTRUNUID"]) / worker
         common = Path(os.environ.get("HYCLUSTER_HOME") or "~/.cache/hycluster").expanduser() / "models"
         for folder in (home, common):
             folder.mkdir(parents=True, exist_ok=True)
         (home / "models").symlink_to(common)
         os.environ["HYCLUSTER_HOME"] = str(home)
-        config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
+
+
+def _homes(run: str) -> Path:
+    """Where the workers of a run have their homes."""
+    return Path(tempfile.gettempdir()) / f"hyt-{run[:8]}"
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ and (run := getattr(config.option, "testrunuid", None)):
+        shutil.rmtree(_homes(run), ignore_errors=True)
 
 
 def _busy_s() -> float:
@@ -79,12 +93,31 @@ def _busy_s() -> float:
     return sum(times) - times.idle - getattr(times, "iowait", 0.0)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Each worker has all tests and what they import, to its end."""
+    with without_collector():
+        collected = yield
+    gc.freeze()
+    return collected
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that need a session's cluster come last, one cluster's after the other's: on a small machine they must
     not meet those that others start.
     """
     check_shared(items)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        for item in items:
+            _give_room(item)
     items.sort(key=lambda item: [name in getattr(item, "fixturenames", ()) for name in SHARED])
+
+
+def _give_room(item: pytest.Item) -> None:
+    """Timeouts are for a test that has the machine to itself; beside two others it takes up to twice as long."""
+    mark = item.get_closest_marker("timeout")
+    timeout_s = float(mark.args[0] if mark else item.config.getini("timeout"))
+    item.add_marker(pytest.mark.timeout(2 * timeout_s), append=False)
 
 
 def pytest_xdist_setupnodes() -> None:

@@ -34,7 +34,7 @@ SIMULATED = "simulated"
 HUNYUAN = "hunyuan-tiny"
 ALL_MODELS = {MODEL, TINY, SIMULATED, HUNYUAN}
 HUNYUAN_SHAPE = tiny.TinyShape(layers=4)
-START_TIMEOUT_S = 240
+START_TIMEOUT_S = 400
 
 PROMPTS = [
     "The capital of France is",
