@@ -23,6 +23,7 @@ from hycluster.k8s.cli import app as k8s_app
 from hycluster.models.cli import tiny_model
 from hycluster.planning.cli import plan
 from hycluster.serving.running import choose
+from hycluster.settings.cli import app as settings_app
 from hycluster.settings.read import DEFAULT_SETTINGS, load_settings
 from hycluster.submit.cli import cancel, jobs, logs, show_submitted, submit
 from hycluster.summarize.cli import summarize
@@ -44,6 +45,7 @@ for command in (submit, jobs, logs, cancel, batch.run, batch.verify, batch.statu
     batch_app.command()(command)
 app.add_typer(batch_app)
 app.add_typer(k8s_app, name="k8s")
+app.add_typer(settings_app, name="settings")
 app.command("summarize")(summarize)
 app.command("chaos")(chaos)
 app.command("plan")(plan)

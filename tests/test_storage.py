@@ -23,7 +23,7 @@ from hycluster.storage import (
     shown,
     write,
 )
-from tests.batch.object_store import BUCKET, ObjectStore
+from tests.object_store import BUCKET, ObjectStore
 
 
 def test_the_first_of_many_writers_wins(tmp_path: Path) -> None:

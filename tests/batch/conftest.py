@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from hycluster.batch.job import Job
-from tests.batch.object_store import ObjectStore, object_store
 
 MakeJob = Callable[..., Job]
 
@@ -30,12 +29,6 @@ def local_ray() -> Iterator[None]:
     yield
     ray.shutdown()
     cloudpickle.unregister_pickle_by_value(stand_in)
-
-
-@pytest.fixture(scope="package")
-def store() -> Iterator[ObjectStore]:
-    with object_store() as running:
-        yield running
 
 
 @pytest.fixture

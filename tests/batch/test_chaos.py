@@ -19,7 +19,7 @@ from hycluster.batch.job import Job
 from hycluster.storage import locate
 from tests.batch.chaos_driver import DELETION, WHEN, WRITES, drive
 from tests.batch.conftest import write_texts
-from tests.batch.object_store import ObjectStore
+from tests.object_store import ObjectStore
 
 ROWS = 2000
 SHARD_ROWS = 80

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.batch.chaos_ray import HEARD, drive_on_ray
-from tests.batch.object_store import ObjectStore
 from tests.batch.test_chaos import MOST_IN_FLIGHT, SHARD_ROWS, contents, make_job, processes, texts, undisturbed
+from tests.object_store import ObjectStore
 
 __all__ = ["processes", "texts", "undisturbed"]
 

@@ -7,7 +7,7 @@ import pytest
 
 from hycluster.batch_api.store import Store
 from hycluster.settings.ingress import Batches
-from tests.batch.object_store import ObjectStore, object_store
+from tests.object_store import ObjectStore, object_store
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ from hycluster.batch_api.store import Store
 from hycluster.core import Priority
 from hycluster.errors import JobFailed, NotFound
 from hycluster.settings.ingress import Batches
-from tests.batch.object_store import ObjectStore
 from tests.batch_api.stand_in import StandIn, jsonl, line, lines_of, submit
+from tests.object_store import ObjectStore
 
 pytestmark = pytest.mark.timeout(60)
 

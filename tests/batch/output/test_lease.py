@@ -16,7 +16,7 @@ from hycluster.batch.output import lease as lease_module
 from hycluster.batch.output.lease import Lease
 from hycluster.errors import JobFailed
 from hycluster.storage import locate, names
-from tests.batch.object_store import ObjectStore
+from tests.object_store import ObjectStore
 
 HOLD = """
 import sys, time

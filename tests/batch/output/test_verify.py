@@ -19,7 +19,7 @@ from hycluster.errors import SettingsError
 from hycluster.storage import delete, locate, names
 from tests.batch.committed import commit_all, forge, parts, record_file
 from tests.batch.conftest import MakeJob, broken_utf8, damage, write_texts
-from tests.batch.object_store import BUCKET, ObjectStore
+from tests.object_store import BUCKET, ObjectStore
 
 
 @pytest.fixture
