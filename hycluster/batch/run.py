@@ -21,10 +21,10 @@ from hycluster.batch.job import Job
 from hycluster.batch.output.commit import Output
 from hycluster.batch.output.identity import Identity, identity
 from hycluster.batch.output.lease import Lease
-from hycluster.batch.output.record import ShardRecord
+from hycluster.batch.output.record import ShardRecord, Totals
 from hycluster.batch.progress.figures import write_report
 from hycluster.batch.progress.progress_file import Teller
-from hycluster.batch.progress.terminal import JobProgress, Progress, Reporter, Totals, summarize
+from hycluster.batch.progress.terminal import JobProgress, Progress, Reporter, summarize
 from hycluster.batch.prompts import prompt_of
 from hycluster.batch.quarantine_limit import check_quarantine
 from hycluster.batch.task import Connect
