@@ -46,7 +46,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Opened]:
         raise AssertionError("nothing was submitted")
 
     monkeypatch.setattr(run_module, "run_job", only_open)
-    monkeypatch.setitem(app.info.context_settings, "obj", Outside(open_stand_in, submitted))
+    monkeypatch.setattr(app.info, "context_settings", {"obj": Outside(open_stand_in, submitted)})
     return opened
 
 

@@ -26,5 +26,5 @@ def engines(job: Job, settings: Settings | None, address: str | None) -> Iterato
 if __name__ == "__main__":
     # Ray's worker processes do not have the tests on their path.
     cloudpickle.register_pickle_by_value(stand_in)
-    with patch.dict(cli.batch_app.info.context_settings, obj=Outside(engines, show_submitted)):
+    with patch.object(cli.batch_app.info, "context_settings", {"obj": Outside(engines, show_submitted)}):
         cli.main()
