@@ -240,3 +240,32 @@ def test_what_tells_whether_an_engine_has_work() -> None:
     assert "PAUSED_ALL:\n            return 0" in inspect.getsource(Scheduler.get_num_unfinished_requests)
     assert "self.input_queue.get" in inspect.getsource(EngineCoreProc._process_input_queue)
     assert "self.is_scheduler_paused() or self.model_executor.is_sleeping" in inspect.getsource(EngineCore.is_sleeping)
+
+
+def test_vllms_app_is_made_as_the_door_makes_it() -> None:
+    """``hycluster/ingress/http.py``: of what, with which arguments, and what it has then."""
+    from vllm.entrypoints.generate.api_router import init_generate_state
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    assert list(inspect.signature(build_app).parameters) == ["args", "supported_tasks", "model_config"]
+    assert list(inspect.signature(init_app_state).parameters) == ["engine_client", "state", "args", "supported_tasks"]
+    arguments = vars(make_arg_parser(FlexibleArgumentParser()).parse_args([]))
+    assert {"model", "served_model_name", "allowed_origins", "structured_outputs_config"} <= arguments.keys()
+    assert "enable_prompt_tokens_details" in arguments
+    assert "state.openai_serving_completion = " in inspect.getsource(init_generate_state)
+    assert "state.openai_serving_models = " in inspect.getsource(init_app_state)
+
+
+def test_metrics_of_several_models_are_told_apart() -> None:
+    """``hycluster/observe/metrics.py``: vLLM still throws out those of the model before, and where it finds them."""
+    from vllm.v1.metrics import loggers, prometheus
+
+    wanted = inspect.signature(loggers.StatLoggerManager).parameters
+    assert {"vllm_config", "engine_idxs", "enable_default_loggers"} <= wanted.keys()
+    assert "unregister_vllm_metrics()" in inspect.getsource(loggers.PrometheusStatLogger.__init__)
+    thrown_out = inspect.getsource(prometheus.unregister_vllm_metrics)
+    assert "registry._collector_to_names" in thrown_out
+    assert '_name.startswith("vllm:")' in thrown_out

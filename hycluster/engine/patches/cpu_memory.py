@@ -1,8 +1,8 @@
 """The shared memory of an engine's ranks on CPU ends with the processes that use it.
 
 What: the segments of a group of ranks lose their names in ``/dev/shm`` once all ranks have opened them.
-Why: the ranks exchange tensors through them, vLLM never removes them, and what has a name there outlives its
-processes. A name is only needed until the other ranks have opened the segment.
+Why: the ranks exchange tensors through them, and what has a name there outlives a process that is killed. A name is
+only needed until the other ranks have opened the segment.
 Upstream: none filed.
 Version: vLLM 0.32.0. Applied by the models' plugin in every process of vLLM's. Watched by
 ``tests/engine/patches/test_cpu_memory.py``.

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import inspect
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +35,37 @@ def test_patching_again_changes_nothing() -> None:
     before = _CPUSHMDistributed._init_cpu_shm
     patch_segments()
     assert _CPUSHMDistributed._init_cpu_shm is before
+
+
+KILLED = """
+import os, signal, sys, torch
+torch.ops.load_library(sys.argv[1])
+handle = torch.ops._C.init_shm_manager(sys.argv[2], 1, 0, 1)
+torch.ops._C.join_shm_manager(handle, sys.argv[2])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.usefixtures("vllm_imported")
+def test_a_rank_that_is_killed_still_leaves_its_segment() -> None:
+    """When this fails, vLLM's segments have no names that stay."""
+    import torch
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    if not hasattr(torch.ops._C, "init_shm_manager"):
+        pytest.skip("vLLM's build for this CPU has no shared memory between ranks")
+    mapped = Path("/proc/self/maps").read_text().split()
+    library = next(path for path in mapped if "/vllm/_C" in path)
+    name = f"hycluster-test-{os.getpid()}-cpushm"
+    killed = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", KILLED, library, name], capture_output=True, check=False, timeout=120
+    )
+    left = list(Path("/dev/shm").glob(f"{name}_*"))
+    for segment in left:
+        segment.unlink()
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(left) == 1
 
 
 def test_names_go_behind_the_last_barrier() -> None:
