@@ -69,6 +69,35 @@ def test_an_object_store_is_found_by_the_environment_too(store: ObjectStore, mon
     assert not folder.exists("f")
 
 
+def test_the_keys_of_a_profile_are_enough_to_look_and_to_report(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """'batch status', 'verify' and 'report' go by pyarrow, which knows profiles; obstore finds no keys here."""
+    at(store.uri("profile")).create("old", b"{}")
+    (tmp_path / "credentials").write_text("[default]\naws_access_key_id = key\naws_secret_access_key = secret\n")
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    # Who asks obstore is to fail soon, not to look for a role.
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    folder = at(store.uri("profile").replace("key:secret@", ""))
+    assert folder.read_json("old") == {}
+    folder.replace("report.json", b"1")
+    assert sorted(folder.names()) == ["old", "report.json"]
+    assert folder.exists("report.json")
+    with folder.open_stream("report.json") as stream:
+        assert stream.read() == b"1"
+
+
+def test_a_part_is_one_request_however_small(store: ObjectStore) -> None:
+    folder = at(store.uri("requests"))
+    folder.write("first", b"1")
+    before = store.requests
+    folder.write("part", b"x" * (4 << 20))
+    assert folder.read_whole("part") == b"x" * (4 << 20)
+    assert store.requests - before == 2
+
+
 def test_what_an_object_store_refuses_is_one_line(store: ObjectStore) -> None:
     folder = at(store.uri("x").replace(BUCKET, "no-such-bucket"))
     for attempt in (folder.create, folder.write, lambda path, data: folder.check_creates_once(path)):
