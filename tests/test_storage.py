@@ -120,7 +120,7 @@ def test_a_folder_is_what_it_is_wherever_it_is(folder: WritableFolder) -> None:
     folder = pickle.loads(pickle.dumps(folder))
     assert not folder.exists("a/b")
     assert list(folder.names()) == list(folder.entries()) == []
-    assert folder.read_json("a/b") is folder.read_whole("a/b") is None
+    assert (folder.read_json("a/b"), folder.read_whole("a/b")) == (None, None)
     folder.make("a")
     assert folder.create("a/b", b"{}")
     assert not folder.create("a/b", b"")
