@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hycluster.batch.input.corpus import Plan
 from hycluster.batch.job import Job
-from hycluster.batch.progress.terminal import Totals
+from hycluster.batch.output.record import Totals
 from hycluster.errors import TooManyQuarantined
 from hycluster.storage import shown
 

@@ -10,32 +10,29 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 from rich.console import Console
 
-from hycluster.batch.ask import Generator
 from hycluster.batch.input.corpus import Plan, plan
 from hycluster.batch.job import Job
 from hycluster.batch.output.commit import Output
 from hycluster.batch.output.identity import Identity, identity
 from hycluster.batch.output.lease import Lease
-from hycluster.batch.output.record import ShardRecord
+from hycluster.batch.output.record import ShardRecord, Totals
 from hycluster.batch.progress.figures import write_report
 from hycluster.batch.progress.progress_file import Teller
-from hycluster.batch.progress.terminal import JobProgress, Progress, Reporter, Totals, summarize
+from hycluster.batch.progress.terminal import JobProgress, Progress, Reporter, summarize
 from hycluster.batch.prompts import prompt_of
 from hycluster.batch.quarantine_limit import check_quarantine
 from hycluster.batch.task import Connect
-from hycluster.errors import HyclusterError, JobFailed, SettingsError, UnknownModel
-from hycluster.serving.running import Chosen
-from hycluster.settings.settings import Settings
+from hycluster.errors import HyclusterError, JobFailed, SettingsError
 from hycluster.storage import one_line, shown
 
-Engines = Callable[[Job, Settings | None], AbstractContextManager[Connect]]
+# What a job generates with, while the block lasts.
+Engines = Callable[[Job], AbstractContextManager[Connect]]
 # Files at fault that are named when a job begins.
 MOST_FAULTS = 10
 PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
@@ -45,18 +42,14 @@ log = logging.getLogger(__name__)
 def run_job(
     job: Job,
     *,
-    settings: Settings | None = None,
-    engines: Engines | None = None,
-    address: str | None = None,
+    engines: Engines,
     overwrite: bool = False,
     consent: Callable[[str], None] = lambda what: None,
 ) -> None:
     """Run a job to its committed output, or say that it is there already.
 
     Args:
-        settings: the deployment; needed for ``engine: dedicated`` only.
-        engines: what to generate with; by default what ``job.engine`` says.
-        address: of the Ray cluster to join; see :func:`hycluster.cluster.connect`.
+        engines: opens what to generate with; called only if there is something to generate.
         overwrite: if the output is that of another job or input, delete it and start anew, as soon as there are
             engines. An output of this very job is resumed all the same.
         consent: is told what is to be deleted, before; raises if that is not wanted.
@@ -91,7 +84,7 @@ def run_job(
         lease.look()
         try:
             if earlier.rows < corpus.rows:
-                with (engines or partial(_engines, address=address))(job, settings) as connect:
+                with engines(job) as connect:
                     if _claim(output, mine, lease, replaces):
                         _say_done(job, console)
                         return
@@ -147,44 +140,6 @@ def _say_faults(corpus: Plan, console: Console) -> None:
 
 def _say_done(job: Job, console: Console) -> None:
     console.print(f"{job.name}: already done: {shown(job.output.path)}", **PLAIN)
-
-
-@contextmanager
-def _engines(job: Job, settings: Settings | None, address: str | None = None) -> Iterator[Connect]:
-    """The running cluster's engines, or engines of the job's own while the block lasts."""
-    import ray
-
-    from hycluster import cluster
-    from hycluster.directory.directory import SHARED_DIRECTORY, find_directory
-
-    if job.engine == "shared":
-        _say_where(cluster.connect(address))
-        try:
-            directory: Any = find_directory(SHARED_DIRECTORY)
-        except ValueError:
-            raise SettingsError("engine: 'shared' needs a running hycluster; start one or take 'dedicated'") from None
-        served: Any = ray.get(directory.models.remote())
-        if job.model not in served:
-            raise UnknownModel(job.model, sorted(served))
-        yield partial(_open_generator, SHARED_DIRECTORY, job.model)
-    else:
-        if settings is None:
-            raise SettingsError("engine: 'dedicated' needs the settings of a deployment (--config)")
-        _say_where(cluster.join_or_start(address))
-        with cluster.dedicated_pool(settings, job.model) as directory:
-            yield partial(_open_generator, directory, job.model)
-
-
-def _say_where(joined: Chosen | None) -> None:
-    where = joined or "of its own, which ends with it"
-    Console(stderr=True).print(f"the job runs on the Ray cluster {where}", **PLAIN)
-
-
-def _open_generator(directory: str, model: str) -> AbstractAsyncContextManager[Generator]:
-    """Runs where the rows are; the driver has no need of vLLM."""
-    from hycluster.gateway.generation import open_generator
-
-    return open_generator(directory, model)
 
 
 def _generate(

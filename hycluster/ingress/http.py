@@ -32,8 +32,6 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import GenerationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from hycluster.batch_api.routes import WithBatches, batch_api
-from hycluster.batch_api.store import Store
 from hycluster.errors import HyclusterError, SettingsError
 from hycluster.gateway.gateway import Gateway
 from hycluster.gateway.generation import Generator
@@ -43,7 +41,7 @@ from hycluster.ingress.connection import protocol
 from hycluster.ingress.errors import answer_error, answer_generation_error, answer_http_error, answer_unreadable
 from hycluster.ingress.health import WithHealth
 from hycluster.ingress.ports import bind, notice_lost
-from hycluster.settings.ingress import Batches, Http
+from hycluster.settings.ingress import Http
 
 # What a caller may use. Everything else of vLLM's app (scaling, raw token routes, rendering for
 # disaggregated setups, SageMaker's doubles, ...) answers 404 unless ``http.control_routes`` is set.
@@ -74,8 +72,6 @@ OPEN_ROUTES = frozenset(
     }
 )
 
-MULTIPART_BYTES = 64 << 10
-
 
 class HttpDoor:
     """A running door. ``port`` is the one it listens on."""
@@ -95,7 +91,7 @@ async def serve_http(
     generator: Generator,
     settings: Http,
     *,
-    batches: Batches | None = None,
+    around: Callable[[ASGIApp], ASGIApp] = lambda app: app,
     reuse_port: bool = False,
     drain_timeout_s: float = 60.0,
     sock: socket.socket | None = None,
@@ -104,25 +100,20 @@ async def serve_http(
 
     Args:
         sock: listens already; None opens the settings' port.
-        batches: where the Batch API's files are, and how large they may be; None leaves its routes closed.
+        around: puts routes that are not a model's beside the app of all models; bounds their bodies itself.
 
     Raises:
         SettingsError: the port is in use, or a model's ``api`` argument is unknown.
     """
     apps = await model_apps(generator, settings)
-    stall_s = settings.stalled_client_timeout_s
     app: ASGIApp = BodyLimit(
         over_all_models(apps, generator),
         settings.max_body_mib << 20,
         max_total_bytes=settings.max_bodies_mib << 20,
-        stall_s=stall_s,
+        stall_s=settings.stalled_client_timeout_s,
         paths=TOKENIZED_PATHS,
     )
-    if batches is not None:
-        api = batch_api(Store(batches), allowed_origins=settings.allowed_origins)
-        # Multipart's own headers come on top of the file.
-        app = WithBatches(BodyLimit(api, (batches.max_file_mib << 20) + MULTIPART_BYTES, stall_s=stall_s), app)
-    app = WithHealth(app, generator.pools)
+    app = WithHealth(around(app), generator.pools)
     sock = sock or bind(settings.host, settings.port, "http.port", reuse_port=reuse_port)
     notice_lost(sock, settings.stalled_client_timeout_s)
     config = uvicorn.Config(

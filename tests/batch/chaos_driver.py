@@ -42,7 +42,7 @@ def drive(job: Job, kind: str | None, when: str, nth: int, overwrite: bool, begu
     if kind is not None:
         arm(kind, when, nth)
     patch.object(run, "_generate", _generate_here(begun)).start()
-    run.run_job(job, engines=lambda job, settings: nullcontext(stand_in()), overwrite=overwrite)
+    run.run_job(job, engines=lambda _: nullcontext(stand_in()), overwrite=overwrite)
 
 
 def die(*_: Any, **__: Any) -> Any:

@@ -70,7 +70,7 @@ def drive_on_ray(job: Job, address: str, faults: Path, log: Path, fault: tuple[s
         _die_when_told(fault[2])
     elif fault is not None:
         chaos_driver.arm(*fault)
-    run.run_job(job, engines=lambda job, settings: nullcontext(partial(_open_in_worker, faults, log)))
+    run.run_job(job, engines=lambda _: nullcontext(partial(_open_in_worker, faults, log)))
 
 
 def _die_when_told(nth: int) -> None:

@@ -16,7 +16,7 @@ from hycluster.batch.input.corpus import REFUSAL, SHARD, Shard, plan, read, span
 from hycluster.batch.job import Job
 from hycluster.batch.output.commit import Output
 from hycluster.batch.output.identity import identity
-from hycluster.batch.progress.terminal import Totals
+from hycluster.batch.output.record import Totals
 from hycluster.batch.prompts import prompt_of
 from hycluster.batch.refusal import Refusal
 from hycluster.batch.task import Answer

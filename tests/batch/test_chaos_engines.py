@@ -134,7 +134,7 @@ def test_engines_killed_at_write_boundaries(
 
     def run_to(name: str) -> Any:
         job = make_job(texts, str(tmp_path / name), model="tiny", retry_s=60, sampling=sampling)
-        run.run_job(job, engines=lambda job, settings: nullcontext(Connection(engines)))
+        run.run_job(job, engines=lambda _: nullcontext(Connection(engines)))
         assert verify(job.output.path, str(texts)).faults == []
         return contents(job.output.path)
 

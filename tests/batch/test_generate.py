@@ -17,7 +17,8 @@ from hycluster.batch import generate
 from hycluster.batch.generate import Generate
 from hycluster.batch.input.corpus import REFUSAL, REFUSAL_TYPE, ROW_ID, SHARD
 from hycluster.batch.output.commit import Output
-from hycluster.batch.progress.terminal import Progress, Totals
+from hycluster.batch.output.record import Totals
+from hycluster.batch.progress.terminal import Progress
 from hycluster.batch.prompts import prompt_of
 from hycluster.batch.task import open_task
 from hycluster.core import Generation, GenerationRequest

@@ -37,10 +37,10 @@ pytestmark = [
 
 
 def engines(log: Path | None = None) -> Engines:
-    return lambda job, settings: nullcontext(stand_in(log))
+    return lambda _: nullcontext(stand_in(log))
 
 
-def no_engines(job: Job, settings: object) -> Any:
+def no_engines(job: Job) -> Any:
     raise AssertionError("this job must not start engines")
 
 

@@ -26,9 +26,8 @@ from hycluster.batch.input.corpus import REFUSAL_COLUMNS, RESULT_COLUMNS, Plan, 
 from hycluster.batch.output.commit import Output
 from hycluster.batch.output.compare import MOST_ROWS, differences, miscounted
 from hycluster.batch.output.manifest import read_manifest
-from hycluster.batch.output.record import DAMAGE, ShardRecord, Written
+from hycluster.batch.output.record import DAMAGE, ShardRecord, Totals, Written
 from hycluster.batch.output.shard_set import PartNames
-from hycluster.batch.progress.terminal import Totals
 from hycluster.errors import HyclusterError, SettingsError
 from hycluster.storage import exists, locate, names, one_line, read_json, shown
 

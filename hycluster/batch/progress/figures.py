@@ -22,9 +22,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from hycluster.batch.output.commit import Output
-from hycluster.batch.output.record import ShardRecord, Written
+from hycluster.batch.output.record import ShardRecord, Totals, Written
 from hycluster.batch.progress.page import render
-from hycluster.batch.progress.terminal import Totals
 from hycluster.errors import SettingsError
 from hycluster.storage import locate, read_json, replace, shown
 

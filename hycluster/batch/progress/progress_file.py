@@ -12,7 +12,8 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hycluster.batch.progress.terminal import Progress, Totals
+from hycluster.batch.output.record import Totals
+from hycluster.batch.progress.terminal import Progress
 from hycluster.storage import delete, locate, one_line, read_json, replace
 
 PROGRESS = "_progress.json"

@@ -20,10 +20,10 @@ from rich.live import Live
 from rich.table import Table
 
 from hycluster.batch.output.commit import Output
-from hycluster.batch.output.record import ShardRecord
+from hycluster.batch.output.record import ShardRecord, Totals
 from hycluster.batch.output.shard_set import ShardSet
 from hycluster.batch.progress.progress_file import SILENT_S, Word, last_word
-from hycluster.batch.progress.terminal import LINE_EVERY_S, Progress, Totals, duration
+from hycluster.batch.progress.terminal import LINE_EVERY_S, Progress, duration
 from hycluster.errors import SettingsError
 from hycluster.storage import exists, locate, one_line, read_json, shown
 

@@ -11,9 +11,10 @@ import pytest
 from rich.console import Console
 
 from hycluster.batch.output.commit import Output
+from hycluster.batch.output.record import Totals
 from hycluster.batch.progress.progress_file import Teller
 from hycluster.batch.progress.status import Status, Watcher, _Recent, recent_rates, show
-from hycluster.batch.progress.terminal import Progress, Totals
+from hycluster.batch.progress.terminal import Progress
 from hycluster.errors import SettingsError
 from tests.batch.committed import commit_all
 from tests.batch.conftest import MakeJob, write_texts
