@@ -22,6 +22,7 @@ from hycluster.batch.input.listing import Listing, list_files, wanted
 from hycluster.batch.input.row_groups import Rows, decode, patiently
 from hycluster.batch.refusal import ColumnRefused, Reason, Refusal
 from hycluster.errors import JobFailed, SettingsError
+from hycluster.retries import RetryingCaller
 from hycluster.storage import Folder, one_line
 
 ROW_ID = "row_id"
@@ -39,7 +40,7 @@ SHARD_BYTES = 16 << 20
 SPAN_BYTES = 64 << 20
 SPAN_SHARDS = 64
 FOOTER_READERS = 16
-FOOTER_BACKOFFS_S = (0.2, 0.4, 0.8)
+FOOTER_PATIENCE = RetryingCaller(attempts=4, timeout=None, wait_initial=0.2, wait_max=0.8, wait_jitter=0.2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,7 +318,7 @@ def _row_groups(metadata: pq.FileMetaData) -> tuple[int, ...]:
 
 def _inspect(listing: Listing, check: Callable[[pa.Schema, str], None], path: str) -> File:
     try:
-        size, schema, metadata = patiently(partial(_footer, listing.folder, path), FOOTER_BACKOFFS_S)
+        size, schema, metadata = patiently(partial(_footer, listing.folder, path), FOOTER_PATIENCE)
     except (OSError, pa.ArrowException) as error:
         message = f"input: {path}: is not a readable Parquet file: {one_line(error)}"
         # One row, which stands for however many there are.

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import pickle
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
+import stamina
 
 from hycluster.batch.input import corpus as module
 from hycluster.batch.input import row_groups as decode
@@ -100,9 +101,9 @@ def test_a_scheme_that_does_not_exist_is_named() -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "BACKOFFS_S", (0.001, 0.001))
-    monkeypatch.setattr(module, "FOOTER_BACKOFFS_S", (0.001, 0.001))
+def no_backoff() -> Iterator[None]:
+    with stamina.set_testing(True, attempts=3):
+        yield
 
 
 def test_an_input_of_which_no_file_can_be_read_is_refused(tmp_path: Path) -> None:
