@@ -4,6 +4,7 @@ import http
 import inspect
 import pickle
 import re
+from pathlib import Path
 
 import grpc
 import pytest
@@ -117,3 +118,11 @@ def test_long_values_are_cut() -> None:
     assert errors.shown("x" * 500) == "'" + "x" * 76 + "..."
     assert errors.shown("x" * 78) == "'" + "x" * 78 + "'"
     assert errors.shown("abcdefgh", limit=6) == "'ab..."
+
+
+def test_callers_find_every_reason_that_comes_by_grpc_in_the_docs() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "errors.md").read_text()
+    told = set(re.findall(r"^\| `([A-Z_]+)` \| ([A-Z_]+) \| (\d+) \|", page, re.MULTILINE))
+    never = {"ClusterLost", "EngineStartFailed", "JobFailed", "TooManyQuarantined"}
+    known = {(kind.reason, kind.grpc_status, str(kind.http_status)) for kind in TREE if kind.__name__ not in never}
+    assert told == known
