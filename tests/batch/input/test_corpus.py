@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 import stamina
 
-from hycluster.batch.input import corpus as module
 from hycluster.batch.input import row_groups as decode
 from hycluster.batch.input.corpus import REFUSAL, ROW_ID, SHARD, SHARD_BYTES, File, Plan, Shard, Span, plan, read, spans
 from hycluster.batch.prompts import TemplatePrompt
