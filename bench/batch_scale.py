@@ -123,8 +123,9 @@ def child(command: str, work: Path) -> None:
         run_job(Job.model_validate(settings), engines=partial(simulated_engines, str(work / "pids")))
     else:
         from hycluster.batch.output.verify import verify
+        from hycluster.storage import locate
 
-        verdict = verify(str(work / "out"), str(work / "corpus"))
+        verdict = verify(*(locate(str(work / place), place) for place in ("out", "corpus")))
         print("\n".join(verdict.lines()))
         if verdict.fault_count:
             raise SystemExit(1)

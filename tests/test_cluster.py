@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import inspect
+import os
 import socket
 import subprocess
+import sys
 import time
 
 import pytest
@@ -61,3 +64,22 @@ def test_what_else_keeps_ray_from_starting_is_told_at_once(monkeypatch: pytest.M
     with pytest.raises(ValueError, match="no"):
         cluster._start_node()
     assert begun == [1]
+
+
+def test_a_token_is_asked_for_as_ray_does_by_itself() -> None:
+    """Ray does it for a cluster that it starts, and for one that is named it still does not."""
+    from ray._private import worker
+
+    script = (
+        "import os; from ray._private.authentication import authentication_token_setup as setup\n"
+        "setup.enable_token_auth_by_default(); print(os.environ['RAY_AUTH_MODE'])\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    said = subprocess.run(
+        [sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True, timeout=60
+    )
+    assert said.stdout.split() == ["token"]
+    joining = inspect.getsource(worker.init).partition("if bootstrap_address is None:")
+    assert "enable_token_auth_by_default()" in joining[2]
+    assert joining[2].count("enable_token_auth_by_default") == 1
+    assert "enable_token_auth_by_default" not in joining[0]

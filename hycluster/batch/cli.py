@@ -108,8 +108,9 @@ def verify(
     """
     with _one_line_errors():
         from hycluster.batch.output.verify import verify
+        from hycluster.storage import locate
 
-        verdict = verify(output_path, input_path)
+        verdict = verify(locate(output_path, "OUTPUT"), locate(input_path, "input.path"))
     for line in verdict.lines():
         typer.echo(line)
     raise typer.Exit(1 if verdict.fault_count else 0)
@@ -135,8 +136,9 @@ def status(
             outside: Outside = context.obj
             raise typer.Exit(outside.show_submitted(subject, address, follow=follow, as_json=as_json))
         from hycluster.batch.progress.status import show
+        from hycluster.storage import locate
 
-        show(subject, follow=follow, as_json=as_json)
+        show(locate(subject, "OUTPUT"), follow=follow, as_json=as_json)
 
 
 def report(
@@ -145,8 +147,9 @@ def report(
     """Write report.html and report.json into an output, of what is committed there. A finished job has them."""
     with _one_line_errors():
         from hycluster.batch.progress.figures import REPORT_HTML, write_report
+        from hycluster.storage import locate
 
-        written = write_report(output_path)
+        written = write_report(locate(output_path, "OUTPUT"))
     typer.echo(f"{written['output']}/{REPORT_HTML}")
 
 

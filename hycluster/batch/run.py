@@ -29,7 +29,7 @@ from hycluster.batch.prompts import prompt_of
 from hycluster.batch.quarantine_limit import check_quarantine
 from hycluster.batch.task import Connect
 from hycluster.errors import HyclusterError, JobFailed, SettingsError
-from hycluster.storage import one_line, shown
+from hycluster.storage import locate, one_line
 
 # What a job generates with, while the block lasts.
 Engines = Callable[[Job], AbstractContextManager[Connect]]
@@ -62,44 +62,42 @@ def run_job(
     console = Console()
     begun_s = time.monotonic()
     prompt = prompt_of(job)
-    corpus = plan(job.input.path, shard_rows=job.shard_rows, check=prompt.check)
+    corpus = plan(locate(job.input.path, "input.path"), shard_rows=job.shard_rows, check=prompt.check)
     _say_faults(corpus, console)
-    output = Output(job.output.path)
+    output = Output(locate(job.output.path, "output.path"))
     if output.is_input(corpus):
-        raise SettingsError(
-            f"output.path: {shown(job.output.path)!r} lies within the input; give a folder outside of it"
-        )
+        raise SettingsError(f"output.path: {output.folder.masked!r} lies within the input; give a folder outside of it")
     mine = identity(job, corpus)
     replaces = overwrite and output.foreign(mine)
     if replaces:
         consent(_to_be_deleted(job, output))
     if not replaces and output.finished(mine):
-        _say_done(job, console)
+        _say_done(job, output, console)
         return
     earlier = Totals() if replaces else _totals(output.records())
     check_quarantine(job, corpus, earlier)
     output.check_store()
-    with Lease(job.output.path) as lease:
+    with Lease(output.folder) as lease:
         # Now, so that nobody waits for engines in vain; taken only when there is something to write.
         lease.look()
         try:
             if earlier.rows < corpus.rows:
                 with engines(job) as connect:
                     if _claim(output, mine, lease, replaces):
-                        _say_done(job, console)
+                        _say_done(job, output, console)
                         return
                     _generate(job, corpus, output, connect, earlier, lease, console)
             elif _claim(output, mine, lease, replaces):
-                _say_done(job, console)
+                _say_done(job, output, console)
                 return
             committed = _totals(output.records())
             if committed.rows != corpus.rows:
                 raise JobFailed(f"{committed.rows} of {corpus.rows} rows are committed; run the same command again")
             check_quarantine(job, corpus, committed)
-            write_report(job.output.path)
+            write_report(output.folder)
             lease.renew()
             lease.check()
-            Teller(job.output.path, output.edition(), 0).end()
+            Teller(output.folder, output.edition(), 0).end()
             output.finish(mine, asdict(committed))
         except HyclusterError:
             raise
@@ -107,13 +105,13 @@ def run_job(
             log.debug("the job failed", exc_info=True)
             raise JobFailed(f"{type(error).__name__}: {one_line(error)}") from error
     this_run = Totals(*(getattr(committed, name) - getattr(earlier, name) for name in asdict(earlier)))
-    summarize(console, f"{job.name} -> {shown(job.output.path)}", committed, this_run, time.monotonic() - begun_s)
+    summarize(console, f"{job.name} -> {output.folder.masked}", committed, this_run, time.monotonic() - begun_s)
 
 
 def _to_be_deleted(job: Job, output: Output) -> str:
     theirs = _totals(output.records())
     return (
-        f"--overwrite: {shown(job.output.path)} is the output of another job or input, with {theirs.rows} committed"
+        f"--overwrite: {output.folder.masked} is the output of another job or input, with {theirs.rows} committed"
         f" rows; they are deleted, and {job.name!r} begins anew there"
     )
 
@@ -138,8 +136,8 @@ def _say_faults(corpus: Plan, console: Console) -> None:
         console.print(f"and {len(faults) - MOST_FAULTS} more files", **PLAIN)
 
 
-def _say_done(job: Job, console: Console) -> None:
-    console.print(f"{job.name}: already done: {shown(job.output.path)}", **PLAIN)
+def _say_done(job: Job, output: Output, console: Console) -> None:
+    console.print(f"{job.name}: already done: {output.folder.masked}", **PLAIN)
 
 
 def _generate(
@@ -153,7 +151,7 @@ def _generate(
 
     progress: Any = ray.remote(num_cpus=0, max_restarts=-1)(JobProgress).remote()
 
-    teller = Teller(job.output.path, output.edition(), earlier.rows)
+    teller = Teller(output.folder, output.edition(), earlier.rows)
 
     def so_far() -> Progress:
         said: Progress = ray.get(progress.total.remote())

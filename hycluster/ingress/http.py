@@ -9,7 +9,6 @@ in OpenAI's form that vLLM gives. The door listens itself: measured against Ray 
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import math
 import socket
@@ -28,10 +27,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import GenerationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from hycluster.engine.patches.completion_prompts import patch_completions
 from hycluster.errors import HyclusterError, SettingsError
 from hycluster.gateway.gateway import Gateway
 from hycluster.gateway.generation import Generator
@@ -207,7 +206,7 @@ async def model_app(gateway: Gateway, settings: Http) -> FastAPI:
     app.title = "hycluster"
     await init_app_state(gateway, app.state, arguments, tasks)
     if (completions := app.state.openai_serving_completion) is not None:
-        completions.create_completion = _admitting_all_prompts(gateway, completions.create_completion)
+        patch_completions(completions, gateway.check_admission)
     # vLLM's app asks this mapping for a name that is no model's.
     app.state.openai_serving_models.lora_requests = gateway.lora_requests
     # Told to exit when an engine is lost for good; what serves without one of its own needs not.
@@ -223,19 +222,6 @@ async def model_app(gateway: Gateway, settings: Http) -> FastAPI:
     # vLLM hands the app over with its middleware built; have it built again, with the handler.
     app.middleware_stack = None
     return app
-
-
-def _admitting_all_prompts(gateway: Gateway, complete: Callable[..., Any]) -> Callable[..., Any]:
-    """vLLM's completions count the ``n`` of a request against the bounds, and not the prompts of its list."""
-
-    @functools.wraps(complete)
-    async def admitted(request: CompletionRequest, *rest: Any) -> Any:
-        prompt = request.prompt
-        lists = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
-        gateway.check_admission((request.n or 1) * (len(prompt) if lists and prompt else 1))
-        return await complete(request, *rest)
-
-    return admitted
 
 
 def api_arguments(gateway: Gateway, settings: Http) -> Namespace:

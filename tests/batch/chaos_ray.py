@@ -12,18 +12,17 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import ray
 from ray import cloudpickle
 
-from hycluster import storage
 from hycluster.batch import run
 from hycluster.batch.job import Job
-from hycluster.batch.output import commit
 from hycluster.batch.output.lease import Lease
 from hycluster.core import Generation, GenerationRequest
+from hycluster.storage import WritableFolder
+from hycluster.storage.disk import DiskFolder
 from tests.batch import chaos_driver, stand_in
 
 # Not a write: the driver hears of the n-th shard that was committed.
@@ -101,12 +100,12 @@ def _arm_next(faults: Path) -> None:
 
 
 def _note_records(log: Path) -> None:
-    real: Callable[..., bool] = storage.create_if_absent
+    real: Callable[..., bool] = DiskFolder.create
 
-    def create(filesystem: Any, path: str, data: bytes) -> bool:
-        created = real(filesystem, path, data)
+    def create(self: WritableFolder, path: str, data: bytes) -> bool:
+        created = real(self, path, data)
         if created:
             note(log, f"record {path.rpartition('/')[2]}")
         return created
 
-    patch.object(commit, "create_if_absent", create).start()
+    patch.object(DiskFolder, "create", create).start()

@@ -33,6 +33,7 @@ from hycluster.errors import (
 )
 from tests.batch.conftest import MakeJob, broken_utf8
 from tests.batch.stand_in import StandInGenerator
+from tests.located import at
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +65,7 @@ class Run:
         self.opened = 0
         self.reports: list[Progress] = []
         self.folder = folder
-        output = Output(str(folder))
+        output = Output(at(folder))
         output.claim({})
         job = make_job(**changes)
         self.stage = Generate(
