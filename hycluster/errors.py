@@ -220,6 +220,11 @@ def reported(report: str) -> HyclusterError | None:
     return kind(found[2].strip())
 
 
+def why_not_started(report: str) -> HyclusterError:
+    """Why an engine or a door did not start, out of what Ray says about it, whatever that is."""
+    return reported(report) or EngineStartFailed(one_line(report))
+
+
 def one_line(error: BaseException | str, limit: int = 400) -> str:
     """A text of many lines in one."""
     text = " ".join(str(error).split())
