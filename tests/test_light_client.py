@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
@@ -56,7 +57,7 @@ print(json.dumps({"said": said, "streamed": streamed, "reason": reason, "files":
 """
 
 
-def closure(names: set[str]) -> dict[str, Distribution]:
+def closure(names: Iterable[str]) -> dict[str, Distribution]:
     """The packages and all that they need, as pip installs them."""
     found: dict[str, Distribution] = {}
     left = set(names)

@@ -235,7 +235,7 @@ async def test_every_errors_status_has_its_details(
     unary, stream = stub.Generate(ask()), stub.GenerateStream(ask())
     for call, failed in ((unary, unary), (stream, stream.read())):
         await failure(failed)
-        came = await rpc_status.aio.from_call(call)
+        came: Any = await rpc_status.aio.from_call(call)
         assert (came.code, came.message) == (code.value[0], error.message)
         info = ErrorInfo()
         assert came.details[0].Unpack(info)
@@ -257,7 +257,8 @@ async def test_a_client_for_threads_reads_the_same_details(door: GrpcDoor, stand
             for ask_ in (lambda: stub.Generate(ask()), lambda: list(stub.GenerateStream(ask()))):
                 with pytest.raises(grpc.RpcError) as caught:
                     ask_()
-                statuses.append(rpc_status.from_call(caught.value))
+                failed: Any = caught.value
+                statuses.append(rpc_status.from_call(failed))
             return statuses
 
     assert await asyncio.to_thread(call) == [rich_status(stand_in.error)] * 2
@@ -339,7 +340,7 @@ async def test_long_messages_and_details_fit_into_headers(stub: Stub, stand_in: 
         call = stub.Generate(ask())
         code, message, _ = await failure(call)
         assert code is grpc.StatusCode.INVALID_ARGUMENT
-        came = await rpc_status.aio.from_call(call)
+        came: Any = await rpc_status.aio.from_call(call)
         assert (came.message, len(came.details)) == (message, 3)
         assert len(message.encode()) > 1000
 
