@@ -35,7 +35,6 @@ PUBLIC_RAY = frozenset(
         "ray.data.block",
         "ray.data.datasource",
         "ray.exceptions",
-        "ray.job_submission",
         "ray.serve",
         "ray.serve.config",
         "ray.serve.exceptions",

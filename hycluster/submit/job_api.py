@@ -21,8 +21,7 @@ import msgspec
 
 from hycluster.errors import SettingsError, Unauthenticated, Unavailable, shown
 from hycluster.retries import RetryingCaller
-from hycluster.storage import one_line
-from hycluster.storage import shown as without_keys
+from hycluster.storage import masked, one_line
 from hycluster.submit.submission import NAME_KEY, Submission
 from hycluster.submit.submitted import JobRecord, Submitted, submitted
 
@@ -275,5 +274,5 @@ def _said(response: httpx.Response) -> str:
     status = f"{response.status_code} {response.reason_phrase}"
     if not lines or "html" in response.headers.get("content-type", ""):
         return status
-    last = without_keys(lines[-1][:500])
+    last = masked(lines[-1][:500])
     return last if len(lines) > 1 else f"{status}: {last}"
