@@ -108,8 +108,8 @@ async def gateway_to(replica: Replica, model: Model) -> AsyncIterator[Gateway]:
 async def lose(gateway: Gateway, replica: Replica) -> None:
     """Have the gateway take its replica for lost, and find another one, which is the same."""
     pool = gateway.engine_core
-    for link in list(pool._links.values()):
-        pool._lost(link, "the test says so", died=False)
+    for link in list(pool._members.links.values()):
+        link.lose("the test says so", died=False)
     while not pool.able:
         await pool.update([replica.report])
 
