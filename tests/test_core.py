@@ -114,7 +114,8 @@ def test_online_goes_before_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["core", "errors", "config", "router", "engine.protocol", "engine.simulated", "engine.timing"]
+    "module",
+    ["core", "errors", "settings.read", "gateway.router", "engine.protocol", "engine.simulated", "engine.timing"],
 )
 def test_light_modules_import_nothing_heavy(module: str) -> None:
     code = f"import sys, hycluster.{module}; sys.exit(' '.join({{'vllm', 'torch', 'ray'}} & set(sys.modules)) or None)"

@@ -19,9 +19,9 @@ import ray
 from ray.actor import ActorHandle
 
 from hycluster.adapters import AdapterTable, Word
-from hycluster.core import ReplicaAddress, ReplicaLoad
+from hycluster.core import ReplicaAddress, ReplicaLoad, StartTrouble
 from hycluster.directory.autoscaling import PoolLoad, Scaling
-from hycluster.directory.starts import Starts, StartTrouble
+from hycluster.directory.starts import Starts
 from hycluster.settings.model import Model
 
 NAMESPACE = "hycluster"

@@ -83,7 +83,7 @@ def submit(
     Exit codes: 0 submitted; 1 the cluster did not take it; 2 refused here. With --wait those of 'batch run'.
     """
     from hycluster.batch.job import load_job
-    from hycluster.storage import shown
+    from hycluster.storage import masked
     from hycluster.submit.submission import submission
 
     target = Target(dry_run, namespace, cluster, template, image)
@@ -99,7 +99,7 @@ def submit(
     settings = load_settings(config) if job.engine == "dedicated" else None
     if overwrite and not dry_run:
         # There is nobody to ask where the job runs.
-        ask(f"--overwrite: {shown(job.output.path)} is deleted if it is the output of another job or input", yes=yes)
+        ask(f"--overwrite: {masked(job.output.path)} is deleted if it is the output of another job or input", yes=yes)
     sent = submission(job, settings, overwrite=overwrite)
     for note in sent.notes:
         _note(note)
