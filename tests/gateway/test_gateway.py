@@ -340,8 +340,8 @@ async def test_a_request_that_kills_replicas_is_told_so(opened: Open) -> None:
             return pool.links < links
 
         for _ in range(3):
-            await until(lambda: any(f.taken or not f.losses for f in pool._flights.values()))
-            (flight,) = pool._flights.values()
+            await until(lambda: any(f.taken or not f.losses for f in pool._failover.flights.values()))
+            (flight,) = pool._failover.flights.values()
             victim = served.replicas[int(flight.replica_id[1:])]
             await asyncio.to_thread(eventually, partial(getattr, victim, "requests"))
             gone = partial(fewer, pool.links)

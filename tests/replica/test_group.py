@@ -70,7 +70,7 @@ def processes(replica: Any) -> list[psutil.Process]:
 
 
 def reports(directory: str) -> list[ReplicaReport]:
-    view: Any = ray.get(open_directory(directory).sync.remote("m", "test", {}))
+    view: Any = ray.get(open_directory(directory).view.remote("m"))
     return list(view.replicas)
 
 
