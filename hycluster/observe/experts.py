@@ -58,7 +58,7 @@ class ExpertMetrics(Collector):
         )
         rank_skew = GaugeMetricFamily(
             "hycluster_expert_rank_load_skew",
-            "Tokens of the busiest expert-parallel rank divided by the mean over ranks, in recent steps; 1 is balanced.",
+            "Tokens of the busiest expert-parallel rank divided by the ranks' mean, in recent steps; 1 is balanced.",
             labels=_REPLICA,
         )
         for model, pool in list(self._pools.items()):

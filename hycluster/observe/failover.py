@@ -91,7 +91,7 @@ class FailoverMetrics(Collector):
         )
         pauses = HistogramMetricFamily(
             "hycluster_carried_pause_seconds",
-            "Stall of a migrated request: from the last message of the lost replica to the first token of the next one.",
+            "Stall of a migrated request: from the lost replica's last message to the next one's first token.",
             labels=_LABELS,
         )
         for model, pool in list(self._pools.items()):
