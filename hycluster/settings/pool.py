@@ -111,7 +111,7 @@ class Health(Strict):
 
     Attributes:
         hung_after_s: an engine that has work and finishes no step for this long counts as hung. Must be above its
-            longest regular step: ``max_num_batched_tokens`` of prefill on the slowest node, and what first use compiles.
+            longest regular step: ``max_num_batched_tokens`` of prefill on the slowest node, and compilation.
         probe_after_s: an engine that has been idle for this long is probed: asked for one token.
         stopped_after_s: a replica's process that has been stopped (SIGSTOP) for this long is killed.
     """
