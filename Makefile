@@ -17,9 +17,10 @@ demo: setup  ## serve the embedded model and summarize a corpus, end to end
 test: setup  ## run every test (ARGS="-m 'not slow'" for the fast ones)
 	@$(BIN)/python -m pytest $(ARGS)
 
-check: setup  ## lint, format, types, and who imports whom
+check: setup  ## lint, format, names, types, and who imports whom
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/python scripts/names.py
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo --no-cache
 

@@ -52,7 +52,8 @@ app.command("plan")(plan)
 app.command("tiny-model")(tiny_model)
 
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; dotted keys; repeatable.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, such as models.0.replicas.min=2; repeatable."),
 ]
 
 
@@ -202,9 +203,9 @@ def upgrade(
 
 @app.command()
 def status() -> None:
-    """Say what of the running service is there, what is missing, and why. Exits 0 when all is well, else 1.
+    """Show which parts of the running service are up, which are missing, and why. Exits 0 when all is well, else 1.
 
-    Looks at the Ray cluster in RAY_ADDRESS or at the last one that was started here.
+    The service is that of the Ray cluster in RAY_ADDRESS, or of the last one that was started here.
     """
     import ray
 

@@ -52,7 +52,9 @@ def run(
     ] = None,
     engine: Annotated[
         str | None,
-        typer.Option(metavar="shared|dedicated", help="Use the running cluster, or start engines for this job."),
+        typer.Option(
+            metavar="shared|dedicated", help="shared: the running cluster's engines; dedicated: engines for this job."
+        ),
     ] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: sampling.max_tokens=8.")
@@ -124,8 +126,8 @@ def status(
     address: Annotated[
         str | None, typer.Option(metavar="URL", help="Ray's dashboard on the cluster that the job was submitted to.")
     ] = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Look again and again until the job has finished.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a look, for programs.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Keep looking until the job has finished.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each look.")] = False,
 ) -> None:
     """Show how far a job is, from the files of its output alone. Works from any machine.
 
