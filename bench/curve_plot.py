@@ -43,7 +43,7 @@ def svg(load: Curve, replicas: Curve, ttfts_s: Points) -> str:
         ttfts_s: for each request when it was sent and the time to its first token, in seconds.
     """
     end_s = max(at for at, _ in (*load.points, *ttfts_s))
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(_STYLE):  # type: ignore[arg-type]
         # No pyplot: it would keep the figure, and ask for a screen.
         figure = Figure(SIZE, layout="constrained")
         callers, pool, first = figure.subplots(3, sharex=True, height_ratios=HEIGHTS)

@@ -7,6 +7,8 @@ and the command line translate them by the attributes below and nowhere else.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 
@@ -30,6 +32,8 @@ class HyclusterError(Exception):
         metadata: what else the message is about, by name; ``ErrorInfo.metadata`` by gRPC.
     """
 
+    # Of the class: errors that are vLLM's as well are made by vLLM's constructor.
+    metadata: Mapping[str, str] = MappingProxyType({})
     http_status: ClassVar[int] = 500
     openai_type: ClassVar[str] = "InternalServerError"
     grpc_status: ClassVar[str] = "INTERNAL"
@@ -41,7 +45,6 @@ class HyclusterError(Exception):
         super().__init__(message)
         self.message = message
         self.retry_after_s = retry_after_s
-        self.metadata: dict[str, str] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return remade, (type(self), self.message), self.__dict__

@@ -42,7 +42,7 @@ def patch_segments() -> None:
         return handle
 
     setattr(init_cpu_shm, PATCHED, True)
-    _CPUSHMDistributed._init_cpu_shm = init_cpu_shm  # type: ignore[method-assign]
+    _CPUSHMDistributed._init_cpu_shm = init_cpu_shm  # type: ignore[method-assign, assignment]
 
 
 def _drop_names(communicator: Any) -> None:

@@ -31,7 +31,9 @@ def begun(tokens: list[int]) -> Any:
     from hycluster.engine.patches.migrated_grammar import patch_grammars
 
     manager: Any = Manager()
-    patch_grammars(manager, lambda params: params.tokens, lambda request: request.output.extend(tokens))
+    tokens_of: Any = lambda params: params.tokens  # noqa: E731
+    lead: Any = lambda request: request.output.extend(tokens)  # noqa: E731
+    patch_grammars(manager, tokens_of, lead)
     structured = SimpleNamespace(grammar=None, reasoning_ended=False)
     request: Any = SimpleNamespace(
         request_id="r", sampling_params=SimpleNamespace(tokens=tokens), structured_output_request=structured, output=[]
