@@ -19,10 +19,12 @@ demo: setup  ## serve the embedded model and summarize a corpus, end to end
 test: setup  ## run every test (ARGS="-m 'not slow'" for the fast ones)
 	@$(BIN)/python -m pytest -n $(WORKERS) --durations=20 --durations-min=1 $(ARGS)
 
-check: setup  ## lint, format and types
+check: setup  ## lint, format, names, types, and who imports whom
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/python scripts/names.py
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo --no-cache
 
 format: setup  ## put the code into the house's format
 	@$(BIN)/ruff check --fix .

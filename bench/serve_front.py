@@ -16,6 +16,7 @@ from ray import serve
 from hycluster import cluster
 from hycluster.app import replicas
 from hycluster.directory.directory import SHARED_DIRECTORY, open_directory
+from hycluster.serving import deploy
 from hycluster.settings.read import load_settings
 from hycluster.settings.settings import Settings
 
@@ -58,7 +59,7 @@ def main() -> None:
     serve.run(front(settings).bind(*bound), route_prefix="/")
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     stop.wait()
-    cluster.stop(0)
+    deploy.stop(0)
 
 
 if __name__ == "__main__":

@@ -9,25 +9,24 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from hycluster import __version__
-from hycluster.batch.cli import app as batch_app
+from hycluster.batch import cli as batch
 from hycluster.chaos.cli import chaos
 from hycluster.consent import Yes, ask
 from hycluster.errors import HyclusterError
+from hycluster.job_engines import open_engines
 from hycluster.k8s.cli import app as k8s_app
 from hycluster.models.cli import tiny_model
 from hycluster.planning.cli import plan
 from hycluster.serving.running import choose
 from hycluster.settings.cli import app as settings_app
 from hycluster.settings.read import DEFAULT_SETTINGS, load_settings
+from hycluster.submit.cli import cancel, jobs, logs, show_submitted, submit
 from hycluster.summarize.cli import summarize
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     name="hycluster",
@@ -36,7 +35,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(batch_app, name="batch")
+batch_app = typer.Typer(
+    name="batch",
+    help="Bulk runs over Parquet.",
+    no_args_is_help=True,
+    context_settings={"obj": batch.Outside(open_engines, show_submitted)},
+)
+for command in (submit, jobs, logs, cancel, batch.run, batch.verify, batch.status, batch.report):
+    batch_app.command()(command)
+app.add_typer(batch_app)
 app.add_typer(k8s_app, name="k8s")
 app.add_typer(settings_app, name="settings")
 app.command("summarize")(summarize)
@@ -45,7 +52,8 @@ app.command("plan")(plan)
 app.command("tiny-model")(tiny_model)
 
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; dotted keys; repeatable.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, such as models.0.replicas.min=2; repeatable."),
 ]
 
 
@@ -99,7 +107,7 @@ def serve(
     import ray
 
     from hycluster import cluster
-    from hycluster.serving import running
+    from hycluster.serving import deploy, running
     from hycluster.serving.service import Service
 
     started_ray = cluster.start()
@@ -110,7 +118,7 @@ def serve(
     address = ray.get_runtime_context().gcs_address
     service = Service(settings, say, own=started_ray)
     try:
-        opened = cluster.deploy(settings, service, started_ray=started_ray, stopping=stopping)
+        opened = deploy.deploy(settings, service, started_ray=started_ray, stopping=stopping)
         if opened is not None:
             typer.echo(
                 f"ready {opened.doors.http} grpc {opened.doors.grpc} ray {address} models {','.join(opened.models)}"
@@ -119,7 +127,7 @@ def serve(
             sys.stdout.flush()
             service.attend(stopping)
         say("draining ...")
-        cluster.stop(settings.drain_timeout_s)
+        deploy.stop(settings.drain_timeout_s)
         say("stopped")
     finally:
         service.close()
@@ -195,9 +203,9 @@ def upgrade(
 
 @app.command()
 def status() -> None:
-    """Say what of the running service is there, what is missing, and why. Exits 0 when all is well, else 1.
+    """Show which parts of the running service are up, which are missing, and why. Exits 0 when all is well, else 1.
 
-    Looks at the Ray cluster in RAY_ADDRESS or at the last one that was started here.
+    The service is that of the Ray cluster in RAY_ADDRESS, or of the last one that was started here.
     """
     import ray
 

@@ -12,18 +12,21 @@ import gc
 import importlib
 import logging
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
+from starlette.types import ASGIApp
 
 from hycluster import logs
+from hycluster.core import PoolHealth
 from hycluster.directory.directory import FORGET_AFTER_S, Overview, open_directory
 from hycluster.errors import HyclusterError, SettingsError, Unavailable, start_failure
 from hycluster.imports import without_collector
 from hycluster.ingress.grpc import serve_grpc
-from hycluster.ingress.health import PoolHealth
 from hycluster.ingress.ports import TURNED_AWAY_AFTER_S, let_in, turn_away
 from hycluster.ingress.starting import StartingDoors, starting_doors
 from hycluster.settings.settings import Settings
@@ -131,7 +134,7 @@ class Door:
             http = await serve_http(
                 generator,
                 settings.http,
-                batches=settings.batches,
+                around=self._batch_api(),
                 reuse_port=True,
                 drain_timeout_s=settings.drain_timeout_s + LAST_WORDS_S,
                 sock=await starting.hand_over(generator) if starting else None,
@@ -165,6 +168,14 @@ class Door:
             if late:
                 await generator.end("the server shut down before the answer was complete")
             await closing
+
+    def _batch_api(self) -> Callable[[ASGIApp], ASGIApp]:
+        """Puts the Batch API's routes beside the models', if there are to be any."""
+        if self._settings.batches is None:
+            return lambda app: app
+        from hycluster.batch_api.routes import with_batches
+
+        return partial(with_batches, self._settings.batches, self._settings.http)
 
     async def addresses(self) -> DoorAddresses | None:
         """Where this door listens; None while no request would succeed.

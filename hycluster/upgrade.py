@@ -17,9 +17,9 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
 from hycluster.app import APP_NAME, application, deployment_name
-from hycluster.cluster import check_batches, check_doors, check_resources
 from hycluster.door import DoorAddresses
 from hycluster.errors import EngineStartFailed, HyclusterError, SettingsError, one_line, reported
+from hycluster.serving.resources import check_batches, check_doors, check_resources
 from hycluster.settings.model import Model
 from hycluster.settings.settings import Settings
 

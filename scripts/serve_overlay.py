@@ -107,8 +107,8 @@ def main() -> int:
     os.environ["RAY_AUTH_MODE"] = "token"
     import ray
 
-    from hycluster import cluster
     from hycluster.directory.directory import NAMESPACE
+    from hycluster.serving import deploy
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -142,7 +142,7 @@ def main() -> int:
                 flush=True,
             )
             stopping.wait()
-        cluster.stop(settings.get("drain_timeout_s", 60))
+        deploy.stop(settings.get("drain_timeout_s", 60))
     return 0
 
 

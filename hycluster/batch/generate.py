@@ -22,8 +22,8 @@ from hycluster import logs
 from hycluster.batch.ask import first_error
 from hycluster.batch.input.corpus import REFUSAL, ROW_ID, SHARD
 from hycluster.batch.output.commit import Output
-from hycluster.batch.output.record import ShardRecord
-from hycluster.batch.progress.terminal import Progress, Totals
+from hycluster.batch.output.record import ShardRecord, Totals
+from hycluster.batch.progress.terminal import Progress
 from hycluster.batch.refusal import Reason, Refusal, RowRefused, refusal_of
 from hycluster.batch.task import Answer, OpenTask, Task
 from hycluster.errors import HyclusterError, InvalidInput, JobFailed, SettingsError, Unauthenticated, UnknownModel

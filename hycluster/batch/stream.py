@@ -25,6 +25,7 @@ from hycluster.batch.output.commit import Output
 from hycluster.batch.output.record import ShardRecord
 from hycluster.batch.progress.terminal import Progress
 from hycluster.batch.task import Connect, open_task
+from hycluster.storage import Folder
 
 READERS = 4
 
@@ -47,7 +48,7 @@ class CorpusDatasource(Datasource):
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
     ) -> list[ReadTask]:
-        return [ReadTask(partial(_read, self._plan.filesystem, self._plan.root, s), _metadata(s)) for s in self._spans]
+        return [ReadTask(partial(_read, self._plan.folder, s), _metadata(s)) for s in self._spans]
 
 
 def stream_records(
@@ -99,9 +100,9 @@ def _records(
             yield ShardRecord.from_dict(json.loads(text))
 
 
-def _read(filesystem: Any, root: str, span: Span) -> list[pa.Table]:
+def _read(folder: Folder, span: Span) -> list[pa.Table]:
     # Shards with rows that can't be asked have a column more.
-    return [pa.concat_tables(read(filesystem, root, span), promote_options="default")]
+    return [pa.concat_tables(read(folder, span), promote_options="default")]
 
 
 def _metadata(span: Span) -> BlockMetadata:

@@ -23,11 +23,14 @@ from hycluster.batch_api.records import FINAL, Batch, ExpiresAfter, NewBatch, St
 from hycluster.batch_api.store import Store
 from hycluster.errors import HyclusterError, InvalidInput
 from hycluster.errors import shown as echoed
+from hycluster.ingress.body import BodyLimit
 from hycluster.ingress.errors import answer_error, openai_error
+from hycluster.settings.ingress import Batches, Http
 from hycluster.settings.read import validate
 
 ROOTS = ("/v1/files", "/v1/batches")
 MAX_JSON_BYTES = 1 << 20
+MULTIPART_BYTES = 64 << 10
 MAX_LISTED_FILES = 10_000
 MAX_LISTED_BATCHES = 100
 
@@ -45,6 +48,14 @@ class WithBatches:
         path = scope.get("path", "")
         ours = scope["type"] == "http" and any(path == root or path.startswith(f"{root}/") for root in ROOTS)
         await (self._batches if ours else self._others)(scope, receive, send)
+
+
+def with_batches(batches: Batches, http: Http, others: ASGIApp) -> ASGIApp:
+    """The Batch API of these settings beside an HTTP door's other routes."""
+    api = batch_api(Store(batches), allowed_origins=http.allowed_origins)
+    # Multipart's own headers come on top of the file.
+    limit = (batches.max_file_mib << 20) + MULTIPART_BYTES
+    return WithBatches(BodyLimit(api, limit, stall_s=http.stalled_client_timeout_s), others)
 
 
 def batch_api(store: Store, *, allowed_origins: tuple[str, ...] = ()) -> FastAPI:

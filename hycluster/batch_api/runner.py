@@ -31,7 +31,7 @@ from hycluster.batch_api.results import Results
 from hycluster.batch_api.store import Store
 from hycluster.errors import NotFound
 from hycluster.settings.ingress import Batches
-from hycluster.storage import locate, make_folder, one_line
+from hycluster.storage import WritableFolder, one_line
 
 log = logging.getLogger(__name__)
 
@@ -123,14 +123,12 @@ class Runner:
         return state
 
     def _validate(self, batch: Batch) -> State:
-        filesystem, path = locate(self._input(batch), "batches.store")
-        make_folder(filesystem, path.rpartition("/")[0])
+        self._store.work(batch.id).make("input")
         try:
             with closing(self._store.open_content(batch.input_file_id)) as content:
                 checked = convert(
                     content,
-                    filesystem,
-                    path,
+                    self._input(batch),
                     endpoint=batch.endpoint,
                     max_lines=self._settings.max_lines,
                     group_lines=self._settings.shard_lines * BLOCK_SHARDS,
@@ -188,8 +186,7 @@ class Runner:
 
     def _write_files(self, batch: Batch, state: State, plan: Plan, output: Output) -> State:
         assert state.ending is not None
-        filesystem, root = locate(self._output(batch), "batches.store")
-        results = Results(plan, output, filesystem, root, name=batch.id, ending=state.ending)
+        results = Results(plan, output, name=batch.id, ending=state.ending)
         update: dict[str, Any] = {"status": state.ending, "ended_at": _now()}
         for field, kind, lines in (
             ("output_file_id", "output", results.output_lines()),
@@ -209,11 +206,11 @@ class Runner:
     async def _save(self, batch_id: str, state: State) -> None:
         await asyncio.to_thread(self._store.save_state, batch_id, state)
 
-    def _input(self, batch: Batch) -> str:
-        return _below(self._store.work(batch.id), "input/lines.parquet")
+    def _input(self, batch: Batch) -> WritableFolder:
+        return self._store.work(batch.id).below("input/lines.parquet")
 
-    def _output(self, batch: Batch) -> str:
-        return _below(self._store.work(batch.id), "output")
+    def _output(self, batch: Batch) -> WritableFolder:
+        return self._store.work(batch.id).below("output")
 
 
 class _Feed:
@@ -276,7 +273,7 @@ class _Feed:
             raise first_error(errors) from None
 
     def _read(self, shards: list[Shard]) -> pa.Table:
-        return pa.concat_tables(corpus.read(self._plan.filesystem, self._plan.root, shards))
+        return pa.concat_tables(corpus.read(self._plan.folder, shards))
 
 
 def _blocks(shards: Iterator[Shard]) -> Iterator[list[Shard]]:
@@ -299,11 +296,6 @@ def _identity(batch: Batch, plan: Plan) -> dict[str, Any]:
         "job": {"batch": batch.id, "endpoint": batch.endpoint, "shard_rows": plan.shard_rows},
         "input": {"rows": plan.rows, "shards": plan.shard_count, "digest": plan.digest()},
     }
-
-
-def _below(folder: str, name: str) -> str:
-    base, question, query = folder.partition("?")
-    return f"{base}/{name}{question}{query}"
 
 
 def _now() -> int:

@@ -16,7 +16,7 @@ import httpx
 from hycluster.chaos.requests import Request
 from hycluster.client import AsyncClient
 from hycluster.errors import HyclusterError, Overloaded, Unavailable
-from hycluster.ingress.translate import ERROR_KEY
+from hycluster.ingress.status import ERROR_KEY
 
 CONNECT_TIMEOUT_S = 5.0
 

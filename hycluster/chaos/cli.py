@@ -17,35 +17,49 @@ FEATURES = "n, logprobs, stop"
 
 
 def chaos(
-    model: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the only one served.")] = None,
-    seed: Annotated[int, typer.Option(help="Settles the faults and the requests.")] = 0,
-    count: Annotated[int, typer.Option(min=0, max=10_000, help="Faults in all; 0 tries the answers alone.")] = 10,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="Model; default: the only one served.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of faults and requests: the same seed, the same run.")] = 0,
+    count: Annotated[int, typer.Option(min=0, max=10_000, help="Number of faults; 0 only compares answers.")] = 10,
     every: Annotated[
-        str, typer.Option(metavar="whole|SECONDS", help="When: the pool is whole again, or so many seconds passed.")
+        str,
+        typer.Option(
+            metavar="whole|SECONDS",
+            help="When the next fault comes: once the pool is whole again, or at a fixed interval.",
+        ),
     ] = "whole",
     faults: Annotated[
-        str, typer.Option(metavar="KIND=SHARE,...", help="kill (SIGKILL), stop (SIGSTOP), delay (stop for a moment).")
+        str,
+        typer.Option(
+            metavar="KIND=SHARE,...",
+            help="Mix of faults: kill (SIGKILL), stop (SIGSTOP), delay (stopped for a moment).",
+        ),
     ] = "kill",
     targets: Annotated[
-        str, typer.Option(metavar="PLACE=SHARE,...", help="replica, door, batch (whatever else holds a gateway).")
+        str,
+        typer.Option(
+            metavar="PLACE=SHARE,...", help="What is hit: replica, door, batch (other processes with a gateway)."
+        ),
     ] = "replica",
-    together: Annotated[int, typer.Option(min=1, help="In one of the faults, so many replicas at the moment.")] = 1,
+    together: Annotated[int, typer.Option(min=1, help="One of the faults hits this many replicas at once.")] = 1,
     streams: Annotated[
-        int, typer.Option(min=1, max=1_000_000, help="Different requests; each asked at least once.")
+        int, typer.Option(min=1, max=1_000_000, help="Number of different requests; each is sent at least once.")
     ] = 100,
-    concurrency: Annotated[int, typer.Option(min=1, max=10_000, help="Streams at a time.")] = 16,
-    prompt_tokens: Annotated[str, typer.Option(metavar="FROM-TO", help="Lengths of prompts, about.")] = "8-256",
-    output_tokens: Annotated[str, typer.Option(metavar="FROM-TO", help="Lengths of answers.")] = "16-128",
+    concurrency: Annotated[int, typer.Option(min=1, max=10_000, help="Streams open at a time.")] = 16,
+    prompt_tokens: Annotated[str, typer.Option(metavar="FROM-TO", help="Prompt lengths, roughly.")] = "8-256",
+    output_tokens: Annotated[str, typer.Option(metavar="FROM-TO", help="Output lengths.")] = "16-128",
     doors: Annotated[str, typer.Option(metavar="http,grpc", help="Doors to ask at.")] = "http,grpc",
     leave_out: Annotated[
-        str, typer.Option(metavar="FEATURE,...", help=f"What requests must not use: {FEATURES}.")
+        str, typer.Option(metavar="FEATURE,...", help=f"Features that requests do not use: {FEATURES}.")
     ] = "",
     stop_s: Annotated[
-        float, typer.Option(min=0, help="Seconds after which a stopped process runs on, if it was not replaced before.")
+        float,
+        typer.Option(min=0, help="Seconds after which a stopped process is resumed, if it was not replaced before."),
     ] = 60,
-    delay_s: Annotated[float, typer.Option(min=0, max=60, help="Seconds for which one is delayed.")] = 1,
-    patience_s: Annotated[float, typer.Option(min=1, help="Seconds for one request, repetitions included.")] = 300,
-    recovery_s: Annotated[float, typer.Option(min=1, help="Seconds in which the pool must be whole again.")] = 300,
+    delay_s: Annotated[
+        float, typer.Option(min=0, max=60, help="Seconds for which a delayed process stands still.")
+    ] = 1,
+    patience_s: Annotated[float, typer.Option(min=1, help="Seconds that a request may take, retries included.")] = 300,
+    recovery_s: Annotated[float, typer.Option(min=1, help="Seconds within which the pool must be whole again.")] = 300,
     address: Annotated[
         str | None,
         typer.Option(

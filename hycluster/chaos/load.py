@@ -12,8 +12,9 @@ import httpx
 from hycluster.chaos.ask import Answer, ConnectionLost, Reading, Trace, by_grpc, by_http
 from hycluster.chaos.requests import Request
 from hycluster.errors import HyclusterError, Overloaded, Unavailable
+from hycluster.retries import as_told, retry_context
 
-# Between two attempts, where the door does not say.
+# Between two attempts, where the door does not say; up to twice that.
 PAUSE_S = 0.5
 
 
@@ -64,23 +65,33 @@ class Caller:
         return outcome
 
     async def _ask(self, outcome: Outcome) -> None:
-        while True:
-            reading = Reading(outcome.trace)
-            try:
+        reading = Reading(outcome.trace)
+
+        def again(error: Exception) -> float | bool:
+            if isinstance(error, ConnectionLost):
+                outcome.restarts += 1
+            elif isinstance(error, Overloaded | Unavailable) and not reading.begun:
+                outcome.refusals += 1
+            else:
+                return False
+            return as_told(error)
+
+        async for attempt in retry_context(
+            again,
+            attempts=None,
+            timeout=None,
+            wait_initial=PAUSE_S,
+            wait_exp_base=1,
+            wait_jitter=PAUSE_S,
+            wait_max=2 * PAUSE_S,
+        ):
+            with attempt:
+                reading = Reading(outcome.trace)
                 if outcome.request.door == "http":
                     await by_http(self.client, self.http, self.model, outcome.request, reading)
                 else:
                     await by_grpc(self.grpc, self.model, outcome.request, reading)
                 outcome.answer = reading.whole(outcome.request)
-                return
-            except ConnectionLost:
-                outcome.restarts += 1
-                await asyncio.sleep(PAUSE_S)
-            except (Overloaded, Unavailable) as error:
-                if reading.begun:
-                    raise
-                outcome.refusals += 1
-                await asyncio.sleep(error.retry_after_s or PAUSE_S)
 
 
 Ask = Callable[[Request], Awaitable[Outcome]]

@@ -14,7 +14,6 @@ from hycluster.errors import InvalidInput, Unavailable
 from hycluster.settings.model import Model
 
 ANSWER_TIMEOUT_S = 10.0
-ASKER = "chaos"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +63,7 @@ def served_model(name: str) -> Model:
 def members(model: Model) -> Members | None:
     """Who is there; None while the directory does not answer."""
     try:
-        # As a gateway that has nothing outstanding and knows no adapters.
-        asked: Any = find_directory().sync.remote(model.name, ASKER, {}, {})
+        asked: Any = find_directory().view.remote(model.name)
         view: PoolView = ray.get(asked, timeout=ANSWER_TIMEOUT_S)
     except (ValueError, ray.exceptions.RayError):
         return None
@@ -73,7 +71,7 @@ def members(model: Model) -> Members | None:
     gateways = frozenset(gateway for report in view.replicas for gateway in report.load.outstanding_tokens)
     # A pool that follows its load is whole when it has what it is to have now.
     wanted = view.scaling.target if view.scaling else model.replicas.count
-    return Members(wanted, there, gateways - {ASKER})
+    return Members(wanted, there, gateways)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,17 @@ from vllm.tokenizers import TokenizerLike
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from hycluster.adapters import check_name
-from hycluster.core import Generation, GenerationRequest, ModelCard, Output, Sampling, TokenLogprob, Usage
+from hycluster.core import (
+    Generation,
+    GenerationRequest,
+    ModelCard,
+    Output,
+    PoolHealth,
+    Sampling,
+    TokenLogprob,
+    Usage,
+    able,
+)
 from hycluster.directory.directory import find_directory
 from hycluster.errors import (
     DeadlineExceeded,
@@ -41,7 +51,6 @@ from hycluster.errors import (
     shown,
 )
 from hycluster.gateway.gateway import Gateway, open_gateway, until_one_can_serve
-from hycluster.ingress.health import PoolHealth, able
 from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
 
@@ -118,7 +127,7 @@ class Generator:
             await gateway.end_requests(why)
 
     async def ready(self) -> bool:
-        """Whether callers are to come here; see :func:`hycluster.ingress.health.able`."""
+        """Whether callers are to come here; see :func:`hycluster.core.able`."""
         return able(await self.pools())
 
     async def pools(self) -> dict[str, PoolHealth]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import math
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
@@ -27,6 +27,7 @@ from hycluster.ingress import translate
 from hycluster.ingress.malformed import RefuseMalformed
 from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto import inference_pb2_grpc
+from hycluster.ingress.status import abort
 from hycluster.settings.ingress import Grpc
 
 logger = logging.getLogger(__name__)
@@ -35,11 +36,9 @@ SERVICE: str = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 READY_TIMEOUT_S = 5.0
 # Within this time a client hears that the door closes, and what it has sent until then has arrived.
 SETTLE_S = 0.5
-# A status message travels in a header, percent-encoded, and headers over 8 KiB are refused.
-MAX_STATUS_BYTES = 2000
 
 Context = grpc.aio.ServicerContext[Any, Any]
-Request = TypeVar("Request")
+Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response")
 Call = Callable[["InferenceServicer", Request, Context], Awaitable[Response]]
 
@@ -92,7 +91,7 @@ def _answer(call: Call[Request, Response]) -> Call[Request, Response]:
             failure = HyclusterError("internal error; the server's log has the details")
         finally:
             self.in_flight.discard(task)
-        await _abort(context, failure)
+        await abort(context, failure, request)
         raise AssertionError("abort always raises")
 
     return answered
@@ -310,16 +309,3 @@ async def _report_readiness(generator: Generator, health: health_aio.HealthServi
     status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
     for service in ("", SERVICE):
         await health.set(service, status)
-
-
-async def _abort(context: Context, error: HyclusterError) -> None:
-    # Tells what a door says from what gRPC says in its place when the connection breaks: the status is the same.
-    metadata: tuple[tuple[str, str], ...] = ((translate.ERROR_KEY, type(error).__name__),)
-    if error.retry_after_s is not None:
-        metadata += (
-            ("retry-after-s", f"{error.retry_after_s:g}"),
-            # What a gRPC client with a retry policy obeys by itself.
-            ("grpc-retry-pushback-ms", str(math.ceil(error.retry_after_s * 1000))),
-        )
-    message = error.message.encode("utf-8", "replace")[:MAX_STATUS_BYTES].decode("utf-8", "ignore")
-    await context.abort(grpc.StatusCode[error.grpc_status], message, metadata)

@@ -10,63 +10,20 @@ times as ``/health`` says 200.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
 from urllib.parse import parse_qs
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hycluster.directory.starts import StartTrouble
+from hycluster.core import PoolHealth, able
 from hycluster.errors import Unavailable, UnknownModel
 from hycluster.ingress.errors import answer_error
 
 PATH = "/health"
 
-
-@dataclass(frozen=True, slots=True)
-class PoolHealth:
-    """One model's replicas: those that take requests, and those that there are to be.
-
-    Attributes:
-        wakes: a request that finds none has one started.
-        trouble: why replicas do not start, if they don't.
-        cut_off: there are replicas, and this door has reached none of them for a while.
-    """
-
-    replicas_ready: int
-    replicas_wanted: int
-    wakes: bool = False
-    trouble: StartTrouble | None = None
-    cut_off: bool = False
-
-    @property
-    def able(self) -> bool:
-        return self.replicas_ready > 0 or self.wakes
-
-    def told(self) -> dict[str, Any]:
-        """As callers read it; a pool that never sleeps, or has no trouble, says nothing of it."""
-        told: dict[str, Any] = {"replicas_ready": self.replicas_ready, "replicas_wanted": self.replicas_wanted}
-        if self.wakes:
-            told["wakes"] = True
-        if self.trouble is not None:
-            told |= {
-                "failed_starts": self.trouble.failures,
-                "reason": self.trouble.reason,
-                "next_start_in_s": math.ceil(self.trouble.retry_in_s),
-            }
-        return told
-
-
 # By model name.
 Pools = Callable[[], Awaitable[Mapping[str, PoolHealth]]]
-
-
-def able(pools: Mapping[str, PoolHealth]) -> bool:
-    """Whether callers are to come to a door that sees the pools like this."""
-    return any(pool.able for pool in pools.values()) and not any(pool.cut_off for pool in pools.values())
 
 
 class WithHealth:

@@ -14,9 +14,6 @@ from hycluster.core import Generation, GenerationRequest, ModelCard, Output, Pri
 from hycluster.errors import InvalidInput
 from hycluster.ingress.proto import inference_pb2 as pb
 
-# In the metadata at the end of a call that failed: the name of the door's error.
-ERROR_KEY = "hycluster-error"
-
 
 def request_from_pb(message: pb.GenerateRequest) -> GenerationRequest:
     """What the caller asks for.

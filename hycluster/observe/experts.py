@@ -40,23 +40,25 @@ class ExpertMetrics(Collector):
     def collect(self) -> Iterable[Metric]:
         tokens = CounterMetricFamily(
             "hycluster_expert_tokens",
-            "Tokens given to an expert, over all layers; a token counts once for each of its experts.",
+            "Tokens routed to an expert, summed over layers; a token counts once for each expert it is routed to.",
             labels=[*_REPLICA, "expert"],
         )
         moved = CounterMetricFamily(
             "hycluster_expert_moved_tokens",
-            "Tokens that random compensation moved from an expert over its capacity to another.",
+            "Tokens that random compensation (routing.recycle) moved from an expert over its capacity to another.",
             labels=_REPLICA,
         )
         share = GaugeMetricFamily(
-            "hycluster_expert_moved_share", "Share of the tokens given to experts that were moved.", labels=_REPLICA
+            "hycluster_expert_moved_share", "Fraction of routed tokens that random compensation moved.", labels=_REPLICA
         )
         skew = GaugeMetricFamily(
-            "hycluster_expert_load_skew", "The busiest expert's tokens over the mean's, lately.", labels=_REPLICA
+            "hycluster_expert_load_skew",
+            "Tokens of the busiest expert divided by the mean over experts, in recent steps; 1 is balanced.",
+            labels=_REPLICA,
         )
         rank_skew = GaugeMetricFamily(
             "hycluster_expert_rank_load_skew",
-            "The busiest expert parallel rank's tokens over the mean's, lately.",
+            "Tokens of the busiest expert-parallel rank divided by the ranks' mean, in recent steps; 1 is balanced.",
             labels=_REPLICA,
         )
         for model, pool in list(self._pools.items()):

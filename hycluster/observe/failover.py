@@ -1,4 +1,4 @@
-"""What replicas' deaths cost, under ``/metrics``: requests that were carried over, tokens computed once more, pauses.
+"""What lost replicas cost, under ``/metrics``: requests that were migrated, tokens computed once more, stalls.
 
 Each gateway has series of its own. Doors may share a port, so that a reader meets now one, now another; and one that
 was killed comes back at zero.
@@ -79,17 +79,19 @@ class FailoverMetrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         requests = CounterMetricFamily(
-            "hycluster_requests_carried", "Requests sent on to another replica after theirs was lost.", labels=_LABELS
+            "hycluster_requests_carried",
+            "Requests migrated to another replica after theirs was lost; one that moves twice counts twice.",
+            labels=_LABELS,
         )
         tokens = CounterMetricFamily(
             "hycluster_tokens_recomputed",
-            "Tokens of carried requests to be prefilled again: prompt and output so far, if these were computed"
-            " before. The other replica may find some of them in its prefix cache.",
+            "Prompt and output tokens that the lost replica had computed and the next one has to prefill again, unless"
+            " its prefix cache has them.",
             labels=_LABELS,
         )
         pauses = HistogramMetricFamily(
             "hycluster_carried_pause_seconds",
-            "From the last word of a lost replica to the first token of the next, for each carried request.",
+            "Stall of a migrated request: from the lost replica's last message to the next one's first token.",
             labels=_LABELS,
         )
         for model, pool in list(self._pools.items()):

@@ -1,7 +1,7 @@
 """A replica: one engine, or a data-parallel group of them, as Ray sees it.
 
 The same class serves as a Ray Serve deployment (``hycluster/app.py``) and, for a batch job with engines
-of its own, as a plain actor (``hycluster/cluster.py``). Ray starts, places and watches it; the tokens go
+of its own, as a plain actor (``hycluster/dedicated.py``). Ray starts, places and watches it; the tokens go
 past Ray, over the sockets of ``hycluster/replica/wire.py``.
 """
 

@@ -52,7 +52,7 @@ def _type(described: dict[str, Any]) -> str:
         return " or ".join(_type(each) for each in described["anyOf"])
     if "enum" in described:
         return " or ".join(f"`{value}`" for value in described["enum"])
-    kind = described.get("type", "any")
+    kind: str = described.get("type", "any")
     if kind == "array":
         return f"list of {_type(described['items'])}"
     if kind == "object":

@@ -26,11 +26,11 @@ class Settings(Strict):
         doors_per_node: most doors on one node, not counting successors that are about to take over; a door for which
             there is no node waits for one. None: where there are several nodes, as many as it takes when they are
             spread evenly over those that are there at the start; no bound where there is one.
-        batches: None closes the Batch API.
-        start_timeout_s: how long a pool may take until its engines are ready.
-        drain_timeout_s: how long work in flight may go on where it is after a shutdown, or a replacement, is asked for.
-        hand_over_after_s: age of a replica's drain at which what is left there goes on at other replicas, if there are
-            any that take requests; above ``drain_timeout_s`` it has no effect.
+        batches: the Batch API; null switches it off.
+        start_timeout_s: how long the engines of a pool may take to start.
+        drain_timeout_s: how long requests in flight may go on where they are after a shutdown or replacement began.
+        hand_over_after_s: how long a draining replica keeps its requests before they are migrated to other replicas, if
+            there are any; without effect above ``drain_timeout_s``.
     """
 
     models: tuple[Model, ...] = Field(min_length=1)

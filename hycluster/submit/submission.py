@@ -117,11 +117,11 @@ def _check_path(field: str, path: str) -> str | None:
     Raises:
         SettingsError: it means nothing on another machine, or must not be shown there.
     """
-    from hycluster.storage import shown as without_keys
+    from hycluster.storage import masked
 
-    if without_keys(path) != path:
+    if masked(path) != path:
         raise SettingsError(
-            f"{field}: {without_keys(path)!r} has keys in it, which Ray's dashboard would show; take them out"
+            f"{field}: {masked(path)!r} has keys in it, which Ray's dashboard would show; take them out"
             " and give them to the cluster (a role, or the AWS_* variables of its nodes)"
         )
     if "://" in path and not path.startswith("file://"):

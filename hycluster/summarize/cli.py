@@ -26,26 +26,28 @@ def summarize(
         typer.Argument(metavar="FILE...", help="Texts in UTF-8; a folder is its *.md and *.txt, - is standard input."),
     ],
     address: Annotated[str, typer.Option(metavar="HOST:PORT", help="The cluster's gRPC door.")] = ADDRESS,
-    model: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the only one served.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="Model; default: the only one served.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a summary.")] = 512,
     part_tokens: Annotated[
-        int | None, typer.Option(min=64, help="Most tokens of a part of a text that the context has no room for.")
+        int | None, typer.Option(min=64, help="Most tokens of a part, where a text is longer than the context.")
     ] = None,
-    overlap_tokens: Annotated[int, typer.Option(min=0, help="Of these, told again from the part before.")] = 0,
+    overlap_tokens: Annotated[int, typer.Option(min=0, help="Tokens of the part before that a part repeats.")] = 0,
     together: Annotated[bool, typer.Option("--together", help="One summary of all files.")] = False,
     output: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Also write JSON lines, one a file, to PATH.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of text.")] = False,
     keep_tree: Annotated[
-        bool, typer.Option("--keep-tree", help="In the JSON lines: what was summarized from what.")
+        bool, typer.Option("--keep-tree", help="Put the tree of summaries into the JSON lines.")
     ] = False,
-    concurrency: Annotated[int, typer.Option(min=1, max=1024, help="Most calls at a time, over all files.")] = 16,
+    concurrency: Annotated[
+        int, typer.Option(min=1, max=1024, help="Most calls in flight, for all files together.")
+    ] = 16,
     retry_s: Annotated[
-        float, typer.Option(min=0, help="Seconds for which a call is tried again while no engine can serve it.")
+        float, typer.Option(min=0, help="Seconds for which a call is retried while no replica can serve it.")
     ] = 300,
     priority: Annotated[
-        Literal["online", "batch"], typer.Option(help="Queue beside online requests, or behind them.")
+        Literal["online", "batch"], typer.Option(help="Priority: with online requests, or behind them as batch work.")
     ] = "online",
 ) -> None:
     """Summarize texts of any length through the running cluster.

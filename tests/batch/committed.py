@@ -16,10 +16,11 @@ from hycluster.batch.input.corpus import REFUSAL, SHARD, Shard, plan, read, span
 from hycluster.batch.job import Job
 from hycluster.batch.output.commit import Output
 from hycluster.batch.output.identity import identity
-from hycluster.batch.progress.terminal import Totals
+from hycluster.batch.output.record import Totals
 from hycluster.batch.prompts import prompt_of
 from hycluster.batch.refusal import Refusal
 from hycluster.batch.task import Answer
+from tests.located import at
 
 
 def answered(text: str | None) -> Answer | Refusal:
@@ -31,14 +32,14 @@ def answered(text: str | None) -> Answer | Refusal:
 
 def commit_all(job: Job, *, first: int | None = None, finish: bool = True, begun_at: float = 1000.0) -> Path:
     """Commit the first shards of a job, or all; shard n takes from ``begun_at + n`` to this moment."""
-    corpus = plan(job.input.path, shard_rows=job.shard_rows, check=prompt_of(job).check)
-    output = Output(job.output.path)
+    corpus = plan(at(job.input.path), shard_rows=job.shard_rows, check=prompt_of(job).check)
+    output = Output(at(job.output.path))
     mine = identity(job, corpus)
     output.claim(mine)
     totals = Totals()
     shards: list[Shard] = list(corpus.shards())[:first]
     for span in spans(shards):
-        for shard, table in zip(span, read(corpus.filesystem, corpus.root, span), strict=True):
+        for shard, table in zip(span, read(corpus.folder, span), strict=True):
             marks = table[REFUSAL].to_pylist() if REFUSAL in table.schema.names else [None] * table.num_rows
             texts = table["text"].to_pylist() if "text" in table.schema.names else [None] * table.num_rows
             answers = [Refusal(**mark) if mark else answered(text) for mark, text in zip(marks, texts, strict=True)]

@@ -17,7 +17,8 @@ from hycluster.batch import generate
 from hycluster.batch.generate import Generate
 from hycluster.batch.input.corpus import REFUSAL, REFUSAL_TYPE, ROW_ID, SHARD
 from hycluster.batch.output.commit import Output
-from hycluster.batch.progress.terminal import Progress, Totals
+from hycluster.batch.output.record import Totals
+from hycluster.batch.progress.terminal import Progress
 from hycluster.batch.prompts import prompt_of
 from hycluster.batch.task import open_task
 from hycluster.core import Generation, GenerationRequest
@@ -32,6 +33,7 @@ from hycluster.errors import (
 )
 from tests.batch.conftest import MakeJob, broken_utf8
 from tests.batch.stand_in import StandInGenerator
+from tests.located import at
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +65,7 @@ class Run:
         self.opened = 0
         self.reports: list[Progress] = []
         self.folder = folder
-        output = Output(str(folder))
+        output = Output(at(folder))
         output.claim({})
         job = make_job(**changes)
         self.stage = Generate(

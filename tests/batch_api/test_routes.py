@@ -15,10 +15,10 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
 from hycluster.batch_api.records import State
-from hycluster.batch_api.routes import WithBatches, batch_api
+from hycluster.batch_api.routes import MULTIPART_BYTES, WithBatches, batch_api, with_batches
 from hycluster.batch_api.runner import Runner
 from hycluster.batch_api.store import Store
-from hycluster.settings.ingress import Batches
+from hycluster.settings.ingress import Batches, Http
 from tests.batch_api.stand_in import ENDPOINT, StandIn, jsonl, submit
 
 pytestmark = pytest.mark.timeout(60)
@@ -206,6 +206,16 @@ async def test_a_body_that_is_no_object_or_too_large(http: httpx.AsyncClient) ->
 async def test_other_paths_are_for_the_other_app(http: httpx.AsyncClient) -> None:
     for path in ("/v1/models", "/v1/filesystem", "/v1/batches2", "/"):
         assert (await http.get(path)).json() == {"app": "other"}
+
+
+async def test_an_upload_has_a_bound_of_its_own_and_other_paths_have_none_here(settings: Batches) -> None:
+    app = with_batches(settings.model_copy(update={"max_file_mib": 1}), Http(), JSONResponse({"app": "other"}))
+    body = b" " * ((1 << 20) + MULTIPART_BYTES + 1)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://door") as http:
+        refused = await http.post("/v1/files", files={"file": body}, data={"purpose": "batch"})
+        assert refused.status_code == 413
+        assert "is over the limit of" in refused.json()["error"]["message"]
+        assert (await http.post("/v1/completions", content=body)).json() == {"app": "other"}
 
 
 async def test_the_state_is_read_anew_by_every_door(settings: Batches) -> None:

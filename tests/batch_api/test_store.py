@@ -35,7 +35,7 @@ class TestFiles:
     def test_an_empty_one_is_refused_and_leaves_nothing(self, store: Store) -> None:
         with pytest.raises(InvalidInput, match="file: is empty"):
             upload(store, b"")
-        assert not list((Path(store.path) / "content").iterdir())
+        assert not list((Path(store.folder.root) / "content").iterdir())
 
     @pytest.mark.parametrize("wrong", ["file-1", "../files/x", "", f"file-{'0' * 36}", "batch_" + "0" * 36])
     def test_what_is_no_id_touches_no_path(self, store: Store, wrong: str) -> None:
@@ -82,7 +82,7 @@ class TestFiles:
             store.file(gone)
         assert [f.id for f in store.list_files(None, 9, purpose=None, newest_first=True)] == [kept]
         store.sweep()
-        assert [path.name for path in (Path(store.path) / "content").iterdir()] == [kept]
+        assert [path.name for path in (Path(store.folder.root) / "content").iterdir()] == [kept]
 
     def test_keep_days(self, tmp_path: Path) -> None:
         store = Store(Batches(store=str(tmp_path), keep_days=2))
@@ -95,9 +95,9 @@ class TestFiles:
             store.write_content(name, iter([b"x"]))
         kept = upload(store)
         for name in (old, kept):
-            os.utime(Path(store.path) / "content" / name, (0, 0))
+            os.utime(Path(store.folder.root) / "content" / name, (0, 0))
         store.sweep()
-        assert {path.name for path in (Path(store.path) / "content").iterdir()} == {new, kept}
+        assert {path.name for path in (Path(store.folder.root) / "content").iterdir()} == {new, kept}
 
 
 class TestBatches:
@@ -106,7 +106,7 @@ class TestBatches:
         assert store.batch(batch.id) == batch
         assert store.open_batches() == [batch.id]
         assert store.state(batch.id) == State()
-        work = Path(store.work(batch.id))
+        work = Path(store.work(batch.id).root)
         work.mkdir(parents=True)
         (work / "part").touch()
         for _ in range(2):
@@ -132,7 +132,17 @@ class TestBatches:
 
     def test_the_work_folder_of_a_uri(self) -> None:
         store = Store(Batches(store="s3://k:s@bucket/a/?endpoint_override=localhost:1&scheme=http"))
-        assert store.work("b") == "s3://k:s@bucket/a/jobs/b?endpoint_override=localhost:1&scheme=http"
+        work = store.work("b")
+        assert work.root == "bucket/a/jobs/b"
+        assert work.masked == "s3://***@bucket/a/jobs/b?endpoint_override=localhost:1&scheme=http"
+
+    def test_the_work_folder_is_in_the_store_whatever_its_name(self, tmp_path: Path) -> None:
+        store = Store(Batches(store=str(tmp_path / "who?")))
+        batch = submit(store, "x")
+        store.work(batch.id).make()
+        assert [path.name for path in (tmp_path / "who?" / "jobs").iterdir()] == [batch.id]
+        store.close_batch(batch.id)
+        assert not list((tmp_path / "who?" / "jobs").iterdir())
 
 
 @pytest.mark.parametrize("nothing", [Store.open_batches, Store.sweep, lambda store: store.list_batches(None, 5)])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import signal
 import socket
 import subprocess
@@ -129,3 +130,15 @@ def test_only_this_application_is_found(monkeypatch: pytest.MonkeyPatch) -> None
     assert [target.ranks for target in replicas] == [(("node1", 11),), (("node0", 12),)]
     assert [target.pid for target in found.find(Where.DOOR)] == [6]
     assert [target.pid for target in found.find(Where.BATCH)] == [7, 9]
+
+
+def test_the_table_is_rays_and_the_names_are_serves() -> None:
+    """What the rows of these tests are made after."""
+    from ray._private import state as table_of
+    from ray.serve._private.common import DeploymentID, ReplicaID
+
+    replica = ReplicaID("a", DeploymentID("replica-m", "hycluster"))
+    assert replica.to_full_id_str() == "SERVE_REPLICA::hycluster#replica-m#a"
+    table = inspect.getsource(table_of.GlobalState._gen_actor_info)
+    for column in actor("", 1):
+        assert f'"{column}"' in table

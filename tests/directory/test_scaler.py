@@ -61,7 +61,7 @@ class Serve:
     @property
     def said(self) -> Scaling:
         assert self.there is not None
-        scaling = self.there.sync("m", "other", {}).scaling
+        scaling = self.there.view("m").scaling
         assert scaling is not None
         return scaling
 
@@ -150,7 +150,7 @@ def test_without_a_directory_all_stays_as_it_is(serve: Serve) -> None:
     # One that starts again is found again.
     serve.there = there
     serve.want(tokens=1)
-    eventually(lambda: bool(serve.there and serve.there.sync("m", "other", {}).scaling))
+    eventually(lambda: bool(serve.there and serve.there.view("m").scaling))
 
 
 def test_the_thread_ends_with_the_policy(serve: Serve) -> None:

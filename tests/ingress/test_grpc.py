@@ -11,9 +11,12 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf import descriptor_pool, json_format, message_factory
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from grpc_status import rpc_status
 
 from hycluster import errors
 from hycluster.core import GenerationRequest, Priority, Sampling
@@ -21,6 +24,7 @@ from hycluster.ingress import grpc as grpc_door
 from hycluster.ingress.grpc import SERVICE, GrpcDoor, serve_grpc
 from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto import inference_pb2_grpc
+from hycluster.ingress.status import rich_status
 from hycluster.settings.ingress import Grpc
 from tests.ingress.stand_in import MODEL, StandInGenerator, open_door, until
 
@@ -223,6 +227,43 @@ async def test_every_error_has_its_status(
         assert metadata["hycluster-error"] == type(error).__name__
 
 
+@pytest.mark.parametrize(("error", "code"), ERRORS, ids=lambda value: type(value).__name__)
+async def test_every_errors_status_has_its_details(
+    stub: Stub, stand_in: StandInGenerator, error: errors.HyclusterError, code: grpc.StatusCode
+) -> None:
+    stand_in.error = error
+    unary, stream = stub.Generate(ask()), stub.GenerateStream(ask())
+    for call, failed in ((unary, unary), (stream, stream.read())):
+        await failure(failed)
+        came: Any = await rpc_status.aio.from_call(call)
+        assert (came.code, came.message) == (code.value[0], error.message)
+        info = ErrorInfo()
+        assert came.details[0].Unpack(info)
+        assert (info.reason, info.domain) == (error.reason, "hycluster")
+        assert dict(info.metadata).items() >= {
+            "http_status": str(error.http_status), "http_type": error.openai_type, **error.metadata
+        }.items()  # fmt: skip
+        assert [detail.TypeName() for detail in came.details if detail.TypeName() == "google.rpc.RetryInfo"] == []
+        assert came == rich_status(error, ask())
+
+
+async def test_a_client_for_threads_reads_the_same_details(door: GrpcDoor, stand_in: StandInGenerator) -> None:
+    stand_in.error = errors.ReplicaLost("the replica was lost", retry_after_s=1.5)
+
+    def call() -> list[Any]:
+        with grpc.insecure_channel(f"127.0.0.1:{door.port}") as channel:
+            stub: Stub = inference_pb2_grpc.InferenceStub(channel)
+            statuses = []
+            for ask_ in (lambda: stub.Generate(ask()), lambda: list(stub.GenerateStream(ask()))):
+                with pytest.raises(grpc.RpcError) as caught:
+                    ask_()
+                failed: Any = caught.value
+                statuses.append(rpc_status.from_call(failed))
+            return statuses
+
+    assert await asyncio.to_thread(call) == [rich_status(stand_in.error)] * 2
+
+
 async def test_an_error_in_mid_stream_comes_after_the_chunks_before_it(stub: Stub, stand_in: StandInGenerator) -> None:
     stand_in.error, stand_in.error_after = errors.Unavailable("replica lost"), 2
     call = stub.GenerateStream(ask())
@@ -237,6 +278,9 @@ async def test_retry_after(stub: Stub, stand_in: StandInGenerator) -> None:
     *_, metadata = await failure(stub.Generate(ask()))
     assert metadata["retry-after-s"] == "1.5"
     assert metadata["grpc-retry-pushback-ms"] == "1500"
+    status, retry = Status.FromString(metadata["grpc-status-details-bin"]), RetryInfo()
+    assert status.details[1].Unpack(retry)
+    assert retry.retry_delay.ToMilliseconds() == 1500
 
 
 async def test_the_unexpected_is_internal_and_logged_but_not_told(
@@ -271,16 +315,34 @@ async def test_a_wrong_request_is_refused_by_name(
     stub: Stub, stand_in: StandInGenerator, request_: pb.GenerateRequest, names: str
 ) -> None:
     for call in (stub.Generate(request_), stub.GenerateStream(request_).read()):
-        code, message, _ = await failure(call)
+        code, message, metadata = await failure(call)
         assert code is grpc.StatusCode.INVALID_ARGUMENT
         assert names in message
+        status, bad = Status.FromString(metadata["grpc-status-details-bin"]), BadRequest()
+        assert status.details[1].Unpack(bad)
+        assert ", ".join(violation.field for violation in bad.field_violations) == names
+        assert {f"{names}: {violation.description}" for violation in bad.field_violations} == {message}
     assert stand_in.requests == []
 
 
 async def test_a_message_longer_than_a_header_is_shortened(stub: Stub) -> None:
-    code, message, _ = await failure(stub.Generate(pb.GenerateRequest(model="é" * 100_000, prompt="p")))
+    code, message, metadata = await failure(stub.Generate(pb.GenerateRequest(model="é" * 100_000, prompt="p")))
     assert code is grpc.StatusCode.NOT_FOUND
     assert message.startswith("model: 'éééé")
+    assert Status.FromString(metadata["grpc-status-details-bin"]).message == message
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "%", "字", "\n", "\ud800"])
+async def test_long_messages_and_details_fit_into_headers(stub: Stub, stand_in: StandInGenerator, letter: str) -> None:
+    stand_in.error = errors.InvalidInput(f"prompt: {letter * 100_000}", retry_after_s=1)
+    stand_in.error.metadata = {"model": letter * 100_000}
+    for _ in range(5):  # over its soft bound gRPC refuses some, not all
+        call = stub.Generate(ask())
+        code, message, _ = await failure(call)
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        came: Any = await rpc_status.aio.from_call(call)
+        assert (came.message, len(came.details)) == (message, 3)
+        assert len(message.encode()) > 1000
 
 
 @pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
@@ -354,9 +416,11 @@ async def test_what_is_no_message_is_the_callers_fault(channel: Any, method: str
         call = channel.stream_stream(method)(iter([b"\xff\xff"]))
     else:
         call = (channel.unary_stream if streams else channel.unary_unary)(method)(b"\xff\xff")
-    code, says, _ = await failure(drained(call) if streams else call)
+    code, says, metadata = await failure(drained(call) if streams else call)
     assert code == grpc.StatusCode.INVALID_ARGUMENT
     assert says == "request: is not a message of the kind that this method takes"
+    assert metadata["hycluster-error"] == "InvalidInput"
+    assert Status.FromString(metadata["grpc-status-details-bin"]).message == says
 
 
 async def test_no_such_method(channel: Any) -> None:

@@ -15,8 +15,8 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from starlette.responses import PlainTextResponse
 
+from hycluster.core import PoolHealth
 from hycluster.errors import SettingsError
-from hycluster.ingress.health import PoolHealth
 from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto.inference_pb2_grpc import InferenceStub
 from hycluster.ingress.starting import StartingDoors, starting_doors

@@ -198,7 +198,7 @@ def featured(
 
 def replicas(model: str) -> list[ReplicaReport]:
     """What the directory knows of a model's pool."""
-    view: Any = ray.get(find_directory(SHARED_DIRECTORY).sync.remote(model, "test", {}))
+    view: Any = ray.get(find_directory(SHARED_DIRECTORY).view.remote(model))
     return list(view.replicas)
 
 

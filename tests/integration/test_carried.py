@@ -108,8 +108,8 @@ async def gateway_to(replica: Replica, model: Model) -> AsyncIterator[Gateway]:
 async def lose(gateway: Gateway, replica: Replica) -> None:
     """Have the gateway take its replica for lost, and find another one, which is the same."""
     pool = gateway.engine_core
-    for link in list(pool._links.values()):
-        pool._lost(link, "the test says so", died=False)
+    for link in list(pool._members.links.values()):
+        link.lose("the test says so", died=False)
     while not pool.able:
         await pool.update([replica.report])
 
@@ -238,3 +238,29 @@ async def test_many_at_once(replica: Replica, model: Model) -> None:
             got = seen(task.result())[0]
             assert got["tokens"] == seen(before)[0]["tokens"]
         assert gateway.engine_core.requests_in_flight == 0
+
+
+async def test_requests_stand_still_while_the_engine_is_paused_or_sleeps(replica: Replica, model: Model) -> None:
+    """What the control calls do to a real engine; over several replicas: ``tests/gateway/test_control_calls.py``."""
+    async with gateway_to(replica, model) as gateway:
+        (expected,) = seen(await ask(gateway, replica, [], temperature=0)).values()
+        assert await gateway.reset_prefix_cache() is True
+        await gateway.pause_generation(mode="keep")
+        assert await gateway.is_paused() is True
+        asking = asyncio.create_task(ask(gateway, replica, [], temperature=0))
+        await asyncio.sleep(0.5)
+        assert not asking.done()
+        await gateway.resume_generation()
+        assert await gateway.is_paused() is False
+        (got,) = seen(await asking).values()
+        assert got == expected
+        # Level 0 leaves the memory as it is, which is all that a CPU has.
+        await gateway.sleep(level=0, mode="keep")
+        assert await gateway.is_sleeping() is True
+        asking = asyncio.create_task(ask(gateway, replica, [], temperature=0))
+        await asyncio.sleep(0.5)
+        assert not asking.done()
+        assert await gateway.wake_up(["scheduling"]) is True
+        assert await gateway.is_sleeping() is False
+        (got,) = seen(await asking).values()
+        assert got == expected

@@ -63,7 +63,7 @@ class Deployed:
     directory: Any
 
     def reports(self, name: str) -> list[ReplicaReport]:
-        return list(ray.get(self.directory.sync.remote(name, "test", {})).replicas)
+        return list(ray.get(self.directory.view.remote(name)).replicas)
 
     def pids(self, name: str) -> list[int]:
         """The actors' processes, rank 0 first."""

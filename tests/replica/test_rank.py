@@ -92,7 +92,7 @@ def test_a_stopped_process_is_killed_and_does_not_come_back(start: Start, direct
     processes = family(replica)
 
     def reports() -> list[Any]:
-        view: Any = ray.get(open_directory(directory).sync.remote("m", "test", {}))
+        view: Any = ray.get(open_directory(directory).view.remote("m"))
         return list(view.replicas)
 
     eventually(lambda: len(reports()) == 1, 10)

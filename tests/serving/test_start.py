@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from hycluster.core import StartTrouble
 from hycluster.directory.directory import Overview
-from hycluster.directory.starts import StartTrouble
 from hycluster.errors import EngineStartFailed, SettingsError, start_failure
 from hycluster.serving.start import end_of_hope, ready_models
 from hycluster.settings.model import Model

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from hycluster.core import StartTrouble
 from hycluster.directory.directory import Overview
-from hycluster.directory.starts import StartTrouble
 from hycluster.errors import SettingsError
 from hycluster.serving.ray_state import Deployment, Look, Process
 from hycluster.serving.status import status

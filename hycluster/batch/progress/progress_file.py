@@ -10,10 +10,10 @@ import json
 import logging
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
 
-from hycluster.batch.progress.terminal import Progress, Totals
-from hycluster.storage import delete, locate, one_line, read_json, replace
+from hycluster.batch.output.record import Totals
+from hycluster.batch.progress.terminal import Progress
+from hycluster.storage import Folder, WritableFolder, one_line
 
 PROGRESS = "_progress.json"
 TELL_EVERY_S = 5.0
@@ -45,9 +45,8 @@ class Teller:
         earlier_rows: rows that earlier runs have committed.
     """
 
-    def __init__(self, output_path: str, edition: str, earlier_rows: int) -> None:
-        self._filesystem, root = locate(output_path, "output.path")
-        self._path = f"{root}/{PROGRESS}"
+    def __init__(self, output: WritableFolder, edition: str, earlier_rows: int) -> None:
+        self._output = output
         self._edition = edition
         self._earlier_rows = earlier_rows
         self._told_s = float("-inf")
@@ -59,19 +58,19 @@ class Teller:
         self._told_s = time.monotonic()
         word = {"edition": self._edition, **asdict(Word(time.time(), self._earlier_rows, progress))}
         try:
-            replace(self._filesystem, self._path, json.dumps(word).encode())
+            self._output.replace(PROGRESS, json.dumps(word).encode())
         except OSError as error:
             log.debug("%s: can't be written: %s", PROGRESS, one_line(error))
 
     def end(self) -> None:
         """The run is over and needs nobody to know how far it is."""
-        delete(self._filesystem, [self._path])
+        self._output.delete([PROGRESS])
 
 
-def last_word(filesystem: Any, root: str, edition: str) -> Word | None:
+def last_word(output: Folder, edition: str) -> Word | None:
     """What the job said last; None if it said nothing that can be understood."""
     try:
-        data = read_json(filesystem, f"{root}/{PROGRESS}")
+        data = output.read_json(PROGRESS)
         if data is None or data["edition"] != edition:
             return None
         said = data["progress"]

@@ -15,27 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from hycluster.batch.output.record import Totals
+
 LINE_EVERY_S = 5.0
 BAR_EVERY_S = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """Rows that are through (with a result or quarantined) and tokens; they add up."""
-
-    rows: int = 0
-    quarantined: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-    def __add__(self, other: Totals) -> Totals:
-        # Written out, for it is called for every row.
-        return Totals(
-            self.rows + other.rows,
-            self.quarantined + other.quarantined,
-            self.prompt_tokens + other.prompt_tokens,
-            self.completion_tokens + other.completion_tokens,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +32,7 @@ class Progress:
         reasons: quarantined rows by ``error_type``.
     """
 
-    done: Totals = Totals()
+    done: Totals = field(default_factory=Totals)
     in_flight: int = 0
     retries: int = 0
     reasons: dict[str, int] = field(default_factory=dict)

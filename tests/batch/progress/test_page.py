@@ -9,6 +9,7 @@ from hycluster.batch.progress.figures import write_report
 from hycluster.batch.progress.page import HEIGHT, render
 from tests.batch.committed import commit_all
 from tests.batch.conftest import MakeJob, write_texts
+from tests.located import at
 
 
 class Tags(HTMLParser):
@@ -29,7 +30,7 @@ class Tags(HTMLParser):
 
 def figures(make_job: MakeJob, corpus: Path, **changes: Any) -> dict[str, Any]:
     write_texts(corpus / "c.parquet", ["one two three", None])
-    return write_report(str(commit_all(make_job(**changes))))
+    return write_report(at(commit_all(make_job(**changes))))
 
 
 def test_the_page_is_complete_in_itself(make_job: MakeJob, corpus: Path) -> None:

@@ -6,8 +6,9 @@ import time
 import pytest
 from rich.console import Console
 
+from hycluster.batch.output.record import Totals
 from hycluster.batch.progress import terminal as report
-from hycluster.batch.progress.terminal import JobProgress, Progress, Reporter, Totals, summarize
+from hycluster.batch.progress.terminal import JobProgress, Progress, Reporter, summarize
 
 
 def test_processes_say_totals_so_a_word_lost_or_said_twice_does_no_harm() -> None:

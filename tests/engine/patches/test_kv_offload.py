@@ -9,7 +9,7 @@ import pytest
 if TYPE_CHECKING:
     import torch
 
-    from hycluster.engine.kv_offload import HostCopies
+    from hycluster.engine.patches.kv_offload import HostCopies
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60), pytest.mark.usefixtures("vllm_imported")]
 
@@ -30,7 +30,7 @@ def copies(caches: list[torch.Tensor]) -> HostCopies:
     """Two groups of layers: the first one has both tensors, the second one the first tensor."""
     from vllm.v1.kv_offload.base import CanonicalKVCacheRef, CanonicalKVCaches, CanonicalKVCacheTensor
 
-    from hycluster.engine.kv_offload import HostCopies
+    from hycluster.engine.patches.kv_offload import HostCopies
 
     tensors = [CanonicalKVCacheTensor(tensor, tensor.shape[1]) for tensor in caches]
     refs = [CanonicalKVCacheRef(number, tensor.shape[1]) for number, tensor in enumerate(caches)]
@@ -62,3 +62,23 @@ def test_each_job_is_finished_once_and_tells_its_bytes(copies: HostCopies) -> No
     assert (done.job_id, done.success, done.transfer_size) == (1, True, 2 * (4 + 8) + 4)
     assert done.transfer_time is not None
     assert copies.get_finished() == []
+
+
+def test_the_store_is_named_by_module() -> None:
+    from vllm.v1.kv_offload.base import OffloadingWorker
+    from vllm.v1.kv_offload.factory import OffloadingSpecFactory
+
+    from hycluster.engine.patches.kv_offload import HostOffloadingSpec
+
+    named = {"spec_name": "HostOffloadingSpec", "spec_module_path": "hycluster.engine.patches.kv_offload"}
+    assert OffloadingSpecFactory.get_spec_cls(named) is HostOffloadingSpec
+    assert OffloadingWorker.__abstractmethods__ == {"submit_store", "submit_load", "get_finished", "wait"}
+
+
+def test_vllms_own_still_refuses_a_cpu() -> None:
+    from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
+
+    spec: Any = object.__new__(CPUOffloadingSpec)
+    spec._worker = None
+    with pytest.raises(Exception, match="currently only supported on CUDA-alike"):
+        spec.get_worker(None)

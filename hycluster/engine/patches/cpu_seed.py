@@ -1,15 +1,22 @@
-"""Seeds on CPU: what vLLM 0.32.0 lacks for requests that have one and a prompt of several chunks.
+"""A request with a seed and a prompt of several chunks, on CPU.
 
-A step that ends before the end of the prompt samples a token all the same, and throws it away. vLLM then turns the
-request's random generator back by an offset; torch's generators on CPU have none and raise, which ends the engine and
-every request on it. Here they go back to where they were: to the seed, and one draw forward for each token so far, as
-vLLM's sampler on CPU draws one number a token. (Not so for rejection sampling and ``fp64`` noise: those are then
-random, and no longer the same for the same seed.)
-
-``tests/integration/test_vllm_contract.py`` fails once torch's generators can do it themselves.
+What: the random generator of such a request can be turned back to where its sampling stands: to the seed, and one draw
+forward for each token so far, as vLLM's sampler on CPU draws one number a token. (Not so for rejection sampling and
+``fp64`` noise: those are then random, and no longer the same for the same seed.)
+Why: a step that ends before the end of the prompt samples a token all the same, and throws it away. vLLM then turns the
+generator back by an offset; torch's generators on CPU have none and raise, which ends the engine and every request on
+it.
+Upstream: none filed against vLLM's CPU backend. Backends that sample with CPU generators have mended it for themselves
+(RBLN-SW/vllm-rbln#1025, qualcomm/vllm-qaic#92).
+Version: vLLM 0.32.0. Applied by the engine in each of its workers. Watched by
+``tests/engine/patches/test_cpu_seed.py``.
 """
 
 from __future__ import annotations
+
+from hycluster.engine.patches.pinned import pinned_to
+
+pinned_to("vllm", "0.32.0", __name__)
 
 import functools
 from collections.abc import Callable
@@ -20,7 +27,7 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 # What the sampler draws a number below; how far the generator moves by it does not depend on it.
 DRAW_BELOW = 2**31
-MENDED = "hycluster_seeds"
+PATCHED = "hycluster_seeds"
 
 
 class SeededGenerator(torch.Generator):
@@ -49,10 +56,10 @@ class SeededGenerator(torch.Generator):
         return self
 
 
-def mend(worker: object = None) -> None:
+def patch_seeds(worker: object = None) -> None:
     """Put it into the process of a worker; in a form that vLLM's ``collective_rpc`` can call on each."""
     made: Any = CachedRequestState.__post_init__
-    if not getattr(made, MENDED, False):
+    if not getattr(made, PATCHED, False):
         CachedRequestState.__post_init__ = _seeded(made)  # type: ignore[method-assign]
 
 
@@ -63,5 +70,5 @@ def _seeded(made: Callable[[CachedRequestState], None]) -> Callable[[CachedReque
         if state.generator is not None and state.sampling_params is not None and state.sampling_params.seed is not None:
             state.generator = SeededGenerator.of(state, state.sampling_params.seed)
 
-    setattr(post_init, MENDED, True)
+    setattr(post_init, PATCHED, True)
     return post_init

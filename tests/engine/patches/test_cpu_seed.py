@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from typing import TYPE_CHECKING
 
 import pytest
@@ -8,7 +10,7 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 # Its import brings all of vLLM's model runner, which warns of third parties' sins.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 SEED = 11
 
@@ -19,10 +21,10 @@ def state(seed: int | None, tokens: int = 0) -> CachedRequestState:
     from vllm import SamplingParams
     from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
-    from hycluster.engine.cpu_seed import mend
+    from hycluster.engine.patches.cpu_seed import patch_seeds
 
-    mend()
-    mend()
+    patch_seeds()
+    patch_seeds()
     generator = torch.Generator()
     generator.manual_seed(seed or 0)
     return CachedRequestState(
@@ -74,3 +76,27 @@ def test_a_request_that_has_tokens_goes_on_behind_them(tokens: int) -> None:
 
 def test_a_request_without_a_seed_has_no_generator() -> None:
     assert state(None).generator is None
+
+
+class TestUnpatched:
+    """What the patch relies on; the first two fail when it is no longer needed."""
+
+    def test_torch_still_can_not_turn_a_generator_back(self) -> None:
+        import torch
+
+        with pytest.raises(RuntimeError, match="does not use offset"):
+            torch.Generator().get_offset()
+
+    def test_vllm_turns_generators_back_and_draws_one_number_a_token(self) -> None:
+        from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+        assert "gen.set_offset(gen.get_offset() - 4)" in inspect.getsource(GPUModelRunner)
+        drawn = inspect.getsource(TopKTopPSampler.forward_cpu)
+        assert "0, 2**31, (1,), generator=gen, dtype=torch.long" in drawn
+
+    def test_a_state_is_made_with_its_generator_and_tokens(self) -> None:
+        from vllm.v1.worker.gpu_input_batch import CachedRequestState
+
+        made = {field.name for field in dataclasses.fields(CachedRequestState)}
+        assert {"generator", "sampling_params", "output_token_ids"} <= made

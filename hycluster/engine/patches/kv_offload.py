@@ -1,13 +1,20 @@
 """A host store for KV blocks where the KV cache itself is on a CPU (``hardware.kv_offload_gib``).
 
-vLLM keeps blocks in host memory after the KV cache has dropped them, and brings them back when a prompt begins alike.
-Its own store, ``CPUOffloadingSpec`` of 0.32.0, refuses to run where the cache is not on a GPU: its copies are queued on
+What: vLLM's host store with copies that need no GPU.
+Why: vLLM keeps blocks in host memory after the KV cache has dropped them, and brings them back when a prompt begins
+alike. Its own store, ``CPUOffloadingSpec``, refuses to run where the cache is not on a GPU: its copies are queued on
 streams. On a CPU a copy is an assignment. That gains no memory there, but everything around it (what is stored, looked
 up, evicted and counted) is vLLM's, and is shown here as it works on a GPU. On GPUs vLLM's own store is taken.
-``tests/integration/test_vllm_contract.py`` says what this relies on.
+Upstream: none filed.
+Version: vLLM 0.32.0. Named in the engine's arguments (``spec_module_path``). Watched by
+``tests/engine/patches/test_kv_offload.py``.
 """
 
 from __future__ import annotations
+
+from hycluster.engine.patches.pinned import pinned_to
+
+pinned_to("vllm", "0.32.0", __name__)
 
 import time
 
