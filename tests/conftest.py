@@ -20,7 +20,7 @@ import pytest
 
 from bench import tiny_llama
 from hycluster.imports import without_collector
-from tests.lanes import SHARED, Lanes, check_shared, place
+from tests.lanes import SHARED, Lanes, check_shared, is_heavy, place, room_of
 from tests.ray_apart import ray_apart
 
 # How long an example takes says something of the machine, which others use too.
@@ -107,6 +107,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     not meet those that others start.
     """
     check_shared(items)
+    for item in items:
+        if is_heavy(room_of(item.nodeid)):
+            item.add_marker(pytest.mark.cluster)
     if "PYTEST_XDIST_WORKER" in os.environ:
         for item in items:
             _give_room(item)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -59,7 +60,7 @@ def check_shared(items: list[pytest.Item]) -> None:
                 raise pytest.UsageError(f"{item.nodeid} uses {room!r}: its file must be among tests/lanes.py's SHARED")
 
 
-class Lanes(LoadScopeScheduling):
+class Lanes(LoadScopeScheduling):  # type: ignore[misc]
     """Hands each worker its lane's next room: the last worker the light ones, all others the heavy ones."""
 
     def _split_scope(self, nodeid: str) -> str:
@@ -69,6 +70,10 @@ class Lanes(LoadScopeScheduling):
         light = self.numnodes > 1 and int(node.gateway.id.removeprefix("gw")) >= self.numnodes - 1
         self.workqueue.move_to_end(min(self.workqueue, key=lambda room: _rank(room, light)), last=False)
         super()._assign_work_unit(node)
+
+
+def is_heavy(room: str) -> bool:
+    return room in HEAVY or room in LAST
 
 
 def _rank(room: str, light: bool) -> tuple[int, int]:
@@ -81,6 +86,7 @@ def _rank(room: str, light: bool) -> tuple[int, int]:
     return 1, 0 if _imports_vllm(room) else 1
 
 
+@functools.cache
 def _imports_vllm(room: str) -> bool:
     """Whether the worker does; the one that has once should have the others' too."""
     return "vllm_imported" in (ROOT / "tests" / f"{room}.py").read_text(encoding="utf-8")
