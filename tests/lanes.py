@@ -82,7 +82,7 @@ def _rank(room: str, light: bool) -> tuple[int, int]:
     if room in HEAVY:
         return 2 if light else 0, HEAVY.index(room)
     if room in FORKING:
-        return 0, FORKING.index(room)
+        return 1, FORKING.index(room) - len(FORKING)
     return 1, 0 if _imports_vllm(room) else 1
 
 
