@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hycluster.errors import SettingsError, UnknownModel
 
 if TYPE_CHECKING:
-    from hycluster.batch.ask import Generator
+    from hycluster.batch.ask import RowBackend
     from hycluster.batch.job import Job
     from hycluster.batch.task import Connect
     from hycluster.serving.running import Chosen
@@ -27,7 +27,7 @@ def open_engines(job: Job, settings: Settings | None, address: str | None) -> It
 
     Args:
         settings: the deployment; needed for ``engine: dedicated`` only.
-        address: of the Ray cluster to join; see :func:`hycluster.cluster.connect`.
+        address: of the Ray cluster to join; see :func:`hycluster.cluster.join_cluster`.
 
     Raises:
         SettingsError, UnknownModel: there are no such engines.
@@ -39,7 +39,7 @@ def open_engines(job: Job, settings: Settings | None, address: str | None) -> It
     from hycluster.directory.directory import SHARED_DIRECTORY, find_directory
 
     if job.engine == "shared":
-        _say_where(cluster.connect(address))
+        _say_where(cluster.join_cluster(address))
         try:
             directory: Any = find_directory(SHARED_DIRECTORY)
         except ValueError:
@@ -67,7 +67,7 @@ def _say_where(joined: Chosen | None) -> None:
     )
 
 
-def _open_generator(directory: str, model: str) -> AbstractAsyncContextManager[Generator]:
+def _open_generator(directory: str, model: str) -> AbstractAsyncContextManager[RowBackend]:
     """Runs where the rows are; the driver has no need of vLLM."""
     from hycluster.gateway.generation import open_generator
 

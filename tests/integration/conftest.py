@@ -1,4 +1,4 @@
-"""One real cluster for all integration tests: Ray, vLLM, both doors, started once by the command itself."""
+"""One real cluster for all integration tests: Ray, vLLM, both ingresses, started once by the command itself."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ MAX_TOKENS = 24
 @pytest.fixture(scope="session")
 def hunyuan_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Hunyuan with all of the real one's parts, in Tencent's fused layout."""
-    return tiny.write(tmp_path_factory.mktemp("hunyuan") / "model", HUNYUAN_SHAPE, layout="fused")
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("hunyuan") / "model", HUNYUAN_SHAPE, layout="fused")
 
 
 @pytest.fixture(scope="session")
@@ -171,7 +171,7 @@ def served(settings_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     """The cluster. Ends with a drain; a test of its own looks at the exit code."""
     server = launch([str(settings_file)], tmp_path_factory.mktemp("log") / "serve.log")
     try:
-        cluster.connect(server.ray)
+        cluster.join_cluster(server.ray)
         yield server
     finally:
         ray.shutdown()

@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 GREEDY = "greedy"
 # The service has about half of it.
 HEADROOM_BYTES = 4 * GIB
-KEPT = ("ServeController", "Directory", ":door", ":batches", f":replica-{SIMULATED}")
+KEPT = ("ServeController", "Directory", ":ingress", ":batches", f":replica-{SIMULATED}")
 
 HOG = """
 import sys

@@ -33,8 +33,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from hycluster.batch.input.corpus import Plan
-from hycluster.batch.output.identity import Identity, differences
+from hycluster.batch.input.corpus import ShardPlan
+from hycluster.batch.output.identity import Identity, identity_differences
 from hycluster.batch.output.record import DAMAGE, ShardRecord, Written
 from hycluster.batch.output.shard_set import PartNames, ShardSet
 from hycluster.errors import JobFailed, SettingsError
@@ -46,7 +46,7 @@ _ATTEMPT = re.compile(r"part-\d{8}-[0-9a-f]{12}\.parquet")
 _RECORD = re.compile(r"\d{8}-[0-9a-f]{12}\.json")
 
 
-class Output:
+class OutputFolder:
     """The output folder of one job. Small and picklable: every process that commits has one.
 
     Raises:
@@ -73,7 +73,7 @@ class Output:
         theirs = self._owner()
         if theirs is None:
             return False
-        found = list(differences(theirs, mine))
+        found = list(identity_differences(theirs, mine))
         if found:
             raise SettingsError(
                 f"output.path: {self.folder.masked!r} holds the output of another job or input; give another folder "
@@ -84,7 +84,7 @@ class Output:
     def foreign(self, mine: Identity) -> bool:
         """Whether the folder is the output of another job or input."""
         theirs = self._owner()
-        return theirs is not None and any(differences(theirs, mine))
+        return theirs is not None and any(identity_differences(theirs, mine))
 
     def clear(self, mine: Identity) -> None:
         """Delete what another job has written here, and nothing else; then the folder is this job's.
@@ -198,7 +198,7 @@ class Output:
             self.folder.delete([_join(folder, name) for name in found if self._is_orphan(folder, name, counted)])
         self.folder.write("_SUCCESS", b"")
 
-    def is_input(self, plan: Plan) -> bool:
+    def is_input(self, plan: ShardPlan) -> bool:
         """Whether the parts written here would become rows of that input."""
         return plan.takes(self.folder, "part-.parquet")
 

@@ -21,9 +21,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hycluster.batch.input.corpus import REFUSAL_COLUMNS, RESULT_COLUMNS, Plan, Shard, plan, read, spans
-from hycluster.batch.output.commit import Output
-from hycluster.batch.output.compare import MOST_ROWS, differences, miscounted
+from hycluster.batch.input.corpus import (
+    REFUSAL_COLUMNS,
+    RESULT_COLUMNS,
+    Shard,
+    ShardPlan,
+    plan_shards,
+    read_shards,
+    spans,
+)
+from hycluster.batch.output.commit import OutputFolder
+from hycluster.batch.output.compare import MOST_ROWS, miscounted, row_differences
 from hycluster.batch.output.manifest import read_manifest
 from hycluster.batch.output.record import DAMAGE, ShardRecord, Totals, Written
 from hycluster.batch.output.shard_set import PartNames
@@ -71,7 +79,7 @@ class Verdict:
         return [*self.faults, *([f"and {more} more"] if more else [])]
 
 
-def verify(folder: Folder, input_folder: Folder) -> Verdict:
+def verify_output(folder: Folder, input_folder: Folder) -> Verdict:
     """Compare a finished output with its input.
 
     Raises:
@@ -84,7 +92,7 @@ class _Verification:
     def __init__(self, folder: Folder, input_folder: Folder) -> None:
         self._folder = folder
         self._input_folder = input_folder
-        self._output = Output(folder)
+        self._output = OutputFolder(folder)
         self._verdict = Verdict()
         self._say = self._verdict.fault
 
@@ -114,14 +122,14 @@ class _Verification:
             self._say(error.message)
         return self._verdict
 
-    def _plan(self, identity: dict[str, Any]) -> Plan | None:
+    def _plan(self, identity: dict[str, Any]) -> ShardPlan | None:
         """The plan made anew, None if it is not the one that the job had."""
         try:
             shard_rows, told = int(identity["job"]["shard_rows"]), dict(identity["input"])
         except DAMAGE as error:
             self._say(f"_job.json: can't be understood: {type(error).__name__}: {one_line(error)}")
             return None
-        corpus = plan(self._input_folder, shard_rows=shard_rows, check=lambda schema, where: None)
+        corpus = plan_shards(self._input_folder, shard_rows=shard_rows, check=lambda schema, where: None)
         found = {"files": len(corpus.files), "rows": corpus.rows, "digest": corpus.digest()}
         for key, value in found.items():
             if told.get(key) != value:
@@ -131,7 +139,7 @@ class _Verification:
         return corpus
 
     def _read_back(
-        self, corpus: Plan, head: dict[str, Any], identity: dict[str, Any], records: Iterator[ShardRecord]
+        self, corpus: ShardPlan, head: dict[str, Any], identity: dict[str, Any], records: Iterator[ShardRecord]
     ) -> None:
         for key in ("job", "input"):
             if head.get(key) != identity.get(key):
@@ -141,7 +149,7 @@ class _Verification:
             in_order = _InOrder(records, self._say)
             for span in spans(corpus.shards()):
                 pairs = [(shard, in_order.take(shard.number)) for shard in span]
-                tables = read(corpus.folder, span)
+                tables = read_shards(corpus.folder, span)
                 for (shard, record), (read_bytes, faults) in zip(
                     pairs, readers.map(self._check, pairs, tables), strict=True
                 ):
@@ -203,7 +211,7 @@ class _Verification:
             part = self._read(written, faults)
             if part is None:
                 continue
-            faults.extend(f"{written.path}: {fault}" for fault in differences(part, columns, table, seen))
+            faults.extend(f"{written.path}: {fault}" for fault in row_differences(part, columns, table, seen))
             if columns is RESULT_COLUMNS:
                 faults.extend(f"{written.path}: {fault}" for fault in miscounted(part, record))
         wrong = {"missing": [r for r in range(shard.rows) if not seen[r]], "doubled": [r for r in seen if seen[r] > 1]}
