@@ -164,7 +164,7 @@ def _one_line_errors() -> Iterator[None]:
         raise typer.Exit(error.exit_code) from None
     except OSError as error:
         # A store that does not answer, a folder that may not be read: at any of many reads.
-        from hycluster.storage import one_line
+        from hycluster.storage import masked_line
 
-        typer.echo(f"error: OUTPUT: can't be read: {one_line(error)}", err=True)
+        typer.echo(f"error: OUTPUT: can't be read: {masked_line(error)}", err=True)
         raise typer.Exit(SettingsError.exit_code) from None

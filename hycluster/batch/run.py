@@ -29,7 +29,7 @@ from hycluster.batch.prompts import prompt_of
 from hycluster.batch.quarantine_limit import check_quarantine
 from hycluster.batch.task import Connect
 from hycluster.errors import HyclusterError, JobFailed, SettingsError
-from hycluster.storage import locate, one_line
+from hycluster.storage import locate, masked_line
 
 # What a job generates with, while the block lasts.
 Engines = Callable[[Job], AbstractContextManager[Connect]]
@@ -103,7 +103,7 @@ def run_job(
             raise
         except Exception as error:
             log.debug("the job failed", exc_info=True)
-            raise JobFailed(f"{type(error).__name__}: {one_line(error)}") from error
+            raise JobFailed(f"{type(error).__name__}: {masked_line(error)}") from error
     this_run = Totals(*(getattr(committed, name) - getattr(earlier, name) for name in asdict(earlier)))
     print_totals(console, f"{job.name} -> {output.folder.masked}", committed, this_run, time.monotonic() - begun_s)
 
@@ -172,7 +172,7 @@ def _generate(
         if isinstance(cause, HyclusterError):
             # Anew: Ray Data has added advice on its own settings to the text of this one.
             raise type(cause)(cause.message) from None
-        raise JobFailed(f"{type(cause).__name__}: {one_line(cause)}") from error
+        raise JobFailed(f"{type(cause).__name__}: {masked_line(cause)}") from error
     finally:
         stream.close()
         ray.kill(progress)

@@ -31,7 +31,7 @@ from hycluster.batch_api.results import Results
 from hycluster.batch_api.store import Store
 from hycluster.errors import NotFound
 from hycluster.settings.ingress import Batches
-from hycluster.storage import WritableFolder, one_line
+from hycluster.storage import WritableFolder, masked_line
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class Runner:
     async def fail(self, batch_id: str, error: Exception) -> None:
         """End a batch that could not be brought to its end."""
         state = await asyncio.to_thread(self._store.state, batch_id)
-        reason = LineError(code="internal_error", message=f"{type(error).__name__}: {one_line(error)}")
+        reason = LineError(code="internal_error", message=f"{type(error).__name__}: {masked_line(error)}")
         ids = {"output_file_id": None, "error_file_id": None}
         changes = {"status": "failed", "ended_at": _now(), "errors": (reason,), **ids}
         await self._save(batch_id, state.model_copy(update=changes))

@@ -5,6 +5,7 @@ import ray
 
 from hycluster.errors import SettingsError
 from hycluster.serving import resources
+from hycluster.settings.ingress import Ingress
 from hycluster.settings.model import Model
 from hycluster.settings.parallel import Parallel
 from hycluster.settings.settings import Settings
@@ -66,7 +67,7 @@ def test_no_gpus_at_all(there: dict[str, float]) -> None:
 
 
 def test_ingress_processes_need_nodes_that_have_what_they_reserve(there: dict[str, float]) -> None:
-    settings = Settings(models=(model(),), ingresses=2, ingress_resources={"ingress": 0.5})
+    settings = Settings(models=(model(),), ingress=Ingress(replicas=2, resources={"ingress": 0.5}))
     with pytest.raises(
         SettingsError,
         match=r"ingress.resources: ingress process: all ingress processes together ask for 1; this .* has 0$",
@@ -86,6 +87,6 @@ def test_ingress_processes_that_wait_for_a_node_are_told_of(
 ) -> None:
     there["ingress"] = float(nodes)
     monkeypatch.setattr(resources, "ingress_nodes", lambda settings: nodes)
-    settings = Settings(models=(model(),), ingresses=2, ingress_resources={"ingress": 0.5}, ingress_per_node=1)
+    settings = Settings(models=(model(),), ingress=Ingress(replicas=2, resources={"ingress": 0.5}, replicas_per_node=1))
     resources.check_ingress(settings)
     assert ("1 of 2 ingress processes wait for a node" in caplog.text) == waits

@@ -23,7 +23,7 @@ from hycluster.batch.input.row_groups import Rows, decode, patiently
 from hycluster.batch.refusal import ColumnRefused, Reason, Refusal
 from hycluster.errors import JobFailed, SettingsError
 from hycluster.retries import RetryingCaller
-from hycluster.storage import Folder, one_line
+from hycluster.storage import Folder, masked_line
 
 ROW_ID = "row_id"
 # Tells the shards in a block apart; never written out.
@@ -260,7 +260,7 @@ def read_shards(folder: Folder, shards: Iterable[Shard]) -> Iterator[pa.Table]:
         try:
             yield from _read_file(folder, file, list(of_file))
         except (OSError, pa.ArrowException) as error:
-            raise JobFailed(f"input: {file.path}: can't be read: {one_line(error)}") from None
+            raise JobFailed(f"input: {file.path}: can't be read: {masked_line(error)}") from None
 
 
 def _read_file(folder: Folder, file: File, shards: list[Shard]) -> Iterator[pa.Table]:
@@ -320,7 +320,7 @@ def _inspect(listing: Listing, check: Callable[[pa.Schema, str], None], path: st
     try:
         size, schema, metadata = patiently(partial(_footer, listing.folder, path), FOOTER_PATIENCE)
     except (OSError, pa.ArrowException) as error:
-        message = f"input: {path}: is not a readable Parquet file: {one_line(error)}"
+        message = f"input: {path}: is not a readable Parquet file: {masked_line(error)}"
         # One row, which stands for however many there are.
         return File(path, listing.sizes[path], (1,), 0, "", Refusal(Reason.UNREADABLE_FILE.value, message))
     for column in schema.names:

@@ -38,7 +38,7 @@ from hycluster.batch.output.identity import Identity, identity_differences
 from hycluster.batch.output.record import DAMAGE, ShardRecord, Written
 from hycluster.batch.output.shard_set import PartNames, ShardSet
 from hycluster.errors import JobFailed, SettingsError
-from hycluster.storage import Folder, leftover_of, one_line
+from hycluster.storage import Folder, leftover_of, masked_line
 
 # What is made from the records, beside _job.json, which says whose they are.
 DERIVED = ("_SUCCESS", "_manifest.json", "report.html", "report.json", "_progress.json")
@@ -211,7 +211,7 @@ class OutputFolder:
             if theirs is None:
                 self._refuse_foreign()
         except (OSError, json.JSONDecodeError) as error:
-            raise SettingsError(f"output.path: {self.folder.masked!r} can't be used: {one_line(error)}") from None
+            raise SettingsError(f"output.path: {self.folder.masked!r} can't be used: {masked_line(error)}") from None
         return theirs
 
     def _is_orphan(self, folder: str, name: str, counted: PartNames | None) -> bool:
@@ -229,12 +229,12 @@ class OutputFolder:
         except DAMAGE as error:
             # Not taken for absent: nothing here leaves such a file, so nobody knows what else is wrong.
             raise JobFailed(
-                f"output.path: {self.folder.masked!r}: {name} is damaged ({one_line(error)}); delete it and run the "
+                f"output.path: {self.folder.masked!r}: {name} is damaged ({masked_line(error)}); delete it and run the "
                 "same command again: its shard is generated anew"
             ) from None
 
     def _not_writable(self, error: OSError) -> SettingsError:
-        return SettingsError(f"output.path: {self.folder.masked!r} can't be written: {one_line(error)}")
+        return SettingsError(f"output.path: {self.folder.masked!r} can't be written: {masked_line(error)}")
 
     def _write(self, relative: str, table: pa.Table) -> Written | None:
         if not table.num_rows:

@@ -36,7 +36,7 @@ from hycluster.batch.output.manifest import read_manifest
 from hycluster.batch.output.record import DAMAGE, ShardRecord, Totals, Written
 from hycluster.batch.output.shard_set import PartNames
 from hycluster.errors import HyclusterError, SettingsError
-from hycluster.storage import Folder, one_line
+from hycluster.storage import Folder, masked_line
 
 # Faults that are told one by one; the rest is counted.
 MOST_FAULTS = 20
@@ -117,7 +117,7 @@ class _Verification:
         except FileNotFoundError:
             self._say("_manifest.json: is missing")
         except OSError as error:
-            self._say(f"_manifest.json: can't be read: {one_line(error)}")
+            self._say(f"_manifest.json: can't be read: {masked_line(error)}")
         except HyclusterError as error:
             self._say(error.message)
         return self._verdict
@@ -127,7 +127,7 @@ class _Verification:
         try:
             shard_rows, told = int(identity["job"]["shard_rows"]), dict(identity["input"])
         except DAMAGE as error:
-            self._say(f"_job.json: can't be understood: {type(error).__name__}: {one_line(error)}")
+            self._say(f"_job.json: can't be understood: {type(error).__name__}: {masked_line(error)}")
             return None
         corpus = plan_shards(self._input_folder, shard_rows=shard_rows, check=lambda schema, where: None)
         found = {"files": len(corpus.files), "rows": corpus.rows, "digest": corpus.digest()}
@@ -188,7 +188,7 @@ class _Verification:
         try:
             kept = self._output.record(shard.number)
         except (OSError, HyclusterError) as error:
-            faults.append(f"its record in _shards can't be read: {one_line(error)}")
+            faults.append(f"its record in _shards can't be read: {masked_line(error)}")
         else:
             if kept is None:
                 faults.append("has no record in _shards")
@@ -231,7 +231,7 @@ class _Verification:
             faults.append(f"{written.path}: is missing")
             return None
         except OSError as error:
-            faults.append(f"{written.path}: can't be read: {one_line(error)}")
+            faults.append(f"{written.path}: can't be read: {masked_line(error)}")
             return None
         if len(data) != written.bytes:
             faults.append(f"{written.path}: has {len(data)} bytes; the manifest says {written.bytes}")
@@ -240,7 +240,7 @@ class _Verification:
         try:
             part = pq.read_table(pa.BufferReader(data))
         except (OSError, pa.ArrowException) as error:
-            faults.append(f"{written.path}: is not a readable Parquet file: {one_line(error)}")
+            faults.append(f"{written.path}: is not a readable Parquet file: {masked_line(error)}")
             return None
         if part.num_rows != written.rows:
             faults.append(f"{written.path}: has {part.num_rows} rows; the manifest says {written.rows}")

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 from hycluster.batch.output.record import Totals
 from hycluster.batch.progress.terminal import RunProgress
-from hycluster.storage import Folder, WritableFolder, one_line
+from hycluster.storage import Folder, WritableFolder, masked_line
 
 PROGRESS = "_progress.json"
 TELL_EVERY_S = 5.0
@@ -60,7 +60,7 @@ class Teller:
         try:
             self._output.replace(PROGRESS, json.dumps(word).encode())
         except OSError as error:
-            log.debug("%s: can't be written: %s", PROGRESS, one_line(error))
+            log.debug("%s: can't be written: %s", PROGRESS, masked_line(error))
 
     def end(self) -> None:
         """The run is over and needs nobody to know how far it is."""

@@ -25,7 +25,7 @@ from hycluster.batch.output.shard_set import ShardSet
 from hycluster.batch.progress.progress_file import SILENT_S, ProgressEntry, last_word
 from hycluster.batch.progress.terminal import LINE_EVERY_S, RunProgress, duration
 from hycluster.errors import SettingsError
-from hycluster.storage import Folder, one_line
+from hycluster.storage import Folder, masked_line
 
 # The shards that rates are taken from: the last so many, as far as they were committed within so long.
 RECENT_SHARDS = 64
@@ -182,7 +182,7 @@ class Watcher:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SettingsError(
-                f"OUTPUT: {self._folder.masked!r}: _job.json can't be read: {one_line(error)}"
+                f"OUTPUT: {self._folder.masked!r}: _job.json can't be read: {masked_line(error)}"
             ) from None
         return job
 
