@@ -3,6 +3,8 @@
 
 BIN := .venv/bin
 CONFIG ?= deployments/local.yaml
+# Most tests wait most of the time; tests/lanes.py says who runs beside whom. ARGS="-n 0" runs them in one process.
+WORKERS ?= 3
 ARGS ?=
 
 help:  ## what there is
@@ -15,7 +17,7 @@ demo: setup  ## serve the embedded model and summarize a corpus, end to end
 	@$(BIN)/python scripts/demo.py $(ARGS)
 
 test: setup  ## run every test (ARGS="-m 'not slow'" for the fast ones)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --durations=20 --durations-min=1 $(ARGS)
 
 check: setup  ## lint, format, names, types, and who imports whom
 	@$(BIN)/ruff check .

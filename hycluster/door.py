@@ -25,6 +25,7 @@ from hycluster import logs
 from hycluster.core import PoolHealth
 from hycluster.directory.directory import FORGET_AFTER_S, Overview, open_directory
 from hycluster.errors import HyclusterError, SettingsError, Unavailable, start_failure
+from hycluster.imports import without_collector
 from hycluster.ingress.grpc import serve_grpc
 from hycluster.ingress.ports import TURNED_AWAY_AFTER_S, let_in, turn_away
 from hycluster.ingress.starting import StartingIngress, starting_ingress
@@ -115,7 +116,8 @@ class IngressProcess:
 
     async def _serve_models(self, starting: StartingIngress | None) -> None:
         # Half a minute on a slow machine, and callers are to be told meanwhile.
-        await asyncio.to_thread(importlib.import_module, "hycluster.ingress.http")
+        with without_collector():
+            await asyncio.to_thread(importlib.import_module, "hycluster.ingress.http")
         from hycluster.gateway.generation import open_generators
         from hycluster.ingress.http import serve_http
 

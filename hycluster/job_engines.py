@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hycluster.errors import SettingsError, UnknownModel
+from hycluster.imports import without_collector
 
 if TYPE_CHECKING:
     from hycluster.batch.ask import RowBackend
@@ -69,6 +70,7 @@ def _say_where(joined: Chosen | None) -> None:
 
 def _open_generator(directory: str, model: str) -> AbstractAsyncContextManager[RowBackend]:
     """Runs where the rows are; the driver has no need of vLLM."""
-    from hycluster.gateway.generation import open_generator
+    with without_collector():
+        from hycluster.gateway.generation import open_generator
 
     return open_generator(directory, model)

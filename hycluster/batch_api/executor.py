@@ -20,6 +20,7 @@ from hycluster import logs
 from hycluster.batch_api.runner import Runner
 from hycluster.batch_api.store import Store
 from hycluster.directory.directory import open_directory
+from hycluster.imports import without_collector
 from hycluster.settings.load import Admission
 from hycluster.settings.settings import Settings
 from hycluster.watchdog import Watchdog
@@ -183,4 +184,5 @@ class _Api:
 
 
 def _import_vllm() -> None:
-    import hycluster.ingress.http  # noqa: F401
+    with without_collector():
+        import hycluster.ingress.http  # noqa: F401

@@ -21,6 +21,7 @@ from hycluster.core import ReplicaAddress
 from hycluster.directory.directory import FORGET_AFTER_S, REPORT_EVERY_S, ReplicaReport, open_directory
 from hycluster.engine.arguments import model_files
 from hycluster.engine.protocol import Engine, GroupRank
+from hycluster.imports import without_collector
 from hycluster.memory import MemoryGuard, bound_bytes
 from hycluster.replica.engine_health import EngineHealth
 from hycluster.replica.wire import EngineServer
@@ -53,9 +54,12 @@ def start_engine(model: Model, place: GroupRank | None = None) -> Engine:
         from hycluster.engine.simulated import SimulatedEngine
 
         return SimulatedEngine(model.simulated)
-    from hycluster.engine.vllm import VllmEngine
+    # What is wrong with the files is said without the ten seconds of CPU time that the import takes.
+    files = model_files(model)
+    with without_collector():
+        from hycluster.engine.vllm import VllmEngine
 
-    return VllmEngine(model, model_files(model), place)
+    return VllmEngine(model, files, place)
 
 
 class Rank:
