@@ -122,10 +122,10 @@ def child(command: str, work: Path) -> None:
         settings = json.loads((work / "job.json").read_text())
         run_job(Job.model_validate(settings), engines=partial(simulated_engines, str(work / "pids")))
     else:
-        from hycluster.batch.output.verify import verify
+        from hycluster.batch.output.verify import verify_output
         from hycluster.storage import locate
 
-        verdict = verify(*(locate(str(work / place), place) for place in ("out", "corpus")))
+        verdict = verify_output(*(locate(str(work / place), place) for place in ("out", "corpus")))
         print("\n".join(verdict.lines()))
         if verdict.fault_count:
             raise SystemExit(1)

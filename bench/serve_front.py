@@ -1,4 +1,4 @@
-"""The same gateway and replicas behind Ray Serve's proxy, for comparison with the door that listens itself.
+"""The same gateway and replicas behind Ray Serve's proxy, for comparison with the ingress process that listens itself.
 
 python -m bench.serve_front SETTINGS.yaml PORT          (RAY_SERVE_ENABLE_HA_PROXY=1 for HAProxy)
 """
@@ -22,7 +22,7 @@ from hycluster.settings.settings import Settings
 
 
 def front(settings: Settings) -> Any:
-    """A Serve ingress that holds the door's app; it opens its gateway at its first request."""
+    """A Serve ingress that holds the ingress process's app; it opens its gateway at its first request."""
     opened: dict[str, Any] = {}
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

@@ -41,7 +41,7 @@ batch_app = typer.Typer(
     no_args_is_help=True,
     context_settings={"obj": batch.Outside(open_engines, show_submitted)},
 )
-for command in (submit, jobs, logs, cancel, batch.run, batch.verify, batch.status, batch.report):
+for command in (submit, jobs, logs, cancel, batch.run, batch.verify, batch.job_status, batch.report):
     batch_app.command()(command)
 app.add_typer(batch_app)
 app.add_typer(k8s_app, name="k8s")
@@ -76,10 +76,10 @@ def _root(
 def serve(
     config: Annotated[Path, typer.Argument(help="Settings file.")] = DEFAULT_SETTINGS,
     http_port: Annotated[
-        str | None, typer.Option(metavar="PORT", help="Port of the HTTP door; 0 takes a free one.")
+        str | None, typer.Option(metavar="PORT", help="Port of the HTTP ingress; 0 takes a free one.")
     ] = None,
     grpc_port: Annotated[
-        str | None, typer.Option(metavar="PORT", help="Port of the gRPC door; 0 takes a free one.")
+        str | None, typer.Option(metavar="PORT", help="Port of the gRPC ingress; 0 takes a free one.")
     ] = None,
     assignments: SetOption = None,
 ) -> None:
@@ -88,7 +88,9 @@ def serve(
     Prints one line beginning "ready" once a request would succeed, and on standard error a line for whatever is lost
     and for its return. SIGTERM or Ctrl-C drains, then exits 0. Exits 4 if Ray itself is lost: start it again.
     """
-    ports = [f"{door}.port={port}" for door, port in (("http", http_port), ("grpc", grpc_port)) if port is not None]
+    ports = [
+        f"{ingress}.port={port}" for ingress, port in (("http", http_port), ("grpc", grpc_port)) if port is not None
+    ]
     settings = load_settings(config, [*(assignments or []), *ports])
     stopping = threading.Event()
 
@@ -100,7 +102,7 @@ def serve(
     for model in settings.models:
         engine_arguments(model, model_files(model))
     if not os.environ.get("RAY_ADDRESS"):
-        # The doors will be on this machine: better known now than after the engines have started.
+        # The ingress processes will be on this machine: better known now than after the engines have started.
         check_port(settings.http.host, settings.http.port, "http.port")
         check_port(settings.grpc.host, settings.grpc.port, "grpc.port")
 
@@ -121,7 +123,8 @@ def serve(
         opened = deploy.deploy(settings, service, started_ray=started_ray, stopping=stopping)
         if opened is not None:
             typer.echo(
-                f"ready {opened.doors.http} grpc {opened.doors.grpc} ray {address} models {','.join(opened.models)}"
+                f"ready {opened.ingresses.http} grpc {opened.ingresses.grpc} ray {address} models"
+                f" {','.join(opened.models)}"
                 f" after {time.monotonic() - begun:.0f} s"
             )
             sys.stdout.flush()
@@ -153,7 +156,7 @@ def upgrade(
     ] = None,
     yes: Yes = False,
 ) -> None:
-    """Replace every replica and every door of the running service, with the settings of CONFIG, under load.
+    """Replace every replica and every ingress process of the running service, with the settings of CONFIG, under load.
 
     Says which service that is, and asks. Requests go on meanwhile; docs/upgrades.md tells how, and what stays as it
     was. Ctrl-C ends the waiting, not the upgrade.
@@ -173,10 +176,14 @@ def upgrade(
     from hycluster.replica.placement import with_room
     from hycluster.serving import running_service
 
-    found = running_service.find(cluster.connect(address))
+    found = running_service.find_service(cluster.join_cluster(address))
     try:
         names = ", ".join(model.name for model in settings.models)
-        ask(f"{found}\nevery replica and every door of it is replaced, by the settings of {config} ({names})", yes=yes)
+        ask(
+            f"{found}\nevery replica and every ingress process of it is replaced, by the settings of {config}"
+            f" ({names})",
+            yes=yes,
+        )
         stopping = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stopping.set())
@@ -189,12 +196,12 @@ def upgrade(
                     err=True,
                 )
         typer.echo(f"upgrading {', '.join(model.name for model in settings.models)} ...", err=True)
-        deployed = upgrade.upgrade(settings, surging, stopping)
+        deployed = upgrade.roll_out(settings, surging, stopping)
         if deployed is None:
             typer.echo("the upgrade goes on; nobody waits for it", err=True)
         else:
             typer.echo(
-                f"upgraded {deployed.doors.http} grpc {deployed.doors.grpc} ray {deployed.ray}"
+                f"upgraded {deployed.ingresses.http} grpc {deployed.ingresses.grpc} ray {deployed.ray}"
                 f" after {time.monotonic() - begun:.0f} s"
             )
     finally:
@@ -213,9 +220,9 @@ def status() -> None:
     from hycluster.app import APP_NAME
     from hycluster.directory.directory import SHARED_DIRECTORY
     from hycluster.serving import ray_state
-    from hycluster.serving.status import status as told
+    from hycluster.serving.status import status_lines as told
 
-    cluster.connect()
+    cluster.join_cluster()
     try:
         lines, well = told(ray_state.look(APP_NAME, SHARED_DIRECTORY))
     finally:

@@ -1,4 +1,4 @@
-"""The typed Python client of the gRPC door, for threads (``Client``) and for asyncio (``AsyncClient``).
+"""The typed Python client of the gRPC ingress, for threads (``Client``) and for asyncio (``AsyncClient``).
 
     with Client("127.0.0.1:9000") as client:
         for delta in client.stream("my-model", prompt="Once", max_tokens=20):
@@ -336,7 +336,8 @@ def _options(retry_unavailable: bool, max_bytes: int) -> list[tuple[str, Any]]:
     options: list[tuple[str, Any]] = [
         ("grpc.max_receive_message_length", max_bytes),
         ("grpc.max_send_message_length", max_bytes),
-        # Two clients have two connections, so that doors that share a port, or a balancer, can tell them apart.
+        # Two clients have two connections, so that ingress processes that share a port, or a balancer, can tell them
+        # apart.
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
@@ -385,7 +386,7 @@ def _own_error(failure: Any) -> HyclusterError:
     return error
 
 
-def _retry_after_s(failure: Any, details: status.Told) -> float | None:
+def _retry_after_s(failure: Any, details: status.StatusDetails) -> float | None:
     if details.retry_after_s is not None:
         return details.retry_after_s
     # Servers without details say it here only.

@@ -25,7 +25,7 @@ START_ATTEMPTS = 3
 _TIMED_OUT = "timed out during startup"
 
 
-def connect(address: str | None = None) -> Chosen:
+def join_cluster(address: str | None = None) -> Chosen:
     """Join the Ray cluster at ``address``, in ``RAY_ADDRESS``, or the one that ``hycluster serve`` started here.
 
     Never whatever Ray finds on this machine. One that this process has joined already stays.
@@ -74,10 +74,10 @@ def start(*, remembered: bool = True) -> bool:
         one asks for; a token that it keeps in the user's home keeps others out.
     """
     if os.environ.get("RAY_ADDRESS"):
-        connect()
+        join_cluster()
         return False
     _quiet()
-    # Ray gives its workers a nice value of 15; engines and doors are what this machine is for.
+    # Ray gives its workers a nice value of 15; engines and ingress processes are what this machine is for.
     os.environ.setdefault("RAY_worker_niceness", "0")
     # Ray's monitor kills the directory and Serve's controller for what others have; a guard of ours is in its place.
     os.environ.setdefault(MONITOR_VARIABLE, "0")
@@ -118,10 +118,10 @@ def join_or_start(address: str | None = None) -> Chosen | None:
     """Join the Ray cluster that is named or that this home has started, or start one that ends with this process: None.
 
     Raises:
-        SettingsError: as :func:`connect`.
+        SettingsError: as :func:`join_cluster`.
     """
     if ray.is_initialized() or address or os.environ.get("RAY_ADDRESS") or started_here():
-        return connect(address)
+        return join_cluster(address)
     # Another job that found it would end with this one.
     start(remembered=False)
     return None

@@ -79,7 +79,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """One request in the house's own words, whichever door it came through.
+    """One request in the house's own words, whichever ingress process it came through.
 
     Exactly one of ``prompt`` (text), ``messages`` (chat, OpenAI's form) and ``token_ids`` is set.
     """
@@ -246,7 +246,7 @@ class PoolHealth:
     Attributes:
         wakes: a request that finds none has one started.
         trouble: why replicas do not start, if they don't.
-        cut_off: there are replicas, and this door has reached none of them for a while.
+        cut_off: there are replicas, and this ingress process has reached none of them for a while.
     """
 
     replicas_ready: int
@@ -274,5 +274,5 @@ class PoolHealth:
 
 
 def able(pools: Mapping[str, PoolHealth]) -> bool:
-    """Whether callers are to come to a door that sees the pools like this."""
+    """Whether callers are to come to an ingress process that sees the pools like this."""
     return any(pool.able for pool in pools.values()) and not any(pool.cut_off for pool in pools.values())

@@ -1,4 +1,5 @@
-"""The pool of a batch job's own (``engine: dedicated``): the replicas of a service as plain actors, without doors."""
+"""The pool of a batch job's own (``engine: dedicated``): the replicas of a service as plain actors, without ingress
+processes."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from hycluster.directory.directory import SHARED_DIRECTORY, open_directory
 from hycluster.engine.scratch import sweep
 from hycluster.errors import EngineStartFailed, why_not_started
 from hycluster.replica.placement import actor_options, bundles, reserved, strategy
-from hycluster.replica.rank import Patience
+from hycluster.replica.rank import DrainTimes
 from hycluster.replica.replica import Replica
 from hycluster.serving.resources import check_resources
 from hycluster.settings.model import Model
@@ -44,7 +45,7 @@ def dedicated_pool(settings: Settings, model_name: str) -> Iterator[str]:
     actors: list[Any] = [
         ray.remote(Replica)
         .options(**actor_options(model), **_in_first_bundle(group))
-        .remote(model, settings.data_plane, name, Patience(settings.drain_timeout_s, settings.hand_over_after_s))
+        .remote(model, settings.data_plane, name, DrainTimes(settings.drain_timeout_s, settings.hand_over_after_s))
         for group in groups
     ]
     try:

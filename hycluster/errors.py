@@ -1,6 +1,6 @@
 """One tree of errors; each knows its HTTP status, its gRPC status and reason, and its exit code.
 
-Raise these with one clear line that names the field, the value and what is allowed. The doors
+Raise these with one clear line that names the field, the value and what is allowed. The ingress processes
 and the command line translate them by the attributes below and nowhere else.
 """
 
@@ -204,7 +204,7 @@ START_FAILURE = "hycluster: "
 
 
 def start_failure(error: HyclusterError) -> RuntimeError:
-    """Why an engine or a door can't start, in a form that comes through Ray's reports as one line.
+    """Why an engine or an ingress process can't start, in a form that comes through Ray's reports as one line.
 
     Ray turns an actor's error into text; :func:`reported` finds this line in it again.
     """
@@ -215,7 +215,8 @@ _REASON = re.compile(rf"RuntimeError: {START_FAILURE}(\w+): (.+)")
 
 
 def reported(report: str) -> HyclusterError | None:
-    """The error that an engine or a door ended with, out of what Ray says about it; None if it says no such thing."""
+    """The error that an engine or an ingress process ended with, out of what Ray says about it; None if it says no such
+    thing."""
     found = _REASON.search(report)
     if found is None:
         return None
@@ -224,7 +225,7 @@ def reported(report: str) -> HyclusterError | None:
 
 
 def why_not_started(report: str) -> HyclusterError:
-    """Why an engine or a door did not start, out of what Ray says about it, whatever that is."""
+    """Why an engine or an ingress process did not start, out of what Ray says about it, whatever that is."""
     return reported(report) or EngineStartFailed(one_line(report))
 
 

@@ -15,7 +15,7 @@ from hycluster.errors import SettingsError, UnknownModel
 from hycluster.imports import without_collector
 
 if TYPE_CHECKING:
-    from hycluster.batch.ask import Generator
+    from hycluster.batch.ask import RowBackend
     from hycluster.batch.job import Job
     from hycluster.batch.task import Connect
     from hycluster.serving.running import Chosen
@@ -28,7 +28,7 @@ def open_engines(job: Job, settings: Settings | None, address: str | None) -> It
 
     Args:
         settings: the deployment; needed for ``engine: dedicated`` only.
-        address: of the Ray cluster to join; see :func:`hycluster.cluster.connect`.
+        address: of the Ray cluster to join; see :func:`hycluster.cluster.join_cluster`.
 
     Raises:
         SettingsError, UnknownModel: there are no such engines.
@@ -40,7 +40,7 @@ def open_engines(job: Job, settings: Settings | None, address: str | None) -> It
     from hycluster.directory.directory import SHARED_DIRECTORY, find_directory
 
     if job.engine == "shared":
-        _say_where(cluster.connect(address))
+        _say_where(cluster.join_cluster(address))
         try:
             directory: Any = find_directory(SHARED_DIRECTORY)
         except ValueError:
@@ -68,7 +68,7 @@ def _say_where(joined: Chosen | None) -> None:
     )
 
 
-def _open_generator(directory: str, model: str) -> AbstractAsyncContextManager[Generator]:
+def _open_generator(directory: str, model: str) -> AbstractAsyncContextManager[RowBackend]:
     """Runs where the rows are; the driver has no need of vLLM."""
     with without_collector():
         from hycluster.gateway.generation import open_generator

@@ -21,6 +21,7 @@ import pytest
 from bench import tiny_llama
 from hycluster.imports import without_collector
 from tests.lanes import SHARED, Lanes, check_shared, is_heavy, place, room_of
+from tests.object_store import ObjectStore, object_store
 from tests.ray_apart import ray_apart
 
 # How long an example takes says something of the machine, which others use too.
@@ -49,6 +50,13 @@ def some_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     with contextlib.nullcontext() if ray.is_initialized() else ray_apart(tmp_path_factory.mktemp("ray")):
         yield
+
+
+@pytest.fixture(scope="session")
+def store() -> Iterator[ObjectStore]:
+    """An S3 server (moto) with one bucket."""
+    with object_store() as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

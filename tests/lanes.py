@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 # By the session's cluster, the files whose tests use it: one worker has them all, for it alone has the cluster.
 SHARED = {
     "served": (
-        "test_batch_api", "test_batch_chaos", "test_chaos", "test_doors", "test_fuzz_floods", "test_fuzz_grpc",
+        "test_batch_api", "test_batch_chaos", "test_chaos", "test_ingress", "test_fuzz_floods", "test_fuzz_grpc",
         "test_fuzz_http", "test_health", "test_hunyuan_served", "test_refusals", "test_replica_loss",
         "test_same_tokens", "test_summarize",
     ),
@@ -30,10 +30,10 @@ SHARED = {
 }  # fmt: skip
 # What starts clusters or engines of its own, the longest first; ``served`` and ``featured`` are those above.
 HEAVY = (
-    "served", "integration/test_rehearsal", "integration/test_start", "integration/test_control_plane",
-    "integration/test_rolling", "featured", "integration/test_submit", "integration/test_expert_parallel",
-    "integration/test_serve_deploy", "integration/test_spread", "integration/test_load_curve", "models/test_hunyuan",
-    "planning/test_allocated", "models/test_hunyuan_features", "models/test_hunyuan_golden", "integration/test_drain",
+    "served", "integration/test_expert_parallel", "integration/test_rehearsal", "integration/test_start",
+    "integration/test_control_plane", "integration/test_rolling", "featured", "integration/test_spread",
+    "models/test_hunyuan", "integration/test_serve_deploy", "planning/test_allocated", "models/test_hunyuan_golden",
+    "integration/test_load_curve", "models/test_hunyuan_features", "integration/test_submit", "integration/test_drain",
 )  # fmt: skip
 # Before vLLM's threads are in the process: these fork one that starts Ray.
 FORKING = ("batch/test_run", "batch/test_chaos_ray")

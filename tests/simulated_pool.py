@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import SimpleNamespace, TracebackType
 from typing import Any, Self
 
-from hycluster.adapters import Word
+from hycluster.adapters import AdapterEntry
 from hycluster.core import ReplicaAddress
 from hycluster.directory.directory import Demand, Directory, ReplicaReport
 from hycluster.engine import messages
@@ -95,7 +95,11 @@ class SimulatedPool:
         directory = Directory()
 
         async def sync(
-            name: str, gateway_id: str, outstanding: dict[str, int], adapters: dict[str, Word], demand: Demand | None
+            name: str,
+            gateway_id: str,
+            outstanding: dict[str, int],
+            adapters: dict[str, AdapterEntry],
+            demand: Demand | None,
         ) -> Any:
             for report in self.reports:
                 directory.report(model, report)

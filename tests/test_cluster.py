@@ -26,7 +26,7 @@ def test_an_address_where_nobody_listens_is_refused_at_once(monkeypatch: pytest.
         port = taken.getsockname()[1]
     began = time.monotonic()
     with pytest.raises(SettingsError, match=rf"^--address: no Ray cluster at '127\.0\.0\.1:{port}': .*refused"):
-        cluster.connect(f"127.0.0.1:{port}")
+        cluster.join_cluster(f"127.0.0.1:{port}")
     assert time.monotonic() - began < 2
 
 

@@ -15,7 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.ingress.stand_in import MODEL, StandInGenerator, open_door
+from tests.ingress.stand_in import MODEL, StandInGenerator, open_ingress
 
 ROOT = Path(__file__).parents[1]
 DECLARED = {
@@ -85,8 +85,8 @@ async def alone(code: str, *arguments: str) -> tuple[int | None, str, str]:
 
 
 async def test_the_client_works_with_its_own_packages_alone_and_uses_each() -> None:
-    async with open_door(StandInGenerator()) as door:
-        code, out, err = await alone(CALL, f"127.0.0.1:{door.port}", MODEL)
+    async with open_ingress(StandInGenerator()) as ingress:
+        code, out, err = await alone(CALL, f"127.0.0.1:{ingress.port}", MODEL)
     assert code == 0, err
     told = json.loads(out)
     assert (told["said"], told["streamed"], told["reason"]) == ("w0 w1 ", ["w0 ", "w1 "], "UNKNOWN_MODEL")

@@ -31,7 +31,7 @@ FINAL = (InvalidInput, UnknownModel, Unauthenticated, JobFailed)
 T = TypeVar("T")
 
 
-class Generator(Protocol):
+class RowBackend(Protocol):
     """What answers requests: a gateway over an engine pool."""
 
     async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation: ...
@@ -60,7 +60,7 @@ class _Row:
 class Asker:
     """Asks for all rows of one process.
 
-    A row whose replica died is carried on by the pool, which also finds the one that replicas die of; here come the
+    A row whose replica died is migrated by the pool, which also finds the one that replicas die of; here come the
     failures that are left, such as that there is no replica for a long time.
 
     Args:

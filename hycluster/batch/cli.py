@@ -109,16 +109,16 @@ def verify(
     Exit codes: 0 it is so; 1 it is not, a line a fault; 2 there is no such output or input.
     """
     with _one_line_errors():
-        from hycluster.batch.output.verify import verify
+        from hycluster.batch.output.verify import verify_output
         from hycluster.storage import locate
 
-        verdict = verify(locate(output_path, "OUTPUT"), locate(input_path, "input.path"))
+        verdict = verify_output(locate(output_path, "OUTPUT"), locate(input_path, "input.path"))
     for line in verdict.lines():
         typer.echo(line)
     raise typer.Exit(1 if verdict.fault_count else 0)
 
 
-def status(
+def job_status(
     context: typer.Context,
     subject: Annotated[
         str, typer.Argument(metavar="OUTPUT|JOB_ID", help="Folder or s3:// URI of a job; with --address a job's id.")
@@ -137,10 +137,10 @@ def status(
         if address is not None:
             outside: Outside = context.obj
             raise typer.Exit(outside.show_submitted(subject, address, follow=follow, as_json=as_json))
-        from hycluster.batch.progress.status import show
+        from hycluster.batch.progress.status import show_status
         from hycluster.storage import locate
 
-        show(locate(subject, "OUTPUT"), follow=follow, as_json=as_json)
+        show_status(locate(subject, "OUTPUT"), follow=follow, as_json=as_json)
 
 
 def report(
@@ -164,7 +164,7 @@ def _one_line_errors() -> Iterator[None]:
         raise typer.Exit(error.exit_code) from None
     except OSError as error:
         # A store that does not answer, a folder that may not be read: at any of many reads.
-        from hycluster.storage import one_line
+        from hycluster.storage import masked_line
 
-        typer.echo(f"error: OUTPUT: can't be read: {one_line(error)}", err=True)
+        typer.echo(f"error: OUTPUT: can't be read: {masked_line(error)}", err=True)
         raise typer.Exit(SettingsError.exit_code) from None

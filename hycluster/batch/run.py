@@ -16,20 +16,20 @@ from typing import Any
 
 from rich.console import Console
 
-from hycluster.batch.input.corpus import Plan, plan
+from hycluster.batch.input.corpus import ShardPlan, plan_shards
 from hycluster.batch.job import Job
-from hycluster.batch.output.commit import Output
+from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.identity import Identity, identity
 from hycluster.batch.output.lease import Lease
 from hycluster.batch.output.record import ShardRecord, Totals
 from hycluster.batch.progress.figures import write_report
 from hycluster.batch.progress.progress_file import Teller
-from hycluster.batch.progress.terminal import JobProgress, Progress, Reporter, summarize
+from hycluster.batch.progress.terminal import JobProgress, Reporter, RunProgress, print_totals
 from hycluster.batch.prompts import prompt_of
 from hycluster.batch.quarantine_limit import check_quarantine
 from hycluster.batch.task import Connect
 from hycluster.errors import HyclusterError, JobFailed, SettingsError
-from hycluster.storage import locate, one_line
+from hycluster.storage import locate, masked_line
 
 # What a job generates with, while the block lasts.
 Engines = Callable[[Job], AbstractContextManager[Connect]]
@@ -62,9 +62,9 @@ def run_job(
     console = Console()
     begun_s = time.monotonic()
     prompt = prompt_of(job)
-    corpus = plan(locate(job.input.path, "input.path"), shard_rows=job.shard_rows, check=prompt.check)
+    corpus = plan_shards(locate(job.input.path, "input.path"), shard_rows=job.shard_rows, check=prompt.check)
     _say_faults(corpus, console)
-    output = Output(locate(job.output.path, "output.path"))
+    output = OutputFolder(locate(job.output.path, "output.path"))
     if output.is_input(corpus):
         raise SettingsError(f"output.path: {output.folder.masked!r} lies within the input; give a folder outside of it")
     mine = identity(job, corpus)
@@ -103,12 +103,12 @@ def run_job(
             raise
         except Exception as error:
             log.debug("the job failed", exc_info=True)
-            raise JobFailed(f"{type(error).__name__}: {one_line(error)}") from error
+            raise JobFailed(f"{type(error).__name__}: {masked_line(error)}") from error
     this_run = Totals(*(getattr(committed, name) - getattr(earlier, name) for name in asdict(earlier)))
-    summarize(console, f"{job.name} -> {output.folder.masked}", committed, this_run, time.monotonic() - begun_s)
+    print_totals(console, f"{job.name} -> {output.folder.masked}", committed, this_run, time.monotonic() - begun_s)
 
 
-def _to_be_deleted(job: Job, output: Output) -> str:
+def _to_be_deleted(job: Job, output: OutputFolder) -> str:
     theirs = _totals(output.records())
     return (
         f"--overwrite: {output.folder.masked} is the output of another job or input, with {theirs.rows} committed"
@@ -116,7 +116,7 @@ def _to_be_deleted(job: Job, output: Output) -> str:
     )
 
 
-def _claim(output: Output, mine: Identity, lease: Lease, overwrite: bool) -> bool:
+def _claim(output: OutputFolder, mine: Identity, lease: Lease, overwrite: bool) -> bool:
     """Take the output, emptied first where that is asked for and needed. True if another run of this job finished it.
 
     Only once there are engines: a job that finds none must not leave its mark.
@@ -128,7 +128,7 @@ def _claim(output: Output, mine: Identity, lease: Lease, overwrite: bool) -> boo
     return output.claim(mine)
 
 
-def _say_faults(corpus: Plan, console: Console) -> None:
+def _say_faults(corpus: ShardPlan, console: Console) -> None:
     faults = [file.fault for file in corpus.files if file.fault]
     for fault in faults[:MOST_FAULTS]:
         console.print(f"quarantined: {fault.error_type}: {fault.error_message}", **PLAIN)
@@ -136,12 +136,12 @@ def _say_faults(corpus: Plan, console: Console) -> None:
         console.print(f"and {len(faults) - MOST_FAULTS} more files", **PLAIN)
 
 
-def _say_done(job: Job, output: Output, console: Console) -> None:
+def _say_done(job: Job, output: OutputFolder, console: Console) -> None:
     console.print(f"{job.name}: already done: {output.folder.masked}", **PLAIN)
 
 
 def _generate(
-    job: Job, corpus: Plan, output: Output, connect: Connect, earlier: Totals, lease: Lease, console: Console
+    job: Job, corpus: ShardPlan, output: OutputFolder, connect: Connect, earlier: Totals, lease: Lease, console: Console
 ) -> None:
     """Read, generate and commit all shards that have no record."""
     import ray
@@ -153,8 +153,8 @@ def _generate(
 
     teller = Teller(output.folder, output.edition(), earlier.rows)
 
-    def so_far() -> Progress:
-        said: Progress = ray.get(progress.total.remote())
+    def so_far() -> RunProgress:
+        said: RunProgress = ray.get(progress.total.remote())
         teller.tell(said)
         return said
 
@@ -172,7 +172,7 @@ def _generate(
         if isinstance(cause, HyclusterError):
             # Anew: Ray Data has added advice on its own settings to the text of this one.
             raise type(cause)(cause.message) from None
-        raise JobFailed(f"{type(cause).__name__}: {one_line(cause)}") from error
+        raise JobFailed(f"{type(cause).__name__}: {masked_line(cause)}") from error
     finally:
         stream.close()
         ray.kill(progress)

@@ -1,6 +1,6 @@
 """What becomes of one line: it is sent through the API's own app, in this process, at batch priority.
 
-So a line is read, checked and answered exactly as if it had come in by the HTTP door. An answer of 200
+So a line is read, checked and answered exactly as if it had come in by the HTTP ingress. An answer of 200
 is the line's result; any other that is the line's own fault goes, as it is, to the error file. That no
 engine can serve, or that online traffic fills them, is never the line's fault: it is asked again.
 """
@@ -52,7 +52,7 @@ class NotRun(InvalidInput):
         super().__init__(NOT_RUN)
 
 
-class Lines:
+class LinesTask:
     """The task of a batch, as ``hycluster/batch/generate.py`` runs it.
 
     Args:

@@ -24,7 +24,7 @@ CUSTOM_ID = "custom_id"
 BODY = "body"
 SCHEMA = pa.schema([(CUSTOM_ID, pa.string()), (BODY, pa.string())])
 
-# As much as the HTTP door takes for one request.
+# As much as the HTTP ingress takes for one request.
 MAX_LINE_BYTES = 32 << 20
 MAX_CUSTOM_ID = 512
 # A file that is wrong in every line is told from its first ones.

@@ -16,10 +16,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hycluster.batch.input.corpus import ROW_ID, Plan, read, spans
-from hycluster.batch.output.commit import Output
+from hycluster.batch.input.corpus import ROW_ID, ShardPlan, read_shards, spans
+from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch_api.lines import NOT_RUN, request_hash
-from hycluster.batch_api.records import Ending, Usage
+from hycluster.batch_api.records import BatchUsage, Ending
 from hycluster.batch_api.requests import CUSTOM_ID
 from hycluster.errors import JobFailed
 
@@ -42,17 +42,17 @@ class Results:
         not_run: lines in the error file that were not.
     """
 
-    def __init__(self, plan: Plan, output: Output, *, name: str, ending: Ending) -> None:
+    def __init__(self, plan: ShardPlan, output: OutputFolder, *, name: str, ending: Ending) -> None:
         self._plan = plan
         self._output = output
         self._name = name
         self._code, self._message = LEFT[ending]
         self.completed = self.failed = self.not_run = 0
-        self._sums = dict.fromkeys(Usage.model_fields, 0)
+        self._sums = dict.fromkeys(BatchUsage.model_fields, 0)
 
     @property
-    def usage(self) -> Usage:
-        return Usage(**self._sums)
+    def usage(self) -> BatchUsage:
+        return BatchUsage(**self._sums)
 
     def output_lines(self) -> Iterator[bytes]:
         """The output file, a shard's lines at a time.
@@ -82,7 +82,7 @@ class Results:
                         yield _text(self._part(record.quarantine.path, record.quarantine.sha256), self._refused)
             else:
                 for span in spans(shards):
-                    for table in read(self._plan.folder, span):
+                    for table in read_shards(self._plan.folder, span):
                         yield _text(table, self._left)
 
     def _answered(self, row: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ Layout:
     state/<batch>.json    how far it is
     jobs/<batch>/         input and output of the batch as a job, see runner.py; gone when it has ended
 
-Records are written in one step. No two processes write the same one, so doors and executor need no lock;
+Records are written in one step. No two processes write the same one, so ingress processes and executor need no lock;
 ids sort by time, so lists read only the records that they show.
 """
 
@@ -25,7 +25,7 @@ from typing import BinaryIO, TypeVar
 
 import pyarrow.fs as pafs
 
-from hycluster.batch_api.records import BATCH_ID, FILE_ID, Batch, Record, State, StoredFile, new_id
+from hycluster.batch_api.records import BATCH_ID, FILE_ID, Batch, Record, State, StoredFile, new_record_id
 from hycluster.errors import InvalidInput, NotFound, shown
 from hycluster.settings.base import home
 from hycluster.settings.ingress import Batches
@@ -55,7 +55,7 @@ class Store:
         Raises:
             InvalidInput: it is empty.
         """
-        file_id = new_id("file-")
+        file_id = new_record_id("file-")
         size = self.write_content(file_id, iter(lambda: content.read(CHUNK_BYTES), b""))
         if not size:
             self.folder.delete([f"content/{file_id}"])
@@ -188,7 +188,7 @@ class Store:
     # -- upkeep -------------------------------------------------------------------------------------
 
     def sweep(self) -> None:
-        """Delete expired files, and what doors left behind that died in between."""
+        """Delete expired files, and what ingress processes left behind that died in between."""
         for name in list(self.folder.names("files")):
             file = self._get("files", name.removesuffix(".json"), StoredFile) if leftover_of(name) is None else None
             if file is not None and _expired(file):

@@ -1,4 +1,5 @@
-"""The callers: so many at a time, each patient, each asking again what was not begun or whose door went away."""
+"""The callers: so many at a time, each patient, each asking again what was not begun or whose ingress process went
+away."""
 
 from __future__ import annotations
 
@@ -9,12 +10,12 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from hycluster.chaos.ask import Answer, ConnectionLost, Reading, Trace, by_grpc, by_http
+from hycluster.chaos.ask import ConnectionLost, Reading, Reply, Trace, by_grpc, by_http
 from hycluster.chaos.requests import Request
 from hycluster.errors import HyclusterError, Overloaded, Unavailable
 from hycluster.retries import as_told, retry_context
 
-# Between two attempts, where the door does not say; up to twice that.
+# Between two attempts, where the ingress process does not say; up to twice that.
 PAUSE_S = 0.5
 
 
@@ -30,7 +31,7 @@ class Outcome:
 
     request: Request
     trace: Trace = field(default_factory=Trace)
-    answer: Answer | None = None
+    answer: Reply | None = None
     error: str | None = None
     restarts: int = 0
     refusals: int = 0
@@ -41,7 +42,7 @@ class Caller:
     """Asks one request until it has an answer, or until it is out of patience.
 
     Attributes:
-        http, grpc: URL and ``host:port`` of the doors.
+        http, grpc: URL and ``host:port`` of the ingress processes.
         patience_s: for one request, all attempts together.
     """
 
@@ -52,7 +53,8 @@ class Caller:
     patience_s: float
 
     async def ask(self, request: Request) -> Outcome:
-        """What a door says after the first token counts: such a stream is not asked again, it has failed."""
+        """What an ingress process says after the first token counts: such a stream is not asked again, it has
+        failed."""
         outcome = Outcome(request)
         try:
             async with asyncio.timeout(self.patience_s):
@@ -87,7 +89,7 @@ class Caller:
         ):
             with attempt:
                 reading = Reading(outcome.trace)
-                if outcome.request.door == "http":
+                if outcome.request.ingress == "http":
                     await by_http(self.client, self.http, self.model, outcome.request, reading)
                 else:
                     await by_grpc(self.grpc, self.model, outcome.request, reading)

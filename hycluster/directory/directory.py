@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import ray
 from ray.actor import ActorHandle
 
-from hycluster.adapters import AdapterTable, Word
+from hycluster.adapters import AdapterEntry, AdapterTable
 from hycluster.core import ReplicaAddress, ReplicaLoad, StartTrouble
 from hycluster.directory.autoscaling import PoolLoad, Scaling
 from hycluster.directory.starts import Starts
@@ -72,7 +72,7 @@ class PoolView:
 
     model: Model | None
     replicas: list[ReplicaReport]
-    adapters: dict[str, Word] = field(default_factory=dict)
+    adapters: dict[str, AdapterEntry] = field(default_factory=dict)
     scaling: Scaling | None = None
     trouble: StartTrouble | None = None
 
@@ -156,7 +156,7 @@ class Directory:
         model: str,
         gateway_id: str,
         outstanding: dict[str, int],
-        adapters: dict[str, Word] | None = None,
+        adapters: dict[str, AdapterEntry] | None = None,
         demand: Demand | None = None,
     ) -> PoolView:
         """A gateway says what it has outstanding on each replica and which adapters it knows, and hears of the pool.

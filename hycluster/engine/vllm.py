@@ -42,8 +42,8 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from hycluster.adapters import adapter_id
 from hycluster.core import ReplicaLoad
 from hycluster.engine.arguments import check_platform, engine_arguments
-from hycluster.engine.carried import take_over, tokens_of
 from hycluster.engine.expert_load import expert_load_meter
+from hycluster.engine.migrated import take_over, tokens_of
 from hycluster.engine.patches.adapter_loading import AdaptersFirst
 from hycluster.engine.patches.cpu_executor import patch_executor
 from hycluster.engine.patches.migrated_grammar import patch_grammars

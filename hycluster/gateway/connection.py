@@ -12,13 +12,13 @@ from zmq.utils.monitor import recv_monitor_message
 
 from hycluster.core import ReplicaAddress
 from hycluster.engine.protocol import EngineInfo
-from hycluster.replica.wire import READY, Kind, decode_info, notice_lost
+from hycluster.replica.wire import READY, MessageKind, decode_info, notice_lost_peers
 
 HELLO_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Connection:
+class ReplicaConnection:
     """The sockets to a replica that has greeted back.
 
     Attributes:
@@ -37,7 +37,7 @@ class Connection:
         _close(self.monitor, self.requests, self.outputs, linger_ms)
 
 
-async def connect(context: zmq.asyncio.Context, address: ReplicaAddress) -> Connection:
+async def connect(context: zmq.asyncio.Context, address: ReplicaAddress) -> ReplicaConnection:
     """Connect to a replica and greet it.
 
     Raises:
@@ -54,11 +54,11 @@ async def connect(context: zmq.asyncio.Context, address: ReplicaAddress) -> Conn
             if (await recv_monitor_message(monitor))["event"] != zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 raise ConnectionError(f"{address.outputs} does not answer")
             requests.connect(address.requests)
-            await requests.send_multipart([Kind.HELLO, address.token.encode()])
+            await requests.send_multipart([MessageKind.HELLO, address.token.encode()])
             answer, payload = await requests.recv_multipart()
         if answer != READY:
             raise ConnectionError(payload.decode(errors="replace"))
-        connection = Connection(address, requests, outputs, monitor, decode_info(payload))
+        connection = ReplicaConnection(address, requests, outputs, monitor, decode_info(payload))
     except TimeoutError:
         raise ConnectionError("timed out") from None
     except (OSError, zmq.ZMQError) as error:
@@ -77,7 +77,7 @@ def _socket(context: zmq.asyncio.Context, identity: bytes, lost_after_s: float) 
     sock.setsockopt(zmq.RCVHWM, 0)
     # A replica that comes back is a new one, with a new address.
     sock.setsockopt(zmq.RECONNECT_IVL, -1)
-    notice_lost(sock, lost_after_s)
+    notice_lost_peers(sock, lost_after_s)
     return sock
 
 

@@ -1,7 +1,7 @@
 """What becomes of requests whose replica is lost: they go on elsewhere, wait for a place there, or end with an error.
 
-A request goes on behind the tokens that it has (``hycluster/engine/carried.py``); whoever waits for it sees a pause.
-One that replica after replica dies of (``hycluster/gateway/flight.py``) ends: it must not be carried through the whole
+A request goes on behind the tokens that it has (``hycluster/engine/migrated.py``); whoever waits for it sees a pause.
+One that replica after replica dies of (``hycluster/gateway/flight.py``) ends: it must not be migrated through the whole
 pool.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from hycluster.errors import HyclusterError, ReplicaLost, Unavailable
 from hycluster.gateway.flight import Flight
 from hycluster.gateway.tasks import Tasks
-from hycluster.observe.failover import Carried
+from hycluster.observe.failover import Migrations
 
 Send = Callable[[Flight], Awaitable[None]]
 Tell = Callable[[str, HyclusterError], Awaitable[None]]
@@ -35,7 +35,7 @@ class Failover:
 
     def __init__(self, send: Send, on_lost: Tell, *, wait_s: float) -> None:
         self.flights: dict[str, Flight] = {}
-        self.carried = Carried()
+        self.migrated = Migrations()
         self.tasks = Tasks()
         self._send = send
         self._on_lost = on_lost
@@ -51,20 +51,20 @@ class Failover:
     def landed(self, flight: Flight) -> None:
         """Nobody waits for it any more, whether it has come to its end or not."""
         self.flights.pop(flight.request_id, None)
-        self.carried.ended(flight.request_id)
+        self.migrated.ended(flight.request_id)
         if flight.suspected or not flight.replica_id:
             # Others of its kind may go where it was; who waits to send it waits in vain.
             self.wake()
 
     def lost(self, flight: Flight, heard_s: float, *, died: bool) -> None:
         """Its replica is gone, of which the last word came at ``heard_s``; see ``Flight.lost`` for ``died``."""
-        self.carried.lost(flight.request_id, heard_s)
+        self.migrated.lost(flight.request_id, heard_s)
         flight.lost(died=died)
         self.tasks.spawn(self._carry_over(flight, died))
 
     def gave_back(self, flight: Flight, heard_s: float) -> None:
         """Its replica has ended it, though nobody asked for that: it goes on elsewhere."""
-        self.carried.ended(flight.request_id)
+        self.migrated.ended(flight.request_id)
         if flight.suspected:
             self.wake()
         self.lost(flight, heard_s, died=False)
@@ -88,7 +88,7 @@ class Failover:
             recomputed_tokens = flight.prompt_tokens + len(flight.output) if flight.begun else 0
             try:
                 if await self._find_place(flight, self._wait_s):
-                    self.carried.moved(recomputed_tokens)
+                    self.migrated.moved(recomputed_tokens)
                 return
             except TimeoutError:
                 kind = ReplicaLost if died else Unavailable
@@ -124,7 +124,7 @@ class Failover:
     async def _give_up(self, flight: Flight, error: HyclusterError) -> None:
         if self._awaited(flight):
             del self.flights[flight.request_id]
-            self.carried.ended(flight.request_id)
+            self.migrated.ended(flight.request_id)
             await self._on_lost(flight.request_id, error)
 
     def _awaited(self, flight: Flight) -> bool:

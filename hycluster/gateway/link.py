@@ -18,11 +18,11 @@ from zmq.utils.monitor import recv_monitor_message
 from hycluster.core import ReplicaLoad
 from hycluster.engine.protocol import EngineInfo
 from hycluster.errors import Unavailable
-from hycluster.gateway.connection import Connection
+from hycluster.gateway.connection import ReplicaConnection
 from hycluster.gateway.failover import Failover
 from hycluster.gateway.flight import Flight
 from hycluster.gateway.tasks import Tasks
-from hycluster.replica.wire import Kind
+from hycluster.replica.wire import MessageKind
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Link:
 
     def __init__(
         self,
-        connection: Connection,
+        connection: ReplicaConnection,
         slot: int,
         arrived: asyncio.Queue[EngineCoreOutputs],
         failover: Failover,
@@ -102,7 +102,7 @@ class Link:
         if flight.deaths:
             await self._send_carefully(flight, message)
         else:
-            await self._tell(Kind.ADD, *message)
+            await self._tell(MessageKind.ADD, *message)
 
     async def _send_carefully(self, flight: Flight, message: Sequence[Any]) -> None:
         # As it is now: a message that can't be sent ends the link, and the request goes on elsewhere.
@@ -115,17 +115,17 @@ class Link:
             # An engine that dies of it at once must not take the answer along.
             self._tasks.spawn(self._send_behind(answered, engine_id, message))
         elif engine_id in self.flights:
-            await self._tell(Kind.ADD, *message)
+            await self._tell(MessageKind.ADD, *message)
 
     async def _send_behind(self, answered: asyncio.Event, engine_id: str, message: Sequence[Any]) -> None:
         await answered.wait()
         # Else it was aborted meanwhile.
         if engine_id in self.flights:
-            await self._tell(Kind.ADD, *message)
+            await self._tell(MessageKind.ADD, *message)
 
     async def abort(self, engine_ids: list[str]) -> None:
         """Have the replica's engine drop these requests."""
-        await self._tell(Kind.ABORT, msgspec.msgpack.encode(engine_ids))
+        await self._tell(MessageKind.ABORT, msgspec.msgpack.encode(engine_ids))
 
     async def _tell(self, *frames: Any) -> None:
         """Send without waiting: a socket takes all there is, unless its replica has gone."""
@@ -184,7 +184,7 @@ class Link:
             output.request_id = flight.request_id
             heard.append(output)
             if flight.moves and not flight.begun:
-                failover.carried.went_on(flight.request_id)
+                failover.migrated.went_on(flight.request_id)
             if output.finish_reason is not None:
                 self.drop(flight)
                 failover.landed(flight)
@@ -233,7 +233,7 @@ class Link:
         return self._next_call
 
     async def _tell_call(self, call_id: int, method: str, *arguments: Any) -> None:
-        await self._tell(Kind.CALL, *self._encoder.encode((call_id, method, arguments)))
+        await self._tell(MessageKind.CALL, *self._encoder.encode((call_id, method, arguments)))
 
     def _answer(self, output: UtilityOutput) -> None:
         if (ahead := self._ahead.pop(output.call_id, None)) is not None:
@@ -278,7 +278,7 @@ class Link:
         if say_bye:
             # Else it has gone.
             with contextlib.suppress(zmq.Again):
-                await self._connection.requests.send_multipart([Kind.BYE], flags=zmq.NOBLOCK, copy=False)
+                await self._connection.requests.send_multipart([MessageKind.BYE], flags=zmq.NOBLOCK, copy=False)
         self._connection.close(linger_ms=500 if say_bye else 0)
 
 

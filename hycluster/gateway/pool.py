@@ -16,7 +16,7 @@ from vllm.v1.serial_utils import MsgpackEncoder
 
 from hycluster.core import ExpertLoad
 from hycluster.directory.directory import ReplicaReport
-from hycluster.engine.carried import carry
+from hycluster.engine.migrated import migrate
 from hycluster.engine.protocol import EngineInfo
 from hycluster.errors import InvalidInput, Unavailable
 from hycluster.gateway.control_calls import ControlCalls
@@ -67,7 +67,7 @@ class PoolClient(ControlCalls):
         self._arrived: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._failover = Failover(self._send, on_lost, wait_s=wait_s)
         self._members = Members(self._failover, self._arrived, replicas)
-        self.carried = self._failover.carried
+        self.migrated = self._failover.migrated
         self.first_replica = self._members.first
 
     async def update(self, reports: Iterable[ReplicaReport]) -> None:
@@ -163,7 +163,7 @@ class PoolClient(ControlCalls):
 
     async def _send(self, flight: Flight) -> None:
         link = self._choose(flight)
-        request = carry(flight.request, flight.engine_id, flight.output) if flight.moves else flight.request
+        request = migrate(flight.request, flight.engine_id, flight.output) if flight.moves else flight.request
         message = self._encoded(request)
         self._failover.flights[flight.request_id] = flight
         await link.send(flight, message)

@@ -36,7 +36,8 @@ async def answer_http_error(_: Request, error: Exception) -> JSONResponse:
 
 
 async def answer_generation_error(request: Request, error: Exception) -> JSONResponse:
-    """A request that the engine gave up on: for vLLM a 500; here, as on the gRPC door, one that others don't share."""
+    """A request that the engine gave up on: for vLLM a 500; here, as on the gRPC ingress, one that others don't
+    share."""
     return await answer_error(request, RequestFailed(f"the engine ended this request early: {error}"))
 
 

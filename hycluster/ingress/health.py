@@ -1,11 +1,11 @@
-"""``/health`` of the HTTP door: whether callers are to come here; if not, or not for each model, what is missing.
+"""``/health`` of the HTTP ingress: whether callers are to come here; if not, or not for each model, what is missing.
 
-200 while a request to some model would succeed, or wake it, and this door reaches what can be reached of the others: a
-model that can't be served anywhere must not take the others' callers away with it. ``status`` is ``"ready"`` if that is
-so of all models, else ``"degraded"``; with 503 it is ``"starting"`` until the door has opened, ``"unavailable"`` after.
-``/health?model=NAME`` is 200 only while a request to that model would succeed. ``models`` says for each model how many
-replicas can serve, how many there are to be, and why starts failed. The gRPC door's health says SERVING at the same
-times as ``/health`` says 200.
+200 while a request to some model would succeed, or wake it, and this ingress process reaches what can be reached of the
+others: a model that can't be served anywhere must not take the others' callers away with it. ``status`` is ``"ready"``
+if that is so of all models, else ``"degraded"``; with 503 it is ``"starting"`` until the ingress process has opened,
+``"unavailable"`` after. ``/health?model=NAME`` is 200 only while a request to that model would succeed. ``models`` says
+for each model how many replicas can serve, how many there are to be, and why starts failed. The gRPC ingress's health
+says SERVING at the same times as ``/health`` says 200.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _model_asked(scope: Scope) -> str | None:
 
 
 def starting(pools: Mapping[str, PoolHealth]) -> Unavailable:
-    """What a caller hears that comes before the door has opened."""
+    """What a caller hears that comes before the ingress process has opened."""
     waiting = [f"{name!r} has {p.replicas_ready} of {p.replicas_wanted} replicas" for name, p in pools.items()]
     troubles = [f"; {name!r}: {p.trouble.told()}" for name, p in pools.items() if p.trouble]
     return Unavailable(f"the service is starting: {', '.join(waiting)}{''.join(troubles)}", retry_after_s=5)

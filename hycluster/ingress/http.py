@@ -1,8 +1,8 @@
-"""The HTTP door: vLLM's own API app over each model's gateway, behind an allowlist of routes.
+"""The HTTP ingress: vLLM's own API app over each model's gateway, behind an allowlist of routes.
 
-With one model the door is that app. With several, a small ASGI dispatcher looks into a request's body for
+With one model the ingress process is that app. With several, a small ASGI dispatcher looks into a request's body for
 its ``model`` (or adapter) and hands it to that model's app; an unknown one goes to the first, whose answer is the 404
-in OpenAI's form that vLLM gives. The door listens itself: measured against Ray Serve's proxies in
+in OpenAI's form that vLLM gives. The ingress process listens itself: measured against Ray Serve's proxies in
 ``docs/measurements.md``.
 """
 
@@ -39,7 +39,7 @@ from hycluster.ingress.body import TOKENIZED_PATHS, BodyLimit
 from hycluster.ingress.connection import protocol
 from hycluster.ingress.errors import answer_error, answer_generation_error, answer_http_error, answer_unreadable
 from hycluster.ingress.health import WithHealth
-from hycluster.ingress.ports import bind, notice_lost
+from hycluster.ingress.ports import bind, notice_lost_callers
 from hycluster.settings.ingress import Http
 
 # What a caller may use. Everything else of vLLM's app (scaling, raw token routes, rendering for
@@ -72,8 +72,8 @@ OPEN_ROUTES = frozenset(
 )
 
 
-class HttpDoor:
-    """A running door. ``port`` is the one it listens on."""
+class HttpIngress:
+    """A running ingress process. ``port`` is the one it listens on."""
 
     def __init__(self, server: uvicorn.Server, serving: asyncio.Task[None], port: int) -> None:
         self.port = port
@@ -94,8 +94,8 @@ async def serve_http(
     reuse_port: bool = False,
     drain_timeout_s: float = 60.0,
     sock: socket.socket | None = None,
-) -> HttpDoor:
-    """Open the door.
+) -> HttpIngress:
+    """Open the ingress process.
 
     Args:
         sock: listens already; None opens the settings' port.
@@ -114,7 +114,7 @@ async def serve_http(
     )
     app = WithHealth(around(app), generator.pools)
     sock = sock or bind(settings.host, settings.port, "http.port", reuse_port=reuse_port)
-    notice_lost(sock, settings.stalled_client_timeout_s)
+    notice_lost_callers(sock, settings.stalled_client_timeout_s)
     config = uvicorn.Config(
         app,
         http=protocol(settings),
@@ -132,7 +132,7 @@ async def serve_http(
         if serving.done():
             await serving
         await asyncio.sleep(0.01)
-    return HttpDoor(server, serving, sock.getsockname()[1])
+    return HttpIngress(server, serving, sock.getsockname()[1])
 
 
 async def model_apps(generator: Generator, settings: Http) -> dict[str, ModelApp]:
@@ -163,7 +163,7 @@ class ModelApp:
         return self._gateway.model_config.runner_type == "generate" or bool(self._gateway.engine_core.infos)
 
     def set_server(self, server: Any) -> None:
-        """The door's, instead of none; see :func:`model_app`."""
+        """The ingress process's, instead of none; see :func:`model_app`."""
         self._server = server
         if self._app is not None:
             self._app.state.server = server
@@ -174,7 +174,7 @@ class ModelApp:
             if self._app is None:
                 app = await model_app(self._gateway, self._settings)
                 if self._settings.control_routes:
-                    # Ahead of vLLM's own, which know one engine and one door.
+                    # Ahead of vLLM's own, which know one engine and one ingress process.
                     app.router.routes[:0] = adapter_routes(self._generator).routes
                 app.state.server = self._server or app.state.server
                 self._app = app
@@ -193,7 +193,7 @@ def over_all_models(apps: Mapping[str, ASGIApp], generator: Generator) -> ASGIAp
 
 
 class _Server(uvicorn.Server):
-    """Signals are the process owner's business, not the door's."""
+    """Signals are the process owner's business, not the ingress process's."""
 
     def install_signal_handlers(self) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Requests to the gRPC door that are no message of their kind: the caller's fault, and told so.
+"""Requests to the gRPC ingress that are no message of their kind: the caller's fault, and told so.
 
 By itself grpc.aio answers them with INTERNAL and writes a stack trace into the log.
 """

@@ -77,7 +77,7 @@ def rich_status(error: HyclusterError, request: Message | None = None) -> Status
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class StatusDetails:
     """What the details of a failed call say; None and empty where they say nothing."""
 
     reason: str | None = None
@@ -85,7 +85,7 @@ class Told:
     retry_after_s: float | None = None
 
 
-def told(failure: Any) -> Told:
+def told(failure: Any) -> StatusDetails:
     """What a failed call's status says, be the call of ``grpc`` or of ``grpc.aio``.
 
     A server that sends no details, a proxy that changed or broke them, and details of others' domains say nothing.
@@ -101,7 +101,7 @@ def told(failure: Any) -> Told:
         except DecodeError:
             continue
     ours = info.domain == DOMAIN
-    return Told(
+    return StatusDetails(
         reason=info.reason if ours else None,
         metadata=dict(info.metadata) if ours else None,
         retry_after_s=retry.retry_delay.ToNanoseconds() / 1e9 if retry.HasField("retry_delay") else None,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hycluster.errors import InvalidInput
-from hycluster.models.tiny import ARCHITECTURES, DTYPES, FORMATS, LAYOUTS, TinyShape, write
+from hycluster.models.tiny import ARCHITECTURES, DTYPES, FORMATS, LAYOUTS, TinyShape, write_checkpoint
 
 DEFAULT = TinyShape()
 
@@ -76,5 +76,7 @@ def tiny_model(
         tied_embeddings=tied_embeddings,
         seed=seed,
     )
-    write(path, shape, layout=layout, file_format=file_format, dtype=dtype, shard_mib=shard_mib, overwrite=overwrite)
+    write_checkpoint(
+        path, shape, layout=layout, file_format=file_format, dtype=dtype, shard_mib=shard_mib, overwrite=overwrite
+    )
     typer.echo(str(path))

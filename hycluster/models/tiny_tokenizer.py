@@ -43,7 +43,7 @@ What is written here has no other use than to teach a small list of words which 
 
 
 @cache
-def build(vocabulary: int) -> PreTrainedTokenizerFast:
+def build_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE with at most ``vocabulary`` tokens, special ones included.
 
     Args:

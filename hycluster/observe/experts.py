@@ -1,7 +1,7 @@
 """How mixture-of-experts replicas spread their tokens, under ``/metrics``: what replicas reported last.
 
 A series an expert and replica, summed over layers; by layer it would be as many again for each layer (64 x 16 for
-Hunyuan-Large). Replicas are named by their id, so that every door shows the same series.
+Hunyuan-Large). Replicas are named by their id, so that every ingress process shows the same series.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hycluster.core import ExpertLoad
 _REPLICA = ["model", "replica"]
 
 
-class Pool(Protocol):
+class ExpertsPool(Protocol):
     """What knows the last reports of one model's replicas."""
 
     @property
@@ -31,9 +31,9 @@ class ExpertMetrics(Collector):
     """Reads the pools when it is asked; holds none of them."""
 
     def __init__(self) -> None:
-        self._pools: WeakValueDictionary[str, Pool] = WeakValueDictionary()
+        self._pools: WeakValueDictionary[str, ExpertsPool] = WeakValueDictionary()
 
-    def watch(self, model: str, pool: Pool) -> None:
+    def watch(self, model: str, pool: ExpertsPool) -> None:
         """Show this model's replicas for as long as ``pool`` lives."""
         self._pools[model] = pool
 

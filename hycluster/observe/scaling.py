@@ -1,6 +1,7 @@
-"""How a pool that follows its load is sized, under ``/metrics``: what each door has heard of the pool's scaler.
+"""How a pool that follows its load is sized, under ``/metrics``: what each ingress process has heard of the pool's
+scaler.
 
-All doors hear the same, so the labels have no gateway; only what waits is each gateway's own.
+All ingress processes hear the same, so the labels have no gateway; only what waits is each gateway's own.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from prometheus_client.registry import Collector
 from hycluster.directory.autoscaling import Scaling
 
 
-class Told(Protocol):
+class LastScaling(Protocol):
     """Where the scaler's last word is."""
 
     scaling: Scaling | None
 
 
-class Pool(Protocol):
+class ScaledPool(Protocol):
     """Where the gateway's requests are."""
 
     gateway_id: str
@@ -35,10 +36,10 @@ class Scaled(Protocol):
     """A gateway of a pool that follows its load."""
 
     @property
-    def cold_start(self) -> Told: ...
+    def cold_start(self) -> LastScaling: ...
 
     @property
-    def engine_core(self) -> Pool: ...
+    def engine_core(self) -> ScaledPool: ...
 
 
 class ScalingMetrics(Collector):

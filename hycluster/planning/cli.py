@@ -67,7 +67,7 @@ def plan(
     """
     from hycluster.planning.families import architecture, read_config
     from hycluster.planning.gpus import gpu as gpu_named
-    from hycluster.planning.layouts import Demand, Pinned
+    from hycluster.planning.layouts import Pinned, Workload
     from hycluster.planning.plan import as_json as plan_json
     from hycluster.planning.plan import make_plan
     from hycluster.planning.precision import precision_of
@@ -80,7 +80,7 @@ def plan(
     positions = architecture(said).positions
     if context_tokens is None and not positions:
         raise SettingsError("max_position_embeddings: is not in this configuration; say --context-tokens")
-    demand = Demand(
+    demand = Workload(
         context_tokens=context_tokens or positions,
         concurrency=concurrency,
         utilization=UTILIZATION if utilization is None else utilization,
@@ -91,7 +91,7 @@ def plan(
     made = make_plan(said, precision_of(said, weights, kv), chosen, demand, Pinned(tensor, pipeline, data, expert))
     if write is not None:
         from hycluster.planning.write import settings_text
-        from hycluster.planning.write import write as write_file
+        from hycluster.planning.write import write_settings_file as write_file
 
         command = shlex.join(["hycluster", "plan", str(config), "--gpu", chosen.name])
         command += f" --context-tokens {demand.context_tokens} --concurrency {concurrency}"
@@ -102,9 +102,9 @@ def plan(
         return
     from rich.console import Console
 
-    from hycluster.planning.report import show
+    from hycluster.planning.report import show_plan
 
-    show(made, Console())
+    show_plan(made, Console())
     if write is not None:
         typer.echo(f"written: {write}")
 

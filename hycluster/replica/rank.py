@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class DrainTimes:
     """How long a replica that drains goes on with what it has; settings of the same names."""
 
     timeout_s: float
@@ -140,7 +140,7 @@ class Rank:
         """Block until the engine has ended, in good order or not."""
         self._server.wait_until_ended()
 
-    async def drain(self, patience: Patience) -> None:
+    async def drain(self, patience: DrainTimes) -> None:
         """Take no new requests; return when those in flight have ended, are to go on elsewhere, or time is over."""
         self._accepting = False
         # Gateways hear of it after one report and one sync; until then they may still send.

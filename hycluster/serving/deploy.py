@@ -16,7 +16,7 @@ from hycluster.directory.starts import CONTROLLER_OPTIONS
 from hycluster.engine.scratch import sweep
 from hycluster.errors import HyclusterError, SettingsError, why_not_started
 from hycluster.serving import running_service
-from hycluster.serving.resources import check_batches, check_doors, check_resources
+from hycluster.serving.resources import check_batches, check_ingress, check_resources
 from hycluster.serving.running import Chosen
 from hycluster.serving.service import Opened, Service
 from hycluster.settings.settings import Settings
@@ -33,15 +33,15 @@ def deploy(settings: Settings, service: Service, *, started_ray: bool, stopping:
         SettingsError, EngineStartFailed: nothing can be served; one line says why.
     """
     check_resources(settings.models)
-    check_doors(settings)
+    check_ingress(settings)
     check_batches(settings)
     if running_service.there_is_one():
-        found = running_service.find(Chosen(ray.get_runtime_context().gcs_address, "RAY_ADDRESS", None))
+        found = running_service.find_service(Chosen(ray.get_runtime_context().gcs_address, "RAY_ADDRESS", None))
         raise SettingsError(
             "RAY_ADDRESS: a hycluster is running in this Ray cluster already; stop it first,"
             f" or give it these settings by 'hycluster upgrade':\n{found}"
         )
-    # Serve's proxies share their ports with whoever asks for it, and would take callers from the doors.
+    # Serve's proxies share their ports with whoever asks for it, and would take callers from the ingress.
     serve.start(proxy_location="Disabled", controller_options=CONTROLLER_OPTIONS)
     serve.run_many(
         [serve.RunTarget(application(settings), name=APP_NAME, route_prefix=None)],
@@ -56,7 +56,7 @@ def deploy(settings: Settings, service: Service, *, started_ray: bool, stopping:
 
 
 def stop(drain_timeout_s: float) -> None:
-    """Drain the doors and the replicas and remove the application, if there is one."""
+    """Drain the ingress processes and the replicas and remove the application, if there is one."""
     try:
         serve.delete(APP_NAME, _blocking=False)
     except RayServeException:

@@ -11,7 +11,7 @@ from hycluster.replica.placement import on_gpus, reserved
 from hycluster.serving.capacity import check_places
 from hycluster.settings.model import Model
 from hycluster.settings.settings import Settings
-from hycluster.spread import door_nodes, doors_per_node
+from hycluster.spread import ingress_nodes, ingress_per_node
 
 logger = logging.getLogger(__name__)
 
@@ -50,25 +50,26 @@ def check_resources(models: tuple[Model, ...]) -> None:
     check_places(models, [node["Resources"] for node in ray.nodes() if node["Alive"]])
 
 
-def check_doors(settings: Settings) -> None:
-    """Refuse doors that this cluster has no place for.
+def check_ingress(settings: Settings) -> None:
+    """Refuse ingress processes that this cluster has no place for.
 
     Raises:
         SettingsError: names the resource, what is asked for and what there is.
     """
     there = ray.cluster_resources()
-    for resource, amount in settings.door_resources.items():
-        if settings.doors * amount > there.get(resource, 0.0):
+    for resource, amount in settings.ingress.resources.items():
+        if settings.ingress.replicas * amount > there.get(resource, 0.0):
             raise SettingsError(
-                f"door_resources: {resource}: all doors together ask for {settings.doors * amount:g};"
+                f"ingress.resources: {resource}: all ingress processes together ask for"
+                f" {settings.ingress.replicas * amount:g};"
                 f" this Ray cluster has {there.get(resource, 0.0):g}"
             )
-    nodes = door_nodes(settings)
-    if (most := doors_per_node(settings, nodes)) is not None and nodes * most < settings.doors:
+    nodes = ingress_nodes(settings)
+    if (most := ingress_per_node(settings, nodes)) is not None and nodes * most < settings.ingress.replicas:
         # Not refused: nodes may come late.
         logger.warning(
-            "doors_per_node: %d on each of the %d nodes that can hold doors; %d of %d doors wait for a node",
-            most, nodes, settings.doors - nodes * most, settings.doors,
+            "ingress.replicas_per_node: %d on each of %d nodes that can hold one; %d of %d wait",
+            most, nodes, settings.ingress.replicas - nodes * most, settings.ingress.replicas,
         )  # fmt: skip
 
 

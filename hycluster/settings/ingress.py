@@ -14,6 +14,23 @@ URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/|s3:", re.IGNORECASE)
 BUCKET = re.compile(r"s3://([^/@\s]+@)?[A-Za-z0-9]")
 
 
+class Ingress(Strict):
+    """The processes that callers come in by: each is an HTTP and a gRPC ingress, with a gateway for each model.
+
+    Attributes:
+        replicas: number of ingress processes.
+        resources: what each process reserves, by Ray's names of custom resources: only nodes that have them hold one.
+            Leave room for a successor, which starts before its predecessor stops. Empty: any node.
+        replicas_per_node: most ingress processes on one node, not counting successors that are about to take over; a
+            process for which there is no node waits for one. None: with several nodes, as many as an even spread over
+            the nodes that are there at the start takes; with one node, no bound.
+    """
+
+    replicas: int = Field(default=1, ge=1, le=64)
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    replicas_per_node: int | None = Field(default=None, ge=1)
+
+
 class Http(Strict):
     """The HTTP ingress.
 

@@ -6,6 +6,6 @@ written so that nothing is written twice and what was written is still there aft
 
 from hycluster.storage.folder import Folder, WritableFolder, leftover_of
 from hycluster.storage.locate import locate
-from hycluster.storage.masking import masked, one_line
+from hycluster.storage.masking import masked, masked_line
 
-__all__ = ["Folder", "WritableFolder", "leftover_of", "locate", "masked", "one_line"]
+__all__ = ["Folder", "WritableFolder", "leftover_of", "locate", "masked", "masked_line"]

@@ -10,7 +10,7 @@ from hycluster.errors import SettingsError
 from hycluster.storage.bucket import BucketFolder
 from hycluster.storage.disk import DiskFolder
 from hycluster.storage.folder import Folder
-from hycluster.storage.masking import masked, one_line
+from hycluster.storage.masking import masked, masked_line
 
 KINDS: dict[str, type[Folder]] = {"local": DiskFolder, "s3": BucketFolder}
 
@@ -26,5 +26,5 @@ def locate(path: str, field: str) -> Folder:
     try:
         filesystem, root = pafs.FileSystem.from_uri(path)
     except (ValueError, OSError) as error:
-        raise SettingsError(f"{field}: {masked(path)!r} can't be used: {one_line(error)}") from None
+        raise SettingsError(f"{field}: {masked(path)!r} can't be used: {masked_line(error)}") from None
     return KINDS.get(filesystem.type_name, Folder)(filesystem, root.rstrip("/"), masked(path))

@@ -13,6 +13,6 @@ def masked(text: str) -> str:
     return _KEYS.sub("://***@", text)
 
 
-def one_line(error: BaseException) -> str:
+def masked_line(error: BaseException) -> str:
     """An error's message on one line, its type where it has none; keys in it are masked."""
     return masked(" ".join(str(error).split())[:500]) or type(error).__name__

@@ -11,7 +11,7 @@ import typer
 from hycluster.consent import Yes, ask
 from hycluster.errors import SettingsError
 from hycluster.settings.read import DEFAULT_SETTINGS, load_settings
-from hycluster.submit.target import Target
+from hycluster.submit.target import KubernetesTarget
 
 if TYPE_CHECKING:
     from hycluster.batch.job import Job
@@ -94,7 +94,7 @@ def submit(
     from hycluster.storage import masked
     from hycluster.submit.submission import submission
 
-    target = Target(dry_run, namespace, cluster, template, image)
+    target = KubernetesTarget(dry_run, namespace, cluster, template, image)
     if not kubernetes:
         target.check_unused()
     elif wait:
@@ -196,7 +196,7 @@ def show_submitted(job_id: str, address: str, *, follow: bool, as_json: bool) ->
     return now.exit_code
 
 
-def _on_engines_of(target: Target, job: Job) -> Job:
+def _on_engines_of(target: KubernetesTarget, job: Job) -> Job:
     """The job, with engines that it finds or starts where it is to run."""
     if target.cluster is not None or job.engine == "dedicated":
         return job
@@ -209,7 +209,7 @@ def _on_engines_of(target: Target, job: Job) -> Job:
     return job.model_copy(update={"engine": "dedicated"})
 
 
-def _to_kubernetes(sent: Submission, job: Job, settings: Settings | None, target: Target) -> None:
+def _to_kubernetes(sent: Submission, job: Job, settings: Settings | None, target: KubernetesTarget) -> None:
     from hycluster.submit.rayjob import apply, ray_job
     from hycluster.submit.submission import as_yaml
 

@@ -21,7 +21,7 @@ import msgspec
 
 from hycluster.errors import SettingsError, Unauthenticated, Unavailable, shown
 from hycluster.retries import RetryingCaller
-from hycluster.storage import masked, one_line
+from hycluster.storage import masked, masked_line
 from hycluster.submit.submission import NAME_KEY, Submission
 from hycluster.submit.submitted import JobRecord, Submitted, submitted
 
@@ -90,7 +90,7 @@ class JobApi:
         try:
             msgspec.json.decode(response.content, type=_Version)
         except msgspec.DecodeError as error:
-            self._refuse(f"/api/version: {one_line(error)}")
+            self._refuse(f"/api/version: {masked_line(error)}")
 
     def submit(self, submission: Submission) -> None:
         """Start a job. The cluster runs it whatever becomes of this process.
@@ -199,7 +199,7 @@ class JobApi:
         try:
             return msgspec.json.decode(response.content, type=kind)
         except msgspec.DecodeError as error:
-            raise self._unavailable(one_line(error)) from None
+            raise self._unavailable(masked_line(error)) from None
 
     def _call(self, method: str, path: str, job_id: str | None = None, **body: Any) -> httpx.Response:
         try:
@@ -264,7 +264,7 @@ def _token() -> str | None:
 
 def _why(error: Exception) -> str:
     """The last word of an error: what the system says, where it is from there."""
-    text = one_line(error)
+    text = masked_line(error)
     return system[1] if (system := _SYSTEM_ERROR.search(text)) else text
 
 

@@ -12,8 +12,8 @@ import typer
 from hycluster.errors import SettingsError
 
 if TYPE_CHECKING:
-    from hycluster.summarize.output import Output, Summarized
-    from hycluster.summarize.run import Wish
+    from hycluster.summarize.output import Summarized, SummaryOutput
+    from hycluster.summarize.run import SummaryOptions
 
 # As of ``hycluster.client``, which is not imported for --help.
 ADDRESS = "127.0.0.1:9000"
@@ -25,7 +25,7 @@ def summarize(
         list[str],
         typer.Argument(metavar="FILE...", help="Texts in UTF-8; a folder is its *.md and *.txt, - is standard input."),
     ],
-    address: Annotated[str, typer.Option(metavar="HOST:PORT", help="The cluster's gRPC door.")] = ADDRESS,
+    address: Annotated[str, typer.Option(metavar="HOST:PORT", help="The cluster's gRPC ingress.")] = ADDRESS,
     model: Annotated[str | None, typer.Option(metavar="NAME", help="Model; default: the only one served.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a summary.")] = 512,
     part_tokens: Annotated[
@@ -62,13 +62,13 @@ def summarize(
     from hycluster.settings.read import validate
     from hycluster.summarize.files import files_of
     from hycluster.summarize.output import open_output
-    from hycluster.summarize.run import Wish
+    from hycluster.summarize.run import SummaryOptions
 
     found = files_of(files)
     if output is not None and any(output.resolve() == Path(file).resolve() for file in found):
         raise SettingsError(f"--output: {output} is one of the files to summarize")
     sizes = {"part_tokens": part_tokens, "overlap_tokens": overlap_tokens}
-    wish = Wish(
+    wish = SummaryOptions(
         model=model,
         # Greedy: the same text gives the same summary.
         sampling=Sampling(max_tokens=max_tokens, temperature=0),
@@ -88,14 +88,14 @@ def summarize(
     raise typer.Exit(1 if failed else 0)
 
 
-async def _show(files: list[str], wish: Wish, address: str, out: Output) -> int:
+async def _show(files: list[str], wish: SummaryOptions, address: str, out: SummaryOutput) -> int:
     """The number of documents without a summary."""
     from rich.console import Console
 
-    from hycluster.summarize.progress import Progress, shown
+    from hycluster.summarize.progress import SummaryProgress, progress_shown
     from hycluster.summarize.run import summarize_files
 
-    progress = Progress(1 if wish.together else len(files))
+    progress = SummaryProgress(1 if wish.together else len(files))
     errors: list[str] = []
 
     def done(document: Summarized) -> None:
@@ -104,7 +104,7 @@ async def _show(files: list[str], wish: Wish, address: str, out: Output) -> int:
             errors.append(f"error: {', '.join(document.files)}: {document.error}")
 
     begun_s = time.monotonic()
-    async with shown(progress, Console(stderr=True)):
+    async with progress_shown(progress, Console(stderr=True)):
         await summarize_files(files, wish, address, progress, done)
     for error in errors:
         typer.echo(error, err=True)

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from hycluster.batch import run
 from hycluster.batch.generate import Generate
-from hycluster.batch.input.corpus import Plan, read, spans
+from hycluster.batch.input.corpus import ShardPlan, read_shards, spans
 from hycluster.batch.job import Job
 from hycluster.batch.output import commit
 from hycluster.batch.output.record import ShardRecord
@@ -113,12 +113,12 @@ def _arm_deletion(nth: int) -> None:
 
 def _arm_manifest(when: str) -> None:
     """The manifest is a stream: its write begins with ``finish`` and ends before the next deletion."""
-    finish = commit.Output.finish
+    finish = commit.OutputFolder.finish
 
-    def armed(output: commit.Output, *args: Any) -> None:
-        records = commit.Output.records
+    def armed(output: commit.OutputFolder, *args: Any) -> None:
+        records = commit.OutputFolder.records
 
-        def some(output: commit.Output) -> Iterator[ShardRecord]:
+        def some(output: commit.OutputFolder) -> Iterator[ShardRecord]:
             for position, record in enumerate(records(output)):
                 if position == 5:
                     die()
@@ -127,17 +127,17 @@ def _arm_manifest(when: str) -> None:
         if when == "before":
             die()
         if when == "amid":
-            patch.object(commit.Output, "records", some).start()
+            patch.object(commit.OutputFolder, "records", some).start()
         else:
             for kind in KINDS_OF_FOLDERS:
                 patch.object(kind, "delete", die).start()
         finish(output, *args)
 
-    patch.object(commit.Output, "finish", armed).start()
+    patch.object(commit.OutputFolder, "finish", armed).start()
 
 
 def _generate_here(log: Path) -> Callable[..., None]:
-    def generate(job: Job, corpus: Plan, output: commit.Output, connect: Any, *_: Any) -> None:
+    def generate(job: Job, corpus: ShardPlan, output: commit.OutputFolder, connect: Any, *_: Any) -> None:
         done = output.done()
         pending = [shard for shard in corpus.shards() if shard.number not in done]
         log.write_text("".join(f"{shard.number}\n" for shard in pending))
@@ -146,7 +146,7 @@ def _generate_here(log: Path) -> Callable[..., None]:
 
         async def work() -> None:
             for span in spans(pending, SPAN_BYTES):
-                await actor(pa.concat_tables(read(corpus.folder, span), promote_options="default"))
+                await actor(pa.concat_tables(read_shards(corpus.folder, span), promote_options="default"))
 
         asyncio.run(work())
 

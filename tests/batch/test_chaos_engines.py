@@ -15,10 +15,10 @@ import pytest
 
 from hycluster.batch import run
 from hycluster.batch.generate import Generate
-from hycluster.batch.input.corpus import Plan, read, spans
+from hycluster.batch.input.corpus import ShardPlan, read_shards, spans
 from hycluster.batch.job import Job
-from hycluster.batch.output.commit import Output
-from hycluster.batch.output.verify import verify
+from hycluster.batch.output.commit import OutputFolder
+from hycluster.batch.output.verify import verify_output
 from hycluster.batch.task import open_task
 from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
@@ -90,7 +90,7 @@ class Engines:
             replica.close()
 
 
-def generate_here(job: Job, corpus: Plan, output: Output, connect: Any, *_: Any) -> None:
+def generate_here(job: Job, corpus: ShardPlan, output: OutputFolder, connect: Any, *_: Any) -> None:
     """The job's middle without Ray."""
     actor = Generate(output, partial(open_task, job, connect), lambda *_: None, name=job.name, slots=job.rows_in_flight)
 
@@ -99,7 +99,7 @@ def generate_here(job: Job, corpus: Plan, output: Output, connect: Any, *_: Any)
             connect.generator = generator
             async with asyncio.TaskGroup() as group:
                 for span in spans(corpus.shards(), 60_000):
-                    group.create_task(actor(pa.concat_tables(read(corpus.folder, span))))
+                    group.create_task(actor(pa.concat_tables(read_shards(corpus.folder, span))))
 
     asyncio.run(work())
 
@@ -139,7 +139,7 @@ def test_engines_killed_at_write_boundaries(
     def run_to(name: str) -> Any:
         job = make_job(texts, str(tmp_path / name), model="tiny", retry_s=60, sampling=sampling)
         run.run_job(job, engines=lambda _: nullcontext(Connection(engines)))
-        assert verify(at(job.output.path), at(texts)).faults == []
+        assert verify_output(at(job.output.path), at(texts)).faults == []
         return contents(job.output.path)
 
     undisturbed = run_to("undisturbed")

@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hycluster.batch.input.corpus import plan
+from hycluster.batch.input.corpus import plan_shards
 from hycluster.batch.job import Job
 from hycluster.batch.output.lease import Lease
-from hycluster.batch.output.verify import verify
+from hycluster.batch.output.verify import verify_output
 from hycluster.batch.progress.status import Status, Watcher
 from hycluster.batch.prompts import prompt_of
 from hycluster.batch.run import Engines, run_job
@@ -224,7 +224,7 @@ def test_every_kind_of_bad_row_and_file_is_quarantined_with_its_reason(
 ) -> None:
     write_every_kind_of_fault(corpus)
     job = make_job(retry_s=30)
-    whole = plan(at(corpus), shard_rows=2, check=prompt_of(job).check)
+    whole = plan_shards(at(corpus), shard_rows=2, check=prompt_of(job).check)
     bad = {
         "0-broken.parquet": "UnreadableFile",
         **{f"c-types.parquet#{n}": "WrongType" for n in range(3)},
@@ -265,11 +265,11 @@ def test_every_kind_of_bad_row_and_file_is_quarantined_with_its_reason(
     assert "3 stand-ins in a row died" in found["f-rows.parquet#6"]["error_message"]
     assert len(read_out(job)) == whole.rows - len(bad)
     assert not (out / "_progress.json").exists()
-    assert verify(at(job.output.path), at(job.input.path)).faults == []
+    assert verify_output(at(job.output.path), at(job.input.path)).faults == []
     reasons = Counter(bad.values())
     assert json.loads((out / "report.json").read_text())["quarantine_reasons"] == reasons
     write_texts(corpus / "0-broken.parquet", ["readable now"])
-    (fault,) = verify(at(job.output.path), at(job.input.path)).faults
+    (fault,) = verify_output(at(job.output.path), at(job.input.path)).faults
     assert "is not what the job ran on" in fault
 
 
@@ -382,7 +382,7 @@ def test_a_finished_job_has_its_report_and_can_be_verified(make_job: MakeJob, co
     write_texts(corpus / "c.parquet", ["fine", None, "refuse"], row_group_size=1)
     job = make_job(max_quarantined_fraction=0.2, shard_rows=3)
     run_job(job, engines=engines())
-    assert verify(at(job.output.path), at(job.input.path)).faults == []
+    assert verify_output(at(job.output.path), at(job.input.path)).faults == []
     out = Path(job.output.path)
     report = json.loads((out / "report.json").read_text())
     assert report["totals"] == json.loads((out / "_manifest.json").read_text())["totals"]

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from starlette.types import ASGIApp
 
-from hycluster.batch.output.commit import Output
+from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.lease import Lease
 from hycluster.batch_api import runner as runner_module
-from hycluster.batch_api.executor import Watch
+from hycluster.batch_api.executor import StoreWatch
 from hycluster.batch_api.records import Batch, State
 from hycluster.batch_api.runner import Runner
 from hycluster.batch_api.store import Store
@@ -221,12 +221,12 @@ async def test_the_next_run_asks_only_what_is_not_committed(store: Store, settin
     api.held = {"p30"}
     batch = submit(store, jsonl(60))
     running = asyncio.create_task(runner(store, settings, api).run(batch.id))
-    output = Output(store.work(batch.id).below("output"))
-    await until(lambda: output.folder.exists("_job.json") and len(Output(output.folder).done()) >= 5)
+    output = OutputFolder(store.work(batch.id).below("output"))
+    await until(lambda: output.folder.exists("_job.json") and len(OutputFolder(output.folder).done()) >= 5)
     running.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await running
-    done = Output(output.folder).done()
+    done = OutputFolder(output.folder).done()
     before, api.asked, api.held = dict(api.asked), type(api.asked)(), set()
     # Settings may have changed while nobody was there.
     await runner(store, settings.model_copy(update={"shard_lines": 9}), api).run(batch.id)
@@ -332,7 +332,7 @@ async def test_on_an_object_store(settings: Batches, api: StandIn, objects: Obje
 
 class TestWatch:
     async def watched(self, store: Store, settings: Batches, api: StandIn, at_once: int = 2) -> asyncio.Task[None]:
-        watch = Watch(store, runner(store, settings, api), at_once, settings.poll_s)
+        watch = StoreWatch(store, runner(store, settings, api), at_once, settings.poll_s)
         return asyncio.create_task(watch.run())
 
     async def end(self, watching: asyncio.Task[None]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hycluster.batch_api.records import State, new_id
+from hycluster.batch_api.records import State, new_record_id
 from hycluster.batch_api.store import Store
 from hycluster.errors import InvalidInput, NotFound
 from hycluster.settings.ingress import Batches
@@ -52,7 +52,7 @@ class TestFiles:
             store.open_content(name)
 
     def test_content_without_a_record_is_no_file(self, store: Store) -> None:
-        name = new_id("file-")
+        name = new_record_id("file-")
         store.write_content(name, iter([b"x"]))
         with pytest.raises(NotFound):
             store.file(name)
@@ -90,7 +90,7 @@ class TestFiles:
         assert file.expires_at == file.created_at + 2 * 86400
 
     def test_sweep_takes_old_leftovers_only(self, store: Store) -> None:
-        old, new = new_id("file-"), new_id("file-")
+        old, new = new_record_id("file-"), new_record_id("file-")
         for name in (old, new):
             store.write_content(name, iter([b"x"]))
         kept = upload(store)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hycluster.adapters import Word
+from hycluster.adapters import AdapterEntry
 from hycluster.core import ReplicaAddress, ReplicaLoad
 from hycluster.directory import directory
 from hycluster.directory.autoscaling import PoolLoad, Scaling
@@ -127,7 +127,7 @@ def test_who_looks_sees_what_gateways_hear_and_is_none_of_them(clock: Clock) -> 
     there.sync("m", "gone", {"a": 1000})
     clock.now += FORGET_AFTER_S - 0.1
     there.report(MODEL, report("a", running=4))
-    heard = there.sync("m", "g", {"a": 7}, {"x": Word(1, "g", "/x")}, Demand(MODEL, waiting_requests=2))
+    heard = there.sync("m", "g", {"a": 7}, {"x": AdapterEntry(1, "g", "/x")}, Demand(MODEL, waiting_requests=2))
     before = pickle.dumps(there._pools)
     assert there.view("m") == heard
     assert [r.load.outstanding_tokens for r in heard.replicas] == [{"gone": 1000, "g": 7}, {"gone": 0, "g": 0}]
@@ -141,10 +141,10 @@ def test_who_looks_sees_what_gateways_hear_and_is_none_of_them(clock: Clock) -> 
 class TestAdapters:
     STATIC = Model(name="m", source="/m", adapters=(Adapter(name="a", source="/a"),))
 
-    def test_the_settings_adapters_and_what_doors_say(self) -> None:
+    def test_the_settings_adapters_and_what_ingress_processes_say(self) -> None:
         there = Directory()
         there.report(self.STATIC, report("r"))
-        there.sync("m", "g", {}, {"b": Word(1, "g", "/b")})
+        there.sync("m", "g", {}, {"b": AdapterEntry(1, "g", "/b")})
         assert {name: word.source for name, word in there.sync("m", "h", {}).adapters.items()} == {"a": "/a", "b": "/b"}
         assert there.models() == {"m": 1, "a": 1, "b": 1}
         assert [there.find(name) for name in ("m", "a", "b", "c")] == [self.STATIC] * 3 + [None]
@@ -152,7 +152,7 @@ class TestAdapters:
     def test_a_report_does_not_bring_back_what_was_unloaded(self) -> None:
         there = Directory()
         there.report(self.STATIC, report("r"))
-        there.sync("m", "g", {}, {"a": Word(1, "g", None)})
+        there.sync("m", "g", {}, {"a": AdapterEntry(1, "g", None)})
         there.report(self.STATIC, report("r"))
         assert there.models() == {"m": 1}
         assert there.find("a") is None

@@ -85,7 +85,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
     found.policy._exchange.ended.set()
 
 
-def test_what_waits_at_a_door_wakes_the_pool(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_waits_at_an_ingress_process_wakes_the_pool(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, LOGGER):
         assert serve.tick() == 0
         serve.want(waiting=2, tokens=150)

@@ -1,7 +1,7 @@
 """The control calls over a pool: what each replica is asked, and what the caller hears.
 
 Real sockets, and engines that are simulated and have their control methods simulated too. A real engine's are in
-``tests/integration/test_carried.py``.
+``tests/integration/test_migrated.py``.
 """
 
 from __future__ import annotations

@@ -207,7 +207,7 @@ async def test_retry_after_is_true(opened: Open) -> None:
     [
         ({"n": 4}, "at most 3"),
         ({"stop": ["\ud800"]}, "can't be sent to an engine"),
-        ({"extra_args": {"hycluster_carried": [1]}}, "hycluster_carried"),
+        ({"extra_args": {"hycluster_migrated": [1]}}, "hycluster_migrated"),
         ({"structured_outputs": {"choice": ["a" * 100] * 1000}}, r"structured_outputs\.choice: is 104000 bytes"),
     ],
 )

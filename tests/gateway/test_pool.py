@@ -224,11 +224,11 @@ async def test_what_the_loss_of_a_replica_costs_is_counted() -> None:
             begun |= {output.request_id for output in (await pool.client.get_output_async()).outputs}
         pool.replicas[0].die()
         await pool.finish(2)
-        carried = pool.client.carried
-        assert carried.requests == 1
-        assert len(PROMPT) < carried.tokens < len(PROMPT) + 60
-        assert sum(carried.pauses) == 1
-        assert carried.paused_s > 0
+        migrated = pool.client.migrated
+        assert migrated.requests == 1
+        assert len(PROMPT) < migrated.tokens < len(PROMPT) + 60
+        assert sum(migrated.pauses) == 1
+        assert migrated.paused_s > 0
 
 
 async def test_a_request_that_moved_can_be_aborted() -> None:
@@ -320,7 +320,7 @@ class TestRequestsThatKill:
         victim.die()
         await until(lambda: pool.client.links < links)
 
-    async def test_it_is_not_carried_through_the_whole_pool(self) -> None:
+    async def test_it_is_not_migrated_through_the_whole_pool(self) -> None:
         async with opened(SLOW, 5) as pool:
             for replica in pool.replicas.replicas:
                 replica.engine.hang()

@@ -1,4 +1,4 @@
-"""The gRPC door over a real socket, with a stand-in for the pool behind it."""
+"""The gRPC ingress over a real socket, with a stand-in for the pool behind it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from grpc_status import rpc_status
 
 from hycluster import errors
 from hycluster.core import GenerationRequest, Priority, Sampling
-from hycluster.ingress import grpc as grpc_door
-from hycluster.ingress.grpc import SERVICE, GrpcDoor, serve_grpc
+from hycluster.ingress import grpc as grpc_ingress
+from hycluster.ingress.grpc import SERVICE, GrpcIngress, serve_grpc
 from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto import inference_pb2_grpc
 from hycluster.ingress.status import rich_status
 from hycluster.settings.ingress import Grpc
-from tests.ingress.stand_in import MODEL, StandInGenerator, open_door, until
+from tests.ingress.stand_in import MODEL, StandInGenerator, open_ingress, until
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -247,11 +247,11 @@ async def test_every_errors_status_has_its_details(
         assert came == rich_status(error, ask())
 
 
-async def test_a_client_for_threads_reads_the_same_details(door: GrpcDoor, stand_in: StandInGenerator) -> None:
+async def test_a_client_for_threads_reads_the_same_details(ingress: GrpcIngress, stand_in: StandInGenerator) -> None:
     stand_in.error = errors.ReplicaLost("the replica was lost", retry_after_s=1.5)
 
     def call() -> list[Any]:
-        with grpc.insecure_channel(f"127.0.0.1:{door.port}") as channel:
+        with grpc.insecure_channel(f"127.0.0.1:{ingress.port}") as channel:
             stub: Stub = inference_pb2_grpc.InferenceStub(channel)
             statuses = []
             for ask_ in (lambda: stub.Generate(ask()), lambda: list(stub.GenerateStream(ask()))):
@@ -291,7 +291,7 @@ async def test_the_unexpected_is_internal_and_logged_but_not_told(
     assert code is grpc.StatusCode.INTERNAL
     assert "secret" not in message
     (record,) = [
-        record for record in caplog.records if record.name == grpc_door.__name__ and "Generate" in record.message
+        record for record in caplog.records if record.name == grpc_ingress.__name__ and "Generate" in record.message
     ]
     assert record.levelno == logging.ERROR
     assert record.exc_info is not None
@@ -371,7 +371,7 @@ async def test_cancelling_closes_the_generator(stub: Stub, stand_in: StandInGene
 async def test_a_client_that_stops_reading_holds_the_generator_and_its_going_closes_it(
     stub: Stub, stand_in: StandInGenerator
 ) -> None:
-    # Enough words to fill every buffer on the way, so that the door stands in a write, not in the generator.
+    # Enough words to fill every buffer on the way, so that the ingress process stands in a write, not in the generator.
     sampling = pb.Sampling(max_tokens=1_000_000, n=128, logprobs=20)
     call = stub.GenerateStream(ask(sampling=sampling))
     await call.read()
@@ -383,8 +383,8 @@ async def test_a_client_that_stops_reading_holds_the_generator_and_its_going_clo
 
 async def test_a_client_that_does_not_read_for_too_long_is_cut_off(stand_in: StandInGenerator) -> None:
     async with (
-        open_door(stand_in, stalled_client_timeout_s=0.5) as door,
-        grpc.aio.insecure_channel(f"127.0.0.1:{door.port}") as channel,
+        open_ingress(stand_in, stalled_client_timeout_s=0.5) as ingress,
+        grpc.aio.insecure_channel(f"127.0.0.1:{ingress.port}") as channel,
     ):
         stub: Stub = inference_pb2_grpc.InferenceStub(channel)
         call = stub.GenerateStream(ask(sampling=pb.Sampling(max_tokens=1_000_000, n=128, logprobs=20)))
@@ -430,7 +430,10 @@ async def test_no_such_method(channel: Any) -> None:
 
 async def test_calls_over_the_bound_are_refused(stand_in: StandInGenerator) -> None:
     stand_in.pause_s = 0.05
-    async with open_door(stand_in, max_calls=2) as door, grpc.aio.insecure_channel(f"127.0.0.1:{door.port}") as channel:
+    async with (
+        open_ingress(stand_in, max_calls=2) as ingress,
+        grpc.aio.insecure_channel(f"127.0.0.1:{ingress.port}") as channel,
+    ):
         stub: Stub = inference_pb2_grpc.InferenceStub(channel)
         calls = [stub.GenerateStream(ask(sampling=pb.Sampling(max_tokens=10_000))) for _ in range(2)]
         for call in calls:
@@ -460,8 +463,8 @@ async def test_a_prompt_of_256k_tokens_as_text(stub: Stub, stand_in: StandInGene
 
 async def test_a_message_over_the_limit_is_refused(stand_in: StandInGenerator) -> None:
     async with (
-        open_door(stand_in, max_message_mib=1) as door,
-        grpc.aio.insecure_channel(f"127.0.0.1:{door.port}") as channel,
+        open_ingress(stand_in, max_message_mib=1) as ingress,
+        grpc.aio.insecure_channel(f"127.0.0.1:{ingress.port}") as channel,
     ):
         stub: Stub = inference_pb2_grpc.InferenceStub(channel)
         code, *_ = await failure(stub.Generate(ask(prompt="word " * 262_144)))
@@ -483,10 +486,10 @@ async def test_health_follows_the_generator(channel: grpc.aio.Channel, stand_in:
 
 async def test_health_is_true_from_the_first_call_on(stand_in: StandInGenerator) -> None:
     stand_in.is_ready = False
-    door = await serve_grpc(stand_in, Grpc(port=0), ready_poll_s=60)
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{door.port}") as channel:
+    ingress = await serve_grpc(stand_in, Grpc(port=0), ready_poll_s=60)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{ingress.port}") as channel:
         assert await status(channel) == NOT_SERVING
-    await door.stop(0)
+    await ingress.stop(0)
 
 
 async def test_a_generator_that_does_not_answer_is_not_ready(
@@ -496,13 +499,13 @@ async def test_a_generator_that_does_not_answer_is_not_ready(
         await asyncio.Event().wait()
         return True
 
-    monkeypatch.setattr(grpc_door, "READY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(grpc_ingress, "READY_TIMEOUT_S", 0.05)
     monkeypatch.setattr(stand_in, "ready", hang)
     await until_status(channel, NOT_SERVING)
 
 
 async def test_stop_lets_calls_finish_and_takes_no_new_ones(
-    stub: Stub, channel: grpc.aio.Channel, stand_in: StandInGenerator, door: GrpcDoor
+    stub: Stub, channel: grpc.aio.Channel, stand_in: StandInGenerator, ingress: GrpcIngress
 ) -> None:
     stand_in.pause_s = 0.05
     watch = Health(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
@@ -511,12 +514,12 @@ async def test_stop_lets_calls_finish_and_takes_no_new_ones(
     chunks = aiter(call)
     await anext(chunks)
     began = time.monotonic()
-    stopping = asyncio.create_task(door.stop(30))
+    stopping = asyncio.create_task(ingress.stop(30))
     assert (await watch.read()).status == NOT_SERVING
-    await until_closed(door.port)
+    await until_closed(ingress.port)
     # Over a connection of its own: on the old one a call may cross the server's good-bye, and ends as CANCELLED.
     apart = [("grpc.use_local_subchannel_pool", 1)]
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{door.port}", apart) as other:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{ingress.port}", apart) as other:
         code, *_ = await failure(inference_pb2_grpc.InferenceStub(other).Generate(ask()))
     assert code is grpc.StatusCode.UNAVAILABLE
     assert len([chunk async for chunk in chunks]) == 19
@@ -526,13 +529,13 @@ async def test_stop_lets_calls_finish_and_takes_no_new_ones(
 
 @pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
 async def test_calls_left_after_the_grace_end_as_unavailable(
-    stub: Stub, stand_in: StandInGenerator, door: GrpcDoor, method: str
+    stub: Stub, stand_in: StandInGenerator, ingress: GrpcIngress, method: str
 ) -> None:
     stand_in.pause_s = 0.05
     call = getattr(stub, method)(ask(sampling=pb.Sampling(max_tokens=10_000)))
     await stand_in.until_busy()
     began = time.monotonic()
-    await door.stop(0.2)
+    await ingress.stop(0.2)
     assert time.monotonic() - began < 2
     assert stand_in.running == 0
     code, message, _ = await failure(drained(call) if method == "GenerateStream" else call)
@@ -564,8 +567,8 @@ def call_by_reflection(port: int) -> tuple[set[str], dict[str, Any], list[dict[s
         return set(database.get_services()), as_dict[0], as_dict[1:]
 
 
-async def test_a_client_that_knows_only_reflection(door: GrpcDoor) -> None:
-    services, answer, chunks = await asyncio.to_thread(call_by_reflection, door.port)
+async def test_a_client_that_knows_only_reflection(ingress: GrpcIngress) -> None:
+    services, answer, chunks = await asyncio.to_thread(call_by_reflection, ingress.port)
     assert services == {SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
     assert answer["outputs"] == [{"text": "w0 w1 ", "token_ids": [0, 1], "finish_reason": "length"}]
     assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 2, "cached_tokens": 1}
@@ -589,7 +592,7 @@ async def test_a_host_that_is_not_here_is_a_settings_error(stand_in: StandInGene
         await serve_grpc(stand_in, Grpc(host="192.0.2.1", port=0))
 
 
-async def test_doors_share_a_port_only_when_asked_to(stand_in: StandInGenerator) -> None:
+async def test_ingress_processes_share_a_port_only_when_asked_to(stand_in: StandInGenerator) -> None:
     first = await serve_grpc(stand_in, Grpc(port=0), reuse_port=True)
     second = await serve_grpc(stand_in, Grpc(port=first.port), reuse_port=True)
     assert second.port == first.port

@@ -1,4 +1,4 @@
-"""One real cluster for all integration tests: Ray, vLLM, both doors, started once by the command itself."""
+"""One real cluster for all integration tests: Ray, vLLM, both ingresses, started once by the command itself."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ MAX_TOKENS = 24
 @pytest.fixture(scope="session")
 def hunyuan_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Hunyuan with all of the real one's parts, in Tencent's fused layout."""
-    return tiny.write(tmp_path_factory.mktemp("hunyuan") / "model", HUNYUAN_SHAPE, layout="fused")
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("hunyuan") / "model", HUNYUAN_SHAPE, layout="fused")
 
 
 @pytest.fixture(scope="session")
@@ -179,7 +179,7 @@ def served(
             stop(server.process)
 
     ends_early["served"] = end
-    cluster.connect(server.ray)
+    cluster.join_cluster(server.ray)
     return server
 
 

@@ -19,7 +19,7 @@ from tests.batch import stand_in
 
 @contextmanager
 def engines(job: Job, settings: Settings | None, address: str | None) -> Iterator[Connect]:
-    cluster.connect(address)
+    cluster.join_cluster(address)
     yield stand_in.stand_in()
 
 

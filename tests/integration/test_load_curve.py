@@ -78,7 +78,7 @@ async def test_the_pool_follows_its_load_and_no_request_fails(scaled: Served) ->
     run = await drive(scaled.http, scaled.grpc, MODEL, up_and_down(callers=10, hold_s=1), max_tokens=32)
     assert [answer.error for answer in run.failed] == []
     assert run.counts == [0, 1, 2, 1, 0]
-    assert {answer.door for answer in run.answers} == {"HTTP", "gRPC"}
+    assert {answer.ingress for answer in run.answers} == {"HTTP", "gRPC"}
     assert len(run.ttfts_s(1)) == sum(answer.phase == 1 for answer in run.answers) > 0
     # The one who woke it waited for a start, the others did not.
     assert run.answers[0].phase == 1

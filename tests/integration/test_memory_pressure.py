@@ -35,7 +35,7 @@ pytestmark = [
 GREEDY = "greedy"
 # The service has about half of it.
 HEADROOM_BYTES = 4 * GIB
-KEPT = ("ServeController", "Directory", ":door", ":batches", f":replica-{SIMULATED}")
+KEPT = ("ServeController", "Directory", ":ingress", ":batches", f":replica-{SIMULATED}")
 
 HOG = """
 import sys

@@ -1,4 +1,4 @@
-"""``hycluster summarize`` against the cluster: real engines, real tokenizers, the gRPC door."""
+"""``hycluster summarize`` against the cluster: real engines, real tokenizers, the gRPC ingress."""
 
 from __future__ import annotations
 

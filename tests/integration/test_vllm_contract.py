@@ -90,7 +90,7 @@ def test_routing_learns_of_padding_and_is_called_by_name() -> None:
     from vllm.model_executor.layers.fused_moe.router.custom_routing_router import CustomRoutingRouter
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from hycluster.models.routing import Router
+    from hycluster.models.routing import ExpertRouter
     from hycluster.settings.model import Routing
 
     assert "is_padding" in ForwardContext.__dataclass_fields__
@@ -103,7 +103,7 @@ def test_routing_learns_of_padding_and_is_called_by_name() -> None:
 
     assert "custom_routing_function" in inspect.signature(FusedMoEFactory).parameters
     logits = torch.randn(5, 4)
-    function = Router(4, 2, 0, Routing(expert_metrics=True))
+    function = ExpertRouter(4, 2, 0, Routing(expert_metrics=True))
     for router in (
         CPURouter(top_k=2, global_num_experts=4, custom_routing_function=function),
         CustomRoutingRouter(top_k=2, global_num_experts=4, custom_routing_function=function),
@@ -114,7 +114,7 @@ def test_routing_learns_of_padding_and_is_called_by_name() -> None:
 
 
 class TestCarriedRequests:
-    """``hycluster/engine/carried.py``."""
+    """``hycluster/engine/migrated.py``."""
 
     def test_a_request_takes_tokens_that_it_did_not_make(self) -> None:
         from vllm.v1.core.sched.output import NewRequestData
@@ -165,7 +165,7 @@ def test_ranks_are_those_that_vllm_takes() -> None:
     assert get_args(MaxLoRARanks) == RANKS
 
 
-def test_vllms_app_looks_adapters_up_where_the_door_puts_them() -> None:
+def test_vllms_app_looks_adapters_up_where_the_ingress_process_puts_them() -> None:
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
     assert "lora_requests" in set_on_self(OpenAIServingModels.__init__)
@@ -242,7 +242,7 @@ def test_what_tells_whether_an_engine_has_work() -> None:
     assert "self.is_scheduler_paused() or self.model_executor.is_sleeping" in inspect.getsource(EngineCore.is_sleeping)
 
 
-def test_vllms_app_is_made_as_the_door_makes_it() -> None:
+def test_vllms_app_is_made_as_the_ingress_process_makes_it() -> None:
     """``hycluster/ingress/http.py``: of what, with which arguments, and what it has then."""
     from vllm.entrypoints.generate.api_router import init_generate_state
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state

@@ -202,7 +202,8 @@ print("imported", hycluster.__file__)
 """
 # `hycluster k8s check` is for a platform's own machine, and has its packages from an extra, hycluster[k8s].
 OTHERS = ("hycluster.__main__", "hycluster.k8s.schema")
-# What a head, a door and an engine import besides. The first is what Ray's dashboard refuses to start without.
+# What a head, an ingress process and an engine import besides. The first is what Ray's dashboard refuses to start
+# without.
 PARTS = [
     "ray.dashboard.optional_deps", "ray.dashboard.modules.reporter.reporter_agent", "ray.scripts.scripts", "ray.data",
     "vllm.entrypoints.openai.api_server", "vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner",

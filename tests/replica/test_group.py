@@ -16,7 +16,7 @@ from hycluster import dedicated
 from hycluster.directory.directory import ReplicaReport, open_directory
 from hycluster.errors import SettingsError, why_not_started
 from hycluster.replica.placement import actor_options
-from hycluster.replica.rank import Patience
+from hycluster.replica.rank import DrainTimes
 from hycluster.replica.replica import Replica
 from hycluster.settings.load import DataPlane
 from hycluster.settings.model import Model
@@ -56,7 +56,7 @@ def start(directory: str) -> Iterator[Start]:
     def begin(data_plane: DataPlane = LOOPBACK) -> Any:
         group = dedicated._placement_group(MODEL)
         actor = ray.remote(Replica).options(**actor_options(MODEL), **dedicated._in_first_bundle(group))
-        started.append((actor.remote(MODEL, data_plane, directory, Patience(0.5, 0.5)), group))
+        started.append((actor.remote(MODEL, data_plane, directory, DrainTimes(0.5, 0.5)), group))
         return started[-1][0]
 
     yield begin

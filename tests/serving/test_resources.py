@@ -5,6 +5,7 @@ import ray
 
 from hycluster.errors import SettingsError
 from hycluster.serving import resources
+from hycluster.settings.ingress import Ingress
 from hycluster.settings.model import Model
 from hycluster.settings.parallel import Parallel
 from hycluster.settings.settings import Settings
@@ -65,24 +66,27 @@ def test_no_gpus_at_all(there: dict[str, float]) -> None:
         resources.check_resources((model(accelerator="H20"),))
 
 
-def test_doors_need_nodes_that_have_what_they_reserve(there: dict[str, float]) -> None:
-    settings = Settings(models=(model(),), doors=2, door_resources={"door": 0.5})
-    with pytest.raises(SettingsError, match=r"door_resources: door: all doors together ask for 1; this .* has 0$"):
-        resources.check_doors(settings)
-    there["door"] = 1.0
-    resources.check_doors(settings)
+def test_ingress_processes_need_nodes_that_have_what_they_reserve(there: dict[str, float]) -> None:
+    settings = Settings(models=(model(),), ingress=Ingress(replicas=2, resources={"ingress": 0.5}))
+    with pytest.raises(
+        SettingsError,
+        match=r"ingress.resources: ingress process: all ingress processes together ask for 1; this .* has 0$",
+    ):
+        resources.check_ingress(settings)
+    there["ingress"] = 1.0
+    resources.check_ingress(settings)
 
 
 @pytest.mark.parametrize(("nodes", "waits"), [(1, True), (2, False)])
-def test_doors_that_wait_for_a_node_are_told_of(
+def test_ingress_processes_that_wait_for_a_node_are_told_of(
     there: dict[str, float],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     nodes: int,
     waits: bool,
 ) -> None:
-    there["door"] = float(nodes)
-    monkeypatch.setattr(resources, "door_nodes", lambda settings: nodes)
-    settings = Settings(models=(model(),), doors=2, door_resources={"door": 0.5}, doors_per_node=1)
-    resources.check_doors(settings)
-    assert ("1 of 2 doors wait for a node" in caplog.text) == waits
+    there["ingress"] = float(nodes)
+    monkeypatch.setattr(resources, "ingress_nodes", lambda settings: nodes)
+    settings = Settings(models=(model(),), ingress=Ingress(replicas=2, resources={"ingress": 0.5}, replicas_per_node=1))
+    resources.check_ingress(settings)
+    assert ("1 of 2 ingress processes wait for a node" in caplog.text) == waits

@@ -23,7 +23,7 @@ from hycluster.batch.input.row_groups import Rows, decode, patiently
 from hycluster.batch.refusal import ColumnRefused, Reason, Refusal
 from hycluster.errors import JobFailed, SettingsError
 from hycluster.retries import RetryingCaller
-from hycluster.storage import Folder, one_line
+from hycluster.storage import Folder, masked_line
 
 ROW_ID = "row_id"
 # Tells the shards in a block apart; never written out.
@@ -92,7 +92,7 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ShardPlan:
     """All files of the input, in order, and how they are cut.
 
     Attributes:
@@ -166,7 +166,7 @@ class Plan:
         return max(1, min(self.shard_rows, SHARD_BYTES // max(1, row_bytes)))
 
 
-def plan(place: Folder, *, shard_rows: int, check: Callable[[pa.Schema, str], None]) -> Plan:
+def plan_shards(place: Folder, *, shard_rows: int, check: Callable[[pa.Schema, str], None]) -> ShardPlan:
     """Look at the input: list it, read all footers, check all schemas. No row is read.
 
     Args:
@@ -187,7 +187,7 @@ def plan(place: Folder, *, shard_rows: int, check: Callable[[pa.Schema, str], No
     faults = [file.fault for file in files if file.fault]
     if len(faults) == len(files):
         raise SettingsError(faults[0].error_message)
-    return Plan(listing.folder, listing.pattern, files, shard_rows)
+    return ShardPlan(listing.folder, listing.pattern, files, shard_rows)
 
 
 class Span:
@@ -244,7 +244,7 @@ def spans(shards: Iterable[Shard], span_bytes: int = SPAN_BYTES) -> Iterator[Spa
         yield span
 
 
-def read(folder: Folder, shards: Iterable[Shard]) -> Iterator[pa.Table]:
+def read_shards(folder: Folder, shards: Iterable[Shard]) -> Iterator[pa.Table]:
     """One table a shard: the input columns, ``row_id`` and the shard's number.
 
     Where rows are refused already there is a column ``REFUSAL`` too. Rows that can't be decoded have null in all
@@ -260,7 +260,7 @@ def read(folder: Folder, shards: Iterable[Shard]) -> Iterator[pa.Table]:
         try:
             yield from _read_file(folder, file, list(of_file))
         except (OSError, pa.ArrowException) as error:
-            raise JobFailed(f"input: {file.path}: can't be read: {one_line(error)}") from None
+            raise JobFailed(f"input: {file.path}: can't be read: {masked_line(error)}") from None
 
 
 def _read_file(folder: Folder, file: File, shards: list[Shard]) -> Iterator[pa.Table]:
@@ -320,7 +320,7 @@ def _inspect(listing: Listing, check: Callable[[pa.Schema, str], None], path: st
     try:
         size, schema, metadata = patiently(partial(_footer, listing.folder, path), FOOTER_PATIENCE)
     except (OSError, pa.ArrowException) as error:
-        message = f"input: {path}: is not a readable Parquet file: {one_line(error)}"
+        message = f"input: {path}: is not a readable Parquet file: {masked_line(error)}"
         # One row, which stands for however many there are.
         return File(path, listing.sizes[path], (1,), 0, "", Refusal(Reason.UNREADABLE_FILE.value, message))
     for column in schema.names:

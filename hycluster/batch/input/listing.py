@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import pyarrow.fs as pafs
 
 from hycluster.errors import SettingsError
-from hycluster.storage import Folder, one_line
+from hycluster.storage import Folder, masked_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ def list_files(place: Folder) -> Listing:
     try:
         return _list(place)
     except OSError as error:
-        raise SettingsError(f"input.path: {place.masked!r} can't be read: {one_line(error)}") from None
+        raise SettingsError(f"input.path: {place.masked!r} can't be read: {masked_line(error)}") from None
 
 
 def _list(place: Folder) -> Listing:

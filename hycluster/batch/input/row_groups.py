@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from hycluster.batch.refusal import Reason, Refusal
 from hycluster.retries import RetryingCaller
-from hycluster.storage import one_line
+from hycluster.storage import masked_line
 
 READ_ROWS = 8192
 # A store that does not give bytes is asked for them for some 16 s. The jitter is for all the readers of a job.
@@ -76,7 +76,7 @@ def _row_group(handle: pa.NativeFile, parquet: pq.ParquetFile, group: int) -> It
                 position += batch.num_rows
         except (OSError, pa.ArrowException) as error:
             _read_raw(handle, parquet, group)
-            why = one_line(error)
+            why = masked_line(error)
         if given >= rows:
             return
         failed = failed + 1 if given == before else 1

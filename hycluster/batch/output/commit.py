@@ -33,12 +33,12 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from hycluster.batch.input.corpus import Plan
-from hycluster.batch.output.identity import Identity, differences
+from hycluster.batch.input.corpus import ShardPlan
+from hycluster.batch.output.identity import Identity, identity_differences
 from hycluster.batch.output.record import DAMAGE, ShardRecord, Written
 from hycluster.batch.output.shard_set import PartNames, ShardSet
 from hycluster.errors import JobFailed, SettingsError
-from hycluster.storage import Folder, leftover_of, one_line
+from hycluster.storage import Folder, leftover_of, masked_line
 
 # What is made from the records, beside _job.json, which says whose they are.
 DERIVED = ("_SUCCESS", "_manifest.json", "report.html", "report.json", "_progress.json")
@@ -46,7 +46,7 @@ _ATTEMPT = re.compile(r"part-\d{8}-[0-9a-f]{12}\.parquet")
 _RECORD = re.compile(r"\d{8}-[0-9a-f]{12}\.json")
 
 
-class Output:
+class OutputFolder:
     """The output folder of one job. Small and picklable: every process that commits has one.
 
     Raises:
@@ -73,7 +73,7 @@ class Output:
         theirs = self._owner()
         if theirs is None:
             return False
-        found = list(differences(theirs, mine))
+        found = list(identity_differences(theirs, mine))
         if found:
             raise SettingsError(
                 f"output.path: {self.folder.masked!r} holds the output of another job or input; give another folder "
@@ -84,7 +84,7 @@ class Output:
     def foreign(self, mine: Identity) -> bool:
         """Whether the folder is the output of another job or input."""
         theirs = self._owner()
-        return theirs is not None and any(differences(theirs, mine))
+        return theirs is not None and any(identity_differences(theirs, mine))
 
     def clear(self, mine: Identity) -> None:
         """Delete what another job has written here, and nothing else; then the folder is this job's.
@@ -198,7 +198,7 @@ class Output:
             self.folder.delete([_join(folder, name) for name in found if self._is_orphan(folder, name, counted)])
         self.folder.write("_SUCCESS", b"")
 
-    def is_input(self, plan: Plan) -> bool:
+    def is_input(self, plan: ShardPlan) -> bool:
         """Whether the parts written here would become rows of that input."""
         return plan.takes(self.folder, "part-.parquet")
 
@@ -211,7 +211,7 @@ class Output:
             if theirs is None:
                 self._refuse_foreign()
         except (OSError, json.JSONDecodeError) as error:
-            raise SettingsError(f"output.path: {self.folder.masked!r} can't be used: {one_line(error)}") from None
+            raise SettingsError(f"output.path: {self.folder.masked!r} can't be used: {masked_line(error)}") from None
         return theirs
 
     def _is_orphan(self, folder: str, name: str, counted: PartNames | None) -> bool:
@@ -229,12 +229,12 @@ class Output:
         except DAMAGE as error:
             # Not taken for absent: nothing here leaves such a file, so nobody knows what else is wrong.
             raise JobFailed(
-                f"output.path: {self.folder.masked!r}: {name} is damaged ({one_line(error)}); delete it and run the "
+                f"output.path: {self.folder.masked!r}: {name} is damaged ({masked_line(error)}); delete it and run the "
                 "same command again: its shard is generated anew"
             ) from None
 
     def _not_writable(self, error: OSError) -> SettingsError:
-        return SettingsError(f"output.path: {self.folder.masked!r} can't be written: {one_line(error)}")
+        return SettingsError(f"output.path: {self.folder.masked!r} can't be written: {masked_line(error)}")
 
     def _write(self, relative: str, table: pa.Table) -> Written | None:
         if not table.num_rows:

@@ -21,14 +21,22 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hycluster.batch.input.corpus import REFUSAL_COLUMNS, RESULT_COLUMNS, Plan, Shard, plan, read, spans
-from hycluster.batch.output.commit import Output
-from hycluster.batch.output.compare import MOST_ROWS, differences, miscounted
+from hycluster.batch.input.corpus import (
+    REFUSAL_COLUMNS,
+    RESULT_COLUMNS,
+    Shard,
+    ShardPlan,
+    plan_shards,
+    read_shards,
+    spans,
+)
+from hycluster.batch.output.commit import OutputFolder
+from hycluster.batch.output.compare import MOST_ROWS, miscounted, row_differences
 from hycluster.batch.output.manifest import read_manifest
 from hycluster.batch.output.record import DAMAGE, ShardRecord, Totals, Written
 from hycluster.batch.output.shard_set import PartNames
 from hycluster.errors import HyclusterError, SettingsError
-from hycluster.storage import Folder, one_line
+from hycluster.storage import Folder, masked_line
 
 # Faults that are told one by one; the rest is counted.
 MOST_FAULTS = 20
@@ -71,7 +79,7 @@ class Verdict:
         return [*self.faults, *([f"and {more} more"] if more else [])]
 
 
-def verify(folder: Folder, input_folder: Folder) -> Verdict:
+def verify_output(folder: Folder, input_folder: Folder) -> Verdict:
     """Compare a finished output with its input.
 
     Raises:
@@ -84,7 +92,7 @@ class _Verification:
     def __init__(self, folder: Folder, input_folder: Folder) -> None:
         self._folder = folder
         self._input_folder = input_folder
-        self._output = Output(folder)
+        self._output = OutputFolder(folder)
         self._verdict = Verdict()
         self._say = self._verdict.fault
 
@@ -109,19 +117,19 @@ class _Verification:
         except FileNotFoundError:
             self._say("_manifest.json: is missing")
         except OSError as error:
-            self._say(f"_manifest.json: can't be read: {one_line(error)}")
+            self._say(f"_manifest.json: can't be read: {masked_line(error)}")
         except HyclusterError as error:
             self._say(error.message)
         return self._verdict
 
-    def _plan(self, identity: dict[str, Any]) -> Plan | None:
+    def _plan(self, identity: dict[str, Any]) -> ShardPlan | None:
         """The plan made anew, None if it is not the one that the job had."""
         try:
             shard_rows, told = int(identity["job"]["shard_rows"]), dict(identity["input"])
         except DAMAGE as error:
-            self._say(f"_job.json: can't be understood: {type(error).__name__}: {one_line(error)}")
+            self._say(f"_job.json: can't be understood: {type(error).__name__}: {masked_line(error)}")
             return None
-        corpus = plan(self._input_folder, shard_rows=shard_rows, check=lambda schema, where: None)
+        corpus = plan_shards(self._input_folder, shard_rows=shard_rows, check=lambda schema, where: None)
         found = {"files": len(corpus.files), "rows": corpus.rows, "digest": corpus.digest()}
         for key, value in found.items():
             if told.get(key) != value:
@@ -131,7 +139,7 @@ class _Verification:
         return corpus
 
     def _read_back(
-        self, corpus: Plan, head: dict[str, Any], identity: dict[str, Any], records: Iterator[ShardRecord]
+        self, corpus: ShardPlan, head: dict[str, Any], identity: dict[str, Any], records: Iterator[ShardRecord]
     ) -> None:
         for key in ("job", "input"):
             if head.get(key) != identity.get(key):
@@ -141,7 +149,7 @@ class _Verification:
             in_order = _InOrder(records, self._say)
             for span in spans(corpus.shards()):
                 pairs = [(shard, in_order.take(shard.number)) for shard in span]
-                tables = read(corpus.folder, span)
+                tables = read_shards(corpus.folder, span)
                 for (shard, record), (read_bytes, faults) in zip(
                     pairs, readers.map(self._check, pairs, tables), strict=True
                 ):
@@ -180,7 +188,7 @@ class _Verification:
         try:
             kept = self._output.record(shard.number)
         except (OSError, HyclusterError) as error:
-            faults.append(f"its record in _shards can't be read: {one_line(error)}")
+            faults.append(f"its record in _shards can't be read: {masked_line(error)}")
         else:
             if kept is None:
                 faults.append("has no record in _shards")
@@ -203,7 +211,7 @@ class _Verification:
             part = self._read(written, faults)
             if part is None:
                 continue
-            faults.extend(f"{written.path}: {fault}" for fault in differences(part, columns, table, seen))
+            faults.extend(f"{written.path}: {fault}" for fault in row_differences(part, columns, table, seen))
             if columns is RESULT_COLUMNS:
                 faults.extend(f"{written.path}: {fault}" for fault in miscounted(part, record))
         wrong = {"missing": [r for r in range(shard.rows) if not seen[r]], "doubled": [r for r in seen if seen[r] > 1]}
@@ -223,7 +231,7 @@ class _Verification:
             faults.append(f"{written.path}: is missing")
             return None
         except OSError as error:
-            faults.append(f"{written.path}: can't be read: {one_line(error)}")
+            faults.append(f"{written.path}: can't be read: {masked_line(error)}")
             return None
         if len(data) != written.bytes:
             faults.append(f"{written.path}: has {len(data)} bytes; the manifest says {written.bytes}")
@@ -232,7 +240,7 @@ class _Verification:
         try:
             part = pq.read_table(pa.BufferReader(data))
         except (OSError, pa.ArrowException) as error:
-            faults.append(f"{written.path}: is not a readable Parquet file: {one_line(error)}")
+            faults.append(f"{written.path}: is not a readable Parquet file: {masked_line(error)}")
             return None
         if part.num_rows != written.rows:
             faults.append(f"{written.path}: has {part.num_rows} rows; the manifest says {written.rows}")

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from hycluster.batch.output.commit import Output
+from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.record import ShardRecord, Totals, Written
-from hycluster.batch.progress.page import render
+from hycluster.batch.progress.page import render_page
 from hycluster.errors import SettingsError
 from hycluster.storage import Folder
 
@@ -78,10 +78,10 @@ def write_report(folder: Folder) -> dict[str, Any]:
         raise SettingsError(f"OUTPUT: {folder.masked!r} holds no output of a job (there is no _job.json)")
     # The path without what a URI may carry along, such as keys.
     found = {"version": 1, "output": folder.root, "job": job["job"], "input": job["input"]}
-    output = Output(folder)
+    output = OutputFolder(folder)
     found |= figures(folder, output.records())
     output.folder.replace(REPORT_JSON, json.dumps(found, indent=1).encode())
-    output.folder.replace(REPORT_HTML, render(found).encode())
+    output.folder.replace(REPORT_HTML, render_page(found).encode())
     return found
 
 

@@ -14,7 +14,7 @@ from hycluster.batch.progress.terminal import duration
 WIDTH, HEIGHT = 720, 160
 
 
-def render(figures: dict[str, Any]) -> str:
+def render_page(figures: dict[str, Any]) -> str:
     """The page, from what ``report.json`` holds."""
     environment = Environment(
         loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined, trim_blocks=True

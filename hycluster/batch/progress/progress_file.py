@@ -12,8 +12,8 @@ import time
 from dataclasses import asdict, dataclass
 
 from hycluster.batch.output.record import Totals
-from hycluster.batch.progress.terminal import Progress
-from hycluster.storage import Folder, WritableFolder, one_line
+from hycluster.batch.progress.terminal import RunProgress
+from hycluster.storage import Folder, WritableFolder, masked_line
 
 PROGRESS = "_progress.json"
 TELL_EVERY_S = 5.0
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Word:
+class ProgressEntry:
     """One word of a run.
 
     Attributes:
@@ -34,7 +34,7 @@ class Word:
 
     told_at: float
     earlier_rows: int
-    progress: Progress
+    progress: RunProgress
 
 
 class Teller:
@@ -51,31 +51,31 @@ class Teller:
         self._earlier_rows = earlier_rows
         self._told_s = float("-inf")
 
-    def tell(self, progress: Progress) -> None:
+    def tell(self, progress: RunProgress) -> None:
         """Write it down, if the last time is long enough ago. A store that does not take it is none of the job's."""
         if time.monotonic() - self._told_s < TELL_EVERY_S:
             return
         self._told_s = time.monotonic()
-        word = {"edition": self._edition, **asdict(Word(time.time(), self._earlier_rows, progress))}
+        word = {"edition": self._edition, **asdict(ProgressEntry(time.time(), self._earlier_rows, progress))}
         try:
             self._output.replace(PROGRESS, json.dumps(word).encode())
         except OSError as error:
-            log.debug("%s: can't be written: %s", PROGRESS, one_line(error))
+            log.debug("%s: can't be written: %s", PROGRESS, masked_line(error))
 
     def end(self) -> None:
         """The run is over and needs nobody to know how far it is."""
         self._output.delete([PROGRESS])
 
 
-def last_word(output: Folder, edition: str) -> Word | None:
+def last_word(output: Folder, edition: str) -> ProgressEntry | None:
     """What the job said last; None if it said nothing that can be understood."""
     try:
         data = output.read_json(PROGRESS)
         if data is None or data["edition"] != edition:
             return None
         said = data["progress"]
-        progress = Progress(Totals(**said["done"]), said["in_flight"], said["retries"], dict(said["reasons"]))
-        return Word(float(data["told_at"]), int(data["earlier_rows"]), progress)
+        progress = RunProgress(Totals(**said["done"]), said["in_flight"], said["retries"], dict(said["reasons"]))
+        return ProgressEntry(float(data["told_at"]), int(data["earlier_rows"]), progress)
     except (OSError, ValueError, KeyError, TypeError):
         # Half written, or by another version: the records are what counts.
         return None

@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from hycluster.batch.output.commit import Output
+from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.record import ShardRecord, Totals
 from hycluster.batch.output.shard_set import ShardSet
-from hycluster.batch.progress.progress_file import SILENT_S, Word, last_word
-from hycluster.batch.progress.terminal import LINE_EVERY_S, Progress, duration
+from hycluster.batch.progress.progress_file import SILENT_S, ProgressEntry, last_word
+from hycluster.batch.progress.terminal import LINE_EVERY_S, RunProgress, duration
 from hycluster.errors import SettingsError
-from hycluster.storage import Folder, one_line
+from hycluster.storage import Folder, masked_line
 
 # The shards that rates are taken from: the last so many, as far as they were committed within so long.
 RECENT_SHARDS = 64
@@ -60,7 +60,7 @@ class Status:
     tokens_per_s: float | None
     eta_s: float | None
     committed_at: float | None
-    word: Word | None = None
+    word: ProgressEntry | None = None
 
     @property
     def rows_through(self) -> int:
@@ -89,7 +89,7 @@ class Status:
         ]
 
     def _said(self) -> list[tuple[str, str]]:
-        progress = self.word.progress if self.word else Progress()
+        progress = self.word.progress if self.word else RunProgress()
         return [
             ("of these committed", str(self.done.rows)),
             ("in flight", str(progress.in_flight)),
@@ -97,7 +97,7 @@ class Status:
         ]
 
     def _quarantined(self) -> str:
-        progress = self.word.progress if self.word else Progress()
+        progress = self.word.progress if self.word else RunProgress()
         rows = max(self.done.quarantined, progress.done.quarantined)
         reasons = " ".join(f"{name} {count}" for name, count in sorted(progress.reasons.items()))
         return f"{rows} (this run: {reasons})" if reasons else str(rows)
@@ -182,14 +182,14 @@ class Watcher:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SettingsError(
-                f"OUTPUT: {self._folder.masked!r}: _job.json can't be read: {one_line(error)}"
+                f"OUTPUT: {self._folder.masked!r}: _job.json can't be read: {masked_line(error)}"
             ) from None
         return job
 
     def _forget(self, edition: str) -> None:
         self._edition = edition
         # Anew, because it keeps to the edition that it saw first.
-        self._output = Output(self._folder)
+        self._output = OutputFolder(self._folder)
         self._seen = ShardSet()
         self._done = Totals()
         self._recent: list[_Recent] = []
@@ -220,7 +220,7 @@ def recent_rates(recent: list[_Recent]) -> tuple[float, float] | None:
     return sum(s.rows for s in counted) / seconds, sum(s.completion_tokens for s in counted) / seconds
 
 
-def show(folder: Folder, *, follow: bool, as_json: bool, console: Console | None = None) -> None:
+def show_status(folder: Folder, *, follow: bool, as_json: bool, console: Console | None = None) -> None:
     """Print one look at a job, or look until it has finished: a table on a terminal, lines elsewhere.
 
     Raises:

@@ -22,7 +22,7 @@ BAR_EVERY_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class RunProgress:
     """What one run of a job has done so far, committed or not; what processes say of themselves adds up.
 
     Attributes:
@@ -37,8 +37,8 @@ class Progress:
     retries: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
 
-    def __add__(self, other: Progress) -> Progress:
-        return Progress(
+    def __add__(self, other: RunProgress) -> RunProgress:
+        return RunProgress(
             self.done + other.done,
             self.in_flight + other.in_flight,
             self.retries + other.retries,
@@ -50,13 +50,13 @@ class JobProgress:
     """Run as a Ray actor: what each generate process has done so far, by its own last word."""
 
     def __init__(self) -> None:
-        self._said: dict[str, Progress] = {}
+        self._said: dict[str, RunProgress] = {}
 
-    def report(self, process: str, progress: Progress) -> None:
+    def report(self, process: str, progress: RunProgress) -> None:
         self._said[process] = progress
 
-    def total(self) -> Progress:
-        return sum(self._said.values(), Progress())
+    def total(self) -> RunProgress:
+        return sum(self._said.values(), RunProgress())
 
 
 class Reporter:
@@ -68,7 +68,7 @@ class Reporter:
         poll: what this run has done so far; called about twice a second.
     """
 
-    def __init__(self, name: str, rows: int, earlier: int, poll: Callable[[], Progress], console: Console) -> None:
+    def __init__(self, name: str, rows: int, earlier: int, poll: Callable[[], RunProgress], console: Console) -> None:
         self._name = name
         self._rows = rows
         self._earlier = earlier
@@ -125,7 +125,7 @@ class Reporter:
         return rows, f"{rates}{quarantined}{retries}"
 
 
-def summarize(console: Console, title: str, all_time: Totals, this_run: Totals, seconds: float) -> None:
+def print_totals(console: Console, title: str, all_time: Totals, this_run: Totals, seconds: float) -> None:
     """Print the final table. Rates are of this run; counts are of the whole output."""
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column()

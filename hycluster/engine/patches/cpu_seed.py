@@ -6,7 +6,7 @@ forward for each token so far, as vLLM's sampler on CPU draws one number a token
 Why: a step that ends before the end of the prompt samples a token all the same, and throws it away. vLLM then turns the
 generator back by an offset; torch's generators on CPU have none and raise, which ends the engine and every request on
 it.
-Upstream: none filed against vLLM's CPU backend. Backends that sample with CPU generators have mended it for themselves
+Upstream: none filed against vLLM's CPU backend. Backends that sample with CPU generators have patched it for themselves
 (RBLN-SW/vllm-rbln#1025, qualcomm/vllm-qaic#92).
 Version: vLLM 0.32.0. Applied by the engine in each of its workers. Watched by
 ``tests/engine/patches/test_cpu_seed.py``.

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from hycluster.batch.output.commit import Output
+from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.record import Totals
 from hycluster.batch.progress.progress_file import Teller
-from hycluster.batch.progress.status import Status, Watcher, _Recent, recent_rates, show
-from hycluster.batch.progress.terminal import Progress
+from hycluster.batch.progress.status import Status, Watcher, _Recent, recent_rates, show_status
+from hycluster.batch.progress.terminal import RunProgress
 from hycluster.errors import SettingsError
 from tests.batch.committed import commit_all
 from tests.batch.conftest import MakeJob, write_texts
@@ -40,13 +40,13 @@ def test_a_job_on_its_way(make_job: MakeJob, corpus: Path, monkeypatch: pytest.M
     assert "shards 3/8, rows 6/14, quarantined 1" in status.line()
 
     read: list[int] = []
-    whole = Output.record
+    whole = OutputFolder.record
 
-    def counted(self: Output, shard: int) -> object:
+    def counted(self: OutputFolder, shard: int) -> object:
         read.append(shard)
         return whole(self, shard)
 
-    monkeypatch.setattr(Output, "record", counted)
+    monkeypatch.setattr(OutputFolder, "record", counted)
     commit_all(job, first=4, finish=False)
     read.clear()
     assert watcher.look().shards_done == 4
@@ -59,11 +59,11 @@ def test_a_job_on_its_way(make_job: MakeJob, corpus: Path, monkeypatch: pytest.M
 
 def test_what_the_job_said_last(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     out = commit_all(make_job(), first=2, finish=False)
-    edition = Output(at(out)).edition()
-    progress = Progress(Totals(5, 1, 0, 0), 3, 2, {"Poison": 1})
+    edition = OutputFolder(at(out)).edition()
+    progress = RunProgress(Totals(5, 1, 0, 0), 3, 2, {"Poison": 1})
     teller = Teller(at(out), edition, earlier_rows=4)
     teller.tell(progress)
-    teller.tell(Progress())
+    teller.tell(RunProgress())
     status = Watcher(at(out)).look()
     assert status.word is not None
     assert status.word.progress == progress, "a word within seconds of the last is not written"
@@ -88,7 +88,7 @@ def test_what_the_job_said_last(make_job: MakeJob, monkeypatch: pytest.MonkeyPat
 def test_a_store_that_takes_no_word_does_not_end_the_job(make_job: MakeJob) -> None:
     out = commit_all(make_job(), first=1, finish=False)
     shutil.rmtree(out)
-    Teller(at(out), "e", 0).tell(Progress())
+    Teller(at(out), "e", 0).tell(RunProgress())
     assert not out.exists()
 
 
@@ -113,7 +113,7 @@ def test_rates_are_those_of_the_last_commits() -> None:
 
 def shown(out: Path, *, terminal: bool = False, follow: bool = False, as_json: bool = False) -> str:
     text = io.StringIO()
-    show(at(out), follow=follow, as_json=as_json, console=Console(file=text, force_terminal=terminal, width=300))
+    show_status(at(out), follow=follow, as_json=as_json, console=Console(file=text, force_terminal=terminal, width=300))
     return text.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""What callers of both doors rely on, on the real engine."""
+"""What callers of both ingresses rely on, on the real engine."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def client(served: Served) -> openai.OpenAI:
 
 
 class TestOpenAI:
-    """The official client against the HTTP door."""
+    """The official client against the HTTP ingress."""
 
     def test_models_of_all_pools(self, client: openai.OpenAI) -> None:
         assert {model.id for model in client.models.list()} == ALL_MODELS

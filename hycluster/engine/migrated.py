@@ -24,10 +24,10 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.request import Request
 
-from hycluster.engine.protocol import CARRIED
+from hycluster.engine.protocol import MIGRATED
 
 
-def carry(request: EngineCoreRequest, engine_id: str, tokens: Sequence[int]) -> EngineCoreRequest:
+def migrate(request: EngineCoreRequest, engine_id: str, tokens: Sequence[int]) -> EngineCoreRequest:
     """The request as another replica is to get it.
 
     Args:
@@ -35,19 +35,19 @@ def carry(request: EngineCoreRequest, engine_id: str, tokens: Sequence[int]) -> 
         engine_id: its id from now on.
         tokens: all of its output so far.
     """
-    carried = copy.copy(request)
-    carried.request_id = engine_id
-    if carried.sampling_params is not None and tokens:
-        params = carried.sampling_params = carried.sampling_params.clone()
-        params.extra_args = {**(params.extra_args or {}), CARRIED: list(tokens)}
+    migrated = copy.copy(request)
+    migrated.request_id = engine_id
+    if migrated.sampling_params is not None and tokens:
+        params = migrated.sampling_params = migrated.sampling_params.clone()
+        params.extra_args = {**(params.extra_args or {}), MIGRATED: list(tokens)}
         # Told with the first output, which the caller has.
         params.prompt_logprobs = None
-    return carried
+    return migrated
 
 
 def tokens_of(params: SamplingParams | None) -> list[int]:
     """The tokens that a request brought along."""
-    return list((params.extra_args or {}).get(CARRIED, ())) if params is not None else []
+    return list((params.extra_args or {}).get(MIGRATED, ())) if params is not None else []
 
 
 def take_over(request: Request) -> None:

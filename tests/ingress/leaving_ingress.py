@@ -1,4 +1,5 @@
-"""Both doors in a process of their own, over the stand-in, on given ports: opens, and leaves as ``Door`` does."""
+"""Both ingresses in a process of their own, over the stand-in, on given ports: opens, and leaves as ``IngressProcess``
+does."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ async def answer(scope: Any, receive: Any, send: Any) -> None:
 
 
 async def main(http: int, grpc: int) -> None:
-    door = await serve_grpc(StandInGenerator(), Grpc(port=grpc), reuse_port=True)
+    ingress = await serve_grpc(StandInGenerator(), Grpc(port=grpc), reuse_port=True)
     server = uvicorn.Server(uvicorn.Config(answer, log_config=None, access_log=False, lifespan="off"))
     serving = asyncio.create_task(
         server.serve(sockets=[bind("127.0.0.1", http, "http.port", reuse_port=True)]),
@@ -32,7 +33,7 @@ async def main(http: int, grpc: int) -> None:
     turn_away(http, grpc)
     await let_in((http, grpc), TURNED_AWAY_AFTER_S)
     server.should_exit = True
-    await asyncio.gather(serving, door.stop(20), let_in((http, grpc), TURNED_AWAY_AFTER_S))
+    await asyncio.gather(serving, ingress.stop(20), let_in((http, grpc), TURNED_AWAY_AFTER_S))
 
 
 if __name__ == "__main__":

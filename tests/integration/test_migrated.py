@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hycluster.adapters import Word
+from hycluster.adapters import AdapterEntry
 from hycluster.directory.directory import Directory, ReplicaReport
 from hycluster.replica.wire import EngineServer
 from hycluster.settings.load import Admission, DataPlane, Router
@@ -96,7 +96,9 @@ async def gateway_to(replica: Replica, model: Model) -> AsyncIterator[Gateway]:
 
     directory = Directory()
 
-    async def sync(name: str, gateway_id: str, outstanding: dict[str, int], adapters: dict[str, Word], _: Any) -> Any:
+    async def sync(
+        name: str, gateway_id: str, outstanding: dict[str, int], adapters: dict[str, AdapterEntry], _: Any
+    ) -> Any:
         directory.report(model, replica.report)
         return directory.sync(name, gateway_id, outstanding, adapters)
 
