@@ -11,8 +11,10 @@ import fcntl
 import functools
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
@@ -94,14 +96,21 @@ def _imports_vllm(room: str) -> bool:
 
 @contextlib.contextmanager
 def place(alone: bool) -> Iterator[None]:
-    """A test's place on the machine, among all workers of all runs of this user: beside others, or alone."""
-    folder = Path(tempfile.gettempdir())
-    with (
-        (folder / f"hycluster-tests-{os.getuid()}.turn").open("w") as turn,
-        (folder / f"hycluster-tests-{os.getuid()}.place").open("w") as kept,
-    ):
-        # Who waits to be alone has the turn, so that nobody new comes in before.
-        fcntl.flock(turn, fcntl.LOCK_EX)
-        fcntl.flock(kept, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-        fcntl.flock(turn, fcntl.LOCK_UN)
+    """A test's place on the machine, among all workers of all runs of this user: beside others, or alone.
+
+    Who is to be alone comes last of all, so it holds up nobody: it waits for a moment in which no other test runs.
+    """
+    with Path(tempfile.gettempdir(), f"hycluster-tests-{os.getuid()}.place").open("w") as kept:
+        while alone and not _locked(kept, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            time.sleep(0.1)
+        if not alone:
+            fcntl.flock(kept, fcntl.LOCK_SH)
         yield
+
+
+def _locked(file: IO[str], how: int) -> bool:
+    try:
+        fcntl.flock(file, how)
+    except BlockingIOError:
+        return False
+    return True

@@ -45,30 +45,30 @@ def _own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_own_places")
-def test_who_is_alone_waits_for_the_others_and_nobody_comes_in_meanwhile() -> None:
+def test_who_is_alone_waits_for_the_others_and_they_for_it() -> None:
     said: list[str] = []
-    waits, comes = threading.Event(), threading.Event()
+    there, goes = threading.Event(), threading.Event()
 
     def alone() -> None:
-        waits.set()
         with lanes.place(alone=True):
             said.append("alone")
-            comes.wait(5)
+            there.set()
+            goes.wait(5)
             said.append("alone no more")
 
     def beside() -> None:
         with lanes.place(alone=False):
             said.append("beside")
 
+    first, second = threading.Thread(target=alone), threading.Thread(target=beside)
     with lanes.place(alone=False), lanes.place(alone=False):
-        first = threading.Thread(target=alone)
         first.start()
-        waits.wait(5)
-        first.join(0.2)
+        first.join(0.3)
         assert said == []
-        second = threading.Thread(target=beside)
-        second.start()
-    comes.set()
+    assert there.wait(5)
+    second.start()
+    second.join(0.3)
+    goes.set()
     first.join(5)
     second.join(5)
     assert said == ["alone", "alone no more", "beside"]
