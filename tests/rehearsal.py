@@ -132,7 +132,7 @@ class Rehearsal:
     def start_worker(self, group_name: str) -> Node:
         """A pod of a worker group."""
         self._started[group_name] += 1
-        node = self.network.add(f"{group_name.removesuffix('s')}-{self._started[group_name]}")
+        node = self.network.add(f"{_singular(group_name)}-{self._started[group_name]}")
         if self._prepared is not None:
             shutil.copytree(self._prepared, node.folder / "home" / ".cache" / "hycluster" / "models")
         group = self._groups[group_name]
@@ -415,3 +415,7 @@ class Load:
 def redis_missing() -> str | None:
     """Why Redis cannot be started here; None if it can."""
     return None if shutil.which("redis-server") else "needs redis-server (Debian's package of that name)"
+
+
+def _singular(group_name: str) -> str:
+    return group_name if group_name.endswith("ss") else group_name.removesuffix("s")
