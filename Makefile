@@ -4,7 +4,7 @@
 BIN := .venv/bin
 CONFIG ?= deployments/local.yaml
 # Most tests wait most of the time; tests/lanes.py says who runs beside whom. ARGS="-n 0" runs them in one process.
-WORKERS ?= 3
+WORKERS ?= 2
 ARGS ?=
 
 help:  ## what there is
