@@ -29,7 +29,7 @@ class Failover:
 
     Attributes:
         flights: by the id that their callers gave them.
-        carried: what the loss of replicas has cost.
+        migrated: what the loss of replicas has cost.
         tasks: one for each request that has no place yet.
     """
 

@@ -39,7 +39,7 @@ class PoolClient(ControlCalls):
 
     Attributes:
         gateway_id: random; tells this gateway's load from that of others.
-        carried: what the loss of replicas has cost.
+        migrated: what the loss of replicas has cost.
         first_replica: set once there has been a replica to send to.
         resources: what ``AsyncLLM`` reads of its client's state; a pool as such never dies.
     """
