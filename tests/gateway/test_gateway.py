@@ -184,6 +184,7 @@ async def test_requests_over_the_bound_are_shed(opened: Open) -> None:
         served.gateway.check_admission(3)
 
 
+@pytest.mark.machine("a forecast from one second is compared with how long it then took")
 async def test_retry_after_is_true(opened: Open) -> None:
     async with opened(SLOW, admission=Admission(max_requests=2)) as served:
         asking = [asyncio.create_task(served.last(str(number), max_tokens=250)) for number in range(2)]
