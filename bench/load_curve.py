@@ -29,6 +29,7 @@ import httpx
 from bench import tiny_llama
 from bench.curve_plot import Curve, svg
 from bench.gateway import MODEL, free_port, running
+from hycluster.chaos.sse import event_lines
 from hycluster.client import AsyncClient
 from hycluster.models import tiny
 
@@ -153,7 +154,7 @@ class _Driver:
         first_s, last = None, ""
         async with client.stream("POST", f"{self._http}/v1/completions", json=body) as answer:
             answer.raise_for_status()
-            async for line in answer.aiter_lines():
+            async for line in event_lines(answer):
                 if line.startswith("data: {"):
                     first_s, last = first_s or self._now_s, line
         self._check((json.loads(last[6:]).get("usage") or {}).get("completion_tokens"))

@@ -145,6 +145,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Lanes:
     return Lanes(config, log)
 
 
+def pytest_runtest_setup() -> None:
+    # Left by a test that joined a cluster in this process; what others start must not inherit it.
+    os.environ.pop("RAY_BACKEND_LOG_LEVEL", None)
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     with place(alone=item.get_closest_marker("alone") is not None):

@@ -25,6 +25,7 @@ import httpx
 import yaml
 from serve_overlay import Dashboard
 
+from hycluster.chaos.sse import event_lines
 from hycluster.client import AsyncClient
 from hycluster.core import Sampling
 from hycluster.k8s.render import APP_NAME, PORTS
@@ -376,7 +377,7 @@ class Load:
             if answer.status_code != 200:
                 raise RuntimeError(f"{answer.status_code} {(await answer.aread()).decode()[:150]}")
             last = ""
-            async for line in answer.aiter_lines():
+            async for line in event_lines(answer):
                 if line.startswith("data: {"):
                     event = json.loads(line[6:])
                     if "error" in event:

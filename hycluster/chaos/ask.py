@@ -14,6 +14,7 @@ import grpc
 import httpx
 
 from hycluster.chaos.requests import Request
+from hycluster.chaos.sse import event_lines
 from hycluster.client import AsyncClient
 from hycluster.errors import HyclusterError, Overloaded, Unavailable
 from hycluster.ingress.status import ERROR_KEY
@@ -222,7 +223,7 @@ def _body(model: str, request: Request) -> dict[str, Any]:
 
 async def _events(answer: httpx.Response) -> AsyncIterator[dict[str, Any]]:
     """The server-sent events of an answer, up to its ``[DONE]``."""
-    async for line in answer.aiter_lines():
+    async for line in event_lines(answer):
         if not line.startswith("data:"):
             continue
         data = line.removeprefix("data:").strip()

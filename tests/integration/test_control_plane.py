@@ -25,6 +25,7 @@ import pytest
 import zmq
 
 from bench.gateway import free_port
+from hycluster.chaos.sse import event_lines
 from hycluster.client import AsyncClient
 from hycluster.core import Sampling
 from tests.integration.conftest import SIMULATED, TINY, Served, launch, stop
@@ -117,7 +118,7 @@ async def over_http(http: httpx.AsyncClient, model: str, tokens: int) -> str:
     body = {"model": model, "prompt": "x", "max_tokens": tokens, "ignore_eos": True, "temperature": 0, "stream": True}
     async with http.stream("POST", "/v1/completions", json=body) as answer:
         answer.raise_for_status()
-        events = [line[6:] async for line in answer.aiter_lines() if line.startswith("data: ")]
+        events = [line[6:] async for line in event_lines(answer) if line.startswith("data: ")]
     assert events.pop() == "[DONE]"
     return "".join(json.loads(event)["choices"][0]["text"] for event in events)
 

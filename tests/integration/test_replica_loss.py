@@ -14,6 +14,7 @@ import httpx
 import psutil
 import pytest
 
+from hycluster.chaos.sse import event_lines
 from hycluster.client import AsyncClient
 from hycluster.core import Sampling
 from tests.integration.conftest import MODEL, PROMPTS, SIMULATED, Served, eventually, replicas
@@ -36,7 +37,7 @@ async def over_http(caller: httpx.AsyncClient, model: str, prompt: str, tokens: 
     text, end, usage, pause, last = "", None, None, 0.0, asyncio.get_running_loop().time()
     async with caller.stream("POST", "/v1/completions", json=body | {"stream_options": {"include_usage": True}}) as got:
         assert got.status_code == 200
-        async for line in got.aiter_lines():
+        async for line in event_lines(got):
             if not line.startswith("data: {"):
                 continue
             chunk = json.loads(line.removeprefix("data: "))

@@ -29,6 +29,7 @@ import psutil
 import pytest
 
 from bench.gateway import free_port
+from hycluster.chaos.sse import event_lines
 from hycluster.client import AsyncClient
 from hycluster.core import Sampling
 from hycluster.errors import Unavailable
@@ -108,7 +109,7 @@ class Load:
                 ) as answer:
                     answering = True
                     answer.raise_for_status()
-                    events = [line[6:] async for line in answer.aiter_lines() if line.startswith("data: ")]
+                    events = [line[6:] async for line in event_lines(answer) if line.startswith("data: ")]
                 assert events.pop() == "[DONE]"
                 choices = [json.loads(event)["choices"][0] for event in events]
                 ids = tuple(token for choice in choices for token in choice["token_ids"] or ())
@@ -256,7 +257,7 @@ async def test_sigterm_drains(rolling: Rolling) -> None:
 
         async def too_long_for_http() -> None:
             async with http.stream("POST", f"{served.http}/v1/completions", json=body("x", LONG)) as answer:
-                lines = [line async for line in answer.aiter_lines() if line]
+                lines = [line async for line in event_lines(answer) if line]
             assert lines[-1] == "data: [DONE]"
             assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == 503
             ended.append("HTTP")
