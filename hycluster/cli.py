@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -41,7 +42,7 @@ batch_app = typer.Typer(
     no_args_is_help=True,
     context_settings={"obj": batch.Outside(open_engines, show_submitted)},
 )
-for name, command in {
+BATCH: dict[str, Callable[..., None]] = {
     "submit": submit,
     "jobs": jobs,
     "logs": logs,
@@ -50,7 +51,8 @@ for name, command in {
     "verify": batch.verify,
     "status": batch.job_status,
     "report": batch.report,
-}.items():
+}
+for name, command in BATCH.items():
     batch_app.command(name)(command)
 app.add_typer(batch_app)
 app.add_typer(k8s_app, name="k8s")

@@ -245,10 +245,10 @@ def test_a_killed_controller_takes_all_replicas_over(service: Served) -> None:
         ingresses = [text for name, text in new.items() if "_ingress_" in name]
         assert len(ingresses) == 2
         for text in ingresses:
-            assert said(text, r"WARNING .* hycluster\.pool: replica \w+ lost: its connection closed")
+            assert said(text, r"WARNING .* hycluster\.gateway\.link: replica \w+ lost: its connection closed")
         assert any(said(text, r"WARNING .* vllm\.sampling_params: temperature .* is less than") for text in ingresses)
         (engine,) = [text for name, text in new.items() if f"_replica-{TINY}_" in name]
-        assert said(engine, r"ERROR .* hycluster\.wire: message from \w+ dropped\nTraceback ")
+        assert said(engine, r"ERROR .* hycluster\.replica\.wire: message from \w+ dropped\nTraceback ")
         (engine,) = [path.read_text() for path in begun if f"_replica-{TINY}_" in path.name]
         # Serve's own, after the engine's start.
         assert "Finished initializing replica" in engine.split("vllm.v1.")[-1]
