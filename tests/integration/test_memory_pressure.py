@@ -58,7 +58,7 @@ def hold(batch):
     time.sleep(2)
     return {"id": batch["id"] * 2}
 
-cluster.connect()
+cluster.join_cluster()
 ray.data.DataContext.get_current().enable_progress_bars = False
 rows = ray.data.range(4, override_num_blocks=4).map_batches(hold, num_cpus=0, concurrency=2).take_all()
 print("sum", sum(row["id"] for row in rows))
