@@ -12,6 +12,7 @@ trap 'rm -rf "$folder"' EXIT
 # Also for an ordinary user to whom all but the temporary folder is read-only (tests/ordinary_user.py).
 chmod 755 "$folder"
 export COVERAGE_FILE="$folder/data"
-.venv/bin/coverage run -m pytest -n "${WORKERS:-2}" -q -m "not cluster" "$@"
+# Whether they pass is for `make test` to say; traced, some are too slow for their own limits.
+.venv/bin/coverage run -m pytest -n "${WORKERS:-2}" -q -m "not cluster" "$@" || echo "coverage: not all tests passed"
 .venv/bin/coverage combine --quiet
 .venv/bin/coverage report
