@@ -29,6 +29,10 @@ hypothesis.settings.register_profile("house", deadline=None, suppress_health_che
 hypothesis.settings.load_profile("house")
 
 _MACHINE = "depends on the machine"
+# On two cores, which both are busy: its processes have limits in which they must start, answer and end.
+_BESIDE = "its processes share the machine with another worker's"
+# More than so many failures are not the machine's.
+_MOST_AGAIN = 8
 _BEGAN = pytest.StashKey[tuple[float, float]]()
 # Ends the session's clusters that have been started, by the fixture's name.
 _ENDS: dict[str, Callable[[], None]] = {}
@@ -120,6 +124,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if is_heavy(room_of(item.nodeid)):
             item.add_marker(pytest.mark.cluster)
+            # Behind a reason that the test gives itself.
+            item.add_marker(pytest.mark.machine(_BESIDE))
     if "PYTEST_XDIST_WORKER" in os.environ:
         for item in items:
             _give_room(item)
@@ -183,5 +189,5 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     reasons = {report.nodeid: dict(getattr(report, "user_properties", ())).get(_MACHINE) for report in reports}
     # Where CI wants to read what is worth another run: all that failed, if all of that depends on the machine.
     if (file := os.environ.get("TESTS_AGAIN")) and exitstatus == pytest.ExitCode.TESTS_FAILED:
-        again = all(reasons.values())
+        again = all(reasons.values()) and len(reasons) <= _MOST_AGAIN
         Path(file).write_text("".join(f"{nodeid}\t{why}\n" for nodeid, why in reasons.items()) if again else "")
