@@ -64,7 +64,7 @@ def check_shared(items: list[pytest.Item]) -> None:
 
 
 class Lanes(LoadScopeScheduling):  # type: ignore[misc]
-    """Hands each worker its lane's next room: the last worker the light ones, all others the heavy ones."""
+    """Hands each worker its lane's next room: the last worker the light ones first, all others the heavy ones."""
 
     def _split_scope(self, nodeid: str) -> str:
         return room_of(nodeid)
