@@ -23,6 +23,7 @@ from hycluster.imports import without_collector
 from tests.lanes import SHARED, Lanes, check_shared, is_heavy, place, room_of
 from tests.object_store import ObjectStore, object_store
 from tests.ray_apart import ray_apart
+from tests.vllm_forks import VllmForks
 
 # How long an example takes says something of the machine, which others use too.
 hypothesis.settings.register_profile("house", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -73,6 +74,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ends_early() -> dict[str, Callable[[], None]]:
     """Where a session's cluster leaves by its name what ends it; that is called after the last test that uses it."""
     return _ENDS
+
+
+@pytest.fixture(scope="session")
+def vllm_forks(ends_early: dict[str, Callable[[], None]]) -> VllmForks:
+    """Runs scripts that need vLLM, and imports it once for all of them."""
+    return VllmForks(ends_early)
 
 
 def pytest_configure(config: pytest.Config) -> None:
