@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import secrets
@@ -14,9 +15,11 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import hypothesis
 import psutil
 import pytest
+from httpx._transports import default as httpx_transports
 
 from bench import tiny_llama
 from hycluster.imports import without_collector
@@ -28,6 +31,10 @@ from tests.vllm_forks import VllmForks
 # How long an example takes says something of the machine, which others use too.
 hypothesis.settings.register_profile("house", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("house")
+
+# Each client reads all of the machine's certificates, 35 ms of CPU time, and tests ask by plain HTTP, many of them
+# again and again while something starts.
+vars(httpx_transports)["create_ssl_context"] = functools.cache(httpx.create_ssl_context)
 
 _MACHINE = "depends on the machine"
 # On two cores, which both are busy: its processes have limits in which they must start, answer and end.
