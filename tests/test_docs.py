@@ -147,3 +147,14 @@ def test_targets_of_make_are_there() -> None:
     named = {target for page in PAGES for target in re.findall(r"(?:`|^)make ([a-z]+)", page.read_text(), re.MULTILINE)}
     assert named
     assert named <= there
+
+
+def test_the_readme_names_the_routes_that_are_open() -> None:
+    named = set(re.findall(r"`(/[a-z0-9_/]+)`", (ROOT / "README.md").read_text()))
+    # By their text, as importing the ingress imports vLLM.
+    code = (ROOT / "hycluster/ingress/http.py").read_text().partition("OPEN_ROUTES = frozenset(")[2].partition(")")[0]
+    code += re.findall(r"^ROOTS = .*$", (ROOT / "hycluster/batch_api/routes.py").read_text(), re.MULTILINE)[0]
+    opened = set(re.findall(r'"(/[^"]+)"', code))
+    # What belongs to a route that is named: a page of the schema, one response.
+    beside = {route for route in opened if "{" in route} | {"/openapi.json", "/docs/oauth2-redirect", "/redoc"}
+    assert named == opened - beside

@@ -1,4 +1,4 @@
-"""docs/walk.md sends newcomers to files and names that are there: ten stops each way, and an answer to each question."""
+"""docs/walk.md sends newcomers to files and names that are there: ten stops each way, and where to look for what."""
 
 from __future__ import annotations
 
