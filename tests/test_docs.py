@@ -12,6 +12,7 @@ from typer.main import get_command
 
 from hycluster.batch.job import Job
 from hycluster.cli import app
+from hycluster.errors import HyclusterError
 from hycluster.settings.model import Model
 from hycluster.settings.schema import settings_schema
 from hycluster.settings.settings import Settings
@@ -158,3 +159,14 @@ def test_the_readme_names_the_routes_that_are_open() -> None:
     # What belongs to a route that is named: a page of the schema, one response.
     beside = {route for route in opened if "{" in route} | {"/openapi.json", "/docs/oauth2-redirect", "/redoc"}
     assert named == opened - beside
+
+
+def test_the_page_of_errors_is_as_the_code_is() -> None:
+    rows = re.findall(r"^\| `([A-Z_]+)` \| ([A-Z_]+) \| (\d+) \|", (ROOT / "docs/errors.md").read_text(), re.MULTILINE)
+    kinds = {kind.reason: (kind.grpc_status, kind.http_status) for kind in _kinds(HyclusterError)}
+    assert len(rows) > 10
+    assert {reason: (code, int(status)) for reason, code, status in rows} == {name: kinds[name] for name, _, _ in rows}
+
+
+def _kinds(kind: type[HyclusterError]) -> list[type[HyclusterError]]:
+    return [kind, *(each for inner in kind.__subclasses__() for each in _kinds(inner))]
