@@ -42,7 +42,7 @@ def all_kinds(kind: type) -> list[type]:
     return found
 
 
-def keys(kind: type) -> dict[str, tuple[Any, Any]]:
+def keys(kind: Any) -> dict[str, tuple[Any, Any]]:
     """By key, its annotation and its default; ``PydanticUndefined`` if it must be given."""
     if issubclass(kind, BaseModel):
         return {
