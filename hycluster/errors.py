@@ -13,7 +13,10 @@ from typing import Any, ClassVar, TypeVar
 
 
 def shown(value: object, limit: int = 80) -> str:
-    """How a value is echoed in an error: as Python writes it, cut to ``limit`` characters."""
+    """How a value is echoed in an error: as Python writes it, cut to ``limit`` characters.
+
+    Not for paths: a path that is cut says nothing of what it names.
+    """
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
