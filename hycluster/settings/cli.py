@@ -6,6 +6,8 @@ import json
 
 import typer
 
+from hycluster.terminal import echo
+
 app = typer.Typer(name="settings", help="What may be in a settings file.", no_args_is_help=True)
 
 
@@ -19,7 +21,7 @@ def schema() -> None:
     """Print the JSON schema of a settings file, for editors and other programs."""
     from hycluster.settings import schema as module
 
-    typer.echo(json.dumps(module.settings_schema(), indent=2))
+    echo(json.dumps(module.settings_schema(), indent=2))
 
 
 @app.command()
@@ -27,4 +29,4 @@ def reference() -> None:
     """Print the reference of all settings, in Markdown: docs/settings.md."""
     from hycluster.settings import reference as module
 
-    typer.echo(module.reference_page(), nl=False)
+    echo(module.reference_page(), nl=False)
