@@ -23,6 +23,7 @@ from hycluster.errors import HyclusterError
 from hycluster.job_engines import open_engines
 from hycluster.k8s.cli import app as k8s_app
 from hycluster.models.cli import tiny_model
+from hycluster.planning.asked import asked_settings
 from hycluster.planning.cli import plan
 from hycluster.serving.running import choose
 from hycluster.settings.cli import app as settings_app
@@ -95,7 +96,14 @@ def _root(
 
 @app.command()
 def serve(
-    config: Annotated[Path, typer.Argument(help="Settings file.")] = DEFAULT_SETTINGS,
+    what: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[CONFIG|MODEL]",
+            help="Settings file; or a model's folder or hub id (org/name), with settings for the hardware that is here."
+            f" Default: {DEFAULT_SETTINGS}, or the embedded model.",
+        ),
+    ] = None,
     http_port: Annotated[
         str | None, typer.Option(metavar="PORT", help="Port of the HTTP ingress; 0 takes a free one.")
     ] = None,
@@ -103,8 +111,11 @@ def serve(
         str | None, typer.Option(metavar="PORT", help="Port of the gRPC ingress; 0 takes a free one.")
     ] = None,
     assignments: SetOption = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With a MODEL: write the settings that were made for it.")
+    ] = None,
 ) -> None:
-    """Serve the models of CONFIG in the foreground, on the Ray cluster in RAY_ADDRESS or on one of its own.
+    """Serve the models of CONFIG, or a MODEL, in the foreground, on the Ray cluster in RAY_ADDRESS or one of its own.
 
     Prints one line beginning "ready" once a request would succeed, and on standard error a line for whatever is lost
     and for its return. SIGTERM or Ctrl-C drains, then exits 0. Exits 4 if Ray itself is lost: start it again.
@@ -112,7 +123,7 @@ def serve(
     ports = [
         f"{ingress}.port={port}" for ingress, port in (("http", http_port), ("grpc", grpc_port)) if port is not None
     ]
-    settings = load_settings(config, [*(assignments or []), *ports])
+    settings = asked_settings(what, [*(assignments or []), *ports], save, say)
     stopping = threading.Event()
 
     begun = time.monotonic()
@@ -167,7 +178,9 @@ def say(line: str) -> None:
 
 @app.command()
 def upgrade(
-    config: Annotated[Path, typer.Argument(help="Settings file.")] = DEFAULT_SETTINGS,
+    config: Annotated[
+        Path | None, typer.Argument(help=f"Settings file; default: {DEFAULT_SETTINGS}, or the embedded model.")
+    ] = None,
     assignments: SetOption = None,
     address: AddressOption = None,
     yes: Yes = False,
@@ -195,9 +208,9 @@ def upgrade(
     found = running_service.find_service(cluster.join_cluster(address))
     try:
         names = ", ".join(model.name for model in settings.models)
+        of = f"{config} ({names})" if config is not None else names
         ask(
-            f"{found}\nevery replica and every ingress process of it is replaced, by the settings of {config}"
-            f" ({names})",
+            f"{found}\nevery replica and every ingress process of it is replaced, by the settings of {of}",
             yes=yes,
         )
         stopping = threading.Event()

@@ -60,7 +60,10 @@ def run(
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: sampling.max_tokens=8.")
     ] = None,
-    config: Annotated[Path, typer.Option(help="Settings file for dedicated engines.")] = DEFAULT_SETTINGS,
+    config: Annotated[
+        Path | None,
+        typer.Option(help=f"Settings file for dedicated engines; default: {DEFAULT_SETTINGS}, or the embedded model."),
+    ] = None,
     address: Annotated[
         str | None,
         typer.Option(

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from hycluster.errors import SettingsError, shown
 from hycluster.explain import explain
+from hycluster.settings.embedded import embedded_settings
 from hycluster.settings.settings import Settings
 from hycluster.settings.unique_keys import TwiceError, read_yaml
 
@@ -82,10 +83,16 @@ def validate(kind: type[M], data: dict[str, Any], where: str) -> M:
         raise SettingsError("\n".join(explain(kind, error, where))) from None
 
 
-def load_settings(path: str | Path = DEFAULT_SETTINGS, assignments: Sequence[str] = ()) -> Settings:
+def load_settings(path: str | Path | None = None, assignments: Sequence[str] = ()) -> Settings:
     """Read and check a deployment's settings.
+
+    Args:
+        path: None is deployments/local.yaml where there is one, else the embedded model's settings.
 
     Raises:
         SettingsError: names the file, the field, the value and what is allowed.
     """
+    if path is None and not DEFAULT_SETTINGS.exists():
+        return validate(Settings, override(embedded_settings(), assignments), "settings of the embedded model")
+    path = path or DEFAULT_SETTINGS
     return validate(Settings, override(load_yaml(path), assignments), str(path))

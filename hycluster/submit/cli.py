@@ -49,8 +49,12 @@ def submit(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: sampling.max_tokens=8.")
     ] = None,
     config: Annotated[
-        Path, typer.Option(help="Settings file for dedicated engines; sent along with the job.")
-    ] = DEFAULT_SETTINGS,
+        Path | None,
+        typer.Option(
+            help="Settings file for dedicated engines; sent along with the job."
+            f" Default: {DEFAULT_SETTINGS}, or the embedded model."
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete the output if it is another job's or another input's; asks.")
     ] = False,
