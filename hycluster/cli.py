@@ -28,6 +28,7 @@ from hycluster.planning.cli import plan
 from hycluster.serving.running import choose
 from hycluster.settings.cli import app as settings_app
 from hycluster.settings.read import DEFAULT_SETTINGS, load_settings
+from hycluster.settings.settings import Settings
 from hycluster.submit.cli import cancel, jobs, logs, show_submitted, submit
 from hycluster.summarize.cli import summarize
 from hycluster.terminal import PrintableFormatter, echo
@@ -36,7 +37,8 @@ app = typer.Typer(
     name="hycluster",
     help="Serve large mixture-of-experts models on Ray and vLLM, and run bulk jobs with the same engines.",
     no_args_is_help=True,
-    add_completion=False,
+    # Inherited by every command.
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 batch_app = typer.Typer(
@@ -128,11 +130,9 @@ def serve(
 
     begun = time.monotonic()
     echo(f"starting {', '.join(model.name for model in settings.models)} ...", err=True)
-    from hycluster.engine.arguments import engine_arguments, model_files
     from hycluster.ingress.ports import check_port
 
-    for model in settings.models:
-        engine_arguments(model, model_files(model))
+    _check_models(settings)
     if not os.environ.get("RAY_ADDRESS"):
         # The ingress processes will be on this machine: better known now than after the engines have started.
         check_port(settings.http.host, settings.http.port, "http.port")
@@ -171,6 +171,16 @@ def serve(
         ray.shutdown()
 
 
+def _check_models(settings: Settings) -> None:
+    """Refuse what no engine could start with, before anything starts."""
+    from hycluster.engine.arguments import engine_arguments, model_files
+    from hycluster.engine.names import check_arguments
+
+    for model in settings.models:
+        check_arguments(model)
+        engine_arguments(model, model_files(model))
+
+
 def say(line: str) -> None:
     """A line for whoever runs the command."""
     echo(line, err=True)
@@ -194,10 +204,7 @@ def upgrade(
     # Before anything is looked at: whose cluster it is.
     choose(address)
     begun = time.monotonic()
-    from hycluster.engine.arguments import engine_arguments, model_files
-
-    for model in settings.models:
-        engine_arguments(model, model_files(model))
+    _check_models(settings)
 
     import ray
 
