@@ -28,7 +28,7 @@ from tests.batch.stand_in import stand_in
 
 SPAN_BYTES = 30_000
 # The writes of a run, by what they write. The n-th of a kind is the one that kills.
-WRITES = ("_coordinator/", "_job.json", "part", "quarantine/", "_shards/", "_manifest.json", "_SUCCESS")
+WRITES = ("_coordinator/", "_job.json", "part", "_quarantine/", "_shards/", "_manifest.json", "_SUCCESS")
 WHEN = ("before", "amid", "after")
 # Not a write; the n-th file that --overwrite or the clean-up deletes.
 DELETION = "deletion"
@@ -61,7 +61,7 @@ def arm(kind: str, when: str, nth: int) -> None:
     def struck(path: str) -> bool:
         nonlocal seen
         folder, name = path.split("/")[-2:]
-        seen += f"{folder}/".startswith(kind) or (name.startswith(kind) and folder != "quarantine")
+        seen += f"{folder}/".startswith(kind) or (name.startswith(kind) and folder != "_quarantine")
         return seen == nth
 
     def wrapped(real: Callable[..., Any]) -> Callable[..., Any]:

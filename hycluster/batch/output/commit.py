@@ -4,12 +4,14 @@ Layout:
     _coordinator/<n>.json                       who is at work here, see lease.py; gone at the end
     _job.json                                   whose output this is, and which edition
     part-<shard>-<attempt>.parquet              results of one attempt at one shard
-    quarantine/part-<shard>-<attempt>.parquet   rows of that attempt that got no result
+    _quarantine/part-<shard>-<attempt>.parquet  rows of that attempt that got no result
     _shards/<shard>-<edition>.json              the attempt that counts: created once, first finisher wins
     _progress.json                              what a running job says of itself, see progress.py
-    report.html, report.json                    what it all came to, see page.py and figures.py
+    _report.html, _report.json                  what it all came to, see page.py and figures.py
     _manifest.json                              all parts that count, written when all shards are done
     _SUCCESS                                    last
+
+All but the parts begins with ``_``, which readers of a folder pass by: they see the parts and nothing else.
 
 Attempt files have unique names and are never changed, so any number of attempts at a shard may
 run and die; the shard's record picks one. Generation is at least once, commit exactly once.
@@ -21,7 +23,6 @@ may not know yet that they are to stop, write records of the old edition, which 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 import time
@@ -31,9 +32,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
 from hycluster.batch.input.corpus import ShardPlan
+from hycluster.batch.input.tables import as_parquet
 from hycluster.batch.output.identity import Identity, identity_differences
 from hycluster.batch.output.record import DAMAGE, ShardRecord, Written
 from hycluster.batch.output.shard_set import PartNames, ShardSet
@@ -41,7 +42,11 @@ from hycluster.errors import JobFailed, SettingsError
 from hycluster.storage import Folder, leftover_of, masked_line
 
 # What is made from the records, beside _job.json, which says whose they are.
-DERIVED = ("_SUCCESS", "_manifest.json", "report.html", "report.json", "_progress.json")
+DERIVED = ("_SUCCESS", "_manifest.json", "_report.html", "_report.json", "_progress.json")
+QUARANTINE = "_quarantine"
+# The same as they were called before readers were thought of. Outputs that have them are still resumed and verified.
+OLD_QUARANTINE = "quarantine"
+OLD_DERIVED = ("report.html", "report.json")
 _ATTEMPT = re.compile(r"part-\d{8}-[0-9a-f]{12}\.parquet")
 _RECORD = re.compile(r"\d{8}-[0-9a-f]{12}\.json")
 
@@ -93,7 +98,7 @@ class OutputFolder:
         """
         self.folder.delete(["_SUCCESS"])
         # Records before what they point to.
-        for folder in ("_shards", "", "quarantine"):
+        for folder in ("_shards", "", QUARANTINE, OLD_QUARANTINE):
             found = [name for name in self.folder.names(folder) if _is_output(folder, name)]
             self.folder.delete(_join(folder, name) for name in found)
         # In one step, so that there is no moment at which the folder is nobody's.
@@ -110,7 +115,7 @@ class OutputFolder:
             SettingsError: it can't be written, or another job was faster.
         """
         try:
-            for folder in ("", "quarantine", "_shards"):
+            for folder in ("", QUARANTINE, "_shards"):
                 self.folder.make(folder)
             self.folder.create("_job.json", _job_file(mine))
         except OSError as error:
@@ -168,7 +173,7 @@ class OutputFolder:
             first_row=int(first_row),
             rows=results.num_rows + quarantined.num_rows,
             part=self._write(name, results),
-            quarantine=self._write(f"quarantine/{name}", quarantined),
+            quarantine=self._write(f"{QUARANTINE}/{name}", quarantined),
             prompt_tokens=_total(results, "prompt_tokens"),
             completion_tokens=_total(results, "completion_tokens"),
             begun_at=begun_at,
@@ -190,9 +195,11 @@ class OutputFolder:
                 if record.part:
                     parts.add(record.part.path)
                 if record.quarantine:
-                    quarantine.add(record.quarantine.path.removeprefix("quarantine/"))
+                    quarantine.add(record.quarantine.path.rpartition("/")[2])
             stream.write(b"\n]}\n")
-        for folder, counted in (("", parts), ("quarantine", quarantine), ("_shards", None)):
+        for folder, counted in (
+            ("", parts), (QUARANTINE, quarantine), (OLD_QUARANTINE, quarantine), ("_shards", None)
+        ):  # fmt: skip
             found = self.folder.names(folder)
             # Listed to the end before the first is deleted.
             self.folder.delete([_join(folder, name) for name in found if self._is_orphan(folder, name, counted)])
@@ -239,16 +246,14 @@ class OutputFolder:
     def _write(self, relative: str, table: pa.Table) -> Written | None:
         if not table.num_rows:
             return None
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer)
-        data = buffer.getbuffer()
+        data = as_parquet(table)
         self.folder.write(relative, data)
         return Written(relative, table.num_rows, len(data), hashlib.sha256(data).hexdigest())
 
     def _refuse_foreign(self) -> None:
         held = sorted(found.base_name for found in self.folder.entries())
         # An earlier start may have died between making the folders and saying whose they are.
-        ours = ("quarantine", "_shards", "_coordinator")
+        ours = (QUARANTINE, OLD_QUARANTINE, "_shards", "_coordinator")
         foreign = [name for name in held if name not in ours and leftover_of(name) != "_job.json"]
         if foreign:
             raise SettingsError(
@@ -274,7 +279,7 @@ def _is_output(folder: str, name: str) -> bool:
     name = leftover_of(name) or name
     if folder == "_shards":
         return bool(_RECORD.fullmatch(name))
-    return bool(_ATTEMPT.fullmatch(name)) or (not folder and name in DERIVED)
+    return bool(_ATTEMPT.fullmatch(name)) or (not folder and name in DERIVED + OLD_DERIVED)
 
 
 def _total(table: pa.Table, column: str) -> int:

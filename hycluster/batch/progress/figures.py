@@ -1,4 +1,4 @@
-"""What a job came to, in figures: ``report.json``, and the data of ``report.html``.
+"""What a job came to, in figures: ``_report.json``, and the data of ``_report.html``.
 
 Read from the shards' records and from single columns of their files. In memory are counts, and a few numbers a
 shard; not rows.
@@ -26,7 +26,7 @@ from hycluster.batch.progress.page import render_page
 from hycluster.errors import SettingsError
 from hycluster.storage import Folder
 
-REPORT_JSON, REPORT_HTML = "report.json", "report.html"
+REPORT_JSON, REPORT_HTML = "_report.json", "_report.html"
 # Most bars of a plot.
 TIMES = 120
 LENGTHS = 40
@@ -64,10 +64,10 @@ class _Slow:
 
 
 def write_report(folder: Folder) -> dict[str, Any]:
-    """Write ``report.json`` and ``report.html`` into the output, of what is committed there.
+    """Write ``_report.json`` and ``_report.html`` into the output, of what is committed there.
 
     Returns:
-        What ``report.json`` holds; see ``figures``.
+        What ``_report.json`` holds; see ``figures``.
 
     Raises:
         SettingsError: there is no job's output in it.
@@ -198,8 +198,8 @@ def _columns(folder: Folder, record: ShardRecord) -> tuple[Counter[int], Counter
 def _counts(folder: Folder, written: Written | None, *columns: str) -> list[Counter[Any]]:
     if written is None:
         return [Counter() for _ in columns]
-    with folder.open_file(written.path) as handle:
-        table = pq.read_table(handle, columns=list(columns))
+    with folder.open_file(written.path) as handle, pq.ParquetFile(handle) as parquet:
+        table = parquet.read(columns=list(columns))
     return [
         Counter({"none" if value is None else value: number for value, number in _pairs(table, name)})
         for name in columns

@@ -1,4 +1,4 @@
-"""``report.html``: the figures of a job on one page that needs nothing else, neither network nor scripts."""
+"""``_report.html``: the figures of a job on one page that needs nothing else, neither network nor scripts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WIDTH, HEIGHT = 720, 160
 
 
 def render_page(figures: dict[str, Any]) -> str:
-    """The page, from what ``report.json`` holds."""
+    """The page, from what ``_report.json`` holds."""
     environment = Environment(
         loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
