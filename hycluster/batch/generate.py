@@ -12,15 +12,17 @@ import asyncio
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from hycluster import logs
 from hycluster.batch.ask import first_error
 from hycluster.batch.input.corpus import REFUSAL, ROW_ID, SHARD
+from hycluster.batch.input.tables import pick, unpack
 from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.record import ShardRecord, Totals
 from hycluster.batch.progress.terminal import RunProgress
@@ -33,11 +35,13 @@ BLOCKS_AT_ONCE = 4
 REPORT_EVERY_S = 1.0
 
 
+NARROW = {pa.float32(): np.float32, pa.float16(): np.float16}
+
 Report = Callable[[str, RunProgress], Any]
 
 
 class Generate:
-    """The callable class for ``map_batches``: a block with whole shards in, a row a shard out.
+    """The callable class for ``map_batches``: a block of packed shards in, a row a shard out.
 
     Args:
         open_task: opens the task, once in each process; must be picklable.
@@ -83,7 +87,7 @@ class Generate:
     async def _feed(self, block: pa.Table, start: Callable[..., asyncio.Task[Any]]) -> list[asyncio.Task[ShardRecord]]:
         # Ray runs a block again when its process died; what that one had committed is kept. Asked for before the
         # block's turn, so that no engine waits for the store.
-        records = [(shard, start(asyncio.to_thread(self._output.record, _number(shard)))) for shard in _shards(block)]
+        records = [(shard, start(asyncio.to_thread(self._output.record, _number(shard)))) for shard in unpack(block)]
         # One block after the other, so that few shards are open at a time.
         async with self._feeding:
             return [await self._start_shard(shard, await record, start) for shard, record in records]
@@ -115,10 +119,9 @@ class Generate:
             try:
                 row = {name: _value(shard, name, position) for name in task.columns}
                 answer = await task.answer(row, f"{self._name}-{row_id}")
-            except SettingsError:
-                # Wrong for every row.
-                raise
-            except (InvalidInput, UnicodeError) as error:
+            except Exception as error:
+                if _is_the_jobs(error):
+                    raise
                 answer = refusal_of(error)
         finally:
             self._in_flight -= 1
@@ -179,7 +182,7 @@ def split_answers(
     """The finished rows and the quarantined ones, each in input order, input columns unchanged."""
     if REFUSAL in shard.schema.names:
         shard = shard.drop_columns([REFUSAL])
-    results = shard.filter(pa.array([isinstance(answer, Answer) for answer in answers], pa.bool_()))
+    results = pick(shard, [place for place, answer in enumerate(answers) if isinstance(answer, Answer)])
     finished = [answer for answer in answers if isinstance(answer, Answer)]
     for name, kind in (
         ("output", pa.string()),
@@ -191,7 +194,7 @@ def split_answers(
     for place, name in enumerate(extra_columns):
         values = [answer.extra[place] if answer.extra else None for answer in finished]
         results = results.append_column(name, pa.array(values, pa.string()))
-    quarantined = shard.filter(pa.array([isinstance(answer, Refusal) for answer in answers], pa.bool_()))
+    quarantined = pick(shard, [place for place, answer in enumerate(answers) if isinstance(answer, Refusal)])
     for name in ("error_type", "error_message"):
         values = [getattr(answer, name) for answer in answers if isinstance(answer, Refusal)]
         quarantined = quarantined.append_column(name, pa.array(values, pa.string()))
@@ -205,24 +208,25 @@ def _refusals(shard: pa.Table) -> list[Refusal | None]:
     return [Refusal(**refusal) if refusal else None for refusal in shard.column(REFUSAL).to_pylist()]
 
 
+def _is_the_jobs(error: Exception) -> bool:
+    """Whether an error is no row's: engines that can't serve, or what is wrong for every row."""
+    return isinstance(error, SettingsError) or (
+        isinstance(error, HyclusterError) and not isinstance(error, InvalidInput)
+    )
+
+
 def _value(shard: pa.Table, name: str, position: int) -> Any:
     try:
-        return shard.column(name)[position].as_py()
+        value = shard.column(name)[position].as_py()
+        # As short as its type makes it: 0.1 in 32 bits is 0.10000000149011612 in Python's 64.
+        narrow = NARROW.get(shard.schema.field(name).type)
+        return value if narrow is None or value is None else float(str(narrow(value)))
     except UnicodeError:
         raise
-    except (ValueError, OverflowError, pa.ArrowException) as error:
-        # Such as a date that is out of Python's range.
-        raise RowRefused(Reason.WRONG_TYPE, f"{name}: is no value that a prompt can take: {error}") from None
-
-
-def _shards(block: pa.Table) -> Iterator[pa.Table]:
-    """The runs of rows with one shard number. A shard is never cut between blocks."""
-    numbers = block.column(SHARD).to_numpy()
-    start = 0
-    while start < block.num_rows:
-        end = start + int((numbers[start:] == numbers[start]).sum())
-        yield block.slice(start, end - start)
-        start = end
+    except Exception as error:
+        # Such as a date that is out of Python's range, or in a time zone that nobody knows.
+        kind = shard.schema.field(name).type
+        raise RowRefused(Reason.WRONG_TYPE, f"{name}: is no {kind} that a prompt can take: {error}") from None
 
 
 def _number(shard: pa.Table) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from hycluster.batch.input.apart import footers_apart
 from hycluster.batch.input.corpus import ShardPlan, plan_shards
 from hycluster.batch.job import Job
 from hycluster.batch.output.commit import OutputFolder
@@ -62,7 +63,9 @@ def run_job(
     console = Console()
     begun_s = time.monotonic()
     prompt = prompt_of(job)
-    corpus = plan_shards(locate(job.input.path, "input.path"), shard_rows=job.shard_rows, check=prompt.check)
+    corpus = plan_shards(
+        locate(job.input.path, "input.path"), shard_rows=job.shard_rows, check=prompt.check, read_footers=footers_apart
+    )
     _say_faults(corpus, console)
     output = OutputFolder(locate(job.output.path, "output.path"))
     if output.is_input(corpus):
@@ -129,6 +132,8 @@ def _claim(output: OutputFolder, mine: Identity, lease: Lease, overwrite: bool) 
 
 
 def _say_faults(corpus: ShardPlan, console: Console) -> None:
+    for line in corpus.left_out:
+        console.print(f"left out: {line}", **PLAIN)
     faults = [file.fault for file in corpus.files if file.fault]
     for fault in faults[:MOST_FAULTS]:
         console.print(f"quarantined: {fault.error_type}: {fault.error_message}", **PLAIN)

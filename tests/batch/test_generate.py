@@ -16,10 +16,11 @@ from hycluster.batch import ask as module
 from hycluster.batch import generate
 from hycluster.batch.generate import Generate
 from hycluster.batch.input.corpus import REFUSAL, REFUSAL_TYPE, ROW_ID, SHARD
+from hycluster.batch.input.tables import pack
 from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.record import Totals
 from hycluster.batch.progress.terminal import RunProgress
-from hycluster.batch.prompts import prompt_of
+from hycluster.batch.prompts import TemplatePrompt, prompt_of
 from hycluster.batch.task import open_task
 from hycluster.core import Generation, GenerationRequest
 from hycluster.errors import (
@@ -77,7 +78,11 @@ class Run:
         )
 
     async def __call__(self, table: pa.Table) -> list[dict[str, Any]]:
-        records = await self.stage(table)
+        numbers = table.column(SHARD).to_pylist()
+        starts = [row for row in range(len(numbers)) if not row or numbers[row] != numbers[row - 1]]
+        ends = [*starts[1:], len(numbers)]
+        block = pa.concat_tables(pack(table.slice(a, b - a)) for a, b in zip(starts, ends, strict=True))
+        records = await self.stage(block)
         return [json.loads(text) for text in records.column("record").to_pylist()]
 
     def rows(self, records: list[dict[str, Any]], kind: str = "part") -> list[dict[str, Any]]:
@@ -213,7 +218,7 @@ async def test_shedding_is_waited_out_for_as_long_as_it_takes(make_job: MakeJob,
         (Unavailable("down"), JobFailed, "row test-f.parquet#0: no engine could serve it for 0 s: down"),
         (UnknownModel("m", ["other"]), SettingsError, "model: 'm' is not served here"),
         (Unauthenticated("who?"), SettingsError, "who?"),
-        (KeyError("bug"), JobFailed, "KeyError: 'bug'"),
+        (KeyError("bug"), JobFailed, "no engine could serve it for 0 s: KeyError: 'bug'"),
     ],
 )
 async def test_other_failures_end_the_job_and_commit_nothing(
@@ -223,6 +228,64 @@ async def test_other_failures_end_the_job_and_commit_nothing(
     with pytest.raises(becomes, match=said):
         await run(block(["x", "y"]))
     assert not list((tmp_path / "out").rglob("*.parquet"))
+
+
+class Tripped(StandInGenerator):
+    """Trips over one text, each time that it is asked; with an error that says nothing of whose it is."""
+
+    async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
+        assert request.messages is not None
+        if "odd" in request.messages[-1]["content"]:
+            raise AssertionError("unexpected")
+        await asyncio.sleep(0.01)
+        return await super().generate(request)
+
+
+async def test_a_row_that_trips_the_engines_front_up_is_quarantined_while_others_are_answered(
+    make_job: MakeJob, tmp_path: Path
+) -> None:
+    run = Run(make_job, Tripped(), tmp_path / "out", retry_s=60, rows_in_flight=2)
+    records = await run(block(["odd", *["fine"] * 30], shard_rows=31))
+    assert len(run.rows(records)) == 30
+    (row,) = run.rows(records, "quarantine")
+    assert (row["id"], row["error_type"]) == (0, "Refused")
+    assert row["error_message"].startswith("AssertionError: unexpected, ")
+
+
+@pytest.mark.parametrize("error", [AssertionError("no such part"), KeyError("role"), RecursionError("deep")])
+async def test_a_row_whose_question_cannot_be_made_is_quarantined(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    run = Run(make_job, StandInGenerator(), tmp_path / "out")
+    made = TemplatePrompt.messages
+
+    def trips(self: TemplatePrompt, row: Any) -> Any:
+        if row["text"] == "odd":
+            raise error
+        return made(self, row)
+
+    monkeypatch.setattr(TemplatePrompt, "messages", trips)
+    records = await run(block(["odd", "fine"]))
+    assert [row["output"] for row in run.rows(records)] == ["FINE"]
+    (row,) = run.rows(records, "quarantine")
+    assert row["error_message"] == f"{type(error).__name__}: {error}"
+
+
+async def test_numbers_read_as_short_as_their_type_makes_them(make_job: MakeJob, tmp_path: Path) -> None:
+    run = Run(make_job, StandInGenerator(), tmp_path / "out", prompt="{n} {f}", input={"path": "x"})
+    table = block(["a", "b"]).append_column("f", pa.array([0.1, 3e20], pa.float32()))
+    table = table.append_column("n", pa.array([0.1, 2.5], pa.float64()))
+    assert [row["output"] for row in run.rows(await run(table))] == ["0.1 0.1", "2.5 3E+20"]
+
+
+async def test_a_time_zone_that_nobody_knows_is_the_rows_fault(make_job: MakeJob, tmp_path: Path) -> None:
+    run = Run(make_job, StandInGenerator(), tmp_path / "out", prompt="{when}", input={"path": "x"})
+    table = block(["a"]).append_column("when", pa.array([0], pa.timestamp("us", tz="Mars/Olympus")))
+    (record,) = await run(table)
+    kept = pq.read_table(tmp_path / "out" / record["quarantine"]["path"], columns=["error_type", "error_message"])
+    ((kind, message),) = [tuple(row.values()) for row in kept.to_pylist()]
+    assert kind == "WrongType"
+    assert "Mars/Olympus" in message
 
 
 async def test_a_shard_that_is_committed_is_not_generated_again(make_job: MakeJob, tmp_path: Path) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from hycluster.batch.input.corpus import REFUSAL, RESULT_COLUMNS, ROW_ID, SHARD
+from hycluster.batch.input.tables import as_parquet, pick
 from hycluster.batch.output.record import ShardRecord
 
 TOKEN_COLUMNS = ("prompt_tokens", "completion_tokens")
@@ -38,21 +37,21 @@ def row_differences(part: pa.Table, columns: tuple[str, ...], table: pa.Table, s
     if positions.null_count:
         foreign = part.column(ROW_ID).filter(pc.is_null(positions)).slice(0, MOST_ROWS).to_pylist()
         yield f"{positions.null_count} rows are not of this shard: {', '.join(map(repr, foreign))}"
-    known = pc.is_valid(positions)
-    part, positions = part.filter(known), positions.filter(known)
-    rows = positions.to_pylist()
+    found = positions.to_pylist()
+    part = pick(part, [place for place, row in enumerate(found) if row is not None])
+    rows = [row for row in found if row is not None]
     seen.update(rows)
     if any(later < earlier for earlier, later in pairwise(rows)):
         yield "its rows are not in input order"
     if columns is RESULT_COLUMNS and REFUSAL in table.schema.names:
-        answered = part.column(ROW_ID).filter(pc.is_valid(table.column(REFUSAL)).take(positions))
+        answered = part.column(ROW_ID).filter(pc.is_valid(table.column(REFUSAL)).take(pa.array(rows, pa.int64())))
         if len(answered):
             named = ", ".join(answered.slice(0, MOST_ROWS).to_pylist())
             yield f"{len(answered)} rows that can't be read have a result: {named}"
     if part.schema.names[: inputs.num_columns] != inputs.schema.names:
         yield f"its columns are {part.schema.names}; they must begin with the input's, {inputs.schema.names}"
         return
-    expected = inputs.take(positions)
+    expected = pick(inputs, rows)
     for index, name in enumerate(inputs.schema.names):
         if not _same(part.column(index), expected.column(index)):
             yield f"column {name!r} is not the input's"
@@ -71,10 +70,10 @@ def _plain(kind: pa.DataType) -> pa.DataType:
 
 def _stored(column: pa.ChunkedArray) -> bytes:
     """The values as Parquet stores them, which is a function of the values alone."""
-    sink = io.BytesIO()
     table = pa.table({"x": column.combine_chunks()})
-    pq.write_table(table, sink, use_dictionary=False, compression="none", write_statistics=False, store_schema=False)
-    return sink.getvalue()
+    return bytes(
+        as_parquet(table, use_dictionary=False, compression="none", write_statistics=False, store_schema=False)
+    )
 
 
 def miscounted(part: pa.Table, record: ShardRecord) -> Iterator[str]:
