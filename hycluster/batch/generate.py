@@ -23,6 +23,7 @@ from hycluster import logs
 from hycluster.batch.ask import first_error
 from hycluster.batch.input.corpus import REFUSAL, ROW_ID, SHARD
 from hycluster.batch.input.tables import pick, unpack
+from hycluster.batch.kept import KeptAnswers
 from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.record import ShardRecord, Totals
 from hycluster.batch.progress.terminal import RunProgress
@@ -48,11 +49,15 @@ class Generate:
         report: takes this process' name and its progress, about once a second.
         name: what the ids of all requests begin with.
         slots: most rows in the engines at once.
+        keep: write down now and then what is answered and not committed.
     """
 
-    def __init__(self, output: OutputFolder, open_task: OpenTask, report: Report, *, name: str, slots: int) -> None:
+    def __init__(
+        self, output: OutputFolder, open_task: OpenTask, report: Report, *, name: str, slots: int, keep: bool = False
+    ) -> None:
         logs.settle("batch")
         self._output = output
+        self._kept = KeptAnswers(output) if keep else None
         self._open_task = open_task
         self._report = report
         self._name = name
@@ -78,6 +83,8 @@ class Generate:
             async with asyncio.TaskGroup() as group:
                 commits = await self._feed(block, group.create_task)
         except* Exception as errors:
+            if self._kept:
+                await asyncio.to_thread(self._kept.write)
             raise _first(errors) from None
         finally:
             telling.cancel()
@@ -118,7 +125,8 @@ class Generate:
             answer: Answer | Refusal
             try:
                 row = {name: _value(shard, name, position) for name in task.columns}
-                answer = await task.answer(row, f"{self._name}-{row_id}")
+                kept = self._kept.get(row_id) if self._kept else None
+                answer = kept or await task.answer(row, f"{self._name}-{row_id}")
             except Exception as error:
                 if _is_the_jobs(error):
                     raise
@@ -126,6 +134,8 @@ class Generate:
         finally:
             self._in_flight -= 1
             self._slots.release()
+        if self._kept:
+            self._kept.add(row_id, answer)
         self._count(answer)
         return answer
 
@@ -146,13 +156,18 @@ class Generate:
         if isinstance(answers[0], Refusal) and answers[0].error_type == Reason.UNREADABLE_FILE.value:
             # This row has the name of its file; the record says where a shard begins.
             first = f"{first}#0"
-        return await asyncio.to_thread(self._output.commit, number, first, results, quarantined, begun_at=begun_at)
+        record = await asyncio.to_thread(self._output.commit, number, first, results, quarantined, begun_at=begun_at)
+        if self._kept:
+            self._kept.forget(shard.column(ROW_ID).to_pylist())
+        return record
 
     async def _open(self) -> Task:
         # Called by the one block that feeds. Ray kills the process when the job ends: nothing to close.
         if self._task is None:
             self._opened = self._open_task(self._slots)
             self._task = await self._opened.__aenter__()
+            if self._kept:
+                await asyncio.to_thread(self._kept.load)
         return self._task
 
     def _count(self, answer: Answer | Refusal) -> None:
@@ -169,6 +184,8 @@ class Generate:
         while True:
             await asyncio.sleep(REPORT_EVERY_S)
             self._tell()
+            if self._kept and self._kept.due():
+                await asyncio.to_thread(self._kept.write)
 
     def _tell(self) -> None:
         self._reported_s = time.monotonic()

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hycluster.batch import ask as module
-from hycluster.batch import generate
+from hycluster.batch import generate, kept
 from hycluster.batch.generate import Generate
 from hycluster.batch.input.corpus import REFUSAL, REFUSAL_TYPE, ROW_ID, SHARD
 from hycluster.batch.input.tables import pack
@@ -75,6 +75,7 @@ class Run:
             lambda process, progress: self.reports.append(progress),
             name=job.name,
             slots=job.rows_in_flight,
+            keep=True,
         )
 
     async def __call__(self, table: pa.Table) -> list[dict[str, Any]]:
@@ -297,16 +298,59 @@ async def test_a_shard_that_is_committed_is_not_generated_again(make_job: MakeJo
     assert generator.calls == 4
 
 
+async def test_what_was_answered_is_not_asked_again_after_a_failure(make_job: MakeJob, tmp_path: Path) -> None:
+    texts: list[str | None] = [*(f"row {n}" for n in range(20)), "refuse", f"die {tmp_path}"]
+    run = Run(make_job, first := Watched(), tmp_path / "out", rows_in_flight=30)
+    with pytest.raises(JobFailed, match="the stand-in is down"):
+        await run(block(texts, shard_rows=22))
+    assert len(list((tmp_path / "out" / "_answers").iterdir())) == 1
+    texts[-1] = f"die {tmp_path / 'up again'}"
+    again = Run(make_job, second := Watched(), tmp_path / "out", rows_in_flight=30)
+    records = await again(block(texts, shard_rows=22))
+    assert [row["id"] for row in again.rows(records)] == [*range(20), 21]
+    assert [row["error_type"] for row in again.rows(records, "quarantine")] == ["Refused"]
+    answered = first.answered - {"test-f.parquet#21"}
+    assert len(answered) > 10
+    assert not answered & second.asked.keys()
+    OutputFolder(at(tmp_path / "out")).finish({}, {})
+    assert list((tmp_path / "out" / "_answers").iterdir()) == []
+
+
+async def test_answers_are_kept_while_a_shard_is_in_work(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "REPORT_EVERY_S", 0.005)
+    monkeypatch.setattr(kept, "KEEP_EVERY_S", 0.01)
+    down = tmp_path / "down"
+    down.touch()
+    run = Run(make_job, StandInGenerator(), tmp_path / "out", retry_s=60)
+    running = asyncio.create_task(run(block(["one", f"die {down}", "two"], shard_rows=3)))
+    async with asyncio.timeout(20):
+        while not (found := list((tmp_path / "out").glob("_answers/*.json"))):  # noqa: ASYNC110 - looks from outside
+            await asyncio.sleep(0.01)
+    assert not list((tmp_path / "out").glob("part-*"))
+    held = json.loads(found[0].read_text())
+    assert held.keys() <= {"f.parquet#0", "f.parquet#2"}
+    down.unlink()
+    await running
+    found[0].write_text("{")
+    # What is damaged is asked again.
+    assert len(await Run(make_job, StandInGenerator(), tmp_path / "out")(block(["one"]).slice(0, 1))) == 1
+
+
 class Watched(StandInGenerator):
     """Keeps the requests by their id."""
 
     def __init__(self) -> None:
         super().__init__(context_tokens=200)
         self.asked: dict[str | None, GenerationRequest] = {}
+        self.answered: set[str | None] = set()
 
     async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
         self.asked[request.request_id] = request
-        return await super().generate(request)
+        answer = await super().generate(request)
+        self.answered.add(request.request_id)
+        return answer
 
 
 LONG = " ".join(f"word{n}." for n in range(2000))

@@ -198,6 +198,9 @@ def test_too_many_quarantined_rows_end_the_job_until_the_limit_is_raised(make_jo
     with pytest.raises(TooManyQuarantined, match=said):
         run_job(job, engines=engines())
     assert not (Path(job.output.path) / "_SUCCESS").exists()
+    assert "state ended: max_quarantined_fraction: 2 of 15 rows" in Watcher(at(job.output.path)).look().line()
+    report = json.loads((Path(job.output.path) / "_report.json").read_text())
+    assert report["quarantine_reasons"] == {"NullValue": 1, "Refused": 1}
     job = make_job(max_quarantined_fraction=0.2)
     run_job(job, engines=engines())
     quarantined = pq.read_table(Path(job.output.path) / "_quarantine").to_pylist()

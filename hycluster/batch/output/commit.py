@@ -6,6 +6,7 @@ Layout:
     part-<shard>-<attempt>.parquet              results of one attempt at one shard
     _quarantine/part-<shard>-<attempt>.parquet  rows of that attempt that got no result
     _shards/<shard>-<edition>.json              the attempt that counts: created once, first finisher wins
+    _answers/<process>-<edition>.json           answers of shards in work, see kept.py; gone at the end
     _progress.json                              what a running job says of itself, see progress.py
     _report.html, _report.json                  what it all came to, see page.py and figures.py
     _manifest.json                              all parts that count, written when all shards are done
@@ -44,10 +45,12 @@ from hycluster.storage import Folder, leftover_of, masked_line
 # What is made from the records, beside _job.json, which says whose they are.
 DERIVED = ("_SUCCESS", "_manifest.json", "_report.html", "_report.json", "_progress.json")
 QUARANTINE = "_quarantine"
+ANSWERS = "_answers"
 # The same as they were called before readers were thought of. Outputs that have them are still resumed and verified.
 OLD_QUARANTINE = "quarantine"
 OLD_DERIVED = ("report.html", "report.json")
 _ATTEMPT = re.compile(r"part-\d{8}-[0-9a-f]{12}\.parquet")
+_KEPT = re.compile(r"[0-9a-f]{12}-[0-9a-f]{12}\.json")
 _RECORD = re.compile(r"\d{8}-[0-9a-f]{12}\.json")
 
 
@@ -98,7 +101,7 @@ class OutputFolder:
         """
         self.folder.delete(["_SUCCESS"])
         # Records before what they point to.
-        for folder in ("_shards", "", QUARANTINE, OLD_QUARANTINE):
+        for folder in (ANSWERS, "_shards", "", QUARANTINE, OLD_QUARANTINE):
             found = [name for name in self.folder.names(folder) if _is_output(folder, name)]
             self.folder.delete(_join(folder, name) for name in found)
         # In one step, so that there is no moment at which the folder is nobody's.
@@ -203,6 +206,7 @@ class OutputFolder:
             found = self.folder.names(folder)
             # Listed to the end before the first is deleted.
             self.folder.delete([_join(folder, name) for name in found if self._is_orphan(folder, name, counted)])
+        self.folder.delete([_join(ANSWERS, name) for name in self.folder.names(ANSWERS) if _is_output(ANSWERS, name)])
         self.folder.write("_SUCCESS", b"")
 
     def is_input(self, plan: ShardPlan) -> bool:
@@ -253,7 +257,7 @@ class OutputFolder:
     def _refuse_foreign(self) -> None:
         held = sorted(found.base_name for found in self.folder.entries())
         # An earlier start may have died between making the folders and saying whose they are.
-        ours = (QUARANTINE, OLD_QUARANTINE, "_shards", "_coordinator")
+        ours = (QUARANTINE, OLD_QUARANTINE, ANSWERS, "_shards", "_coordinator")
         foreign = [name for name in held if name not in ours and leftover_of(name) != "_job.json"]
         if foreign:
             raise SettingsError(
@@ -277,6 +281,8 @@ def _join(folder: str, name: str) -> str:
 def _is_output(folder: str, name: str) -> bool:
     """Whether a file was written by a job of hycluster, or is what is left of such a write."""
     name = leftover_of(name) or name
+    if folder == ANSWERS:
+        return bool(_KEPT.fullmatch(name))
     if folder == "_shards":
         return bool(_RECORD.fullmatch(name))
     return bool(_ATTEMPT.fullmatch(name)) or (not folder and name in DERIVED + OLD_DERIVED)
