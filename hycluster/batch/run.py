@@ -98,10 +98,10 @@ def run_job(
             if committed.rows != corpus.rows:
                 raise JobFailed(f"{committed.rows} of {corpus.rows} rows are committed; run the same command again")
             check_quarantine(job, corpus, committed)
+            Teller(output.folder, output.edition(), 0).end()
             write_report(output.folder)
             lease.renew()
             lease.check()
-            Teller(output.folder, output.edition(), 0).end()
             output.finish(mine, asdict(committed))
         except HyclusterError as error:
             _say_ended(output, lease, error)

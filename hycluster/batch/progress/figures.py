@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.record import ShardRecord, Totals, Written
 from hycluster.batch.progress.page import render_page
+from hycluster.batch.progress.progress_file import last_word
 from hycluster.errors import SettingsError
 from hycluster.storage import Folder
 
@@ -31,6 +32,9 @@ REPORT_JSON, REPORT_HTML = "_report.json", "_report.html"
 TIMES = 120
 LENGTHS = 40
 SLOWEST = 10
+# Rows that are shown, and how much of each value.
+SAMPLES = 5
+SAMPLE_CHARACTERS = 600
 READERS = 16
 # Shards whose files are read at once.
 WINDOW = 256
@@ -63,6 +67,23 @@ class _Slow:
     completion_tokens: int
 
 
+class _Samples:
+    """The first rows, by some of their columns."""
+
+    def __init__(self, *columns: str) -> None:
+        self._columns = ["row_id", *columns]
+        self.rows: list[dict[str, Any]] = []
+
+    def look(self, folder: Folder, written: Written | None) -> None:
+        if written is None or len(self.rows) >= SAMPLES:
+            return
+        with folder.open_file(written.path) as handle, pq.ParquetFile(handle) as parquet:
+            batch = next(parquet.iter_batches(SAMPLES - len(self.rows), columns=self._columns))
+        self.rows += [
+            {name: str(value)[:SAMPLE_CHARACTERS] for name, value in row.items()} for row in batch.to_pylist()
+        ]
+
+
 def write_report(folder: Folder) -> dict[str, Any]:
     """Write ``_report.json`` and ``_report.html`` into the output, of what is committed there.
 
@@ -78,6 +99,8 @@ def write_report(folder: Folder) -> dict[str, Any]:
         raise SettingsError(f"OUTPUT: {folder.masked!r} holds no output of a job (there is no _job.json)")
     # The path without what a URI may carry along, such as keys.
     found = {"version": 1, "output": folder.root, "job": job["job"], "input": job["input"]}
+    word = last_word(folder, str(job.get("edition", "")))
+    found["ended"] = word.ended if word else None
     output = OutputFolder(folder)
     found |= figures(folder, output.records())
     output.folder.replace(REPORT_JSON, json.dumps(found, indent=1).encode())
@@ -93,7 +116,7 @@ def figures(folder: Folder, records: Iterator[ShardRecord]) -> dict[str, Any]:
         since the epoch; ``busy_s``, the seconds in which any shard was worked on, and ``rows_per_s`` and
         ``tokens_per_s`` over these; ``throughput``, a list of times (``from_s`` after the beginning) with their
         rates; ``completion_tokens`` with percentiles and a histogram; ``finish_reasons`` and
-        ``quarantine_reasons``, rows each; ``slowest_shards``.
+        ``quarantine_reasons``, rows each; ``slowest_shards``; ``samples`` and ``quarantine_samples``, a few rows each.
     """
     totals = Totals()
     spans = Spans()
@@ -101,8 +124,12 @@ def figures(folder: Folder, records: Iterator[ShardRecord]) -> dict[str, Any]:
     lengths: Counter[int] = Counter()
     finish_reasons: Counter[str] = Counter()
     quarantine_reasons: Counter[str] = Counter()
+    samples = _Samples("output", "finish_reason"), _Samples("error_type", "error_message")
     with ThreadPoolExecutor(READERS) as readers:
         while some := list(islice(records, WINDOW)):
+            for record in some:
+                samples[0].look(folder, record.part)
+                samples[1].look(folder, record.quarantine)
             for record, columns in zip(some, readers.map(partial(_columns, folder), some), strict=True):
                 totals += Totals(record.rows, record.quarantined, record.prompt_tokens, record.completion_tokens)
                 spans.add(record.begun_at, record.committed_at, record.rows, record.completion_tokens)
@@ -132,6 +159,8 @@ def figures(folder: Folder, records: Iterator[ShardRecord]) -> dict[str, Any]:
         "finish_reasons": dict(finish_reasons.most_common()),
         "quarantine_reasons": dict(quarantine_reasons.most_common()),
         "slowest_shards": [asdict(slow) for slow in sorted(slowest, reverse=True)],
+        "samples": samples[0].rows,
+        "quarantine_samples": samples[1].rows,
     }
 
 
