@@ -22,7 +22,7 @@ import pyarrow as pa
 from hycluster import logs
 from hycluster.batch.ask import first_error
 from hycluster.batch.input.corpus import REFUSAL, ROW_ID, SHARD
-from hycluster.batch.input.tables import pick, unpack
+from hycluster.batch.input.tables import last, pick, unpack
 from hycluster.batch.kept import KeptAnswers
 from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.record import ShardRecord, Totals
@@ -121,7 +121,7 @@ class Generate:
 
     async def _row(self, task: Task, shard: pa.Table, position: int) -> Answer | Refusal:
         try:
-            row_id = shard.column(ROW_ID)[position].as_py()
+            row_id = last(shard, ROW_ID)[position].as_py()
             answer: Answer | Refusal
             try:
                 row = {name: _value(shard, name, position) for name in task.columns}
@@ -152,13 +152,13 @@ class Generate:
         answers = [row if isinstance(row, Refusal) else await row for row in rows]
         extra_columns = self._task.extra_columns if self._task else ()
         results, quarantined = split_answers(shard, answers, extra_columns)
-        first = shard.column(ROW_ID)[0].as_py()
+        first = last(shard, ROW_ID)[0].as_py()
         if isinstance(answers[0], Refusal) and answers[0].error_type == Reason.UNREADABLE_FILE.value:
             # This row has the name of its file; the record says where a shard begins.
             first = f"{first}#0"
         record = await asyncio.to_thread(self._output.commit, number, first, results, quarantined, begun_at=begun_at)
         if self._kept:
-            self._kept.forget(shard.column(ROW_ID).to_pylist())
+            self._kept.forget(last(shard, ROW_ID).to_pylist())
         return record
 
     async def _open(self) -> Task:
@@ -233,16 +233,18 @@ def _is_the_jobs(error: Exception) -> bool:
 
 
 def _value(shard: pa.Table, name: str, position: int) -> Any:
+    # Of the input's, where a column of the output's shares its name.
+    place = shard.schema.get_all_field_indices(name)[0]
+    kind = shard.schema.field(place).type
     try:
-        value = shard.column(name)[position].as_py()
+        value = shard.column(place)[position].as_py()
         # As short as its type makes it: 0.1 in 32 bits is 0.10000000149011612 in Python's 64.
-        narrow = NARROW.get(shard.schema.field(name).type)
+        narrow = NARROW.get(kind)
         return value if narrow is None or value is None else float(str(narrow(value)))
     except UnicodeError:
         raise
     except Exception as error:
         # Such as a date that is out of Python's range, or in a time zone that nobody knows.
-        kind = shard.schema.field(name).type
         raise RowRefused(Reason.WRONG_TYPE, f"{name}: is no {kind} that a prompt can take: {error}") from None
 
 

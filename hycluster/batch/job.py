@@ -39,9 +39,15 @@ class Input(Strict):
 
 
 class JobOutput(Strict):
-    """The folder (or ``s3://`` prefix) for the results; it holds one job and nothing else."""
+    """The folder (or ``s3://`` prefix) for the results; it holds one job and nothing else.
+
+    Attributes:
+        columns_suffix: what the names of the columns that the job adds end with. By default nothing; where the input
+            has one of these names ``_2``, or ``_3`` and so on: the output of a job is the input of the next.
+    """
 
     path: str = Field(min_length=1)
+    columns_suffix: str | None = Field(default=None, max_length=40, pattern=r"^[A-Za-z0-9_.-]*$")
 
 
 class Summary(Strict):

@@ -106,8 +106,7 @@ def prompt_of(job: Job) -> Prompt:
         )
     aliases = {"text": columns.text, "question": columns.question}
     constants = {"question": job.question} if job.question is not None else {}
-    reserved = (TREE,) if job.summary is not None and job.summary.keep_tree else ()
-    return TemplatePrompt(template, {k: v for k, v in aliases.items() if v is not None}, constants, reserved)
+    return TemplatePrompt(template, {k: v for k, v in aliases.items() if v is not None}, constants)
 
 
 def language_of(text: str) -> Language:
@@ -135,17 +134,9 @@ class TemplatePrompt:
     Args:
         aliases: placeholders that stand for another column.
         constants: placeholders that stand for a text.
-        reserved: columns that the input must not have.
     """
 
-    def __init__(
-        self,
-        template: str,
-        aliases: Mapping[str, str],
-        constants: Mapping[str, str],
-        reserved: Sequence[str] = (),
-    ) -> None:
-        self._reserved = reserved
+    def __init__(self, template: str, aliases: Mapping[str, str], constants: Mapping[str, str]) -> None:
         self._parts: list[tuple[str, str | None]] = []
         named = []
         for literal, name in _parse(template):
@@ -177,9 +168,6 @@ class TemplatePrompt:
         return [{"role": "user", "content": content}]
 
     def check(self, schema: pa.Schema, where: str) -> None:
-        for column in self._reserved:
-            if column in schema.names:
-                raise SettingsError(f"{where}: column {column!r} has a name that the output uses; rename it")
         for column in self.columns:
             kind = column_type(schema, column, where)
             if column in self._strings and not _is_string(kind):

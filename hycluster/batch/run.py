@@ -20,7 +20,7 @@ from hycluster.batch.input.apart import footers_apart
 from hycluster.batch.input.corpus import ShardPlan, plan_shards
 from hycluster.batch.job import Job
 from hycluster.batch.output.commit import OutputFolder
-from hycluster.batch.output.identity import Identity, identity
+from hycluster.batch.output.identity import Identity, identity, suffix_in
 from hycluster.batch.output.lease import Lease
 from hycluster.batch.output.record import ShardRecord, Totals
 from hycluster.batch.progress.figures import write_report
@@ -71,6 +71,8 @@ def run_job(
     if output.is_input(corpus):
         raise SettingsError(f"output.path: {output.folder.masked!r} lies within the input; give a folder outside of it")
     mine = identity(job, corpus)
+    if suffix_in(mine):
+        console.print(f"the columns of this job end with {suffix_in(mine)!r}: output{suffix_in(mine)}, ...", **PLAIN)
     replaces = overwrite and output.foreign(mine)
     if replaces:
         consent(_to_be_deleted(job, output))

@@ -57,7 +57,7 @@ class DiskFolder(WritableFolder):
     @contextmanager
     def writing(self, path: str) -> Iterator[Any]:
         target = Path(self.at(path))
-        with target.open("wb") as stream:
+        with _whole_or_gone(target), target.open("wb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -105,11 +105,23 @@ class DiskFolder(WritableFolder):
 
     def _write_temporary(self, path: str, data: bytes) -> Path:
         held = Path(self.at(temporary(path)))
-        with held.open("wb") as stream:
+        with _whole_or_gone(held), held.open("wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
         return held
+
+
+@contextmanager
+def _whole_or_gone(path: Path) -> Iterator[None]:
+    """What could not be written to its end is deleted, and the error says which file it was: the disk may be full."""
+    try:
+        yield
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def _walk(folder: bytes, shown: str, recursive: bool, within: list[tuple[int, int]]) -> Iterator[pafs.FileInfo]:

@@ -185,10 +185,3 @@ def test_texts_of_parts_are_taken_as_they_are() -> None:
     assert message["content"].endswith("Part 2 of 3:\n{text} {0} }{")
     (message,) = merge_messages(["{one}", "two"], "zh")
     assert message["content"].endswith("\n{one}\n\ntwo")
-
-
-def test_a_kept_tree_needs_its_column(make_job: MakeJob) -> None:
-    schema = pa.schema([("text", pa.string()), ("tree", pa.string())])
-    prompt_of(make_job(task="summarize")).check(schema, "in")
-    with pytest.raises(SettingsError, match="in: column 'tree' has a name that the output uses; rename it"):
-        prompt_of(make_job(task="summarize", summary={"keep_tree": True})).check(schema, "in")

@@ -32,7 +32,9 @@ REFUSAL = "__hycluster_refusal"
 REFUSAL_TYPE = pa.struct([("error_type", pa.string()), ("error_message", pa.string())])
 RESULT_COLUMNS = ("output", "finish_reason", "prompt_tokens", "completion_tokens")
 REFUSAL_COLUMNS = ("error_type", "error_message")
-RESERVED = (ROW_ID, *RESULT_COLUMNS, *REFUSAL_COLUMNS, SHARD, REFUSAL)
+# What a job adds to the columns of its input.
+ADDED = (ROW_ID, *RESULT_COLUMNS, *REFUSAL_COLUMNS)
+RESERVED = (SHARD, REFUSAL)
 # Wide rows make smaller shards, so that what is in memory is bounded in bytes too.
 SHARD_BYTES = 16 << 20
 # The same for values that a dictionary holds once: what a shard comes to if every row has all of them.
@@ -104,6 +106,7 @@ class ShardPlan:
         folder: that all paths are relative to.
         pattern: what was looked for below it, a glob a folder.
         left_out: what was found there and is no part of it, and why, a line each.
+        taken: the names of columns that some file has.
     """
 
     folder: Folder
@@ -111,6 +114,7 @@ class ShardPlan:
     files: tuple[File, ...]
     shard_rows: int
     left_out: tuple[str, ...] = ()
+    taken: frozenset[str] = frozenset()
 
     @property
     def rows(self) -> int:
@@ -206,14 +210,16 @@ def plan_shards(
     """
     listing = list_files(place)
     told = read_footers(listing.folder, list(listing.sizes))
+    taken: set[str] = set()
     # In order: the first file that is wrong is the one that is named.
     files = tuple(
-        _planned(check, path, size, footer) for (path, size), footer in zip(listing.sizes.items(), told, strict=True)
+        _planned(check, taken, path, size, footer)
+        for (path, size), footer in zip(listing.sizes.items(), told, strict=True)
     )
     faults = [file.fault for file in files if file.fault]
     if len(faults) == len(files):
         raise SettingsError(faults[0].error_message)
-    return ShardPlan(listing.folder, listing.pattern, files, shard_rows, listing.left_out)
+    return ShardPlan(listing.folder, listing.pattern, files, shard_rows, listing.left_out, frozenset(taken))
 
 
 class Span:
@@ -340,7 +346,9 @@ def _named(pieces: list[Rows], shard: Shard) -> pa.Table:
     return table.append_column(REFUSAL, pa.array(marks, REFUSAL_TYPE))
 
 
-def _planned(check: Callable[[pa.Schema, str], None], path: str, size: int, footer: Footer | str) -> File:
+def _planned(
+    check: Callable[[pa.Schema, str], None], taken: set[str], path: str, size: int, footer: Footer | str
+) -> File:
     where = f"input: {path}"
     if isinstance(footer, str):
         # One row, which stands for however many there are.
@@ -351,7 +359,8 @@ def _planned(check: Callable[[pa.Schema, str], None], path: str, size: int, foot
         schema = schema.append(pa.field(name, pa.string()))
     for column in schema.names:
         if column in RESERVED:
-            raise SettingsError(f"{where}: column {column!r} has a name that the output uses; rename it")
+            raise SettingsError(f"{where}: column {column!r} has a name that jobs use within; rename it")
+    taken.update(schema.names)
     fault = None
     try:
         check(schema, where)

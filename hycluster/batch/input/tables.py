@@ -37,6 +37,11 @@ def unpack(block: pa.Table) -> Iterator[pa.Table]:
             yield reader.read_all()
 
 
+def last(table: pa.Table, name: str) -> pa.ChunkedArray:
+    """The last column of a name: what a job adds stands behind what the input has, of whatever name."""
+    return table.column(table.schema.get_all_field_indices(name)[-1])
+
+
 def pick(table: pa.Table, positions: Sequence[int]) -> pa.Table:
     """Some rows, in the given order."""
     slices = []

@@ -34,9 +34,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from hycluster.batch.input.corpus import ShardPlan
-from hycluster.batch.input.tables import as_parquet
-from hycluster.batch.output.identity import Identity, identity_differences
+from hycluster.batch.input.corpus import ROW_ID, ShardPlan
+from hycluster.batch.input.tables import as_parquet, last
+from hycluster.batch.output.identity import Identity, identity_differences, suffix_in
 from hycluster.batch.output.record import DAMAGE, ShardRecord, Written
 from hycluster.batch.output.shard_set import PartNames, ShardSet
 from hycluster.errors import JobFailed, SettingsError
@@ -64,6 +64,7 @@ class OutputFolder:
     def __init__(self, folder: Folder) -> None:
         self.folder = folder.writable()
         self._edition: str | None = None
+        self._suffix = ""
 
     def check_store(self) -> None:
         """Raise SettingsError where two attempts at a shard could both come to count, or if it can't be written."""
@@ -135,7 +136,13 @@ class OutputFolder:
             if owner is None:
                 return ""
             self._edition = str(owner.get("edition", ""))
+            self._suffix = suffix_in(owner)
         return self._edition
+
+    def suffix(self) -> str:
+        """What the names of the columns that the job adds end with."""
+        self.edition()
+        return self._suffix
 
     def done(self) -> ShardSet:
         """Numbers of the shards that are committed."""
@@ -167,6 +174,8 @@ class OutputFolder:
         Returns:
             The record that counts: this attempt's, or that of an attempt that finished first.
         """
+        tokens = [_total(results, name) for name in ("prompt_tokens", "completion_tokens")]
+        results, quarantined = self._named(results), self._named(quarantined)
         attempt = uuid.uuid4().hex[:12]
         input_file, _, first_row = row_id.rpartition("#")
         name = f"part-{shard:08d}-{attempt}.parquet"
@@ -177,8 +186,8 @@ class OutputFolder:
             rows=results.num_rows + quarantined.num_rows,
             part=self._write(name, results),
             quarantine=self._write(f"{QUARANTINE}/{name}", quarantined),
-            prompt_tokens=_total(results, "prompt_tokens"),
-            completion_tokens=_total(results, "completion_tokens"),
+            prompt_tokens=tokens[0],
+            completion_tokens=tokens[1],
             begun_at=begun_at,
             committed_at=time.time(),
         )
@@ -247,6 +256,12 @@ class OutputFolder:
     def _not_writable(self, error: OSError) -> SettingsError:
         return SettingsError(f"output.path: {self.folder.masked!r} can't be written: {masked_line(error)}")
 
+    def _named(self, table: pa.Table) -> pa.Table:
+        """With our columns' names as the job has them, from the row's id on."""
+        begin = table.schema.get_all_field_indices(ROW_ID)[-1]
+        names = table.schema.names
+        return table.rename_columns([*names[:begin], *(f"{name}{self.suffix()}" for name in names[begin:])])
+
     def _write(self, relative: str, table: pa.Table) -> Written | None:
         if not table.num_rows:
             return None
@@ -289,4 +304,4 @@ def _is_output(folder: str, name: str) -> bool:
 
 
 def _total(table: pa.Table, column: str) -> int:
-    return sum(table.column(column).to_pylist())
+    return sum(last(table, column).to_pylist())

@@ -206,6 +206,7 @@ class _Verification:
             )
         seen: Counter[int] = Counter()
         read_bytes = 0
+        suffix = self._output.suffix()
         for written, columns in ((record.part, RESULT_COLUMNS), (record.quarantine, REFUSAL_COLUMNS)):
             if written is None:
                 if columns is RESULT_COLUMNS and (record.prompt_tokens or record.completion_tokens):
@@ -215,9 +216,9 @@ class _Verification:
             part = self._read(written, faults)
             if part is None:
                 continue
-            faults.extend(f"{written.path}: {fault}" for fault in row_differences(part, columns, table, seen))
+            faults.extend(f"{written.path}: {fault}" for fault in row_differences(part, columns, suffix, table, seen))
             if columns is RESULT_COLUMNS:
-                faults.extend(f"{written.path}: {fault}" for fault in miscounted(part, record))
+                faults.extend(f"{written.path}: {fault}" for fault in miscounted(part, record, suffix))
         wrong = {"missing": [r for r in range(shard.rows) if not seen[r]], "doubled": [r for r in seen if seen[r] > 1]}
         for what, rows in wrong.items():
             if rows:

@@ -70,8 +70,8 @@ class _Slow:
 class _Samples:
     """The first rows, by some of their columns."""
 
-    def __init__(self, *columns: str) -> None:
-        self._columns = ["row_id", *columns]
+    def __init__(self, suffix: str, *columns: str) -> None:
+        self._columns = [f"{name}{suffix}" for name in ("row_id", *columns)]
         self.rows: list[dict[str, Any]] = []
 
     def look(self, folder: Folder, written: Written | None) -> None:
@@ -102,14 +102,17 @@ def write_report(folder: Folder) -> dict[str, Any]:
     word = last_word(folder, str(job.get("edition", "")))
     found["ended"] = word.ended if word else None
     output = OutputFolder(folder)
-    found |= figures(folder, output.records())
+    found |= figures(folder, output.records(), output.suffix())
     output.folder.replace(REPORT_JSON, json.dumps(found, indent=1).encode())
     output.folder.replace(REPORT_HTML, render_page(found).encode())
     return found
 
 
-def figures(folder: Folder, records: Iterator[ShardRecord]) -> dict[str, Any]:
+def figures(folder: Folder, records: Iterator[ShardRecord], suffix: str = "") -> dict[str, Any]:
     """Figures of the given shards.
+
+    Args:
+        suffix: what the names of the job's columns end with.
 
     Returns:
         ``totals`` and ``shards`` (how many); ``begun_at`` and ``committed_at`` of the first and the last, seconds
@@ -124,13 +127,13 @@ def figures(folder: Folder, records: Iterator[ShardRecord]) -> dict[str, Any]:
     lengths: Counter[int] = Counter()
     finish_reasons: Counter[str] = Counter()
     quarantine_reasons: Counter[str] = Counter()
-    samples = _Samples("output", "finish_reason"), _Samples("error_type", "error_message")
+    samples = _Samples(suffix, "output", "finish_reason"), _Samples(suffix, "error_type", "error_message")
     with ThreadPoolExecutor(READERS) as readers:
         while some := list(islice(records, WINDOW)):
             for record in some:
                 samples[0].look(folder, record.part)
                 samples[1].look(folder, record.quarantine)
-            for record, columns in zip(some, readers.map(partial(_columns, folder), some), strict=True):
+            for record, columns in zip(some, readers.map(partial(_columns, folder, suffix), some), strict=True):
                 totals += Totals(record.rows, record.quarantined, record.prompt_tokens, record.completion_tokens)
                 spans.add(record.begun_at, record.committed_at, record.rows, record.completion_tokens)
                 slow = _Slow(
@@ -217,10 +220,10 @@ def length_figures(lengths: Counter[int]) -> dict[str, Any]:
     return found
 
 
-def _columns(folder: Folder, record: ShardRecord) -> tuple[Counter[int], Counter[str], Counter[str]]:
+def _columns(folder: Folder, suffix: str, record: ShardRecord) -> tuple[Counter[int], Counter[str], Counter[str]]:
     """How often each output length, finish reason and quarantine reason occurs in one shard."""
-    lengths, finish_reasons = _counts(folder, record.part, "completion_tokens", "finish_reason")
-    (quarantine_reasons,) = _counts(folder, record.quarantine, "error_type")
+    lengths, finish_reasons = _counts(folder, record.part, f"completion_tokens{suffix}", f"finish_reason{suffix}")
+    (quarantine_reasons,) = _counts(folder, record.quarantine, f"error_type{suffix}")
     return lengths, finish_reasons, quarantine_reasons
 
 

@@ -15,7 +15,7 @@ import pytest
 from hycluster.batch.input import footers as footers_module
 from hycluster.batch.input import row_groups
 from hycluster.batch.input.apart import footers_apart
-from hycluster.batch.input.corpus import ROW_ID, plan_shards
+from hycluster.batch.input.corpus import ROW_ID, plan_shards, read_shards
 from hycluster.batch.input.tables import pack, unpack, unwritable
 from hycluster.batch.output.verify import verify_output
 from hycluster.batch.prompts import prompt_of
@@ -280,3 +280,41 @@ def test_names_of_columns_that_are_not_utf8(make_job: MakeJob, corpus: Path) -> 
     *_, odd = plan_shards(at(corpus), shard_rows=2, check=prompt_of(make_job()).check).files
     assert odd.unreadable
     through(make_job, corpus)
+
+
+def test_values_that_a_dictionary_holds_once_are_counted_as_they_are_decoded(tmp_path: Path) -> None:
+    """200 MB of rows in a file of some hundred KB."""
+    pq.write_table(pa.table({"text": [f"{n % 2}" + "x" * 50_000 for n in range(4000)]}), tmp_path / "a.parquet")
+    assert (tmp_path / "a.parquet").stat().st_size < 500_000
+    whole = plan_shards(at(tmp_path), shard_rows=256, check=lambda schema, where: None)
+    held = 0
+    before = pa.total_allocated_bytes()
+    for number, block in enumerate(map(pack, read_shards(whole.folder, list(whole.shards())))):
+        held = max(held, pa.total_allocated_bytes() - before)
+        assert block.nbytes < 14_000_000, number
+    assert number == 15
+    # A shard, its packed copy, and a batch.
+    assert held < 60_000_000
+
+
+def test_large_cells_make_small_shards_though_a_dictionary_holds_them(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["x" * 5_000_000] * 100, "n": [1] * 100}), tmp_path / "a.parquet")
+    whole = plan_shards(at(tmp_path), shard_rows=256, check=lambda schema, where: None)
+    assert (tmp_path / "a.parquet").stat().st_size < 1_000_000
+    assert [shard.rows for shard in whole.shards()] == [53, 47]
+    plain = plan_shards(at(tmp_path), shard_rows=50, check=lambda schema, where: None)
+    assert [shard.rows for shard in plain.shards()] == [50, 50]
+
+
+def test_large_row_groups_are_read_page_by_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_groups, "FETCHED_BYTES", 1 << 20)
+    texts = [f"{n}" + "y" * 9_000 for n in range(3000)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", compression="none", use_dictionary=False)
+    whole = plan_shards(at(tmp_path), shard_rows=256, check=lambda schema, where: None)
+    before, held, found = pa.total_allocated_bytes(), 0, []
+    for table in read_shards(whole.folder, list(whole.shards())):
+        held = max(held, pa.total_allocated_bytes() - before)
+        found += table.column("text").to_pylist()
+    assert found == texts
+    # Of 27 MB, and a batch may have 16.
+    assert held < 24_000_000
