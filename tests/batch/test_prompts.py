@@ -140,8 +140,8 @@ def test_chats_come_in_lists_of_any_kind(make_job: MakeJob, made: Callable[[pa.D
 
 def test_an_assistant_that_calls_tools_need_not_say_anything(make_job: MakeJob) -> None:
     prompt = prompt_of(make_job(input={"path": "in", "columns": {"messages": "chat"}}))
-    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
-    chat = [
+    call: dict[str, Any] = {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    chat: list[dict[str, Any]] = [
         {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
         {"role": "assistant", "tool_calls": [call]},
         {"role": "tool", "content": "seen", "tool_call_id": "1"},

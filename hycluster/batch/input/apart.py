@@ -17,10 +17,12 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
-from hycluster.batch.input.footers import Footer, footer_or_fault, footers
+from hycluster.batch.input.footers import READERS, Footer, footer_or_fault, footers
 from hycluster.errors import JobFailed
 from hycluster.storage import Folder
 
+# Files that are asked alone after the process has died: those that it may have been at.
+ONE_BY_ONE = 2 * READERS
 _MAIN = "import sys; from hycluster.batch.input.apart import answer_calls; answer_calls(int(sys.argv[1]))"
 
 
@@ -38,12 +40,13 @@ class _Reader:
         with self._lock:
             together = True
             while paths:
+                asked = paths if together else paths[:ONE_BY_ONE]
                 answered = 0
-                for answer in self._ask(folder, paths, together):
+                for answer in self._ask(folder, asked, together):
                     yield answer
                     answered += 1
                 paths = paths[answered:]
-                if paths and not together:
+                if answered < len(asked) and not together:
                     # Asked one by one: it was the next one.
                     yield f"is not a readable Parquet file: its footer ends the process that reads it ({self._died()})"
                     paths = paths[1:]

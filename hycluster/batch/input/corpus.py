@@ -369,7 +369,7 @@ def _planned(
     digest = hashlib.sha256(schema.serialize().to_pybytes()).hexdigest()[:16]
     return File(
         path,
-        footer.bytes,
+        footer.size,
         footer.row_groups,
         footer.data_bytes,
         digest,

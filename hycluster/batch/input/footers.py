@@ -38,7 +38,7 @@ class Footer:
         int96_unit: of its timestamps of 96 bits; see there.
     """
 
-    bytes: int
+    size: int
     serialized: bytes
     row_groups: tuple[int, ...]
     data_bytes: int
@@ -69,12 +69,25 @@ def footer_or_fault(folder: Folder, path: str) -> Footer | str:
         return f"is not a readable Parquet file: {masked_line(error)}"
 
 
+def _open(handle: pa.NativeFile) -> pq.ParquetFile:
+    """Open a file; if its bytes can be had, whatever is wrong with them is no stumbling of the store's.
+
+    Raises:
+        OSError: they can't.
+    """
+    try:
+        return pq.ParquetFile(handle)
+    except OSError as error:
+        handle.read_at(min(handle.size(), 8), max(0, handle.size() - 8))
+        raise ValueError(str(error)) from error
+
+
 def row_groups_of(metadata: pq.FileMetaData) -> tuple[int, ...]:
     return tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
 
 
 def _read(folder: Folder, path: str) -> Footer | str:
-    with folder.open_file(path) as handle, pq.ParquetFile(handle) as parquet:
+    with folder.open_file(path) as handle, _open(handle) as parquet:
         size, metadata = handle.size(), parquet.metadata
         row_groups = row_groups_of(metadata)
         if min(row_groups, default=0) < 0 or sum(row_groups) > MOST_ROWS_A_BYTE * size:

@@ -138,7 +138,7 @@ def _row_group(handle: pa.NativeFile, parquet: pq.ParquetFile, group: int) -> It
 
 
 def _rows_at_once(group: pq.RowGroupMetaData) -> int:
-    row_bytes = max(repeated_bytes(group), group.total_byte_size // max(1, group.num_rows), 1)
+    row_bytes: int = max(repeated_bytes(group), group.total_byte_size // max(1, group.num_rows), 1)
     return max(1, min(READ_ROWS, BATCH_BYTES // row_bytes))
 
 

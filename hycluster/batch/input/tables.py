@@ -86,7 +86,26 @@ def storable(schema: pa.Schema) -> pa.Schema:
 def nulls(schema: pa.Schema, rows: int) -> pa.RecordBatch:
     """Rows of nothing; to hold them, every field may be null."""
     fields = [pa.field(field.name, _nullable(field.type), metadata=field.metadata) for field in schema]
-    return pa.record_batch([pa.nulls(rows, field.type) for field in fields], schema=pa.schema(fields, schema.metadata))
+    return pa.record_batch([_nulls(field.type, rows) for field in fields], schema=pa.schema(fields, schema.metadata))
+
+
+def _nulls(kind: pa.DataType, rows: int) -> pa.Array:
+    try:
+        return pa.nulls(rows, kind)
+    except pa.ArrowNotImplementedError:
+        # Of extension types within others.
+        if isinstance(kind, pa.BaseExtensionType):
+            return pa.ExtensionArray.from_storage(kind, _nulls(kind.storage_type, rows))
+        if pat.is_struct(kind):
+            fields = [kind.field(place) for place in range(kind.num_fields)]
+            children = [_nulls(field.type, rows) for field in fields]
+            return pa.StructArray.from_arrays(children, fields=fields, mask=pa.repeat(True, rows))
+        if pat.is_list(kind) or pat.is_large_list(kind):
+            made = pa.ListArray if pat.is_list(kind) else pa.LargeListArray
+            starts = pa.nulls(rows + 1, pa.int32() if pat.is_list(kind) else pa.int64())
+            starts = pa.concat_arrays([starts.slice(0, rows), pa.array([0], starts.type)])
+            return made.from_arrays(starts, _nulls(kind.value_type, 0), type=kind)
+        raise
 
 
 def unwritable(schema: pa.Schema) -> str | None:
@@ -112,7 +131,7 @@ def _unwritable(serialized: bytes) -> str | None:
 
 def _refusal(schema: pa.Schema) -> str | None:
     try:
-        for some in (schema.empty_table(), pa.Table.from_batches([nulls(schema, 1)])):
+        for some in (pa.Table.from_batches([], schema), pa.Table.from_batches([nulls(schema, 1)])):
             pq.write_table(some, io.BytesIO())
             for _ in unpack(pack(some)):
                 pass

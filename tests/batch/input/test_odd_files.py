@@ -40,6 +40,14 @@ KINDS: dict[str, tuple[pa.DataType, Any]] = {
     "required within list views": (pa.list_view(pa.field("item", pa.int8(), nullable=False)), [[n] for n in range(6)]),
     "nothing": (pa.null(), [None] * ROWS),
     "uuids": (pa.uuid(), [bytes([n] * 16) for n in range(ROWS)]),
+    "uuids in structs": (
+        pa.struct([("u", pa.uuid())]),
+        pa.StructArray.from_arrays([pa.array([bytes([n] * 16) for n in range(ROWS)], pa.uuid())], ["u"]),
+    ),
+    "JSON in lists": (
+        pa.list_(pa.json_()),
+        pa.ListArray.from_arrays([0, None, 2, 2, 3, 3, 4], pa.array(["1", None, "{}", "2"], pa.json_())),
+    ),
     "JSON": (pa.json_(), ["1", None, "{}", "[]", '"x"', "null"]),
 }
 
@@ -56,8 +64,9 @@ def through(make_job: MakeJob, corpus: Path, **changes: Any) -> list[pa.Table]:
 def test_columns_of_any_type_come_out_unchanged(make_job: MakeJob, corpus: Path, kind: str, harm: bool) -> None:
     odd, values = KINDS[kind]
     texts = [None, *(f"text {n} " + "x" * n for n in range(1, ROWS))]
-    table = pa.table({"text": texts, "odd": pa.array(values, odd)})
-    table = table.cast(pa.schema([table.schema.field("text"), pa.field("odd", odd, nullable=None in values)]))
+    column = values if isinstance(values, pa.Array) else pa.array(values, odd)
+    schema = pa.schema([("text", pa.string()), pa.field("odd", odd, nullable=column.null_count > 0)])
+    table = pa.table([pa.array(texts, pa.string()), column], schema)
     with pq.ParquetWriter(corpus / "c.parquet", table.schema) as writer:
         # No row group and no shard ends where the other does.
         for begin in (0, 3):
