@@ -136,8 +136,9 @@ class Asker:
             raise JobFailed(f"row {name}: no engine could serve it for {self._retry_s:g} s: {_told(error)}") from None
 
 
-def _comes_again(error: Exception) -> float | bool:
-    return not isinstance(error, FINAL) and as_told(error)
+def _comes_again(error: BaseException) -> float | bool:
+    # A cancellation is no Exception; stamina asks about it all the same.
+    return isinstance(error, Exception) and not isinstance(error, FINAL) and as_told(error)
 
 
 def _told(error: Exception) -> str:

@@ -86,6 +86,11 @@ class Run:
         records = await self.stage(block)
         return [json.loads(text) for text in records.column("record").to_pylist()]
 
+    async def close(self) -> None:
+        """What the end of its process does for it: whose task is collected within another's loop is heard of there."""
+        if self.stage._opened is not None:
+            await self.stage._opened.__aexit__(None, None, None)
+
     def rows(self, records: list[dict[str, Any]], kind: str = "part") -> list[dict[str, Any]]:
         tables = [pq.read_table(self.folder / record[kind]["path"]) for record in records if record[kind]]
         return [row for table in tables for row in table.to_pylist()]
@@ -303,6 +308,7 @@ async def test_what_was_answered_is_not_asked_again_after_a_failure(make_job: Ma
     run = Run(make_job, first := Watched(), tmp_path / "out", rows_in_flight=30)
     with pytest.raises(JobFailed, match="the stand-in is down"):
         await run(block(texts, shard_rows=22))
+    await run.close()
     assert len(list((tmp_path / "out" / "_answers").iterdir())) == 1
     texts[-1] = f"die {tmp_path / 'up again'}"
     again = Run(make_job, second := Watched(), tmp_path / "out", rows_in_flight=30)
