@@ -248,7 +248,7 @@ class Generator:
         renderer = gateway.renderer
         engine_input: EngineInput
         for number, message in enumerate(messages or ()):
-            # vLLM's own ingress processes check this before they render.
+            # vLLM's own API server checks this before it renders.
             if not isinstance(message, dict) or not message.get("role"):
                 raise InvalidInput(f"messages[{number}].role: must be set")
         with _blamed_on_the_request():
@@ -410,7 +410,7 @@ async def open_generator(
     async with open_gateway(
         pool, handle, router=router or Router(), admission=admission or unbounded, wait_s=wait_s, patient=True
     ) as gateway:
-        # As in an ingress process (see there).
+        # As in an ingress process: see ``hycluster/door.py``.
         gc.collect()
         gc.freeze()
         yield Generator({pool.name: gateway})
