@@ -47,7 +47,7 @@ def asked_settings(
         return load_settings(path, assignments)
     made = _suggested(what)
     text = made.text(shlex.join(["hycluster", "serve", what]))
-    settings = validate(Settings, override(made.settings, assignments), what)
+    settings = validate(Settings, override(made.settings, assignments, Settings), what)
     say(text)
     if assignments:
         say(f"# and by --set: {', '.join(assignments)}")
