@@ -10,11 +10,12 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from hycluster import __version__
+from hycluster import __version__, aside
 from hycluster.batch import cli as batch
 from hycluster.batch.job import Job
 from hycluster.chaos.cli import chaos
@@ -31,10 +32,23 @@ from hycluster.settings.read import DEFAULT_SETTINGS, load_settings
 from hycluster.settings.settings import Settings
 from hycluster.submit.cli import cancel, jobs, logs, show_submitted, submit
 from hycluster.summarize.cli import summarize
-from hycluster.terminal import PrintableFormatter, echo
+from hycluster.terminal import INTERRUPTED_EXIT, PrintableFormatter, echo
+
+
+class Commands(TyperGroup):
+    """Ctrl-C ends a command with a word and the exit code that shells have for it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            echo("stopped by Ctrl-C before it was done", err=True)
+            raise typer.Exit(INTERRUPTED_EXIT) from None
+
 
 app = typer.Typer(
     name="hycluster",
+    cls=Commands,
     help="Serve large mixture-of-experts models on Ray and vLLM, and run bulk jobs with the same engines.",
     no_args_is_help=True,
     # Inherited by every command.
@@ -120,7 +134,8 @@ def serve(
     """Serve the models of CONFIG, or a MODEL, in the foreground, on the Ray cluster in RAY_ADDRESS or one of its own.
 
     Prints one line beginning "ready" once a request would succeed, and on standard error a line for whatever is lost
-    and for its return. SIGTERM or Ctrl-C drains, then exits 0. Exits 4 if Ray itself is lost: start it again.
+    and for its return. SIGTERM or Ctrl-C drains, then exits 0; Ctrl-C once more ends it at once, with 130. Exits 4 if
+    Ray itself is lost: start it again.
     """
     ports = [
         f"{ingress}.port={port}" for ingress, port in (("http", http_port), ("grpc", grpc_port)) if port is not None
@@ -146,9 +161,15 @@ def serve(
 
     started_ray = cluster.start()
     running.remember_models([model.name for model in settings.models])
+
+    def stop(number: int, _frame: object) -> None:
+        if stopping.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stopping.set()
+
     # After Ray's own handlers, which would end this process at once.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopping.set())
+        signal.signal(number, stop)
     address = ray.get_runtime_context().gcs_address
     service = Service(settings, say, own=started_ray)
     try:
@@ -161,9 +182,12 @@ def serve(
             )
             sys.stdout.flush()
             service.attend(stopping)
-        say("draining ...")
+        say("draining ... (Ctrl-C again cuts off what is in flight)")
         deploy.stop(settings.drain_timeout_s)
         say("stopped")
+    except KeyboardInterrupt:
+        say("stopped at once; the requests that were in flight are lost")
+        raise typer.Exit(INTERRUPTED_EXIT) from None
     finally:
         service.close()
         # A cluster of our own ends with this, whatever became of the application.
@@ -277,6 +301,7 @@ def main() -> None:
     lines = logging.StreamHandler()
     lines.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[lines])
+    aside.wanted(say)
     try:
         app()
     except HyclusterError as error:

@@ -14,6 +14,7 @@ import psutil
 import ray
 from ray._private.authentication.authentication_token_setup import enable_token_auth_by_default
 
+from hycluster.aside import set_aside
 from hycluster.directory.directory import NAMESPACE
 from hycluster.errors import SettingsError, one_line
 from hycluster.memory import MONITOR_VARIABLE, MemoryGuard
@@ -59,6 +60,7 @@ def _check_reachable(address: str) -> None:
 
 def _quiet() -> None:
     """Ray's own notices are for Ray's developers; its log files keep them all."""
+    set_aside()
     for name in ("ray", "ray.serve", "ray._private"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

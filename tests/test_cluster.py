@@ -83,3 +83,9 @@ def test_a_token_is_asked_for_as_ray_does_by_itself() -> None:
     assert "enable_token_auth_by_default()" in joining[2]
     assert joining[2].count("enable_token_auth_by_default") == 1
     assert "enable_token_auth_by_default" not in joining[0]
+
+
+def test_the_thread_that_prints_has_its_name() -> None:
+    """Ray 2.60.0; hycluster/aside.py knows it by that name."""
+    source = inspect.getsource(ray._private.worker)
+    assert f'name="{RAYS_THREAD}"' in source

@@ -12,7 +12,7 @@ from hycluster.consent import Yes, ask
 from hycluster.errors import SettingsError
 from hycluster.settings.read import DEFAULT_SETTINGS, load_settings
 from hycluster.submit.target import KubernetesTarget
-from hycluster.terminal import echo
+from hycluster.terminal import INTERRUPTED_EXIT, echo
 
 if TYPE_CHECKING:
     from hycluster.batch.job import Job
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from hycluster.submit.submission import Submission
     from hycluster.submit.submitted import Submitted
 
-INTERRUPTED = 130
 KUBERNETES = "On Kubernetes"
 Address = Annotated[str, typer.Option(metavar="URL", help="Ray's dashboard on that cluster, http://HOST:8265.")]
 JobId = Annotated[str, typer.Argument(metavar="JOB_ID", help="What 'batch submit' printed.")]
@@ -247,7 +246,7 @@ def _to_ray(sent: Submission, address: str, wait: bool) -> int:
         ended = api.follow(sent.id, lambda text: echo(text, nl=False, err=True))
     except KeyboardInterrupt:
         _note(f"the job goes on; hycluster batch cancel {sent.id} --address {address} stops it")
-        return INTERRUPTED
+        return INTERRUPTED_EXIT
     _note(f"{sent.id}: {ended.meaning}")
     return ended.exit_code
 
