@@ -11,6 +11,7 @@ import pytest
 import ray
 
 from hycluster import cluster
+from hycluster.aside import RAYS_THREAD
 from hycluster.errors import SettingsError
 
 

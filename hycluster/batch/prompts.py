@@ -25,7 +25,7 @@ Row = Mapping[str, Any]
 Language = Literal["en", "zh"]
 
 # Part of a job's fingerprint: raise it when a preset's words change.
-VERSION = 2
+VERSION = 3
 
 PRESETS = {
     "summarize": "Summarize the following text in a few sentences. Keep names and numbers.\n\nText:\n{text}",
@@ -34,6 +34,16 @@ PRESETS = {
     "ask": "Answer the question from the text.\n\nText:\n{text}\n\nQuestion: {question}",
     "math": "Solve the problem step by step. Put the final answer in \\boxed{{}}.\n\nProblem:\n{text}",
     "code": "Write code that does what is asked. Answer with the code only.\n\nTask:\n{text}",
+}
+
+# The same for a Chinese text: asked in English, models answer many of them in English.
+PRESETS_ZH = {
+    "summarize": "请用几句话概括下面的文字。保留人名、地名和数字。\n\n文字：\n{text}",
+    "rewrite": "请用简单明白的话改写下面的文字。保留所有事实。\n\n文字：\n{text}",
+    "outline": "请为下面的文字写一份提纲，用标题和简短的要点。\n\n文字：\n{text}",
+    "ask": "请根据下面的文字回答问题。\n\n文字：\n{text}\n\n问题：{question}",
+    "math": "请一步一步解答下面的题目。把最后的答案写在 \\boxed{{}} 里。\n\n题目：\n{text}",
+    "code": "请按要求编写代码。只回答代码。\n\n任务：\n{text}",
 }
 
 # For texts that are longer than the context (``hycluster/batch/summaries/summarizer.py``).
@@ -99,6 +109,7 @@ def prompt_of(job: Job) -> Prompt:
     if columns.messages is not None:
         return ChatPrompt(columns.messages)
     template = job.prompt or PRESETS.get(job.task, "{text}")
+    chinese = PRESETS_ZH.get(job.task) if job.prompt is None else None
     if job.prompt is not None and not job.constant_prompt and not any(name for _, name in _parse(template)):
         raise SettingsError(
             f"prompt: {shown(template)} names no column, so every row would be asked the same; write a column as"
@@ -106,7 +117,16 @@ def prompt_of(job: Job) -> Prompt:
         )
     aliases = {"text": columns.text, "question": columns.question}
     constants = {"question": job.question} if job.question is not None else {}
-    return TemplatePrompt(template, {k: v for k, v in aliases.items() if v is not None}, constants)
+    named = {k: v for k, v in aliases.items() if v is not None}
+    if chinese is not None:
+        return PresetPrompt({"en": template, "zh": chinese}, named, constants)
+    return TemplatePrompt(template, named, constants)
+
+
+def summary_messages(text: str) -> Messages:
+    """Ask for the summary of a text that is one part."""
+    presets = PRESETS_ZH if language_of(text) == "zh" else PRESETS
+    return [{"role": "user", "content": presets["summarize"].format(text=text)}]
 
 
 def language_of(text: str) -> Language:
@@ -180,6 +200,31 @@ class TemplatePrompt:
                 raise ColumnRefused(
                     Reason.WRONG_TYPE, f"{where}: column {column!r} is {kind}; there is no time zone {kind.tz!r} here"
                 )
+
+
+class PresetPrompt:
+    """One user message from a preset, in the language of the row's text.
+
+    Args:
+        templates: of the same placeholders, ``{text}`` among them.
+        aliases, constants: as for :class:`TemplatePrompt`.
+    """
+
+    def __init__(
+        self, templates: Mapping[Language, str], aliases: Mapping[str, str], constants: Mapping[str, str]
+    ) -> None:
+        self._prompts = {
+            language: TemplatePrompt(template, aliases, constants) for language, template in templates.items()
+        }
+        self._text = aliases.get("text", "text")
+        self.columns = self._prompts["en"].columns
+
+    def messages(self, row: Row) -> Messages:
+        text = row[self._text]
+        return self._prompts[language_of(text) if isinstance(text, str) else "en"].messages(row)
+
+    def check(self, schema: pa.Schema, where: str) -> None:
+        self._prompts["en"].check(schema, where)
 
 
 class ChatPrompt:

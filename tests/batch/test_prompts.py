@@ -1,13 +1,22 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from hycluster.batch.prompts import PRESETS, language_of, merge_messages, part_messages, prompt_of
+from hycluster.batch.prompts import (
+    PRESETS,
+    PRESETS_ZH,
+    language_of,
+    merge_messages,
+    part_messages,
+    prompt_of,
+    summary_messages,
+)
 from hycluster.errors import InvalidInput, SettingsError
 from tests.batch.conftest import MakeJob
 
@@ -185,3 +194,35 @@ def test_texts_of_parts_are_taken_as_they_are() -> None:
     assert message["content"].endswith("Part 2 of 3:\n{text} {0} }{")
     (message,) = merge_messages(["{one}", "two"], "zh")
     assert message["content"].endswith("\n{one}\n\ntwo")
+
+
+@pytest.mark.parametrize("task", sorted(PRESETS))
+def test_a_chinese_text_is_asked_about_in_chinese(make_job: MakeJob, task: str) -> None:
+    question = {"question": "谁？"} if task == "ask" else {}
+    text = "长城是中国古代的军事防御工程，{花括号}不变。"
+    said = content(make_job, {"body": text}, {"text": "body"}, task=task, **question)
+    assert text in said
+    assert language_of(said.replace(text, "")) == "zh"
+    english = content(make_job, {"body": "A wall."}, {"text": "body"}, task=task, **question)
+    assert language_of(english.replace("谁？", "")) == "en"
+
+
+def test_presets_are_the_same_in_both_languages() -> None:
+    def holes(template: str) -> list[str]:
+        return re.findall(r"\{+\w*\}+", template)
+
+    assert {task: holes(text) for task, text in PRESETS.items()} == {t: holes(text) for t, text in PRESETS_ZH.items()}
+
+
+def test_a_prompt_of_ones_own_stays_as_it_is(make_job: MakeJob) -> None:
+    assert content(make_job, {"b": "长城"}, {"text": "b"}, prompt="Say: {text}") == "Say: 长城"
+
+
+def test_a_short_document_is_asked_about_in_its_language() -> None:
+    (chinese,), (english,) = summary_messages("长城很长。"), summary_messages("It is long.")
+    assert (chinese["content"][0], english["content"][0]) == ("请", "S")
+
+
+def test_a_row_that_is_null_is_refused_by_a_preset_too(make_job: MakeJob) -> None:
+    with pytest.raises(InvalidInput, match="b: is null"):
+        content(make_job, {"b": None}, {"text": "b"}, task="summarize")

@@ -25,6 +25,8 @@ from hycluster.errors import InvalidInput, UnknownModel
 MOST_CHARACTERS_A_TOKEN = 8
 # A number of parts for measuring the prompt, with more digits than any real one.
 MANY = 9_999_999
+# A text for measuring the preset, which is chosen by its language.
+_SHORT: dict[Language, str] = {"en": "x", "zh": "文"}
 
 
 class TreeWatch:
@@ -189,7 +191,7 @@ class Summarizer:
             whole, part, merge = [
                 len(await self._generator.tokenize(self._model, messages=messages))
                 for messages in (
-                    self._whole("x"),
+                    self._whole(_SHORT[language]),
                     part_messages("x", MANY, MANY, language),
                     merge_messages(["x"], language),
                 )
