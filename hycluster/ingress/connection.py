@@ -59,6 +59,8 @@ def protocol(settings: Http, *, keep_alive: bool = True) -> type[HttpToolsProtoc
         max_connections = most
         stall_s = settings.stalled_client_timeout_s
         keep_alive_s = settings.keep_alive_timeout_s
+        # One who is told that its body is too large may be through with it.
+        linger_bytes = settings.max_body_mib << 20
         last_answer = not keep_alive
         idle: dict[Connection, float] = {}  # noqa: RUF012 - of all of this ingress process's
 
@@ -84,6 +86,7 @@ class Connection(HttpToolsProtocol):
     max_connections: int
     stall_s: float
     keep_alive_s: float
+    linger_bytes: int
     last_answer: bool
     idle: dict[Connection, float]
     transport: LingeringTransport  # type: ignore[assignment]
@@ -104,7 +107,7 @@ class Connection(HttpToolsProtocol):
         self._unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
-        lingering: Any = LingeringTransport(transport, self.loop, self.stall_s)
+        lingering: Any = LingeringTransport(transport, self.loop, self.stall_s, self.linger_bytes)
         super().connection_made(lingering)
         if len(self.connections) > self.max_connections and not self._made_room():
             message = f"the ingress process has {self.max_connections} connections open already"
@@ -145,7 +148,7 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self._refused or self.transport.is_closing():
-            self.transport.heard()
+            self.transport.heard(len(data))
             return
         # Before the parser: it keeps whatever it is given until a header ends.
         self._bytes += len(data)

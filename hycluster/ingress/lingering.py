@@ -24,12 +24,16 @@ class LingeringTransport:
 
     Args:
         most_s: how long a client may go on sending, or leave its answer unread, behind the close.
+        most_bytes: how much it may send then.
     """
 
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, most_s: float) -> None:
+    def __init__(
+        self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, most_s: float, most_bytes: int
+    ) -> None:
         self._transport = transport
         self._loop = loop
         self._most_s = most_s
+        self._most_bytes = most_bytes
         self._closing = False
         self._heard_at = self._end_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -60,9 +64,12 @@ class LingeringTransport:
     def abort(self) -> None:
         self._transport.abort()
 
-    def heard(self) -> None:
+    def heard(self, size: int) -> None:
         """The client goes on."""
         self._heard_at = self._loop.time()
+        self._most_bytes -= size
+        if self._most_bytes < 0:
+            self._transport.abort()
 
     def unread(self) -> bool:
         """Whether something has come that this process has not been given yet."""

@@ -35,6 +35,7 @@ class RawIngress:
         self.gone = 0
         self.seen: list[list[tuple[bytes, bytes]]] = []
         self.server: Any = None
+        self.dialed: list[asyncio.StreamWriter] = []
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.seen.append(scope["headers"])
@@ -79,7 +80,9 @@ class RawIngress:
             pass
 
     async def dial(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        return await asyncio.open_connection("127.0.0.1", self.port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        self.dialed.append(writer)
+        return reader, writer
 
 
 @asynccontextmanager
@@ -105,9 +108,9 @@ async def serve(*, keep_alive: bool = True, **settings: Any) -> AsyncIterator[Ra
         yield ingress
     finally:
         ingress.server.should_exit = ingress.server.force_exit = True
-        for connection in ingress.server.server_state.connections:
-            # uvloop waits for them.
-            connection.transport.abort()
+        # uvloop waits for the ends of all of them.
+        for one in [*ingress.server.server_state.connections, *ingress.dialed]:
+            one.transport.abort()
         await running
 
 
