@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+import resource
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -225,6 +226,63 @@ async def test_what_is_refused_leaves_nothing_behind(opened: Open, n: int, sampl
         assert served.gateway.engine_core.outstanding == {"r0": 0}
         assert not served.gateway.output_processor.has_unfinished_requests()
         assert (await served.last()).finished
+
+
+HOSTILE_OUTPUTS: list[dict[str, Any]] = [
+    # 150 bytes that took 12 GB, and the event loop.
+    {"json": {"type": "array", "minItems": 1_000_000_000}},
+    {"json": {"properties": {f"k{n}": {"type": "string", "pattern": f"^a{{1,{n + 1}}}$"} for n in range(1000)}}},
+    {"json": {"$ref": "#"}},
+    {"regex": "(a{1000000000})"},
+    {"grammar": 'root ::= "a"{1000000000}'},
+]
+
+
+@contextlib.contextmanager
+def memory_limit(gib: int) -> Iterator[None]:
+    """This process can't take more than that on top of what it has."""
+    with open("/proc/self/statm") as file:
+        now = int(file.read().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + (gib << 30), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.parametrize("hostile", HOSTILE_OUTPUTS)
+async def test_outputs_that_would_cost_gigabytes_are_refused_beside_streams(
+    opened: Open, hostile: dict[str, Any]
+) -> None:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    async with opened(SLOW) as served:
+        with memory_limit(1):
+            streams = [asyncio.create_task(served.last(str(number), max_tokens=60)) for number in range(8)]
+            await served.running(8)
+            with pytest.raises(InvalidInput, match=r"^structured_outputs\.") as caught:
+                await served.last(structured_outputs=StructuredOutputsParams(**hostile))
+            assert caught.value.http_status == 400
+            answers = await asyncio.gather(*streams)
+    assert {tuple(answer.outputs[0].token_ids) for answer in answers} == {tuple(predicted(PROMPT, 60, SLOW))}
+
+
+@pytest.mark.parametrize(
+    ("ordinary", "backend"),
+    [({"json": {"type": "object"}}, "xgrammar"), ({"json": {"type": "array", "uniqueItems": True}}, "refused")],
+)
+async def test_outputs_are_validated_as_vllm_does(opened: Open, ordinary: dict[str, Any], backend: str) -> None:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    asked = StructuredOutputsParams(**ordinary)
+    async with opened(FAST) as served:
+        if backend == "refused":
+            with pytest.raises(ValueError, match="uniqueItems"):
+                await served.last(structured_outputs=asked)
+        else:
+            assert (await served.last(structured_outputs=asked)).finished
+            assert asked._backend == backend
 
 
 async def test_what_is_not_fetched_is_one_output_of_the_requests_own(opened: Open) -> None:
