@@ -58,7 +58,7 @@ async def test_what_costs_too_much_ends_its_own_process(check: GrammarCheck, cos
     begun = time.monotonic()
     with no_more_memory_than(50):
         for again in (False, True):
-            with pytest.raises(InvalidInput, match="takes more to compile than is allowed, 0.5 s of a CPU and 512 MiB"):
+            with pytest.raises(InvalidInput, match=r"takes more to compile than is allowed, 0\.5 s of"):
                 await check.check(asked(**costly))
             begun = begun if not again else time.monotonic()
     # It is remembered.
