@@ -40,7 +40,7 @@ from hycluster.engine.arguments import model_files
 from hycluster.engine.protocol import MIGRATED
 from hycluster.engine.vllm import engine_config
 from hycluster.errors import HyclusterError, InvalidInput, KillsReplicas, Overloaded, ReplicaLost, Unavailable, shown
-from hycluster.gateway.admission import Gate, check_id
+from hycluster.gateway.admission import Gate, check_extra, check_id, check_priority, check_text
 from hycluster.gateway.coldstart import ColdStart
 from hycluster.gateway.grammars import GrammarCheck
 from hycluster.gateway.pool import PoolClient
@@ -211,7 +211,11 @@ class Gateway(AsyncLLM):
         try:
             check_id("request_id", request_id)
             check_id("session_id", named.get("session_id"))
+            check_priority(named.get("priority", 0))
             if isinstance(params, SamplingParams):
+                check_extra(params.extra_args or {})
+                for place, word in enumerate(params.bad_words or ()):
+                    check_text(f"bad_words[{place}]", word)
                 if MIGRATED in (params.extra_args or {}):
                     raise InvalidInput(f"vllm_xargs: {MIGRATED!r} is not allowed; it is how gateways migrate requests")
                 if params.structured_outputs is not None:

@@ -40,13 +40,15 @@ class Served:
         self.gateway = gateway
         self.replicas = replicas
 
-    async def generate(self, request_id: str = "r", **sampling: Any) -> AsyncGenerator[RequestOutput, None]:
+    async def generate(
+        self, request_id: str = "r", priority: int = 0, **sampling: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Every output of one request; end of sequence is ignored, as ``predicted`` does."""
         from vllm.sampling_params import SamplingParams
 
         params = SamplingParams(**({"max_tokens": 20, "ignore_eos": True, "temperature": 0} | sampling))
         (prompt,) = await self.gateway.renderer.render_cmpl_async([{"prompt_token_ids": PROMPT}])
-        async with contextlib.aclosing(self.gateway.generate(prompt, params, request_id)) as outputs:
+        async with contextlib.aclosing(self.gateway.generate(prompt, params, request_id, priority=priority)) as outputs:
             async for output in outputs:
                 yield output
 
@@ -210,6 +212,11 @@ async def test_retry_after_is_true(opened: Open) -> None:
         ({"n": 4}, "at most 3"),
         ({"stop": ["\ud800"]}, "can't be sent to an engine"),
         ({"extra_args": {"hycluster_migrated": [1]}}, "hycluster_migrated"),
+        ({"extra_args": {"kv_transfer_params": "x"}}, r"^kv_transfer_params: is not allowed"),
+        ({"extra_args": {"ec_transfer_params": {"host": "x"}}}, r"^ec_transfer_params: is not allowed"),
+        ({"bad_words": ["a", "\ud800"]}, r"^bad_words\[1\]: .* is not allowed; must be text"),
+        ({"priority": -(2**63)}, r"^priority: -9223372036854775808 is not allowed; must be 0"),
+        ({"priority": 2**63}, r"^priority: "),
         ({"structured_outputs": {"choice": ["a" * 100] * 1000}}, r"structured_outputs\.choice: is 104000 bytes"),
     ],
 )
@@ -273,12 +280,13 @@ async def test_outputs_that_would_cost_gigabytes_are_refused_beside_streams(
     [({"json": {"type": "object"}}, "xgrammar"), ({"json": {"type": "array", "uniqueItems": True}}, "refused")],
 )
 async def test_outputs_are_validated_as_vllm_does(opened: Open, ordinary: dict[str, Any], backend: str) -> None:
+    from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import StructuredOutputsParams
 
     asked = StructuredOutputsParams(**ordinary)
     async with opened(FAST) as served:
         if backend == "refused":
-            with pytest.raises(ValueError, match="uniqueItems"):
+            with pytest.raises(VLLMValidationError, match="uniqueItems"):
                 await served.last(structured_outputs=asked)
         else:
             assert (await served.last(structured_outputs=asked)).finished

@@ -62,7 +62,7 @@ class TestTrailers:
     async def test_without_end_take_no_memory(self, piece: bytes, path: bytes) -> None:
         """Before, during and after the answer."""
         async with serve(max_body_mib=1) as ingress:
-            reader, writer = await ingress.dial()
+            _, writer = await ingress.dial()
             writer.write(CHUNKED % path + b"1\r\nx\r\n0\r\n")
             await asyncio.sleep(0.1)
             before, sent = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
