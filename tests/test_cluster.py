@@ -94,8 +94,7 @@ def test_what_is_kept_is_for_nobody_else(monkeypatch: pytest.MonkeyPatch, tmp_pa
     modes = []
 
     def start() -> None:
-        for path in (tmp_path / "state" / "home", token):
-            modes.append(path.stat().st_mode & 0o777)
+        modes.extend(path.stat().st_mode & 0o777 for path in (tmp_path / "state" / "home", token))
         raise InterruptedError
 
     def make(**_: object) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hycluster.core import Priority
+from hycluster.engine.protocol import MIGRATED
 from hycluster.errors import InvalidInput, Overloaded, shown
 from hycluster.settings.load import Admission
 
@@ -145,12 +146,16 @@ def check_priority(priority: int) -> None:
         )
 
 
-def check_extra(extra: Mapping[str, Any]) -> None:
-    """Refuse what passes between engines.
+def check_sampling(extra: Mapping[str, Any], bad_words: Sequence[str]) -> None:
+    """Refuse what passes between gateways and engines, and what tokenizers break on.
 
     Raises:
-        InvalidInput
+        InvalidInput: names the field.
     """
+    if MIGRATED in extra:
+        raise InvalidInput(f"vllm_xargs: {MIGRATED!r} is not allowed; it is how gateways migrate requests")
     for name in ENGINES_OWN:
         if extra.get(name) is not None:
             raise InvalidInput(f"{name}: is not allowed, nor in vllm_xargs; it is how engines pass caches on")
+    for place, word in enumerate(bad_words):
+        check_text(f"bad_words[{place}]", word)

@@ -37,10 +37,9 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 from hycluster.adapters import AdapterEntry, AdapterTable, adapter_id
 from hycluster.directory.directory import FORGET_AFTER_S, REPORT_EVERY_S, Demand, PoolView
 from hycluster.engine.arguments import model_files
-from hycluster.engine.protocol import MIGRATED
 from hycluster.engine.vllm import engine_config
 from hycluster.errors import HyclusterError, InvalidInput, KillsReplicas, Overloaded, ReplicaLost, Unavailable, shown
-from hycluster.gateway.admission import Gate, check_extra, check_id, check_priority, check_text
+from hycluster.gateway.admission import Gate, check_id, check_priority, check_sampling
 from hycluster.gateway.coldstart import ColdStart
 from hycluster.gateway.grammars import GrammarCheck
 from hycluster.gateway.pool import PoolClient
@@ -213,18 +212,15 @@ class Gateway(AsyncLLM):
             check_id("session_id", named.get("session_id"))
             check_priority(named.get("priority", 0))
             if isinstance(params, SamplingParams):
-                check_extra(params.extra_args or {})
-                for place, word in enumerate(params.bad_words or ()):
-                    check_text(f"bad_words[{place}]", word)
-                if MIGRATED in (params.extra_args or {}):
-                    raise InvalidInput(f"vllm_xargs: {MIGRATED!r} is not allowed; it is how gateways migrate requests")
-                if params.structured_outputs is not None:
-                    await self._check_outputs(params)
+                check_sampling(params.extra_args or {}, params.bad_words or ())
+                await self._check_outputs(params)
             return await super().add_request(request_id, prompt, params, *rest, **named)
         except InvalidInput as error:
             raise PoolInvalidInput(error.message) from None
 
     async def _check_outputs(self, params: SamplingParams) -> None:
+        if params.structured_outputs is None:
+            return
         try:
             await self.grammars.check(params.structured_outputs, partial(self._validate_outputs, params))
         except Overloaded as shed:
@@ -313,7 +309,7 @@ class Gateway(AsyncLLM):
         self._directory = directory
         while True:
             try:
-                view = await self._sync(directory)
+                view = await self._next_word(directory)
                 await self.engine_core.update(view.replicas)
                 self._look_around()
                 if not self._learned and self.engine_core.infos:
@@ -322,6 +318,21 @@ class Gateway(AsyncLLM):
                 # The directory may be starting again; the pool stays as it is meanwhile.
                 logger.warning("the directory does not answer", exc_info=True)
             await asyncio.sleep(REPORT_EVERY_S)
+
+    async def _next_word(self, directory: ActorHandle[Any]) -> PoolView:
+        """What the directory says; while it says nothing, replicas that are lost here are reached by its last word.
+
+        A connection may break though both ends live, and the directory be away as long as a head takes to come back.
+        """
+        asking = asyncio.ensure_future(self._sync(directory))
+        try:
+            while not asking.done():
+                await asyncio.wait({asking}, timeout=REPORT_EVERY_S)
+                if self._view is not None and (not asking.done() or asking.exception()):
+                    await self.engine_core.rejoin(self._view.replicas)
+            return asking.result()
+        finally:
+            asking.cancel()
 
     async def _sync(self, directory: ActorHandle[Any]) -> PoolView:
         # Of an actor on a machine that is gone without a word Ray says nothing for minutes; one that has started again

@@ -210,10 +210,13 @@ async def test_both_data_ranks_serve(deployed: Deployed) -> None:
 async def test_cancelling_frees_the_rank_that_ran_it(deployed: Deployed) -> None:
     async with deployed.gateway(DATA) as gateway:
         call = asyncio.ensure_future(tokens(gateway, PROMPTS[4], 400))
-        await asyncio.sleep(1.5)
-        busy = [report for report in deployed.reports(DATA) if report.load.running]
-        assert len(busy) == 1
-        assert busy[0].load.kv_usage > 0
+
+        def busy() -> list[ReplicaReport]:
+            return [report for report in deployed.reports(DATA) if report.load.running and report.load.kv_usage]
+
+        found = await asyncio.to_thread(eventually, busy, 30, "a rank says that it runs a request")
+        assert len(found) == 1
+        assert not call.done()
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
