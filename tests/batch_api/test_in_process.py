@@ -99,3 +99,29 @@ async def test_one_that_breaks_answers_500() -> None:
 
     answer = await post(app, "/", b"{}", {})
     assert (answer.status, answer.body) == (500, b"")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("vllm_imported")
+async def test_vllms_own_handlers_end_with_who_asked() -> None:
+    from fastapi import FastAPI, Request
+    from vllm.entrypoints.serve.utils.api_utils import with_cancellation
+
+    api, begun, ended = FastAPI(), asyncio.Event(), asyncio.Event()
+
+    @api.post("/v1/completions")
+    @with_cancellation
+    async def complete(asked: dict[str, str], raw_request: Request) -> None:
+        begun.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    complete.__annotations__ = {"asked": dict[str, str], "raw_request": Request}
+    asking = asyncio.create_task(post(api, "/v1/completions", b"{}", {"Content-Type": "application/json"}))
+    await asyncio.wait_for(begun.wait(), 5)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(asking, 5)
+    await asyncio.wait_for(ended.wait(), 2)
