@@ -91,7 +91,7 @@ def test_what_is_kept_is_for_nobody_else(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("HYCLUSTER_HOME", str(tmp_path / "state" / "home"))
     token = tmp_path / ".ray" / "auth_token"
-    modes = []
+    modes: list[int] = []
 
     def start() -> None:
         modes.extend(path.stat().st_mode & 0o777 for path in (tmp_path / "state" / "home", token))

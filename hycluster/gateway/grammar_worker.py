@@ -20,14 +20,14 @@ import struct
 import sys
 import types
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import IO, Any, Literal
 
 LENGTH = struct.Struct(">I")
 # What is left behind by the last one counts against the next: beyond this a fresh process takes over.
 STALE_BYTES = 64 << 20
 
 
-def read(stream: BinaryIO) -> Any:
+def read(stream: IO[bytes]) -> Any:
     """The next message.
 
     Raises:
@@ -43,7 +43,7 @@ def read(stream: BinaryIO) -> Any:
     return json.loads(body)
 
 
-def write(stream: BinaryIO, message: Any) -> None:
+def write(stream: IO[bytes], message: Any) -> None:
     body = json.dumps(message).encode()
     stream.write(LENGTH.pack(len(body)) + body)
     stream.flush()
@@ -55,12 +55,12 @@ class Libraries:
     def __init__(self) -> None:
         import_xgrammar()
         import llguidance
-        import outlines_core.json_schema
-        from xgrammar.grammar import Grammar, StructuralTagItem
+        from xgrammar.grammar import Grammar
+        from xgrammar.structural_tag import StructuralTagItem
 
         self.xgrammar, self.tag_item = Grammar, StructuralTagItem
         self.guidance = llguidance
-        self.outlines = outlines_core.json_schema
+        self.outlines = importlib.import_module("outlines_core.json_schema")
         self._tokenizers: dict[str, Any] = {}
 
     def learn(self, tokenizer: str) -> None:
@@ -70,7 +70,10 @@ class Libraries:
     def tries(self, kind: str, spec: str) -> list[Callable[[], object]]:
         """Everything that may be done with it."""
         if kind == "json":
-            tries = [lambda: self.xgrammar.from_json_schema(spec), lambda: self._guide_schema(spec)]
+            tries: list[Callable[[], object]] = [
+                lambda: self.xgrammar.from_json_schema(spec),
+                lambda: self._guide_schema(spec),
+            ]
             if "patternProperties" in spec:
                 tries.append(lambda: self.outlines.build_regex_from_schema(spec))
             return tries
@@ -103,7 +106,7 @@ class Libraries:
         grammar = matcher.grammar_from_json_schema(schema, defaults={"whitespace_flexible": True})
         matcher.validate_grammar(grammar, None)
 
-    def _guide(self, kind: str, spec: str) -> None:
+    def _guide(self, kind: Literal["regex", "choice", "grammar"], spec: str) -> None:
         grammar = self.guidance.grammar_from(kind, spec)
         self.guidance.LLMatcher.validate_grammar(grammar, self._tokenizers.get(""))
 

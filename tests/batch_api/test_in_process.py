@@ -110,7 +110,7 @@ async def test_vllms_own_handlers_end_with_who_asked() -> None:
     api, begun, ended = FastAPI(), asyncio.Event(), asyncio.Event()
 
     @api.post("/v1/completions")
-    @with_cancellation
+    @with_cancellation  # type: ignore[untyped-decorator]
     async def complete(asked: dict[str, str], raw_request: Request) -> None:
         begun.set()
         try:

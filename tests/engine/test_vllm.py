@@ -99,7 +99,8 @@ def test_a_model_that_takes_media_is_told_where_from(monkeypatch: pytest.MonkeyP
     from hycluster.engine.vllm import check_media
 
     monkeypatch.delenv("VLLM_MEDIA_URL_ALLOW_REDIRECTS", raising=False)
-    for none in (None, []):
+    nothing: tuple[list[str] | None, ...] = (None, [])
+    for none in nothing:
         asked = SimpleNamespace(supports_multimodal_inputs=True, allowed_media_domains=none)
         with pytest.raises(SettingsError, match=r"^models: m: engine\.allowed_media_domains: must be set"):
             check_media("m", asked)
