@@ -23,12 +23,16 @@ COUNTS = frozenset(
 )  # fmt: skip
 # Their values are data, whatever they look like.
 _DATA = frozenset({"const", "enum", "default", "examples", "example"})
+# Beneath them a property may be called "default", or "minItems".
+_NAMED = frozenset({"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"})
 # A schema and these, or what they hold, are satisfied by one and the same value.
 _SAME_VALUE = ("allOf", "anyOf", "oneOf", "not", "if", "then", "else")
 # {n}, {n,} and {n,m}; and Lark's ~ n and ~ n..m.
 _REPEATS = re.compile(r"\{\s*(\d+)\s*(?:,\s*(\d*)\s*)?\}|~\s*(\d+)(?:\s*\.\.\s*(\d+))?")
 # vLLM's own bound is 64, and 16 more for what wraps the schemas of tools.
 _MAX_NESTING = 100
+# Of where it is: names of properties have any length.
+_SHOWN = 300
 
 
 def check_counts(kind: str, spec: str, most: int) -> None:
@@ -54,12 +58,10 @@ def check_counts(kind: str, spec: str, most: int) -> None:
 
 def _check_schema(field: str, schema: Any, most: int) -> None:
     for path, value in _subschemas(schema):
-        if path.count("/") > _MAX_NESTING:
-            return  # vLLM says so
         if not isinstance(value, dict):
             continue
         for key, bound in value.items():
-            place = f"{field}: #{path}/{key}"
+            place = f"{field}: #{path}/{key}"[:_SHOWN]
             if key in COUNTS and isinstance(bound, (int, float)) and bound > most:
                 raise InvalidInput(f"{place}: {shown(bound)} is not allowed; at most {most}")
             if key in ("pattern", "regex") and isinstance(bound, str):
@@ -79,17 +81,20 @@ def _check_repeats(place: str, text: str, most: int) -> None:
 
 
 def _subschemas(schema: Any) -> Iterator[tuple[str, Any]]:
-    """All there is within, and where; what is data aside."""
-    waiting = [("", schema)]
+    """All there is within, and where; what is data aside, and what is deeper than vLLM lets pass."""
+    # With how deep it is, and whether its keys are names of a caller's choosing.
+    waiting: list[tuple[str, int, bool, Any]] = [("", 0, False, schema)]
     while waiting:
-        path, value = waiting.pop()
+        path, depth, named, value = waiting.pop()
         yield path, value
-        if path.count("/") > _MAX_NESTING:
+        if depth > _MAX_NESTING:
             continue
         if isinstance(value, dict):
-            waiting.extend((f"{path}/{key}", child) for key, child in value.items() if key not in _DATA)
+            for key, child in value.items():
+                if named or key not in _DATA:
+                    waiting.append((f"{path}/{key}", depth + 1, not named and key in _NAMED, child))
         elif isinstance(value, list):
-            waiting.extend((f"{path}/{place}", child) for place, child in enumerate(value))
+            waiting.extend((f"{path}/{place}", depth + 1, False, child) for place, child in enumerate(value))
 
 
 def _check_references(field: str, schema: Any) -> None:
@@ -104,19 +109,24 @@ def _check_references(field: str, schema: Any) -> None:
         if isinstance(value, dict) and isinstance(value.get("$ref"), str)
     }
     done: set[str] = set()
+    passed: set[str] = set()
     for begin in references:
         # Depth first; a reference that is met again on its own way is a cycle.
         way: list[tuple[str, Iterator[str]]] = [(begin, iter(_conditions(schema, begin)))]
+        passed.add(begin)
         while way:
             reference = next(way[-1][1], None)
             if reference is None:
-                done.add(way.pop()[0])
-            elif any(reference == passed for passed, _ in way):
+                left = way.pop()[0]
+                passed.discard(left)
+                done.add(left)
+            elif reference in passed:
                 raise InvalidInput(
                     f"{field}: $ref {shown(reference)} leads back to itself, and to no schema; not allowed"
                 )
             elif reference not in done:
                 way.append((reference, iter(_conditions(schema, reference))))
+                passed.add(reference)
 
 
 def _conditions(schema: Any, reference: str) -> list[str]:

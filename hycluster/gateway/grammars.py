@@ -82,7 +82,6 @@ class GrammarCheck:
         most = self._bounds.max_grammar_kib << 10
         if len(spec) > most:
             raise InvalidInput(f"structured_outputs.{kind}: is {len(spec)} bytes; at most {most} are allowed")
-        check_counts(kind, spec, self._bounds.max_grammar_repeats)
         if self._waiting >= MAX_WAITING:
             raise Overloaded(f"structured_outputs: {self._waiting} of them wait to be checked", retry_after_s=1)
         digest = hashlib.sha256(f"{kind} {spec}".encode(errors="surrogatepass")).digest()
@@ -97,7 +96,7 @@ class GrammarCheck:
                 if len(self._known) > REMEMBERED:
                     self._known.popitem(last=False)
             if wrong is not None:
-                raise InvalidInput(f"structured_outputs.{kind}: {wrong}")
+                raise InvalidInput(wrong)
             await asyncio.get_running_loop().run_in_executor(self._here, then)
         finally:
             self._waiting -= 1
@@ -115,6 +114,10 @@ class GrammarCheck:
     # -- in a thread --------------------------------------------------------------------------------
 
     def _wrong(self, kind: str, spec: str) -> str | None:
+        try:
+            check_counts(kind, spec, self._bounds.max_grammar_repeats)
+        except InvalidInput as error:
+            return error.message
         for last in (False, True):
             worker = self._worker()
             try:
@@ -122,14 +125,13 @@ class GrammarCheck:
             except (EOFError, OSError, TimeoutError):
                 if self._lose(worker) in _NOT_BY_THAT and not last and not self._closed:
                     continue
-                return self._too_much
-            return self._too_much if out_of_memory else None
+                return self._too_much(kind)
+            return self._too_much(kind) if out_of_memory else None
         return None
 
-    @property
-    def _too_much(self) -> str:
+    def _too_much(self, kind: str) -> str:
         seconds, mib = self._bounds.grammar_timeout_s, self._bounds.grammar_memory_mib
-        return f"takes more to compile than is allowed, {seconds:g} s of a CPU and {mib} MiB"
+        return f"structured_outputs.{kind}: takes more to compile than is allowed, {seconds:g} s of a CPU and {mib} MiB"
 
     def _worker(self) -> _Worker:
         worker: _Worker | None = getattr(self._local, "worker", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from typing import Any
@@ -41,6 +42,12 @@ def test_counts_anywhere(count: str, within: str, place: str) -> None:
         ("grammar", 'root ::= "a"{1001}', "structured_outputs.grammar"),
         ("grammar", 'start: "a" ~ 2 .. 1001', "structured_outputs.grammar"),
         ("json", {"items": {"type": "string", "pattern": "^a{1001}$"}}, "structured_outputs.json: #/items/pattern"),
+        ("json", {"properties": {"enum": {"minItems": 1001}}}, "structured_outputs.json: #/properties/enum/minItems"),
+        (
+            "json",
+            {"properties": {"/" * 200: {"minItems": 1001}}},
+            f"structured_outputs.json: #/properties/{'/' * 200}/minItems",
+        ),
         ("json", {"patternProperties": {"a{1001}": {}}}, "structured_outputs.json: #/patternProperties"),
         (
             "structural_tag",
@@ -66,6 +73,9 @@ def test_repeats(kind: str, asked: Any, place: str) -> None:
         },
         {"$ref": "#/%24defs/a", "$defs": {"a": {"allOf": [{"if": {"$ref": "#/%24defs/a"}}]}}},
         {"allOf": [{"$ref": "#/allOf/0"}]},
+        # A property may be called as what holds data.
+        {"properties": {"default": {"$ref": "#/properties/default"}}},
+        {"properties": {"properties": {"items": {"$ref": "#/properties/properties/items"}}}},
     ],
 )
 def test_references_that_lead_back(schema: dict[str, Any]) -> None:
@@ -106,3 +116,12 @@ def test_deep_ones_take_no_time() -> None:
     for _ in range(400):
         schema = {"items": schema}
     check("json", schema)
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_long_chains_of_references_take_no_time(back: bool) -> None:
+    chain = {f"a{n}": {"$ref": f"#/$defs/a{n + 1}"} for n in range(2000)} | {"a2000": {"$ref": "#"} if back else {}}
+    begun = time.monotonic()
+    with pytest.raises(InvalidInput) if back else contextlib.nullcontext():
+        check("json", {"$ref": "#/$defs/a0", "$defs": chain})
+    assert time.monotonic() - begun < 1
