@@ -12,15 +12,18 @@ import asyncio
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from hycluster import logs
 from hycluster.batch.ask import first_error
 from hycluster.batch.input.corpus import REFUSAL, ROW_ID, SHARD
+from hycluster.batch.input.tables import last, pick, unpack
+from hycluster.batch.kept import KeptAnswers
 from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.record import ShardRecord, Totals
 from hycluster.batch.progress.terminal import RunProgress
@@ -33,22 +36,28 @@ BLOCKS_AT_ONCE = 4
 REPORT_EVERY_S = 1.0
 
 
+NARROW = {pa.float32(): np.float32, pa.float16(): np.float16}
+
 Report = Callable[[str, RunProgress], Any]
 
 
 class Generate:
-    """The callable class for ``map_batches``: a block with whole shards in, a row a shard out.
+    """The callable class for ``map_batches``: a block of packed shards in, a row a shard out.
 
     Args:
         open_task: opens the task, once in each process; must be picklable.
         report: takes this process' name and its progress, about once a second.
         name: what the ids of all requests begin with.
         slots: most rows in the engines at once.
+        keep: write down now and then what is answered and not committed.
     """
 
-    def __init__(self, output: OutputFolder, open_task: OpenTask, report: Report, *, name: str, slots: int) -> None:
+    def __init__(
+        self, output: OutputFolder, open_task: OpenTask, report: Report, *, name: str, slots: int, keep: bool = False
+    ) -> None:
         logs.settle("batch")
         self._output = output
+        self._kept = KeptAnswers(output) if keep else None
         self._open_task = open_task
         self._report = report
         self._name = name
@@ -74,6 +83,8 @@ class Generate:
             async with asyncio.TaskGroup() as group:
                 commits = await self._feed(block, group.create_task)
         except* Exception as errors:
+            if self._kept:
+                await asyncio.to_thread(self._kept.write)
             raise _first(errors) from None
         finally:
             telling.cancel()
@@ -83,7 +94,7 @@ class Generate:
     async def _feed(self, block: pa.Table, start: Callable[..., asyncio.Task[Any]]) -> list[asyncio.Task[ShardRecord]]:
         # Ray runs a block again when its process died; what that one had committed is kept. Asked for before the
         # block's turn, so that no engine waits for the store.
-        records = [(shard, start(asyncio.to_thread(self._output.record, _number(shard)))) for shard in _shards(block)]
+        records = [(shard, start(asyncio.to_thread(self._output.record, _number(shard)))) for shard in unpack(block)]
         # One block after the other, so that few shards are open at a time.
         async with self._feeding:
             return [await self._start_shard(shard, await record, start) for shard, record in records]
@@ -110,19 +121,21 @@ class Generate:
 
     async def _row(self, task: Task, shard: pa.Table, position: int) -> Answer | Refusal:
         try:
-            row_id = shard.column(ROW_ID)[position].as_py()
+            row_id = last(shard, ROW_ID)[position].as_py()
             answer: Answer | Refusal
             try:
                 row = {name: _value(shard, name, position) for name in task.columns}
-                answer = await task.answer(row, f"{self._name}-{row_id}")
-            except SettingsError:
-                # Wrong for every row.
-                raise
-            except (InvalidInput, UnicodeError) as error:
+                kept = self._kept.get(row_id) if self._kept else None
+                answer = kept or await task.answer(row, f"{self._name}-{row_id}")
+            except Exception as error:
+                if _is_the_jobs(error):
+                    raise
                 answer = refusal_of(error)
         finally:
             self._in_flight -= 1
             self._slots.release()
+        if self._kept:
+            self._kept.add(row_id, answer)
         self._count(answer)
         return answer
 
@@ -139,17 +152,22 @@ class Generate:
         answers = [row if isinstance(row, Refusal) else await row for row in rows]
         extra_columns = self._task.extra_columns if self._task else ()
         results, quarantined = split_answers(shard, answers, extra_columns)
-        first = shard.column(ROW_ID)[0].as_py()
+        first = last(shard, ROW_ID)[0].as_py()
         if isinstance(answers[0], Refusal) and answers[0].error_type == Reason.UNREADABLE_FILE.value:
             # This row has the name of its file; the record says where a shard begins.
             first = f"{first}#0"
-        return await asyncio.to_thread(self._output.commit, number, first, results, quarantined, begun_at=begun_at)
+        record = await asyncio.to_thread(self._output.commit, number, first, results, quarantined, begun_at=begun_at)
+        if self._kept:
+            self._kept.forget(last(shard, ROW_ID).to_pylist())
+        return record
 
     async def _open(self) -> Task:
         # Called by the one block that feeds. Ray kills the process when the job ends: nothing to close.
         if self._task is None:
             self._opened = self._open_task(self._slots)
             self._task = await self._opened.__aenter__()
+            if self._kept:
+                await asyncio.to_thread(self._kept.load)
         return self._task
 
     def _count(self, answer: Answer | Refusal) -> None:
@@ -166,6 +184,8 @@ class Generate:
         while True:
             await asyncio.sleep(REPORT_EVERY_S)
             self._tell()
+            if self._kept and self._kept.due():
+                await asyncio.to_thread(self._kept.write)
 
     def _tell(self) -> None:
         self._reported_s = time.monotonic()
@@ -179,7 +199,7 @@ def split_answers(
     """The finished rows and the quarantined ones, each in input order, input columns unchanged."""
     if REFUSAL in shard.schema.names:
         shard = shard.drop_columns([REFUSAL])
-    results = shard.filter(pa.array([isinstance(answer, Answer) for answer in answers], pa.bool_()))
+    results = pick(shard, [place for place, answer in enumerate(answers) if isinstance(answer, Answer)])
     finished = [answer for answer in answers if isinstance(answer, Answer)]
     for name, kind in (
         ("output", pa.string()),
@@ -191,7 +211,7 @@ def split_answers(
     for place, name in enumerate(extra_columns):
         values = [answer.extra[place] if answer.extra else None for answer in finished]
         results = results.append_column(name, pa.array(values, pa.string()))
-    quarantined = shard.filter(pa.array([isinstance(answer, Refusal) for answer in answers], pa.bool_()))
+    quarantined = pick(shard, [place for place, answer in enumerate(answers) if isinstance(answer, Refusal)])
     for name in ("error_type", "error_message"):
         values = [getattr(answer, name) for answer in answers if isinstance(answer, Refusal)]
         quarantined = quarantined.append_column(name, pa.array(values, pa.string()))
@@ -205,24 +225,27 @@ def _refusals(shard: pa.Table) -> list[Refusal | None]:
     return [Refusal(**refusal) if refusal else None for refusal in shard.column(REFUSAL).to_pylist()]
 
 
+def _is_the_jobs(error: Exception) -> bool:
+    """Whether an error is no row's: engines that can't serve, or what is wrong for every row."""
+    return isinstance(error, SettingsError) or (
+        isinstance(error, HyclusterError) and not isinstance(error, InvalidInput)
+    )
+
+
 def _value(shard: pa.Table, name: str, position: int) -> Any:
+    # Of the input's, where a column of the output's shares its name.
+    place = shard.schema.get_all_field_indices(name)[0]
+    kind = shard.schema.field(place).type
     try:
-        return shard.column(name)[position].as_py()
+        value = shard.column(place)[position].as_py()
+        # As short as its type makes it: 0.1 in 32 bits is 0.10000000149011612 in Python's 64.
+        narrow = NARROW.get(kind)
+        return value if narrow is None or value is None else float(str(narrow(value)))
     except UnicodeError:
         raise
-    except (ValueError, OverflowError, pa.ArrowException) as error:
-        # Such as a date that is out of Python's range.
-        raise RowRefused(Reason.WRONG_TYPE, f"{name}: is no value that a prompt can take: {error}") from None
-
-
-def _shards(block: pa.Table) -> Iterator[pa.Table]:
-    """The runs of rows with one shard number. A shard is never cut between blocks."""
-    numbers = block.column(SHARD).to_numpy()
-    start = 0
-    while start < block.num_rows:
-        end = start + int((numbers[start:] == numbers[start]).sum())
-        yield block.slice(start, end - start)
-        start = end
+    except Exception as error:
+        # Such as a date that is out of Python's range, or in a time zone that nobody knows.
+        raise RowRefused(Reason.WRONG_TYPE, f"{name}: is no {kind} that a prompt can take: {error}") from None
 
 
 def _number(shard: pa.Table) -> int:

@@ -122,3 +122,19 @@ async def test_rows_that_failed_together_come_back_one_by_one_and_not_before_the
     await asyncio.gather(*(ask("x", told_to_wait(0.4)) for _ in range(20)))
     assert min(back_s) >= 0.1
     assert max(back_s) - min(back_s) > 0.15
+
+
+async def test_a_call_that_is_cancelled_is_not_made_again() -> None:
+    calls = 0
+
+    async def hangs() -> None:
+        nonlocal calls
+        calls += 1
+        await asyncio.Event().wait()
+
+    asking = asyncio.create_task(Asker(60)("x", hangs))
+    await asyncio.sleep(0.01)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(asking, 5)
+    assert calls == 1
