@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from hycluster.settings.base import home
+from hycluster.settings.base import home, private_home
 
 # In ``ray/_private/worker.py``.
 RAYS_THREAD = "ray_listen_error_messages"
@@ -30,7 +30,7 @@ _STDERR = 2
 _tell: list[Callable[[str], None]] = []
 
 
-def wanted(tell: Callable[[str], None]) -> None:
+def in_a_command(tell: Callable[[str], None]) -> None:
     """This process is a command: if it comes to Ray, Ray's words are to be set aside.
 
     Args:
@@ -46,6 +46,7 @@ def set_aside() -> None:
     tell = _tell.pop()
     path = logs_folder() / f"ray-{os.getpid()}.log"
     try:
+        private_home()
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path.parent)
         log = path.open("a", encoding="utf-8", buffering=1)

@@ -198,10 +198,10 @@ def serve(
 def _check_models(settings: Settings) -> None:
     """Refuse what no engine could start with, before anything starts."""
     from hycluster.engine.arguments import engine_arguments, model_files
-    from hycluster.engine.names import check_arguments
+    from hycluster.engine.names import check_names
 
     for model in settings.models:
-        check_arguments(model)
+        check_names(model)
         engine_arguments(model, model_files(model))
 
 
@@ -301,7 +301,7 @@ def main() -> None:
     lines = logging.StreamHandler()
     lines.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[lines])
-    aside.wanted(say)
+    aside.in_a_command(say)
     try:
         app()
     except HyclusterError as error:

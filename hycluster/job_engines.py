@@ -52,11 +52,11 @@ def open_engines(job: Job, settings: Settings | None, address: str | None) -> It
         yield partial(_open_generator, SHARED_DIRECTORY, job.model)
     else:
         from hycluster.dedicated import dedicated_pool
-        from hycluster.engine.names import check_arguments
+        from hycluster.engine.names import check_names
 
         if settings is None:
             raise SettingsError("engine: 'dedicated' needs the settings of a deployment (--config)")
-        check_arguments(settings.model(job.model))
+        check_names(settings.model(job.model))
         _say_where(cluster.join_or_start(address))
         with dedicated_pool(settings, job.model) as name:
             yield partial(_open_generator, name, job.model)

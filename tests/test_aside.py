@@ -13,7 +13,7 @@ COMMAND = """
 import logging, os, sys, threading
 from hycluster import aside
 logging.basicConfig(level=logging.WARNING)
-aside.wanted(lambda line: print(line, file=sys.stderr))
+aside.in_a_command(lambda line: print(line, file=sys.stderr))
 os.write(2, b"before\\n")
 aside.set_aside()
 aside.set_aside()
@@ -41,7 +41,7 @@ def test_what_is_written_past_python_goes_to_a_log(tmp_path: Path) -> None:
 
 
 def test_in_a_process_that_is_no_command_nothing_is_set_aside(tmp_path: Path) -> None:
-    code = COMMAND.replace("aside.wanted(", "(lambda _: None)(")
+    code = COMMAND.replace("aside.in_a_command(", "(lambda _: None)(")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert "from C++\n" in done.stderr
 

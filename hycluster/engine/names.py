@@ -27,7 +27,7 @@ _PARSERS = {
 _SCALARS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 
 
-def check_arguments(model: Model) -> None:
+def check_names(model: Model) -> None:
     """Refuse what vLLM would refuse when an engine or an ingress process starts.
 
     Raises:

@@ -16,7 +16,7 @@ from tests.planning.configs import ROOT
 
 
 def check(**fields: Any) -> None:
-    names.check_arguments(Model(name="m", source="/folder", **fields))
+    names.check_names(Model(name="m", source="/folder", **fields))
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_what_vllm_takes_passes() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "deployments").glob("*.yaml")), ids=lambda path: path.name)
 def test_the_deployments_have_no_typos(path: Any) -> None:
     for model in load_settings(path).models:
-        names.check_arguments(model)
+        names.check_names(model)
 
 
 def test_without_vllm_nothing_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
