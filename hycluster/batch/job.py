@@ -35,10 +35,14 @@ class Input(Strict):
     """Where the rows come from.
 
     Attributes:
-        path: a Parquet file, a folder, a glob or an ``s3://`` URI.
+        path: a Parquet file, a folder, a glob or an ``s3://`` URI. The folder may be a table of Delta Lake or Apache
+            Iceberg.
+        snapshot: of that table: Delta's version, Iceberg's snapshot id. By default the latest when the job begins; it
+            is part of the job, and a table that has moved on is another input.
     """
 
     path: str = Field(min_length=1)
+    snapshot: int | None = Field(default=None, ge=0)
     columns: Columns = Columns()
 
 

@@ -65,7 +65,11 @@ def run_job(
     begun_s = time.monotonic()
     prompt = prompt_of(job)
     corpus = plan_shards(
-        locate(job.input.path, "input.path"), shard_rows=job.shard_rows, check=prompt.check, read_footers=footers_apart
+        locate(job.input.path, "input.path"),
+        shard_rows=job.shard_rows,
+        check=prompt.check,
+        read_footers=footers_apart,
+        snapshot=job.input.snapshot,
     )
     _say_faults(corpus, console)
     output = OutputFolder(locate(job.output.path, "output.path"))

@@ -39,6 +39,9 @@ class DiskFolder(WritableFolder):
     def real(self, path: str = "") -> str:
         return os.path.realpath(self.at(path))
 
+    def object_store(self) -> tuple[str, dict[str, str]]:
+        return self.root, {}
+
     def create(self, path: str, data: bytes) -> bool:
         # The name is given to a file that is whole and on the disk: no power cut leaves a torn one under it.
         held = self._write_temporary(path, data)

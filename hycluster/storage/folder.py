@@ -63,6 +63,15 @@ class Folder:
             "is absent; must be a local path or an s3:// URI"
         )
 
+    def object_store(self) -> tuple[str, dict[str, str]]:
+        """This folder's URI, and the options with which libraries over Rust's object_store open it.
+
+        Raises:
+            SettingsError: they can't.
+        """
+        kind = self.filesystem.type_name
+        raise SettingsError(f"{self.masked!r} is a table on {kind!r}; must be on a local path or an s3:// URI")
+
     def info(self, path: str = "") -> pafs.FileInfo:
         """What is there: a file, a folder or nothing."""
         return self.filesystem.get_file_info(self.at(path))

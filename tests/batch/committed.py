@@ -34,7 +34,11 @@ def answered(text: str | None) -> Answer | Refusal:
 def commit_all(job: Job, *, first: int | None = None, finish: bool = True, begun_at: float = 1000.0) -> Path:
     """Commit the first shards of a job, or all; shard n takes from ``begun_at + n`` to this moment."""
     corpus = plan_shards(
-        at(job.input.path), shard_rows=job.shard_rows, check=prompt_of(job).check, read_footers=footers_apart
+        at(job.input.path),
+        shard_rows=job.shard_rows,
+        check=prompt_of(job).check,
+        read_footers=footers_apart,
+        snapshot=job.input.snapshot,
     )
     output = OutputFolder(at(job.output.path))
     mine = identity(job, corpus)

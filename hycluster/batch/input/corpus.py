@@ -17,7 +17,7 @@ from itertools import accumulate, groupby
 import pyarrow as pa
 
 from hycluster.batch.input.footers import Footer, ReadFooters, footers, row_groups_of
-from hycluster.batch.input.listing import list_files, partitions, wanted
+from hycluster.batch.input.listing import Listing, list_files, wanted
 from hycluster.batch.input.row_groups import Rows, decode, open_parquet, patiently
 from hycluster.batch.input.tables import put_together
 from hycluster.batch.refusal import ColumnRefused, Reason, Refusal
@@ -107,6 +107,7 @@ class ShardPlan:
         pattern: what was looked for below it, a glob a folder.
         left_out: what was found there and is no part of it, and why, a line each.
         taken: the names of columns that some file has.
+        snapshot: of the table that the input is: Delta's version, Iceberg's snapshot id.
     """
 
     folder: Folder
@@ -115,6 +116,7 @@ class ShardPlan:
     shard_rows: int
     left_out: tuple[str, ...] = ()
     taken: frozenset[str] = frozenset()
+    snapshot: int | None = None
 
     @property
     def rows(self) -> int:
@@ -193,6 +195,7 @@ def plan_shards(
     shard_rows: int,
     check: Callable[[pa.Schema, str], None],
     read_footers: ReadFooters = footers,
+    snapshot: int | None = None,
 ) -> ShardPlan:
     """Look at the input: list it, read all footers, check all schemas. No text is read.
 
@@ -201,6 +204,7 @@ def plan_shards(
             with ``.`` or ``_`` are skipped), or a glob (``**`` is any depth).
         check: raises ``ColumnRefused``, given a schema and the file's name, if its rows can't be asked.
         read_footers: in this process or, where nobody knows who wrote the files, in another one.
+        snapshot: of the table that ``place`` is; the latest by default.
 
     Files that can't be read, and those whose columns ``check`` refuses, are part of the plan with their fault.
 
@@ -208,18 +212,18 @@ def plan_shards(
         SettingsError: nothing there, no file that can be read, columns refused in every one, or a schema that no
             file may have.
     """
-    listing = list_files(place)
+    listing = list_files(place, snapshot)
     told = read_footers(listing.folder, list(listing.sizes))
     taken: set[str] = set()
     # In order: the first file that is wrong is the one that is named.
     files = tuple(
-        _planned(check, taken, path, size, footer)
-        for (path, size), footer in zip(listing.sizes.items(), told, strict=True)
+        _planned(check, taken, listing, path, footer) for path, footer in zip(listing.sizes, told, strict=True)
     )
     faults = [file.fault for file in files if file.fault]
     if len(faults) == len(files):
         raise SettingsError(faults[0].error_message)
-    return ShardPlan(listing.folder, listing.pattern, files, shard_rows, listing.left_out, frozenset(taken))
+    number = listing.snapshot.number if listing.snapshot else None
+    return ShardPlan(listing.folder, listing.pattern, files, shard_rows, listing.left_out, frozenset(taken), number)
 
 
 class Span:
@@ -347,14 +351,14 @@ def _named(pieces: list[Rows], shard: Shard) -> pa.Table:
 
 
 def _planned(
-    check: Callable[[pa.Schema, str], None], taken: set[str], path: str, size: int, footer: Footer | str
+    check: Callable[[pa.Schema, str], None], taken: set[str], listing: Listing, path: str, footer: Footer | str
 ) -> File:
     where = f"input: {path}"
     if isinstance(footer, str):
         # One row, which stands for however many there are.
-        return File(path, size, (1,), 0, "", Refusal(Reason.UNREADABLE_FILE.value, f"{where}: {footer}"))
+        return File(path, listing.sizes[path], (1,), 0, "", Refusal(Reason.UNREADABLE_FILE.value, f"{where}: {footer}"))
     schema = footer.schema
-    partition = tuple((name, value) for name, value in partitions(path) if name not in schema.names)
+    partition = tuple((name, value) for name, value in listing.partition(path) if name not in schema.names)
     for name, _ in partition:
         schema = schema.append(pa.field(name, pa.string()))
     for column in schema.names:

@@ -29,6 +29,8 @@ def identity(job: Job, plan: ShardPlan) -> Identity:
             "rows": plan.rows,
             "shards": plan.shard_count,
             "digest": plan.digest(),
+            # Only of a table, so that outputs from before there were snapshots are still known.
+            **({} if plan.snapshot is None else {"snapshot": plan.snapshot}),
         },
     }
 

@@ -133,7 +133,11 @@ class _Verification:
             self._say(f"_job.json: can't be understood: {type(error).__name__}: {masked_line(error)}")
             return None
         corpus = plan_shards(
-            self._input_folder, shard_rows=shard_rows, check=lambda schema, where: None, read_footers=footers_apart
+            self._input_folder,
+            shard_rows=shard_rows,
+            check=lambda schema, where: None,
+            read_footers=footers_apart,
+            snapshot=told.get("snapshot"),
         )
         found = {"files": len(corpus.files), "rows": corpus.rows, "digest": corpus.digest()}
         for key, value in found.items():

@@ -129,6 +129,9 @@ class Reporter:
         seconds = max(self.in_work_s, BAR_EVERY_S)
         # A shard that was done twice was counted twice; the bar must not pass its end.
         rows = min(self._rows, self._earlier + now.rows)
+        if self._in_work_since_s is None:
+            # Most of a small job's time; a rate of nothing would look like a job that hangs.
+            return rows, "starting: opening a gateway, no row has reached an engine yet"
         rate = now.rows / seconds
         eta = duration((self._rows - rows) / rate) if rate else "?"
         quarantined = f", {now.quarantined} quarantined" if now.quarantined else ""

@@ -20,12 +20,15 @@ def test_processes_say_totals_so_a_word_lost_or_said_twice_does_no_harm() -> Non
     assert progress.total() == RunProgress(Totals(5, 2, 50, 25), 7, 2, {"NullValue": 2})
 
 
-def shown(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> str:
+BUSY = RunProgress(Totals(10, 2, 0, 50), retries=3)
+
+
+def shown(terminal: bool, monkeypatch: pytest.MonkeyPatch, said: RunProgress = BUSY) -> str:
     monkeypatch.setattr(report, "LINE_EVERY_S", 0.02)
     monkeypatch.setattr(report, "BAR_EVERY_S", 0.02)
     text = io.StringIO()
     console = Console(file=text, force_terminal=terminal, width=160)
-    with Reporter("job", 100, 40, lambda: RunProgress(Totals(10, 2, 0, 50), retries=3), console):
+    with Reporter("job", 100, 40, lambda: said, console):
         time.sleep(0.2)
     return text.getvalue()
 
@@ -37,6 +40,13 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch)
     for what in (" rows/s, ", " tokens/s, ", "ETA 0:00:0", "2 quarantined", "3 retries"):
         assert what in lines[-1]
     assert "\x1b" not in "".join(lines)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_before_the_first_row_is_asked_the_stage_is_told(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    text = shown(terminal, monkeypatch, RunProgress())
+    assert "starting: opening a gateway" in text
+    assert "rows/s" not in text
 
 
 def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
