@@ -46,6 +46,7 @@ from hycluster.engine.arguments import check_platform, engine_arguments
 from hycluster.engine.carried import lead_grammars, mend_worker, take_over
 from hycluster.engine.expert_load import expert_load_meter
 from hycluster.engine.protocol import NOBODY, SIBLINGS, EngineInfo, Frame, GroupRank
+from hycluster.engine.scheduler import colocation_load, use_colocation
 from hycluster.engine.scratch import Scratch
 from hycluster.errors import EngineStartFailed, SettingsError
 from hycluster.models.routing import layer_counts
@@ -84,6 +85,7 @@ def engine_config(model: Model, model_path: str, place: GroupRank | None = None)
     except (ValueError, TypeError, OSError, NotImplementedError) as error:
         raise SettingsError(f"models: {model.name}: {_first_lines(error)}") from error
     check_platform(model, config.model_config.quantization)
+    use_colocation(config, model.colocation)
     parallel = config.parallel_config
     if parallel.world_size == 1:
         parallel.distributed_executor_backend = "uni"
@@ -293,6 +295,7 @@ class VllmEngine:
             most_running=self._most_running,
             kv_usage=self._core.scheduler.get_kv_cache_usage(),
             experts=self._core.experts.load if self._core.experts is not None else None,
+            colocation=colocation_load(self._core.scheduler),
         )
 
     def _read_expert_load(self) -> None:
