@@ -1,4 +1,4 @@
-# One image for head, doors, engines and jobs, on CPU or GPU:
+# One image for head, ingress, engines and jobs, on CPU or GPU:
 #   docker build -t hycluster:0.1.0-cpu .
 #   docker build -t hycluster:0.1.0-gpu --build-arg HARDWARE=gpu .
 # CUDA comes with vLLM's wheels and the driver with the node, so both begin at the same small base.

@@ -3,6 +3,8 @@
 
 BIN := .venv/bin
 CONFIG ?= deployments/local.yaml
+# Most tests wait most of the time; tests/lanes.py says who runs beside whom. ARGS="-n 0" runs them in one process.
+WORKERS ?= 3
 ARGS ?=
 
 help:  ## what there is
@@ -15,12 +17,14 @@ demo: setup  ## serve the embedded model and summarize a corpus, end to end
 	@$(BIN)/python scripts/demo.py $(ARGS)
 
 test: setup  ## run every test (ARGS="-m 'not slow'" for the fast ones)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --durations=20 --durations-min=1 $(ARGS)
 
-check: setup  ## lint, format and types
+check: setup  ## lint, format, names, types, and who imports whom
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/python scripts/names.py
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo --no-cache
 
 format: setup  ## put the code into the house's format
 	@$(BIN)/ruff check --fix .

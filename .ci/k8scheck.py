@@ -1,4 +1,6 @@
-"""The manifests before an API server and KubeRay's rules, by the tools in ../shared/k8scheck. Without them: nothing.
+"""The manifests before an API server and KubeRay's rules, by the tools in ../shared/k8scheck.
+
+The house's CI (CI=true) fails without them; elsewhere it is said.
 
 Every overlay and job is built, checked against the definitions and the operator's rules, and applied by the real
 kubectl, with strict validation, to an API server in memory. A manifest with a planted mistake must be refused. Helm
@@ -56,7 +58,8 @@ def installed(crds: Path) -> list[str]:
 
 def main() -> int:
     if not TOOLS.is_dir():
-        return 0
+        print(f"k8scheck: {TOOLS} is not there, so the manifests are not checked before an API server")
+        return int(os.environ.get("CI") == "true")
     sys.path[:0] = [str(TOOLS), str(ROOT)]
     from apiserver import running
     from crdcheck import load_crds

@@ -127,7 +127,7 @@ def plain(corpus: Path, out: Path | None) -> tuple[float, float]:
 
     from hycluster import cluster
 
-    cluster.connect()
+    cluster.join_cluster()
     ray.data.DataContext.get_current().enable_progress_bars = False
     answered = ray.data.read_parquet(str(corpus), override_num_blocks=8, num_cpus=0.1).map_batches(
         Plain,

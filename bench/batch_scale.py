@@ -34,7 +34,6 @@ import pyarrow.parquet as pq
 from hycluster.batch.job import Job
 from hycluster.batch.task import Connect
 from hycluster.core import Generation, GenerationRequest, ModelCard, Output, Usage
-from hycluster.settings.settings import Settings
 
 MODEL = "simulated"
 FILE_ROWS = 250_000
@@ -69,8 +68,8 @@ async def open_simulated(pids: str) -> AsyncIterator[SimulatedGenerator]:
 
 
 @contextmanager
-def simulated_engines(pids: str, job: Job, settings: Settings | None) -> Iterator[Connect]:
-    """In the place of the engines that ``run_job`` would start or join; the process that asks leaves its pid."""
+def simulated_engines(pids: str, job: Job) -> Iterator[Connect]:
+    """In the place of the engines that a job would start or join; the process that asks leaves its pid."""
     import logging
 
     import ray
@@ -123,9 +122,10 @@ def child(command: str, work: Path) -> None:
         settings = json.loads((work / "job.json").read_text())
         run_job(Job.model_validate(settings), engines=partial(simulated_engines, str(work / "pids")))
     else:
-        from hycluster.batch.output.verify import verify
+        from hycluster.batch.output.verify import verify_output
+        from hycluster.storage import locate
 
-        verdict = verify(str(work / "out"), str(work / "corpus"))
+        verdict = verify_output(*(locate(str(work / place), place) for place in ("out", "corpus")))
         print("\n".join(verdict.lines()))
         if verdict.fault_count:
             raise SystemExit(1)

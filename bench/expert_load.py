@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hycluster.engine.expert_load import by_rank, skew
 from hycluster.models.recycling import expert_loads, recycle, route
-from hycluster.models.routing import Router
+from hycluster.models.routing import ExpertRouter
 from hycluster.settings.model import Routing
 
 FACTORS = (1.0, 1.25, 1.5, 2.0)
@@ -88,7 +88,7 @@ def main() -> None:
             logits = batches[0][:tokens]
             ways = (
                 partial(route, logits, top_k),
-                partial(Router(experts, top_k, 0, Routing(expert_metrics=True)).choose, logits),
+                partial(ExpertRouter(experts, top_k, 0, Routing(expert_metrics=True)).choose, logits),
                 partial(recycle, logits, top_k, 1.25, 0),
             )
             costs.append([str(experts), str(top_k), str(tokens), *(f"{seconds(way) * 1e6:.0f}" for way in ways)])

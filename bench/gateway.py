@@ -1,4 +1,4 @@
-"""hycluster's HTTP door against vLLM's own API server and Ray Serve LLM: same model, same load, one run.
+"""hycluster's HTTP ingress against vLLM's own API server and Ray Serve LLM: same model, same load, one run.
 
     make bench          or          python -m bench.gateway --rounds 3 --sides hycluster,vllm,vllm-uni,ray-serve-llm
 
@@ -8,7 +8,7 @@ and take turns, which on a noisy machine is the fairer way (an idle side costs n
 which spins). The figures are medians over rounds and the ratios are against ``vllm-uni``, the stronger of the two
 ways to run vLLM bare (``vllm`` is how it starts by itself on a CPU: an executor process that waits by spinning).
 ``serve-proxy`` and ``serve-haproxy`` are hycluster's gateway and replicas with Ray Serve's proxy as the front, in
-place of a door that listens itself.
+place of an ingress process that listens itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A pool that follows its load, 0 -> 1 -> 2 -> 1 -> 0 replicas, under callers at both doors that retry nothing.
+"""A pool that follows its load, 0 -> 1 -> 2 -> 1 -> 0 replicas, under callers at both ingresses that retry nothing.
 
     python -m bench.load_curve                                  # a tiny Llama on the real engine
     python -m bench.load_curve --engine simulated --quiet-s 5 --svg curve.svg
@@ -55,7 +55,7 @@ class Answer:
         error: what went wrong; None if all of its tokens came.
     """
 
-    door: str
+    ingress: str
     phase: int
     asked_s: float
     first_s: float | None
@@ -111,13 +111,13 @@ class _Driver:
 
     async def drive(self, curve: Sequence[Phase]) -> Run:
         async with httpx.AsyncClient(timeout=GIVE_UP_S) as client, AsyncClient(self._grpc) as caller:
-            doors = [("HTTP", lambda: self._over_http(client)), ("gRPC", lambda: self._over_grpc(caller))]
+            ingresses = [("HTTP", lambda: self._over_http(client)), ("gRPC", lambda: self._over_grpc(caller))]
             for phase in curve:
                 self._level = phase.callers
                 for number in range(phase.callers):
                     if number not in self._tasks or self._tasks[number].done():
-                        door, ask = doors[number % 2]
-                        self._tasks[number] = asyncio.create_task(self._call(number, door, ask))
+                        ingress, ask = ingresses[number % 2]
+                        self._tasks[number] = asyncio.create_task(self._call(number, ingress, ask))
                 await self._until(client, phase)
                 self.run.phases_s.append(self._now_s)
             await asyncio.gather(*self._tasks.values())
@@ -136,13 +136,13 @@ class _Driver:
             await asyncio.sleep(LOOK_EVERY_S)
         raise TimeoutError(f"no {phase.replicas} replicas under {phase.callers} callers for {GIVE_UP_S:.0f} s")
 
-    async def _call(self, number: int, door: str, ask: Callable[[], Awaitable[float | None]]) -> None:
+    async def _call(self, number: int, ingress: str, ask: Callable[[], Awaitable[float | None]]) -> None:
         while number < self._level:
             phase, asked_s = len(self.run.phases_s), self._now_s
             try:
-                answer = Answer(door, phase, asked_s, await ask())
+                answer = Answer(ingress, phase, asked_s, await ask())
             except Exception as error:
-                answer = Answer(door, phase, asked_s, None, repr(error))
+                answer = Answer(ingress, phase, asked_s, None, repr(error))
             self.run.answers.append(answer)
 
     async def _over_http(self, client: httpx.AsyncClient) -> float | None:
@@ -226,10 +226,12 @@ def report(run: Run, curve: Sequence[Phase]) -> None:
             f"{middle:>10.0f}{most:>9.0f}"
         )
         begun_s = ended_s
-    by_door = ", ".join(f"{door} {sum(a.door == door for a in run.answers)}" for door in ("HTTP", "gRPC"))
-    print(f"replicas: {' -> '.join(map(str, run.counts))}; requests: {by_door}; failed: {len(run.failed)}")
+    by_ingress = ", ".join(
+        f"{ingress} {sum(a.ingress == ingress for a in run.answers)}" for ingress in ("HTTP", "gRPC")
+    )
+    print(f"replicas: {' -> '.join(map(str, run.counts))}; requests: {by_ingress}; failed: {len(run.failed)}")
     for answer in run.failed[:5]:
-        print(f"failed: {answer.door} at {answer.asked_s:.1f} s: {answer.error}", file=sys.stderr)
+        print(f"failed: {answer.ingress} at {answer.asked_s:.1f} s: {answer.error}", file=sys.stderr)
 
 
 def plotted(run: Run) -> str:
@@ -257,7 +259,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         folder = work / "model"
-        source = tiny_llama.make(folder) if args.data == 1 else tiny.write(folder, tiny.TinyShape(layers=4, topk=2))
+        source = (
+            tiny_llama.make(folder)
+            if args.data == 1
+            else tiny.write_checkpoint(folder, tiny.TinyShape(layers=4, topk=2))
+        )
         settings = {
             "models": [model_settings(source, args.engine, args.quiet_s, args.data)],
             "batches": None,

@@ -1,4 +1,4 @@
-"""The same gateway and replicas behind Ray Serve's proxy, for comparison with the door that listens itself.
+"""The same gateway and replicas behind Ray Serve's proxy, for comparison with the ingress process that listens itself.
 
 python -m bench.serve_front SETTINGS.yaml PORT          (RAY_SERVE_ENABLE_HA_PROXY=1 for HAProxy)
 """
@@ -16,12 +16,13 @@ from ray import serve
 from hycluster import cluster
 from hycluster.app import replicas
 from hycluster.directory.directory import SHARED_DIRECTORY, open_directory
+from hycluster.serving import deploy
 from hycluster.settings.read import load_settings
 from hycluster.settings.settings import Settings
 
 
 def front(settings: Settings) -> Any:
-    """A Serve ingress that holds the door's app; it opens its gateway at its first request."""
+    """A Serve ingress that holds the ingress process's app; it opens its gateway at its first request."""
     opened: dict[str, Any] = {}
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -58,7 +59,7 @@ def main() -> None:
     serve.run(front(settings).bind(*bound), route_prefix="/")
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     stop.wait()
-    cluster.stop(0)
+    deploy.stop(0)
 
 
 if __name__ == "__main__":

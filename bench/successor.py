@@ -8,7 +8,7 @@ after it:
 
     gone       the process is gone (after SIGSTOP: its watchdog has killed it)
     started    Serve has a new process, with Ray in it, that begins to make the replica
-    serving    the door counts the pool as whole again: vLLM imported, model loaded, warmed up, connected
+    serving    the ingress process counts the pool as whole again: vLLM imported, model loaded, warmed up, connected
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ GIVE_UP_S = 300.0
 
 
 def raylet(http: str) -> psutil.Process:
-    """The parent of the door that listens there, and of the replicas beside it."""
+    """The parent of the ingress process that listens there, and of the replicas beside it."""
     port = httpx.URL(http).port
     for listening in psutil.net_connections("tcp"):
         if (
@@ -85,7 +85,7 @@ def measure(http: str, model: str, how: signal.Signals) -> tuple[float, float, f
     os.kill(victim, how)
     gone = after(began, lambda: not psutil.pid_exists(victim))
     started = after(began, lambda: replica_processes(node, model) - before)
-    # The door must have seen the loss before it can see the pool whole.
+    # The ingress process must have seen the loss before it can see the pool whole.
     return gone, started, after(began, lambda: is_whole(http, model))
 
 

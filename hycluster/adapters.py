@@ -1,9 +1,10 @@
-"""LoRA adapters: which ones a model has, said alike at every door.
+"""LoRA adapters: which ones a model has, said alike at every ingress process.
 
-The settings name some; others are loaded and unloaded through a door while the cluster runs. Each door keeps the
-whole table and shows it to the directory twice a second, the directory merges what it is shown, and every door takes
-over the result. Of two words on one name the later one holds; an unloaded name is kept as a word too, or the door
-that has not heard yet would bring it back. The directory may be lost, and so may any door, as long as one is left.
+The settings name some; others are loaded and unloaded through an ingress process while the cluster runs. Each ingress
+process keeps the whole table and shows it to the directory twice a second, the directory merges what it is shown, and
+every ingress process takes over the result. Of two words on one name the later one holds; an unloaded name is kept as a
+word too, or the ingress process that has not heard yet would bring it back. The directory may be lost, and so may any
+ingress process, as long as one is left.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ SPARE = 8
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Word:
+class AdapterEntry:
     """The last that was said of a name.
 
     Attributes:
         turn: counts what was said of this name; the settings' own word is 0.
-        by: who said it; settles what two doors said at once.
+        by: who said it; settles what two ingress processes said at once.
         source: a folder or a hub id; None when the adapter was unloaded.
     """
 
@@ -47,10 +48,10 @@ class AdapterTable:
     """One model's adapters, as far as its holder has heard."""
 
     def __init__(self, adapters: Iterable[Adapter] = ()) -> None:
-        self._words = {adapter.name: Word(0, "", adapter.source) for adapter in adapters}
+        self._words = {adapter.name: AdapterEntry(0, "", adapter.source) for adapter in adapters}
 
     @property
-    def words(self) -> dict[str, Word]:
+    def words(self) -> dict[str, AdapterEntry]:
         """All that is known, to be merged elsewhere."""
         return dict(self._words)
 
@@ -59,7 +60,7 @@ class AdapterTable:
         """The adapters that requests may name, and where they are."""
         return {name: word.source for name, word in self._words.items() if word.source is not None}
 
-    def merge(self, words: dict[str, Word]) -> None:
+    def merge(self, words: dict[str, AdapterEntry]) -> None:
         """Take over what another holder has heard later."""
         for name, word in words.items():
             mine = self._words.get(name)
@@ -70,11 +71,12 @@ class AdapterTable:
     def say(self, name: str, source: str | None, by: str) -> None:
         """Load (a source) or unload (None) an adapter."""
         mine = self._words.get(name)
-        self._words[name] = Word(mine.turn + 1 if mine else 1, by, source)
+        self._words[name] = AdapterEntry(mine.turn + 1 if mine else 1, by, source)
 
 
 def adapter_id(name: str, source: str) -> int:
-    """The number by which engines tell adapters apart: the same at all doors, without asking one another."""
+    """The number by which engines tell adapters apart: the same at all ingress processes, without asking one
+    another."""
     digest = hashlib.blake2b(f"{name}\0{source}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1 or 1
 

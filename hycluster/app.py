@@ -1,4 +1,5 @@
-"""The Ray Serve application: a deployment a model, one for the doors, one for batches, and how they hang together.
+"""The Ray Serve application: a deployment a model, one for the ingress processes, one for batches, and how they hang
+together.
 
 ``hycluster serve`` runs it; ``serve deploy`` and KubeRay start the same thing by the import path
 ``hycluster.app:build`` with a settings file's content as arguments (``hycluster/k8s/render.py`` writes them).
@@ -20,14 +21,14 @@ from hycluster.batch_api.executor import BatchExecutor
 from hycluster.directory.directory import SHARED_DIRECTORY
 from hycluster.directory.scaler import autoscaling_config
 from hycluster.directory.starts import ENDLESS
-from hycluster.door import Door
+from hycluster.door import IngressProcess
 from hycluster.replica.placement import actor_options, bundles, strategy, with_room
-from hycluster.replica.rank import Patience
+from hycluster.replica.rank import DrainTimes
 from hycluster.replica.replica import Replica
 from hycluster.settings.model import Model
 from hycluster.settings.read import validate
 from hycluster.settings.settings import Settings
-from hycluster.spread import door_nodes, door_resources
+from hycluster.spread import ingress_nodes, ingress_resources
 
 APP_NAME = "hycluster"
 # Serve notices that a process is gone when it next asks for its health, and then replaces it.
@@ -53,7 +54,7 @@ def application(
     surging: Collection[str] = (),
     counts: Mapping[str, int] | None = None,
 ) -> Application:
-    """Replicas of every model, and doors that open when one of the models can be served.
+    """Replicas of every model, and ingress processes that open when one of the models can be served.
 
     Args:
         surging: models whose replicas are replaced by successors that have started; see :func:`replicas`.
@@ -66,27 +67,29 @@ def application(
     ]
     if settings.batches is not None:
         others.append(_batch_executor(settings, directory))
-    door = serve.deployment(
-        name="door",
-        num_replicas=settings.doors,
-        max_surge_percent=_one_more(settings.doors),
-        max_constructor_retry_count=UPGRADE_TRIES * settings.doors if counts else ENDLESS,
-        # Nothing, so that a laptop's cores stay free for the engine, and there is always room for a door's successor.
+    ingress = serve.deployment(
+        name="ingress",
+        num_replicas=settings.ingress.replicas,
+        max_surge_percent=_one_more(settings.ingress.replicas),
+        max_constructor_retry_count=UPGRADE_TRIES * settings.ingress.replicas if counts else ENDLESS,
+        # Nothing, so that a laptop's cores stay free for the engine, and there is always room for an ingress process's
+        # successor.
         ray_actor_options={
             "num_cpus": 0,
-            "resources": door_resources(settings, door_nodes(settings)),
-            "runtime_env": {"env_vars": _DOOR_ENVIRONMENT},
+            "resources": ingress_resources(settings, ingress_nodes(settings)),
+            "runtime_env": {"env_vars": _INGRESS_ENVIRONMENT},
         },
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_timeout_s=settings.drain_timeout_s + 15,
         graceful_shutdown_wait_loop_s=0.1,
         max_ongoing_requests=1000,
-    )(Door)
-    return door.bind(settings, directory, *others)
+    )(IngressProcess)
+    return ingress.bind(settings, directory, *others)
 
 
-# The work of doors and of the batch executor is Python on one thread; OpenMP's would only stand in the engine's way.
-_DOOR_ENVIRONMENT = {
+# The work of ingress processes and of the batch executor is Python on one thread; OpenMP's would only stand in the
+# engine's way.
+_INGRESS_ENVIRONMENT = {
     **logs.ENVIRONMENT,
     "VLLM_NO_USAGE_STATS": "1",
     "OMP_NUM_THREADS": "1",
@@ -104,7 +107,7 @@ def _batch_executor(settings: Settings, directory: str) -> Application:
         ray_actor_options={
             "num_cpus": 0,
             "resources": settings.batches.resources,
-            "runtime_env": {"env_vars": _DOOR_ENVIRONMENT},
+            "runtime_env": {"env_vars": _INGRESS_ENVIRONMENT},
         },
         max_constructor_retry_count=ENDLESS,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
@@ -158,5 +161,5 @@ def replicas(
         graceful_shutdown_timeout_s=settings.drain_timeout_s + 15,
         graceful_shutdown_wait_loop_s=0.1,
     )(Replica)
-    patience = Patience(settings.drain_timeout_s, settings.hand_over_after_s)
+    patience = DrainTimes(settings.drain_timeout_s, settings.hand_over_after_s)
     return deployment.bind(model, settings.data_plane, directory, patience)

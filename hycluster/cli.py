@@ -9,25 +9,24 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from hycluster import __version__
-from hycluster.batch.cli import app as batch_app
+from hycluster.batch import cli as batch
 from hycluster.chaos.cli import chaos
 from hycluster.consent import Yes, ask
 from hycluster.errors import HyclusterError
+from hycluster.job_engines import open_engines
 from hycluster.k8s.cli import app as k8s_app
 from hycluster.models.cli import tiny_model
 from hycluster.planning.cli import plan
 from hycluster.serving.running import choose
 from hycluster.settings.cli import app as settings_app
 from hycluster.settings.read import DEFAULT_SETTINGS, load_settings
+from hycluster.submit.cli import cancel, jobs, logs, show_submitted, submit
 from hycluster.summarize.cli import summarize
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     name="hycluster",
@@ -36,7 +35,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(batch_app, name="batch")
+batch_app = typer.Typer(
+    name="batch",
+    help="Bulk runs over Parquet.",
+    no_args_is_help=True,
+    context_settings={"obj": batch.Outside(open_engines, show_submitted)},
+)
+for command in (submit, jobs, logs, cancel, batch.run, batch.verify, batch.job_status, batch.report):
+    batch_app.command()(command)
+app.add_typer(batch_app)
 app.add_typer(k8s_app, name="k8s")
 app.add_typer(settings_app, name="settings")
 app.command("summarize")(summarize)
@@ -45,7 +52,8 @@ app.command("plan")(plan)
 app.command("tiny-model")(tiny_model)
 
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; dotted keys; repeatable.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, such as models.0.replicas.min=2; repeatable."),
 ]
 
 
@@ -68,10 +76,10 @@ def _root(
 def serve(
     config: Annotated[Path, typer.Argument(help="Settings file.")] = DEFAULT_SETTINGS,
     http_port: Annotated[
-        str | None, typer.Option(metavar="PORT", help="Port of the HTTP door; 0 takes a free one.")
+        str | None, typer.Option(metavar="PORT", help="Port of the HTTP ingress; 0 takes a free one.")
     ] = None,
     grpc_port: Annotated[
-        str | None, typer.Option(metavar="PORT", help="Port of the gRPC door; 0 takes a free one.")
+        str | None, typer.Option(metavar="PORT", help="Port of the gRPC ingress; 0 takes a free one.")
     ] = None,
     assignments: SetOption = None,
 ) -> None:
@@ -80,7 +88,9 @@ def serve(
     Prints one line beginning "ready" once a request would succeed, and on standard error a line for whatever is lost
     and for its return. SIGTERM or Ctrl-C drains, then exits 0. Exits 4 if Ray itself is lost: start it again.
     """
-    ports = [f"{door}.port={port}" for door, port in (("http", http_port), ("grpc", grpc_port)) if port is not None]
+    ports = [
+        f"{ingress}.port={port}" for ingress, port in (("http", http_port), ("grpc", grpc_port)) if port is not None
+    ]
     settings = load_settings(config, [*(assignments or []), *ports])
     stopping = threading.Event()
 
@@ -92,14 +102,14 @@ def serve(
     for model in settings.models:
         engine_arguments(model, model_files(model))
     if not os.environ.get("RAY_ADDRESS"):
-        # The doors will be on this machine: better known now than after the engines have started.
+        # The ingress processes will be on this machine: better known now than after the engines have started.
         check_port(settings.http.host, settings.http.port, "http.port")
         check_port(settings.grpc.host, settings.grpc.port, "grpc.port")
 
     import ray
 
     from hycluster import cluster
-    from hycluster.serving import running
+    from hycluster.serving import deploy, running
     from hycluster.serving.service import Service
 
     started_ray = cluster.start()
@@ -110,16 +120,17 @@ def serve(
     address = ray.get_runtime_context().gcs_address
     service = Service(settings, say, own=started_ray)
     try:
-        opened = cluster.deploy(settings, service, started_ray=started_ray, stopping=stopping)
+        opened = deploy.deploy(settings, service, started_ray=started_ray, stopping=stopping)
         if opened is not None:
             typer.echo(
-                f"ready {opened.doors.http} grpc {opened.doors.grpc} ray {address} models {','.join(opened.models)}"
+                f"ready {opened.ingresses.http} grpc {opened.ingresses.grpc} ray {address} models"
+                f" {','.join(opened.models)}"
                 f" after {time.monotonic() - begun:.0f} s"
             )
             sys.stdout.flush()
             service.attend(stopping)
         say("draining ...")
-        cluster.stop(settings.drain_timeout_s)
+        deploy.stop(settings.drain_timeout_s)
         say("stopped")
     finally:
         service.close()
@@ -145,7 +156,7 @@ def upgrade(
     ] = None,
     yes: Yes = False,
 ) -> None:
-    """Replace every replica and every door of the running service, with the settings of CONFIG, under load.
+    """Replace every replica and every ingress process of the running service, with the settings of CONFIG, under load.
 
     Says which service that is, and asks. Requests go on meanwhile; docs/upgrades.md tells how, and what stays as it
     was. Ctrl-C ends the waiting, not the upgrade.
@@ -165,10 +176,14 @@ def upgrade(
     from hycluster.replica.placement import with_room
     from hycluster.serving import running_service
 
-    found = running_service.find(cluster.connect(address))
+    found = running_service.find_service(cluster.join_cluster(address))
     try:
         names = ", ".join(model.name for model in settings.models)
-        ask(f"{found}\nevery replica and every door of it is replaced, by the settings of {config} ({names})", yes=yes)
+        ask(
+            f"{found}\nevery replica and every ingress process of it is replaced, by the settings of {config}"
+            f" ({names})",
+            yes=yes,
+        )
         stopping = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stopping.set())
@@ -181,12 +196,12 @@ def upgrade(
                     err=True,
                 )
         typer.echo(f"upgrading {', '.join(model.name for model in settings.models)} ...", err=True)
-        deployed = upgrade.upgrade(settings, surging, stopping)
+        deployed = upgrade.roll_out(settings, surging, stopping)
         if deployed is None:
             typer.echo("the upgrade goes on; nobody waits for it", err=True)
         else:
             typer.echo(
-                f"upgraded {deployed.doors.http} grpc {deployed.doors.grpc} ray {deployed.ray}"
+                f"upgraded {deployed.ingresses.http} grpc {deployed.ingresses.grpc} ray {deployed.ray}"
                 f" after {time.monotonic() - begun:.0f} s"
             )
     finally:
@@ -195,9 +210,9 @@ def upgrade(
 
 @app.command()
 def status() -> None:
-    """Say what of the running service is there, what is missing, and why. Exits 0 when all is well, else 1.
+    """Show which parts of the running service are up, which are missing, and why. Exits 0 when all is well, else 1.
 
-    Looks at the Ray cluster in RAY_ADDRESS or at the last one that was started here.
+    The service is that of the Ray cluster in RAY_ADDRESS, or of the last one that was started here.
     """
     import ray
 
@@ -205,9 +220,9 @@ def status() -> None:
     from hycluster.app import APP_NAME
     from hycluster.directory.directory import SHARED_DIRECTORY
     from hycluster.serving import ray_state
-    from hycluster.serving.status import status as told
+    from hycluster.serving.status import status_lines as told
 
-    cluster.connect()
+    cluster.join_cluster()
     try:
         lines, well = told(ray_state.look(APP_NAME, SHARED_DIRECTORY))
     finally:

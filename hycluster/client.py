@@ -1,10 +1,11 @@
-"""The typed Python client of the gRPC door, for threads (``Client``) and for asyncio (``AsyncClient``).
+"""The typed Python client of the gRPC ingress, for threads (``Client``) and for asyncio (``AsyncClient``).
 
     with Client("127.0.0.1:9000") as client:
         for delta in client.stream("my-model", prompt="Once", max_tokens=20):
             print(delta.outputs[0].text, end="")
 
-Both raise the errors of :mod:`hycluster.errors` that the server raised, found by the call's status.
+Both raise the errors of :mod:`hycluster.errors` that the server raised, found by the call's status: ``reason`` and
+``metadata`` are its ``ErrorInfo``'s, ``retry_after_s`` is its ``RetryInfo``'s; docs/errors.md lists them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from hycluster.core import Generation, GenerationRequest, ModelCard, Priority, Sampling
 from hycluster.errors import (
+    BY_REASON,
     DeadlineExceeded,
     HyclusterError,
     InvalidInput,
@@ -30,8 +32,9 @@ from hycluster.errors import (
     Unauthenticated,
     Unavailable,
     UnknownModel,
+    remade,
 )
-from hycluster.ingress import translate
+from hycluster.ingress import status, translate
 from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto.inference_pb2_grpc import InferenceStub
 
@@ -333,7 +336,8 @@ def _options(retry_unavailable: bool, max_bytes: int) -> list[tuple[str, Any]]:
     options: list[tuple[str, Any]] = [
         ("grpc.max_receive_message_length", max_bytes),
         ("grpc.max_send_message_length", max_bytes),
-        # Two clients have two connections, so that doors that share a port, or a balancer, can tell them apart.
+        # Two clients have two connections, so that ingress processes that share a port, or a balancer, can tell them
+        # apart.
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
@@ -372,8 +376,19 @@ def _own_error(failure: Any) -> HyclusterError:
     # gRPC's own limits have the status that means "come back later" here, but will never let this message through.
     if kind is Overloaded and "message larger than max" in message:
         kind = InvalidInput
-    retry_after_s = dict(failure.trailing_metadata() or ()).get("retry-after-s")
-    # Past the constructors: UnknownModel's would compose the message anew.
-    error = kind.__new__(kind)
-    HyclusterError.__init__(error, message, retry_after_s=None if retry_after_s is None else float(retry_after_s))
+    details = status.told(failure)
+    # Of the kinds of one status the reason tells which; one that only newer servers know is told all the same.
+    precise = BY_REASON.get(details.reason or "", kind)
+    error = remade(precise if precise.grpc_status == kind.grpc_status else kind, message)
+    error.retry_after_s = _retry_after_s(failure, details)
+    error.reason = details.reason or error.reason
+    error.metadata = details.metadata or {}
     return error
+
+
+def _retry_after_s(failure: Any, details: status.StatusDetails) -> float | None:
+    if details.retry_after_s is not None:
+        return details.retry_after_s
+    # Servers without details say it here only.
+    said = dict(failure.trailing_metadata() or ()).get(status.RETRY_AFTER_KEY)
+    return None if said is None else float(said)

@@ -1,4 +1,4 @@
-"""A door process: both doors over one generator, on an event loop of its own.
+"""An ingress process: both ingresses over one generator, on an event loop of its own.
 
 A Ray Serve deployment, so Serve starts, places, watches and replaces it; callers come straight in by
 its own ports. Its own thread and loop keep the streams clear of Serve's control traffic.
@@ -12,19 +12,23 @@ import gc
 import importlib
 import logging
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
+from starlette.types import ASGIApp
 
 from hycluster import logs
+from hycluster.core import PoolHealth
 from hycluster.directory.directory import FORGET_AFTER_S, Overview, open_directory
 from hycluster.errors import HyclusterError, SettingsError, Unavailable, start_failure
+from hycluster.imports import without_collector
 from hycluster.ingress.grpc import serve_grpc
-from hycluster.ingress.health import PoolHealth
 from hycluster.ingress.ports import TURNED_AWAY_AFTER_S, let_in, turn_away
-from hycluster.ingress.starting import StartingDoors, starting_doors
+from hycluster.ingress.starting import StartingIngress, starting_ingress
 from hycluster.settings.settings import Settings
 from hycluster.watchdog import Watchdog
 
@@ -32,19 +36,19 @@ logger = logging.getLogger(__name__)
 
 # What an answer that was ended may take until its caller has heard so.
 LAST_WORDS_S = 2.0
-# A door whose event loop is held up for so long is killed: all its streams stand still.
+# An ingress process whose event loop is held up for so long is killed: all its streams stand still.
 SILENT_AFTER_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class DoorAddresses:
-    """Where a door listens."""
+class IngressAddresses:
+    """Where an ingress process listens."""
 
     http: str
     grpc: str
 
 
-class Door:
+class IngressProcess:
     """Opens when a model can be served; the others follow by themselves.
 
     Args:
@@ -53,21 +57,21 @@ class Door:
             application; no request goes through them.
 
     Raises:
-        RuntimeError: the door could not open (from ``addresses`` and ``check_health``).
+        RuntimeError: the ingress process could not open (from ``addresses`` and ``check_health``).
     """
 
     def __init__(self, settings: Settings, directory: str, *others: Any) -> None:
-        logs.settle("door")
+        logs.settle("ingress")
         self._settings = settings
         self._directory = directory
-        self._opened: Future[DoorAddresses] = Future()
+        self._opened: Future[IngressAddresses] = Future()
         self._stopping: asyncio.Event | None = None
         self._serving: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._able = False
         self._watchdog = Watchdog(silent_after_s=SILENT_AFTER_S)
         open_directory(directory)
-        self._thread = threading.Thread(target=self._run, name="door", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="ingress", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
@@ -80,7 +84,7 @@ class Door:
         except asyncio.CancelledError:
             self._fail(start_failure(Unavailable("stopped before it was open")))
         except BaseException as error:
-            logger.exception("the door broke")
+            logger.exception("the ingress process broke")
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
@@ -91,12 +95,12 @@ class Door:
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
         self._serving = asyncio.current_task()
         async with contextlib.AsyncExitStack() as stack:
-            starting: StartingDoors | None = None
-            # Where doors share their ports, callers would come to one that can't serve in place of one that can. A port
-            # in use is that of a predecessor; if it is somebody else's, opening it in the end says so.
-            if self._settings.doors == 1:
+            starting: StartingIngress | None = None
+            # Where ingress processes share their ports, callers would come to one that can't serve in place of one that
+            # can. A port in use is that of a predecessor; if it is somebody else's, opening it in the end says so.
+            if self._settings.ingress.replicas == 1:
                 with contextlib.suppress(SettingsError):
-                    starting = await stack.enter_async_context(starting_doors(self._settings, self._pools))
+                    starting = await stack.enter_async_context(starting_ingress(self._settings, self._pools))
             await self._serve_models(starting)
 
     async def _pools(self) -> dict[str, PoolHealth]:
@@ -110,9 +114,10 @@ class Door:
             for m in self._settings.models
         }
 
-    async def _serve_models(self, starting: StartingDoors | None) -> None:
+    async def _serve_models(self, starting: StartingIngress | None) -> None:
         # Half a minute on a slow machine, and callers are to be told meanwhile.
-        await asyncio.to_thread(importlib.import_module, "hycluster.ingress.http")
+        with without_collector():
+            await asyncio.to_thread(importlib.import_module, "hycluster.ingress.http")
         from hycluster.gateway.generation import open_generators
         from hycluster.ingress.http import serve_http
 
@@ -129,7 +134,7 @@ class Door:
             http = await serve_http(
                 generator,
                 settings.http,
-                batches=settings.batches,
+                around=self._batch_api(),
                 reuse_port=True,
                 drain_timeout_s=settings.drain_timeout_s + LAST_WORDS_S,
                 sock=await starting.hand_over(generator) if starting else None,
@@ -140,7 +145,7 @@ class Door:
             gc.collect()
             gc.freeze()
             self._opened.set_result(
-                DoorAddresses(f"http://{settings.http.host}:{http.port}", f"{settings.grpc.host}:{grpc.port}")
+                IngressAddresses(f"http://{settings.http.host}:{http.port}", f"{settings.grpc.host}:{grpc.port}")
             )
             while not self._stopping.is_set():
                 self._watchdog.beat()
@@ -164,8 +169,16 @@ class Door:
                 await generator.end("the server shut down before the answer was complete")
             await closing
 
-    async def addresses(self) -> DoorAddresses | None:
-        """Where this door listens; None while no request would succeed.
+    def _batch_api(self) -> Callable[[ASGIApp], ASGIApp]:
+        """Puts the Batch API's routes beside the models', if there are to be any."""
+        if self._settings.batches is None:
+            return lambda app: app
+        from hycluster.batch_api.routes import with_batches
+
+        return partial(with_batches, self._settings.batches, self._settings.http)
+
+    async def addresses(self) -> IngressAddresses | None:
+        """Where this ingress process listens; None while no request would succeed.
 
         Raises:
             RuntimeError: it could not open.
@@ -176,16 +189,16 @@ class Door:
         return addresses if self._able else None
 
     async def check_health(self) -> None:
-        """Called by Ray Serve; raising makes it replace this door. Before it is open: waits for that.
+        """Called by Ray Serve; raising makes it replace this ingress process. Before it is open: waits for that.
 
-        Serve calls it once before it takes a door for running, and stops a predecessor only then.
+        Serve calls it once before it takes an ingress process for running, and stops a predecessor only then.
         """
         await asyncio.shield(asyncio.wrap_future(self._opened))
         if not self._thread.is_alive():
-            raise RuntimeError("the door's thread has ended")
+            raise RuntimeError("the ingress process's thread has ended")
 
     async def __del__(self) -> None:
-        """Ray Serve awaits this when it stops a door: finish what is in flight."""
+        """Ray Serve awaits this when it stops an ingress process: finish what is in flight."""
         if self._loop is not None and self._stopping is not None and self._serving is not None:
             # One that is still waiting for replicas has nothing to finish.
             end = self._stopping.set if self._opened.done() else self._serving.cancel

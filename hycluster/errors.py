@@ -1,13 +1,15 @@
-"""One tree of errors; each knows its HTTP status, its gRPC status and its exit code.
+"""One tree of errors; each knows its HTTP status, its gRPC status and reason, and its exit code.
 
-Raise these with one clear line that names the field, the value and what is allowed. The doors
+Raise these with one clear line that names the field, the value and what is allowed. The ingress processes
 and the command line translate them by the attributes below and nowhere else.
 """
 
 from __future__ import annotations
 
 import re
-from typing import ClassVar
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, TypeVar
 
 
 def shown(value: object, limit: int = 80) -> str:
@@ -23,19 +25,39 @@ class HyclusterError(Exception):
         http_status: status of an HTTP answer.
         openai_type: the ``error.type`` of an answer in OpenAI's form.
         grpc_status: name of a member of ``grpc.StatusCode``.
+        reason: what callers tell errors of one status apart by; ``ErrorInfo.reason`` by gRPC. It stays, whatever
+            becomes of the class' name.
         exit_code: what the command line exits with.
         retry_after_s: seconds after which a retry makes sense, if that is known.
+        metadata: what else the message is about, by name; ``ErrorInfo.metadata`` by gRPC.
     """
 
+    # Of the class: errors that are vLLM's as well are made by vLLM's constructor.
+    metadata: Mapping[str, str] = MappingProxyType({})
     http_status: ClassVar[int] = 500
     openai_type: ClassVar[str] = "InternalServerError"
     grpc_status: ClassVar[str] = "INTERNAL"
+    # Not a ClassVar: the client has an error say what a newer server gave as its reason.
+    reason: str = "INTERNAL"
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return remade, (type(self), self.message), self.__dict__
+
+
+Error = TypeVar("Error", bound=HyclusterError)
+
+
+def remade(kind: type[Error], message: str) -> Error:
+    """An error out of its message, past its own constructor: that one may compose the message anew."""
+    error = kind.__new__(kind)
+    HyclusterError.__init__(error, message)
+    return error
 
 
 class InvalidInput(HyclusterError, ValueError):
@@ -44,15 +66,20 @@ class InvalidInput(HyclusterError, ValueError):
     http_status = 400
     openai_type = "BadRequestError"
     grpc_status = "INVALID_ARGUMENT"
+    reason = "INVALID_INPUT"
     exit_code = 2
 
 
 class SettingsError(InvalidInput):
     """A settings or job file, or a command-line option, is wrong."""
 
+    reason = "SETTINGS"
+
 
 class PromptTooLong(InvalidInput):
     """The prompt leaves no room for an output in the model's context."""
+
+    reason = "PROMPT_TOO_LONG"
 
 
 class Unauthenticated(HyclusterError):
@@ -61,6 +88,7 @@ class Unauthenticated(HyclusterError):
     http_status = 401
     openai_type = "AuthenticationError"
     grpc_status = "UNAUTHENTICATED"
+    reason = "UNAUTHENTICATED"
     exit_code = 2
 
 
@@ -70,14 +98,13 @@ class UnknownModel(HyclusterError):
     http_status = 404
     openai_type = "NotFoundError"
     grpc_status = "NOT_FOUND"
+    reason = "UNKNOWN_MODEL"
     exit_code = 2
 
     def __init__(self, model: str, served: list[str]) -> None:
         super().__init__(f"model: {shown(model)} is not served here; served are {', '.join(map(repr, served))}")
         self.model, self.served = model, served
-
-    def __reduce__(self) -> tuple[type[UnknownModel], tuple[str, list[str]]]:
-        return UnknownModel, (self.model, self.served)
+        self.metadata = {"model": model, "served": ", ".join(served)}
 
 
 class NotFound(HyclusterError):
@@ -86,6 +113,7 @@ class NotFound(HyclusterError):
     http_status = 404
     openai_type = "NotFoundError"
     grpc_status = "NOT_FOUND"
+    reason = "NOT_FOUND"
 
 
 class Overloaded(HyclusterError):
@@ -94,6 +122,7 @@ class Overloaded(HyclusterError):
     http_status = 429
     openai_type = "RateLimitError"
     grpc_status = "RESOURCE_EXHAUSTED"
+    reason = "OVERLOADED"
 
 
 class Unavailable(HyclusterError):
@@ -102,10 +131,13 @@ class Unavailable(HyclusterError):
     http_status = 503
     openai_type = "ServiceUnavailableError"
     grpc_status = "UNAVAILABLE"
+    reason = "UNAVAILABLE"
 
 
 class ReplicaLost(Unavailable):
     """A replica died while it had this request, and the request was not sent to another one."""
+
+    reason = "REPLICA_LOST"
 
 
 class KillsReplicas(HyclusterError):
@@ -114,10 +146,13 @@ class KillsReplicas(HyclusterError):
     http_status = 422
     openai_type = "UnprocessableEntityError"
     grpc_status = "FAILED_PRECONDITION"
+    reason = "KILLS_REPLICAS"
 
 
 class RequestFailed(Unavailable):
     """The engine ended this one request with an error; it goes on with others."""
+
+    reason = "REQUEST_FAILED"
 
 
 class DeadlineExceeded(HyclusterError):
@@ -126,33 +161,50 @@ class DeadlineExceeded(HyclusterError):
     http_status = 504
     openai_type = "TimeoutError"
     grpc_status = "DEADLINE_EXCEEDED"
+    reason = "DEADLINE_EXCEEDED"
 
 
 class ClusterLost(HyclusterError):
     """Ray's GCS or raylet died under ``hycluster serve``; a supervisor starts it anew."""
 
+    reason = "CLUSTER_LOST"
     exit_code = 4
 
 
 class EngineStartFailed(HyclusterError):
     """An engine could not start: too little memory, more devices than there are, a bad model folder."""
 
+    reason = "ENGINE_START_FAILED"
+
 
 class JobFailed(HyclusterError):
     """A batch job ended without a committed output; the same command resumes it."""
+
+    reason = "JOB_FAILED"
 
 
 class TooManyQuarantined(HyclusterError):
     """More rows were quarantined than the job allows."""
 
+    reason = "TOO_MANY_QUARANTINED"
     exit_code = 3
+
+
+BY_REASON: dict[str, type[HyclusterError]] = {
+    kind.reason: kind for kind in tuple(vars().values()) if isinstance(kind, type) and issubclass(kind, HyclusterError)
+}
+
+
+def kind_of(error: HyclusterError) -> type[HyclusterError]:
+    """Which of this module's errors it is: what callers know it by."""
+    return next(kind for kind in type(error).__mro__ if kind in BY_REASON.values())
 
 
 START_FAILURE = "hycluster: "
 
 
 def start_failure(error: HyclusterError) -> RuntimeError:
-    """Why an engine or a door can't start, in a form that comes through Ray's reports as one line.
+    """Why an engine or an ingress process can't start, in a form that comes through Ray's reports as one line.
 
     Ray turns an actor's error into text; :func:`reported` finds this line in it again.
     """
@@ -163,12 +215,18 @@ _REASON = re.compile(rf"RuntimeError: {START_FAILURE}(\w+): (.+)")
 
 
 def reported(report: str) -> HyclusterError | None:
-    """The error that an engine or a door ended with, out of what Ray says about it; None if it says no such thing."""
+    """The error that an engine or an ingress process ended with, out of what Ray says about it; None if it says no such
+    thing."""
     found = _REASON.search(report)
     if found is None:
         return None
     kind = SettingsError if found[1] == SettingsError.__name__ else EngineStartFailed
     return kind(found[2].strip())
+
+
+def why_not_started(report: str) -> HyclusterError:
+    """Why an engine or an ingress process did not start, out of what Ray says about it, whatever that is."""
+    return reported(report) or EngineStartFailed(one_line(report))
 
 
 def one_line(error: BaseException | str, limit: int = 400) -> str:

@@ -5,10 +5,8 @@ replica's file in ``logs/serve`` of Ray's session, and to standard error. A proc
 above 0, a replica of a job's own, a batch job's worker, a process that vLLM starts below one of these) writes a file
 of its own beside them, once it has something to say.
 
-Nobody else may set logging up. ``logging.config.dictConfig`` closes every handler that the process has, and vLLM calls
-it as it makes an engine's configuration. Serve's handler is closed with the rest: its file ends there, and when Serve's
-controller comes back and asks the replica for the name of that file, it takes the error for a replica that could not
-start and stops it. So vLLM is told not to (``ENVIRONMENT``), and what others configure leaves Serve's handlers alone.
+Nobody else may set logging up: vLLM is told not to (``ENVIRONMENT``), and what others configure leaves Serve's
+handlers alone (``hycluster/engine/patches/serve_logging.py``, which says why).
 
 Pinned to Ray 2.60.0: the handlers of Serve's logger and the folder of its files (``ray.serve._private``);
 ``tests/test_logs.py`` says so too.
@@ -18,15 +16,14 @@ from __future__ import annotations
 
 import copy
 import logging
-import logging.config
 import logging.handlers
 import multiprocessing
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
-SERVE_LOGGER = "ray.serve"
+from hycluster.engine.patches.serve_logging import SERVE_LOGGER, patch_logging
+
 # For every process that imports vLLM; inherited by what vLLM starts below.
 ENVIRONMENT: Mapping[str, str] = {
     "VLLM_CONFIGURE_LOGGING": "0",
@@ -75,8 +72,7 @@ def _settle(files: Path) -> None:
     os.environ["VLLM_CONFIGURE_LOGGING"] = ENVIRONMENT["VLLM_CONFIGURE_LOGGING"]
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
     root.addHandler(_Lines(files.with_name(f"{files.name}.log")))
-    # Python's own place for somebody else's; ``dictConfig`` looks it up at every call.
-    logging.config.dictConfigClass = _LeavesServes
+    patch_logging()
     if os.environ.pop("VLLM_LOGGING_CONFIG_PATH", None):
         logging.getLogger(__name__).warning("VLLM_LOGGING_CONFIG_PATH is not heeded; logs are Ray Serve's")
 
@@ -107,26 +103,3 @@ class _Lines(logging.Handler):
 def _has_file(handlers: list[logging.Handler]) -> bool:
     """Where it only writes to standard error, the process is no replica."""
     return any(isinstance(handler, logging.handlers.MemoryHandler) for handler in handlers)
-
-
-class _LeavesServes(logging.config.DictConfigurator):
-    """What ``dictConfig`` applies a configuration by: Serve's handlers, ours and all loggers there are stay."""
-
-    def configure(self) -> None:
-        self.config["disable_existing_loggers"] = False
-        with _kept(logging.getLogger(SERVE_LOGGER)), _kept(logging.getLogger()):
-            super().configure()
-
-
-@contextmanager
-def _kept(logger: logging.Logger) -> Iterator[None]:
-    before = list(logger.handlers)
-    targets = [(each, each.target) for each in before if isinstance(each, logging.handlers.MemoryHandler)]
-    try:
-        yield
-    finally:
-        for buffer, target in targets:
-            buffer.setTarget(target)
-        for handler in before:
-            # A file that was closed is opened again by the next line.
-            logger.addHandler(handler)

@@ -1,7 +1,7 @@
 """Who gives way when a machine, or a pod, runs out of memory.
 
 Ray's monitor kills what Ray can start again, the newest first, until enough is free: batch tasks, then the directory
-and Serve's controller, which are small, then doors and engines, whoever it is that has the memory. So it is off where
+and Serve's controller, which are small, then ingress and engines, whoever it is that has the memory. So it is off where
 hycluster serves, and this is in its place. Above the same threshold
 
 1. Ray Data's workers go, the largest first; Ray Data does their work again;
@@ -54,7 +54,7 @@ SMALLEST_VICTIM_BYTES = 96 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class MemoryUsage:
     """Memory of the machine, or of this container if it has a limit; what only keeps files at hand is free."""
 
     used_bytes: int
@@ -68,7 +68,7 @@ class Usage:
         return f"{self.used_bytes / GIB:.1f} of {self.total_bytes / GIB:.1f} GiB in use"
 
 
-def usage(root: Path = Path("/sys/fs/cgroup")) -> Usage:
+def usage(root: Path = Path("/sys/fs/cgroup")) -> MemoryUsage:
     """What is in use now.
 
     Args:
@@ -86,8 +86,8 @@ def usage(root: Path = Path("/sys/fs/cgroup")) -> Usage:
             held = int((root / used).read_text()) - sum(int(stat[name]) for name in files if name in stat)
             if most < machine.total:
                 # What others have on the machine is not this container's to make room for.
-                return Usage(held, most)
-    return Usage(machine.total - machine.available, machine.total)
+                return MemoryUsage(held, most)
+    return MemoryUsage(machine.total - machine.available, machine.total)
 
 
 def threshold() -> float:
@@ -131,7 +131,7 @@ def _bytes(process: psutil.Process, figure: Callable[[psutil.Process], int]) -> 
 # general (1000), the first to go. Ray gives all workers the same, and among these the kernel takes the largest: an
 # engine.
 _KERNEL_ORDER = (
-    (re.compile(r"ray::(ServeController|Directory|ServeReplica:\w+:(door|batches))\b"), 0),
+    (re.compile(r"ray::(ServeController|Directory|ServeReplica:\w+:(ingress|batches))\b"), 0),
     (re.compile(r"ray::(ServeReplica:\w+:replica-|Replica|OtherRank|RayWorker)"), 500),
 )
 
@@ -269,7 +269,7 @@ class MemoryGuard:
             self._warned = True
             logger.warning("this engine is the first to be ended when memory runs out: %s", problem)
 
-    def _write(self, what: str, now: Usage) -> str:
+    def _write(self, what: str, now: MemoryUsage) -> str:
         line = f"out of memory ({now}, at most {threshold():.0%}): {what}"
         self._journal.write(line)
         if self._tell is None:

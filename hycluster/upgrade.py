@@ -1,7 +1,9 @@
-"""New settings for a service that runs: Serve replaces its replicas and its doors one by one, and no request fails.
+"""New settings for a service that runs: Serve replaces its replicas and its ingress processes one by one, and no
+request fails.
 
 It is Serve's own rolling update. What makes it one without a gap lies elsewhere: a replica that is stopped hands over
-what it has (``hycluster/replica/rank.py``), a door's successor listens before the door stops (``hycluster/door.py``).
+what it has (``hycluster/replica/rank.py``), an ingress process's successor listens before the ingress process stops
+(``hycluster/door.py``).
 """
 
 from __future__ import annotations
@@ -17,14 +19,14 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
 from hycluster.app import APP_NAME, application, deployment_name
-from hycluster.cluster import check_batches, check_doors, check_resources
-from hycluster.door import DoorAddresses
+from hycluster.door import IngressAddresses
 from hycluster.errors import EngineStartFailed, HyclusterError, SettingsError, one_line, reported
+from hycluster.serving.resources import check_batches, check_ingress, check_resources
 from hycluster.settings.model import Model
 from hycluster.settings.settings import Settings
 
 
-def upgrade(settings: Settings, surging: frozenset[str], stopping: threading.Event) -> Deployed | None:
+def roll_out(settings: Settings, surging: frozenset[str], stopping: threading.Event) -> Deployed | None:
     """Roll these settings out over the running service; returns when all that is new serves.
 
     What is old may drain for a while longer. ``http.port`` and ``grpc.port`` 0 are the ports that are open now.
@@ -36,12 +38,12 @@ def upgrade(settings: Settings, surging: frozenset[str], stopping: threading.Eve
 
     Raises:
         SettingsError: nothing runs here, or the settings do not fit the cluster; nothing has changed.
-        EngineStartFailed: a new replica or door did not start. Serve stops there; the old ones go on.
+        EngineStartFailed: a new replica or ingress process did not start. Serve stops there; the old ones go on.
     """
-    doors = running()
-    settings = _same_ports(settings, doors)
+    ingresses = running()
+    settings = _same_ports(settings, ingresses)
     check_resources(settings.models)
-    check_doors(settings)
+    check_ingress(settings)
     check_batches(settings)
     app = application(settings, surging=surging, counts=_running_replicas(settings.models))
     serve.run_many(
@@ -59,37 +61,38 @@ def upgrade(settings: Settings, surging: frozenset[str], stopping: threading.Eve
 class Deployed:
     """A running application, and the Ray cluster that it runs on."""
 
-    doors: DoorAddresses
+    ingresses: IngressAddresses
     ray: str
 
 
-def wait_until_open(timeout_s: float, stopping: threading.Event) -> DoorAddresses | None:
+def wait_until_open(timeout_s: float, stopping: threading.Event) -> IngressAddresses | None:
     """Wait until all that is new runs; None if ``stopping`` is set before.
 
     Raises:
         SettingsError, EngineStartFailed: something that is new did not start.
     """
     deadline = time.monotonic() + timeout_s
-    door: DeploymentHandle[Any] | None = None
+    ingress: DeploymentHandle[Any] | None = None
     while not stopping.wait(0.5):
         app = serve.status().applications.get(APP_NAME)
         messages = [app.message, *(d.message for d in app.deployments.values())] if app else []
-        # The first reason that an engine or a door gives is enough: what is old serves on, and somebody waits to hear.
+        # The first reason that an engine or an ingress process gives is enough: what is old serves on, and somebody
+        # waits to hear.
         if error := reported(" ".join(messages)):
             raise error
         state = one_line(" ".join(messages))
         if app and app.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
             raise EngineStartFailed(f"the application did not start: {state}")
         if app and app.status == ApplicationStatus.RUNNING:
-            door = door or serve.get_app_handle(APP_NAME)
-            if addresses := door.addresses.remote().result(timeout_s=timeout_s):
-                return cast(DoorAddresses, addresses)
+            ingress = ingress or serve.get_app_handle(APP_NAME)
+            if addresses := ingress.addresses.remote().result(timeout_s=timeout_s):
+                return cast(IngressAddresses, addresses)
         if time.monotonic() > deadline:
             raise EngineStartFailed(f"start_timeout_s: the application did not run after {timeout_s:g} s: {state}")
     return None
 
 
-def running() -> DoorAddresses:
+def running() -> IngressAddresses:
     """Where the service of this Ray cluster is to be reached.
 
     Raises:
@@ -102,7 +105,7 @@ def running() -> DoorAddresses:
     addresses = serve.get_app_handle(APP_NAME).addresses.remote().result(timeout_s=30)
     if addresses is None:
         raise SettingsError("RAY_ADDRESS: the hycluster in this Ray cluster can't serve any of its models now")
-    found: DoorAddresses = addresses
+    found: IngressAddresses = addresses
     return found
 
 
@@ -122,8 +125,8 @@ def _running_replicas(models: tuple[Model, ...]) -> dict[str, int]:
     }
 
 
-def _same_ports(settings: Settings, doors: DoorAddresses) -> Settings:
-    http, grpc = (int(address.rpartition(":")[2]) for address in (doors.http, doors.grpc))
+def _same_ports(settings: Settings, ingresses: IngressAddresses) -> Settings:
+    http, grpc = (int(address.rpartition(":")[2]) for address in (ingresses.http, ingresses.grpc))
     return settings.model_copy(
         update={
             "http": settings.http.model_copy(update={"port": settings.http.port or http}),

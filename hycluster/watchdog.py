@@ -1,9 +1,9 @@
-"""A small process beside a replica or a door that kills it when it can't end itself.
+"""A small process beside a replica or an ingress process that kills it when it can't end itself.
 
 Nobody inside a stopped process (SIGSTOP) can do anything about it, and neither can a thread once another one holds on
 to Python's lock. Ray finds both only after its own checks have timed out several times. The watchdog looks at the
 process and at all below it, an engine's tensor ranks among them, four times a second; as soon as it has killed what
-stands still, connections close, gateways carry its streams elsewhere and Ray Serve starts a successor.
+stands still, connections close, gateways migrate its streams and Ray Serve starts a successor.
 
 It counts time by its own looks. So a whole machine that is suspended, or a shell's Ctrl-Z, which stops both, ends
 nothing, and a debugger's stop is none: the kernel tells the two apart.

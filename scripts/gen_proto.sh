@@ -1,5 +1,5 @@
 #!/bin/sh
-# Generate the Python code of the gRPC door from its .proto; into the tree, or into the folder named.
+# Generate the Python code of the gRPC ingress from its .proto; into the tree, or into the folder named.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 out=${1:-$root}

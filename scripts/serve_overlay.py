@@ -2,7 +2,7 @@
 
     .venv/bin/python scripts/serve_overlay.py k8s/overlays/dev
 
-Starts a Ray cluster of its own, with a dashboard, a token and a node for each of the doors' pods, and gives it the
+Starts a Ray cluster of its own, with a dashboard, a token and a node for each of the ingress pods, and gives it the
 overlay's serveConfigV2 as it is. Prints one line beginning "ready" once a request would succeed; Ctrl-C drains and
 stops. Model, CPUs and memory must fit this machine.
 """
@@ -62,15 +62,16 @@ class Dashboard:
 
 
 @contextlib.contextmanager
-def door_node(address: str) -> Iterator[subprocess.Popen[str]]:
-    """A node of Ray's as a door's pod starts it, on this machine, once it has started; ends with its doors.
+def ingress_node(address: str) -> Iterator[subprocess.Popen[str]]:
+    """A node of Ray's as an ingress pod starts it, on this machine, once it has started; ends with its ingress
+    processes.
 
     Nodes that start at the same moment take the same sockets: one after the other.
     """
     process = subprocess.Popen(
         [
             sys.executable, "-u", "-m", "ray.scripts.scripts", "start", f"--address={address}", "--num-cpus=0",
-            f"--resources={json.dumps({'door': 1})}", f"--object-store-memory={128 << 20}", "--block",
+            f"--resources={json.dumps({'ingress': 1})}", f"--object-store-memory={128 << 20}", "--block",
             # Ports of several nodes on one machine must differ.
             "--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0",
         ],
@@ -107,14 +108,14 @@ def main() -> int:
     os.environ["RAY_AUTH_MODE"] = "token"
     import ray
 
-    from hycluster import cluster
     from hycluster.directory.directory import NAMESPACE
+    from hycluster.serving import deploy
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     begun = time.monotonic()
-    # A node that drains waits for its doors; here they have been stopped before it is.
+    # A node that drains waits for its ingress processes; here they have been stopped before it is.
     os.environ.setdefault("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "5")
     ray.init(
         address="local", namespace=NAMESPACE, num_cpus=arguments.cpus, include_dashboard=True,
@@ -125,8 +126,8 @@ def main() -> int:
         signal.signal(number, lambda *_: stopping.set())
     with contextlib.ExitStack() as nodes:
         nodes.callback(ray.shutdown)
-        for _ in range(settings["doors"]):
-            nodes.enter_context(door_node(ray.get_runtime_context().gcs_address))
+        for _ in range(settings["ingress"]["replicas"]):
+            nodes.enter_context(ingress_node(ray.get_runtime_context().gcs_address))
         dashboard = Dashboard(f"http://127.0.0.1:{port}", token)
         dashboard.deploy(config)
         while not _answers(settings) and not stopping.wait(0.5):
@@ -142,7 +143,7 @@ def main() -> int:
                 flush=True,
             )
             stopping.wait()
-        cluster.stop(settings.get("drain_timeout_s", 60))
+        deploy.stop(settings.get("drain_timeout_s", 60))
     return 0
 
 

@@ -1,14 +1,26 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
+import psutil
 import pytest
 
 from bench import tiny_llama
+from hycluster.imports import without_collector
+from tests.lanes import SHARED, Lanes, check_shared, place
 from tests.object_store import ObjectStore, object_store
 from tests.ray_apart import ray_apart
 
@@ -16,11 +28,16 @@ from tests.ray_apart import ray_apart
 hypothesis.settings.register_profile("house", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("house")
 
+_MACHINE = "depends on the machine"
+_BEGAN = pytest.StashKey[tuple[float, float]]()
+# Ends the session's clusters that have been started, by the fixture's name.
+_ENDS: dict[str, Callable[[], None]] = {}
+
 
 @pytest.fixture(scope="session")
 def vllm_imported() -> None:
     """For tests of modules that import vLLM: its import takes seconds and warns of third parties' sins."""
-    with warnings.catch_warnings():
+    with without_collector(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import hycluster.gateway.generation
         import hycluster.ingress.http  # noqa: F401
@@ -48,9 +65,113 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama.make(tmp_path_factory.mktemp("tiny") / "model")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need a session's cluster come last, one cluster's after the other's.
+@pytest.fixture(scope="session")
+def ends_early() -> dict[str, Callable[[], None]]:
+    """Where a session's cluster leaves by its name what ends it; that is called after the last test that uses it."""
+    return _ENDS
 
-    Those clusters live to the end, and others start clusters of their own: on a small machine they must not meet.
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_BEGAN] = time.monotonic(), _busy_s()
+    if getattr(config.option, "testrunuid", "") is None:
+        config.option.testrunuid = secrets.token_hex(16)
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        # Commands without an address take the only cluster of their home.
+        home = _homes(os.environ["PYTEST_XDIST_TESTRUNUID"]) / worker
+        common = Path(os.environ.get("HYCLUSTER_HOME") or "~/.cache/hycluster").expanduser() / "models"
+        for folder in (home, common):
+            folder.mkdir(parents=True, exist_ok=True)
+        (home / "models").symlink_to(common)
+        os.environ["HYCLUSTER_HOME"] = str(home)
+
+
+def _homes(run: str) -> Path:
+    """Where the workers of a run have their homes."""
+    return Path(tempfile.gettempdir()) / f"hyt-{run[:8]}"
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ and (run := getattr(config.option, "testrunuid", None)):
+        shutil.rmtree(_homes(run), ignore_errors=True)
+
+
+def _busy_s() -> float:
+    """CPU seconds that this machine has spent since its start."""
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - getattr(times, "iowait", 0.0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Each worker has all tests and what they import, to its end."""
+    with without_collector():
+        collected = yield
+    gc.freeze()
+    return collected
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a session's cluster come last, one cluster's after the other's: on a small machine they must
+    not meet those that others start.
     """
-    items.sort(key=lambda item: [name in getattr(item, "fixturenames", ()) for name in ("served", "featured")])
+    check_shared(items)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        for item in items:
+            _give_room(item)
+    items.sort(key=lambda item: [name in getattr(item, "fixturenames", ()) for name in SHARED])
+
+
+def _give_room(item: pytest.Item) -> None:
+    """Timeouts are for a test that has the machine to itself; beside two others it takes up to twice as long."""
+    mark = item.get_closest_marker("timeout")
+    timeout_s = float(mark.args[0] if mark else item.config.getini("timeout"))
+    item.add_marker(pytest.mark.timeout(2 * timeout_s), append=False)
+
+
+def pytest_xdist_setupnodes() -> None:
+    """Clusters that start at once would each make a token for all of this user's."""
+    if Path("~/.ray/auth_token").expanduser().exists():
+        return
+    command = [sys.executable, "-m", "ray.scripts.scripts", "get-auth-token", "--generate"]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Lanes:
+    return Lanes(config, log)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    with place(alone=item.get_closest_marker("alone") is not None):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, None, None]:
+    """A session's cluster takes gigabytes; it goes when nobody needs it any more."""
+    yield
+    for name in list(_ENDS):
+        if nextitem is None or name not in getattr(nextitem, "fixturenames", ()):
+            _ENDS.pop(name)()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if mark := item.get_closest_marker("machine"):
+        report.user_properties.append((_MACHINE, mark.args[0]))
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
+    began, busy = config.stash[_BEGAN]
+    wall, cpu, cores = time.monotonic() - began, _busy_s() - busy, psutil.cpu_count() or 1
+    terminalreporter.write_line(
+        f"this machine's {cores} cores spent {cpu:.0f} CPU seconds in {wall:.0f} s ({cpu / wall / cores:.0%})"
+    )
+    reports = [report for kind in ("failed", "error") for report in terminalreporter.stats.get(kind, ())]
+    reasons = {report.nodeid: dict(getattr(report, "user_properties", ())).get(_MACHINE) for report in reports}
+    # Where CI wants to read what is worth another run: all that failed, if all of that depends on the machine.
+    if (file := os.environ.get("TESTS_AGAIN")) and exitstatus == pytest.ExitCode.TESTS_FAILED:
+        again = all(reasons.values())
+        Path(file).write_text("".join(f"{nodeid}\t{why}\n" for nodeid, why in reasons.items()) if again else "")

@@ -28,6 +28,11 @@ class ObjectStore:
         return int(self._control("writes"))
 
     @property
+    def requests(self) -> int:
+        """All of them so far."""
+        return int(self._control("requests"))
+
+    @property
     def honours_conditions(self) -> bool:
         """False: like the stores that take the header for decoration."""
         return True

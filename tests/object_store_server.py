@@ -1,6 +1,7 @@
 """moto's S3 over real HTTP on loopback; run as a script. Prints its address, serves until its standard input ends.
 
-``GET /-/writes`` tells the number of conditional writes, ``GET /-/honour/0`` (``/1``) has conditions ignored (kept).
+``GET /-/writes`` tells the number of conditional writes, ``GET /-/requests`` that of all requests;
+``GET /-/honour/0`` (``/1``) has conditions ignored (kept).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class Application:
     """
 
     def __init__(self) -> None:
+        self._requests = 0
         self._conditional_writes = 0
         self._honours_conditions = True
         self._moto: Any = DomainDispatcherApplication(create_backend_app)
@@ -33,7 +35,9 @@ class Application:
             if path.startswith("/-/honour/"):
                 self._honours_conditions = path.endswith("1")
             start_response("200 OK", [("Content-Type", "text/plain")])
-            return [str(self._conditional_writes).encode()]
+            count = self._requests if path == "/-/requests" else self._conditional_writes
+            return [str(count).encode()]
+        self._requests += 1
         if "HTTP_IF_NONE_MATCH" not in environ:
             return list(self._moto(environ, start_response))
         if not self._honours_conditions:

@@ -39,7 +39,7 @@ def ray_apart(home: Path) -> Iterator[None]:
         ) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == "started\n"
-            cluster.connect()
+            cluster.join_cluster()
             try:
                 yield
             finally:

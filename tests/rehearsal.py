@@ -177,7 +177,7 @@ class Rehearsal:
                 "RAY_raylet_start_wait_time_s": "60",
                 "RAY_USAGE_STATS_ENABLED": "0",
                 **self._variables(container),
-                # All nodes share a few CPUs here: what Ray itself does is not to wait for doors and engines.
+                # All nodes share a few CPUs here: what Ray itself does is not to wait for ingress and engines.
                 "RAY_worker_niceness": "10",
                 **env,
                 **self._env,
@@ -228,17 +228,17 @@ class Rehearsal:
         self.start_redis()
         self.await_start(self.start_head())
         self.serve(120)
-        for group in ("doors", "engines") * 2:
+        for group in ("ingress", "engines") * 2:
             self.await_start(self.start_worker(group))
 
     def controllers(self) -> set[int]:
         """Serve's controller, or none."""
         return set(self.network.nodes["head"].processes("ray::ServeController"))
 
-    def running(self, doors: int = 2, replicas: int = 2) -> bool:
+    def running(self, ingresses: int = 2, replicas: int = 2) -> bool:
         """Serve says that all is as it should be."""
         deployments = self.state().get("deployments", {}).values()
-        wanted = {f"door:{doors}", *(f"replica:{replicas}" for _ in self.settings["models"])}
+        wanted = {f"ingress:{ingresses}", *(f"replica:{replicas}" for _ in self.settings["models"])}
         found = {
             f"{d['name'].split('-')[0]}:{sum(r['state'] == 'RUNNING' for r in d['replicas'])}"
             for d in deployments
@@ -247,7 +247,7 @@ class Rehearsal:
         return found == wanted
 
     def processes(self) -> dict[str, set[int]]:
-        """By node, the doors and engines that run there."""
+        """By node, the ingress and engines that run there."""
         return {
             name: set(node.processes(f":{APP_NAME}:"))
             for name, node in self.network.nodes.items()
@@ -255,7 +255,7 @@ class Rehearsal:
         }
 
     def able(self, node: Node) -> bool:
-        """The node's door would be found ready."""
+        """The node's ingress process would be found ready."""
         with contextlib.suppress(httpx.HTTPError):
             return httpx.get(f"http://{node.address}:{PORTS['http']}/health", timeout=2).status_code == 200
         return False
@@ -269,7 +269,7 @@ class Call:
         pause_s: the longest time between two of its tokens, or before the first.
     """
 
-    door: str
+    ingress: str
     way: str
     began: float
     ended: float = 0.0
@@ -280,15 +280,16 @@ class Call:
 
 @dataclass
 class Load:
-    """Callers at both doors over both protocols, each at its door whatever becomes of it; none tries twice.
+    """Callers at both ingresses over both protocols, each at its ingress process whatever becomes of it; none tries
+    twice.
 
     Attributes:
-        doors: by name, the address.
-        long_tokens: beside the short ones, one long answer after the other at each door; 0: none.
+        ingress processes: by name, the address.
+        long_tokens: beside the short ones, one long answer after the other at each ingress process; 0: none.
     """
 
     model: str
-    doors: dict[str, str]
+    ingresses: dict[str, str]
     per_s: float = 10.0
     long_tokens: int = 0
     calls: list[Call] = field(default_factory=list)
@@ -314,16 +315,18 @@ class Load:
                         base_url=f"http://{address}:{PORTS['http']}", timeout=httpx.Timeout(CALL_TIMEOUT_S, connect=5)
                     )
                 )
-                for name, address in self.doors.items()
+                for name, address in self.ingresses.items()
             }
             grpcs = {
                 name: await stack.enter_async_context(AsyncClient(f"{address}:{PORTS['grpc']}"))
-                for name, address in self.doors.items()
+                for name, address in self.ingresses.items()
             }
             ending = asyncio.Event()
             callers = [asyncio.create_task(self._keep_asking(https, grpcs, ending))]
             if self.long_tokens:
-                callers += [asyncio.create_task(self._keep_streaming(name, grpcs[name], ending)) for name in self.doors]
+                callers += [
+                    asyncio.create_task(self._keep_streaming(name, grpcs[name], ending)) for name in self.ingresses
+                ]
             await asyncio.to_thread(ended.wait)
             ending.set()
             await asyncio.gather(*callers)
@@ -332,7 +335,7 @@ class Load:
     async def _keep_asking(
         self, https: dict[str, httpx.AsyncClient], grpcs: dict[str, AsyncClient], ending: asyncio.Event
     ) -> None:
-        turns = [(name, way) for way in ("HTTP", "gRPC") for name in self.doors]
+        turns = [(name, way) for way in ("HTTP", "gRPC") for name in self.ingresses]
         next_at, turn = time.monotonic(), 0
         while not ending.is_set():
             name, way = turns[turn % len(turns)]
@@ -390,20 +393,21 @@ class Load:
 
     # -- what was seen -----------------------------------------------------------------------------
 
-    def failed(self, door: str | None = None) -> list[Call]:
-        return [call for call in self.calls if call.error and door in (None, call.door)]
+    def failed(self, ingress: str | None = None) -> list[Call]:
+        return [call for call in self.calls if call.error and ingress in (None, call.ingress)]
 
     def told(self) -> str:
-        """One line a door."""
+        """One line an ingress process."""
         lines = []
-        for door in self.doors:
-            calls = [call for call in self.calls if call.door == door]
-            failed = self.failed(door)
+        for ingress in self.ingresses:
+            calls = [call for call in self.calls if call.ingress == ingress]
+            failed = self.failed(ingress)
             span = f", begun within {failed[-1].began - failed[0].began:.1f} s" if failed else ""
             pause = max((call.pause_s for call in calls if not call.error), default=0)
             reasons = Counter(call.error for call in failed).most_common(3)
             lines.append(
-                f"{door}: {len(calls)} calls, {len(failed)} failed{span}; longest pause {pause:.2f} s {reasons or ''}"
+                f"{ingress}: {len(calls)} calls, {len(failed)} failed{span}; longest pause {pause:.2f} s"
+                f" {reasons or ''}"
             )
         return "\n".join(lines)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import SimpleNamespace, TracebackType
 from typing import Any, Self
 
-from hycluster.adapters import Word
+from hycluster.adapters import AdapterEntry
 from hycluster.core import ReplicaAddress
 from hycluster.directory.directory import Demand, Directory, ReplicaReport
 from hycluster.engine import messages
@@ -24,8 +24,14 @@ LOOPBACK = DataPlane(host="127.0.0.1")
 class SimulatedReplica:
     """One engine and its sockets."""
 
-    def __init__(self, settings: Simulated, replica_id: str = "r0", model: str = "tiny") -> None:
-        self.engine = SimulatedEngine(settings)
+    def __init__(
+        self,
+        settings: Simulated,
+        replica_id: str = "r0",
+        model: str = "tiny",
+        kind: type[SimulatedEngine] = SimulatedEngine,
+    ) -> None:
+        self.engine = kind(settings)
         self.server = EngineServer(
             self.engine, replica_id=replica_id, model=model, host=LOOPBACK.host or "", ports=LOOPBACK
         )
@@ -56,9 +62,12 @@ class SimulatedReplica:
 class SimulatedPool:
     """Replicas that differ in nothing but their ids."""
 
-    def __init__(self, settings: Simulated, replicas: int) -> None:
+    def __init__(self, settings: Simulated, replicas: int, kind: type[SimulatedEngine] = SimulatedEngine) -> None:
         self.settings = settings
-        self.replicas = [SimulatedReplica(settings, f"r{number}") for number in range(replicas)]
+        self.kind = kind
+        self.replicas: list[SimulatedReplica] = []
+        for _ in range(replicas):
+            self.start()
 
     def __enter__(self) -> Self:
         return self
@@ -74,7 +83,7 @@ class SimulatedPool:
 
     def start(self) -> SimulatedReplica:
         """One more."""
-        self.replicas.append(SimulatedReplica(self.settings, f"r{len(self.replicas)}"))
+        self.replicas.append(SimulatedReplica(self.settings, f"r{len(self.replicas)}", kind=self.kind))
         return self.replicas[-1]
 
     @property
@@ -86,7 +95,11 @@ class SimulatedPool:
         directory = Directory()
 
         async def sync(
-            name: str, gateway_id: str, outstanding: dict[str, int], adapters: dict[str, Word], demand: Demand | None
+            name: str,
+            gateway_id: str,
+            outstanding: dict[str, int],
+            adapters: dict[str, AdapterEntry],
+            demand: Demand | None,
         ) -> Any:
             for report in self.reports:
                 directory.report(model, report)

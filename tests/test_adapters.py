@@ -8,15 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hycluster.adapters import AdapterTable, Word, adapter_arguments, adapter_id, check_name, rank
+from hycluster.adapters import AdapterEntry, AdapterTable, adapter_arguments, adapter_id, check_name, rank
 from hycluster.errors import InvalidInput, SettingsError
 from hycluster.settings.model import Adapter, Model
 
 STATIC = (Adapter(name="a", source="/a"), Adapter(name="b", source="/b"))
-words = st.builds(Word, st.integers(0, 3), st.sampled_from(["x", "y"]), st.none() | st.sampled_from(["/1", "/2"]))
+words = st.builds(
+    AdapterEntry, st.integers(0, 3), st.sampled_from(["x", "y"]), st.none() | st.sampled_from(["/1", "/2"])
+)
 # Whoever says something says one thing a turn.
 tables = st.dictionaries(st.sampled_from(["a", "b"]), words).map(
-    lambda said: {name: Word(word.turn, word.by, f"/{word.turn}{word.by}") for name, word in said.items()}
+    lambda said: {name: AdapterEntry(word.turn, word.by, f"/{word.turn}{word.by}") for name, word in said.items()}
 )
 
 
@@ -32,26 +34,26 @@ class TestTable:
 
     def test_load_and_unload(self) -> None:
         table = AdapterTable(STATIC)
-        table.say("c", "/c", "door")
-        table.say("a", None, "door")
+        table.say("c", "/c", "ingress")
+        table.say("a", None, "ingress")
         assert table.sources == {"b": "/b", "c": "/c"}
 
-    def test_what_one_door_unloads_another_does_not_bring_back(self) -> None:
+    def test_what_one_ingress_process_unloads_another_does_not_bring_back(self) -> None:
         one, other, directory = AdapterTable(STATIC), AdapterTable(STATIC), AdapterTable()
         one.say("a", None, "one")
-        for door in (one, other, one, other):
-            directory.merge(door.words)
-            door.merge(directory.words)
+        for ingress in (one, other, one, other):
+            directory.merge(ingress.words)
+            ingress.merge(directory.words)
         assert one.sources == other.sources == directory.sources == {"b": "/b"}
 
     def test_a_new_directory_hears_it_all_again(self) -> None:
-        door, directory = AdapterTable(STATIC), AdapterTable(STATIC)
-        door.say("c", "/c", "door")
-        door.say("b", None, "door")
-        directory.merge(door.words)
+        ingress, directory = AdapterTable(STATIC), AdapterTable(STATIC)
+        ingress.say("c", "/c", "ingress")
+        ingress.say("b", None, "ingress")
+        directory.merge(ingress.words)
         assert directory.sources == {"a": "/a", "c": "/c"}
 
-    def test_two_doors_at_once_agree_in_the_end(self) -> None:
+    def test_two_ingress_processes_at_once_agree_in_the_end(self) -> None:
         one, other = AdapterTable(), AdapterTable()
         one.say("c", "/1", "one")
         other.say("c", "/2", "other")
@@ -74,7 +76,7 @@ def test_ids_tell_name_and_source_apart_and_fit_a_signed_64_bit_number() -> None
     ids = {adapter_id(name, source) for name in ("a", "b", "a\0") for source in ("/a", "/b")}
     assert len(ids) == 6
     assert all(0 < number < 2**63 for number in ids)
-    # Doors on other machines, and later versions of a door, must come to the same number.
+    # Ingress processes on other machines, and later versions of an ingress process, must come to the same number.
     assert adapter_id("a", "/a") == 935128311797638144
 
 

@@ -18,7 +18,7 @@ SETTINGS: dict[str, Any] = {
         {"name": "Org/Big-1.5", "source": "/big", "replicas": {"min": 3}, "hardware": {"cpus": 2}},
         {"name": "small", "source": "/small"},
     ],
-    "doors": 2,
+    "ingress": {"replicas": 2},
     "drain_timeout_s": 20,
 }
 
@@ -39,21 +39,21 @@ def test_deployment_name(name: str, deployed: str) -> None:
     assert deployment_name(model(name=name)) == deployed
 
 
-def test_an_application_is_doors_over_a_deployment_a_model() -> None:
+def test_an_application_is_ingress_processes_over_a_deployment_a_model() -> None:
     app = build(SETTINGS | {"batches": None})
-    door = deployment(app)
-    assert (door.name, door.num_replicas) == ("door", 2)
-    settings, directory, *replicas = door.init_args
+    ingress = deployment(app)
+    assert (ingress.name, ingress.num_replicas) == ("ingress", 2)
+    settings, directory, *replicas = ingress.init_args
     assert settings == Settings(**SETTINGS, batches=None)
     assert directory == "hycluster-directory"
     deployed = [deployment(replica) for replica in replicas]
     assert [(d.name, d.num_replicas) for d in deployed] == [("replica-org-big-1-5", 3), ("replica-small", 1)]
     assert [d.init_args[0].name for d in deployed] == ["Org/Big-1.5", "small"]
     assert deployed[0].ray_actor_options["num_cpus"] == 2
-    # A door's successor always starts first, a replica's where there is room.
-    assert [d._deployment_config.max_surge_percent for d in (door, *deployed)] == [50, 0, 0]
+    # An ingress process's successor always starts first, a replica's where there is room.
+    assert [d._deployment_config.max_surge_percent for d in (ingress, *deployed)] == [50, 0, 0]
     # Serve must not kill what is still draining.
-    for each in (door, *deployed):
+    for each in (ingress, *deployed):
         assert each._deployment_config.graceful_shutdown_timeout_s > settings.drain_timeout_s
 
 
@@ -64,20 +64,22 @@ def test_successors_start_first_where_there_is_room() -> None:
     assert [d._deployment_config.max_surge_percent for d in replicas] == [34, 0]
 
 
-def test_doors_leave_the_cores_to_the_engines() -> None:
-    door = deployment(application(Settings(models=(model(replicas=Replicas(min=2)),))))
+def test_ingress_processes_leave_the_cores_to_the_engines() -> None:
+    ingress = deployment(application(Settings(models=(model(replicas=Replicas(min=2)),))))
     # Nor is there ever no room for a successor.
-    assert door.ray_actor_options["num_cpus"] == 0
-    assert door.ray_actor_options["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "1"
+    assert ingress.ray_actor_options["num_cpus"] == 0
+    assert ingress.ray_actor_options["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "1"
 
 
-def test_doors_go_where_their_resources_are() -> None:
-    door = deployment(build(SETTINGS | {"door_resources": {"door": 0.5}}))
-    assert door.ray_actor_options["resources"] == {"door": 0.5}
-    with pytest.raises(SettingsError, match=r"door_resources.door: 0"):
-        build(SETTINGS | {"door_resources": {"door": 0}})
+def test_ingress_processes_go_where_their_resources_are() -> None:
+    ingress = deployment(build(SETTINGS | {"ingress": {"replicas": 2, "resources": {"ingress": 0.5}}}))
+    assert ingress.ray_actor_options["resources"] == {"ingress": 0.5}
+    with pytest.raises(SettingsError, match=r"ingress.resources.ingress: 0"):
+        build(SETTINGS | {"ingress": {"replicas": 2, "resources": {"ingress": 0}}})
     # And one of them to a node, where that is asked for.
-    apart = deployment(build(SETTINGS | {"door_resources": {"door": 0.5}, "doors_per_node": 1}))
+    apart = deployment(
+        build(SETTINGS | {"ingress": {"replicas": 2, "resources": {"ingress": 0.5}, "replicas_per_node": 1}})
+    )
     assert sorted(apart.ray_actor_options["resources"].values()) == [0.5, 1.0]
 
 
@@ -90,9 +92,9 @@ def test_settings_that_come_by_serve_surge_where_the_cluster_has_room(monkeypatc
     assert [d._deployment_config.max_surge_percent for d in replicas] == [34, 0]
 
 
-def test_batch_api_have_one_process_beside_the_doors() -> None:
-    door = deployment(build(SETTINGS))
-    settings, directory, *_, last = door.init_args
+def test_batch_api_have_one_process_beside_the_ingress_processes() -> None:
+    ingress = deployment(build(SETTINGS))
+    settings, directory, *_, last = ingress.init_args
     executor = deployment(last)
     assert (executor.name, executor.num_replicas) == ("batches", 1)
     assert executor.init_args == (settings, directory)
@@ -104,13 +106,13 @@ def test_batch_api_have_one_process_beside_the_doors() -> None:
 
 
 def test_what_does_not_start_is_tried_for_ever() -> None:
-    door = deployment(build(SETTINGS))
-    for each in (door, *(deployment(bound) for bound in door.init_args[2:])):
+    ingress = deployment(build(SETTINGS))
+    for each in (ingress, *(deployment(bound) for bound in ingress.init_args[2:])):
         assert each._deployment_config.max_constructor_retry_count == ENDLESS
     # An upgrade stops, and leaves the old replicas that there are.
-    door = deployment(application(Settings(**SETTINGS), counts={"Org/Big-1.5": 3}))
-    first, second = (deployment(bound) for bound in door.init_args[2:4])
-    counts = [d._deployment_config.max_constructor_retry_count for d in (door, first, second)]
+    ingress = deployment(application(Settings(**SETTINGS), counts={"Org/Big-1.5": 3}))
+    first, second = (deployment(bound) for bound in ingress.init_args[2:4])
+    counts = [d._deployment_config.max_constructor_retry_count for d in (ingress, first, second)]
     assert counts == [6, 9, ENDLESS]
 
 

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import http
 import inspect
+import pickle
+import re
+from pathlib import Path
 
 import grpc
 import pytest
@@ -49,6 +52,47 @@ def test_statuses_of_the_contract() -> None:
     }
 
 
+def test_each_has_a_reason_of_its_own() -> None:
+    # Callers compare them: one that is changed breaks its callers.
+    assert {kind.__name__: kind.reason for kind in TREE} == {
+        "HyclusterError": "INTERNAL",
+        "InvalidInput": "INVALID_INPUT",
+        "SettingsError": "SETTINGS",
+        "PromptTooLong": "PROMPT_TOO_LONG",
+        "Unauthenticated": "UNAUTHENTICATED",
+        "UnknownModel": "UNKNOWN_MODEL",
+        "NotFound": "NOT_FOUND",
+        "Overloaded": "OVERLOADED",
+        "Unavailable": "UNAVAILABLE",
+        "ReplicaLost": "REPLICA_LOST",
+        "KillsReplicas": "KILLS_REPLICAS",
+        "RequestFailed": "REQUEST_FAILED",
+        "DeadlineExceeded": "DEADLINE_EXCEEDED",
+        "ClusterLost": "CLUSTER_LOST",
+        "EngineStartFailed": "ENGINE_START_FAILED",
+        "JobFailed": "JOB_FAILED",
+        "TooManyQuarantined": "TOO_MANY_QUARANTINED",
+    }
+    assert sorted(errors.BY_REASON) == sorted(kind.reason for kind in TREE)
+    # The form of google.rpc.ErrorInfo.
+    assert all(re.fullmatch(r"[A-Z][A-Z0-9_]{1,61}[A-Z0-9]", reason) for reason in errors.BY_REASON)
+
+
+def test_callers_know_an_error_by_its_nearest_kind() -> None:
+    class Own(errors.ReplicaLost, OSError):
+        """One in a form that somebody's code wants."""
+
+    assert errors.kind_of(Own("gone")) is errors.ReplicaLost
+    assert Own("gone").reason == "REPLICA_LOST"
+
+
+@pytest.mark.parametrize("kind", TREE)
+def test_each_comes_whole_through_pickle(kind: type[HyclusterError]) -> None:
+    error = errors.UnknownModel("a", ["b"]) if kind is errors.UnknownModel else kind("gone", retry_after_s=2)
+    came = pickle.loads(pickle.dumps(error))
+    assert (type(came), str(came), vars(came)) == (kind, str(error), vars(error))
+
+
 def test_the_message_is_the_error() -> None:
     error = errors.Overloaded("busy", retry_after_s=1.5)
     assert (str(error), error.message, error.retry_after_s) == ("busy", "busy", 1.5)
@@ -74,3 +118,11 @@ def test_long_values_are_cut() -> None:
     assert errors.shown("x" * 500) == "'" + "x" * 76 + "..."
     assert errors.shown("x" * 78) == "'" + "x" * 78 + "'"
     assert errors.shown("abcdefgh", limit=6) == "'ab..."
+
+
+def test_callers_find_every_reason_that_comes_by_grpc_in_the_docs() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "errors.md").read_text()
+    told = set(re.findall(r"^\| `([A-Z_]+)` \| ([A-Z_]+) \| (\d+) \|", page, re.MULTILINE))
+    never = {"ClusterLost", "EngineStartFailed", "JobFailed", "TooManyQuarantined"}
+    known = {(kind.reason, kind.grpc_status, str(kind.http_status)) for kind in TREE if kind.__name__ not in never}
+    assert told == known

@@ -72,13 +72,6 @@ def test_what_others_set_up_leaves_serves_file(tmp_path: Path) -> None:
         assert text.count(line) == 2
 
 
-def test_unsettled_serve_loses_its_file(tmp_path: Path) -> None:
-    """Why there is a settling at all. When this fails after an upgrade of Ray, it may not be needed any more."""
-    (_, path), text = run(tmp_path, NEWCOMERS)
-    assert path is None
-    assert "hello" not in text
-
-
 def test_a_process_below_has_a_file_beside_it(tmp_path: Path) -> None:
     script = (
         "import logging; from hycluster import logs; logs.settle_below(); logging.getLogger('vllm.x').warning('hm')"

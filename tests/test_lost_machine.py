@@ -21,13 +21,13 @@ from hycluster.directory.directory import ReplicaReport
 from hycluster.engine.simulated import SimulatedEngine
 from hycluster.errors import HyclusterError
 from hycluster.gateway.router import make_policy
-from hycluster.ingress.ports import bind, notice_lost
+from hycluster.ingress.ports import bind, notice_lost_callers
 from hycluster.replica.wire import EngineServer
 from hycluster.settings.load import DataPlane
 from hycluster.settings.simulated import Simulated
 from tests.cable import Cable, cable
 from tests.engine_requests import PROMPT, ask
-from tests.ingress.stand_in import MODEL, StandInGenerator, open_door
+from tests.ingress.stand_in import MODEL, StandInGenerator, open_ingress
 from tests.simulated_pool import eventually, predicted
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
@@ -202,8 +202,8 @@ def test_a_rank_whose_machine_is_gone_is_missed(far: Cable) -> None:
 async def test_a_grpc_caller_whose_machine_is_gone_is_given_up(far: Cable) -> None:
     generator = StandInGenerator()
     generator.pause_s = 0.05
-    async with open_door(generator, host=far.here, stalled_client_timeout_s=STALLED_S) as door:
-        with far.process(CALLER, f"{far.here}:{door.port}", MODEL) as process:
+    async with open_ingress(generator, host=far.here, stalled_client_timeout_s=STALLED_S) as ingress:
+        with far.process(CALLER, f"{far.here}:{ingress.port}", MODEL) as process:
             assert process.stdout is not None
             assert await asyncio.to_thread(process.stdout.readline) == "hears\n"
             far.pull()
@@ -214,7 +214,7 @@ async def test_a_grpc_caller_whose_machine_is_gone_is_given_up(far: Cable) -> No
 
 @pytest.mark.parametrize("speaks", [True, False])
 async def test_an_http_caller_whose_machine_is_gone_is_given_up(far: Cable, speaks: bool) -> None:
-    """Of the door's socket only, as the HTTP ingress has it: all of the rest is uvicorn's."""
+    """Of the ingress process's socket only, as the HTTP ingress has it: all of the rest is uvicorn's."""
     ended = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -230,7 +230,7 @@ async def test_an_http_caller_whose_machine_is_gone_is_given_up(far: Cable, spea
         writer.close()
 
     sock = bind(far.here, 0, "http.port")
-    notice_lost(sock, STALLED_S)
+    notice_lost_callers(sock, STALLED_S)
     async with await asyncio.start_server(serve, sock=sock):
         script = (
             "import socket, sys; s = socket.create_connection((sys.argv[1], int(sys.argv[2])));"

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from hycluster import memory
-from hycluster.memory import GIB, Journal, MemoryGuard, Usage, bound_bytes, usage
+from hycluster.memory import GIB, Journal, MemoryGuard, MemoryUsage, bound_bytes, usage
 from hycluster.settings.model import Model
 from hycluster.settings.simulated import Simulated
 
@@ -44,7 +44,7 @@ def test_a_machine_without_limits(tmp_path: Path) -> None:
     ],
 )
 def test_a_container_without_what_files_hold(tmp_path: Path, files: dict[str, str]) -> None:
-    assert usage(control_group(tmp_path, files)) == Usage(800, 1000)
+    assert usage(control_group(tmp_path, files)) == MemoryUsage(800, 1000)
 
 
 def test_a_limit_that_is_none(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_what_an_engine_was_given(
         ("ray::Map(fn)->Filter(g)", True),
         ("ray::MapBatches(fn)", True),
         ("ray::ServeController", False),
-        ("ray::ServeReplica:hycluster:door", False),
+        ("ray::ServeReplica:hycluster:ingress", False),
         ("ray::ServeReplica:hycluster:replica-mapworker", False),
         ("ray::Directory.report", False),
         ("ray::Replica", False),
@@ -143,13 +143,13 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Says whether the machine's memory is used up."""
 
     def say(yes: bool) -> None:
-        monkeypatch.setattr(memory, "usage", lambda: Usage(96 if yes else 94, 100))
+        monkeypatch.setattr(memory, "usage", lambda: MemoryUsage(96 if yes else 94, 100))
 
     return say
 
 
 def test_the_largest_batch_worker_goes_first_and_nobody_else(node: Node, full: Callable[[bool], None]) -> None:
-    kept = {"ray::ServeController", "ray::ServeReplica:hycluster:door", "ray::Map(idle)"}
+    kept = {"ray::ServeController", "ray::ServeReplica:hycluster:ingress", "ray::Map(idle)"}
     for title in kept - {"ray::Map(idle)"}:
         node.add(title, 200)
     node.add("ray::Map(idle)", 1)
@@ -223,7 +223,7 @@ def test_the_terminal_hears_of_all_that_goes_and_that_nothing_may(full: Callable
 
 
 def test_the_kernel_is_told_whom_to_take_first(node: Node) -> None:
-    titles = ["ray::MapWorker(x)", "ray::ServeReplica:hycluster:replica-m", "ray::ServeReplica:hycluster:door"]
+    titles = ["ray::MapWorker(x)", "ray::ServeReplica:hycluster:replica-m", "ray::ServeReplica:hycluster:ingress"]
     for title in titles:
         score = Path(f"/proc/{node.add(title, 1).pid}/oom_score_adj")
         # As Ray does.

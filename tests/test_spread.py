@@ -6,17 +6,18 @@ import pytest
 import ray
 from ray._raylet import IMPLICIT_RESOURCE_PREFIX  # type: ignore[attr-defined]
 
+from hycluster.settings.ingress import Ingress
 from hycluster.settings.model import Model
 from hycluster.settings.settings import Settings
-from hycluster.spread import door_nodes, door_resources, doors_per_node
+from hycluster.spread import ingress_nodes, ingress_per_node, ingress_resources
 
 
 def settings(**fields: Any) -> Settings:
-    return Settings(models=(Model(name="m", source="/m"),), batches=None, **fields)
+    return Settings(models=(Model(name="m", source="/m"),), batches=None, ingress=Ingress(**fields))
 
 
 @pytest.mark.parametrize(
-    ("doors", "asked", "nodes", "most"),
+    ("ingresses", "asked", "nodes", "most"),
     [
         # A laptop, and where nobody knows of nodes: as ever.
         (1, None, 1, None),
@@ -27,7 +28,7 @@ def settings(**fields: Any) -> Settings:
         (2, None, 5, 1),
         (3, None, 2, 2),
         (7, None, 3, 3),
-        # A lone door has nothing to be kept from.
+        # A lone ingress process has nothing to be kept from.
         (1, None, 3, None),
         (1, 1, 3, None),
         # What is asked for holds, whatever nodes there are now.
@@ -37,14 +38,14 @@ def settings(**fields: Any) -> Settings:
         (2, 2, 4, None),
     ],
 )
-def test_doors_per_node(doors: int, asked: int | None, nodes: int, most: int | None) -> None:
-    assert doors_per_node(settings(doors=doors, doors_per_node=asked), nodes) == most
+def test_ingress_processes_per_node(ingresses: int, asked: int | None, nodes: int, most: int | None) -> None:
+    assert ingress_per_node(settings(replicas=ingresses, replicas_per_node=asked), nodes) == most
 
 
 @pytest.mark.parametrize("most", range(1, 64))
 def test_a_node_holds_as_many_as_asked_for_and_no_more(most: int) -> None:
-    resources = door_resources(settings(doors=64, doors_per_node=most, door_resources={"door": 0.1}), 9, "e")
-    assert resources.pop("door") == 0.1
+    resources = ingress_resources(settings(replicas=64, replicas_per_node=most, resources={"ingress": 0.1}), 9, "e")
+    assert resources.pop("ingress") == 0.1
     (name, each), *others = resources.items()
     assert not others
     assert name.startswith(IMPLICIT_RESOURCE_PREFIX)
@@ -54,21 +55,21 @@ def test_a_node_holds_as_many_as_asked_for_and_no_more(most: int) -> None:
 
 
 def test_each_edition_has_a_bound_of_its_own() -> None:
-    two = settings(doors=2, doors_per_node=1)
-    assert door_resources(two, 2).keys() != door_resources(two, 2).keys()
-    assert door_resources(settings(doors=2, door_resources={"door": 0.5}), 1) == {"door": 0.5}
+    two = settings(replicas=2, replicas_per_node=1)
+    assert ingress_resources(two, 2).keys() != ingress_resources(two, 2).keys()
+    assert ingress_resources(settings(replicas=2, resources={"ingress": 0.5}), 1) == {"ingress": 0.5}
 
 
-def test_nodes_that_can_hold_a_door(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_that_can_hold_an_ingress_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    anywhere, there = settings(), settings(door_resources={"door": 0.5})
-    assert door_nodes(anywhere) == 0
+    anywhere, there = settings(), settings(resources={"ingress": 0.5})
+    assert ingress_nodes(anywhere) == 0
     nodes = [
         {"Alive": True, "Resources": {"CPU": 0.0}},
-        {"Alive": True, "Resources": {"CPU": 1.0, "door": 1.0}},
-        {"Alive": False, "Resources": {"door": 1.0}},
-        {"Alive": True, "Resources": {"door": 0.25}},
+        {"Alive": True, "Resources": {"CPU": 1.0, "ingress": 1.0}},
+        {"Alive": False, "Resources": {"ingress": 1.0}},
+        {"Alive": True, "Resources": {"ingress": 0.25}},
     ]
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    assert (door_nodes(anywhere), door_nodes(there)) == (3, 1)
+    assert (ingress_nodes(anywhere), ingress_nodes(there)) == (3, 1)

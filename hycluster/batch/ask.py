@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from hycluster.batch.refusal import Reason, RowRefused
@@ -19,16 +19,19 @@ from hycluster.errors import (
     Unauthenticated,
     UnknownModel,
 )
+from hycluster.retries import AsyncRetryingCaller, as_told
 
 FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 15.0
 # Times that engines may end one request with an error, while they answer others, before it is refused.
 MOST_FAILURES = 3
+ASKED_AGAIN = (HyclusterError, ConnectionError, TimeoutError)
+FINAL = (InvalidInput, UnknownModel, Unauthenticated, JobFailed)
 
 T = TypeVar("T")
 
 
-class Generator(Protocol):
+class RowBackend(Protocol):
     """What answers requests: a gateway over an engine pool."""
 
     async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation: ...
@@ -45,10 +48,19 @@ class Generator(Protocol):
         """Counts the tokens of many texts, special ones aside; may be called from any thread."""
 
 
+@dataclass(slots=True)
+class _Row:
+    """How often engines have ended its request with an error, and what all rows had for answers before that."""
+
+    name: str
+    failures: int = 0
+    answers_before: int = 0
+
+
 class Asker:
     """Asks for all rows of one process.
 
-    A row whose replica died is carried on by the pool, which also finds the one that replicas die of; here come the
+    A row whose replica died is migrated by the pool, which also finds the one that replicas die of; here come the
     failures that are left, such as that there is no replica for a long time.
 
     Args:
@@ -76,36 +88,44 @@ class Asker:
             InvalidInput, UnknownModel, Unauthenticated: asking again is of no use.
             JobFailed: no engine could serve it in all that time.
         """
-        backoff_s = FIRST_BACKOFF_S
-        failures = answers_before = 0
-        while True:
-            try:
-                answer = await call()
-            except (InvalidInput, UnknownModel, Unauthenticated):
-                raise
-            except KillsReplicas as error:
-                raise RowRefused(Reason.POISON, error.message) from None
-            except Overloaded as error:
-                # Being told to wait is no failure: online traffic goes first, for as long as it takes.
-                self._failing_since_s = None
-                wait_s = error.retry_after_s or backoff_s
-            except (HyclusterError, ConnectionError, TimeoutError) as error:
-                if isinstance(error, RequestFailed):
-                    if not failures:
-                        answers_before = self._answers
-                    failures += 1
-                    # An engine that fails everything is not this row's fault.
-                    if failures >= MOST_FAILURES and self._answers > answers_before:
-                        raise RowRefused(Reason.REFUSED, f"{error}, {failures} times") from None
-                self._give_up_after(name, error)
-                self.retries += 1
-                wait_s = getattr(error, "retry_after_s", None) or backoff_s
-            else:
-                self._answers += 1
-                self._failing_since_s = None
-                return answer
-            await asyncio.sleep(wait_s)
-            backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
+        again = AsyncRetryingCaller(
+            attempts=None,
+            timeout=None,
+            wait_initial=FIRST_BACKOFF_S,
+            wait_max=LONGEST_BACKOFF_S,
+            # All rows in flight fail at the same moment, and need not come back at the same.
+            wait_jitter=FIRST_BACKOFF_S,
+        )
+        return await again(_comes_again, self._once, _Row(name), call)
+
+    async def _once(self, row: _Row, call: Callable[[], Awaitable[T]]) -> T:
+        try:
+            answer = await call()
+        except FINAL:
+            raise
+        except KillsReplicas as error:
+            raise RowRefused(Reason.POISON, error.message) from None
+        except Overloaded:
+            # Being told to wait is no failure: online traffic goes first, for as long as it takes.
+            self._failing_since_s = None
+            raise
+        except ASKED_AGAIN as error:
+            if isinstance(error, RequestFailed):
+                self._refuse_after(row, error)
+            self._give_up_after(row.name, error)
+            self.retries += 1
+            raise
+        self._answers += 1
+        self._failing_since_s = None
+        return answer
+
+    def _refuse_after(self, row: _Row, error: RequestFailed) -> None:
+        if not row.failures:
+            row.answers_before = self._answers
+        row.failures += 1
+        # An engine that fails everything is not this row's fault.
+        if row.failures >= MOST_FAILURES and self._answers > row.answers_before:
+            raise RowRefused(Reason.REFUSED, f"{error}, {row.failures} times") from None
 
     def _give_up_after(self, name: str, error: Exception) -> None:
         now_s = time.monotonic()
@@ -114,6 +134,10 @@ class Asker:
         if now_s - self._failing_since_s >= self._retry_s:
             why = str(error) or type(error).__name__
             raise JobFailed(f"row {name}: no engine could serve it for {self._retry_s:g} s: {why}") from None
+
+
+def _comes_again(error: Exception) -> float | bool:
+    return isinstance(error, ASKED_AGAIN) and not isinstance(error, FINAL) and as_told(error)
 
 
 def first_error(errors: BaseException) -> BaseException:

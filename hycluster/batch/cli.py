@@ -1,32 +1,48 @@
-"""``hycluster batch``: bulk runs over Parquet."""
+"""``hycluster batch``: bulk runs over Parquet. ``hycluster/cli.py`` adds what is asked of clusters elsewhere."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 import typer
 
 from hycluster.consent import Yes, ask
 from hycluster.errors import HyclusterError, SettingsError
 from hycluster.settings.read import DEFAULT_SETTINGS, load_settings
-from hycluster.submit.cli import cancel, jobs, logs, show_submitted, submit
 
-app = typer.Typer(name="batch", help="Bulk runs over Parquet.", no_args_is_help=True)
-for command in (submit, jobs, logs, cancel):
-    app.command()(command)
-
-
-@app.callback()
-def batch() -> None:
-    """Bulk runs over Parquet."""
+if TYPE_CHECKING:
+    from hycluster.batch.job import Job
+    from hycluster.batch.task import Connect
+    from hycluster.settings.settings import Settings
 
 
-@app.command()
+class OpenEngines(Protocol):
+    """Opens what a job generates with; ``settings`` are those of the deployment, for engines of its own."""
+
+    def __call__(self, job: Job, settings: Settings | None, address: str | None) -> AbstractContextManager[Connect]: ...
+
+
+class ShowSubmitted(Protocol):
+    """Prints what became of a submitted job; returns the exit code."""
+
+    def __call__(self, job_id: str, address: str, *, follow: bool, as_json: bool) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """What the commands need of folders that this one does not know; the context's ``obj``."""
+
+    open_engines: OpenEngines
+    show_submitted: ShowSubmitted
+
+
 def run(
+    context: typer.Context,
     job_file: Annotated[Path, typer.Argument(metavar="JOB", help="Job file, such as jobs/summarize.yaml.")],
     input_path: Annotated[
         str | None, typer.Option("--input", metavar="PATH", help="Parquet file, folder, glob or s3:// URI.")
@@ -36,7 +52,9 @@ def run(
     ] = None,
     engine: Annotated[
         str | None,
-        typer.Option(metavar="shared|dedicated", help="Use the running cluster, or start engines for this job."),
+        typer.Option(
+            metavar="shared|dedicated", help="shared: the running cluster's engines; dedicated: engines for this job."
+        ),
     ] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: sampling.max_tokens=8.")
@@ -66,7 +84,13 @@ def run(
 
         from hycluster.batch.run import run_job
 
-        run_job(job, settings=settings, address=address, overwrite=overwrite, consent=partial(ask, yes=yes))
+        outside: Outside = context.obj
+        run_job(
+            job,
+            engines=partial(outside.open_engines, settings=settings, address=address),
+            overwrite=overwrite,
+            consent=partial(ask, yes=yes),
+        )
     except HyclusterError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
@@ -76,7 +100,6 @@ def run(
         raise typer.Exit(1) from None
 
 
-@app.command()
 def verify(
     output_path: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or s3:// URI of a finished job.")],
     input_path: Annotated[str, typer.Option("--input", metavar="PATH", help="The input that the job ran on.")],
@@ -86,24 +109,25 @@ def verify(
     Exit codes: 0 it is so; 1 it is not, a line a fault; 2 there is no such output or input.
     """
     with _one_line_errors():
-        from hycluster.batch.output.verify import verify
+        from hycluster.batch.output.verify import verify_output
+        from hycluster.storage import locate
 
-        verdict = verify(output_path, input_path)
+        verdict = verify_output(locate(output_path, "OUTPUT"), locate(input_path, "input.path"))
     for line in verdict.lines():
         typer.echo(line)
     raise typer.Exit(1 if verdict.fault_count else 0)
 
 
-@app.command()
-def status(
+def job_status(
+    context: typer.Context,
     subject: Annotated[
         str, typer.Argument(metavar="OUTPUT|JOB_ID", help="Folder or s3:// URI of a job; with --address a job's id.")
     ],
     address: Annotated[
         str | None, typer.Option(metavar="URL", help="Ray's dashboard on the cluster that the job was submitted to.")
     ] = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Look again and again until the job has finished.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a look, for programs.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Keep looking until the job has finished.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each look.")] = False,
 ) -> None:
     """Show how far a job is, from the files of its output alone. Works from any machine.
 
@@ -111,21 +135,23 @@ def status(
     """
     with _one_line_errors():
         if address is not None:
-            raise typer.Exit(show_submitted(subject, address, follow=follow, as_json=as_json))
-        from hycluster.batch.progress.status import show
+            outside: Outside = context.obj
+            raise typer.Exit(outside.show_submitted(subject, address, follow=follow, as_json=as_json))
+        from hycluster.batch.progress.status import show_status
+        from hycluster.storage import locate
 
-        show(subject, follow=follow, as_json=as_json)
+        show_status(locate(subject, "OUTPUT"), follow=follow, as_json=as_json)
 
 
-@app.command()
 def report(
     output_path: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or s3:// URI of a job.")],
 ) -> None:
     """Write report.html and report.json into an output, of what is committed there. A finished job has them."""
     with _one_line_errors():
         from hycluster.batch.progress.figures import REPORT_HTML, write_report
+        from hycluster.storage import locate
 
-        written = write_report(output_path)
+        written = write_report(locate(output_path, "OUTPUT"))
     typer.echo(f"{written['output']}/{REPORT_HTML}")
 
 
@@ -138,7 +164,7 @@ def _one_line_errors() -> Iterator[None]:
         raise typer.Exit(error.exit_code) from None
     except OSError as error:
         # A store that does not answer, a folder that may not be read: at any of many reads.
-        from hycluster.storage import one_line
+        from hycluster.storage import masked_line
 
-        typer.echo(f"error: OUTPUT: can't be read: {one_line(error)}", err=True)
+        typer.echo(f"error: OUTPUT: can't be read: {masked_line(error)}", err=True)
         raise typer.Exit(SettingsError.exit_code) from None

@@ -21,9 +21,9 @@ import pyarrow as pa
 from hycluster import logs
 from hycluster.batch.ask import first_error
 from hycluster.batch.input.corpus import REFUSAL, ROW_ID, SHARD
-from hycluster.batch.output.commit import Output
-from hycluster.batch.output.record import ShardRecord
-from hycluster.batch.progress.terminal import Progress, Totals
+from hycluster.batch.output.commit import OutputFolder
+from hycluster.batch.output.record import ShardRecord, Totals
+from hycluster.batch.progress.terminal import RunProgress
 from hycluster.batch.refusal import Reason, Refusal, RowRefused, refusal_of
 from hycluster.batch.task import Answer, OpenTask, Task
 from hycluster.errors import HyclusterError, InvalidInput, JobFailed, SettingsError, Unauthenticated, UnknownModel
@@ -33,7 +33,7 @@ BLOCKS_AT_ONCE = 4
 REPORT_EVERY_S = 1.0
 
 
-Report = Callable[[str, Progress], Any]
+Report = Callable[[str, RunProgress], Any]
 
 
 class Generate:
@@ -46,7 +46,7 @@ class Generate:
         slots: most rows in the engines at once.
     """
 
-    def __init__(self, output: Output, open_task: OpenTask, report: Report, *, name: str, slots: int) -> None:
+    def __init__(self, output: OutputFolder, open_task: OpenTask, report: Report, *, name: str, slots: int) -> None:
         logs.settle("batch")
         self._output = output
         self._open_task = open_task
@@ -138,7 +138,7 @@ class Generate:
             return record
         answers = [row if isinstance(row, Refusal) else await row for row in rows]
         extra_columns = self._task.extra_columns if self._task else ()
-        results, quarantined = split(shard, answers, extra_columns)
+        results, quarantined = split_answers(shard, answers, extra_columns)
         first = shard.column(ROW_ID)[0].as_py()
         if isinstance(answers[0], Refusal) and answers[0].error_type == Reason.UNREADABLE_FILE.value:
             # This row has the name of its file; the record says where a shard begins.
@@ -170,10 +170,10 @@ class Generate:
     def _tell(self) -> None:
         self._reported_s = time.monotonic()
         retries = self._task.ask.retries if self._task else 0
-        self._report(self._process, Progress(self._done, self._in_flight, retries, dict(self._reasons)))
+        self._report(self._process, RunProgress(self._done, self._in_flight, retries, dict(self._reasons)))
 
 
-def split(
+def split_answers(
     shard: pa.Table, answers: list[Answer | Refusal], extra_columns: Sequence[str] = ()
 ) -> tuple[pa.Table, pa.Table]:
     """The finished rows and the quarantined ones, each in input order, input columns unchanged."""

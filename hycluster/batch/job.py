@@ -39,7 +39,7 @@ class Input(Strict):
     columns: Columns = Columns()
 
 
-class Output(Strict):
+class JobOutput(Strict):
     """The folder (or ``s3://`` prefix) for the results; it holds one job and nothing else."""
 
     path: str = Field(min_length=1)
@@ -90,7 +90,7 @@ class Job(Strict):
     prompt: str | None = Field(default=None, min_length=1)
     question: str | None = Field(default=None, min_length=1)
     input: Input
-    output: Output
+    output: JobOutput
     summary: Summary | None = None
     sampling: Sampling = Sampling()
     engine: Engine = "shared"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from hycluster.batch.input.corpus import Plan
+from hycluster.batch.input.corpus import ShardPlan
 from hycluster.batch.job import Job
-from hycluster.batch.progress.terminal import Totals
+from hycluster.batch.output.record import Totals
 from hycluster.errors import TooManyQuarantined
-from hycluster.storage import shown
+from hycluster.storage import masked
 
 
-def check_quarantine(job: Job, corpus: Plan, so_far: Totals) -> None:
+def check_quarantine(job: Job, corpus: ShardPlan, so_far: Totals) -> None:
     """Stop as soon as the limit can't be kept any more, whatever the rest brings.
 
     A file that can't be read is one row of the quarantine and weighs as many as its size would hold.
@@ -26,5 +26,5 @@ def check_quarantine(job: Job, corpus: Plan, so_far: Totals) -> None:
     weighed = f" (unreadable files by their size: {len(files)}, such as {files[0]})" if unseen else ""
     raise TooManyQuarantined(
         f"max_quarantined_fraction: {lost} of {rows} rows are quarantined{weighed}, more than "
-        f"{job.max_quarantined_fraction:g} of them; see {shown(job.output.path).rstrip('/')}/quarantine"
+        f"{job.max_quarantined_fraction:g} of them; see {masked(job.output.path).rstrip('/')}/quarantine"
     )

@@ -49,6 +49,8 @@ class Refusal:
 class RowRefused(InvalidInput):
     """This row can't be answered, for a reason that has a name of its own."""
 
+    reason: Reason
+
     def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(message)
         self.reason = reason
@@ -59,6 +61,8 @@ class RowRefused(InvalidInput):
 
 class ColumnRefused(SettingsError):
     """The rows of this file can't be asked: a column is missing or of the wrong type. Other files may be right."""
+
+    reason: Reason
 
     def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(message)

@@ -10,32 +10,29 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 from rich.console import Console
 
-from hycluster.batch.ask import Generator
-from hycluster.batch.input.corpus import Plan, plan
+from hycluster.batch.input.corpus import ShardPlan, plan_shards
 from hycluster.batch.job import Job
-from hycluster.batch.output.commit import Output
+from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.identity import Identity, identity
 from hycluster.batch.output.lease import Lease
-from hycluster.batch.output.record import ShardRecord
+from hycluster.batch.output.record import ShardRecord, Totals
 from hycluster.batch.progress.figures import write_report
 from hycluster.batch.progress.progress_file import Teller
-from hycluster.batch.progress.terminal import JobProgress, Progress, Reporter, Totals, summarize
+from hycluster.batch.progress.terminal import JobProgress, Reporter, RunProgress, print_totals
 from hycluster.batch.prompts import prompt_of
 from hycluster.batch.quarantine_limit import check_quarantine
 from hycluster.batch.task import Connect
-from hycluster.errors import HyclusterError, JobFailed, SettingsError, UnknownModel
-from hycluster.serving.running import Chosen
-from hycluster.settings.settings import Settings
-from hycluster.storage import one_line, shown
+from hycluster.errors import HyclusterError, JobFailed, SettingsError
+from hycluster.storage import locate, masked_line
 
-Engines = Callable[[Job, Settings | None], AbstractContextManager[Connect]]
+# What a job generates with, while the block lasts.
+Engines = Callable[[Job], AbstractContextManager[Connect]]
 # Files at fault that are named when a job begins.
 MOST_FAULTS = 10
 PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
@@ -45,18 +42,14 @@ log = logging.getLogger(__name__)
 def run_job(
     job: Job,
     *,
-    settings: Settings | None = None,
-    engines: Engines | None = None,
-    address: str | None = None,
+    engines: Engines,
     overwrite: bool = False,
     consent: Callable[[str], None] = lambda what: None,
 ) -> None:
     """Run a job to its committed output, or say that it is there already.
 
     Args:
-        settings: the deployment; needed for ``engine: dedicated`` only.
-        engines: what to generate with; by default what ``job.engine`` says.
-        address: of the Ray cluster to join; see :func:`hycluster.cluster.connect`.
+        engines: opens what to generate with; called only if there is something to generate.
         overwrite: if the output is that of another job or input, delete it and start anew, as soon as there are
             engines. An output of this very job is resumed all the same.
         consent: is told what is to be deleted, before; raises if that is not wanted.
@@ -69,63 +62,61 @@ def run_job(
     console = Console()
     begun_s = time.monotonic()
     prompt = prompt_of(job)
-    corpus = plan(job.input.path, shard_rows=job.shard_rows, check=prompt.check)
+    corpus = plan_shards(locate(job.input.path, "input.path"), shard_rows=job.shard_rows, check=prompt.check)
     _say_faults(corpus, console)
-    output = Output(job.output.path)
+    output = OutputFolder(locate(job.output.path, "output.path"))
     if output.is_input(corpus):
-        raise SettingsError(
-            f"output.path: {shown(job.output.path)!r} lies within the input; give a folder outside of it"
-        )
+        raise SettingsError(f"output.path: {output.folder.masked!r} lies within the input; give a folder outside of it")
     mine = identity(job, corpus)
     replaces = overwrite and output.foreign(mine)
     if replaces:
         consent(_to_be_deleted(job, output))
     if not replaces and output.finished(mine):
-        _say_done(job, console)
+        _say_done(job, output, console)
         return
     earlier = Totals() if replaces else _totals(output.records())
     check_quarantine(job, corpus, earlier)
     output.check_store()
-    with Lease(job.output.path) as lease:
+    with Lease(output.folder) as lease:
         # Now, so that nobody waits for engines in vain; taken only when there is something to write.
         lease.look()
         try:
             if earlier.rows < corpus.rows:
-                with (engines or partial(_engines, address=address))(job, settings) as connect:
+                with engines(job) as connect:
                     if _claim(output, mine, lease, replaces):
-                        _say_done(job, console)
+                        _say_done(job, output, console)
                         return
                     _generate(job, corpus, output, connect, earlier, lease, console)
             elif _claim(output, mine, lease, replaces):
-                _say_done(job, console)
+                _say_done(job, output, console)
                 return
             committed = _totals(output.records())
             if committed.rows != corpus.rows:
                 raise JobFailed(f"{committed.rows} of {corpus.rows} rows are committed; run the same command again")
             check_quarantine(job, corpus, committed)
-            write_report(job.output.path)
+            write_report(output.folder)
             lease.renew()
             lease.check()
-            Teller(job.output.path, output.edition(), 0).end()
+            Teller(output.folder, output.edition(), 0).end()
             output.finish(mine, asdict(committed))
         except HyclusterError:
             raise
         except Exception as error:
             log.debug("the job failed", exc_info=True)
-            raise JobFailed(f"{type(error).__name__}: {one_line(error)}") from error
+            raise JobFailed(f"{type(error).__name__}: {masked_line(error)}") from error
     this_run = Totals(*(getattr(committed, name) - getattr(earlier, name) for name in asdict(earlier)))
-    summarize(console, f"{job.name} -> {shown(job.output.path)}", committed, this_run, time.monotonic() - begun_s)
+    print_totals(console, f"{job.name} -> {output.folder.masked}", committed, this_run, time.monotonic() - begun_s)
 
 
-def _to_be_deleted(job: Job, output: Output) -> str:
+def _to_be_deleted(job: Job, output: OutputFolder) -> str:
     theirs = _totals(output.records())
     return (
-        f"--overwrite: {shown(job.output.path)} is the output of another job or input, with {theirs.rows} committed"
+        f"--overwrite: {output.folder.masked} is the output of another job or input, with {theirs.rows} committed"
         f" rows; they are deleted, and {job.name!r} begins anew there"
     )
 
 
-def _claim(output: Output, mine: Identity, lease: Lease, overwrite: bool) -> bool:
+def _claim(output: OutputFolder, mine: Identity, lease: Lease, overwrite: bool) -> bool:
     """Take the output, emptied first where that is asked for and needed. True if another run of this job finished it.
 
     Only once there are engines: a job that finds none must not leave its mark.
@@ -137,7 +128,7 @@ def _claim(output: Output, mine: Identity, lease: Lease, overwrite: bool) -> boo
     return output.claim(mine)
 
 
-def _say_faults(corpus: Plan, console: Console) -> None:
+def _say_faults(corpus: ShardPlan, console: Console) -> None:
     faults = [file.fault for file in corpus.files if file.fault]
     for fault in faults[:MOST_FAULTS]:
         console.print(f"quarantined: {fault.error_type}: {fault.error_message}", **PLAIN)
@@ -145,50 +136,12 @@ def _say_faults(corpus: Plan, console: Console) -> None:
         console.print(f"and {len(faults) - MOST_FAULTS} more files", **PLAIN)
 
 
-def _say_done(job: Job, console: Console) -> None:
-    console.print(f"{job.name}: already done: {shown(job.output.path)}", **PLAIN)
-
-
-@contextmanager
-def _engines(job: Job, settings: Settings | None, address: str | None = None) -> Iterator[Connect]:
-    """The running cluster's engines, or engines of the job's own while the block lasts."""
-    import ray
-
-    from hycluster import cluster
-    from hycluster.directory.directory import SHARED_DIRECTORY, find_directory
-
-    if job.engine == "shared":
-        _say_where(cluster.connect(address))
-        try:
-            directory: Any = find_directory(SHARED_DIRECTORY)
-        except ValueError:
-            raise SettingsError("engine: 'shared' needs a running hycluster; start one or take 'dedicated'") from None
-        served: Any = ray.get(directory.models.remote())
-        if job.model not in served:
-            raise UnknownModel(job.model, sorted(served))
-        yield partial(_open_generator, SHARED_DIRECTORY, job.model)
-    else:
-        if settings is None:
-            raise SettingsError("engine: 'dedicated' needs the settings of a deployment (--config)")
-        _say_where(cluster.join_or_start(address))
-        with cluster.dedicated_pool(settings, job.model) as directory:
-            yield partial(_open_generator, directory, job.model)
-
-
-def _say_where(joined: Chosen | None) -> None:
-    where = joined or "of its own, which ends with it"
-    Console(stderr=True).print(f"the job runs on the Ray cluster {where}", **PLAIN)
-
-
-def _open_generator(directory: str, model: str) -> AbstractAsyncContextManager[Generator]:
-    """Runs where the rows are; the driver has no need of vLLM."""
-    from hycluster.gateway.generation import open_generator
-
-    return open_generator(directory, model)
+def _say_done(job: Job, output: OutputFolder, console: Console) -> None:
+    console.print(f"{job.name}: already done: {output.folder.masked}", **PLAIN)
 
 
 def _generate(
-    job: Job, corpus: Plan, output: Output, connect: Connect, earlier: Totals, lease: Lease, console: Console
+    job: Job, corpus: ShardPlan, output: OutputFolder, connect: Connect, earlier: Totals, lease: Lease, console: Console
 ) -> None:
     """Read, generate and commit all shards that have no record."""
     import ray
@@ -198,10 +151,10 @@ def _generate(
 
     progress: Any = ray.remote(num_cpus=0, max_restarts=-1)(JobProgress).remote()
 
-    teller = Teller(job.output.path, output.edition(), earlier.rows)
+    teller = Teller(output.folder, output.edition(), earlier.rows)
 
-    def so_far() -> Progress:
-        said: Progress = ray.get(progress.total.remote())
+    def so_far() -> RunProgress:
+        said: RunProgress = ray.get(progress.total.remote())
         teller.tell(said)
         return said
 
@@ -219,7 +172,7 @@ def _generate(
         if isinstance(cause, HyclusterError):
             # Anew: Ray Data has added advice on its own settings to the text of this one.
             raise type(cause)(cause.message) from None
-        raise JobFailed(f"{type(cause).__name__}: {one_line(cause)}") from error
+        raise JobFailed(f"{type(cause).__name__}: {masked_line(cause)}") from error
     finally:
         stream.close()
         ray.kill(progress)

@@ -19,12 +19,13 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
 from hycluster.batch.generate import BLOCKS_AT_ONCE, Generate
-from hycluster.batch.input.corpus import SPAN_BYTES, Plan, Shard, Span, read, spans
+from hycluster.batch.input.corpus import SPAN_BYTES, Shard, ShardPlan, Span, read_shards, spans
 from hycluster.batch.job import Job
-from hycluster.batch.output.commit import Output
+from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.record import ShardRecord
-from hycluster.batch.progress.terminal import Progress
+from hycluster.batch.progress.terminal import RunProgress
 from hycluster.batch.task import Connect, open_task
+from hycluster.storage import Folder
 
 READERS = 4
 
@@ -32,7 +33,7 @@ READERS = 4
 class CorpusDatasource(Datasource):
     """Reads the given shards of a plan, a span of them a block."""
 
-    def __init__(self, plan: Plan, shards: Iterable[Shard], span_bytes: int = SPAN_BYTES) -> None:
+    def __init__(self, plan: ShardPlan, shards: Iterable[Shard], span_bytes: int = SPAN_BYTES) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._plan = plan
         self._spans = list(spans(shards, span_bytes))
@@ -47,11 +48,11 @@ class CorpusDatasource(Datasource):
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
     ) -> list[ReadTask]:
-        return [ReadTask(partial(_read, self._plan.filesystem, self._plan.root, s), _metadata(s)) for s in self._spans]
+        return [ReadTask(partial(_read, self._plan.folder, s), _metadata(s)) for s in self._spans]
 
 
 def stream_records(
-    plan: Plan, shards: Iterable[Shard], job: Job, output: Output, connect: Connect, progress: Any
+    plan: ShardPlan, shards: Iterable[Shard], job: Job, output: OutputFolder, connect: Connect, progress: Any
 ) -> Generator[ShardRecord]:
     """Run shards through generate and commit; yields each one's record soon after its commit.
 
@@ -71,7 +72,7 @@ def stream_records(
 
 
 def _records(
-    plan: Plan, shards: Iterable[Shard], job: Job, output: Output, connect: Connect, progress: Any
+    plan: ShardPlan, shards: Iterable[Shard], job: Job, output: OutputFolder, connect: Connect, progress: Any
 ) -> Iterator[ShardRecord]:
     # Several blocks for each process, even of a small corpus.
     corpus_bytes = sum(file.data_bytes for file in plan.files)
@@ -99,14 +100,14 @@ def _records(
             yield ShardRecord.from_dict(json.loads(text))
 
 
-def _read(filesystem: Any, root: str, span: Span) -> list[pa.Table]:
+def _read(folder: Folder, span: Span) -> list[pa.Table]:
     # Shards with rows that can't be asked have a column more.
-    return [pa.concat_tables(read(filesystem, root, span), promote_options="default")]
+    return [pa.concat_tables(read_shards(folder, span), promote_options="default")]
 
 
 def _metadata(span: Span) -> BlockMetadata:
     return BlockMetadata(num_rows=span.rows, size_bytes=span.bytes, input_files=None, exec_stats=None)
 
 
-def _report(progress: Any, process: str, said: Progress) -> None:
+def _report(progress: Any, process: str, said: RunProgress) -> None:
     progress.report.remote(process, said)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from hycluster.batch.ask import Asker, Generator
+from hycluster.batch.ask import Asker, RowBackend
 from hycluster.batch.job import Job, Summary
 from hycluster.batch.prompts import TREE, Prompt, Row, prompt_of
 from hycluster.batch.summaries.summarizer import Summarizer
 from hycluster.core import GenerationRequest, Priority
 
-Connect = Callable[[], AbstractAsyncContextManager[Generator]]
+Connect = Callable[[], AbstractAsyncContextManager[RowBackend]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Chat:
 
     extra_columns: tuple[str, ...] = ()
 
-    def __init__(self, job: Job, generator: Generator, ask: Asker) -> None:
+    def __init__(self, job: Job, generator: RowBackend, ask: Asker) -> None:
         self.prompt: Prompt = prompt_of(job)
         self.columns = self.prompt.columns
         self.generator = generator

@@ -1,7 +1,7 @@
 """The process that runs batches: a Ray Serve deployment of one replica.
 
-Its own process, so that no batch slows a door's streams down. It finds its work in the store, whatever
-has died meanwhile: itself, the doors, the whole service. vLLM is imported and gateways are opened when
+Its own process, so that no batch slows an ingress process's streams down. It finds its work in the store, whatever
+has died meanwhile: itself, the ingress processes, the whole service. vLLM is imported and gateways are opened when
 the first batch has something to ask; until then it costs a look at one folder a second.
 """
 
@@ -20,6 +20,7 @@ from hycluster import logs
 from hycluster.batch_api.runner import Runner
 from hycluster.batch_api.store import Store
 from hycluster.directory.directory import open_directory
+from hycluster.imports import without_collector
 from hycluster.settings.load import Admission
 from hycluster.settings.settings import Settings
 from hycluster.watchdog import Watchdog
@@ -64,7 +65,7 @@ class BatchExecutor:
         async with _Api(self._settings, self._directory) as api:
             in_flight = asyncio.Semaphore(self._batches.lines_in_flight)
             runner = Runner(store, self._batches, api.app, in_flight)
-            await Watch(store, runner, self._batches.concurrent_batches, self._batches.poll_s).run()
+            await StoreWatch(store, runner, self._batches.concurrent_batches, self._batches.poll_s).run()
 
     def check_health(self) -> None:
         """Called by Ray Serve; raising makes it replace this executor."""
@@ -79,7 +80,7 @@ class BatchExecutor:
             await asyncio.to_thread(self._thread.join, 10)
 
 
-class Watch:
+class StoreWatch:
     """Looks into the store for batches to do, and runs so many at once, oldest first."""
 
     def __init__(self, store: Store, runner: Runner, at_once: int, poll_s: float) -> None:
@@ -147,7 +148,7 @@ class _Api:
         await self._stack.aclose()
 
     async def app(self) -> ASGIApp:
-        """The app that a door would have.
+        """The app that an ingress process would have.
 
         Raises:
             Unavailable: a model has no replica that can serve.
@@ -183,4 +184,5 @@ class _Api:
 
 
 def _import_vllm() -> None:
-    import hycluster.ingress.http  # noqa: F401
+    with without_collector():
+        import hycluster.ingress.http  # noqa: F401

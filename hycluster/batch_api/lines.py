@@ -1,6 +1,6 @@
 """What becomes of one line: it is sent through the API's own app, in this process, at batch priority.
 
-So a line is read, checked and answered exactly as if it had come in by the HTTP door. An answer of 200
+So a line is read, checked and answered exactly as if it had come in by the HTTP ingress. An answer of 200
 is the line's result; any other that is the line's own fault goes, as it is, to the error file. That no
 engine can serve, or that online traffic fills them, is never the line's fault: it is asked again.
 """
@@ -24,6 +24,7 @@ from hycluster.batch_api.requests import BODY
 from hycluster.core import Priority
 from hycluster.errors import HyclusterError, InvalidInput, KillsReplicas, Overloaded, Unavailable
 from hycluster.ingress.errors import KIND_HEADER, error_body
+from hycluster.retries import AsyncRetryingCaller
 
 OK = 200
 HEADERS = {"Content-Type": "application/json"}
@@ -41,6 +42,8 @@ EXTRA = ("cached_tokens", "reasoning_tokens")
 class LineFailed(InvalidInput):
     """A line's answer is not 200. The message is JSON: ``status_code`` and ``body``."""
 
+    status: int
+
 
 class NotRun(InvalidInput):
     """The batch ended before this line was answered."""
@@ -49,7 +52,7 @@ class NotRun(InvalidInput):
         super().__init__(NOT_RUN)
 
 
-class Lines:
+class LinesTask:
     """The task of a batch, as ``hycluster/batch/generate.py`` runs it.
 
     Args:
@@ -113,12 +116,13 @@ class Lines:
                 message = f"{key}: {body[key]!r} is not allowed in a batch; must be false"
                 raise failed(400, error_body(400, message, InvalidInput.openai_type, key))
         body["priority"] = int(Priority.BATCH)
-        failures = 0
-        while True:
-            status, answer = await self.ask(request_id, partial(self._post, body, request_id))
-            if status < SERVER_ERROR or (failures := failures + 1) == ATTEMPTS:
-                break
-            await asyncio.sleep(FIRST_BACKOFF_S * failures)
+        again = AsyncRetryingCaller(
+            attempts=ATTEMPTS, timeout=None, wait_initial=FIRST_BACKOFF_S, wait_jitter=FIRST_BACKOFF_S
+        )
+        return await again(_failed_inside, self._settled, body, request_id)
+
+    async def _settled(self, body: dict[str, Any], request_id: str) -> Answer:
+        status, answer = await self.ask(request_id, partial(self._post, body, request_id))
         if status != OK:
             raise failed(status, answer)
         return _answered(answer)
@@ -153,7 +157,13 @@ def request_hash(request_id: str) -> str:
 
 
 def failed(status: int, body: Any) -> LineFailed:
-    return LineFailed(json.dumps({"status_code": status, "body": body}))
+    error = LineFailed(json.dumps({"status_code": status, "body": body}))
+    error.status = status
+    return error
+
+
+def _failed_inside(error: Exception) -> bool:
+    return isinstance(error, LineFailed) and error.status >= SERVER_ERROR
 
 
 def _answered(answer: dict[str, Any]) -> Answer:

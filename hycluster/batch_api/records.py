@@ -1,7 +1,7 @@
 """Files and batches as the store keeps them and as callers see them.
 
 The shapes are OpenAI's (https://platform.openai.com/docs/api-reference/batch and ``/files``). What is
-stored of a batch has one writer each: the door writes :class:`Batch` once and may add a wish to cancel;
+stored of a batch has one writer each: the ingress process writes :class:`Batch` once and may add a wish to cancel;
 the executor writes :class:`State`.
 """
 
@@ -109,7 +109,7 @@ class LineError(Record):
     param: str | None = None
 
 
-class Usage(Record):
+class BatchUsage(Record):
     """Tokens of all lines together."""
 
     input_tokens: int = 0
@@ -151,11 +151,11 @@ class State(Record):
     output_file_id: str | None = None
     error_file_id: str | None = None
     model: str | None = None
-    usage: Usage | None = None
+    usage: BatchUsage | None = None
     shard_lines: int = 64
 
 
-def shown(batch: Batch, state: State, cancelling_at: int | None) -> dict[str, Any]:
+def batch_object(batch: Batch, state: State, cancelling_at: int | None) -> dict[str, Any]:
     """A batch as the API tells it."""
     status = state.status
     final = status in FINAL
@@ -192,7 +192,7 @@ def shown(batch: Batch, state: State, cancelling_at: int | None) -> dict[str, An
     }
 
 
-def new_id(prefix: Literal["file-", "batch_"]) -> str:
+def new_record_id(prefix: Literal["file-", "batch_"]) -> str:
     """An id that can't be guessed, and by which records sort in the order in which they were made."""
     return f"{prefix}{time.time_ns() // 1_000_000:012x}{secrets.token_hex(12)}"
 

@@ -14,17 +14,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from hycluster.batch_api.records import LineError
 from hycluster.errors import InvalidInput, shown
+from hycluster.storage import Folder
 
 CUSTOM_ID = "custom_id"
 BODY = "body"
 SCHEMA = pa.schema([(CUSTOM_ID, pa.string()), (BODY, pa.string())])
 
-# As much as the HTTP door takes for one request.
+# As much as the HTTP ingress takes for one request.
 MAX_LINE_BYTES = 32 << 20
 MAX_CUSTOM_ID = 512
 # A file that is wrong in every line is told from its first ones.
@@ -52,21 +52,19 @@ class Checked:
     model: str | None
 
 
-def convert(
-    content: Any, filesystem: pafs.FileSystem, path: str, *, endpoint: str, max_lines: int, group_lines: int
-) -> Checked:
+def convert(content: Any, file: Folder, *, endpoint: str, max_lines: int, group_lines: int) -> Checked:
     """Read JSONL and write one Parquet file, in constant memory but for a digest of each ``custom_id``.
 
     Args:
         content: a binary file, read once.
-        path: of the Parquet file, columns ``custom_id`` and ``body`` (JSON); overwritten.
+        file: the Parquet file, columns ``custom_id`` and ``body`` (JSON); overwritten.
         group_lines: rows of a row group.
 
     Raises:
-        Refused: names up to ``MAX_ERRORS`` lines; what is at ``path`` then is worth nothing.
+        Refused: names up to ``MAX_ERRORS`` lines; what is in ``file`` then is worth nothing.
     """
     checker = _Checker(endpoint)
-    with pq.ParquetWriter(path, SCHEMA, filesystem=filesystem) as writer:
+    with pq.ParquetWriter(file.root, SCHEMA, filesystem=file.filesystem) as writer:
         group: list[dict[str, str]] = []
         group_bytes = 0
         for number, line in _lines(content):

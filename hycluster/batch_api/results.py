@@ -14,13 +14,12 @@ from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from hycluster.batch.input.corpus import ROW_ID, Plan, read, spans
-from hycluster.batch.output.commit import Output
+from hycluster.batch.input.corpus import ROW_ID, ShardPlan, read_shards, spans
+from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch_api.lines import NOT_RUN, request_hash
-from hycluster.batch_api.records import Ending, Usage
+from hycluster.batch_api.records import BatchUsage, Ending
 from hycluster.batch_api.requests import CUSTOM_ID
 from hycluster.errors import JobFailed
 
@@ -36,7 +35,6 @@ class Results:
     """Writes both files of a batch and counts on the way.
 
     Args:
-        root: folder of the output inside ``filesystem``.
         name: what the batch's request ids begin with.
 
     Attributes:
@@ -44,21 +42,17 @@ class Results:
         not_run: lines in the error file that were not.
     """
 
-    def __init__(
-        self, plan: Plan, output: Output, filesystem: pafs.FileSystem, root: str, *, name: str, ending: Ending
-    ) -> None:
+    def __init__(self, plan: ShardPlan, output: OutputFolder, *, name: str, ending: Ending) -> None:
         self._plan = plan
         self._output = output
-        self._filesystem = filesystem
-        self._root = root
         self._name = name
         self._code, self._message = LEFT[ending]
         self.completed = self.failed = self.not_run = 0
-        self._sums = dict.fromkeys(Usage.model_fields, 0)
+        self._sums = dict.fromkeys(BatchUsage.model_fields, 0)
 
     @property
-    def usage(self) -> Usage:
-        return Usage(**self._sums)
+    def usage(self) -> BatchUsage:
+        return BatchUsage(**self._sums)
 
     def output_lines(self) -> Iterator[bytes]:
         """The output file, a shard's lines at a time.
@@ -88,7 +82,7 @@ class Results:
                         yield _text(self._part(record.quarantine.path, record.quarantine.sha256), self._refused)
             else:
                 for span in spans(shards):
-                    for table in read(self._plan.filesystem, self._plan.root, span):
+                    for table in read_shards(self._plan.folder, span):
                         yield _text(table, self._left)
 
     def _answered(self, row: dict[str, Any]) -> str:
@@ -120,7 +114,7 @@ class Results:
         return request_hash(f"{self._name}-{row[ROW_ID]}")
 
     def _part(self, path: str, sha256: str) -> pa.Table:
-        with self._filesystem.open_input_stream(f"{self._root}/{path}") as stream:
+        with self._output.folder.open_stream(path) as stream:
             data = stream.read()
         if hashlib.sha256(data).hexdigest() != sha256:
             raise JobFailed(f"batches.store: {path}: its bytes are not those that were written")

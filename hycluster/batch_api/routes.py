@@ -1,7 +1,7 @@
-"""``/v1/files`` and ``/v1/batches`` at the HTTP door. Errors are in OpenAI's form.
+"""``/v1/files`` and ``/v1/batches`` at the HTTP ingress. Errors are in OpenAI's form.
 
-The door only reads and writes the store; the executor does the rest. There are no accounts yet: whoever
-reaches the door sees all files and batches.
+The ingress process only reads and writes the store; the executor does the rest. There are no accounts yet: whoever
+reaches the ingress sees all files and batches.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hycluster.batch_api.records import FINAL, Batch, ExpiresAfter, NewBatch, StoredFile, new_id, shown
+from hycluster.batch_api.records import FINAL, Batch, ExpiresAfter, NewBatch, StoredFile, batch_object, new_record_id
 from hycluster.batch_api.store import Store
 from hycluster.errors import HyclusterError, InvalidInput
 from hycluster.errors import shown as echoed
+from hycluster.ingress.body import BodyLimit
 from hycluster.ingress.errors import answer_error, openai_error
+from hycluster.settings.ingress import Batches, Http
 from hycluster.settings.read import validate
 
 ROOTS = ("/v1/files", "/v1/batches")
 MAX_JSON_BYTES = 1 << 20
+MULTIPART_BYTES = 64 << 10
 MAX_LISTED_FILES = 10_000
 MAX_LISTED_BATCHES = 100
 
@@ -45,6 +48,14 @@ class WithBatches:
         path = scope.get("path", "")
         ours = scope["type"] == "http" and any(path == root or path.startswith(f"{root}/") for root in ROOTS)
         await (self._batches if ours else self._others)(scope, receive, send)
+
+
+def with_batches(batches: Batches, http: Http, others: ASGIApp) -> ASGIApp:
+    """The Batch API of these settings beside an HTTP ingress's other routes."""
+    api = batch_api(Store(batches), allowed_origins=http.allowed_origins)
+    # Multipart's own headers come on top of the file.
+    limit = (batches.max_file_mib << 20) + MULTIPART_BYTES
+    return WithBatches(BodyLimit(api, limit, stall_s=http.stalled_client_timeout_s), others)
 
 
 def batch_api(store: Store, *, allowed_origins: tuple[str, ...] = ()) -> FastAPI:
@@ -159,7 +170,7 @@ def _create(store: Store, asked: NewBatch) -> dict[str, Any]:
         raise InvalidInput(f"input_file_id: file {file.id!r} has purpose {file.purpose!r}; must be 'batch'")
     now = int(time.time())
     batch = Batch(
-        id=new_id("batch_"),
+        id=new_record_id("batch_"),
         endpoint=asked.endpoint,
         input_file_id=file.id,
         completion_window=asked.completion_window,
@@ -182,7 +193,7 @@ def _cancel(store: Store, batch_id: str) -> dict[str, Any]:
 
 
 def _seen(store: Store, batch: Batch) -> dict[str, Any]:
-    return shown(batch, store.state(batch.id), store.cancelling_at(batch.id))
+    return batch_object(batch, store.state(batch.id), store.cancelling_at(batch.id))
 
 
 def _page(found: list[dict[str, Any]], limit: int) -> dict[str, Any]:

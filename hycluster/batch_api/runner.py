@@ -21,17 +21,17 @@ from starlette.types import ASGIApp
 from hycluster.batch.ask import first_error
 from hycluster.batch.generate import Generate
 from hycluster.batch.input import corpus
-from hycluster.batch.input.corpus import Plan, Shard
-from hycluster.batch.output.commit import Output
+from hycluster.batch.input.corpus import Shard, ShardPlan
+from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.lease import Lease
-from hycluster.batch_api.lines import Lines
-from hycluster.batch_api.records import FINAL, Batch, Ending, LineError, State, new_id
+from hycluster.batch_api.lines import LinesTask
+from hycluster.batch_api.records import FINAL, Batch, Ending, LineError, State, new_record_id
 from hycluster.batch_api.requests import Refused, convert
 from hycluster.batch_api.results import Results
 from hycluster.batch_api.store import Store
 from hycluster.errors import NotFound
 from hycluster.settings.ingress import Batches
-from hycluster.storage import locate, make_folder, one_line
+from hycluster.storage import WritableFolder, masked_line
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,8 @@ class Runner:
         try:
             batch = await asyncio.to_thread(self._store.batch, batch_id)
         except NotFound:
-            # Its door wrote the mark and not the batch yet; or has died in between, then nobody waits for it.
+            # Its ingress process wrote the mark and not the batch yet; or has died in between, then nobody waits for
+            # it.
             return
         async with self._lease(batch) as lease:
             state = await asyncio.to_thread(self._store.state, batch_id)
@@ -77,7 +78,7 @@ class Runner:
     async def fail(self, batch_id: str, error: Exception) -> None:
         """End a batch that could not be brought to its end."""
         state = await asyncio.to_thread(self._store.state, batch_id)
-        reason = LineError(code="internal_error", message=f"{type(error).__name__}: {one_line(error)}")
+        reason = LineError(code="internal_error", message=f"{type(error).__name__}: {masked_line(error)}")
         ids = {"output_file_id": None, "error_file_id": None}
         changes = {"status": "failed", "ended_at": _now(), "errors": (reason,), **ids}
         await self._save(batch_id, state.model_copy(update=changes))
@@ -100,9 +101,9 @@ class Runner:
             if state.status in FINAL:
                 return state
         plan = await asyncio.to_thread(
-            corpus.plan, self._input(batch), shard_rows=state.shard_lines, check=lambda schema, name: None
+            corpus.plan_shards, self._input(batch), shard_rows=state.shard_lines, check=lambda schema, name: None
         )
-        output = Output(self._output(batch))
+        output = OutputFolder(self._output(batch))
         await asyncio.to_thread(output.claim, _identity(batch, plan))
         if state.ending is None:
             ending = await self._ask(batch, state, plan, output, lease)
@@ -112,8 +113,8 @@ class Runner:
                     "ending": ending,
                     "finalizing_at": _now(),
                     # Settled before they are written: a second attempt writes the same files.
-                    "output_file_id": new_id("file-"),
-                    "error_file_id": new_id("file-"),
+                    "output_file_id": new_record_id("file-"),
+                    "error_file_id": new_record_id("file-"),
                 }
             )
             await self._save(batch.id, state)
@@ -123,14 +124,12 @@ class Runner:
         return state
 
     def _validate(self, batch: Batch) -> State:
-        filesystem, path = locate(self._input(batch), "batches.store")
-        make_folder(filesystem, path.rpartition("/")[0])
+        self._store.work(batch.id).make("input")
         try:
             with closing(self._store.open_content(batch.input_file_id)) as content:
                 checked = convert(
                     content,
-                    filesystem,
-                    path,
+                    self._input(batch),
                     endpoint=batch.endpoint,
                     max_lines=self._settings.max_lines,
                     group_lines=self._settings.shard_lines * BLOCK_SHARDS,
@@ -148,7 +147,7 @@ class Runner:
             shard_lines=self._settings.shard_lines,
         )
 
-    async def _ask(self, batch: Batch, state: State, plan: Plan, output: Output, lease: Lease) -> Ending:
+    async def _ask(self, batch: Batch, state: State, plan: ShardPlan, output: OutputFolder, lease: Lease) -> Ending:
         """Ask all lines that have no committed answer, until they have or the batch is to end before."""
         ending = await self._to_end_now(batch)
         if ending is not None:
@@ -186,10 +185,9 @@ class Runner:
             return "cancelled"
         return "expired" if time.time() >= batch.expires_at else None
 
-    def _write_files(self, batch: Batch, state: State, plan: Plan, output: Output) -> State:
+    def _write_files(self, batch: Batch, state: State, plan: ShardPlan, output: OutputFolder) -> State:
         assert state.ending is not None
-        filesystem, root = locate(self._output(batch), "batches.store")
-        results = Results(plan, output, filesystem, root, name=batch.id, ending=state.ending)
+        results = Results(plan, output, name=batch.id, ending=state.ending)
         update: dict[str, Any] = {"status": state.ending, "ended_at": _now()}
         for field, kind, lines in (
             ("output_file_id", "output", results.output_lines()),
@@ -209,18 +207,24 @@ class Runner:
     async def _save(self, batch_id: str, state: State) -> None:
         await asyncio.to_thread(self._store.save_state, batch_id, state)
 
-    def _input(self, batch: Batch) -> str:
-        return _below(self._store.work(batch.id), "input/lines.parquet")
+    def _input(self, batch: Batch) -> WritableFolder:
+        return self._store.work(batch.id).below("input/lines.parquet")
 
-    def _output(self, batch: Batch) -> str:
-        return _below(self._store.work(batch.id), "output")
+    def _output(self, batch: Batch) -> WritableFolder:
+        return self._store.work(batch.id).below("output")
 
 
 class _Feed:
     """Reads a batch's lines, has them asked and committed."""
 
     def __init__(
-        self, connect: Connect, batch: Batch, plan: Plan, output: Output, in_flight: asyncio.Semaphore, slots: int
+        self,
+        connect: Connect,
+        batch: Batch,
+        plan: ShardPlan,
+        output: OutputFolder,
+        in_flight: asyncio.Semaphore,
+        slots: int,
     ) -> None:
         self._connect = connect
         self._batch = batch
@@ -228,7 +232,7 @@ class _Feed:
         self._output = output
         self._in_flight = in_flight
         self._slots = slots
-        self._lines: Lines | None = None
+        self._lines: LinesTask | None = None
         self._stopped = False
 
     @property
@@ -252,7 +256,7 @@ class _Feed:
         """
         done = await asyncio.to_thread(self._output.done)
         pending = (shard for shard in self._plan.shards() if shard.number not in done)
-        lines = Lines(await self._connect(), self._batch.endpoint, self._in_flight)
+        lines = LinesTask(await self._connect(), self._batch.endpoint, self._in_flight)
         self._lines = lines
         generate = Generate(
             self._output, lambda _: nullcontext(lines), lambda *_: None, name=self._batch.id, slots=self._slots
@@ -276,7 +280,7 @@ class _Feed:
             raise first_error(errors) from None
 
     def _read(self, shards: list[Shard]) -> pa.Table:
-        return pa.concat_tables(corpus.read(self._plan.filesystem, self._plan.root, shards))
+        return pa.concat_tables(corpus.read_shards(self._plan.folder, shards))
 
 
 def _blocks(shards: Iterator[Shard]) -> Iterator[list[Shard]]:
@@ -284,7 +288,7 @@ def _blocks(shards: Iterator[Shard]) -> Iterator[list[Shard]]:
         yield block
 
 
-def _committed(output: Output) -> tuple[int, int]:
+def _committed(output: OutputFolder) -> tuple[int, int]:
     """Lines of committed shards, completed and failed."""
     completed = failed = 0
     for record in output.records():
@@ -293,17 +297,12 @@ def _committed(output: Output) -> tuple[int, int]:
     return completed, failed
 
 
-def _identity(batch: Batch, plan: Plan) -> dict[str, Any]:
-    """What the output depends on, as ``Output.claim`` wants it."""
+def _identity(batch: Batch, plan: ShardPlan) -> dict[str, Any]:
+    """What the output depends on, as ``OutputFolder.claim`` wants it."""
     return {
         "job": {"batch": batch.id, "endpoint": batch.endpoint, "shard_rows": plan.shard_rows},
         "input": {"rows": plan.rows, "shards": plan.shard_count, "digest": plan.digest()},
     }
-
-
-def _below(folder: str, name: str) -> str:
-    base, question, query = folder.partition("?")
-    return f"{base}/{name}{question}{query}"
 
 
 def _now() -> int:

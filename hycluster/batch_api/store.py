@@ -9,7 +9,7 @@ Layout:
     state/<batch>.json    how far it is
     jobs/<batch>/         input and output of the batch as a job, see runner.py; gone when it has ended
 
-Records are written in one step. No two processes write the same one, so doors and executor need no lock;
+Records are written in one step. No two processes write the same one, so ingress processes and executor need no lock;
 ids sort by time, so lists read only the records that they show.
 """
 
@@ -25,21 +25,11 @@ from typing import BinaryIO, TypeVar
 
 import pyarrow.fs as pafs
 
-from hycluster.batch_api.records import BATCH_ID, FILE_ID, Batch, Record, State, StoredFile, new_id
+from hycluster.batch_api.records import BATCH_ID, FILE_ID, Batch, Record, State, StoredFile, new_record_id
 from hycluster.errors import InvalidInput, NotFound, shown
 from hycluster.settings.base import home
 from hycluster.settings.ingress import Batches
-from hycluster.storage import (
-    create_if_absent,
-    delete,
-    leftover_of,
-    locate,
-    make_folder,
-    names,
-    read_whole,
-    replace,
-    writing,
-)
+from hycluster.storage import WritableFolder, leftover_of, locate
 
 CHUNK_BYTES = 1 << 20
 READERS = 16
@@ -53,9 +43,9 @@ class Store:
     """All files and batches of a service. Every method blocks; any number of processes may use one folder."""
 
     def __init__(self, settings: Batches) -> None:
-        self.path = (settings.store or str(home() / "batches")).rstrip("/")
         self._keep_s = None if settings.keep_days is None else round(settings.keep_days * 86400)
-        self._filesystem, self._root = locate(self.path, "batches.store")
+        place = (settings.store or str(home() / "batches")).rstrip("/")
+        self.folder = locate(place, "batches.store").writable()
 
     # -- files --------------------------------------------------------------------------------------
 
@@ -65,18 +55,18 @@ class Store:
         Raises:
             InvalidInput: it is empty.
         """
-        file_id = new_id("file-")
+        file_id = new_record_id("file-")
         size = self.write_content(file_id, iter(lambda: content.read(CHUNK_BYTES), b""))
         if not size:
-            delete(self._filesystem, [self._at("content", file_id)])
+            self.folder.delete([f"content/{file_id}"])
             raise InvalidInput("file: is empty; must be JSONL, one request a line")
         return self.register(file_id, size, filename, "batch", expires_after_s)
 
     def write_content(self, file_id: str, chunks: Iterator[bytes]) -> int:
         """Write a file's bytes, over those of an earlier attempt; nobody sees them before ``register``."""
-        self._make_folder("content")
+        self.folder.make("content")
         size = 0
-        with writing(self._filesystem, self._at("content", file_id)) as stream:
+        with self.folder.writing(f"content/{file_id}") as stream:
             for chunk in chunks:
                 stream.write(chunk)
                 size += len(chunk)
@@ -120,7 +110,7 @@ class Store:
             NotFound: there is none.
         """
         try:
-            return self._filesystem.open_input_stream(self._at("content", file_id))
+            return self.folder.open_stream(f"content/{file_id}")
         except FileNotFoundError:
             raise NotFound(f"file_id: file {shown(file_id)} has been deleted") from None
 
@@ -132,7 +122,7 @@ class Store:
 
     def delete_file(self, file_id: str) -> None:
         """Delete a file; callers see it no more before its bytes go."""
-        delete(self._filesystem, [self._at("files", f"{file_id}.json"), self._at("content", file_id)])
+        self.folder.delete([f"files/{file_id}.json", f"content/{file_id}"])
 
     def list_files(self, after: str | None, limit: int, *, purpose: str | None, newest_first: bool) -> list[StoredFile]:
         """Files in the order in which they were made, those behind ``after``."""
@@ -177,61 +167,53 @@ class Store:
 
     def cancelling_at(self, batch_id: str) -> int | None:
         """When the end of a batch was asked for, in seconds since the epoch; None if it was not."""
-        wish = read_whole(self._filesystem, self._at("cancel", f"{batch_id}.json"))
+        wish = self.folder.read_whole(f"cancel/{batch_id}.json")
         return None if wish is None else int(json.loads(wish)["at"])
 
     def open_batches(self) -> list[str]:
         """Ids of the batches that the executor has to do, oldest first."""
-        return sorted(name for name in names(self._filesystem, self._at("open")) if BATCH_ID.fullmatch(name))
+        return sorted(name for name in self.folder.names("open") if BATCH_ID.fullmatch(name))
 
     def close_batch(self, batch_id: str) -> None:
         """The batch has ended: drop its work, then its mark."""
         # An earlier attempt may have got as far as this.
         with suppress(FileNotFoundError):
-            self._filesystem.delete_dir(self._at("jobs", batch_id))
-        delete(self._filesystem, [self._at("open", batch_id)])
+            self.folder.delete_tree(f"jobs/{batch_id}")
+        self.folder.delete([f"open/{batch_id}"])
 
-    def work(self, batch_id: str) -> str:
-        """Path or URI of the folder for a batch's work."""
-        base, question, query = self.path.partition("?")
-        return f"{base.rstrip('/')}/jobs/{batch_id}{question}{query}"
+    def work(self, batch_id: str) -> WritableFolder:
+        """The folder for a batch's work."""
+        return self.folder.below(f"jobs/{batch_id}")
 
     # -- upkeep -------------------------------------------------------------------------------------
 
     def sweep(self) -> None:
-        """Delete expired files, and what doors left behind that died in between."""
-        for name in list(names(self._filesystem, self._at("files"))):
+        """Delete expired files, and what ingress processes left behind that died in between."""
+        for name in list(self.folder.names("files")):
             file = self._get("files", name.removesuffix(".json"), StoredFile) if leftover_of(name) is None else None
             if file is not None and _expired(file):
                 self.delete_file(file.id)
         for folder, records in (("content", "files"), ("open", "batches")):
-            known = set(names(self._filesystem, self._at(records)))
-            found = self._filesystem.get_file_info(pafs.FileSelector(self._at(folder), allow_not_found=True))
+            known = set(self.folder.names(records))
             orphans = [
-                info.path
-                for info in found
+                f"{folder}/{info.base_name}"
+                for info in self.folder.entries(folder)
                 if f"{info.base_name}.json" not in known and (info.mtime_ns or 0) / 1e9 < time.time() - ORPHAN_S
             ]
-            delete(self._filesystem, orphans)
+            self.folder.delete(orphans)
 
     # -- records ------------------------------------------------------------------------------------
 
-    def _at(self, *parts: str) -> str:
-        return "/".join((self._root, *parts))
-
-    def _make_folder(self, folder: str) -> None:
-        make_folder(self._filesystem, self._at(folder))
-
     def _put(self, folder: str, name: str, record: Record) -> None:
-        self._make_folder(folder)
-        replace(self._filesystem, self._at(folder, f"{name}.json"), record.model_dump_json().encode())
+        self.folder.make(folder)
+        self.folder.replace(f"{folder}/{name}.json", record.model_dump_json().encode())
 
     def _create(self, folder: str, name: str, data: bytes) -> None:
-        self._make_folder(folder)
-        create_if_absent(self._filesystem, self._at(folder, name), data)
+        self.folder.make(folder)
+        self.folder.create(f"{folder}/{name}", data)
 
     def _get(self, folder: str, name: str, kind: type[R]) -> R | None:
-        data = read_whole(self._filesystem, self._at(folder, f"{name}.json"))
+        data = self.folder.read_whole(f"{folder}/{name}.json")
         return None if data is None else kind.model_validate_json(data)
 
     def _list(
@@ -243,7 +225,7 @@ class Store:
         newest_first: bool,
         wanted: Callable[[R], bool],
     ) -> list[R]:
-        held = (name for name in names(self._filesystem, self._at(folder)) if leftover_of(name) is None)
+        held = (name for name in self.folder.names(folder) if leftover_of(name) is None)
         ids = sorted((name.removesuffix(".json") for name in held), reverse=newest_first)
         if after is not None:
             ids = [name for name in ids if (name < after if newest_first else name > after)]

@@ -1,4 +1,4 @@
-"""Asking a request at a door, and what came back when."""
+"""Asking a request at an ingress process, and what came back when."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import httpx
 from hycluster.chaos.requests import Request
 from hycluster.client import AsyncClient
 from hycluster.errors import HyclusterError, Overloaded, Unavailable
-from hycluster.ingress.translate import ERROR_KEY
+from hycluster.ingress.status import ERROR_KEY
 
 CONNECT_TIMEOUT_S = 5.0
 
 
 class ConnectionLost(Unavailable):
-    """A door went away, or there was none: what is asked again then is lost to nobody."""
+    """An ingress process went away, or there was none: what is asked again then is lost to nobody."""
 
 
 class NotDone(HyclusterError):
@@ -40,7 +40,7 @@ class Said:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Reply:
     """A whole answer."""
 
     said: tuple[Said, ...]
@@ -115,7 +115,7 @@ class Reading:
         answer.finish_reason = finish_reason or answer.finish_reason
         answer.logprobs += logprobs
 
-    def whole(self, request: Request) -> Answer:
+    def whole(self, request: Request) -> Reply:
         """The answer, now that the stream has ended.
 
         Raises:
@@ -124,7 +124,7 @@ class Reading:
         if self.usage is None:
             raise NotDone("the stream ended without its last chunk")
         said = (self._answers[index] for index in range(request.sampling.n))
-        return Answer(
+        return Reply(
             tuple(
                 Said(
                     "".join(a.text),
@@ -139,17 +139,17 @@ class Reading:
 
 
 async def by_grpc(target: str, model: str, request: Request, reading: Reading) -> None:
-    """Ask at the gRPC door.
+    """Ask at the gRPC ingress.
 
     Raises:
         ConnectionLost: see there.
-        HyclusterError: what the door said.
+        HyclusterError: what the ingress process said.
     """
     ask: dict[str, Any] = (
         {"messages": [{"role": "user", "content": request.prompt}]} if request.chat else {"prompt": request.prompt}
     )
     try:
-        # A connection of its own: doors that share a port get their shares of them.
+        # A connection of its own: ingress processes that share a port get their shares of them.
         async with (
             AsyncClient(target) as client,
             aclosing(client.stream(model, sampling=request.sampling, **ask)) as deltas,
@@ -161,12 +161,12 @@ async def by_grpc(target: str, model: str, request: Request, reading: Reading) -
                 if delta.usage is not None:
                     reading.usage = delta.usage.prompt_tokens, delta.usage.completion_tokens
     except Unavailable as error:
-        if _said_by_door(error.__cause__):
+        if _said_by_ingress(error.__cause__):
             raise
         raise ConnectionLost(error.message) from None
 
 
-def _said_by_door(failure: BaseException | None) -> bool:
+def _said_by_ingress(failure: BaseException | None) -> bool:
     """Else gRPC said so itself, whose connection broke."""
     return isinstance(failure, grpc.aio.AioRpcError) and ERROR_KEY in dict(failure.trailing_metadata() or ())
 
@@ -178,11 +178,11 @@ def http_client() -> httpx.AsyncClient:
 
 
 async def by_http(client: httpx.AsyncClient, url: str, model: str, request: Request, reading: Reading) -> None:
-    """Ask at the HTTP door.
+    """Ask at the HTTP ingress.
 
     Raises:
         ConnectionLost, NotDone: see there.
-        HyclusterError: what the door said; ``Overloaded`` or ``Unavailable`` for 429 and 503.
+        HyclusterError: what the ingress process said; ``Overloaded`` or ``Unavailable`` for 429 and 503.
     """
     path = "chat/completions" if request.chat else "completions"
     try:
@@ -251,7 +251,7 @@ def _read(event: dict[str, Any], reading: Reading) -> None:
 
 
 def _refusal(status: int, text: str, headers: Any) -> HyclusterError:
-    # What stands before a door answers in its own form.
+    # What stands before an ingress process answers in its own form.
     with suppress(ValueError, KeyError, TypeError):
         text = json.loads(text)["error"]["message"]
     kind = {429: Overloaded, 503: Unavailable}.get(status, HyclusterError)

@@ -17,35 +17,51 @@ FEATURES = "n, logprobs, stop"
 
 
 def chaos(
-    model: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the only one served.")] = None,
-    seed: Annotated[int, typer.Option(help="Settles the faults and the requests.")] = 0,
-    count: Annotated[int, typer.Option(min=0, max=10_000, help="Faults in all; 0 tries the answers alone.")] = 10,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="Model; default: the only one served.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of faults and requests: the same seed, the same run.")] = 0,
+    count: Annotated[int, typer.Option(min=0, max=10_000, help="Number of faults; 0 only compares answers.")] = 10,
     every: Annotated[
-        str, typer.Option(metavar="whole|SECONDS", help="When: the pool is whole again, or so many seconds passed.")
+        str,
+        typer.Option(
+            metavar="whole|SECONDS",
+            help="When the next fault comes: once the pool is whole again, or at a fixed interval.",
+        ),
     ] = "whole",
     faults: Annotated[
-        str, typer.Option(metavar="KIND=SHARE,...", help="kill (SIGKILL), stop (SIGSTOP), delay (stop for a moment).")
+        str,
+        typer.Option(
+            metavar="KIND=SHARE,...",
+            help="Mix of faults: kill (SIGKILL), stop (SIGSTOP), delay (stopped for a moment).",
+        ),
     ] = "kill",
     targets: Annotated[
-        str, typer.Option(metavar="PLACE=SHARE,...", help="replica, door, batch (whatever else holds a gateway).")
+        str,
+        typer.Option(
+            metavar="PLACE=SHARE,...", help="What is hit: replica, ingress, batch (other processes with a gateway)."
+        ),
     ] = "replica",
-    together: Annotated[int, typer.Option(min=1, help="In one of the faults, so many replicas at the moment.")] = 1,
+    together: Annotated[int, typer.Option(min=1, help="One of the faults hits this many replicas at once.")] = 1,
     streams: Annotated[
-        int, typer.Option(min=1, max=1_000_000, help="Different requests; each asked at least once.")
+        int, typer.Option(min=1, max=1_000_000, help="Number of different requests; each is sent at least once.")
     ] = 100,
-    concurrency: Annotated[int, typer.Option(min=1, max=10_000, help="Streams at a time.")] = 16,
-    prompt_tokens: Annotated[str, typer.Option(metavar="FROM-TO", help="Lengths of prompts, about.")] = "8-256",
-    output_tokens: Annotated[str, typer.Option(metavar="FROM-TO", help="Lengths of answers.")] = "16-128",
-    doors: Annotated[str, typer.Option(metavar="http,grpc", help="Doors to ask at.")] = "http,grpc",
+    concurrency: Annotated[int, typer.Option(min=1, max=10_000, help="Streams open at a time.")] = 16,
+    prompt_tokens: Annotated[str, typer.Option(metavar="FROM-TO", help="Prompt lengths, roughly.")] = "8-256",
+    output_tokens: Annotated[str, typer.Option(metavar="FROM-TO", help="Output lengths.")] = "16-128",
+    ingresses: Annotated[
+        str, typer.Option("--ingress", metavar="http,grpc", help="Which ingress the requests go to.")
+    ] = "http,grpc",
     leave_out: Annotated[
-        str, typer.Option(metavar="FEATURE,...", help=f"What requests must not use: {FEATURES}.")
+        str, typer.Option(metavar="FEATURE,...", help=f"Features that requests do not use: {FEATURES}.")
     ] = "",
     stop_s: Annotated[
-        float, typer.Option(min=0, help="Seconds after which a stopped process runs on, if it was not replaced before.")
+        float,
+        typer.Option(min=0, help="Seconds after which a stopped process is resumed, if it was not replaced before."),
     ] = 60,
-    delay_s: Annotated[float, typer.Option(min=0, max=60, help="Seconds for which one is delayed.")] = 1,
-    patience_s: Annotated[float, typer.Option(min=1, help="Seconds for one request, repetitions included.")] = 300,
-    recovery_s: Annotated[float, typer.Option(min=1, help="Seconds in which the pool must be whole again.")] = 300,
+    delay_s: Annotated[
+        float, typer.Option(min=0, max=60, help="Seconds for which a delayed process stands still.")
+    ] = 1,
+    patience_s: Annotated[float, typer.Option(min=1, help="Seconds that a request may take, retries included.")] = 300,
+    recovery_s: Annotated[float, typer.Option(min=1, help="Seconds within which the pool must be whole again.")] = 300,
     address: Annotated[
         str | None,
         typer.Option(
@@ -53,10 +69,10 @@ def chaos(
         ),
     ] = None,
     http: Annotated[
-        str | None, typer.Option(metavar="URL", help="The HTTP door; default: that of the cluster.")
+        str | None, typer.Option(metavar="URL", help="The HTTP ingress; default: that of the cluster.")
     ] = None,
     grpc: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="The gRPC door; default: that of the cluster.")
+        str | None, typer.Option(metavar="HOST:PORT", help="The gRPC ingress; default: that of the cluster.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     yes: Yes = False,
@@ -67,12 +83,12 @@ def chaos(
     The requests are asked undisturbed first; under faults greedy and seeded ones must be answered the same.
     Exit codes: 0 nothing failed and nothing was wrong; 1 otherwise; 2 wrong use; 130 interrupted.
     """
-    from hycluster.chaos.schedule import Kind, Where, Wish, pause, weights
+    from hycluster.chaos.schedule import FaultKind, FaultOptions, Where, pause, weights
 
-    wish = Wish(
+    wish = FaultOptions(
         seed=seed,
         count=count,
-        kinds=weights("--faults", faults, Kind),
+        kinds=weights("--faults", faults, FaultKind),
         places=weights("--targets", targets, Where),
         every_s=pause(every),
         together=together,
@@ -80,9 +96,9 @@ def chaos(
     if together > 1 and Where.REPLICA not in wish.places:
         raise SettingsError(f"--together: {together} is without effect; needs --targets replica")
     bounds = _bounds("--prompt-tokens", prompt_tokens), _bounds("--output-tokens", output_tokens)
-    asked = _names("--doors", doors, ("http", "grpc"))
+    asked = _names("--ingress", ingresses, ("http", "grpc"))
     if not asked:
-        raise SettingsError("--doors: must name one or more of http, grpc")
+        raise SettingsError("--ingress: must name one or more of http, grpc")
     left_out = _names("--leave-out", leave_out, tuple(FEATURES.split(", ")))
     if http is not None and not http.startswith(("http://", "https://")):
         raise SettingsError(f"--http: {shown(http)} is not allowed; must begin with http:// or https://")
@@ -92,18 +108,18 @@ def chaos(
 
     from rich.console import Console
 
-    from hycluster.chaos.report import show
-    from hycluster.chaos.run import Plan, run
-    from hycluster.chaos.strikes import Patience
+    from hycluster.chaos.faults import Patience
+    from hycluster.chaos.report import show_report
+    from hycluster.chaos.run import ChaosPlan, run_chaos
 
-    plan = Plan(
+    plan = ChaosPlan(
         faults=wish,
         patience=Patience(stop_s=stop_s, delay_s=delay_s, recovery_s=recovery_s),
         address=address,
         http=http,
         grpc=grpc,
         model=model,
-        doors=[door for door in ("http", "grpc") if door in asked],
+        ingresses=[ingress for ingress in ("http", "grpc") if ingress in asked],
         streams=streams,
         concurrency=concurrency,
         prompt_tokens=bounds[0],
@@ -112,14 +128,14 @@ def chaos(
         patience_s=patience_s,
     )
     try:
-        found = run(plan, lambda line: typer.echo(line, err=True), partial(ask, yes=yes))
+        found = run_chaos(plan, lambda line: typer.echo(line, err=True), partial(ask, yes=yes))
     except KeyboardInterrupt:
         typer.echo("stopped; what was held up runs on", err=True)
         raise typer.Exit(INTERRUPTED) from None
     if as_json:
         typer.echo(json.dumps(found.as_json(), indent=2))
     else:
-        show(found, Console())
+        show_report(found, Console())
     raise typer.Exit(0 if found.well else 1)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hycluster.chaos.ask import Answer, Said
+from hycluster.chaos.ask import Reply, Said
 from hycluster.chaos.requests import Request
 from hycluster.errors import shown
 
@@ -10,7 +10,7 @@ from hycluster.errors import shown
 LOGPROB_TOLERANCE = 0.01
 
 
-def difference(request: Request, expected: Answer, got: Answer) -> str | None:
+def difference(request: Request, expected: Reply, got: Reply) -> str | None:
     """What is wrong with an answer; None if nothing is.
 
     Greedy and seeded answers must be the same: texts, token ids, finish reasons, usage; logprobs within
@@ -53,7 +53,7 @@ def _at(token_ids: tuple[int, ...], index: int) -> object:
     return token_ids[index] if index < len(token_ids) else "none"
 
 
-def ill_formed(request: Request, got: Answer) -> str | None:
+def ill_formed(request: Request, got: Reply) -> str | None:
     """What no answer to this request can be like, whatever was sampled."""
     sampling = request.sampling
     tokens = sum(len(said.token_ids) for said in got.said)

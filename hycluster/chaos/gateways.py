@@ -1,7 +1,7 @@
-"""What the gateways say of carried requests: their counters under ``/metrics``, added up over all doors.
+"""What the gateways say of migrated requests: their counters under ``/metrics``, added up over all ingress processes.
 
-Doors may share a port, so each look meets one of them, as a new connection does. A door that was killed is counted up
-to the last look before; a gateway that was not there at the start began at zero.
+Ingress processes may share a port, so each look meets one of them, as a new connection does. An ingress process that
+was killed is counted up to the last look before; a gateway that was not there at the start began at zero.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 LOOK_EVERY_S = 0.5
-# Looks in which every door is met almost surely, times the number of doors.
-LOOKS_A_DOOR = 25
-_CARRIED, _TOKENS = "hycluster_requests_carried_total", "hycluster_tokens_recomputed_total"
-_PAUSES = "hycluster_carried_pause_seconds_bucket"
+# Looks in which every ingress process is met almost surely, times the number of ingress processes.
+LOOKS_PER_INGRESS_PROCESS = 25
+_MIGRATED, _TOKENS = "hycluster_requests_migrated_total", "hycluster_tokens_recomputed_total"
+_PAUSES = "hycluster_migration_pause_seconds_bucket"
 _Series = tuple[str, float]
 
 
 @dataclass(frozen=True, slots=True)
-class Carried:
+class MigrationTotals:
     """Of all gateways, over the run.
 
     Attributes:
@@ -51,7 +51,7 @@ class Gateways:
     client: httpx.AsyncClient
     http: str
     model: str
-    doors: int
+    ingresses: int
     _first: dict[str, Counter[_Series]] = field(default_factory=dict)
     _last: dict[str, Counter[_Series]] = field(default_factory=dict)
 
@@ -66,8 +66,8 @@ class Gateways:
                 self._last |= await self._look()
             await asyncio.sleep(LOOK_EVERY_S)
 
-    async def end(self) -> Carried | None:
-        """What they have counted since; None if the doors have no such counters."""
+    async def end(self) -> MigrationTotals | None:
+        """What they have counted since; None if the ingress processes have no such counters."""
         self._last |= await self._all()
         if not self._last:
             return None
@@ -78,19 +78,19 @@ class Gateways:
         pauses, below = {}, 0.0
         for bound, count in cumulative:
             pauses[bound], below = int(count - below), count
-        return Carried(
-            int(total[_CARRIED, 0.0]),
+        return MigrationTotals(
+            int(total[_MIGRATED, 0.0]),
             int(total[_TOKENS, 0.0]),
             {bound: count for bound, count in pauses.items() if count},
         )
 
     async def _all(self) -> dict[str, Counter[_Series]]:
-        """Of every door that there is, as well as chance lets it."""
+        """Of every ingress process that there is, as well as chance lets it."""
         found: dict[str, Counter[_Series]] = {}
-        for _ in range(LOOKS_A_DOOR * self.doors):
+        for _ in range(LOOKS_PER_INGRESS_PROCESS * self.ingresses):
             with contextlib.suppress(httpx.HTTPError):
                 found |= await self._look()
-            if len(found) >= self.doors:
+            if len(found) >= self.ingresses:
                 break
         return found
 
@@ -100,7 +100,7 @@ class Gateways:
         found: dict[str, Counter[_Series]] = defaultdict(Counter)
         for family in text_string_to_metric_families(ours + "\n"):
             for sample in family.samples:
-                if sample.name in (_CARRIED, _TOKENS, _PAUSES) and sample.labels.get("model") == self.model:
+                if sample.name in (_MIGRATED, _TOKENS, _PAUSES) and sample.labels.get("model") == self.model:
                     series = sample.name, float(sample.labels.get("le", 0))
                     found[sample.labels["gateway"]][series] = sample.value  # type: ignore[assignment]  # counts, as floats
         return found

@@ -1,4 +1,5 @@
-"""The callers: so many at a time, each patient, each asking again what was not begun or whose door went away."""
+"""The callers: so many at a time, each patient, each asking again what was not begun or whose ingress process went
+away."""
 
 from __future__ import annotations
 
@@ -9,11 +10,12 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from hycluster.chaos.ask import Answer, ConnectionLost, Reading, Trace, by_grpc, by_http
+from hycluster.chaos.ask import ConnectionLost, Reading, Reply, Trace, by_grpc, by_http
 from hycluster.chaos.requests import Request
 from hycluster.errors import HyclusterError, Overloaded, Unavailable
+from hycluster.retries import as_told, retry_context
 
-# Between two attempts, where the door does not say.
+# Between two attempts, where the ingress process does not say; up to twice that.
 PAUSE_S = 0.5
 
 
@@ -29,7 +31,7 @@ class Outcome:
 
     request: Request
     trace: Trace = field(default_factory=Trace)
-    answer: Answer | None = None
+    answer: Reply | None = None
     error: str | None = None
     restarts: int = 0
     refusals: int = 0
@@ -40,7 +42,7 @@ class Caller:
     """Asks one request until it has an answer, or until it is out of patience.
 
     Attributes:
-        http, grpc: URL and ``host:port`` of the doors.
+        http, grpc: URL and ``host:port`` of the ingress processes.
         patience_s: for one request, all attempts together.
     """
 
@@ -51,7 +53,8 @@ class Caller:
     patience_s: float
 
     async def ask(self, request: Request) -> Outcome:
-        """What a door says after the first token counts: such a stream is not asked again, it has failed."""
+        """What an ingress process says after the first token counts: such a stream is not asked again, it has
+        failed."""
         outcome = Outcome(request)
         try:
             async with asyncio.timeout(self.patience_s):
@@ -64,23 +67,33 @@ class Caller:
         return outcome
 
     async def _ask(self, outcome: Outcome) -> None:
-        while True:
-            reading = Reading(outcome.trace)
-            try:
-                if outcome.request.door == "http":
+        reading = Reading(outcome.trace)
+
+        def again(error: Exception) -> float | bool:
+            if isinstance(error, ConnectionLost):
+                outcome.restarts += 1
+            elif isinstance(error, Overloaded | Unavailable) and not reading.begun:
+                outcome.refusals += 1
+            else:
+                return False
+            return as_told(error)
+
+        async for attempt in retry_context(
+            again,
+            attempts=None,
+            timeout=None,
+            wait_initial=PAUSE_S,
+            wait_exp_base=1,
+            wait_jitter=PAUSE_S,
+            wait_max=2 * PAUSE_S,
+        ):
+            with attempt:
+                reading = Reading(outcome.trace)
+                if outcome.request.ingress == "http":
                     await by_http(self.client, self.http, self.model, outcome.request, reading)
                 else:
                     await by_grpc(self.grpc, self.model, outcome.request, reading)
                 outcome.answer = reading.whole(outcome.request)
-                return
-            except ConnectionLost:
-                outcome.restarts += 1
-                await asyncio.sleep(PAUSE_S)
-            except (Overloaded, Unavailable) as error:
-                if reading.begun:
-                    raise
-                outcome.refusals += 1
-                await asyncio.sleep(error.retry_after_s or PAUSE_S)
 
 
 Ask = Callable[[Request], Awaitable[Outcome]]

@@ -1,4 +1,4 @@
-"""Whether the model's pool and the doors are whole, as the directory and the nodes say."""
+"""Whether the model's pool and the ingress processes are whole, as the directory and the nodes say."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from hycluster.errors import InvalidInput, Unavailable
 from hycluster.settings.model import Model
 
 ANSWER_TIMEOUT_S = 10.0
-ASKER = "chaos"
 
 
 @dataclass(frozen=True, slots=True)
-class Members:
+class PoolMembers:
     """Who is there.
 
     Attributes:
         replicas: who takes requests: names of groups, and ids of replicas of one engine.
-        gateways: ids of those that follow the directory, a door's among them.
+        gateways: ids of those that follow the directory, an ingress process's among them.
     """
 
     wanted: int
@@ -34,7 +33,7 @@ class Members:
     def whole(self) -> bool:
         return len(self.replicas) >= self.wanted
 
-    def whole_without(self, before: Members, gone: int) -> bool:
+    def whole_without(self, before: PoolMembers, gone: int) -> bool:
         """Whether as many as are wanted are there, without ``gone`` of those before.
 
         The directory may name one that is dead for some seconds more, so that successors are counted.
@@ -61,11 +60,10 @@ def served_model(name: str) -> Model:
     return model
 
 
-def members(model: Model) -> Members | None:
+def members(model: Model) -> PoolMembers | None:
     """Who is there; None while the directory does not answer."""
     try:
-        # As a gateway that has nothing outstanding and knows no adapters.
-        asked: Any = find_directory().sync.remote(model.name, ASKER, {}, {})
+        asked: Any = find_directory().view.remote(model.name)
         view: PoolView = ray.get(asked, timeout=ANSWER_TIMEOUT_S)
     except (ValueError, ray.exceptions.RayError):
         return None
@@ -73,18 +71,18 @@ def members(model: Model) -> Members | None:
     gateways = frozenset(gateway for report in view.replicas for gateway in report.load.outstanding_tokens)
     # A pool that follows its load is whole when it has what it is to have now.
     wanted = view.scaling.target if view.scaling else model.replicas.count
-    return Members(wanted, there, gateways - {ASKER})
+    return PoolMembers(wanted, there, gateways)
 
 
 @dataclass(frozen=True, slots=True)
-class Doors:
-    """How many doors there are to be, and the ports that each listens on."""
+class IngressProcesses:
+    """How many ingress processes there are to be, and the ports that each listens on."""
 
     wanted: int
     ports: tuple[int, ...]
 
     def whole_without(
-        self, targets: Targets, stopped: Sequence[Target], before: Members, now: Members, gone: int
+        self, targets: Targets, stopped: Sequence[Target], before: PoolMembers, now: PoolMembers, gone: int
     ) -> bool:
         """Whether as many as are wanted listen, without those that are stopped, and follow the directory.
 
@@ -94,4 +92,4 @@ class Doors:
         if len(now.gateways - before.gateways) < gone:
             return False
         held_up = {target.actor_id for target in stopped}
-        return sum(door.actor_id not in held_up for door in targets.listening(self.ports)) >= self.wanted
+        return sum(ingress.actor_id not in held_up for ingress in targets.listening(self.ports)) >= self.wanted

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from hycluster.chaos.compare import difference, ill_formed
-from hycluster.chaos.gateways import Carried
+from hycluster.chaos.faults import InjectedFault
+from hycluster.chaos.gateways import MigrationTotals
 from hycluster.chaos.load import Outcome
-from hycluster.chaos.strikes import Strike
 
 MOST_SHOWN = 20
 
@@ -50,8 +50,8 @@ class Report:
         faults: processes hit, by kind and place.
         whole_after_s: by kind and place, from the fault until all was whole again.
         not_whole: faults after which it did not become whole again.
-        not_struck: faults that found nobody to hit.
-        pause_s: of carried requests, by their gateways.
+        not_injected: faults that found nobody to hit.
+        pause_s: of migrated requests, by their gateways.
     """
 
     model: str
@@ -69,10 +69,10 @@ class Report:
     gap_at_fault_s: Spread
     streams_at_fault: int
     faults: dict[str, int]
-    not_struck: int
+    not_injected: int
     not_whole: int
     whole_after_s: dict[str, Spread]
-    carried: Carried | None
+    migrated: MigrationTotals | None
     pause_s: Spread | None
     prompt_tokens: int
     completion_tokens: int
@@ -87,9 +87,9 @@ class Report:
         return {**asdict(self), "well": self.well}
 
 
-def report(
-    model: str, seed: int, reference: Sequence[Outcome], outcomes: Sequence[Outcome], strikes: Sequence[Strike],
-    carried: Carried | None, seconds: float,
+def compare_outcomes(
+    model: str, seed: int, reference: Sequence[Outcome], outcomes: Sequence[Outcome],
+    injections: Sequence[InjectedFault], migrated: MigrationTotals | None, seconds: float,
 ) -> Report:  # fmt: skip
     """Compare and add up.
 
@@ -105,7 +105,7 @@ def report(
             continue
         if what := difference(outcome.request, undisturbed, outcome.answer):
             wrong.append(f"{outcome.request}: {what}")
-    struck = [strike for strike in strikes if strike.hit]
+    effective = [injected for injected in injections if injected.hit]
     return Report(
         model=model,
         seed=seed,
@@ -119,24 +119,24 @@ def report(
         refused=sum(outcome.refusals > 0 for outcome in outcomes),
         gap_undisturbed_s=Spread.of([outcome.trace.longest_gap_s() for outcome in reference]),
         gap_s=Spread.of([outcome.trace.longest_gap_s() for outcome in outcomes]),
-        gap_at_fault_s=Spread.of(at_fault := gaps_at_faults(outcomes, [strike.at_s for strike in struck])),
+        gap_at_fault_s=Spread.of(at_fault := gaps_at_faults(outcomes, [injected.at_s for injected in effective])),
         streams_at_fault=len(at_fault),
-        faults=dict(Counter(_name(strike) for strike in struck for _ in strike.hit)),
-        not_struck=len(strikes) - len(struck),
-        not_whole=sum(strike.before is not None and strike.whole_after_s is None for strike in struck),
+        faults=dict(Counter(_name(injected) for injected in effective for _ in injected.hit)),
+        not_injected=len(injections) - len(effective),
+        not_whole=sum(injected.before is not None and injected.whole_after_s is None for injected in effective),
         whole_after_s={
-            name: Spread.of([s.whole_after_s for s in struck if s.whole_after_s is not None and _name(s) == name])
-            for name in sorted({_name(s) for s in struck if s.whole_after_s is not None})
+            name: Spread.of([s.whole_after_s for s in effective if s.whole_after_s is not None and _name(s) == name])
+            for name in sorted({_name(s) for s in effective if s.whole_after_s is not None})
         },
-        carried=carried,
-        pause_s=Spread(carried.pause_s(0.5), carried.pause_s(0.99), carried.pause_s(1)) if carried else None,
+        migrated=migrated,
+        pause_s=Spread(migrated.pause_s(0.5), migrated.pause_s(0.99), migrated.pause_s(1)) if migrated else None,
         prompt_tokens=sum(o.answer.prompt_tokens for o in outcomes if o.answer),
         completion_tokens=sum(o.answer.completion_tokens for o in outcomes if o.answer),
     )
 
 
-def _name(strike: Strike) -> str:
-    return f"{strike.fault.kind} {strike.fault.where}"
+def _name(injected: InjectedFault) -> str:
+    return f"{injected.fault.kind} {injected.fault.where}"
 
 
 def _reference_failures(reference: Sequence[Outcome]) -> list[str]:
@@ -158,7 +158,7 @@ def gaps_at_faults(outcomes: Sequence[Outcome], faults_s: Sequence[float]) -> li
     ]
 
 
-def show(found: Report, console: Console) -> None:
+def show_report(found: Report, console: Console) -> None:
     """The table, and below it what failed or was wrong."""
     table = Table(title=f"chaos on {found.model}, seed {found.seed}", show_header=False, title_justify="left")
     table.add_column()
@@ -191,19 +191,19 @@ def _rows(found: Report) -> list[tuple[str, str]]:
         ("  under faults", _spread(found.gap_s)),
         (f"  of {found.streams_at_fault} streams open at a fault", _spread(found.gap_at_fault_s)),
     ]
-    if found.carried is not None and found.pause_s is not None:
+    if found.migrated is not None and found.pause_s is not None:
         tokens = found.prompt_tokens + found.completion_tokens
-        share = found.carried.tokens_recomputed / tokens if tokens else 0
+        share = found.migrated.tokens_recomputed / tokens if tokens else 0
         rows += [
-            (f"  of {found.carried.requests} carried requests", _spread(found.pause_s)),
+            (f"  of {found.migrated.requests} migrated requests", _spread(found.pause_s)),
             ("tokens", str(tokens)),
-            ("  computed twice", f"{found.carried.tokens_recomputed} ({share:.2%})"),
+            ("  computed twice", f"{found.migrated.tokens_recomputed} ({share:.2%})"),
         ]
     else:
-        rows.append(("tokens computed twice", "these doors do not count them"))
+        rows.append(("tokens computed twice", "these ingress processes do not count them"))
     rows += [(f"faults: {name}", str(count)) for name, count in sorted(found.faults.items())]
-    if found.not_struck:
-        rows.append(("faults that found nobody to hit", str(found.not_struck)))
+    if found.not_injected:
+        rows.append(("faults that found nobody to hit", str(found.not_injected)))
     if found.whole_after_s:
         rows.append((f"whole again after s {_SPREAD}", ""))
         rows += [(f"  {name}", _spread(spread)) for name, spread in found.whole_after_s.items()]

@@ -9,7 +9,7 @@ from typing import Literal
 
 from hycluster.core import Sampling
 
-Door = Literal["http", "grpc"]
+Ingress = Literal["http", "grpc"]
 FEATURES = "n", "logprobs", "stop"
 WORDS = (  # noqa: SIM905 - easier to read
     "the river carries stones from hills to sea and nobody counts them while night trains pass over an old bridge"
@@ -29,7 +29,7 @@ class Request:
     """
 
     number: int
-    door: Door
+    ingress: Ingress
     chat: bool
     prompt: str
     sampling: Sampling
@@ -43,7 +43,13 @@ class Request:
         s = self.sampling
         how = "greedy" if s.temperature == 0 else "unseeded" if s.seed is None else f"seed {s.seed}"
         extras = [f"n {s.n}"] * (s.n > 1) + [f"logprobs {s.logprobs}"] * (s.logprobs is not None)
-        words = [self.door, "chat" if self.chat else "completion", how, *extras, *(f"stop {word!r}" for word in s.stop)]
+        words = [
+            self.ingress,
+            "chat" if self.chat else "completion",
+            how,
+            *extras,
+            *(f"stop {word!r}" for word in s.stop),
+        ]
         return f"request {self.number} ({', '.join(words)}, at most {s.max_tokens} tokens)"
 
 
@@ -52,7 +58,7 @@ class Mix:
     """What the requests are like.
 
     Attributes:
-        doors: which doors they come to, in turn.
+        ingress processes: which ingress processes they come to, in turn.
         prompt_tokens, output_tokens: from, to.
         tokens_a_word: of the model's tokenizer, on ``WORDS``.
         features: of ``FEATURES``; some requests use them.
@@ -60,7 +66,7 @@ class Mix:
 
     seed: int
     count: int
-    doors: Sequence[Door] = ("http", "grpc")
+    ingresses: Sequence[Ingress] = ("http", "grpc")
     prompt_tokens: tuple[int, int] = (8, 256)
     output_tokens: tuple[int, int] = (16, 128)
     tokens_a_word: float = 1.3
@@ -84,7 +90,7 @@ def _request(mix: Mix, number: int, draw: random.Random) -> Request:
     greedy = how < GREEDY
     return Request(
         number=number,
-        door=mix.doors[number % len(mix.doors)],
+        ingress=mix.ingresses[number % len(mix.ingresses)],
         chat=draw.random() < 0.5,
         prompt=prompt,
         sampling=Sampling(

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from hycluster import cluster
 from hycluster.app import deployment_name
 from hycluster.chaos.ask import http_client
+from hycluster.chaos.faults import FaultInjector, Patience
 from hycluster.chaos.gateways import Gateways
 from hycluster.chaos.load import Caller, drive, over_and_over
-from hycluster.chaos.pool import Doors, members, served_model
-from hycluster.chaos.report import Report, report
-from hycluster.chaos.requests import WORDS, Door, Mix, requests
-from hycluster.chaos.schedule import Wish, schedule
-from hycluster.chaos.strikes import Patience, Striker
+from hycluster.chaos.pool import IngressProcesses, members, served_model
+from hycluster.chaos.report import Report, compare_outcomes
+from hycluster.chaos.requests import WORDS, Ingress, Mix, requests
+from hycluster.chaos.schedule import FaultOptions, schedule
 from hycluster.chaos.targets import Targets
 from hycluster.client import AsyncClient
-from hycluster.door import DoorAddresses
+from hycluster.door import IngressAddresses
 from hycluster.errors import InvalidInput, Unavailable
 from hycluster.serving import running_service
 
@@ -29,23 +29,24 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ChaosPlan:
     """What to do, as the command line says it.
 
     Attributes:
-        address, http, grpc: of the Ray cluster and its doors; None is what is found, see ``cluster.connect``.
+        address, http, grpc: of the Ray cluster and its ingress processes; None is what is found, see
+            ``cluster.join_cluster``.
         model: None is the only one served.
         streams: different requests.
         patience_s: for one request.
     """
 
-    faults: Wish
+    faults: FaultOptions
     patience: Patience
     address: str | None
     http: str | None
     grpc: str | None
     model: str | None
-    doors: Sequence[Door]
+    ingresses: Sequence[Ingress]
     streams: int
     concurrency: int
     prompt_tokens: tuple[int, int]
@@ -54,7 +55,7 @@ class Plan:
     patience_s: float
 
 
-def run(plan: Plan, say: Say, consent: Say) -> Report:
+def run_chaos(plan: ChaosPlan, say: Say, consent: Say) -> Report:
     """Do it.
 
     Args:
@@ -65,10 +66,12 @@ def run(plan: Plan, say: Say, consent: Say) -> Report:
         InvalidInput, UnknownModel: the model is not served, or its context is too short for the requests.
         Unavailable: it is not whole before the first fault.
     """
-    found = running_service.find(cluster.connect(plan.address))
+    found = running_service.find_service(cluster.join_cluster(plan.address))
     where = found.addresses
     if where is None:
-        raise Unavailable("health: the doors are open, but a request would not succeed now; wait until it would")
+        raise Unavailable(
+            "health: the ingress processes are open, but a request would not succeed now; wait until it would"
+        )
     if plan.faults.count:
         kinds, places = ", ".join(plan.faults.kinds), ", ".join(plan.faults.places)
         consent(f"{found}\n{plan.faults.count} faults ({kinds}) hit processes of it ({places}) under load")
@@ -78,64 +81,69 @@ def run(plan: Plan, say: Say, consent: Say) -> Report:
     return asyncio.run(_run(plan, http.rstrip("/"), grpc, _ports(where), say))
 
 
-def _ports(where: DoorAddresses) -> tuple[int, ...]:
+def _ports(where: IngressAddresses) -> tuple[int, ...]:
     return tuple(int(address.rpartition(":")[2]) for address in (where.http, where.grpc))
 
 
-async def _run(plan: Plan, http: str, grpc: str, ports: tuple[int, ...], say: Say) -> Report:
+async def _run(plan: ChaosPlan, http: str, grpc: str, ports: tuple[int, ...], say: Say) -> Report:
     mix, name = await _mix(plan, grpc)
     asked = requests(mix)
     model = await asyncio.to_thread(served_model, name)
     targets = Targets(deployment_name(model))
     try:
-        there, doors = await asyncio.to_thread(members, model), await asyncio.to_thread(targets.listening, ports)
-        if there is None or not there.whole or not doors:
+        there, ingresses = await asyncio.to_thread(members, model), await asyncio.to_thread(targets.listening, ports)
+        if there is None or not there.whole or not ingresses:
             ready, wanted = (len(there.replicas), there.wanted) if there else (0, model.replicas.count)
             raise Unavailable(
-                f"model: {name!r} has {ready} of {wanted} replicas and {len(doors)} doors before the"
+                f"model: {name!r} has {ready} of {wanted} replicas and {len(ingresses)} ingress processes before the"
                 " first fault; wait until it is whole"
             )
-        striker = Striker(
-            targets, model, Doors(len(doors), ports), plan.patience, wait=plan.faults.every_s is None, say=say
+        injector = FaultInjector(
+            targets,
+            model,
+            IngressProcesses(len(ingresses), ports),
+            plan.patience,
+            wait=plan.faults.every_s is None,
+            say=say,
         )
         async with http_client() as client:
             caller = Caller(client, http, grpc, name, plan.patience_s)
             say(f"{len(asked)} requests undisturbed")
             reference = await drive(caller.ask, asked, plan.concurrency)
             say(f"the same under {plan.faults.count} faults")
-            gateways = Gateways(client, http, model.name, len(doors))
+            gateways = Gateways(client, http, model.name, len(ingresses))
             await gateways.begin()
             begun_s = time.monotonic()
-            async with _striking(striker, plan.faults) as over:
+            async with _injecting(injector, plan.faults) as over:
                 watching = asyncio.create_task(gateways.watch())
                 outcomes = await drive(caller.ask, over_and_over(asked, over.is_set), plan.concurrency)
                 seconds = time.monotonic() - begun_s
                 await _cancelled(watching)
-            carried = await gateways.end()
+            migrated = await gateways.end()
     finally:
         await asyncio.to_thread(targets.close)
-    return report(name, plan.faults.seed, reference, outcomes, striker.strikes, carried, seconds)
+    return compare_outcomes(name, plan.faults.seed, reference, outcomes, injector.injections, migrated, seconds)
 
 
 @contextlib.asynccontextmanager
-async def _striking(striker: Striker, wish: Wish) -> AsyncIterator[asyncio.Event]:
+async def _injecting(injector: FaultInjector, wish: FaultOptions) -> AsyncIterator[asyncio.Event]:
     """Carry out the faults meanwhile; the event is set when they are over. Leaving ends them, and waits for that."""
     stopping, over, faults = threading.Event(), asyncio.Event(), schedule(wish)
     if not faults:
         over.set()
 
-    async def strike() -> None:
+    async def inject() -> None:
         try:
-            await asyncio.to_thread(striker.run, faults, stopping)
+            await asyncio.to_thread(injector.run, faults, stopping)
         finally:
             over.set()
 
-    striking = asyncio.create_task(strike())
+    injecting = asyncio.create_task(inject())
     try:
         yield over
     finally:
         stopping.set()
-        await striking
+        await injecting
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:
@@ -144,7 +152,7 @@ async def _cancelled(task: asyncio.Task[None]) -> None:
         await task
 
 
-async def _mix(plan: Plan, grpc: str) -> tuple[Mix, str]:
+async def _mix(plan: ChaosPlan, grpc: str) -> tuple[Mix, str]:
     """The requests' mix, and the model's name."""
     async with AsyncClient(grpc) as client:
         cards = {card.name: card for card in await client.list_models(timeout_s=30)}
@@ -157,7 +165,7 @@ async def _mix(plan: Plan, grpc: str) -> tuple[Mix, str]:
     mix = Mix(
         seed=plan.faults.seed,
         count=plan.streams,
-        doors=plan.doors,
+        ingresses=plan.ingresses,
         prompt_tokens=plan.prompt_tokens,
         output_tokens=plan.output_tokens,
         tokens_a_word=count / len(WORDS),

@@ -18,7 +18,7 @@ T = TypeVar("T")
 N = TypeVar("N", bound=StrEnum)
 
 
-class Kind(StrEnum):
+class FaultKind(StrEnum):
     """What is done to a process: SIGKILL; SIGSTOP for long; SIGSTOP for a moment."""
 
     KILL = "kill"
@@ -27,10 +27,11 @@ class Kind(StrEnum):
 
 
 class Where(StrEnum):
-    """What is hit: any process of a replica; a door; any other process that holds a gateway (batches, batch jobs)."""
+    """What is hit: any process of a replica; an ingress process; any other process that holds a gateway (batches, batch
+    jobs)."""
 
     REPLICA = "replica"
-    DOOR = "door"
+    INGRESS = "ingress"
     BATCH = "batch"
 
 
@@ -52,7 +53,7 @@ class Fault:
     """
 
     number: int
-    kind: Kind
+    kind: FaultKind
     where: Where
     pause_s: float
     picks: tuple[Pick, ...]
@@ -64,7 +65,7 @@ class Fault:
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class FaultOptions:
     """What faults one wants.
 
     Attributes:
@@ -76,7 +77,7 @@ class Wish:
 
     seed: int = 0
     count: int = 10
-    kinds: Mapping[Kind, float] = field(default_factory=lambda: {Kind.KILL: 1.0})
+    kinds: Mapping[FaultKind, float] = field(default_factory=lambda: {FaultKind.KILL: 1.0})
     places: Mapping[Where, float] = field(default_factory=lambda: {Where.REPLICA: 1.0})
     every_s: float | None = None
     together: int = 1
@@ -86,7 +87,7 @@ class Wish:
 PAUSE_S = 1.0, 3.0
 
 
-def schedule(wish: Wish) -> list[Fault]:
+def schedule(wish: FaultOptions) -> list[Fault]:
     """The faults of a wish, in their order."""
     draw = random.Random(wish.seed)
     kinds, places = _shares(wish.kinds, wish.count), _shares(wish.places, wish.count)

@@ -36,7 +36,7 @@ ANSWER_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Process:
+class TargetProcess:
     """A process of the cluster. ``begun_s`` tells it from a later one of the same number."""
 
     node_id: str
@@ -63,18 +63,18 @@ class Hand:
     def __init__(self, node_id: str) -> None:
         self._node_id = node_id
 
-    def processes(self, pid: int, role: str) -> list[Process]:
+    def processes(self, pid: int, role: str) -> list[TargetProcess]:
         """A process and the tensor and pipeline workers below it; none if it has gone."""
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(pid)
             workers = [p for p in process.children(recursive=True) if " ".join(p.cmdline()).startswith(_WORKERS)]
             return [
-                Process(self._node_id, p.pid, p.create_time(), "worker" if p in workers else role)
+                TargetProcess(self._node_id, p.pid, p.create_time(), "worker" if p in workers else role)
                 for p in (process, *workers)
             ]
         return []
 
-    def send(self, process: Process, number: int, resume_after_s: float | None = None) -> bool:
+    def send(self, process: TargetProcess, number: int, resume_after_s: float | None = None) -> bool:
         """Send a signal, and SIGCONT after a while if that is wished; False if the process has gone before."""
         if not self._is_there(process):
             return False
@@ -86,7 +86,7 @@ class Hand:
         return True
 
     @staticmethod
-    def _is_there(process: Process) -> bool:
+    def _is_there(process: TargetProcess) -> bool:
         with contextlib.suppress(psutil.NoSuchProcess):
             return psutil.Process(process.pid).create_time() == process.begun_s
         return False
@@ -130,7 +130,7 @@ class Targets:
         name = actor["Name"] or ""
         if name.startswith(_SERVE_NAME):
             deployment = name.removeprefix(_SERVE_NAME).partition("#")[0]
-            return {self._deployment: Where.REPLICA, "door": Where.DOOR, "batches": Where.BATCH}.get(deployment)
+            return {self._deployment: Where.REPLICA, "ingress": Where.INGRESS, "batches": Where.BATCH}.get(deployment)
         return Where.BATCH if _READERS in actor["ActorClassName"] else None
 
     @staticmethod
@@ -151,25 +151,25 @@ class Targets:
         actor = state.actors(target.actor_id)
         return bool(actor) and actor["State"] == "ALIVE"
 
-    def processes(self, target: Target) -> list[Process]:
+    def processes(self, target: Target) -> list[TargetProcess]:
         """Its processes, its own first, then its ranks', each with the workers below it."""
         asked = [self.hand(target.node_id).processes.remote(target.pid, str(target.where))]
         asked += [self.hand(node).processes.remote(pid, "rank") for node, pid in target.ranks]
-        found: list[list[Process]] = ray.get(asked, timeout=ANSWER_TIMEOUT_S)
+        found: list[list[TargetProcess]] = ray.get(asked, timeout=ANSWER_TIMEOUT_S)
         return [process for processes in found for process in processes]
 
-    def send(self, processes: Sequence[Process], number: int, resume_after_s: float | None = None) -> list[bool]:
+    def send(self, processes: Sequence[TargetProcess], number: int, resume_after_s: float | None = None) -> list[bool]:
         """Send all of them a signal, at the same moment; see :meth:`Hand.send`."""
         sent = [self.hand(p.node_id).send.remote(p, number, resume_after_s) for p in processes]
         done: list[bool] = ray.get(sent, timeout=ANSWER_TIMEOUT_S + (resume_after_s or 0))
         return done
 
     def listening(self, ports: Sequence[int]) -> list[Target]:
-        """The doors that listen on these ports."""
-        doors = self.find(Where.DOOR)
-        asked = [self.hand(door.node_id).listens.remote(door.pid, ports) for door in doors]
+        """The ingress processes that listen on these ports."""
+        ingresses = self.find(Where.INGRESS)
+        asked = [self.hand(ingress.node_id).listens.remote(ingress.pid, ports) for ingress in ingresses]
         answers: list[bool] = ray.get(asked, timeout=ANSWER_TIMEOUT_S)
-        return [door for door, listens in zip(doors, answers, strict=True) if listens]
+        return [ingress for ingress, listens in zip(ingresses, answers, strict=True) if listens]
 
     def close(self) -> None:
         """End the actors."""

@@ -1,5 +1,8 @@
 """Which replicas there are: one small Ray actor that replicas report to and gateways ask.
 
+Who only looks calls ``view`` (one pool), ``overview`` (all pools), ``models`` or ``find``; none of these changes a
+thing.
+
 All of its state is soft. Replicas report twice a second; one that has not for a while is dropped.
 Losing the directory loses nothing: Ray starts it again, the next reports fill it, and gateways go on
 with what they last heard.
@@ -10,15 +13,15 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.actor import ActorHandle
 
-from hycluster.adapters import AdapterTable, Word
-from hycluster.core import ReplicaAddress, ReplicaLoad
+from hycluster.adapters import AdapterEntry, AdapterTable
+from hycluster.core import ReplicaAddress, ReplicaLoad, StartTrouble
 from hycluster.directory.autoscaling import PoolLoad, Scaling
-from hycluster.directory.starts import Starts, StartTrouble
+from hycluster.directory.starts import Starts
 from hycluster.settings.model import Model
 
 NAMESPACE = "hycluster"
@@ -60,7 +63,7 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class PoolView:
-    """What a gateway is told of one model's pool. Loads carry the outstanding tokens of all gateways.
+    """What there is to know of one model's pool. Loads carry the outstanding tokens of all gateways.
 
     Attributes:
         scaling: what its scaler last decided; None if it has said nothing, or the pool's size is fixed.
@@ -69,7 +72,7 @@ class PoolView:
 
     model: Model | None
     replicas: list[ReplicaReport]
-    adapters: dict[str, Word] = field(default_factory=dict)
+    adapters: dict[str, AdapterEntry] = field(default_factory=dict)
     scaling: Scaling | None = None
     trouble: StartTrouble | None = None
 
@@ -91,14 +94,19 @@ class Overview:
     asleep: frozenset[str] = frozenset()
 
 
+Words = TypeVar("Words")
+# When somebody said something, and what.
+_Said = tuple[float, Words]
+
+
 @dataclass(slots=True)
 class _Pool:
     model: Model | None = None
-    reports: dict[str, tuple[float, ReplicaReport]] = field(default_factory=dict)
-    outstanding: dict[str, tuple[float, dict[str, int]]] = field(default_factory=dict)
+    reports: dict[str, _Said[ReplicaReport]] = field(default_factory=dict)
+    outstanding: dict[str, _Said[dict[str, int]]] = field(default_factory=dict)
     adapters: AdapterTable = field(default_factory=AdapterTable)
-    demands: dict[str, tuple[float, Demand]] = field(default_factory=dict)
-    scaling: tuple[float, Scaling] | None = None
+    demands: dict[str, _Said[Demand]] = field(default_factory=dict)
+    scaling: _Said[Scaling] | None = None
     starts: Starts = field(default_factory=Starts)
 
 
@@ -148,7 +156,7 @@ class Directory:
         model: str,
         gateway_id: str,
         outstanding: dict[str, int],
-        adapters: dict[str, Word] | None = None,
+        adapters: dict[str, AdapterEntry] | None = None,
         demand: Demand | None = None,
     ) -> PoolView:
         """A gateway says what it has outstanding on each replica and which adapters it knows, and hears of the pool.
@@ -160,14 +168,22 @@ class Directory:
         if demand is not None:
             self._want(gateway_id, demand, now)
         pool = self._pools.get(model)
+        if pool is not None:
+            pool.adapters.merge(adapters or {})
+            pool.outstanding[gateway_id] = (now, outstanding)
+            pool.outstanding = _recent(pool.outstanding, now)
+            pool.reports = _recent(pool.reports, now)
+        return self.view(model)
+
+    def view(self, model: str) -> PoolView:
+        """What is known of a model's pool, for whoever asks: looking changes nothing."""
+        now = time.monotonic()
+        pool = self._pools.get(model)
         if pool is None:
             return PoolView(None, [])
-        pool.adapters.merge(adapters or {})
-        pool.outstanding[gateway_id] = (now, outstanding)
-        pool.outstanding = {g: said for g, said in pool.outstanding.items() if now - said[0] < FORGET_AFTER_S}
-        pool.reports = {r: said for r, said in pool.reports.items() if now - said[0] < FORGET_AFTER_S}
-        reports = [self._with_outstanding(pool, report) for _, report in pool.reports.values()]
-        scaling = pool.scaling[1] if pool.scaling and now - pool.scaling[0] < FORGET_AFTER_S else None
+        outstanding = _recent(pool.outstanding, now)
+        reports = [_with_outstanding(report, outstanding) for _, report in _recent(pool.reports, now).values()]
+        scaling = pool.scaling[1] if pool.scaling and _is_recent(pool.scaling, now) else None
         return PoolView(pool.model, reports, pool.adapters.words, scaling, pool.starts.trouble)
 
     def _want(self, gateway_id: str, demand: Demand, now: float) -> None:
@@ -182,9 +198,9 @@ class Directory:
         now = time.monotonic()
         pool = self._pools.setdefault(model, _Pool())
         pool.scaling = (now, scaling)
-        pool.demands = {g: said for g, said in pool.demands.items() if now - said[0] < FORGET_AFTER_S}
+        pool.demands = _recent(pool.demands, now)
         demands = [demand for _, demand in pool.demands.values()]
-        reports = [report for at, report in pool.reports.values() if now - at < FORGET_AFTER_S]
+        reports = [report for _, report in _recent(pool.reports, now).values()]
         return PoolLoad(
             gateways=len(demands),
             waiting_requests=sum(demand.waiting_requests for demand in demands),
@@ -215,7 +231,7 @@ class Directory:
             frozenset(
                 name
                 for name, pool in self._pools.items()
-                if pool.scaling and now - pool.scaling[0] < FORGET_AFTER_S and pool.scaling[1].target == 0
+                if pool.scaling and _is_recent(pool.scaling, now) and pool.scaling[1].target == 0
             ),
         )
 
@@ -225,18 +241,27 @@ class Directory:
             name: len(
                 {
                     report.group or report.address.replica_id
-                    for at, report in pool.reports.values()
-                    if report.accepting and now - at < FORGET_AFTER_S
+                    for _, report in _recent(pool.reports, now).values()
+                    if report.accepting
                 }
             )
             for name, pool in self._pools.items()
         }
 
-    @staticmethod
-    def _with_outstanding(pool: _Pool, report: ReplicaReport) -> ReplicaReport:
-        replica_id = report.address.replica_id
-        tokens = {gateway: said.get(replica_id, 0) for gateway, (_, said) in pool.outstanding.items()}
-        return replace(report, load=replace(report.load, outstanding_tokens=tokens))
+
+def _is_recent(said: _Said[Any], now: float) -> bool:
+    return now - said[0] < FORGET_AFTER_S
+
+
+def _recent(said: dict[str, _Said[Words]], now: float) -> dict[str, _Said[Words]]:
+    """Without those who have been silent for too long."""
+    return {who: words for who, words in said.items() if _is_recent(words, now)}
+
+
+def _with_outstanding(report: ReplicaReport, outstanding: dict[str, _Said[dict[str, int]]]) -> ReplicaReport:
+    replica_id = report.address.replica_id
+    tokens = {gateway: said.get(replica_id, 0) for gateway, (_, said) in outstanding.items()}
+    return replace(report, load=replace(report.load, outstanding_tokens=tokens))
 
 
 def open_directory(name: str = SHARED_DIRECTORY) -> ActorHandle[Any]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
+from hycluster.core import StartTrouble
 from hycluster.errors import SettingsError
 
 # By itself Serve gives a deployment up for good after three starts a replica that fail, as long as none has succeeded.
@@ -18,30 +18,6 @@ ENDLESS = 1_000_000
 CONTROLLER_OPTIONS = {"runtime_env": {"env_vars": {"RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": str(ENDLESS)}}}
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 DIED_SILENTLY = "its process ended while it started; Ray's log of it may say why"
-
-
-@dataclass(frozen=True, slots=True)
-class StartTrouble:
-    """Why a model has fewer replicas than it is to have.
-
-    Attributes:
-        failures: starts that failed since one succeeded.
-        kind: name of the last one's error.
-        reason: the last one's, in one line.
-        retry_in_s: when the next start begins; 0 while one runs.
-        hopeless: every start of every replica ended with a SettingsError; trying again would not change that.
-    """
-
-    failures: int
-    kind: str
-    reason: str
-    retry_in_s: float
-    hopeless: bool = False
-
-    def told(self) -> str:
-        """In one line."""
-        starts = "a replica did not start" if self.failures == 1 else f"{self.failures} starts of replicas failed"
-        return f"{starts}: {self.reason}"
 
 
 class Starts:

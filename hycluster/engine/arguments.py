@@ -77,7 +77,7 @@ def engine_arguments(model: Model, model_path: str, place: GroupRank | None = No
             "kv_cache_memory_bytes": int(model.hardware.kv_cache_gib * GIB),
         }
         if model.parallel.pipeline > 1:
-            arguments["worker_cls"] = "hycluster.engine.cpu_pipeline.PipelineWorker"
+            arguments["worker_cls"] = "hycluster.engine.patches.cpu_pipeline.PipelineWorker"
     arguments |= _eplb(model, place)
     return arguments | adapter_arguments(model) | _kv_offload(model) | model.engine | _routing(model)
 
@@ -166,7 +166,7 @@ def _kv_offload(model: Model) -> dict[str, Any]:
         raise SettingsError(f"{where}: needs prefix caching; remove engine.enable_prefix_caching")
     store: dict[str, Any] = {"cpu_bytes_to_use": int(model.hardware.kv_offload_gib * GIB)}
     if model.hardware.accelerator is None:
-        store |= {"spec_name": "HostOffloadingSpec", "spec_module_path": "hycluster.engine.kv_offload"}
+        store |= {"spec_name": "HostOffloadingSpec", "spec_module_path": "hycluster.engine.patches.kv_offload"}
     connector = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": store}
     return {"kv_transfer_config": connector, "enable_prefix_caching": True}
 

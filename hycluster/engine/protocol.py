@@ -20,8 +20,8 @@ Frame = bytes | bytearray | memoryview
 SIBLINGS = -2
 # The same for what concerns no client; never one that :meth:`Engine.next_output` gives out.
 NOBODY = -1
-# In a request's ``extra_args``: the tokens that it got from a replica that is lost; see ``carried.py``.
-CARRIED = "hycluster_carried"
+# In a request's ``extra_args``: the tokens that it got from a replica that is lost; see ``migrated.py``.
+MIGRATED = "hycluster_migrated"
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,9 +174,10 @@ class ColocationScheduler(Scheduler):
 
     def _beside(self, online: list[Request], waiting: list[Request]) -> _Step:
         """A step with online work: bulk may lengthen it by a share."""
+        if not self.step_time.known:
+            return _Step(bulk_s=-1.0)
         work = self._online_work(online, waiting)
-        bulk_s = self.colocation.max_slowdown * self.step_time.predict(work) if self.step_time.known else 0.0
-        return self._with_room_for(max(bulk_s, self._credit_s))
+        return self._with_room_for(max(self.colocation.max_slowdown * self.step_time.predict(work), self._credit_s))
 
     def _online_work(self, online: list[Request], waiting: list[Request]) -> StepWork:
         left = self.max_num_scheduled_tokens

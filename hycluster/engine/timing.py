@@ -18,7 +18,7 @@ from typing import Any
 
 from hycluster.core import ReplicaLoad
 from hycluster.engine.messages import EngineCoreOutput, EngineCoreRequest, FinishReason, SamplingParams
-from hycluster.engine.protocol import CARRIED
+from hycluster.engine.protocol import MIGRATED
 from hycluster.errors import InvalidInput
 from hycluster.settings.simulated import Simulated
 
@@ -118,7 +118,7 @@ class SimulatedScheduler:
             raise InvalidInput(f"prompt: {len(prompt)} tokens; must be below {self.settings.max_model_len}")
         if (client, request.request_id) in self._streams:
             raise InvalidInput(f"request_id: {request.request_id!r} is already in work")
-        tokens = [*prompt, *(params.extra_args or {}).get(CARRIED, ())]
+        tokens = [*prompt, *(params.extra_args or {}).get(MIGRATED, ())]
         try:
             digest = hashlib.blake2b(struct.pack(f"<{len(tokens)}I", *tokens), digest_size=8)
         except struct.error:

@@ -1,13 +1,12 @@
 """The real engine: vLLM's engine core in the replica's own process, without its sockets.
 
-Pinned to vLLM 0.32.0, into whose internals it reaches (``docs/README.md`` lists the files that do);
+Pinned to vLLM 0.32.0, into whose internals it reaches (``docs/reaches.md`` lists the files that do);
 ``tests/integration/test_vllm_contract.py`` says what they rely on. Here that is:
 
 - ``EngineCoreProc`` gets its addresses from ``_perform_handshakes`` and does all socket work in
   ``process_input_sockets`` and ``process_output_sockets`` (vLLM's own Ray actors replace the first one
   too); its loop reads ``input_queue`` and ``aborts_queue`` and fills ``output_queue`` with
   ``(client index, EngineCoreOutputs)``, one a step and client.
-- On CPU ``create_engine_config`` turns the ``uni`` executor into ``mp``, whose workers wait by spinning.
 - The ranks of a data-parallel group step together while one of them has work. ``DPEngineCoreProc`` asks for
   a start, by ``start_wave`` to client -1, when it gets a request for a wave that is over, and is told of one by
   ``START_DP_WAVE``. vLLM has a process in between, the coordinator; here the ranks tell each other.
@@ -43,8 +42,12 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from hycluster.adapters import adapter_id
 from hycluster.core import ReplicaLoad
 from hycluster.engine.arguments import check_platform, engine_arguments
-from hycluster.engine.carried import lead_grammars, mend_worker, take_over
 from hycluster.engine.expert_load import expert_load_meter
+from hycluster.engine.migrated import take_over, tokens_of
+from hycluster.engine.patches.adapter_loading import AdaptersFirst
+from hycluster.engine.patches.cpu_executor import patch_executor
+from hycluster.engine.patches.migrated_grammar import patch_grammars
+from hycluster.engine.patches.migrated_state import patch_states
 from hycluster.engine.protocol import NOBODY, SIBLINGS, EngineInfo, Frame, GroupRank
 from hycluster.engine.scheduler import colocation_load, use_colocation
 from hycluster.engine.scratch import Scratch
@@ -87,8 +90,7 @@ def engine_config(model: Model, model_path: str, place: GroupRank | None = None)
     check_platform(model, config.model_config.quantization)
     use_colocation(config, model.colocation)
     parallel = config.parallel_config
-    if parallel.world_size == 1:
-        parallel.distributed_executor_backend = "uni"
+    patch_executor(parallel)
     if place is not None:
         # Ray, or the process' environment, shows each rank its own devices only.
         parallel.data_parallel_rank_local = 0
@@ -323,12 +325,11 @@ class VllmEngine:
             self._scratch.remove()
 
 
-class _EngineCore(EngineCoreProc):
+class _EngineCore(AdaptersFirst):
     """vLLM's engine core with queues where its sockets would be."""
 
     def __init__(self, config: VllmConfig) -> None:
         self.stepped_at = time.monotonic()
-        self._adapters: set[int] = set()
         super().__init__(
             config,
             local_client=True,
@@ -336,14 +337,15 @@ class _EngineCore(EngineCoreProc):
             executor_class=Executor.get_class(config),
             log_stats=True,
         )
-        lead_grammars(self.structured_output_manager)
+        patch_grammars(self.structured_output_manager, tokens_of, take_over)
         if not config.use_v2_model_runner:
-            self.model_executor.collective_rpc(mend_worker)
+            self.model_executor.collective_rpc(patch_states, args=(tokens_of,))
         if current_platform.is_cpu():
-            from hycluster.engine import cpu_logprobs, cpu_seed
+            from hycluster.engine.patches.cpu_logprobs import patch_logprobs
+            from hycluster.engine.patches.cpu_seed import patch_seeds
 
-            for mend in (cpu_seed.mend, cpu_logprobs.mend):
-                self.model_executor.collective_rpc(mend)
+            for patch in (patch_seeds, patch_logprobs):
+                self.model_executor.collective_rpc(patch)
         self.experts = expert_load_meter(config, self.model_executor)
 
     @contextmanager
@@ -373,26 +375,6 @@ class _EngineCore(EngineCoreProc):
         executed = super()._process_engine_step()
         self.stepped_at = time.monotonic()
         return executed
-
-    def add_request(self, request: Request, request_wave: int = 0) -> None:
-        """Load a request's adapter before it is scheduled; vLLM loads within a step, and dies of a broken one."""
-        wanted, lora = request.lora_request, self.vllm_config.lora_config
-        if wanted is not None and lora is not None and wanted.lora_int_id not in self._adapters:
-            if len(self._adapters) >= (lora.max_cpu_loras or lora.max_loras):
-                # The engine drops the one that was used least recently; which one that is, it does not say.
-                self._adapters.clear()
-            try:
-                self.add_lora(wanted)
-            except Exception:
-                logger.exception("request %s: adapter %s can't be loaded", request.request_id, wanted.lora_name)
-                self._send_error_outputs_to_client([request.request_id], request.client_index)
-                return
-            self._adapters.add(wanted.lora_int_id)
-        super().add_request(request, request_wave)
-
-    def remove_lora(self, lora_id: int) -> bool:
-        self._adapters.discard(lora_id)
-        return super().remove_lora(lora_id)
 
     def abort_client(self, client: int) -> None:
         """Drop every request of a client; called in the engine's own thread, after what it sent before."""

@@ -7,8 +7,8 @@ import math
 import time
 from collections.abc import Callable
 
+from hycluster.core import StartTrouble
 from hycluster.directory.autoscaling import Scaling
-from hycluster.directory.starts import StartTrouble
 from hycluster.errors import Unavailable
 from hycluster.settings.model import Model
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hycluster.errors import HyclusterError, KillsReplicas, ReplicaLost, Unavailable
@@ -22,11 +22,12 @@ MOST_MOVES = 20
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """A request that has been sent to a replica and has not finished.
+    """A request that has not finished. There is one of it, from its caller's call to its end, and it changes in place.
 
     Attributes:
         request: as its caller sent it.
-        replica_id: where it is, or was last.
+        keep: ``output`` is kept, so that another replica can go on with it.
+        replica_id: where it is; empty while no replica has it.
         tokens_left: to prefill and decode there.
         output: all tokens so far, whoever made them.
         made: tokens that this replica made of it.
@@ -35,12 +36,12 @@ class Flight:
         losses: those of them whose engine is known to have had it.
         moves: how often it has changed replicas.
         taken: this replica's engine is known to have had it.
-        keep: ``output`` is kept, so that another replica can go on with it.
     """
 
     request: EngineCoreRequest
-    replica_id: str
-    tokens_left: int
+    keep: bool = True
+    replica_id: str = ""
+    tokens_left: int = 0
     output: list[int] = field(default_factory=list)
     made: int = 0
     begun: bool = False
@@ -48,12 +49,6 @@ class Flight:
     losses: int = 0
     moves: int = 0
     taken: bool = False
-    keep: bool = True
-
-    @classmethod
-    def of(cls, request: EngineCoreRequest, *, keep: bool = True) -> Flight:
-        """One that has not been sent yet."""
-        return cls(request, "", 0, keep=keep)
 
     @property
     def request_id(self) -> str:
@@ -91,11 +86,10 @@ class Flight:
         """Replicas have died with it, one after the other, and this one has not yet shown that it lives."""
         return self.deaths >= SUSPECTED_AFTER_DEATHS and self.made < CLEARED_AFTER_TOKENS
 
-    def sent(self, replica_id: str) -> Flight:
-        """The same, to be computed by that replica from its prompt and its tokens so far."""
-        return replace(
-            self, replica_id=replica_id, tokens_left=self.tokens_to_compute, made=0, begun=False, taken=False
-        )
+    def sent(self, replica_id: str) -> None:
+        """That replica is to compute it, from its prompt and its tokens so far."""
+        self.replica_id, self.tokens_left = replica_id, self.tokens_to_compute
+        self.made, self.begun, self.taken = 0, False, False
 
     def take(self, tokens: list[int]) -> int:
         """Output of its replica has come. Returns by how much ``tokens_left`` has gone down."""
@@ -123,13 +117,17 @@ class Flight:
             return Unavailable(f"this request has lost its replica {self.moves} times")
         return None
 
-    def lost(self, *, died: bool) -> Flight:
-        """Its replica is gone.
+    def lost(self, *, died: bool) -> None:
+        """Its replica is gone; what is known of its time there stays until it is sent to another one.
 
         Args:
             died: of itself or by force, not at the end of a drain. It is held against the request only where the engine
                 is known to have had it: one that was sent to a replica that was dead already says nothing about it.
         """
-        deaths, losses = (0, 0) if self.made >= CLEARED_AFTER_TOKENS else (self.deaths, self.losses)
         counts = died and (self.begun or self.taken or self.deaths == 0)
-        return replace(self, deaths=deaths + died, losses=losses + counts, moves=self.moves + 1)
+        if self.made >= CLEARED_AFTER_TOKENS:
+            self.deaths = self.losses = 0
+        self.deaths += died
+        self.losses += counts
+        self.moves += 1
+        self.replica_id = ""

@@ -34,10 +34,10 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
-from hycluster.adapters import AdapterTable, Word, adapter_id
+from hycluster.adapters import AdapterEntry, AdapterTable, adapter_id
 from hycluster.directory.directory import FORGET_AFTER_S, REPORT_EVERY_S, Demand, PoolView
 from hycluster.engine.arguments import model_files
-from hycluster.engine.protocol import CARRIED
+from hycluster.engine.protocol import MIGRATED
 from hycluster.engine.vllm import engine_config
 from hycluster.errors import HyclusterError, InvalidInput, KillsReplicas, Overloaded, ReplicaLost, Unavailable, shown
 from hycluster.gateway.admission import Gate, check_id
@@ -208,8 +208,8 @@ class Gateway(AsyncLLM):
             check_id("request_id", request_id)
             check_id("session_id", named.get("session_id"))
             if isinstance(params, SamplingParams):
-                if CARRIED in (params.extra_args or {}):
-                    raise InvalidInput(f"vllm_xargs: {CARRIED!r} is not allowed; it is how gateways carry requests on")
+                if MIGRATED in (params.extra_args or {}):
+                    raise InvalidInput(f"vllm_xargs: {MIGRATED!r} is not allowed; it is how gateways migrate requests")
                 check_grammar(params, self.admission.max_grammar_kib)
             return await super().add_request(request_id, prompt, params, *rest, **named)
         except InvalidInput as error:
@@ -223,7 +223,7 @@ class Gateway(AsyncLLM):
     @property
     def can_open(self) -> bool:
         """There is, or was, a replica; or the pool is known to sleep."""
-        # Of what does not generate only its engine knows what it can do, and the doors' routes follow from that.
+        # Of what does not generate only its engine knows what it can do, and the ingress' routes follow from that.
         sleeps = self.cold_start.asleep.is_set() and self.model_config.runner_type == "generate"
         return self.engine_core.first_replica.is_set() or sleeps
 
@@ -338,7 +338,7 @@ class Gateway(AsyncLLM):
 
     # -- adapters -----------------------------------------------------------------------------------
 
-    def _take_over(self, words: dict[str, Word]) -> None:
+    def _take_over(self, words: dict[str, AdapterEntry]) -> None:
         self._adapters.merge(words)
         sources = self._adapters.sources
         for name in self.lora_requests.keys() - sources.keys():
@@ -353,7 +353,8 @@ class Gateway(AsyncLLM):
                 )
 
     async def load_adapter(self, name: str, source: str) -> None:
-        """Load an adapter into every replica, then offer it at every door; returns when all doors have heard.
+        """Load an adapter into every replica, then offer it at every ingress process; returns when all ingress
+        processes have heard.
 
         A name that is in use goes over to the new source. Replicas that start later load it at its first request.
 
@@ -376,7 +377,8 @@ class Gateway(AsyncLLM):
         await self._announce(name, source)
 
     async def unload_adapter(self, name: str) -> None:
-        """Offer an adapter no more, at any door; requests that run go on. Returns when all doors have heard.
+        """Offer an adapter no more, at any ingress process; requests that run go on. Returns when all ingress processes
+        have heard.
 
         Raises:
             KeyError: there is none of that name.
@@ -396,7 +398,7 @@ class Gateway(AsyncLLM):
             # If the directory is away now, the next sync tells it.
             with contextlib.suppress(ray.exceptions.RayError):
                 await self._sync(self._directory)
-        # The other doors hear of it at their next sync.
+        # The other ingress processes hear of it at their next sync.
         await asyncio.sleep(2 * REPORT_EVERY_S)
 
 

@@ -1,6 +1,6 @@
 """A request in the house's own words, carried out by the gateway of its model.
 
-The gRPC door and batch jobs come through here; the HTTP door is vLLM's own app over the same gateways.
+The gRPC ingress and batch jobs come through here; the HTTP ingress is vLLM's own app over the same gateways.
 """
 
 from __future__ import annotations
@@ -28,7 +28,17 @@ from vllm.tokenizers import TokenizerLike
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from hycluster.adapters import check_name
-from hycluster.core import Generation, GenerationRequest, ModelCard, Output, Sampling, TokenLogprob, Usage
+from hycluster.core import (
+    Generation,
+    GenerationRequest,
+    ModelCard,
+    Output,
+    PoolHealth,
+    Sampling,
+    TokenLogprob,
+    Usage,
+    able,
+)
 from hycluster.directory.directory import find_directory
 from hycluster.errors import (
     DeadlineExceeded,
@@ -41,7 +51,6 @@ from hycluster.errors import (
     shown,
 )
 from hycluster.gateway.gateway import Gateway, open_gateway, until_one_can_serve
-from hycluster.ingress.health import PoolHealth, able
 from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
 
@@ -71,7 +80,7 @@ class Generator:
         return next((model for model, gateway in self.gateways.items() if name in gateway.lora_requests), None)
 
     async def load_adapter(self, name: str, source: str, *, model: str | None = None, replace: bool = False) -> None:
-        """Serve a LoRA adapter from now on, at all doors and by all replicas of its model.
+        """Serve a LoRA adapter from now on, at all ingress processes and by all replicas of its model.
 
         Args:
             source: a folder in PEFT's format that every node sees, or a hub id.
@@ -113,12 +122,12 @@ class Generator:
         await self.gateways[model].unload_adapter(name)
 
     async def end(self, why: str) -> None:
-        """End all that is in flight, at either door, with Unavailable."""
+        """End all that is in flight, at either ingress, with Unavailable."""
         for gateway in self.gateways.values():
             await gateway.end_requests(why)
 
     async def ready(self) -> bool:
-        """Whether callers are to come here; see :func:`hycluster.ingress.health.able`."""
+        """Whether callers are to come here; see :func:`hycluster.core.able`."""
         return able(await self.pools())
 
     async def pools(self) -> dict[str, PoolHealth]:
@@ -239,7 +248,7 @@ class Generator:
         engine_input: EngineInput
         if messages is not None:
             for number, message in enumerate(messages):
-                # vLLM's own doors check this before they render.
+                # vLLM's own ingress processes check this before they render.
                 if not message.get("role"):
                     raise InvalidInput(f"messages[{number}].role: must be set")
             _, (engine_input,) = await renderer.render_chat_async(
@@ -384,7 +393,7 @@ async def open_generator(
     async with open_gateway(
         pool, handle, router=router or Router(), admission=admission or unbounded, wait_s=wait_s, patient=True
     ) as gateway:
-        # As in a door (see there).
+        # As in an ingress process (see there).
         gc.collect()
         gc.freeze()
         yield Generator({pool.name: gateway})
@@ -401,7 +410,8 @@ async def open_generators(
     metrics: bool = True,
     patient: bool = False,
 ) -> AsyncIterator[Generator]:
-    """A generator over several models, with metrics where a door shows them. Waits until one of them can be served.
+    """A generator over several models, with metrics where an ingress process shows them. Waits until one of them can be
+    served.
 
     Args:
         wait_s: how long; None is for ever.

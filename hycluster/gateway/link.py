@@ -1,104 +1,286 @@
-"""A gateway's connection to one replica: two sockets, a greeting, and what is on its way over them."""
+"""A gateway's side of one replica: sends and reads, and keeps the books on what is on its way."""
 
 from __future__ import annotations
 
 import asyncio
-import secrets
+import contextlib
+import logging
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import msgspec
 import zmq
-import zmq.asyncio
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason, UtilityOutput
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from zmq.utils.monitor import recv_monitor_message
 
-from hycluster.core import ReplicaAddress, ReplicaLoad
+from hycluster.core import ReplicaLoad
 from hycluster.engine.protocol import EngineInfo
+from hycluster.errors import Unavailable
+from hycluster.gateway.connection import ReplicaConnection
+from hycluster.gateway.failover import Failover
 from hycluster.gateway.flight import Flight
-from hycluster.replica.wire import READY, Kind, decode_info, notice_lost
+from hycluster.gateway.tasks import Tasks
+from hycluster.replica.wire import MessageKind
 
-HELLO_TIMEOUT_S = 10.0
+logger = logging.getLogger(__name__)
+
+CALL_TIMEOUT_S = 60.0
 
 
-@dataclass(slots=True, eq=False)
 class Link:
-    """The connection to one replica, and the books on it.
+    """The connection to one replica while it lasts. Reads from the start; ends by itself when the replica is lost.
+
+    Args:
+        arrived: gets what comes for callers, as it comes.
+        failover: hears of each request that ends here, or has to go on elsewhere.
+        on_lost: told when the replica is lost, before ``failover`` hears of its requests.
 
     Attributes:
-        monitor: says when the connection for outputs closes.
         slot: the number by which metrics tell replicas apart.
         accepting: it takes new requests.
         load: as its last report says.
         outstanding_tokens: to prefill or decode there for this gateway.
+        worked_off_tokens: how much less that is for what the replica did, or because requests ended; only grows.
         heard_s: on the monotonic clock, its last word, or when it was first expected to say one.
         flights: by the id that its engine knows them by.
     """
 
-    address: ReplicaAddress
-    requests: zmq.asyncio.Socket
-    outputs: zmq.asyncio.Socket
-    monitor: zmq.asyncio.Socket
-    info: EngineInfo
-    slot: int = 0
-    accepting: bool = True
-    load: ReplicaLoad | None = None
-    outstanding_tokens: int = 0
-    heard_s: float = field(default_factory=time.monotonic)
-    flights: dict[str, Flight] = field(default_factory=dict)
-    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    def __init__(
+        self,
+        connection: ReplicaConnection,
+        slot: int,
+        arrived: asyncio.Queue[EngineCoreOutputs],
+        failover: Failover,
+        on_lost: Callable[[Link], None],
+    ) -> None:
+        self.slot = slot
+        self.accepting = True
+        self.load: ReplicaLoad | None = None
+        self.outstanding_tokens = 0
+        self.worked_off_tokens = 0
+        self.heard_s = time.monotonic()
+        self.flights: dict[str, Flight] = {}
+        self._connection = connection
+        self._arrived = arrived
+        self._failover = failover
+        self._on_lost = on_lost
+        self._gone = False
+        self._next_call = 0
+        self._calls: dict[int, asyncio.Future[Any]] = {}
+        # Calls that went ahead of a request: by what name the engine knows it, and set when they are answered.
+        self._ahead: dict[int, tuple[str, asyncio.Event]] = {}
+        self._encoder = MsgpackEncoder()
+        self._decoder = MsgpackDecoder(EngineCoreOutputs)
+        self._tasks = Tasks()
+        for end in (self._read, self._watch, self._heed):
+            self._tasks.spawn(end())
 
-    def close(self, *, linger_ms: int = 0) -> None:
-        """Close its sockets; what was sent and has not left yet may take so long to go."""
-        _close(self.monitor, self.requests, self.outputs, linger_ms)
+    @property
+    def replica_id(self) -> str:
+        return self._connection.address.replica_id
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._connection.info
+
+    @property
+    def has_suspect(self) -> bool:
+        """One of its requests may be what replicas die of."""
+        return any(flight.suspected for flight in self.flights.values())
+
+    # -- sending ------------------------------------------------------------------------------------
+
+    async def send(self, flight: Flight, message: Sequence[Any]) -> None:
+        """Have the replica compute a request, whose message this is."""
+        if not self.flights:
+            self.heard_s = time.monotonic()
+        flight.sent(self.replica_id)
+        self.flights[flight.engine_id] = flight
+        self.outstanding_tokens += flight.tokens_left
+        if flight.deaths:
+            await self._send_carefully(flight, message)
+        else:
+            await self._tell(MessageKind.ADD, *message)
+
+    async def _send_carefully(self, flight: Flight, message: Sequence[Any]) -> None:
+        # As it is now: a message that can't be sent ends the link, and the request goes on elsewhere.
+        engine_id, suspected = flight.engine_id, flight.suspected
+        # Ahead of it goes a call: if that is answered, its engine was there to get it.
+        call_id, answered = self._call_id(), asyncio.Event()
+        self._ahead[call_id] = engine_id, answered
+        await self._tell_call(call_id, "get_supported_tasks")
+        if suspected:
+            # An engine that dies of it at once must not take the answer along.
+            self._tasks.spawn(self._send_behind(answered, engine_id, message))
+        elif engine_id in self.flights:
+            await self._tell(MessageKind.ADD, *message)
+
+    async def _send_behind(self, answered: asyncio.Event, engine_id: str, message: Sequence[Any]) -> None:
+        await answered.wait()
+        # Else it was aborted meanwhile.
+        if engine_id in self.flights:
+            await self._tell(MessageKind.ADD, *message)
+
+    async def abort(self, engine_ids: list[str]) -> None:
+        """Have the replica's engine drop these requests."""
+        await self._tell(MessageKind.ABORT, msgspec.msgpack.encode(engine_ids))
+
+    async def _tell(self, *frames: Any) -> None:
+        """Send without waiting: a socket takes all there is, unless its replica has gone."""
+        if self._gone:
+            return
+        try:
+            await self._connection.requests.send_multipart(frames, flags=zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            self.lose("its connection closed")
+
+    # -- the books ----------------------------------------------------------------------------------
+
+    def drop(self, flight: Flight) -> None:
+        """It is not here any more."""
+        del self.flights[flight.engine_id]
+        self._work_off(flight.tokens_left)
+
+    def _work_off(self, tokens: int) -> None:
+        self.outstanding_tokens -= tokens
+        self.worked_off_tokens += tokens
+
+    # -- reading ------------------------------------------------------------------------------------
+
+    async def _read(self) -> None:
+        recv, decode = self._connection.outputs.recv_multipart, self._decoder.decode
+        while True:
+            frames = await recv(copy=False)
+            if len(frames) == 1 and not len(frames[0].buffer):
+                self.lose("its engine ended")
+                return
+            outputs: EngineCoreOutputs = decode(frames)
+            self.heard_s = time.monotonic()
+            if outputs.utility_output is not None:
+                self._answer(outputs.utility_output)
+                continue
+            outputs.outputs = self._book(outputs)
+            outputs.engine_index = self.slot
+            if outputs.outputs or outputs.scheduler_stats is not None:
+                self._arrived.put_nowait(outputs)
+
+    def _book(self, outputs: EngineCoreOutputs) -> list[EngineCoreOutput]:
+        """Those of a step's outputs that somebody waits for, under the ids that their callers gave them."""
+        flights, failover = self.flights, self._failover
+        spent, heard = 0, []
+        for output in outputs.outputs:
+            flight = flights.get(output.request_id)
+            if flight is None:
+                # Aborted, or gone on elsewhere.
+                continue
+            if output.finish_reason is FinishReason.ABORT:
+                # Not by its caller, so by a replica that ends: it goes on elsewhere.
+                self.accepting = False
+                self.drop(flight)
+                failover.gave_back(flight, self.heard_s)
+                continue
+            output.request_id = flight.request_id
+            heard.append(output)
+            if flight.moves and not flight.begun:
+                failover.migrated.went_on(flight.request_id)
+            if output.finish_reason is not None:
+                self.drop(flight)
+                failover.landed(flight)
+                continue
+            spent += flight.take(output.new_token_ids)
+            if flight.deaths and not flight.suspected:
+                failover.wake()
+        self._work_off(spent)
+        return heard
+
+    async def _watch(self) -> None:
+        await recv_monitor_message(self._connection.monitor)
+        # The last words of a replica that has drained are whole answers: what has arrived is read first.
+        while await self._connection.outputs.poll(0):  # noqa: ASYNC110 - sockets tell nobody that they are empty
+            await asyncio.sleep(0.005)
+        self.lose("its connection closed")
+
+    async def _heed(self) -> None:
+        """A replica that took this gateway for gone refuses whatever it says, and sends no more outputs."""
+        _, *reason = await self._connection.requests.recv_multipart()
+        self.lose(b" ".join(reason).decode(errors="replace"), died=False)
+
+    # -- control calls ------------------------------------------------------------------------------
+
+    async def call(self, method: str, *arguments: Any) -> Any:
+        """Call a control method of the replica's engine.
+
+        Raises:
+            Unavailable: the replica was lost before it answered.
+            RuntimeError: what the engine says against it.
+            TimeoutError: no answer for ``CALL_TIMEOUT_S``.
+        """
+        if self._gone:
+            raise _lost_before_it_answered()
+        call_id, answer = self._call_id(), asyncio.get_running_loop().create_future()
+        self._calls[call_id] = answer
+        try:
+            await self._tell_call(call_id, method, *arguments)
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                return await answer
+        finally:
+            del self._calls[call_id]
+
+    def _call_id(self) -> int:
+        self._next_call += 1
+        return self._next_call
+
+    async def _tell_call(self, call_id: int, method: str, *arguments: Any) -> None:
+        await self._tell(MessageKind.CALL, *self._encoder.encode((call_id, method, arguments)))
+
+    def _answer(self, output: UtilityOutput) -> None:
+        if (ahead := self._ahead.pop(output.call_id, None)) is not None:
+            engine_id, answered = ahead
+            if (flight := self.flights.get(engine_id)) is not None:
+                flight.taken = True
+            answered.set()
+            return
+        answer = self._calls.get(output.call_id)
+        if answer is None or answer.done():
+            return
+        if output.failure_message is not None:
+            answer.set_exception(RuntimeError(output.failure_message))
+        else:
+            answer.set_result(output.result.result if output.result is not None else None)
+
+    # -- the end ------------------------------------------------------------------------------------
+
+    def lose(self, why: str, *, died: bool = True) -> None:
+        """Its replica is gone: what it had goes on elsewhere."""
+        if self._gone:
+            return
+        logger.warning("replica %s lost: %s; %d requests on it", self.replica_id, why, len(self.flights))
+        self.leave()
+        self._on_lost(self)
+        flights = list(self.flights.values())
+        self.flights.clear()
+        for flight in flights:
+            # One that drains ends on purpose.
+            self._failover.lost(flight, self.heard_s, died=died and self.accepting)
+
+    def leave(self) -> None:
+        """Nothing is sent any more, and the replica's loss is nobody's business."""
+        self._gone = True
+        for answer in self._calls.values():
+            if not answer.done():
+                answer.set_exception(_lost_before_it_answered())
+
+    async def close(self, *, say_bye: bool = False) -> None:
+        """End a link that is lost or left; ``say_bye`` tells the replica, which drops what it has."""
+        await self._tasks.cancel()
+        if say_bye:
+            # Else it has gone.
+            with contextlib.suppress(zmq.Again):
+                await self._connection.requests.send_multipart([MessageKind.BYE], flags=zmq.NOBLOCK, copy=False)
+        self._connection.close(linger_ms=500 if say_bye else 0)
 
 
-async def connect(context: zmq.asyncio.Context, address: ReplicaAddress) -> Link:
-    """Connect to a replica and greet it.
-
-    Raises:
-        ConnectionError: it does not answer, or refuses; the directory may still name one that has just died.
-    """
-    identity = secrets.token_bytes(16)
-    requests, outputs = (_socket(context, identity, address.lost_after_s) for _ in range(2))
-    monitor = outputs.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
-    link = None
-    try:
-        async with asyncio.timeout(HELLO_TIMEOUT_S):
-            # Say hello only when the other side knows our identity for outputs: none may go astray.
-            outputs.connect(address.outputs)
-            if (await recv_monitor_message(monitor))["event"] != zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                raise ConnectionError(f"{address.outputs} does not answer")
-            requests.connect(address.requests)
-            await requests.send_multipart([Kind.HELLO, address.token.encode()])
-            answer, payload = await requests.recv_multipart()
-        if answer != READY:
-            raise ConnectionError(payload.decode(errors="replace"))
-        link = Link(address, requests, outputs, monitor, decode_info(payload))
-    except TimeoutError:
-        raise ConnectionError("timed out") from None
-    except (OSError, zmq.ZMQError) as error:
-        raise ConnectionError(str(error)) from error
-    finally:
-        if link is None:
-            _close(monitor, requests, outputs, 0)
-    return link
-
-
-def _socket(context: zmq.asyncio.Context, identity: bytes, lost_after_s: float) -> zmq.asyncio.Socket:
-    sock = context.socket(zmq.DEALER)
-    sock.setsockopt(zmq.IDENTITY, identity)
-    sock.setsockopt(zmq.LINGER, 0)
-    sock.setsockopt(zmq.SNDHWM, 0)
-    sock.setsockopt(zmq.RCVHWM, 0)
-    # A replica that comes back is a new one, with a new address.
-    sock.setsockopt(zmq.RECONNECT_IVL, -1)
-    notice_lost(sock, lost_after_s)
-    return sock
-
-
-def _close(
-    monitor: zmq.asyncio.Socket, requests: zmq.asyncio.Socket, outputs: zmq.asyncio.Socket, linger_ms: int
-) -> None:
-    outputs.disable_monitor()
-    monitor.close(linger=0)
-    requests.close(linger=linger_ms)
-    outputs.close(linger=linger_ms)
+def _lost_before_it_answered() -> Unavailable:
+    return Unavailable("the replica was lost before it answered", retry_after_s=1.0)

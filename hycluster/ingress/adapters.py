@@ -1,4 +1,4 @@
-"""LoRA adapters over HTTP while the cluster runs: vLLM's two routes, over a pool and at every door.
+"""LoRA adapters over HTTP while the cluster runs: vLLM's two routes, over a pool and at every ingress process.
 
 Open with ``http.control_routes`` only: whoever may load an adapter may have every replica read a path.
 """

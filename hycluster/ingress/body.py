@@ -1,4 +1,4 @@
-"""What a request to the HTTP door may bring: how much, and how slowly; and how much all of them together."""
+"""What a request to the HTTP ingress may bring: how much, and how slowly; and how much all of them together."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hycluster.ingress.errors import answer_http_error
 
-# These only tokenize, and vLLM sets them no bound; the door has one thread a model for that, and a MiB takes it about a
-# second. 4 MiB hold 256k tokens.
+# These only tokenize, and vLLM sets them no bound; the ingress process has one thread a model for that, and a MiB takes
+# it about a second. 4 MiB hold 256k tokens.
 TOKENIZED_PATHS = {"/tokenize": 4 << 20, "/v1/messages/count_tokens": 4 << 20}
 
 

@@ -1,4 +1,5 @@
-"""A connection to the HTTP door: how many there are, and how long and how much one may keep the door waiting.
+"""A connection to the HTTP ingress: how many there are, and how long and how much one may keep the ingress process
+waiting.
 
 uvicorn leaves open, without end: a connection that says nothing or never ends its headers, headers of any size, and a
 client that does not read its answer. Here each has its bound.
@@ -27,15 +28,16 @@ MAX_HEADER_BYTES = 64 << 10
 
 
 def protocol(settings: Http) -> type[HttpToolsProtocol]:
-    """The protocol of a door's connections, as ``uvicorn.Config(http=...)`` takes it."""
-    # A door without a file descriptor to spare can't even say so; half of them are for the rest of the process.
+    """The protocol of an ingress process's connections, as ``uvicorn.Config(http=...)`` takes it."""
+    # An ingress process without a file descriptor to spare can't even say so; half of them are for the rest of the
+    # process.
     most = min(settings.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
-    class DoorConnection(Connection):
+    class IngressConnection(Connection):
         max_connections = most
         stall_s = settings.stalled_client_timeout_s
 
-    return DoorConnection
+    return IngressConnection
 
 
 class Connection(HttpToolsProtocol):
@@ -54,7 +56,7 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
         if len(self.connections) > self.max_connections:
-            message = f"the door has {self.max_connections} connections open already"
+            message = f"the ingress process has {self.max_connections} connections open already"
             self._refuse(Overloaded.http_status, message, Overloaded.openai_type, "retry-after: 1\r\n")
         else:
             self._give(self._no_request)
@@ -147,7 +149,7 @@ class Connection(HttpToolsProtocol):
         self._give(self.transport.abort)
 
     def shutdown(self) -> None:
-        """Called when the door closes, which must not wait for one who does not read either."""
+        """Called when the ingress process closes, which must not wait for one who does not read either."""
         super().shutdown()
         if self.transport.is_closing():
             self._give(self.transport.abort)

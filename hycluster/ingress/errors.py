@@ -10,8 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from hycluster import errors
-from hycluster.errors import HyclusterError, InvalidInput, NotFound, Overloaded, RequestFailed
+from hycluster.errors import HyclusterError, InvalidInput, NotFound, Overloaded, RequestFailed, kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +21,7 @@ KIND_HEADER = "X-Hycluster-Error"
 async def answer_error(_: Request | None, error: Exception) -> JSONResponse:
     """One of hycluster's errors as FastAPI's exception handler answers it."""
     assert isinstance(error, HyclusterError)
-    kind = next(known for known in type(error).__mro__ if known.__module__ == errors.__name__)
-    headers = {KIND_HEADER: kind.__name__}
+    headers = {KIND_HEADER: kind_of(error).__name__}
     if error.retry_after_s:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
     return openai_error(error.http_status, error.message, error.openai_type, headers)
@@ -38,7 +36,8 @@ async def answer_http_error(_: Request, error: Exception) -> JSONResponse:
 
 
 async def answer_generation_error(request: Request, error: Exception) -> JSONResponse:
-    """A request that the engine gave up on: for vLLM a 500; here, as on the gRPC door, one that others don't share."""
+    """A request that the engine gave up on: for vLLM a 500; here, as on the gRPC ingress, one that others don't
+    share."""
     return await answer_error(request, RequestFailed(f"the engine ended this request early: {error}"))
 
 

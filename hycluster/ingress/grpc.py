@@ -1,4 +1,4 @@
-"""The gRPC door: a thin servicer over a generator, with health, reflection and a drain.
+"""The gRPC ingress: a thin servicer over a generator, with health, reflection and a drain.
 
 Deadlines and cancellation need no code of their own in the calls: grpc.aio cancels a call's task when the
 client cancels or its deadline passes, and leaving the task closes the generator, which aborts the request.
@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import math
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
@@ -27,25 +27,24 @@ from hycluster.ingress import translate
 from hycluster.ingress.malformed import RefuseMalformed
 from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto import inference_pb2_grpc
+from hycluster.ingress.status import abort
 from hycluster.settings.ingress import Grpc
 
 logger = logging.getLogger(__name__)
 
 SERVICE: str = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 READY_TIMEOUT_S = 5.0
-# Within this time a client hears that the door closes, and what it has sent until then has arrived.
+# Within this time a client hears that the ingress process closes, and what it has sent until then has arrived.
 SETTLE_S = 0.5
-# A status message travels in a header, percent-encoded, and headers over 8 KiB are refused.
-MAX_STATUS_BYTES = 2000
 
 Context = grpc.aio.ServicerContext[Any, Any]
-Request = TypeVar("Request")
+Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response")
 Call = Callable[["InferenceServicer", Request, Context], Awaitable[Response]]
 
 
-class Generator(Protocol):
-    """What the door asks of the pool behind it. Every method may raise a :class:`HyclusterError`."""
+class GrpcBackend(Protocol):
+    """What the ingress process asks of the pool behind it. Every method may raise a :class:`HyclusterError`."""
 
     async def models(self) -> list[ModelCard]:
         """The models served, ready or not."""
@@ -92,7 +91,7 @@ def _answer(call: Call[Request, Response]) -> Call[Request, Response]:
             failure = HyclusterError("internal error; the server's log has the details")
         finally:
             self.in_flight.discard(task)
-        await _abort(context, failure)
+        await abort(context, failure, request)
         raise AssertionError("abort always raises")
 
     return answered
@@ -105,7 +104,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         stall_s: how long a caller may leave a chunk of its stream unread.
     """
 
-    def __init__(self, generator: Generator, stall_s: float) -> None:
+    def __init__(self, generator: GrpcBackend, stall_s: float) -> None:
         self._generator = generator
         self._stall_s = stall_s
         self._closing: set[asyncio.Task[None]] = set()
@@ -184,8 +183,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         await asyncio.gather(*late, return_exceptions=True)
 
 
-class GrpcDoor:
-    """A door that is open.
+class GrpcIngress:
+    """An ingress process that is open.
 
     Attributes:
         port: the port it listens on.
@@ -196,7 +195,7 @@ class GrpcDoor:
         port: int,
         server: grpc.aio.Server,
         servicer: InferenceServicer,
-        generator: Generator,
+        generator: GrpcBackend,
         health: health_aio.HealthServicer,
         readiness: asyncio.Task[None],
     ) -> None:
@@ -225,9 +224,9 @@ class GrpcDoor:
 
 
 async def serve_grpc(
-    generator: Generator, settings: Grpc, *, reuse_port: bool = False, ready_poll_s: float = 0.2
-) -> GrpcDoor:
-    """Open the gRPC door in the running event loop.
+    generator: GrpcBackend, settings: Grpc, *, reuse_port: bool = False, ready_poll_s: float = 0.2
+) -> GrpcIngress:
+    """Open the gRPC ingress in the running event loop.
 
     Args:
         reuse_port: let other processes listen on the same port; the kernel spreads connections over them.
@@ -249,11 +248,11 @@ async def serve_grpc(
         (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME), server
     )
     port = _bind(server, settings, reuse_port)
-    # The first caller must find the truth, so look once before the door opens.
+    # The first caller must find the truth, so look once before the ingress process opens.
     await _report_readiness(generator, health)
     await server.start()
     readiness = asyncio.create_task(_keep_reporting_readiness(generator, health, ready_poll_s))
-    return GrpcDoor(port, server, servicer, generator, health, readiness)
+    return GrpcIngress(port, server, servicer, generator, health, readiness)
 
 
 def _options(settings: Grpc, reuse_port: bool) -> list[tuple[str, int]]:
@@ -291,13 +290,13 @@ def _bind(server: grpc.aio.Server, settings: Grpc, reuse_port: bool) -> int:
         raise SettingsError(f"grpc.port: {where} can't be opened: {error}") from None
 
 
-async def _keep_reporting_readiness(generator: Generator, health: health_aio.HealthServicer, every_s: float) -> None:
+async def _keep_reporting_readiness(generator: GrpcBackend, health: health_aio.HealthServicer, every_s: float) -> None:
     while True:
         await asyncio.sleep(every_s)
         await _report_readiness(generator, health)
 
 
-async def _report_readiness(generator: Generator, health: health_aio.HealthServicer) -> None:
+async def _report_readiness(generator: GrpcBackend, health: health_aio.HealthServicer) -> None:
     try:
         async with asyncio.timeout(READY_TIMEOUT_S):
             ready = await generator.ready()
@@ -310,16 +309,3 @@ async def _report_readiness(generator: Generator, health: health_aio.HealthServi
     status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
     for service in ("", SERVICE):
         await health.set(service, status)
-
-
-async def _abort(context: Context, error: HyclusterError) -> None:
-    # Tells what a door says from what gRPC says in its place when the connection breaks: the status is the same.
-    metadata: tuple[tuple[str, str], ...] = ((translate.ERROR_KEY, type(error).__name__),)
-    if error.retry_after_s is not None:
-        metadata += (
-            ("retry-after-s", f"{error.retry_after_s:g}"),
-            # What a gRPC client with a retry policy obeys by itself.
-            ("grpc-retry-pushback-ms", str(math.ceil(error.retry_after_s * 1000))),
-        )
-    message = error.message.encode("utf-8", "replace")[:MAX_STATUS_BYTES].decode("utf-8", "ignore")
-    await context.abort(grpc.StatusCode[error.grpc_status], message, metadata)

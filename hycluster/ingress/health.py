@@ -1,72 +1,29 @@
-"""``/health`` of the HTTP door: whether callers are to come here; if not, or not for each model, what is missing.
+"""``/health`` of the HTTP ingress: whether callers are to come here; if not, or not for each model, what is missing.
 
-200 while a request to some model would succeed, or wake it, and this door reaches what can be reached of the others: a
-model that can't be served anywhere must not take the others' callers away with it. ``status`` is ``"ready"`` if that is
-so of all models, else ``"degraded"``; with 503 it is ``"starting"`` until the door has opened, ``"unavailable"`` after.
-``/health?model=NAME`` is 200 only while a request to that model would succeed. ``models`` says for each model how many
-replicas can serve, how many there are to be, and why starts failed. The gRPC door's health says SERVING at the same
-times as ``/health`` says 200.
+200 while a request to some model would succeed, or wake it, and this ingress process reaches what can be reached of the
+others: a model that can't be served anywhere must not take the others' callers away with it. ``status`` is ``"ready"``
+if that is so of all models, else ``"degraded"``; with 503 it is ``"starting"`` until the ingress process has opened,
+``"unavailable"`` after. ``/health?model=NAME`` is 200 only while a request to that model would succeed. ``models`` says
+for each model how many replicas can serve, how many there are to be, and why starts failed. The gRPC ingress's health
+says SERVING at the same times as ``/health`` says 200.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
 from urllib.parse import parse_qs
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hycluster.directory.starts import StartTrouble
+from hycluster.core import PoolHealth, able
 from hycluster.errors import Unavailable, UnknownModel
 from hycluster.ingress.errors import answer_error
 
 PATH = "/health"
 
-
-@dataclass(frozen=True, slots=True)
-class PoolHealth:
-    """One model's replicas: those that take requests, and those that there are to be.
-
-    Attributes:
-        wakes: a request that finds none has one started.
-        trouble: why replicas do not start, if they don't.
-        cut_off: there are replicas, and this door has reached none of them for a while.
-    """
-
-    replicas_ready: int
-    replicas_wanted: int
-    wakes: bool = False
-    trouble: StartTrouble | None = None
-    cut_off: bool = False
-
-    @property
-    def able(self) -> bool:
-        return self.replicas_ready > 0 or self.wakes
-
-    def told(self) -> dict[str, Any]:
-        """As callers read it; a pool that never sleeps, or has no trouble, says nothing of it."""
-        told: dict[str, Any] = {"replicas_ready": self.replicas_ready, "replicas_wanted": self.replicas_wanted}
-        if self.wakes:
-            told["wakes"] = True
-        if self.trouble is not None:
-            told |= {
-                "failed_starts": self.trouble.failures,
-                "reason": self.trouble.reason,
-                "next_start_in_s": math.ceil(self.trouble.retry_in_s),
-            }
-        return told
-
-
 # By model name.
 Pools = Callable[[], Awaitable[Mapping[str, PoolHealth]]]
-
-
-def able(pools: Mapping[str, PoolHealth]) -> bool:
-    """Whether callers are to come to a door that sees the pools like this."""
-    return any(pool.able for pool in pools.values()) and not any(pool.cut_off for pool in pools.values())
 
 
 class WithHealth:
@@ -102,7 +59,7 @@ def _model_asked(scope: Scope) -> str | None:
 
 
 def starting(pools: Mapping[str, PoolHealth]) -> Unavailable:
-    """What a caller hears that comes before the door has opened."""
+    """What a caller hears that comes before the ingress process has opened."""
     waiting = [f"{name!r} has {p.replicas_ready} of {p.replicas_wanted} replicas" for name, p in pools.items()]
     troubles = [f"; {name!r}: {p.trouble.told()}" for name, p in pools.items() if p.trouble]
     return Unavailable(f"the service is starting: {', '.join(waiting)}{''.join(troubles)}", retry_after_s=5)

@@ -1,15 +1,14 @@
-"""The HTTP door: vLLM's own API app over each model's gateway, behind an allowlist of routes.
+"""The HTTP ingress: vLLM's own API app over each model's gateway, behind an allowlist of routes.
 
-With one model the door is that app. With several, a small ASGI dispatcher looks into a request's body for
+With one model the ingress process is that app. With several, a small ASGI dispatcher looks into a request's body for
 its ``model`` (or adapter) and hands it to that model's app; an unknown one goes to the first, whose answer is the 404
-in OpenAI's form that vLLM gives. The door listens itself: measured against Ray Serve's proxies in
+in OpenAI's form that vLLM gives. The ingress process listens itself: measured against Ray Serve's proxies in
 ``docs/measurements.md``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import math
 import socket
@@ -28,12 +27,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import GenerationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from hycluster.batch_api.routes import WithBatches, batch_api
-from hycluster.batch_api.store import Store
+from hycluster.engine.patches.completion_prompts import patch_completions
 from hycluster.errors import HyclusterError, SettingsError
 from hycluster.gateway.gateway import Gateway
 from hycluster.gateway.generation import Generator
@@ -42,8 +39,8 @@ from hycluster.ingress.body import TOKENIZED_PATHS, BodyLimit
 from hycluster.ingress.connection import protocol
 from hycluster.ingress.errors import answer_error, answer_generation_error, answer_http_error, answer_unreadable
 from hycluster.ingress.health import WithHealth
-from hycluster.ingress.ports import bind, notice_lost
-from hycluster.settings.ingress import Batches, Http
+from hycluster.ingress.ports import bind, notice_lost_callers
+from hycluster.settings.ingress import Http
 
 # What a caller may use. Everything else of vLLM's app (scaling, raw token routes, rendering for
 # disaggregated setups, SageMaker's doubles, ...) answers 404 unless ``http.control_routes`` is set.
@@ -74,11 +71,9 @@ OPEN_ROUTES = frozenset(
     }
 )
 
-MULTIPART_BYTES = 64 << 10
 
-
-class HttpDoor:
-    """A running door. ``port`` is the one it listens on."""
+class HttpIngress:
+    """A running ingress process. ``port`` is the one it listens on."""
 
     def __init__(self, server: uvicorn.Server, serving: asyncio.Task[None], port: int) -> None:
         self.port = port
@@ -95,36 +90,31 @@ async def serve_http(
     generator: Generator,
     settings: Http,
     *,
-    batches: Batches | None = None,
+    around: Callable[[ASGIApp], ASGIApp] = lambda app: app,
     reuse_port: bool = False,
     drain_timeout_s: float = 60.0,
     sock: socket.socket | None = None,
-) -> HttpDoor:
-    """Open the door.
+) -> HttpIngress:
+    """Open the ingress process.
 
     Args:
         sock: listens already; None opens the settings' port.
-        batches: where the Batch API's files are, and how large they may be; None leaves its routes closed.
+        around: puts routes that are not a model's beside the app of all models; bounds their bodies itself.
 
     Raises:
         SettingsError: the port is in use, or a model's ``api`` argument is unknown.
     """
     apps = await model_apps(generator, settings)
-    stall_s = settings.stalled_client_timeout_s
     app: ASGIApp = BodyLimit(
         over_all_models(apps, generator),
         settings.max_body_mib << 20,
         max_total_bytes=settings.max_bodies_mib << 20,
-        stall_s=stall_s,
+        stall_s=settings.stalled_client_timeout_s,
         paths=TOKENIZED_PATHS,
     )
-    if batches is not None:
-        api = batch_api(Store(batches), allowed_origins=settings.allowed_origins)
-        # Multipart's own headers come on top of the file.
-        app = WithBatches(BodyLimit(api, (batches.max_file_mib << 20) + MULTIPART_BYTES, stall_s=stall_s), app)
-    app = WithHealth(app, generator.pools)
+    app = WithHealth(around(app), generator.pools)
     sock = sock or bind(settings.host, settings.port, "http.port", reuse_port=reuse_port)
-    notice_lost(sock, settings.stalled_client_timeout_s)
+    notice_lost_callers(sock, settings.stalled_client_timeout_s)
     config = uvicorn.Config(
         app,
         http=protocol(settings),
@@ -142,7 +132,7 @@ async def serve_http(
         if serving.done():
             await serving
         await asyncio.sleep(0.01)
-    return HttpDoor(server, serving, sock.getsockname()[1])
+    return HttpIngress(server, serving, sock.getsockname()[1])
 
 
 async def model_apps(generator: Generator, settings: Http) -> dict[str, ModelApp]:
@@ -173,7 +163,7 @@ class ModelApp:
         return self._gateway.model_config.runner_type == "generate" or bool(self._gateway.engine_core.infos)
 
     def set_server(self, server: Any) -> None:
-        """The door's, instead of none; see :func:`model_app`."""
+        """The ingress process's, instead of none; see :func:`model_app`."""
         self._server = server
         if self._app is not None:
             self._app.state.server = server
@@ -184,7 +174,7 @@ class ModelApp:
             if self._app is None:
                 app = await model_app(self._gateway, self._settings)
                 if self._settings.control_routes:
-                    # Ahead of vLLM's own, which know one engine and one door.
+                    # Ahead of vLLM's own, which know one engine and one ingress process.
                     app.router.routes[:0] = adapter_routes(self._generator).routes
                 app.state.server = self._server or app.state.server
                 self._app = app
@@ -203,7 +193,7 @@ def over_all_models(apps: Mapping[str, ASGIApp], generator: Generator) -> ASGIAp
 
 
 class _Server(uvicorn.Server):
-    """Signals are the process owner's business, not the door's."""
+    """Signals are the process owner's business, not the ingress process's."""
 
     def install_signal_handlers(self) -> None: ...
 
@@ -216,7 +206,7 @@ async def model_app(gateway: Gateway, settings: Http) -> FastAPI:
     app.title = "hycluster"
     await init_app_state(gateway, app.state, arguments, tasks)
     if (completions := app.state.openai_serving_completion) is not None:
-        completions.create_completion = _admitting_all_prompts(gateway, completions.create_completion)
+        patch_completions(completions, gateway.check_admission)
     # vLLM's app asks this mapping for a name that is no model's.
     app.state.openai_serving_models.lora_requests = gateway.lora_requests
     # Told to exit when an engine is lost for good; what serves without one of its own needs not.
@@ -232,19 +222,6 @@ async def model_app(gateway: Gateway, settings: Http) -> FastAPI:
     # vLLM hands the app over with its middleware built; have it built again, with the handler.
     app.middleware_stack = None
     return app
-
-
-def _admitting_all_prompts(gateway: Gateway, complete: Callable[..., Any]) -> Callable[..., Any]:
-    """vLLM's completions count the ``n`` of a request against the bounds, and not the prompts of its list."""
-
-    @functools.wraps(complete)
-    async def admitted(request: CompletionRequest, *rest: Any) -> Any:
-        prompt = request.prompt
-        lists = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
-        gateway.check_admission((request.n or 1) * (len(prompt) if lists and prompt else 1))
-        return await complete(request, *rest)
-
-    return admitted
 
 
 def api_arguments(gateway: Gateway, settings: Http) -> Namespace:

@@ -1,4 +1,4 @@
-"""Requests to the gRPC door that are no message of their kind: the caller's fault, and told so.
+"""Requests to the gRPC ingress that are no message of their kind: the caller's fault, and told so.
 
 By itself grpc.aio answers them with INTERNAL and writes a stack trace into the log.
 """
@@ -10,6 +10,9 @@ from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
+
+from hycluster.errors import InvalidInput
+from hycluster.ingress.status import abort
 
 # Generic for the type checker only.
 Handler = Any
@@ -84,6 +87,4 @@ async def _answered(made: Any, context: Any) -> Any:
 
 
 async def _refuse(context: Any) -> None:
-    await context.abort(
-        grpc.StatusCode.INVALID_ARGUMENT, "request: is not a message of the kind that this method takes"
-    )
+    await abort(context, InvalidInput("request: is not a message of the kind that this method takes"))

@@ -1,7 +1,8 @@
-"""Sockets that a door listens on, and how a door leaves a port that its successor listens on as well.
+"""Sockets that an ingress process listens on, and how an ingress process leaves a port that its successor listens on as
+well.
 
 With ``SO_REUSEPORT`` the kernel deals new connections out to all who listen. What it has dealt to one that closes
-before it has accepted them is reset, so a door first has the kernel deal it no more (:func:`turn_away`).
+before it has accepted them is reset, so an ingress process first has the kernel deal it no more (:func:`turn_away`).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def bind(host: str, port: int, field: str, *, reuse_port: bool = False) -> socke
     return sock
 
 
-def notice_lost(sock: socket.socket, after_s: float) -> None:
+def notice_lost_callers(sock: socket.socket, after_s: float) -> None:
     """Have the kernel end connections whose other machine is gone without a word; for those that ``sock`` accepts.
 
     Of one with nothing on its way the kernel asks; of one with something on its way, or with a caller who leaves no
@@ -89,7 +90,7 @@ def turn_away(*ports: int) -> None:
     but takes CAP_NET_ADMIN; a program for all sockets that share the port (``SO_ATTACH_REUSEPORT_CBPF``) takes no
     right, but knows them by places that change whenever one closes.
 
-    Where the kernel can't do it, it stays as it was: callers who come while the door closes may be reset.
+    Where the kernel can't do it, it stays as it was: callers who come while the ingress process closes may be reset.
     """
     if sys.platform != "linux":
         return
@@ -107,7 +108,7 @@ async def let_in(ports: Collection[int], for_s: float) -> None:
     deadline = time.monotonic() + for_s
     while time.monotonic() < deadline:
         await asyncio.sleep(_LET_IN_EVERY_S)
-        # A door may have thousands of connections to look at.
+        # An ingress process may have thousands of connections to look at.
         await asyncio.to_thread(_let_in, ports)
 
 

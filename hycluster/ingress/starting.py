@@ -1,7 +1,8 @@
-"""Doors that are open before there is anything behind them: they say so, and what is still missing.
+"""Ingress processes that are open before there is anything behind them: they say so, and what is still missing.
 
-HTTP answers 503 and gRPC UNAVAILABLE; both healths are asked as on open doors. The HTTP socket is handed over to the
-door that serves; the gRPC door stays and gets its generator. Imports no vLLM, so it is there within a second or two.
+HTTP answers 503 and gRPC UNAVAILABLE; both healths are asked as on open ingress processes. The HTTP socket is handed
+over to the ingress process that serves; the gRPC ingress stays and gets its generator. Imports no vLLM, so it is there
+within a second or two.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import uvicorn
 
 from hycluster.core import Generation, GenerationRequest, ModelCard
 from hycluster.ingress import health
-from hycluster.ingress.grpc import Generator, GrpcDoor, serve_grpc
+from hycluster.ingress.grpc import GrpcBackend, GrpcIngress, serve_grpc
 from hycluster.ingress.ports import bind, check_port
 from hycluster.settings.settings import Settings
 
@@ -27,12 +28,12 @@ class WaitingGenerator:
 
     def __init__(self, pools: health.Pools) -> None:
         self._pools = pools
-        self._generator: Generator | None = None
+        self._generator: GrpcBackend | None = None
 
-    def open(self, generator: Generator) -> None:
+    def open(self, generator: GrpcBackend) -> None:
         self._generator = generator
 
-    async def _open(self) -> Generator:
+    async def _open(self) -> GrpcBackend:
         if self._generator is None:
             raise health.starting(await self._pools())
         return self._generator
@@ -62,16 +63,16 @@ class WaitingGenerator:
         return self._generator is not None and await self._generator.ready()
 
 
-class StartingDoors:
-    """Both doors while the service starts.
+class StartingIngress:
+    """Both ingresses while the service starts.
 
     Attributes:
-        grpc: the gRPC door.
-        http_port: the port that the HTTP door listens on.
+        grpc: the gRPC ingress.
+        http_port: the port that the HTTP ingress listens on.
     """
 
     def __init__(
-        self, grpc: GrpcDoor, generator: WaitingGenerator, sock: socket.socket, server: uvicorn.Server
+        self, grpc: GrpcIngress, generator: WaitingGenerator, sock: socket.socket, server: uvicorn.Server
     ) -> None:
         self.grpc = grpc
         self.http_port: int = sock.getsockname()[1]
@@ -80,7 +81,7 @@ class StartingDoors:
         self._server = server
         self._serving = asyncio.create_task(server.serve(sockets=[sock.dup()]))
 
-    async def hand_over(self, generator: Generator) -> socket.socket:
+    async def hand_over(self, generator: GrpcBackend) -> socket.socket:
         """Let gRPC callers through, answer no more over HTTP; returns the socket that HTTP callers wait at."""
         await self._end_http()
         self._generator.open(generator)
@@ -99,8 +100,8 @@ class StartingDoors:
 
 
 @contextlib.asynccontextmanager
-async def starting_doors(settings: Settings, pools: health.Pools) -> AsyncIterator[StartingDoors]:
-    """Open both doors with nothing behind them.
+async def starting_ingress(settings: Settings, pools: health.Pools) -> AsyncIterator[StartingIngress]:
+    """Open both ingresses with nothing behind them.
 
     Raises:
         SettingsError: a port is in use.
@@ -124,8 +125,8 @@ async def starting_doors(settings: Settings, pools: health.Pools) -> AsyncIterat
             timeout_graceful_shutdown=1,
         )
     )
-    doors = StartingDoors(grpc, generator, sock, server)
+    ingresses = StartingIngress(grpc, generator, sock, server)
     try:
-        yield doors
+        yield ingresses
     finally:
-        await doors.close()
+        await ingresses.close()

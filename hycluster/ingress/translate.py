@@ -1,6 +1,6 @@
-"""Between the house's nouns and the messages of the gRPC door, both ways.
+"""Between the house's nouns and the messages of the gRPC ingress, both ways.
 
-The door and the client share it, so that the two can't drift apart.
+The ingress process and the client share it, so that the two can't drift apart.
 """
 
 from __future__ import annotations
@@ -13,9 +13,6 @@ from typing import Any
 from hycluster.core import Generation, GenerationRequest, ModelCard, Output, Priority, Sampling, TokenLogprob, Usage
 from hycluster.errors import InvalidInput
 from hycluster.ingress.proto import inference_pb2 as pb
-
-# In the metadata at the end of a call that failed: the name of the door's error.
-ERROR_KEY = "hycluster-error"
 
 
 def request_from_pb(message: pb.GenerateRequest) -> GenerationRequest:
@@ -83,7 +80,7 @@ def messages_to_pb(chat: Iterable[dict[str, Any]]) -> pb.Messages:
     """The message for a chat in OpenAI's form.
 
     Raises:
-        InvalidInput: a key or a value that the gRPC door doesn't take; names the message.
+        InvalidInput: a key or a value that the gRPC ingress doesn't take; names the message.
     """
     message = pb.Messages()
     for place, turn in enumerate(chat):

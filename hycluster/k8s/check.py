@@ -41,7 +41,7 @@ class CheckError(InvalidInput):
 
 
 @dataclass(frozen=True)
-class Fault:
+class Violation:
     """A broken rule, and whose."""
 
     resource: str
@@ -52,12 +52,12 @@ class Fault:
         return f"{self.resource}: {field}: {wrong}; must {allowed} ({why})"
 
 
-def faults(resources: Sequence[Resource], *, digests: bool = False) -> list[Fault]:
+def faults(resources: Sequence[Resource], *, digests: bool = False) -> list[Violation]:
     """All that is wrong. Rules are asked only when no API server would refuse a resource."""
     return refused(resources) or broken(resources, digests=digests)
 
 
-def refused(resources: Sequence[Resource]) -> list[Fault]:
+def refused(resources: Sequence[Resource]) -> list[Violation]:
     """What an API server would not take.
 
     Raises:
@@ -72,7 +72,7 @@ def refused(resources: Sequence[Resource]) -> list[Fault]:
         for told in schema_errors(resource) if is_known(resource) else ():
             field, _, message = told.removeprefix("$").removeprefix(".").partition(": ")
             fault = Broken(field or "(all of it)", message, "be as its definition says", "the API server refuses it")
-            found.append(Fault(name_of(resource), fault))
+            found.append(Violation(name_of(resource), fault))
     return found
 
 
@@ -83,7 +83,7 @@ def unknown(resources: Sequence[Resource]) -> list[str]:
     return [f"{name_of(resource)} ({resource['apiVersion']})" for resource in resources if not is_known(resource)]
 
 
-def broken(resources: Sequence[Resource], *, digests: bool = False) -> list[Fault]:
+def broken(resources: Sequence[Resource], *, digests: bool = False) -> list[Violation]:
     """The rules that manifests break.
 
     Args:
@@ -94,17 +94,21 @@ def broken(resources: Sequence[Resource], *, digests: bool = False) -> list[Faul
     empty = [pod for pod in pods if not pod.spec.get("containers")]
     every = All(resources, [pod for pod in pods if pod not in empty], digests)
     nothing = Broken("spec.containers", "there is none", "be one at least", "the API server refuses it")
-    found = [Fault(pod.owner, nothing._replace(field=_below(pod, nothing))) for pod in empty]
+    found = [Violation(pod.owner, nothing._replace(field=_below(pod, nothing))) for pod in empty]
     if empty:
         return found
     for each in every.pods:
         for pod_rule in (*pod_rules.RULES, *access.POD_RULES, *syntax.POD_RULES):
-            found += [Fault(each.owner, fault._replace(field=_below(each, fault))) for fault in pod_rule(each, every)]
+            found += [
+                Violation(each.owner, fault._replace(field=_below(each, fault))) for fault in pod_rule(each, every)
+            ]
     for resource in resources:
-        found += [Fault(name_of(resource), fault) for rule in syntax.RESOURCE_RULES for fault in rule(resource, every)]
+        found += [
+            Violation(name_of(resource), fault) for rule in syntax.RESOURCE_RULES for fault in rule(resource, every)
+        ]
         for kinds, rules in RULES:
             if resource.get("kind") in kinds:
-                found += [Fault(name_of(resource), fault) for rule in rules for fault in rule(resource, every)]
+                found += [Violation(name_of(resource), fault) for rule in rules for fault in rule(resource, every)]
     return found
 
 

@@ -36,7 +36,7 @@ def render(
     """
     from hycluster.k8s.chart.make import chart_files, surplus
     from hycluster.k8s.render import manifest_in, manifests, settings_of, unlisted
-    from hycluster.k8s.render import render as rendered
+    from hycluster.k8s.render import render_manifests as rendered
 
     if config is not None and folder is None:
         raise SettingsError(f"CONFIG: {str(config)!r} needs --folder, the overlay or job to write to")

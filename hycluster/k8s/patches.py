@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hycluster.k8s.pods import ROLE
-from hycluster.k8s.sizes import Group, drain_s, grace_s, groups, stored_remotely
+from hycluster.k8s.sizes import PodGroup, drain_s, grace_s, groups, stored_remotely
 from hycluster.settings.settings import Settings
 
 GROUPS = "/spec/rayClusterConfig/workerGroupSpecs"
@@ -17,15 +17,15 @@ Op = dict[str, Any]
 
 
 def pods_patch(settings: Settings) -> list[Op]:
-    """Operations on the base's RayService, whose groups are doors and engines; they come after all components' own.
+    """Operations on the base's RayService, whose groups are ingress and engines; they come after all components' own.
 
     The groups of further models are copies of the engines' group, made before anything is changed in it.
     """
     engines = groups(settings)
-    ops = [_test("0/groupName", "doors"), _test("1/groupName", "engines")]
+    ops = [_test("0/groupName", "ingress"), _test("1/groupName", "engines")]
     ops += [{"op": "copy", "from": f"{GROUPS}/1", "path": f"{GROUPS}/{at}"} for at in range(2, len(engines) + 1)]
-    # One more door than there are, so that a lost one's pod is not waited for.
-    ops += _sizes(0, settings.doors, settings.doors, settings.doors + 1)
+    # One more ingress process than there are, so that a lost one's pod is not waited for.
+    ops += _sizes(0, settings.ingress.replicas, settings.ingress.replicas, settings.ingress.replicas + 1)
     ops += _ends(0, settings)
     if stored_remotely(settings):
         # A service account that the store trusts does as well, so it may be missing.
@@ -37,7 +37,7 @@ def pods_patch(settings: Settings) -> list[Op]:
     return ops
 
 
-def _engines(at: int, group: Group, *, several: bool) -> list[Op]:
+def _engines(at: int, group: PodGroup, *, several: bool) -> list[Op]:
     ops = _sizes(at, group.least, group.first, group.most)
     if group.hosts > 1:
         # Whole replicas come and go, never one of their hosts.
@@ -93,7 +93,7 @@ def beside(settings: Settings, name: str) -> list[dict[str, Any]]:
     sleep has no budget.
     """
     engines = groups(settings)
-    made = [_budget(f"{name}-doors", {ROLE: "doors"}, settings.doors, 1)]
+    made = [_budget(f"{name}-ingress", {ROLE: "ingress"}, settings.ingress.replicas, 1)]
     for group in engines:
         labels = {ROLE: "engines"} | ({GROUP_LABEL: group.name} if len(engines) > 1 else {})
         if group.least:
@@ -126,7 +126,7 @@ def _way_to_the_store(name: str) -> dict[str, Any]:
             "annotations": {"hycluster/egress": "batches.store, the object store of the Batch API"},
         },
         "spec": {
-            "podSelector": {"matchLabels": {ROLE: "doors"}},
+            "podSelector": {"matchLabels": {ROLE: "ingress"}},
             "policyTypes": ["Egress"],
             "egress": [{"to": anywhere, "ports": [{"port": 443}]}],
         },

@@ -34,34 +34,35 @@ JOB_MANIFEST = "settings.yaml"
 # Which settings a manifest was made from; `kubectl get rayservice hycluster -o yaml` shows it too.
 ANNOTATION = "hycluster/settings"
 PORTS = {"http": 8000, "grpc": 9000}
-# Half of what each door pod has, so that a door's successor finds room in any of them.
-DOOR_RESOURCES = {"door": 0.5}
-# So that the Batch API's process is on a door's pod, not on one with GPUs. Every door pod has one.
+# Half of what each ingress pod has, so that an ingress process's successor finds room in any of them.
+INGRESS_RESOURCES = {"ingress": 0.5}
+# So that the Batch API's process is on an ingress pod, not on one with GPUs. Every ingress pod has one.
 BATCHES_RESOURCES = {"batches": 1}
-DOORS = 2
+INGRESS_REPLICAS = 2
 # A pod each, also while one of the pods is not there yet, or not there any more.
-DOORS_PER_POD = 1
+INGRESS_REPLICAS_PER_POD = 1
 
 
 def for_pods(settings: dict[str, Any], *, groups: bool = True) -> dict[str, Any]:
     """The settings, as a mapping, fitted to the base's pods.
 
-    Doors and replicas are in pods of their own, so all listen for other pods, and doors are where the Service looks
-    for them. There are two of them, if the settings do not say otherwise. The Batch API is closed where its
-    store is the folder of one machine: in another pod it would be another folder. Several models have pods of their
+    Ingress and replicas are in pods of their own, so all listen for other pods, and ingress processes are where the
+    Service looks for them. There are two of them, if the settings do not say otherwise. The Batch API is closed where
+    its store is the folder of one machine: in another pod it would be another folder. Several models have pods of their
     own each, which only their replicas fit.
 
     Args:
         groups: whether there are groups of pods by model; a job's cluster has one for all.
     """
     fitted = copy.deepcopy(settings)
-    for door, port in PORTS.items():
-        fitted[door] = (fitted.get(door) or {}) | {"host": "0.0.0.0", "port": port}
+    for ingress, port in PORTS.items():
+        fitted[ingress] = (fitted.get(ingress) or {}) | {"host": "0.0.0.0", "port": port}
     if "data_plane" in fitted:
         fitted["data_plane"] = {key: value for key, value in fitted["data_plane"].items() if key != "host"}
-    fitted.setdefault("doors", DOORS)
-    fitted["door_resources"] = dict(DOOR_RESOURCES)
-    fitted.setdefault("doors_per_node", DOORS_PER_POD)
+    chosen = {"replicas": INGRESS_REPLICAS, "replicas_per_node": INGRESS_REPLICAS_PER_POD} | (
+        fitted.get("ingress") or {}
+    )
+    fitted["ingress"] = chosen | {"resources": dict(INGRESS_RESOURCES)}
     store = (fitted.get("batches") or {}).get("store")
     if store is None:
         fitted["batches"] = None
@@ -87,7 +88,7 @@ def serve_config(settings: dict[str, Any], where: str, *, groups: bool = True) -
     if store and not re.match(POD_STORE, store):
         raise SettingsError(
             f"{where}: batches.store: {store!r} is below a working folder, which pods do not have; give s3://BUCKET/..."
-            " or the absolute path of a volume that all doors mount"
+            " or the absolute path of a volume that all ingress processes mount"
         )
     for model in checked.models:
         if model.source.startswith("."):
@@ -96,7 +97,7 @@ def serve_config(settings: dict[str, Any], where: str, *, groups: bool = True) -
                 " have; give an absolute path, a hub id or package:NAME"
             )
     return {
-        # Callers come straight to the doors. Serve's own proxies would listen on the same ports.
+        # Callers come straight to the ingress. Serve's own proxies would listen on the same ports.
         "proxy_location": "Disabled",
         # What does not start is tried again for as long as it takes.
         "controller_options": CONTROLLER_OPTIONS,
@@ -106,7 +107,7 @@ def serve_config(settings: dict[str, Any], where: str, *, groups: bool = True) -
     }
 
 
-def render(manifest: Path, settings_file: str, root: Path) -> dict[Path, str]:
+def render_manifests(manifest: Path, settings_file: str, root: Path) -> dict[Path, str]:
     """The files of an overlay's or a job's folder, with their texts.
 
     Args:

@@ -18,7 +18,7 @@ from hycluster.settings.settings import Settings
 SERVE_MARGIN_S = 15
 # From Serve's end to Ray's: what is left is moving, not work.
 RAY_MARGIN_S = 15
-# Until all who balance have heard that a door takes no more, and Ray's processes have ended.
+# Until all who balance have heard that an ingress process takes no more, and Ray's processes have ended.
 PRE_STOP_S = 5
 STOP_MARGIN_S = 15
 # Memory of a pod beyond what the settings name: Ray's own processes, and of an engine that says nothing of its own.
@@ -40,7 +40,7 @@ PRODUCT_LABEL = "nvidia.com/gpu.product"
 
 
 @dataclass(frozen=True)
-class Group:
+class PodGroup:
     """A group of engine pods: those of one model. A replica is one pod, or one on each of several hosts.
 
     Attributes:
@@ -81,7 +81,7 @@ def deletion_delay_s(settings: Settings) -> int:
 
 
 def stored_remotely(settings: Settings) -> bool:
-    """Whether doors need an object store's credentials, and a way there."""
+    """Whether ingress processes need an object store's credentials, and a way there."""
     return settings.batches is not None and (settings.batches.store or "").startswith("s3://")
 
 
@@ -94,7 +94,7 @@ def own_resource(model: str) -> str:
     return f"engines-{slug(model)}"
 
 
-def groups(settings: Settings) -> list[Group]:
+def groups(settings: Settings) -> list[PodGroup]:
     """One for each model.
 
     Raises:
@@ -110,7 +110,7 @@ def groups(settings: Settings) -> list[Group]:
     return [_group(model, several) for model in settings.models]
 
 
-def _group(model: Model, several: bool) -> Group:
+def _group(model: Model, several: bool) -> PodGroup:
     hosts, gpus, ranks = _layout(model)
     reserved_cpus = math.ceil(reserved(model)["CPU"] / hosts)
     cpus, memory = _host(model, reserved_cpus, gpus, ranks, hosts)
@@ -121,7 +121,7 @@ def _group(model: Model, several: bool) -> Group:
         resources |= {"GPU": str(gpus), f"accelerator_type:{model.hardware.accelerator}": "1"}
     if several:
         resources[own_resource(model.name)] = "1"
-    return Group(
+    return PodGroup(
         name=own_resource(model.name) if several else "engines",
         model=model.name,
         least=model.replicas.min,

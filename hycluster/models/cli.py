@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hycluster.errors import InvalidInput
-from hycluster.models.tiny import ARCHITECTURES, DTYPES, FORMATS, LAYOUTS, TinyShape, write
+from hycluster.models.tiny import ARCHITECTURES, DTYPES, FORMATS, LAYOUTS, TinyShape, write_checkpoint
 
 DEFAULT = TinyShape()
 
@@ -23,29 +23,31 @@ def tiny_model(
     intermediate: Annotated[int, typer.Option(help="FFN width of one expert.")] = DEFAULT.intermediate,
     heads: Annotated[int, typer.Option(help="Query heads.")] = DEFAULT.heads,
     kv_heads: Annotated[int, typer.Option(help="Key and value heads.")] = DEFAULT.kv_heads,
-    head_size: Annotated[int | None, typer.Option(help="Channels a head; left out: hidden / heads.")] = None,
+    head_size: Annotated[int | None, typer.Option(help="Head size; default: hidden / heads.")] = None,
     experts: Annotated[int, typer.Option(help="Routed experts; 1 is a plain MLP.")] = DEFAULT.experts,
-    topk: Annotated[int, typer.Option(help="Experts a token.")] = DEFAULT.topk,
-    shared_experts: Annotated[int, typer.Option(help="Shared experts; 0 is none.")] = DEFAULT.shared_experts,
-    vocabulary: Annotated[int, typer.Option("--vocab", help="Rows of the embedding.")] = DEFAULT.vocabulary,
-    context_tokens: Annotated[int, typer.Option(help="Positions.")] = DEFAULT.context_tokens,
+    topk: Annotated[int, typer.Option(help="Experts for each token (top-k).")] = DEFAULT.topk,
+    shared_experts: Annotated[int, typer.Option(help="Shared experts; 0: none.")] = DEFAULT.shared_experts,
+    vocabulary: Annotated[int, typer.Option("--vocab", help="Vocabulary size.")] = DEFAULT.vocabulary,
+    context_tokens: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = DEFAULT.context_tokens,
     cla: Annotated[
-        bool | None, typer.Option("--cla/--no-cla", help="Cross-layer attention; left out: as the architecture.")
+        bool | None, typer.Option("--cla/--no-cla", help="Cross-layer attention; default: as the architecture has it.")
     ] = None,
     cla_share_factor: Annotated[
-        int | None, typer.Option(help=f"Layers that share keys and values; left out: {DEFAULT.cla_share_factor}.")
+        int | None, typer.Option(help=f"Layers that share keys and values; default: {DEFAULT.cla_share_factor}.")
     ] = None,
     rope_alpha: Annotated[float, typer.Option(help="RoPE scaling; 0 is none.")] = DEFAULT.rope_alpha,
-    attention_bias: Annotated[bool, typer.Option(help="Biases in the attention projections.")] = DEFAULT.attention_bias,
+    attention_bias: Annotated[bool, typer.Option(help="Bias in the attention projections.")] = DEFAULT.attention_bias,
     tied_embeddings: Annotated[
-        bool, typer.Option("--tied-embeddings/--untied-embeddings", help="Output head is the embedding.")
+        bool, typer.Option("--tied-embeddings/--untied-embeddings", help="Tie the output head to the embedding.")
     ] = DEFAULT.tied_embeddings,
-    seed: Annotated[int, typer.Option(help="Of the random weights.")] = DEFAULT.seed,
-    layout: Annotated[str, typer.Option(metavar="|".join(LAYOUTS), help="How projections are stored.")] = LAYOUTS[0],
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = DEFAULT.seed,
+    layout: Annotated[
+        str, typer.Option(metavar="|".join(LAYOUTS), help="Layout in which projections are stored.")
+    ] = LAYOUTS[0],
     file_format: Annotated[str, typer.Option("--format", metavar="|".join(FORMATS))] = FORMATS[0],
-    dtype: Annotated[str, typer.Option(metavar="|".join(DTYPES), help="Of the stored weights.")] = DTYPES[0],
-    shard_mib: Annotated[float | None, typer.Option(help="Largest weight file, in MiB; left out: one file.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
+    dtype: Annotated[str, typer.Option(metavar="|".join(DTYPES), help="Data type of the stored weights.")] = DTYPES[0],
+    shard_mib: Annotated[float | None, typer.Option(help="Largest weight file in MiB; default: one file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
 ) -> None:
     """Write a tiny random Hunyuan checkpoint to PATH: config, weights, tokenizer with chat template.
 
@@ -74,5 +76,7 @@ def tiny_model(
         tied_embeddings=tied_embeddings,
         seed=seed,
     )
-    write(path, shape, layout=layout, file_format=file_format, dtype=dtype, shard_mib=shard_mib, overwrite=overwrite)
+    write_checkpoint(
+        path, shape, layout=layout, file_format=file_format, dtype=dtype, shard_mib=shard_mib, overwrite=overwrite
+    )
     typer.echo(str(path))

@@ -13,7 +13,11 @@ ARCHITECTURES = ("HunYuanForCausalLM", "HunYuanMoEV1ForCausalLM")
 
 
 def register() -> None:
-    """Make Hunyuan's configuration and model known to vLLM, and mend what it lacks."""
+    """Make Hunyuan's configuration and model known to vLLM, and patch what it lacks.
+
+    Raises:
+        WrongVersion: another version of vLLM is installed than the patches are for.
+    """
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.platforms import current_platform
@@ -22,7 +26,8 @@ def register() -> None:
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
     from hycluster import logs
-    from hycluster.models import shared_memory
+    from hycluster.engine.patches.progress_bar import patch_progress_bars
+    from hycluster.engine.patches.queue_memory import patch_queues
     from hycluster.models.configuration import HunyuanConfig
     from hycluster.models.verify import TOKENIZER_MODE, HunyuanVerification
 
@@ -35,10 +40,15 @@ def register() -> None:
         MODELS_CONFIG_MAP[architecture] = HunyuanVerification
     TokenizerRegistry.tokenizers[TOKENIZER_MODE] = TOKENIZER
     RENDERER_REGISTRY.renderers[TOKENIZER_MODE] = ("vllm.renderers.hf", "HfRenderer")
-    shared_memory.mend()
+    patch_queues()
+    patch_progress_bars()
     if current_platform.is_cpu():
         # Their imports take a second or two, which nobody else should pay for.
-        from hycluster.models import cpu_lora, cpu_parallel
+        from hycluster.engine.patches.cpu_experts import patch_experts
+        from hycluster.engine.patches.cpu_gatherv import patch_collectives
+        from hycluster.engine.patches.cpu_lora import patch_lora
+        from hycluster.engine.patches.cpu_lora_experts import patch_lora_experts
+        from hycluster.engine.patches.cpu_memory import patch_segments
 
-        cpu_parallel.mend()
-        cpu_lora.mend()
+        for patch in (patch_segments, patch_collectives, patch_experts, patch_lora, patch_lora_experts):
+            patch()

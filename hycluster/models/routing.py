@@ -27,7 +27,7 @@ from hycluster.settings.model import Routing
 from hycluster.settings.read import validate
 
 # Routers of this process's models, in the order in which the layers were built.
-_routers: WeakValueDictionary[int, Router] = WeakValueDictionary()
+_routers: WeakValueDictionary[int, ExpertRouter] = WeakValueDictionary()
 _numbers = count()
 
 
@@ -43,11 +43,11 @@ def routing_settings(additional_config: object) -> Routing:
     return validate(Routing, found or {}, "additional_config.hycluster.routing")  # type: ignore[arg-type]
 
 
-def router(num_experts: int, top_k: int, layer: int, settings: Routing) -> Router | None:
+def router(num_experts: int, top_k: int, layer: int, settings: Routing) -> ExpertRouter | None:
     """What to give vLLM as ``custom_routing_function``; None where vLLM's own top-k does all that is asked."""
     if settings.recycle is None and not settings.expert_metrics:
         return None
-    return Router(num_experts, top_k, layer, settings)
+    return ExpertRouter(num_experts, top_k, layer, settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class LayerCounts:
     moved: int
 
 
-class Router:
+class ExpertRouter:
     """Routing of one layer; build it where the model is built, so that its counters lie on the model's device.
 
     Args:
@@ -125,7 +125,8 @@ class Router:
 
 
 def routed_layers(worker: object = None) -> int:
-    """How many layers of this process have a :class:`Router`; for ``collective_rpc`` like :func:`layer_counts`."""
+    """How many layers of this process have a :class:`ExpertRouter`; for ``collective_rpc`` like
+    :func:`layer_counts`."""
     return len(_routers)
 
 

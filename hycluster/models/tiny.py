@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hycluster.errors import InvalidInput, shown
-from hycluster.models.tiny_tokenizer import SMALLEST_VOCABULARY, build
+from hycluster.models.tiny_tokenizer import SMALLEST_VOCABULARY, build_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,7 +105,7 @@ class TinyShape:
 def config_of(shape: TinyShape) -> dict[str, Any]:
     """config.json of the checkpoint, with Tencent's field names."""
     architecture, model_type = ARCHITECTURES[shape.architecture]
-    tokenizer = build(shape.vocabulary)
+    tokenizer = build_tokenizer(shape.vocabulary)
     config: dict[str, Any] = {
         "architectures": [architecture],
         "model_type": model_type,
@@ -173,7 +173,7 @@ def weights_of(shape: TinyShape) -> dict[str, Tensor]:
 
     random("model.embed_tokens.weight", shape.vocabulary, shape.hidden, std=0.3)
     # As in the real checkpoints there may be more embeddings than tokens: a random one must not win.
-    weights["model.embed_tokens.weight"][len(build(shape.vocabulary)) :] = 0
+    weights["model.embed_tokens.weight"][len(build_tokenizer(shape.vocabulary)) :] = 0
     query_channels, kv_channels = shape.heads * shape.head_channels, shape.kv_heads * shape.head_channels
     for layer in range(shape.layers):
         name = f"model.layers.{layer}"
@@ -201,7 +201,7 @@ def weights_of(shape: TinyShape) -> dict[str, Tensor]:
     return weights
 
 
-def write(
+def write_checkpoint(
     folder: Path,
     shape: TinyShape,
     *,
@@ -249,7 +249,7 @@ def write(
         weights = {name: tensor.float() for name, tensor in weights.items()}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    tokenizer = build(shape.vocabulary)
+    tokenizer = build_tokenizer(shape.vocabulary)
     # As in Tencent's instruct models, both of these end an answer.
     ends = tokenizer.convert_tokens_to_ids(["<|eos|>", "<|extra_5|>"])
     generation = {"eos_token_id": ends, "pad_token_id": config["pad_token_id"], "do_sample": False}

@@ -7,6 +7,7 @@ needs no remote code, and its vocabulary is learned from the few lines below.
 from __future__ import annotations
 
 from functools import cache
+from importlib import resources
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,18 +27,7 @@ SMALLEST_VOCABULARY = BYTES + len(SPECIAL_TOKENS)
 
 # <|extra_4|> ends the system message, <|extra_0|> a user's turn, <|eos|> an assistant's; <|startoftext|> opens the
 # system message and every user's turn but the one right behind it. The turn to generate needs no opening token.
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{%- if message.role == 'system' -%}
-<|startoftext|>{{ message.content }}<|extra_4|>
-{%- elif message.role == 'user' -%}
-{%- if loop.first or loop.previtem.role != 'system' -%}<|startoftext|>{%- endif -%}
-{{ message.content }}<|extra_0|>
-{%- elif message.role == 'assistant' -%}
-{{ message.content }}<|eos|>
-{%- endif -%}
-{%- endfor -%}
-"""
+CHAT_TEMPLATE = resources.files(__package__).joinpath("templates", "tiny_chat.jinja")
 
 _TEXT = """\
 A river that comes down from the mountains carries the same water past many towns, and each of them knows it by a name
@@ -53,7 +43,7 @@ What is written here has no other use than to teach a small list of words which 
 
 
 @cache
-def build(vocabulary: int) -> PreTrainedTokenizerFast:
+def build_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE with at most ``vocabulary`` tokens, special ones included.
 
     Args:
@@ -84,5 +74,5 @@ def build(vocabulary: int) -> PreTrainedTokenizerFast:
         pad_token="<|pad|>",
         clean_up_tokenization_spaces=False,
     )
-    fast.chat_template = CHAT_TEMPLATE
+    fast.chat_template = CHAT_TEMPLATE.read_text(encoding="utf-8")
     return fast

@@ -2,7 +2,7 @@
 
 Hunyuan-Large's tokenizer puts ``<|startoftext|>`` before a text and ``<|endoftext|>`` after it, as its training
 documents had them. A prompt that ends so asks the model to go on after the end; its chat template does not do it.
-vLLM's ``/v1/completions`` (and our gRPC door and batch jobs) encode plainly, so the end is taken off here, for
+vLLM's ``/v1/completions`` (and our gRPC ingress and batch jobs) encode plainly, so the end is taken off here, for
 whichever of Tencent's tokenizers a checkpoint brings.
 """
 

@@ -1,7 +1,7 @@
 """How mixture-of-experts replicas spread their tokens, under ``/metrics``: what replicas reported last.
 
 A series an expert and replica, summed over layers; by layer it would be as many again for each layer (64 x 16 for
-Hunyuan-Large). Replicas are named by their id, so that every door shows the same series.
+Hunyuan-Large). Replicas are named by their id, so that every ingress process shows the same series.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hycluster.core import ExpertLoad
 _REPLICA = ["model", "replica"]
 
 
-class Pool(Protocol):
+class ExpertsPool(Protocol):
     """What knows the last reports of one model's replicas."""
 
     @property
@@ -31,32 +31,34 @@ class ExpertMetrics(Collector):
     """Reads the pools when it is asked; holds none of them."""
 
     def __init__(self) -> None:
-        self._pools: WeakValueDictionary[str, Pool] = WeakValueDictionary()
+        self._pools: WeakValueDictionary[str, ExpertsPool] = WeakValueDictionary()
 
-    def watch(self, model: str, pool: Pool) -> None:
+    def watch(self, model: str, pool: ExpertsPool) -> None:
         """Show this model's replicas for as long as ``pool`` lives."""
         self._pools[model] = pool
 
     def collect(self) -> Iterable[Metric]:
         tokens = CounterMetricFamily(
             "hycluster_expert_tokens",
-            "Tokens given to an expert, over all layers; a token counts once for each of its experts.",
+            "Tokens routed to an expert, summed over layers; a token counts once for each expert it is routed to.",
             labels=[*_REPLICA, "expert"],
         )
         moved = CounterMetricFamily(
             "hycluster_expert_moved_tokens",
-            "Tokens that random compensation moved from an expert over its capacity to another.",
+            "Tokens that random compensation (routing.recycle) moved from an expert over its capacity to another.",
             labels=_REPLICA,
         )
         share = GaugeMetricFamily(
-            "hycluster_expert_moved_share", "Share of the tokens given to experts that were moved.", labels=_REPLICA
+            "hycluster_expert_moved_share", "Fraction of routed tokens that random compensation moved.", labels=_REPLICA
         )
         skew = GaugeMetricFamily(
-            "hycluster_expert_load_skew", "The busiest expert's tokens over the mean's, lately.", labels=_REPLICA
+            "hycluster_expert_load_skew",
+            "Tokens of the busiest expert divided by the mean over experts, in recent steps; 1 is balanced.",
+            labels=_REPLICA,
         )
         rank_skew = GaugeMetricFamily(
             "hycluster_expert_rank_load_skew",
-            "The busiest expert parallel rank's tokens over the mean's, lately.",
+            "Tokens of the busiest expert-parallel rank divided by the ranks' mean, in recent steps; 1 is balanced.",
             labels=_REPLICA,
         )
         for model, pool in list(self._pools.items()):

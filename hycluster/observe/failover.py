@@ -1,7 +1,7 @@
-"""What replicas' deaths cost, under ``/metrics``: requests that were carried over, tokens computed once more, pauses.
+"""What lost replicas cost, under ``/metrics``: requests that were migrated, tokens computed once more, stalls.
 
-Each gateway has series of its own. Doors may share a port, so that a reader meets now one, now another; and one that
-was killed comes back at zero.
+Each gateway has series of its own. Ingress processes may share a port, so that a reader meets now one, now another; and
+one that was killed comes back at zero.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _LABELS = ["model", "gateway"]
 PAUSE_BUCKETS_S = tuple(round(0.05 * 1.25**step, 4) for step in range(40))
 
 
-class Carried:
-    """What one gateway has carried over.
+class Migrations:
+    """What one gateway has migrated.
 
     Attributes:
         requests: moves of a request from a lost replica to another one.
@@ -60,47 +60,49 @@ class Carried:
         self._since.pop(request_id, None)
 
 
-class Pool(Protocol):
+class FailoverPool(Protocol):
     """What counts for one gateway."""
 
     gateway_id: str
-    carried: Carried
+    migrated: Migrations
 
 
 class FailoverMetrics(Collector):
     """Reads the pools when it is asked; holds none of them."""
 
     def __init__(self) -> None:
-        self._pools: WeakValueDictionary[str, Pool] = WeakValueDictionary()
+        self._pools: WeakValueDictionary[str, FailoverPool] = WeakValueDictionary()
 
-    def watch(self, model: str, pool: Pool) -> None:
+    def watch(self, model: str, pool: FailoverPool) -> None:
         """Show this gateway for as long as ``pool`` lives."""
         self._pools[model] = pool
 
     def collect(self) -> Iterable[Metric]:
         requests = CounterMetricFamily(
-            "hycluster_requests_carried", "Requests sent on to another replica after theirs was lost.", labels=_LABELS
+            "hycluster_requests_migrated",
+            "Requests migrated to another replica after theirs was lost; one that moves twice counts twice.",
+            labels=_LABELS,
         )
         tokens = CounterMetricFamily(
             "hycluster_tokens_recomputed",
-            "Tokens of carried requests to be prefilled again: prompt and output so far, if these were computed"
-            " before. The other replica may find some of them in its prefix cache.",
+            "Prompt and output tokens that the lost replica had computed and the next one has to prefill again, unless"
+            " its prefix cache has them.",
             labels=_LABELS,
         )
         pauses = HistogramMetricFamily(
-            "hycluster_carried_pause_seconds",
-            "From the last word of a lost replica to the first token of the next, for each carried request.",
+            "hycluster_migration_pause_seconds",
+            "Stall of a migrated request: from the lost replica's last message to the next one's first token.",
             labels=_LABELS,
         )
         for model, pool in list(self._pools.items()):
-            labels, carried = [model, pool.gateway_id], pool.carried
-            requests.add_metric(labels, carried.requests)
-            tokens.add_metric(labels, carried.tokens)
+            labels, migrated = [model, pool.gateway_id], pool.migrated
+            requests.add_metric(labels, migrated.requests)
+            tokens.add_metric(labels, migrated.tokens)
             bounds, sums, total = [*map(str, PAUSE_BUCKETS_S), "+Inf"], [], 0
-            for count in carried.pauses:
+            for count in migrated.pauses:
                 total += count
                 sums.append(total)
-            pauses.add_metric(labels, list(zip(bounds, sums, strict=True)), carried.paused_s)
+            pauses.add_metric(labels, list(zip(bounds, sums, strict=True)), migrated.paused_s)
         return [requests, tokens, pauses]
 
     def describe(self) -> Iterable[Metric]:

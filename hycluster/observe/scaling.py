@@ -1,6 +1,7 @@
-"""How a pool that follows its load is sized, under ``/metrics``: what each door has heard of the pool's scaler.
+"""How a pool that follows its load is sized, under ``/metrics``: what each ingress process has heard of the pool's
+scaler.
 
-All doors hear the same, so the labels have no gateway; only what waits is each gateway's own.
+All ingress processes hear the same, so the labels have no gateway; only what waits is each gateway's own.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from prometheus_client.registry import Collector
 from hycluster.directory.autoscaling import Scaling
 
 
-class Told(Protocol):
+class LastScaling(Protocol):
     """Where the scaler's last word is."""
 
     scaling: Scaling | None
 
 
-class Pool(Protocol):
+class ScaledPool(Protocol):
     """Where the gateway's requests are."""
 
     gateway_id: str
@@ -35,10 +36,10 @@ class Scaled(Protocol):
     """A gateway of a pool that follows its load."""
 
     @property
-    def cold_start(self) -> Told: ...
+    def cold_start(self) -> LastScaling: ...
 
     @property
-    def engine_core(self) -> Pool: ...
+    def engine_core(self) -> ScaledPool: ...
 
 
 class ScalingMetrics(Collector):
@@ -52,18 +53,24 @@ class ScalingMetrics(Collector):
         self._gateways[model] = gateway
 
     def collect(self) -> Iterable[Metric]:
-        target = GaugeMetricFamily("hycluster_replicas_target", "Replicas that there are to be.", labels=["model"])
-        running = GaugeMetricFamily("hycluster_replicas_running", "Replicas that have started.", labels=["model"])
+        target = GaugeMetricFamily(
+            "hycluster_replicas_target", "Number of replicas that the autoscaler wants.", labels=["model"]
+        )
+        running = GaugeMetricFamily(
+            "hycluster_replicas_running", "Number of replicas that have started.", labels=["model"]
+        )
         cold_start = GaugeMetricFamily(
-            "hycluster_cold_start_seconds", "How long the last start of a replica took.", labels=["model"]
+            "hycluster_cold_start_seconds", "Duration of the latest replica start.", labels=["model"]
         )
         decisions = CounterMetricFamily(
             "hycluster_scaling_decisions",
-            "Changes of the target, by cause: wake, tokens, kv_cache, queue, quiet, idle, bounds.",
+            "Changes of the number of replicas wanted, by cause: wake, tokens, kv_cache, queue, quiet, idle, bounds.",
             labels=["model", "cause"],
         )
         waiting = GaugeMetricFamily(
-            "hycluster_requests_without_replica", "Requests that wait for a replica.", labels=["model", "gateway"]
+            "hycluster_requests_without_replica",
+            "Requests that wait in a gateway because no replica is running.",
+            labels=["model", "gateway"],
         )
         for model, gateway in list(self._gateways.items()):
             pool, scaling = gateway.engine_core, gateway.cold_start.scaling

@@ -18,29 +18,40 @@ PRECISIONS = "bfloat16|float16|float32|fp8|int8|int4|mxfp4|nvfp4"
 def plan(
     config: Annotated[Path, typer.Argument(metavar="MODEL_CONFIG", help="A model's config.json, or its folder.")],
     gpu: Annotated[
-        str, typer.Option(metavar="NAME", help="H20, H100, H200, A100-80GB, L4, ...; a wrong one lists all.")
+        str, typer.Option(metavar="NAME", help="GPU: H20, H100, H200, A100-80GB, L4, ...; an unknown name lists all.")
     ],
     context_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Prompt and output of a sequence; default: the model's longest.")
+        int | None,
+        typer.Option(min=1, help="Prompt and output tokens of a sequence; default: the model's context length."),
     ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, max=10_000_000, help="Such sequences at a time.")] = 1,
+    concurrency: Annotated[int, typer.Option(min=1, max=10_000_000, help="Sequences at a time.")] = 1,
     weights: Annotated[
         str | None, typer.Option(metavar=PRECISIONS, help="Data type of the weights; default: as the checkpoint's.")
     ] = None,
     kv: Annotated[str, typer.Option(metavar="auto|fp8|...", help="Data type of the KV cache.")] = "auto",
-    tensor: Annotated[int | None, typer.Option(min=1, help="Only layouts with so many tensor ranks.")] = None,
-    pipeline: Annotated[int | None, typer.Option(min=1, help="Only with so many pipeline stages.")] = None,
-    data: Annotated[int | None, typer.Option(min=1, help="Only with so many data ranks.")] = None,
-    expert: Annotated[
-        bool | None, typer.Option("--expert/--no-expert", help="Only with experts whole on their ranks, or cut.")
+    tensor: Annotated[
+        int | None, typer.Option(min=1, help="Only layouts with this many tensor-parallel ranks.")
     ] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(min=1, max=1024, help="Default: as such nodes come.")] = None,
-    max_gpus: Annotated[int, typer.Option(min=1, max=4096, help="Most GPUs of a replica.")] = 64,
+    pipeline: Annotated[int | None, typer.Option(min=1, help="Only layouts with this many pipeline stages.")] = None,
+    data: Annotated[int | None, typer.Option(min=1, help="Only layouts with this many data-parallel ranks.")] = None,
+    expert: Annotated[
+        bool | None, typer.Option("--expert/--no-expert", help="Only layouts with expert parallel, or only without.")
+    ] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="GPUs of a node; default: as such nodes usually have.")
+    ] = None,
+    max_gpus: Annotated[int, typer.Option(min=1, max=4096, help="Most GPUs for one replica.")] = 64,
     utilization: Annotated[
-        float | None, typer.Option("--gpu-memory-utilization", min=0.1, max=1, help="vLLM's share of a GPU's memory.")
+        float | None,
+        typer.Option(
+            "--gpu-memory-utilization",
+            min=0.1,
+            max=1,
+            help="Fraction of a GPU's memory for vLLM (gpu_memory_utilization).",
+        ),
     ] = None,
     reserve_gib: Annotated[
-        float | None, typer.Option(min=0, help="Of that, for activations, CUDA graphs, communication.")
+        float | None, typer.Option(min=0, help="Of that, GiB for activations, CUDA graphs and communication.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
     write: Annotated[
@@ -56,7 +67,7 @@ def plan(
     """
     from hycluster.planning.families import architecture, read_config
     from hycluster.planning.gpus import gpu as gpu_named
-    from hycluster.planning.layouts import Demand, Pinned
+    from hycluster.planning.layouts import Pinned, Workload
     from hycluster.planning.plan import as_json as plan_json
     from hycluster.planning.plan import make_plan
     from hycluster.planning.precision import precision_of
@@ -69,7 +80,7 @@ def plan(
     positions = architecture(said).positions
     if context_tokens is None and not positions:
         raise SettingsError("max_position_embeddings: is not in this configuration; say --context-tokens")
-    demand = Demand(
+    demand = Workload(
         context_tokens=context_tokens or positions,
         concurrency=concurrency,
         utilization=UTILIZATION if utilization is None else utilization,
@@ -80,7 +91,7 @@ def plan(
     made = make_plan(said, precision_of(said, weights, kv), chosen, demand, Pinned(tensor, pipeline, data, expert))
     if write is not None:
         from hycluster.planning.write import settings_text
-        from hycluster.planning.write import write as write_file
+        from hycluster.planning.write import write_settings_file as write_file
 
         command = shlex.join(["hycluster", "plan", str(config), "--gpu", chosen.name])
         command += f" --context-tokens {demand.context_tokens} --concurrency {concurrency}"
@@ -91,9 +102,9 @@ def plan(
         return
     from rich.console import Console
 
-    from hycluster.planning.report import show
+    from hycluster.planning.report import show_plan
 
-    show(made, Console())
+    show_plan(made, Console())
     if write is not None:
         typer.echo(f"written: {write}")
 

@@ -23,7 +23,7 @@ from hycluster.settings.parallel import Parallel
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
+class Workload:
     """What is asked for.
 
     Attributes:
@@ -121,7 +121,9 @@ class Search:
     refused: tuple[str, ...]
 
 
-def search(model: Architecture, precision: Precision, gpu: Gpu, demand: Demand, pinned: Pinned | None = None) -> Search:
+def search(
+    model: Architecture, precision: Precision, gpu: Gpu, demand: Workload, pinned: Pinned | None = None
+) -> Search:
     """Try every layout.
 
     Raises:
@@ -160,7 +162,7 @@ def search(model: Architecture, precision: Precision, gpu: Gpu, demand: Demand, 
     )
 
 
-def candidates(model: Architecture, demand: Demand, pinned: Pinned) -> Iterator[Parallel]:
+def candidates(model: Architecture, demand: Workload, pinned: Pinned) -> Iterator[Parallel]:
     """Layouts that a cluster of such nodes can hold, and that the user has not excluded; those of fewest GPUs first."""
     parts = [size for size in range(1, demand.per_node + 1) if demand.per_node % size == 0]
     whole = range(2 * demand.per_node, demand.most_gpus + 1, demand.per_node)
@@ -186,7 +188,7 @@ def _fit(
     free: int,
     precision: Precision,
     gpu: Gpu,
-    demand: Demand,
+    demand: Workload,
 ) -> Fit:
     sequences = free // share.kv_bytes(demand.context_tokens) * parallel.data
     replicas = math.ceil(demand.concurrency / sequences)
@@ -209,7 +211,7 @@ def _preference(fit: Fit) -> tuple[float, ...]:
     )
 
 
-def _nothing(model: Architecture, gpu: Gpu, demand: Demand, misfits: list[Misfit], refused: list[str]) -> str:
+def _nothing(model: Architecture, gpu: Gpu, demand: Workload, misfits: list[Misfit], refused: list[str]) -> str:
     """Why no layout works, a line a reason."""
     if not misfits and not refused:
         return (

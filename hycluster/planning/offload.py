@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hycluster.planning.architecture import GIB, Architecture
 from hycluster.planning.gpus import Gpu
-from hycluster.planning.layouts import Demand, Fit, Misfit
+from hycluster.planning.layouts import Fit, Misfit, Workload
 from hycluster.planning.precision import Precision
 from hycluster.planning.speed import decode_bound, prefill_s
 from hycluster.settings.parallel import Parallel
@@ -61,7 +61,7 @@ def kv_offload(model: Architecture, fit: Fit, precision: Precision, gpu: Gpu, to
 
 
 def weight_offload(
-    model: Architecture, misfit: Misfit, precision: Precision, gpu: Gpu, demand: Demand
+    model: Architecture, misfit: Misfit, precision: Precision, gpu: Gpu, demand: Workload
 ) -> WeightOffload | None:
     """How a layout that is too large would do with weights in host memory; None where even that is not enough."""
     offload_gib = math.ceil(misfit.missing_bytes / GIB)

@@ -9,7 +9,7 @@ from typing import Any
 from hycluster.planning.architecture import Architecture, Parameters, kv_channels, parameters
 from hycluster.planning.families import architecture
 from hycluster.planning.gpus import Gpu
-from hycluster.planning.layouts import Demand, Fit, Misfit, Pinned, Search, search
+from hycluster.planning.layouts import Fit, Misfit, Pinned, Search, Workload, search
 from hycluster.planning.offload import KvOffload, WeightOffload, kv_offload, weight_offload
 from hycluster.planning.precision import BITS, Precision, size
 from hycluster.planning.rules import remarks
@@ -34,7 +34,7 @@ class Plan:
     counted: Parameters
     precision: Precision
     gpu: Gpu
-    demand: Demand
+    demand: Workload
     weights_bytes: dict[str, int]
     kv_bytes_per_token: int
     kv_bytes_of_context: int
@@ -75,7 +75,7 @@ def total_weights_bytes(counted: Parameters, precision: Precision) -> int:
 
 
 def make_plan(
-    config: Mapping[str, Any], precision: Precision, gpu: Gpu, demand: Demand, pinned: Pinned | None = None
+    config: Mapping[str, Any], precision: Precision, gpu: Gpu, demand: Workload, pinned: Pinned | None = None
 ) -> Plan:
     """Work everything out.
 

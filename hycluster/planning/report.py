@@ -28,7 +28,7 @@ COLUMNS = (
 )
 
 
-def show(plan: Plan, console: Console) -> None:
+def show_plan(plan: Plan, console: Console) -> None:
     """Print the plan."""
     console.print(_model(plan))
     console.print(_layouts(plan))

@@ -45,7 +45,7 @@ def settings_text(plan: Plan, name: str, source: str, command: str) -> str:
     return "".join(f"# {line}".rstrip() + "\n" for line in _head(plan, command)) + body
 
 
-def write(path: Path, text: str, overwrite: bool) -> None:
+def write_settings_file(path: Path, text: str, overwrite: bool) -> None:
     """Write the file.
 
     Raises:

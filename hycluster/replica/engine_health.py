@@ -2,7 +2,7 @@
 
 A thread beside the engine looks at the age of its last step while it has work, and gives one that has none a token to
 generate now and then, so that a broken engine is found before a caller finds it. An engine that has died or hangs ends
-the process, with all below it: its connections close, gateways carry its streams elsewhere, Ray Serve starts another.
+the process, with all below it: its connections close, gateways migrate its streams, Ray Serve starts another.
 A process that can't even do that is its watchdog's to kill (``hycluster/watchdog.py``). See ``docs/health.md``.
 """
 

@@ -25,7 +25,7 @@ from hycluster.core import ReplicaAddress
 from hycluster.engine.protocol import GroupRank
 from hycluster.errors import HyclusterError, start_failure
 from hycluster.replica.placement import actor_options, bundle_of
-from hycluster.replica.rank import Patience, Rank
+from hycluster.replica.rank import DrainTimes, Rank
 from hycluster.settings.load import DataPlane
 from hycluster.settings.model import Model
 
@@ -60,7 +60,7 @@ class OtherRank:
         """Answers when the engine has ended."""
         await asyncio.to_thread(self._rank.wait_until_ended)
 
-    async def drain(self, patience: Patience) -> None:
+    async def drain(self, patience: DrainTimes) -> None:
         await self._rank.drain(patience)
 
     async def stop(self) -> None:
@@ -70,7 +70,7 @@ class OtherRank:
         return os.getpid()
 
 
-class Group:
+class RankGroup:
     """All ranks of one replica, seen from rank 0. Building it starts them.
 
     Raises:
@@ -149,7 +149,7 @@ class Group:
         self.rank.check_health()
         await asyncio.gather(*(other.check_health.remote() for other in self._others))
 
-    async def stop(self, patience: Patience) -> None:
+    async def stop(self, patience: DrainTimes) -> None:
         """Drain all ranks, then end them."""
         await asyncio.gather(self.rank.drain(patience), *(other.drain.remote(patience) for other in self._others))
         self._stopping = True

@@ -21,6 +21,7 @@ from hycluster.core import ReplicaAddress
 from hycluster.directory.directory import FORGET_AFTER_S, REPORT_EVERY_S, ReplicaReport, open_directory
 from hycluster.engine.arguments import model_files
 from hycluster.engine.protocol import Engine, GroupRank
+from hycluster.imports import without_collector
 from hycluster.memory import MemoryGuard, bound_bytes
 from hycluster.replica.engine_health import EngineHealth
 from hycluster.replica.wire import EngineServer
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class DrainTimes:
     """How long a replica that drains goes on with what it has; settings of the same names."""
 
     timeout_s: float
@@ -53,9 +54,12 @@ def start_engine(model: Model, place: GroupRank | None = None) -> Engine:
         from hycluster.engine.simulated import SimulatedEngine
 
         return SimulatedEngine(model.simulated)
-    from hycluster.engine.vllm import VllmEngine
+    # What is wrong with the files is said without the ten seconds of CPU time that the import takes.
+    files = model_files(model)
+    with without_collector():
+        from hycluster.engine.vllm import VllmEngine
 
-    return VllmEngine(model, model_files(model), place)
+    return VllmEngine(model, files, place)
 
 
 class Rank:
@@ -136,7 +140,7 @@ class Rank:
         """Block until the engine has ended, in good order or not."""
         self._server.wait_until_ended()
 
-    async def drain(self, patience: Patience) -> None:
+    async def drain(self, patience: DrainTimes) -> None:
         """Take no new requests; return when those in flight have ended, are to go on elsewhere, or time is over."""
         self._accepting = False
         # Gateways hear of it after one report and one sync; until then they may still send.

@@ -1,7 +1,7 @@
 """A replica: one engine, or a data-parallel group of them, as Ray sees it.
 
 The same class serves as a Ray Serve deployment (``hycluster/app.py``) and, for a batch job with engines
-of its own, as a plain actor (``hycluster/cluster.py``). Ray starts, places and watches it; the tokens go
+of its own, as a plain actor (``hycluster/dedicated.py``). Ray starts, places and watches it; the tokens go
 past Ray, over the sockets of ``hycluster/replica/wire.py``.
 """
 
@@ -20,8 +20,8 @@ from ray.util.placement_group import PlacementGroup
 from hycluster import logs
 from hycluster.directory.directory import open_directory
 from hycluster.errors import EngineStartFailed, HyclusterError, Unavailable, one_line, reported, start_failure
-from hycluster.replica.group import Group
-from hycluster.replica.rank import Patience, Rank
+from hycluster.replica.group import RankGroup
+from hycluster.replica.rank import DrainTimes, Rank
 from hycluster.settings.load import DataPlane
 from hycluster.settings.model import Model
 
@@ -43,16 +43,16 @@ class Replica:
         RuntimeError: an engine could not start; see :func:`hycluster.errors.start_failure`.
     """
 
-    def __init__(self, model: Model, data_plane: DataPlane, directory: str, patience: Patience) -> None:
+    def __init__(self, model: Model, data_plane: DataPlane, directory: str, patience: DrainTimes) -> None:
         logs.settle("replica")
         self._patience = patience
-        self._group: Group | None = None
+        self._group: RankGroup | None = None
         start = _Start(model, directory)
         start.wait()
         try:
             if model.parallel.data > 1:
                 placement = cast(PlacementGroup, ray.util.get_current_placement_group())
-                self._group = Group(model, data_plane, directory, placement)
+                self._group = RankGroup(model, data_plane, directory, placement)
                 self._rank = self._group.rank
             else:
                 self._rank = Rank(model, data_plane, directory)

@@ -41,7 +41,7 @@ from hycluster.settings.load import DataPlane
 logger = logging.getLogger(__name__)
 
 
-class Kind(bytes, Enum):
+class MessageKind(bytes, Enum):
     """First frame of a message to a replica. The first three are vLLM's ``EngineCoreRequestType``."""
 
     ADD = b"\x00"
@@ -85,7 +85,7 @@ OUTPUT_BACKLOG = 10_000
 CONNECT_GRACE_S = 1.0
 
 
-def notice_lost(sock: zmq.Socket[bytes] | zmq.asyncio.Socket, after_s: float) -> None:
+def notice_lost_peers(sock: zmq.Socket[bytes] | zmq.asyncio.Socket, after_s: float) -> None:
     """Have a socket close connections to machines that are gone without a word; before it binds or connects.
 
     libzmq's own threads ask and answer, however long Python or the engine is busy. A beat goes out every ``IVL``, and
@@ -132,7 +132,7 @@ class EngineServer:
             sock.linger = 1000
             sock.setsockopt(zmq.RCVHWM, 0)
             sock.setsockopt(zmq.SNDHWM, OUTPUT_BACKLOG)
-            notice_lost(sock, ports.lost_after_s)
+            notice_lost_peers(sock, ports.lost_after_s)
             sock.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._outputs.setsockopt(zmq.ROUTER_MANDATORY, 1)
         try:
@@ -166,7 +166,7 @@ class EngineServer:
         for address in siblings:
             sock = self._context.socket(zmq.DEALER)
             sock.linger = 0
-            notice_lost(sock, address.lost_after_s)
+            notice_lost_peers(sock, address.lost_after_s)
             if on_lost is not None:
                 monitors[sock.get_monitor_socket(zmq.EVENT_DISCONNECTED)] = address.replica_id
             sock.connect(address.requests)
@@ -208,17 +208,19 @@ class EngineServer:
                 continue
             identity, kind, *payload = self._requests.recv_multipart(copy=False)
             try:
-                self._handle(bytes(identity.buffer), Kind(bytes(kind.buffer)), [frame.buffer for frame in payload])
+                self._handle(
+                    bytes(identity.buffer), MessageKind(bytes(kind.buffer)), [frame.buffer for frame in payload]
+                )
             except Exception:
                 # Whoever connects may send anything, and vLLM's decoder raises many kinds; the thread must live.
                 logger.exception("message from %s dropped", bytes(identity.buffer).hex())
         self._requests.close()
 
-    def _handle(self, identity: bytes, kind: Kind, payload: Sequence[memoryview]) -> None:
-        if kind is Kind.HELLO:
+    def _handle(self, identity: bytes, kind: MessageKind, payload: Sequence[memoryview]) -> None:
+        if kind is MessageKind.HELLO:
             self._hello(identity, bytes(payload[0]))
             return
-        if kind is Kind.SIBLING:
+        if kind is MessageKind.SIBLING:
             token, *frames = payload
             if not self._is_token(bytes(token)):
                 raise ValueError("wrong token")
@@ -228,16 +230,16 @@ class EngineServer:
         if client is None:
             self._requests.send_multipart([identity, REFUSED, b"say hello first"])
             return
-        if kind is Kind.ADD:
+        if kind is MessageKind.ADD:
             self._engine.add(client, payload)
-        elif kind is Kind.ABORT:
+        elif kind is MessageKind.ABORT:
             self._engine.abort(client, msgspec.msgpack.decode(payload[0], type=list[str]))
-        elif kind is Kind.CALL:
+        elif kind is MessageKind.CALL:
             call_id, method, arguments = msgspec.msgpack.decode(payload[0], type=tuple[int, str, list[Any]])
             if method not in CONTROL_METHODS:
                 raise ValueError(f"control method {method!r} is not allowed")
             self._engine.call(client, call_id, method, arguments)
-        elif kind is Kind.BYE:
+        elif kind is MessageKind.BYE:
             self._forget(client)
 
     def _hello(self, identity: bytes, token: bytes) -> None:
@@ -267,7 +269,7 @@ class EngineServer:
             client, frames = item
             if client == SIBLINGS:
                 for sibling, token in self._siblings:
-                    sibling.send_multipart([Kind.SIBLING, token, *frames])
+                    sibling.send_multipart([MessageKind.SIBLING, token, *frames])
                 continue
             if client == NO_CLIENT:
                 # The counts of a step that had no tokens for anybody: any gateway adds them up. Most likely they are

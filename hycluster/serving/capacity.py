@@ -1,7 +1,7 @@
 """What can never be placed on the nodes of a Ray cluster, whatever else runs there. Pure functions.
 
 Ray itself places nothing twice: what no node has room for waits for ever, without a word. Sums over the cluster
-(``hycluster/cluster.py``) do not see that three replicas of 2 CPUs do not go on two nodes of 3.
+(``hycluster/serving/resources.py``) do not see that three replicas of 2 CPUs do not go on two nodes of 3.
 """
 
 from __future__ import annotations

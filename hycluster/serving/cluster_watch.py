@@ -1,9 +1,9 @@
 """Notices at once that Ray itself is lost under ``hycluster serve``, says so, and ends what is left of it.
 
 Without its GCS a Ray cluster starts nothing and replaces nothing, and after a minute ends itself with lines that only
-Ray's developers read. On one machine nothing brings a GCS back: Ray can do that only with a Redis outside. But doors
-and replicas talk to each other past Ray, so what callers have in work can end first. A supervisor starts all of it
-anew (``deployments/hycluster.service``).
+Ray's developers read. On one machine nothing brings a GCS back: Ray can do that only with a Redis outside. But ingress
+processes and replicas talk to each other past Ray, so what callers have in work can end first. A supervisor starts all
+of it anew (``deployments/hycluster.service``).
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class ClusterWatch:
         if not self._ray.own:
             self._say(f"lost: {which}; this command ends, with exit code {ClusterLost.exit_code}; start it again")
         elif name == "raylet":
-            self._say(f"lost: {which}, and all replicas and doors with it; this command ends")
+            self._say(f"lost: {which}, and all replicas and ingress processes with it; this command ends")
         else:
             limit_s = max(1.0, gcs_patience_s() - MARGIN_S)
             self._say(

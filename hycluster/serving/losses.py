@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import psutil
 
 from hycluster.errors import one_line, reported
-from hycluster.serving.ray_state import Look, Process
+from hycluster.serving.ray_state import Look, ServiceProcess
 
 # So many lines of one kind within a minute; then one a minute that counts.
 LINES_A_MINUTE = 6
@@ -37,7 +37,7 @@ class Losses:
     """Tells what has changed from look to look.
 
     Args:
-        names: by Serve's deployment, what its processes are called: ``door``, ``replica of m``.
+        names: by Serve's deployment, what its processes are called: ``ingress``, ``replica of m``.
         local: addresses whose processes can be looked at here.
     """
 
@@ -93,7 +93,7 @@ class Losses:
         self._last = Look(look.controller, look.deployments, {**now, **kept}, look.overview, look.nodes)
         return lines
 
-    def _gone(self, process: Process) -> bool:
+    def _gone(self, process: ServiceProcess) -> bool:
         """Whether a process that the controller does not name is really gone."""
         if process.node in self._local and process.pid is not None and not psutil.pid_exists(process.pid):
             return True
@@ -103,7 +103,7 @@ class Losses:
         self._doubtful.add(process.id)
         return False
 
-    def _lost(self, process: Process, look: Look) -> list[str]:
+    def _lost(self, process: ServiceProcess, look: Look) -> list[str]:
         kind = self._kinds.setdefault(process.deployment, _Kind())
         assert look.deployments is not None
         deployment = look.deployments.get(process.deployment)
@@ -114,7 +114,7 @@ class Losses:
             process.deployment, f"{'stopped' if asked else 'lost'}: {self._told(process)}; {self._left(process, look)}"
         )
 
-    def _new(self, process: Process, look: Look) -> list[str]:
+    def _new(self, process: ServiceProcess, look: Look) -> list[str]:
         kind = self._kinds.setdefault(process.deployment, _Kind())
         if kind.lost_at_s:
             after_s = self._clock() - kind.lost_at_s.pop(0)
@@ -125,11 +125,11 @@ class Losses:
             return []
         return self._say(process.deployment, f"new: {self._told(process)}; {self._left(process, look)}")
 
-    def _told(self, process: Process) -> str:
+    def _told(self, process: ServiceProcess) -> str:
         name = self._names.get(process.deployment, process.deployment)
         return f"{name} ({process.id}, pid {process.pid} on {process.node})"
 
-    def _left(self, process: Process, look: Look) -> str:
+    def _left(self, process: ServiceProcess, look: Look) -> str:
         assert look.deployments is not None
         there = sum(other.deployment == process.deployment for other in look.processes.values())
         deployment = look.deployments.get(process.deployment)
@@ -170,7 +170,9 @@ class Losses:
         lines = []
         if before is not None and now != before:
             self._directory_lost_s = self._clock()
-            lines += self._say("directory", f"lost: the directory (pid {before}); doors go on with what they know")
+            lines += self._say(
+                "directory", f"lost: the directory (pid {before}); ingress processes go on with what they know"
+            )
         if now is not None and self._directory_lost_s is not None:
             after_s = self._clock() - self._directory_lost_s
             self._directory_lost_s = None

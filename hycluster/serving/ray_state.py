@@ -29,7 +29,7 @@ GCS_PATIENCE_VARIABLE, GCS_PATIENCE_S = "RAY_gcs_rpc_server_reconnect_timeout_s"
 
 
 @dataclass(frozen=True, slots=True)
-class Process:
+class ServiceProcess:
     """A process of the service.
 
     Attributes:
@@ -67,7 +67,7 @@ class Look:
 
     controller: str | None = None
     deployments: Mapping[str, Deployment] | None = None
-    processes: Mapping[str, Process] = field(default_factory=dict)
+    processes: Mapping[str, ServiceProcess] = field(default_factory=dict)
     overview: Overview | None = None
     nodes: Mapping[str, str] = field(default_factory=dict)
 
@@ -93,7 +93,7 @@ def look(app_name: str, directory: str) -> Look:
         for name, each in app["deployments"].items()
     }
     processes = {
-        each["replica_id"]: Process(name, each["replica_id"], each["pid"], each["node_ip"], each["actor_name"])
+        each["replica_id"]: ServiceProcess(name, each["replica_id"], each["pid"], each["node_ip"], each["actor_name"])
         for name, deployment in app["deployments"].items()
         for each in deployment["replicas"]
         if _word(each["state"]) in STARTED
@@ -113,7 +113,7 @@ def _word(value: Any) -> str:
     return str(getattr(value, "value", value))
 
 
-def handle(process: Process) -> Any:
+def handle(process: ServiceProcess) -> Any:
     """The actor of a Serve replica.
 
     Raises:

@@ -11,7 +11,7 @@ from ray import serve
 
 from hycluster.app import APP_NAME
 from hycluster.directory.directory import SHARED_DIRECTORY, find_directory
-from hycluster.door import DoorAddresses
+from hycluster.door import IngressAddresses
 from hycluster.errors import SettingsError
 from hycluster.serving.running import Chosen
 
@@ -19,23 +19,25 @@ ANSWER_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
+class RunningService:
     """What is known of it.
 
     Attributes:
-        addresses: of its doors; None while a request would not succeed.
+        addresses: of its ingress processes; None while a request would not succeed.
         replicas: by model or adapter, how many replicas take requests.
     """
 
     where: Chosen
-    doors: int
-    addresses: DoorAddresses | None
+    ingresses: int
+    addresses: IngressAddresses | None
     replicas: dict[str, int]
 
     def __str__(self) -> str:
         serving = ", ".join(f"{name} ({count} replicas)" for name, count in sorted(self.replicas.items())) or "none"
         at = f", {self.addresses.http} grpc {self.addresses.grpc}" if self.addresses else ", not able to serve now"
-        return f"the service of Ray cluster {self.where}\n  models: {serving}\n  doors: {self.doors}{at}"
+        return (
+            f"the service of Ray cluster {self.where}\n  models: {serving}\n  ingress processes: {self.ingresses}{at}"
+        )
 
 
 def there_is_one() -> bool:
@@ -43,7 +45,7 @@ def there_is_one() -> bool:
     return APP_NAME in serve.status().applications
 
 
-def find(where: Chosen) -> Service:
+def find_service(where: Chosen) -> RunningService:
     """Look at it; changes nothing.
 
     Raises:
@@ -54,14 +56,14 @@ def find(where: Chosen) -> Service:
         raise SettingsError(
             f"{where.said_by}: no hycluster is running in the Ray cluster {where}; start one with 'hycluster serve'"
         )
-    door = app.deployments.get("door")
-    addresses: DoorAddresses | None = None
-    # It may be starting, or without a door that answers.
+    ingress = app.deployments.get("ingress")
+    addresses: IngressAddresses | None = None
+    # It may be starting, or without an ingress process that answers.
     with contextlib.suppress(Exception):
         addresses = serve.get_app_handle(APP_NAME).addresses.remote().result(timeout_s=ANSWER_TIMEOUT_S)
     replicas: dict[str, int] = {}
     with contextlib.suppress(ValueError, ray.exceptions.RayError):
         directory: Any = find_directory(SHARED_DIRECTORY)
         replicas = ray.get(directory.models.remote(), timeout=ANSWER_TIMEOUT_S)
-    running = sum(count for state, count in door.replica_states.items() if state == "RUNNING") if door else 0
-    return Service(where, running, addresses, replicas)
+    running = sum(count for state, count in ingress.replica_states.items() if state == "RUNNING") if ingress else 0
+    return RunningService(where, running, addresses, replicas)

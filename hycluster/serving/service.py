@@ -18,7 +18,7 @@ from ray.serve.exceptions import RayServeException
 
 from hycluster.app import APP_NAME, deployment_name
 from hycluster.directory.directory import SHARED_DIRECTORY, Overview
-from hycluster.door import DoorAddresses
+from hycluster.door import IngressAddresses
 from hycluster.serving import ray_state
 from hycluster.serving.cluster_watch import ClusterWatch, watched
 from hycluster.serving.losses import Losses
@@ -37,7 +37,7 @@ ADDRESSES_TIMEOUT_S = 5.0
 class Opened:
     """What can be served now, and where."""
 
-    doors: DoorAddresses
+    ingresses: IngressAddresses
     models: tuple[str, ...]
 
 
@@ -52,11 +52,11 @@ class Service:
     def __init__(self, settings: Settings, say: Callable[[str], None], *, own: bool) -> None:
         self._settings = settings
         self._say = say
-        names = {"door": "door", "batches": "batch executor"}
+        names = {"ingress": "ingress process", "batches": "batch executor"}
         names |= {deployment_name(model): f"replica of {model.name}" for model in settings.models}
         self._losses = Losses(names, frozenset({ray.util.get_node_ip_address()}))
         self._last = ray_state.Look()
-        self._doors: dict[str, Any] = {}
+        self._ingresses: dict[str, Any] = {}
         self._remembered_s = float("-inf")
         address = ray.get_runtime_context().gcs_address
         self._watch = ClusterWatch(watched(address, own=own), say, self._drain)
@@ -95,31 +95,31 @@ class Service:
             self._last = ray_state.look(APP_NAME, SHARED_DIRECTORY)
             for line in self._losses.compare(self._last):
                 self._say(line)
-            self._doors = self._door_actors()
+            self._ingresses = self._ingress_actors()
         if time.monotonic() - self._remembered_s >= REMEMBER_EVERY_S:
             self._remembered_s = time.monotonic()
             self._watch.remember()
 
-    def _door_actors(self) -> dict[str, Any]:
-        """Handles of the doors' actors, by id: to be had only while GCS lives."""
+    def _ingress_actors(self) -> dict[str, Any]:
+        """Handles of the ingress processes' actors, by id: to be had only while GCS lives."""
         if self._last.deployments is None:
-            return self._doors
+            return self._ingresses
         found: dict[str, Any] = {}
         for process in self._last.processes.values():
-            if process.deployment == "door":
+            if process.deployment == "ingress":
                 with contextlib.suppress(ValueError):
-                    found[process.id] = self._doors.get(process.id) or ray_state.handle(process)
+                    found[process.id] = self._ingresses.get(process.id) or ray_state.handle(process)
         return found
 
     def _drain(self, limit_s: float) -> None:
-        ray_state.drain(list(self._doors.values()), min(limit_s, self._settings.drain_timeout_s + 15))
+        ray_state.drain(list(self._ingresses.values()), min(limit_s, self._settings.drain_timeout_s + 15))
 
-    def _addresses(self) -> DoorAddresses | None:
-        """Where a door that can serve listens, if there is one."""
-        if not self._doors:
+    def _addresses(self) -> IngressAddresses | None:
+        """Where an ingress process that can serve listens, if there is one."""
+        if not self._ingresses:
             return None
         with contextlib.suppress(RayServeException, ray.exceptions.RayError, TimeoutError):
-            found: DoorAddresses | None = (
+            found: IngressAddresses | None = (
                 serve.get_app_handle(APP_NAME).addresses.remote().result(timeout_s=ADDRESSES_TIMEOUT_S)
             )
             return found

@@ -34,7 +34,7 @@ def end_of_hope(
     told = "; ".join(f"{name}: {trouble.told()}" for name, trouble in overview.troubles.items())
     if all(model.name in overview.troubles and overview.troubles[model.name].hopeless for model in settings.models):
         return SettingsError("; ".join(overview.troubles[model.name].reason for model in settings.models))
-    # Doors fail for settings only: theirs, or what no machine here can give them.
+    # Ingress processes fail for settings only: theirs, or what no machine here can give them.
     for report in reports:
         if isinstance(error := reported(report), SettingsError) and not told:
             return error

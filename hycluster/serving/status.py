@@ -8,7 +8,7 @@ from hycluster.errors import SettingsError
 from hycluster.serving.ray_state import Look
 
 
-def status(look: Look) -> tuple[list[str], bool]:
+def status_lines(look: Look) -> tuple[list[str], bool]:
     """A line for each part, and whether all is well.
 
     Raises:
@@ -29,7 +29,7 @@ def status(look: Look) -> tuple[list[str], bool]:
             line += f"; {trouble.told()}; next try in {trouble.retry_in_s:.0f} s"
         lines.append(line)
         well &= ready >= deployment.wanted and trouble is None
-    for name, called in (("door", "doors"), ("batches", "batch executor")):
+    for name, called in (("ingress", "ingress processes"), ("batches", "batch executor")):
         if deployment := deployments.get(name):
             there = sum(process.deployment == name for process in look.processes.values())
             lines.append(f"{called}: {there} of {deployment.wanted} there")

@@ -19,7 +19,7 @@ def schema() -> None:
     """Print the JSON schema of a settings file, for editors and other programs."""
     from hycluster.settings import schema as module
 
-    typer.echo(json.dumps(module.schema(), indent=2))
+    typer.echo(json.dumps(module.settings_schema(), indent=2))
 
 
 @app.command()
@@ -27,4 +27,4 @@ def reference() -> None:
     """Print the reference of all settings, in Markdown: docs/settings.md."""
     from hycluster.settings import reference as module
 
-    typer.echo(module.reference(), nl=False)
+    typer.echo(module.reference_page(), nl=False)

@@ -14,19 +14,36 @@ URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/|s3:", re.IGNORECASE)
 BUCKET = re.compile(r"s3://([^/@\s]+@)?[A-Za-z0-9]")
 
 
-class Http(Strict):
-    """The HTTP door.
+class Ingress(Strict):
+    """The processes that callers come in by: each is an HTTP and a gRPC ingress, with a gateway for each model.
 
     Attributes:
-        port: 0 takes a free one.
-        control_routes: open also the routes that change an engine's state (sleep, LoRA loading, ...).
-        allowed_origins: origins for CORS.
-        max_connections: open connections of one door.
-        max_body_mib: most of a request's body. 32 MiB hold a 256k-token prompt as text or as ids with room to spare.
-        max_bodies_mib: most of all bodies of the requests that a door has in work.
-        stalled_client_timeout_s: how long a client may keep the door waiting: for a request that it has begun to
-            send, or for room for an answer that it does not read. Then it is cut off and its request aborted. So is one
-            whose machine has gone without a word.
+        replicas: number of ingress processes.
+        resources: what each process reserves, by Ray's names of custom resources: only nodes that have them hold one.
+            Leave room for a successor, which starts before its predecessor stops. Empty: any node.
+        replicas_per_node: most ingress processes on one node, not counting successors that are about to take over; a
+            process for which there is no node waits for one. None: with several nodes, as many as an even spread over
+            the nodes that are there at the start takes; with one node, no bound.
+    """
+
+    replicas: int = Field(default=1, ge=1, le=64)
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    replicas_per_node: int | None = Field(default=None, ge=1)
+
+
+class Http(Strict):
+    """The HTTP ingress.
+
+    Attributes:
+        port: port to listen on; 0 takes a free one.
+        control_routes: also serve the routes that change an engine's state (sleep, LoRA loading, ...).
+        allowed_origins: origins that CORS allows.
+        max_connections: open connections of one ingress process.
+        max_body_mib: largest request body. 32 MiB hold a 256k-token prompt, as text or as ids, with room to spare.
+        max_bodies_mib: bodies of all requests that one ingress process has in work, together.
+        stalled_client_timeout_s: how long a client may stall: send nothing more of a request that it has begun, or read
+            nothing of its answer. Then its connection is closed and its request aborted; likewise when its machine has
+            disappeared.
     """
 
     host: str = "127.0.0.1"
@@ -40,14 +57,14 @@ class Http(Strict):
 
 
 class Grpc(Strict):
-    """The gRPC door.
+    """The gRPC ingress.
 
     Attributes:
-        max_message_mib: 32 MiB hold a 256k-token prompt as text or as ids with room to spare.
-        max_calls: calls of one door at a time, all methods together.
-        max_calls_per_connection: the further calls of a client wait until it has fewer.
-        stalled_client_timeout_s: how long a caller may leave the next chunk of its stream unread. Then its request
-            is aborted. So is that of one whose machine has gone without a word.
+        max_message_mib: largest message. 32 MiB hold a 256k-token prompt, as text or as ids, with room to spare.
+        max_calls: calls of one ingress process at a time, all methods together.
+        max_calls_per_connection: calls of one connection at a time; further ones wait (HTTP/2's concurrent streams).
+        stalled_client_timeout_s: how long a client may leave the next chunk of its stream unread. Then its request is
+            aborted; likewise when its machine has disappeared.
     """
 
     host: str = "127.0.0.1"
@@ -59,20 +76,20 @@ class Grpc(Strict):
 
 
 class Batches(Strict):
-    """OpenAI's Batch API at the HTTP doors; see ``hycluster/batch_api``.
+    """OpenAI's Batch API at the HTTP ingress; see ``hycluster/batch_api``.
 
     Attributes:
-        store: folder or ``s3://`` URI for files and batches, the same for all nodes; None is ``batches`` below
-            ``HYCLUSTER_HOME``, which does for one machine.
-        max_file_mib: most of an uploaded file.
+        store: folder or ``s3://`` URI for files and batches, the same for all nodes; None is ``batches`` in
+            ``HYCLUSTER_HOME``, which is enough for one machine.
+        max_file_mib: largest upload.
         max_lines: most requests of a batch. Checking that their ids differ takes about 100 bytes of memory each.
-        lines_in_flight: most requests in the engines at once, of all batches together.
-        shard_lines: requests that are committed as one, and asked again as one if the process dies.
+        lines_in_flight: most requests in the engines at a time, of all batches together.
+        shard_lines: requests of a shard, which is committed as one, and run again as one if the process dies.
         concurrent_batches: batches that run side by side; the others wait.
-        poll_s: seconds between two looks for new batches and for cancelled ones.
-        keep_days: age at which files are deleted for which no other was asked for; None keeps them.
+        poll_s: interval at which the store is searched for new and for cancelled batches.
+        keep_days: age at which files without an ``expires_after`` of their own are deleted; None keeps them.
         resources: what the process that runs batches reserves, by Ray's names of custom resources: only nodes that have
-            them hold it. Empty: it goes anywhere. It takes no CPU.
+            them hold it. Empty: any node. It reserves no CPU.
     """
 
     store: str | None = Field(default=None, min_length=1)

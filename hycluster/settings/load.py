@@ -10,13 +10,13 @@ from hycluster.settings.base import Port, Strict
 
 
 class Admission(Strict):
-    """When a door sheds load, per gateway and model: two doors admit twice as much. None is no limit.
+    """Limits of each gateway (one for each ingress process and model); what is above is refused. None: no limit.
 
     Attributes:
-        max_requests: sequences in flight (``n`` counts as n).
-        max_outstanding_tokens: prompt tokens not yet prefilled plus output tokens still allowed.
-        max_retry_after_s: longest time that a caller that was shed is told to wait.
-        max_grammar_kib: most of a JSON schema, regex, grammar or list of choices that an output must follow.
+        max_requests: sequences in flight; a request with ``n`` counts n times.
+        max_outstanding_tokens: prompt tokens not yet prefilled plus output tokens that may still come.
+        max_retry_after_s: upper bound of the ``Retry-After`` of a refusal.
+        max_grammar_kib: largest JSON schema, regex, grammar or list of choices for structured output.
     """
 
     max_requests: int | None = Field(default=1024, ge=1)
@@ -30,10 +30,10 @@ class Router(Strict):
 
     Attributes:
         session_slack_tokens: requests of one session go to one replica, which has the earlier turns in its KV cache,
-            as long as that one has at most so many tokens more outstanding than the least loaded. None: sessions
-            are of no account.
-        failover: a request whose replica was lost, or drained away, goes on elsewhere; else it ends, once it has begun.
-        failover_wait_s: how long such a request waits for a place on another replica.
+            unless it has more than this many tokens more outstanding than the least loaded one. None: sessions are
+            ignored.
+        failover: migrate a request whose replica is lost or drained to another one; False ends it once it has begun.
+        failover_wait_s: how long such a request waits for another replica that can take it.
     """
 
     policy: Literal["least_outstanding_tokens", "power_of_two"] = "least_outstanding_tokens"
@@ -46,10 +46,10 @@ class DataPlane(Strict):
     """Where replicas listen for gateways.
 
     Attributes:
-        host: address to bind; None is the address by which Ray knows the node.
-        port_min, port_max: range to bind in; both 0 is any free port.
-        lost_after_s: a peer from whose machine nothing comes for so long is lost, and its requests go on elsewhere. How
-            busy a peer is does not matter: its sockets answer by themselves.
+        host: address to bind; None is the node's address in Ray.
+        port_min, port_max: range of ports to bind; both 0 is any free port.
+        lost_after_s: a peer whose machine is silent for this long counts as lost, and its requests are migrated. A busy
+            peer is not silent: its sockets answer by themselves.
     """
 
     host: str | None = None

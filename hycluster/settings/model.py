@@ -16,9 +16,9 @@ class Adapter(Strict):
     """A LoRA adapter in PEFT's format, on all replicas of a model.
 
     Attributes:
-        name: what callers put in ``model``.
-        source: a folder that every node sees, or a hub id. Changed weights need a source of their own: what is
-            cached is told apart by name and source.
+        name: the ``model`` of a request.
+        source: a folder that every node sees, or a hub id. Give changed weights another source: caches are keyed by
+            name and source.
     """
 
     name: Name
@@ -26,13 +26,13 @@ class Adapter(Strict):
 
 
 class Recycle(Strict):
-    """Random compensation: an expert over its capacity hands tokens to experts that have room.
+    """Random compensation: tokens beyond an expert's capacity go to experts that have room.
 
     Attributes:
-        capacity_factor: an expert's capacity in a step, over its fair share of the step's tokens.
-        min_capacity_tokens: capacity is never below it. In a small decode batch an expert's time is that of reading
+        capacity_factor: an expert's capacity in a step, as a multiple of its fair share of the step's tokens.
+        min_capacity_tokens: lower bound of the capacity. In a small decode batch an expert's time is that of reading
             its weights, however many tokens it has, so moving tokens there costs quality and gains nothing.
-        seed: the same batch, seed and factor give the same experts.
+        seed: of the random choice; the same batch, seed and factor give the same experts.
     """
 
     capacity_factor: float = Field(default=1.0, gt=0, le=1024)
@@ -44,8 +44,8 @@ class Routing(Strict):
     """How a mixture-of-experts model chooses its experts (models of ``hycluster/models``).
 
     Attributes:
-        recycle: None is plain top-k. With it a request's output depends on what it shares a batch with.
-        expert_metrics: count tokens by expert and show them under ``/metrics``.
+        recycle: random compensation; None is plain top-k. With it an output depends on what else is in the batch.
+        expert_metrics: count tokens for each expert, under ``/metrics``.
     """
 
     recycle: Recycle | None = None
@@ -74,7 +74,7 @@ class Model(Strict):
     """One model and its pool.
 
     Attributes:
-        name: what callers put in ``model``.
+        name: the ``model`` of a request.
         source: a path, a hub id, or ``package:NAME`` for weights that a Python package ships.
         engine: any argument of vLLM's engine, by its Python name.
         api: any argument of vLLM's API server that belongs to the model (``tool_call_parser``,
@@ -82,9 +82,9 @@ class Model(Strict):
         adapters: LoRA adapters, each served under its own name beside the model.
         routing: how a mixture-of-experts model chooses its experts.
         colocation: how online and bulk work share its engines.
-        health: when a replica is given up.
-        autoscaling: when its pool grows and shrinks.
-        simulated: set to replace the engine by a timing model.
+        health: when a replica counts as unhealthy and is replaced.
+        autoscaling: when replicas are added and removed.
+        simulated: replaces the engine by a timing model, for tests and simulation.
     """
 
     name: Name

@@ -1,4 +1,4 @@
-"""How one replica's engine is cut over devices."""
+"""How one replica's engine is split over devices."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from hycluster.settings.base import Strict
 
 
 class Eplb(Strict):
-    """Expert parallel load balancing: vLLM moves and copies experts so that all ranks have as much to do.
+    """Expert parallel load balancing (EPLB): vLLM moves and copies experts to balance the load of the ranks.
 
     Attributes:
-        redundant_experts: copies of busy experts, over all ranks.
-        window_size: engine steps whose load counts.
+        redundant_experts: copies of busy experts, in all ranks together.
+        window_size: engine steps over which the load of experts is measured.
         step_interval: engine steps between two rearrangements.
     """
 
@@ -29,13 +29,14 @@ class Eplb(Strict):
 
 
 class Parallel(Strict):
-    """How one replica's engine is cut over devices. Its device count is tensor x pipeline x data.
+    """How one replica's engine is split over devices. Its device count is tensor x pipeline x data.
 
     Attributes:
-        tensor: ranks that share each layer.
-        pipeline: stages, each with some of the layers.
-        data: ranks that share the experts and have requests, and all else, of their own.
-        expert: experts lie whole on the tensor x data ranks; otherwise each is cut over all of them.
+        tensor: tensor-parallel ranks: each layer is split over them.
+        pipeline: pipeline-parallel stages: each has some of the layers.
+        data: data-parallel ranks: each has requests and attention of its own; they share the experts.
+        expert: expert parallel: each of the tensor x data ranks holds some experts whole. False: each expert is split
+            over all of them.
     """
 
     tensor: int = Field(default=1, ge=1)

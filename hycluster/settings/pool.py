@@ -10,19 +10,19 @@ from hycluster.settings.base import LabelKey, LabelValue, Strict
 
 
 class Hardware(Strict):
-    """What one replica reserves.
+    """Resources of one replica.
 
     Attributes:
-        accelerator: Ray's name of a GPU type (``H20``, ``H100``, ...), or None to run on CPU.
-        cpus: Ray CPUs of each data-parallel rank. On CPU: of each rank, tensor and pipeline too, and its threads.
-        memory_gib: memory to reserve for the replica, not counting the KV cache; None reserves none.
-        kv_cache_gib: size of the KV cache on CPU, of each rank. On a GPU vLLM sizes it (``gpu_memory_utilization``).
+        accelerator: GPU type by Ray's name (``H20``, ``H100``, ...); None runs on CPU.
+        cpus: Ray CPUs for each data-parallel rank. On CPU: for each tensor, pipeline and data rank; also its threads.
+        memory_gib: host memory to reserve for the replica, without the KV cache; None reserves none.
+        kv_cache_gib: KV cache of each rank on CPU. On a GPU vLLM sizes it (``gpu_memory_utilization``).
         kv_offload_gib: host memory that keeps KV blocks after the KV cache has dropped them, so that a prompt seen
             before is not computed again; not counted in ``memory_gib``. None keeps none.
         placement: how Ray lays a replica of several reservations (a data-parallel rank each, or a GPU each where a
             rank spans nodes) over nodes: few nodes or many, if that can be (``pack``, ``spread``) or else not at
             all (``strict_pack``: one node; ``strict_spread``: a node each).
-        gpus_per_node: a rank of more devices than that is spread over nodes.
+        gpus_per_node: GPUs of a node; a rank that needs more is spread over several nodes.
         node_selector: on Kubernetes, labels of the nodes that its pods go to; by default those by which NVIDIA's
             operator tells the accelerator, where it has one name only.
         resources: what each of a replica's reservations takes besides, by Ray's names of custom resources: only nodes
@@ -41,12 +41,12 @@ class Hardware(Strict):
 
 
 class Replicas(Strict):
-    """How many engines a model's pool has; a data-parallel group counts as one.
+    """Number of replicas in a model's pool; a data-parallel group counts as one.
 
     Attributes:
-        min: 0 lets the pool sleep while nobody asks.
-        max: above ``min``, the pool follows its load (``autoscaling``); ``min`` by default.
-        initial: how many it starts with; ``min`` by default.
+        min: fewest replicas; 0 scales to zero while there are no requests.
+        max: most replicas; above ``min`` the pool is autoscaled (``autoscaling``). Default: ``min``.
+        initial: replicas at the start. Default: ``min``.
     """
 
     min: int = Field(default=1, ge=0)
@@ -81,16 +81,18 @@ class Autoscaling(Strict):
     """When a pool grows and shrinks, where ``replicas.max`` is above ``replicas.min``; see ``docs/autoscaling.md``.
 
     Attributes:
-        target_outstanding_tokens: for so many tokens to prefill or decode there is to be a replica.
-        expected_output_tokens: of a request that may have a longer output, no more are counted as outstanding.
-        target_kv_usage: share of a replica's KV cache that may be in use.
-        target_batch_usage: sequences that a replica may have, queued ones too, as a share of ``max_num_seqs``.
-        scale_up_after_s: how long too few replicas are put up with; a pool that sleeps is woken at once.
-        scale_down_after_s: for so long fewer replicas must have been enough. At least a cold start, in any case.
-        scale_to_zero_after_s: with ``replicas.min: 0``, how long nobody must have asked until the pool sleeps.
-        cold_start: with ``replicas.min: 0``, whether a request that finds no replica waits for one or is refused with
-            the time after which to come back. Either wakes the pool.
-        max_cold_start_wait_s: how long such a request waits at most.
+        target_outstanding_tokens: tokens left to prefill or decode for each replica; more of them add replicas.
+        expected_output_tokens: most output tokens of a request that count as outstanding, if it allows more.
+        target_kv_usage: fraction of a replica's KV cache in use above which replicas are added.
+        target_batch_usage: running and queued sequences of a replica, as a fraction of ``max_num_seqs``, above which
+            replicas are added.
+        scale_up_after_s: how long the load must be above target before replicas are added; from zero at once.
+        scale_down_after_s: how long fewer replicas must have been enough before some are removed; at least as long as
+            a cold start takes.
+        scale_to_zero_after_s: with ``replicas.min: 0``, time without requests after which the last replica is removed.
+        cold_start: with ``replicas.min: 0``, whether a request that finds no replica waits for one, or is refused (503,
+            UNAVAILABLE) with a time to retry after. Either starts a replica.
+        max_cold_start_wait_s: longest time that such a request waits.
     """
 
     target_outstanding_tokens: int = Field(default=65536, ge=1)
@@ -105,13 +107,13 @@ class Autoscaling(Strict):
 
 
 class Health(Strict):
-    """When a replica is given up and replaced; see ``docs/health.md``.
+    """When a replica counts as unhealthy and is replaced; see ``docs/health.md``.
 
     Attributes:
-        hung_after_s: an engine that has work and finishes no step for so long is hung. Must be above its longest honest
-            step: ``max_num_batched_tokens`` of prefill on the slowest node, and what is compiled on first use.
-        probe_after_s: an engine that has had no work for so long is asked for a token.
-        stopped_after_s: a replica's process that has been stopped (SIGSTOP) for so long is killed.
+        hung_after_s: an engine that has work and finishes no step for this long counts as hung. Must be above its
+            longest regular step: ``max_num_batched_tokens`` of prefill on the slowest node, and compilation.
+        probe_after_s: an engine that has been idle for this long is probed: asked for one token.
+        stopped_after_s: a replica's process that has been stopped (SIGSTOP) for this long is killed.
     """
 
     hung_after_s: float = Field(default=120, gt=0)

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from hycluster.settings.schema import all_kinds, descriptions, schema, summary
+from hycluster.settings.schema import all_kinds, descriptions, settings_schema, summary
 from hycluster.settings.settings import Settings
 
 HEAD = """# All settings
@@ -21,10 +21,10 @@ Unknown keys are refused. `--set a.b.c=VALUE` changes one key of a file; numbers
 """
 
 
-def reference() -> str:
+def reference_page() -> str:
     """The page, in Markdown."""
-    definitions = schema()["$defs"]
-    sections = [_section(kind, definitions.get(kind.__name__, schema())) for kind in all_kinds(Settings)]
+    definitions = settings_schema()["$defs"]
+    sections = [_section(kind, definitions.get(kind.__name__, settings_schema())) for kind in all_kinds(Settings)]
     return "\n".join([HEAD, *sections])
 
 
@@ -52,7 +52,7 @@ def _type(described: dict[str, Any]) -> str:
         return " or ".join(_type(each) for each in described["anyOf"])
     if "enum" in described:
         return " or ".join(f"`{value}`" for value in described["enum"])
-    kind = described.get("type", "any")
+    kind: str = described.get("type", "any")
     if kind == "array":
         return f"list of {_type(described['items'])}"
     if kind == "object":

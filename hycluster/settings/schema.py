@@ -13,7 +13,7 @@ from hycluster.settings.settings import Settings
 ID = "https://json-schema.org/draft/2020-12/schema"
 
 
-def schema(kind: type[BaseModel] = Settings) -> dict[str, Any]:
+def settings_schema(kind: type[BaseModel] = Settings) -> dict[str, Any]:
     """JSON schema (draft 2020-12) of a kind of settings, each key with its description."""
     made = kind.model_json_schema()
     for each in all_kinds(kind):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from pydantic import Field, model_validator
 
 from hycluster.errors import SettingsError, shown
 from hycluster.settings.base import Strict
-from hycluster.settings.ingress import Batches, Grpc, Http
+from hycluster.settings.ingress import Batches, Grpc, Http, Ingress
 from hycluster.settings.load import Admission, DataPlane, Router
 from hycluster.settings.model import Model
 
@@ -20,25 +18,18 @@ class Settings(Strict):
     """A way of running the cluster: one of ``deployments/*.yaml``.
 
     Attributes:
-        doors: door processes; each holds both doors, and a gateway a model.
-        door_resources: what a door reserves, by Ray's names of custom resources: only nodes that have them hold
-            doors. Leave room for a door's successor. Empty: doors go anywhere.
-        doors_per_node: most doors on one node, not counting successors that are about to take over; a door for which
-            there is no node waits for one. None: where there are several nodes, as many as it takes when they are
-            spread evenly over those that are there at the start; no bound where there is one.
-        batches: None closes the Batch API.
-        start_timeout_s: how long a pool may take until its engines are ready.
-        drain_timeout_s: how long work in flight may go on where it is after a shutdown, or a replacement, is asked for.
-        hand_over_after_s: age of a replica's drain at which what is left there goes on at other replicas, if there are
-            any that take requests; above ``drain_timeout_s`` it has no effect.
+        ingress: the processes that callers come in by.
+        batches: the Batch API; null switches it off.
+        start_timeout_s: how long the engines of a pool may take to start.
+        drain_timeout_s: how long requests in flight may go on where they are after a shutdown or replacement began.
+        hand_over_after_s: how long a draining replica keeps its requests before they are migrated to other replicas, if
+            there are any; without effect above ``drain_timeout_s``.
     """
 
     models: tuple[Model, ...] = Field(min_length=1)
     http: Http = Http()
     grpc: Grpc = Grpc()
-    doors: int = Field(default=1, ge=1, le=64)
-    door_resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-    doors_per_node: int | None = Field(default=None, ge=1)
+    ingress: Ingress = Ingress()
     router: Router = Router()
     admission: Admission = Admission()
     data_plane: DataPlane = DataPlane()

@@ -11,7 +11,7 @@ import typer
 from hycluster.consent import Yes, ask
 from hycluster.errors import SettingsError
 from hycluster.settings.read import DEFAULT_SETTINGS, load_settings
-from hycluster.submit.target import Target
+from hycluster.submit.target import KubernetesTarget
 
 if TYPE_CHECKING:
     from hycluster.batch.job import Job
@@ -23,7 +23,7 @@ INTERRUPTED = 130
 KUBERNETES = "On Kubernetes"
 Address = Annotated[str, typer.Option(metavar="URL", help="Ray's dashboard on that cluster, http://HOST:8265.")]
 JobId = Annotated[str, typer.Argument(metavar="JOB_ID", help="What 'batch submit' printed.")]
-AsJson = Annotated[bool, typer.Option("--json", help="JSON, for programs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def submit(
@@ -40,7 +40,9 @@ def submit(
     ] = None,
     engine: Annotated[
         str | None,
-        typer.Option(metavar="shared|dedicated", help="The engines that serve there, or engines of the job's own."),
+        typer.Option(
+            metavar="shared|dedicated", help="shared: the engines that serve there; dedicated: engines for this job."
+        ),
     ] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: sampling.max_tokens=8.")
@@ -50,7 +52,9 @@ def submit(
         bool, typer.Option("--overwrite", help="Delete the output if it is another job's or another input's; asks.")
     ] = False,
     yes: Yes = False,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the job's log and exit as it does.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Follow the job's log and exit with its exit code.")
+    ] = False,
     kubernetes: Annotated[
         bool, typer.Option("--kubernetes", help="As a RayJob, by kubectl apply.", rich_help_panel=KUBERNETES)
     ] = False,
@@ -62,18 +66,22 @@ def submit(
     ] = None,
     cluster: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="The RayCluster to run in; else one of its own.", rich_help_panel=KUBERNETES),
+        typer.Option(
+            metavar="NAME", help="RayCluster to run in; default: a cluster for this job.", rich_help_panel=KUBERNETES
+        ),
     ] = None,
     template: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help="RayJob or RayCluster whose cluster it gets; - reads it.", rich_help_panel=KUBERNETES
+            metavar="FILE",
+            help="RayJob or RayCluster whose cluster spec it takes; - is standard input.",
+            rich_help_panel=KUBERNETES,
         ),
     ] = None,
     image: Annotated[
         str | None,
         typer.Option(
-            metavar="IMAGE", help="Image of its own cluster; has hycluster in it.", rich_help_panel=KUBERNETES
+            metavar="IMAGE", help="Image of the job's cluster; must contain hycluster.", rich_help_panel=KUBERNETES
         ),
     ] = None,
 ) -> None:
@@ -83,10 +91,10 @@ def submit(
     Exit codes: 0 submitted; 1 the cluster did not take it; 2 refused here. With --wait those of 'batch run'.
     """
     from hycluster.batch.job import load_job
-    from hycluster.storage import shown
+    from hycluster.storage import masked
     from hycluster.submit.submission import submission
 
-    target = Target(dry_run, namespace, cluster, template, image)
+    target = KubernetesTarget(dry_run, namespace, cluster, template, image)
     if not kubernetes:
         target.check_unused()
     elif wait:
@@ -99,7 +107,7 @@ def submit(
     settings = load_settings(config) if job.engine == "dedicated" else None
     if overwrite and not dry_run:
         # There is nobody to ask where the job runs.
-        ask(f"--overwrite: {shown(job.output.path)} is deleted if it is the output of another job or input", yes=yes)
+        ask(f"--overwrite: {masked(job.output.path)} is deleted if it is the output of another job or input", yes=yes)
     sent = submission(job, settings, overwrite=overwrite)
     for note in sent.notes:
         _note(note)
@@ -126,7 +134,7 @@ def jobs(address: Address, as_json: AsJson = False) -> None:
 def logs(
     job_id: JobId,
     address: Address,
-    follow: Annotated[bool, typer.Option("--follow", help="Go on until the job has ended.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Follow until the job has ended.")] = False,
 ) -> None:
     """Print what a submitted job has printed. With --follow the exit code is the job's."""
     from hycluster.submit.job_api import JobApi
@@ -188,7 +196,7 @@ def show_submitted(job_id: str, address: str, *, follow: bool, as_json: bool) ->
     return now.exit_code
 
 
-def _on_engines_of(target: Target, job: Job) -> Job:
+def _on_engines_of(target: KubernetesTarget, job: Job) -> Job:
     """The job, with engines that it finds or starts where it is to run."""
     if target.cluster is not None or job.engine == "dedicated":
         return job
@@ -201,7 +209,7 @@ def _on_engines_of(target: Target, job: Job) -> Job:
     return job.model_copy(update={"engine": "dedicated"})
 
 
-def _to_kubernetes(sent: Submission, job: Job, settings: Settings | None, target: Target) -> None:
+def _to_kubernetes(sent: Submission, job: Job, settings: Settings | None, target: KubernetesTarget) -> None:
     from hycluster.submit.rayjob import apply, ray_job
     from hycluster.submit.submission import as_yaml
 

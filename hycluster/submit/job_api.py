@@ -1,29 +1,29 @@
 """Ray's job API over HTTP: give a cluster elsewhere a job, and see what became of it.
 
-Ray's own client does the talking. Here its errors get a field's name and one line, and its records of a job are read as
-``hycluster batch run`` meant them. Pinned to Ray 2.60.0: the client tells the status of a refusal in its message only,
-and its calls can be given a timeout by a private method only.
+The calls are those of Ray's Jobs REST API
+(https://docs.ray.io/en/latest/cluster/running-applications/job-submission/rest.html). Here what goes wrong gets a
+field's name and one line, and records of jobs are read as ``hycluster batch run`` meant them.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from functools import partial
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+from urllib.parse import quote
+
+import httpx
+import msgspec
 
 from hycluster.errors import SettingsError, Unauthenticated, Unavailable, shown
-from hycluster.storage import one_line
+from hycluster.retries import RetryingCaller
+from hycluster.storage import masked, masked_line
 from hycluster.submit.submission import NAME_KEY, Submission
-from hycluster.submit.submitted import Submitted, submitted
-
-if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
+from hycluster.submit.submitted import JobRecord, Submitted, submitted
 
 CONNECT_S = 10.0
 # Without a byte from the dashboard.
@@ -31,12 +31,23 @@ CALL_S = 60.0
 # A follower waits as long for a cluster that does not answer: a head that is replaced takes about as much.
 AWAY_S = 120.0
 LOOK_EVERY_S = 2.0
+SUBMIT_TRIES = 3
+# Ray tells a log from its beginning each time: until the next look passes as many times what the last one took.
+LOG_PAUSES = 9
 # Ray kills what has not ended 3 s after its signal (RAY_JOB_STOP_WAIT_TIME_S, on the cluster).
 CANCEL_S = 60.0
-_NOT_FOUND = re.compile(r"status code 404")
-# What Ray's client and requests raise for a dashboard that is away, that refuses, and that is none.
-_TROUBLE = (OSError, RuntimeError, ValueError, LookupError)
 _SYSTEM_ERROR = re.compile(r"\[Errno -?\d+\] ([^'\")]+)")
+_TOKEN = re.compile(r"[\x21-\x7e]+")
+
+T = TypeVar("T")
+
+
+class _Version(msgspec.Struct):
+    ray_version: str
+
+
+class _Logs(msgspec.Struct):
+    logs: str
 
 
 class JobApi:
@@ -59,14 +70,53 @@ class JobApi:
                 " such as http://HOST:8265"
             )
         self._address = address.rstrip("/")
-        self._client = self._connected()
+        self._token = _token()
+        try:
+            self._client = httpx.Client(
+                base_url=self._address,
+                headers={"Authorization": f"Bearer {self._token}"} if self._token else None,
+                timeout=httpx.Timeout(CALL_S, connect=CONNECT_S),
+                # There are seconds between two calls, and the head may be another one by then.
+                limits=httpx.Limits(max_keepalive_connections=0),
+            )
+            response = self._client.get("/api/version", timeout=CONNECT_S)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            self._refuse(_why(error))
+        self._check_token(response)
+        if response.is_redirect:
+            self._refuse(f"it sends elsewhere, to {shown(response.headers['location'])}; give that address")
+        if not response.is_success:
+            self._refuse(f"/api/version: {_said(response)}")
+        try:
+            msgspec.json.decode(response.content, type=_Version)
+        except msgspec.DecodeError as error:
+            self._refuse(f"/api/version: {masked_line(error)}")
 
     def submit(self, submission: Submission) -> None:
-        """Start a job. The cluster runs it whatever becomes of this process."""
-        with self._asking():
-            self._client.submit_job(
-                entrypoint=submission.command, submission_id=submission.id, metadata=dict(submission.metadata)
-            )
+        """Start a job. The cluster runs it whatever becomes of this process.
+
+        A cluster that stumbles, such as a head whose agent is not up yet, is asked again.
+        """
+        again = RetryingCaller(
+            attempts=SUBMIT_TRIES, timeout=None, wait_initial=LOOK_EVERY_S / 2, wait_jitter=LOOK_EVERY_S / 2
+        )
+        again(Unavailable, self._submit, submission)
+
+    def _submit(self, submission: Submission) -> None:
+        body = {
+            "entrypoint": submission.command,
+            "submission_id": submission.id,
+            "metadata": submission.metadata,
+            "runtime_env": {},
+        }
+        try:
+            self._call("POST", "/api/jobs/", json=body)
+        except Unavailable:
+            # Its answer may have been lost; nobody else has this id.
+            with suppress(SettingsError):
+                self.look(submission.id)
+                return
+            raise
 
     def look(self, job_id: str) -> Submitted:
         """What became of a job.
@@ -75,37 +125,36 @@ class JobApi:
             SettingsError: the cluster knows no such job.
             Unavailable: the cluster does not answer; so does everything below.
         """
-        with self._asking(job_id):
-            return submitted(self._client.get_job_info(job_id))
+        return submitted(self._read(JobRecord, _path(job_id), job_id))
 
     def jobs(self) -> list[Submitted]:
         """The batch jobs that the cluster knows, the newest first."""
-        with self._asking():
-            details = self._client.list_jobs()
-        found = [submitted(one) for one in details if NAME_KEY in (one.metadata or {})]
+        found = [
+            submitted(one) for one in self._read(list[JobRecord], "/api/jobs/") if NAME_KEY in (one.metadata or {})
+        ]
         return sorted(found, key=lambda job: job.started_at or 0.0, reverse=True)
 
     def log(self, job_id: str) -> str:
         """What a job has printed so far, and Ray's word on its start."""
-        with self._asking(job_id):
-            return str(self._client.get_job_logs(job_id))
+        return self._read(_Logs, f"{_path(job_id)}/logs", job_id).logs
 
     def follow(self, job_id: str, write: Callable[[str], None]) -> Submitted:
         """Hand on a job's log as it grows, until the job has ended."""
-        import aiohttp
-
-        log = _Log(write)
+        handed_on = 0
         while True:
             now = self._patiently(job_id)
-            try:
-                asyncio.run(log.tail(self._client, job_id))
-            except (aiohttp.ClientError, OSError, RuntimeError):
-                # Cut off, or what is in between lets no websocket through.
-                with suppress(Unavailable):
-                    log.hand_on(self.log(job_id))
+            begun_s = time.monotonic()
+            # A job that has ended has, whether or not its log is still to be had.
+            with suppress(Unavailable):
+                log = self.log(job_id)
+                # What is written at this moment may be half a line, or half a character.
+                end = len(log) if now.ended else log.rfind("\n") + 1
+                if end > handed_on:
+                    write(log[handed_on:end])
+                    handed_on = end
             if now.ended:
                 return now
-            time.sleep(LOOK_EVERY_S / 4)
+            time.sleep(max(LOOK_EVERY_S / 2, LOG_PAUSES * (time.monotonic() - begun_s)))
 
     def wait(self, job_id: str, changed: Callable[[Submitted], None]) -> Submitted:
         """Look again and again until a job has ended; ``changed`` hears of each new state."""
@@ -128,8 +177,7 @@ class JobApi:
         before = self.look(job_id)
         if before.ended:
             return False, before
-        with self._asking(job_id):
-            self._client.stop_job(job_id)
+        self._call("POST", f"{_path(job_id)}/stop", job_id)
         deadline = time.monotonic() + CANCEL_S
         while not (now := self.look(job_id)).ended and time.monotonic() < deadline:
             time.sleep(LOOK_EVERY_S / 4)
@@ -137,89 +185,94 @@ class JobApi:
 
     def _patiently(self, job_id: str) -> Submitted:
         """As ``look``, but a cluster that is away for a while may come back."""
-        deadline = time.monotonic() + AWAY_S
-        while True:
-            try:
-                return self.look(job_id)
-            except Unavailable:
-                if time.monotonic() > deadline:
-                    raise
-            time.sleep(LOOK_EVERY_S)
+        patient = RetryingCaller(
+            attempts=None,
+            timeout=AWAY_S,
+            wait_initial=LOOK_EVERY_S / 2,
+            wait_max=2 * LOOK_EVERY_S,
+            wait_jitter=LOOK_EVERY_S / 2,
+        )
+        return patient(Unavailable, self.look, job_id)
 
-    def _connected(self) -> JobSubmissionClient:
-        if "RAY_AUTH_MODE" not in os.environ and {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
-            # Who sets a token wants it sent; Ray reads the mode once, when it is imported.
-            os.environ["RAY_AUTH_MODE"] = "token"
-        # Ray's client prefers what these say to the address that it is given.
-        os.environ["RAY_API_SERVER_ADDRESS"] = self._address
-        import requests
-        from ray.exceptions import AuthenticationError
-        from ray.job_submission import JobSubmissionClient
-
-        for name in ("ray", "ray.dashboard.modules.job.sdk"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+    def _read(self, kind: type[T], path: str, job_id: str | None = None) -> T:
+        response = self._call("GET", path, job_id)
         try:
-            # Ray's client itself waits for minutes where nobody answers.
-            requests.get(f"{self._address}/api/version", timeout=CONNECT_S)
-            client = JobSubmissionClient(self._address)
-        except AuthenticationError as error:
-            raise self._unauthenticated(str(error)) from None
-        except _TROUBLE as error:
-            raise SettingsError(f"--address: no Ray dashboard answers at {self._address!r}: {_why(error)}") from None
-        # It has no timeouts of its own; what it is given here goes to requests as it is.
-        client._do_request = partial(client._do_request, timeout=CALL_S)  # type: ignore[method-assign]
-        return client
+            return msgspec.json.decode(response.content, type=kind)
+        except msgspec.DecodeError as error:
+            raise self._unavailable(masked_line(error)) from None
 
-    @contextmanager
-    def _asking(self, job_id: str | None = None) -> Iterator[None]:
-        """Ray's errors in our words."""
-        from ray.exceptions import AuthenticationError
-
+    def _call(self, method: str, path: str, job_id: str | None = None, **body: Any) -> httpx.Response:
         try:
-            yield
-        except AuthenticationError as error:
-            raise self._unauthenticated(str(error)) from None
-        except _TROUBLE as error:
-            if job_id is not None and _NOT_FOUND.search(str(error)):
-                raise SettingsError(
-                    f"JOB_ID: {shown(job_id)} is not known at {self._address!r};"
-                    " 'hycluster batch jobs --address URL' lists what is"
-                ) from None
-            raise Unavailable(f"--address: {self._address!r} does not answer as it should: {_why(error)}") from None
+            response = self._client.request(method, path, **body)
+        except httpx.HTTPError as error:
+            raise self._unavailable(_why(error)) from None
+        self._check_token(response)
+        if job_id is not None and response.status_code == httpx.codes.NOT_FOUND:
+            raise SettingsError(
+                f"JOB_ID: {shown(job_id)} is not known at {self._address!r};"
+                " 'hycluster batch jobs --address URL' lists what is"
+            )
+        if not response.is_success:
+            raise self._unavailable(_said(response))
+        return response
 
-    def _unauthenticated(self, said: str) -> Unauthenticated:
-        if "invalid" in said.lower():
-            return Unauthenticated(f"RAY_AUTH_TOKEN: {self._address!r} refuses this token; give the cluster's own")
-        return Unauthenticated(
+    def _check_token(self, response: httpx.Response) -> None:
+        if response.status_code not in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+            return
+        if self._token is not None:
+            raise Unauthenticated(f"RAY_AUTH_TOKEN: {self._address!r} refuses this token; give the cluster's own")
+        raise Unauthenticated(
             f"RAY_AUTH_TOKEN: not set; {self._address!r} asks for its token"
             " (RAY_AUTH_MODE=token alone sends the one of ~/.ray/auth_token)"
         )
 
+    def _refuse(self, why: str) -> NoReturn:
+        raise SettingsError(f"--address: no Ray dashboard answers at {self._address!r}: {why}") from None
 
-class _Log:
-    """What of a log has been handed on: a new connection tells it from its beginning."""
-
-    def __init__(self, write: Callable[[str], None]) -> None:
-        self._write = write
-        self._handed_on = 0
-
-    async def tail(self, client: JobSubmissionClient, job_id: str) -> None:
-        told = ""
-        async for text in client.tail_job_logs(job_id):
-            told += text
-            self.hand_on(told)
-
-    def hand_on(self, log: str) -> None:
-        """Hand on what is new in a log."""
-        if len(log) > self._handed_on:
-            self._write(log[self._handed_on :])
-            self._handed_on = len(log)
+    def _unavailable(self, why: str) -> Unavailable:
+        return Unavailable(f"--address: {self._address!r} does not answer as it should: {why}")
 
 
-def _why(error: BaseException) -> str:
-    """The last word of an error: requests and Ray wrap it up, and the dashboard may answer with a whole stack."""
-    text = one_line(error)
-    if system := _SYSTEM_ERROR.search(text):
-        return system[1]
-    lines = [line for line in str(error).rstrip("\n .").splitlines() if line.strip()]
-    return text if len(lines) < 2 else " ".join(lines[-1].split())
+def _path(job_id: str) -> str:
+    return f"/api/jobs/{quote(job_id, safe='')}"
+
+
+def _token() -> str | None:
+    """The cluster's token, from where Ray's own tools take it."""
+    token, path = os.environ.get("RAY_AUTH_TOKEN"), os.environ.get("RAY_AUTH_TOKEN_PATH")
+    # Who sets a token wants it sent.
+    mode = os.environ.get("RAY_AUTH_MODE") or ("token" if token or path else "disabled")
+    if mode.lower() != "token":
+        return None
+    field = "RAY_AUTH_TOKEN"
+    if not token:
+        field = "RAY_AUTH_TOKEN_PATH" if path else "RAY_AUTH_MODE"
+        file = Path(path or "~/.ray/auth_token").expanduser()
+        if not path and not file.exists():
+            return None
+        try:
+            token = file.read_text(errors="replace")
+        except OSError as error:
+            raise SettingsError(f"{field}: {shown(str(file))} can't be read: {error.strerror}") from None
+    token = token.strip()
+    if not _TOKEN.fullmatch(token):
+        # Nothing of it is shown: it is somebody's secret, if perhaps not this cluster's.
+        what = "holds characters that no token has; it must be one word of ASCII" if token else "holds no token"
+        raise SettingsError(f"{field}: {what}")
+    return token
+
+
+def _why(error: Exception) -> str:
+    """The last word of an error: what the system says, where it is from there."""
+    text = masked_line(error)
+    return system[1] if (system := _SYSTEM_ERROR.search(text)) else text
+
+
+def _said(response: httpx.Response) -> str:
+    """The last line of a refusal: the dashboard may answer with a whole stack, and what is before it with a page."""
+    lines = [" ".join(line.split()) for line in response.text.splitlines() if line.strip()]
+    status = f"{response.status_code} {response.reason_phrase}"
+    if not lines or "html" in response.headers.get("content-type", ""):
+        return status
+    last = masked(lines[-1][:500])
+    return last if len(lines) > 1 else f"{status}: {last}"

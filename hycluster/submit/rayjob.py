@@ -24,7 +24,7 @@ from hycluster.replica.placement import bundles, on_gpus, reserved, strategy
 from hycluster.settings.model import Model
 from hycluster.settings.settings import Settings
 from hycluster.submit.submission import Submission, as_yaml
-from hycluster.submit.target import Target
+from hycluster.submit.target import KubernetesTarget
 
 Manifest = dict[str, Any]
 # How long an ended job's cluster stays, so that its log can be read.
@@ -40,7 +40,7 @@ STOP_WAIT_S = 30
 
 
 def ray_job(
-    submission: Submission, job: Job, settings: Settings | None, target: Target
+    submission: Submission, job: Job, settings: Settings | None, target: KubernetesTarget
 ) -> tuple[Manifest, tuple[str, ...]]:
     """The RayJob of a submission, and notes on what was assumed for it.
 

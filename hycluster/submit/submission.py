@@ -100,10 +100,10 @@ def submission(job: Job, settings: Settings | None, *, overwrite: bool = False) 
     if size > MOST_COMMAND_BYTES:
         raise SettingsError(f"JOB: job and settings are {size} bytes; at most {MOST_COMMAND_BYTES} can be sent")
     metadata = {NAME_KEY: job.name, OUTPUT_KEY: job.output.path}
-    return Submission(new_id(job.name), command, metadata, tuple(notes))
+    return Submission(new_job_id(job.name), command, metadata, tuple(notes))
 
 
-def new_id(name: str) -> str:
+def new_job_id(name: str) -> str:
     """An id that tells the job's name and is not given twice; a DNS label, as Kubernetes wants its names."""
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     slug = slug if slug[:1].isalpha() else f"job-{slug}"
@@ -117,11 +117,11 @@ def _check_path(field: str, path: str) -> str | None:
     Raises:
         SettingsError: it means nothing on another machine, or must not be shown there.
     """
-    from hycluster.storage import shown as without_keys
+    from hycluster.storage import masked
 
-    if without_keys(path) != path:
+    if masked(path) != path:
         raise SettingsError(
-            f"{field}: {without_keys(path)!r} has keys in it, which Ray's dashboard would show; take them out"
+            f"{field}: {masked(path)!r} has keys in it, which Ray's dashboard would show; take them out"
             " and give them to the cluster (a role, or the AWS_* variables of its nodes)"
         )
     if "://" in path and not path.startswith("file://"):
@@ -143,9 +143,11 @@ def _told(job: Job) -> dict[str, Any]:
 
 
 def _engines(job: Job, settings: Settings) -> tuple[dict[str, Any], str | None]:
-    """The settings with the job's model alone and without doors, and what had to be changed in them."""
+    """The settings with the job's model alone and without ingress processes, and what had to be changed in them."""
     model = settings.model(job.model)
-    sent = settings.model_dump(mode="json", exclude={"models", "http", "grpc", "doors", "batches"}, exclude_unset=True)
+    sent = settings.model_dump(
+        mode="json", exclude={"models", "http", "grpc", "ingress", "batches"}, exclude_unset=True
+    )
     sent["models"] = [model.model_dump(mode="json", exclude_unset=True)]
     host = settings.data_plane.host
     if host not in _LOOPBACK:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import msgspec
 
 from hycluster.batch.progress.terminal import duration
 from hycluster.errors import JobFailed, SettingsError, TooManyQuarantined
 from hycluster.submit.submission import NAME_KEY, OUTPUT_KEY
-
-if TYPE_CHECKING:
-    from ray.dashboard.modules.job.pydantic_models import JobDetails
 
 State = Literal["waiting", "running", "finished", "cancelled", "failed"]
 _STATES: dict[str, State] = {
@@ -30,6 +29,19 @@ _MEANINGS = {
     TooManyQuarantined.exit_code: "more rows quarantined than max_quarantined_fraction; see quarantine/ in the output",
     127: "the cluster's image has no 'hycluster' command on its PATH",
 }
+
+
+class JobRecord(msgspec.Struct, frozen=True):
+    """What Ray's job API tells of a job, as far as it is read here; times are milliseconds since the epoch."""
+
+    status: Literal["PENDING", "RUNNING", "SUCCEEDED", "STOPPED", "FAILED"]
+    submission_id: str | None = None
+    job_id: str | None = None
+    metadata: dict[str, str] | None = None
+    message: str | None = None
+    start_time: int | None = None
+    end_time: int | None = None
+    driver_exit_code: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,19 +118,19 @@ class Submitted:
         return duration(max(0.0, (self.ended_at or time.time()) - self.started_at))
 
 
-def submitted(details: JobDetails) -> Submitted:
+def submitted(record: JobRecord) -> Submitted:
     """Read Ray's record of a job."""
-    metadata = details.metadata or {}
-    state = _STATES[details.status.value]
+    metadata = record.metadata or {}
+    state = _STATES[record.status]
     return Submitted(
-        id=details.submission_id or details.job_id or "",
+        id=record.submission_id or record.job_id or "",
         state=state,
         name=metadata.get(NAME_KEY),
         output=metadata.get(OUTPUT_KEY),
-        command_exit=details.driver_exit_code,
-        started_at=_seconds(details.start_time),
-        ended_at=_seconds(details.end_time),
-        reason=_reason(details.message or "") if state == "failed" else None,
+        command_exit=record.driver_exit_code,
+        started_at=_seconds(record.start_time),
+        ended_at=_seconds(record.end_time),
+        reason=_reason(record.message or "") if state == "failed" else None,
     )
 
 

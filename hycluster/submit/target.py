@@ -12,7 +12,7 @@ _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class KubernetesTarget:
     """The options of ``batch submit --kubernetes``; a field an option.
 
     Attributes:

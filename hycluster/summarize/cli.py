@@ -12,8 +12,8 @@ import typer
 from hycluster.errors import SettingsError
 
 if TYPE_CHECKING:
-    from hycluster.summarize.output import Output, Summarized
-    from hycluster.summarize.run import Wish
+    from hycluster.summarize.output import Summarized, SummaryOutput
+    from hycluster.summarize.run import SummaryOptions
 
 # As of ``hycluster.client``, which is not imported for --help.
 ADDRESS = "127.0.0.1:9000"
@@ -25,27 +25,29 @@ def summarize(
         list[str],
         typer.Argument(metavar="FILE...", help="Texts in UTF-8; a folder is its *.md and *.txt, - is standard input."),
     ],
-    address: Annotated[str, typer.Option(metavar="HOST:PORT", help="The cluster's gRPC door.")] = ADDRESS,
-    model: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the only one served.")] = None,
+    address: Annotated[str, typer.Option(metavar="HOST:PORT", help="The cluster's gRPC ingress.")] = ADDRESS,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="Model; default: the only one served.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a summary.")] = 512,
     part_tokens: Annotated[
-        int | None, typer.Option(min=64, help="Most tokens of a part of a text that the context has no room for.")
+        int | None, typer.Option(min=64, help="Most tokens of a part, where a text is longer than the context.")
     ] = None,
-    overlap_tokens: Annotated[int, typer.Option(min=0, help="Of these, told again from the part before.")] = 0,
+    overlap_tokens: Annotated[int, typer.Option(min=0, help="Tokens of the part before that a part repeats.")] = 0,
     together: Annotated[bool, typer.Option("--together", help="One summary of all files.")] = False,
     output: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Also write JSON lines, one a file, to PATH.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of text.")] = False,
     keep_tree: Annotated[
-        bool, typer.Option("--keep-tree", help="In the JSON lines: what was summarized from what.")
+        bool, typer.Option("--keep-tree", help="Put the tree of summaries into the JSON lines.")
     ] = False,
-    concurrency: Annotated[int, typer.Option(min=1, max=1024, help="Most calls at a time, over all files.")] = 16,
+    concurrency: Annotated[
+        int, typer.Option(min=1, max=1024, help="Most calls in flight, for all files together.")
+    ] = 16,
     retry_s: Annotated[
-        float, typer.Option(min=0, help="Seconds for which a call is tried again while no engine can serve it.")
+        float, typer.Option(min=0, help="Seconds for which a call is retried while no replica can serve it.")
     ] = 300,
     priority: Annotated[
-        Literal["online", "batch"], typer.Option(help="Queue beside online requests, or behind them.")
+        Literal["online", "batch"], typer.Option(help="Priority: with online requests, or behind them as batch work.")
     ] = "online",
 ) -> None:
     """Summarize texts of any length through the running cluster.
@@ -60,13 +62,13 @@ def summarize(
     from hycluster.settings.read import validate
     from hycluster.summarize.files import files_of
     from hycluster.summarize.output import open_output
-    from hycluster.summarize.run import Wish
+    from hycluster.summarize.run import SummaryOptions
 
     found = files_of(files)
     if output is not None and any(output.resolve() == Path(file).resolve() for file in found):
         raise SettingsError(f"--output: {output} is one of the files to summarize")
     sizes = {"part_tokens": part_tokens, "overlap_tokens": overlap_tokens}
-    wish = Wish(
+    wish = SummaryOptions(
         model=model,
         # Greedy: the same text gives the same summary.
         sampling=Sampling(max_tokens=max_tokens, temperature=0),
@@ -86,14 +88,14 @@ def summarize(
     raise typer.Exit(1 if failed else 0)
 
 
-async def _show(files: list[str], wish: Wish, address: str, out: Output) -> int:
+async def _show(files: list[str], wish: SummaryOptions, address: str, out: SummaryOutput) -> int:
     """The number of documents without a summary."""
     from rich.console import Console
 
-    from hycluster.summarize.progress import Progress, shown
+    from hycluster.summarize.progress import SummaryProgress, progress_shown
     from hycluster.summarize.run import summarize_files
 
-    progress = Progress(1 if wish.together else len(files))
+    progress = SummaryProgress(1 if wish.together else len(files))
     errors: list[str] = []
 
     def done(document: Summarized) -> None:
@@ -102,7 +104,7 @@ async def _show(files: list[str], wish: Wish, address: str, out: Output) -> int:
             errors.append(f"error: {', '.join(document.files)}: {document.error}")
 
     begun_s = time.monotonic()
-    async with shown(progress, Console(stderr=True)):
+    async with progress_shown(progress, Console(stderr=True)):
         await summarize_files(files, wish, address, progress, done)
     for error in errors:
         typer.echo(error, err=True)

@@ -16,7 +16,7 @@ SUFFIXES = (".md", ".txt")
 def files_of(arguments: Iterable[str]) -> list[str]:
     """The files that are meant, each once: a folder stands for the texts that lie in it, sorted by name.
 
-    A folder without texts stays in the list, for :func:`read` to refuse.
+    A folder without texts stays in the list, for :func:`read_text` to refuse.
     """
     found: list[str] = []
     for argument in arguments:
@@ -28,7 +28,7 @@ def files_of(arguments: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def read(file: str) -> str:
+def read_text(file: str) -> str:
     """The text of a file in UTF-8, with or without a byte order mark; ``-`` is standard input.
 
     Raises:

@@ -58,7 +58,7 @@ class Summarized:
         return {**line, "tree": self.tree.to_dict()} if keep_tree else line
 
 
-class Output:
+class SummaryOutput:
     """Takes documents one by one; see :func:`open_output`."""
 
     def __init__(self, file: TextIO | None, *, as_json: bool, headings: bool, keep_tree: bool) -> None:
@@ -87,18 +87,18 @@ class Output:
 
 
 @contextmanager
-def open_output(path: Path | None, *, as_json: bool, headings: bool, keep_tree: bool) -> Iterator[Output]:
+def open_output(path: Path | None, *, as_json: bool, headings: bool, keep_tree: bool) -> Iterator[SummaryOutput]:
     """Open the output; an existing file is replaced when the first document comes.
 
     Raises:
         SettingsError: the file can't be written.
     """
     if path is None:
-        yield Output(None, as_json=as_json, headings=headings, keep_tree=keep_tree)
+        yield SummaryOutput(None, as_json=as_json, headings=headings, keep_tree=keep_tree)
         return
     try:
         file = path.open("a", encoding="utf-8")
     except OSError as error:
         raise SettingsError(f"--output: {path} can't be written: {error.strerror or error}") from None
     with file:
-        yield Output(file, as_json=as_json, headings=headings, keep_tree=keep_tree)
+        yield SummaryOutput(file, as_json=as_json, headings=headings, keep_tree=keep_tree)

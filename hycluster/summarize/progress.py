@@ -13,14 +13,14 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
 from hycluster.batch.progress.terminal import duration
-from hycluster.batch.summaries.summarizer import Watch
+from hycluster.batch.summaries.summarizer import TreeWatch
 from hycluster.batch.summaries.tree import Node
 
 BAR_EVERY_S = 0.2
 LINE_EVERY_S = 5.0
 
 
-class Progress:
+class SummaryProgress:
     """Adds up what all documents together have done so far. A call is a part or a merge.
 
     Attributes:
@@ -38,7 +38,7 @@ class Progress:
         self._cut = 0
         self._begun_s: float | None = None
 
-    def watch(self) -> Watch:
+    def watch(self) -> TreeWatch:
         """For one document."""
         return _OfOne(self)
 
@@ -69,8 +69,8 @@ class Progress:
         return f"{files}{self.answered}/{self.expected} calls, {self.tokens} tokens, ETA {self.eta}"
 
 
-class _OfOne(Watch):
-    def __init__(self, progress: Progress) -> None:
+class _OfOne(TreeWatch):
+    def __init__(self, progress: SummaryProgress) -> None:
         self._progress = progress
         self._first = True
 
@@ -84,7 +84,7 @@ class _OfOne(Watch):
 
 
 @asynccontextmanager
-async def shown(progress: Progress, console: Console) -> AsyncIterator[None]:
+async def progress_shown(progress: SummaryProgress, console: Console) -> AsyncIterator[None]:
     """Show it until the ``with`` block ends."""
     showing = asyncio.create_task(_bar(progress, console) if console.is_terminal else _lines(progress, console))
     try:
@@ -95,7 +95,7 @@ async def shown(progress: Progress, console: Console) -> AsyncIterator[None]:
             await showing
 
 
-async def _bar(progress: Progress, console: Console) -> None:
+async def _bar(progress: SummaryProgress, console: Console) -> None:
     columns = BarColumn(bar_width=16), TextColumn("{task.description}"), TimeElapsedColumn()
     # A summary that is printed meanwhile goes above the bar, unless it goes elsewhere.
     with Bar(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
@@ -105,7 +105,7 @@ async def _bar(progress: Progress, console: Console) -> None:
             await asyncio.sleep(BAR_EVERY_S)
 
 
-async def _lines(progress: Progress, console: Console) -> None:
+async def _lines(progress: SummaryProgress, console: Console) -> None:
     while True:
         await asyncio.sleep(LINE_EVERY_S)
         console.print(str(progress), highlight=False, soft_wrap=True)

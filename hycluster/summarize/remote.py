@@ -1,4 +1,4 @@
-"""A running cluster, by its gRPC door, as what the tree of summaries asks its questions of."""
+"""A running cluster, by its gRPC ingress, as what the tree of summaries asks its questions of."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hycluster.batch.ask import Asker, first_error
 from hycluster.client import AsyncClient
 from hycluster.core import Generation, GenerationRequest, ModelCard
 
-# Characters that are sent to be counted in one call: at most 1 MiB of UTF-8, which every door takes.
+# Characters that are sent to be counted in one call: at most 1 MiB of UTF-8, which every ingress process takes.
 COUNTED_CHARACTERS = 250_000
 # Such calls on their way at a time: one is counted while another travels.
 COUNTS_AT_ONCE = 2

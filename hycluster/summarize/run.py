@@ -15,16 +15,16 @@ from hycluster.batch.summaries.summarizer import Summarizer
 from hycluster.client import AsyncClient
 from hycluster.core import Priority, Sampling
 from hycluster.errors import DeadlineExceeded, InvalidInput, SettingsError, Unavailable, UnknownModel
-from hycluster.summarize.files import read
+from hycluster.summarize.files import read_text
 from hycluster.summarize.output import Summarized
-from hycluster.summarize.progress import Progress
+from hycluster.summarize.progress import SummaryProgress
 from hycluster.summarize.remote import Remote
 
 CONNECT_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class SummaryOptions:
     """What is asked of every document.
 
     Attributes:
@@ -45,7 +45,11 @@ class Wish:
 
 
 async def summarize_files(
-    files: Sequence[str], wish: Wish, address: str, progress: Progress, done: Callable[[Summarized], None]
+    files: Sequence[str],
+    wish: SummaryOptions,
+    address: str,
+    progress: SummaryProgress,
+    done: Callable[[Summarized], None],
 ) -> None:
     """Summarize files.
 
@@ -84,7 +88,7 @@ async def summarize_files(
 
 
 class _Run:
-    def __init__(self, summarizer: Summarizer, model: str, documents_at_once: int, progress: Progress) -> None:
+    def __init__(self, summarizer: Summarizer, model: str, documents_at_once: int, progress: SummaryProgress) -> None:
         self._summarizer = summarizer
         self._model = model
         self._progress = progress
@@ -96,7 +100,7 @@ class _Run:
         async with self._open:
             begun_s = time.monotonic()
             try:
-                text = await asyncio.to_thread(read, file)
+                text = await asyncio.to_thread(read_text, file)
             except InvalidInput as error:
                 self._progress.finished += 1
                 return Summarized((file,), self._model, 0, 0, error=error.message)
@@ -107,7 +111,7 @@ class _Run:
         texts: dict[str, str] = {}
         for file in files:
             try:
-                texts[file] = await asyncio.to_thread(read, file)
+                texts[file] = await asyncio.to_thread(read_text, file)
             except InvalidInput as error:
                 failed(Summarized((file,), self._model, 0, 0, error=error.message))
         if not texts:

@@ -14,14 +14,16 @@ from unittest.mock import patch
 
 import pyarrow as pa
 
-from hycluster import storage
 from hycluster.batch import run
 from hycluster.batch.generate import Generate
-from hycluster.batch.input.corpus import Plan, read, spans
+from hycluster.batch.input.corpus import ShardPlan, read_shards, spans
 from hycluster.batch.job import Job
-from hycluster.batch.output import commit, lease
+from hycluster.batch.output import commit
 from hycluster.batch.output.record import ShardRecord
 from hycluster.batch.task import open_task
+from hycluster.storage import WritableFolder
+from hycluster.storage.bucket import BucketFolder
+from hycluster.storage.disk import DiskFolder
 from tests.batch.stand_in import stand_in
 
 SPAN_BYTES = 30_000
@@ -30,6 +32,7 @@ WRITES = ("_coordinator/", "_job.json", "part", "quarantine/", "_shards/", "_man
 WHEN = ("before", "amid", "after")
 # Not a write; the n-th file that --overwrite or the clean-up deletes.
 DELETION = "deletion"
+KINDS_OF_FOLDERS: tuple[Any, ...] = (DiskFolder, BucketFolder)
 
 
 def drive(job: Job, kind: str | None, when: str, nth: int, overwrite: bool, begun: Path) -> None:
@@ -42,7 +45,7 @@ def drive(job: Job, kind: str | None, when: str, nth: int, overwrite: bool, begu
     if kind is not None:
         arm(kind, when, nth)
     patch.object(run, "_generate", _generate_here(begun)).start()
-    run.run_job(job, engines=lambda job, settings: nullcontext(stand_in()), overwrite=overwrite)
+    run.run_job(job, engines=lambda _: nullcontext(stand_in()), overwrite=overwrite)
 
 
 def die(*_: Any, **__: Any) -> Any:
@@ -62,58 +65,60 @@ def arm(kind: str, when: str, nth: int) -> None:
         return seen == nth
 
     def wrapped(real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(filesystem: Any, path: str, data: Any) -> Any:
-            if not struck(path):
-                return real(filesystem, path, data)
+        def call(self: WritableFolder, path: str, data: Any) -> Any:
+            if not struck(self.at(path)):
+                return real(self, path, data)
             if when == "before":
                 die()
             if when == "amid":
-                _cut_off(real, filesystem, path, data)
-            real(filesystem, path, data)
+                _cut_off(real, self, path, data)
+            real(self, path, data)
             return die()
 
         return call
 
-    for module in (commit, lease):
-        for name in ("write", "create_if_absent", "replace"):
-            if hasattr(module, name):
-                setattr(module, name, wrapped(getattr(module, name)))
+    for kind_of_folder in KINDS_OF_FOLDERS:
+        for name in ("write", "create", "replace"):
+            setattr(kind_of_folder, name, wrapped(getattr(kind_of_folder, name)))
     if kind == "_manifest.json":
         _arm_manifest(when)
 
 
-def _cut_off(real: Callable[..., Any], filesystem: Any, path: str, data: Any) -> None:
+def _cut_off(real: Callable[..., Any], folder: WritableFolder, path: str, data: Any) -> None:
     """Die with half of a file on the disk, or with a finished temporary file in its place."""
-    if real is storage.write:
-        real(filesystem, path, bytes(data)[: len(data) // 2])
+    if real.__name__ == "write":
+        real(folder, path, bytes(data)[: len(data) // 2])
         die()
     patch.object(os, "link", die).start()
     patch.object(Path, "replace", die).start()
 
 
 def _arm_deletion(nth: int) -> None:
-    real = storage.delete
     seen = 0
 
-    def delete(filesystem: Any, paths: Iterable[str]) -> None:
-        nonlocal seen
-        for path in paths:
-            seen += 1
-            if seen == nth:
-                die()
-            real(filesystem, [path])
+    def wrapped(real: Callable[..., Any]) -> Callable[..., Any]:
+        def delete(self: WritableFolder, paths: Iterable[str]) -> None:
+            nonlocal seen
+            for path in paths:
+                seen += 1
+                if seen == nth:
+                    die()
+                real(self, [path])
 
-    patch.object(commit, "delete", delete).start()
+        return delete
+
+    for kind in KINDS_OF_FOLDERS:
+        patch.object(kind, "delete", wrapped(kind.delete)).start()
 
 
 def _arm_manifest(when: str) -> None:
     """The manifest is a stream: its write begins with ``finish`` and ends before the next deletion."""
-    finish = commit.Output.finish
+    finish = commit.OutputFolder.finish
 
-    def armed(output: commit.Output, *args: Any) -> None:
-        records = commit.Output.records
+    def armed(output: commit.OutputFolder, *args: Any) -> None:
+        records = commit.OutputFolder.records
 
-        def some(output: commit.Output) -> Iterator[ShardRecord]:
+        def some(output: commit.OutputFolder) -> Iterator[ShardRecord]:
             for position, record in enumerate(records(output)):
                 if position == 5:
                     die()
@@ -122,16 +127,17 @@ def _arm_manifest(when: str) -> None:
         if when == "before":
             die()
         if when == "amid":
-            patch.object(commit.Output, "records", some).start()
+            patch.object(commit.OutputFolder, "records", some).start()
         else:
-            patch.object(commit, "delete", die).start()
+            for kind in KINDS_OF_FOLDERS:
+                patch.object(kind, "delete", die).start()
         finish(output, *args)
 
-    patch.object(commit.Output, "finish", armed).start()
+    patch.object(commit.OutputFolder, "finish", armed).start()
 
 
 def _generate_here(log: Path) -> Callable[..., None]:
-    def generate(job: Job, corpus: Plan, output: commit.Output, connect: Any, *_: Any) -> None:
+    def generate(job: Job, corpus: ShardPlan, output: commit.OutputFolder, connect: Any, *_: Any) -> None:
         done = output.done()
         pending = [shard for shard in corpus.shards() if shard.number not in done]
         log.write_text("".join(f"{shard.number}\n" for shard in pending))
@@ -140,7 +146,7 @@ def _generate_here(log: Path) -> Callable[..., None]:
 
         async def work() -> None:
             for span in spans(pending, SPAN_BYTES):
-                await actor(pa.concat_tables(read(corpus.filesystem, corpus.root, span), promote_options="default"))
+                await actor(pa.concat_tables(read_shards(corpus.folder, span), promote_options="default"))
 
         asyncio.run(work())
 

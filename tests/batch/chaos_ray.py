@@ -12,18 +12,17 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import ray
 from ray import cloudpickle
 
-from hycluster import storage
 from hycluster.batch import run
 from hycluster.batch.job import Job
-from hycluster.batch.output import commit
 from hycluster.batch.output.lease import Lease
 from hycluster.core import Generation, GenerationRequest
+from hycluster.storage import WritableFolder
+from hycluster.storage.disk import DiskFolder
 from tests.batch import chaos_driver, stand_in
 
 # Not a write: the driver hears of the n-th shard that was committed.
@@ -70,7 +69,7 @@ def drive_on_ray(job: Job, address: str, faults: Path, log: Path, fault: tuple[s
         _die_when_told(fault[2])
     elif fault is not None:
         chaos_driver.arm(*fault)
-    run.run_job(job, engines=lambda job, settings: nullcontext(partial(_open_in_worker, faults, log)))
+    run.run_job(job, engines=lambda _: nullcontext(partial(_open_in_worker, faults, log)))
 
 
 def _die_when_told(nth: int) -> None:
@@ -101,12 +100,12 @@ def _arm_next(faults: Path) -> None:
 
 
 def _note_records(log: Path) -> None:
-    real: Callable[..., bool] = storage.create_if_absent
+    real: Callable[..., bool] = DiskFolder.create
 
-    def create(filesystem: Any, path: str, data: bytes) -> bool:
-        created = real(filesystem, path, data)
+    def create(self: WritableFolder, path: str, data: bytes) -> bool:
+        created = real(self, path, data)
         if created:
             note(log, f"record {path.rpartition('/')[2]}")
         return created
 
-    patch.object(commit, "create_if_absent", create).start()
+    patch.object(DiskFolder, "create", create).start()

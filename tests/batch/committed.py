@@ -11,15 +11,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hycluster.batch.generate import split
-from hycluster.batch.input.corpus import REFUSAL, SHARD, Shard, plan, read, spans
+from hycluster.batch.generate import split_answers
+from hycluster.batch.input.corpus import REFUSAL, SHARD, Shard, plan_shards, read_shards, spans
 from hycluster.batch.job import Job
-from hycluster.batch.output.commit import Output
+from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.identity import identity
-from hycluster.batch.progress.terminal import Totals
+from hycluster.batch.output.record import Totals
 from hycluster.batch.prompts import prompt_of
 from hycluster.batch.refusal import Refusal
 from hycluster.batch.task import Answer
+from tests.located import at
 
 
 def answered(text: str | None) -> Answer | Refusal:
@@ -31,18 +32,18 @@ def answered(text: str | None) -> Answer | Refusal:
 
 def commit_all(job: Job, *, first: int | None = None, finish: bool = True, begun_at: float = 1000.0) -> Path:
     """Commit the first shards of a job, or all; shard n takes from ``begun_at + n`` to this moment."""
-    corpus = plan(job.input.path, shard_rows=job.shard_rows, check=prompt_of(job).check)
-    output = Output(job.output.path)
+    corpus = plan_shards(at(job.input.path), shard_rows=job.shard_rows, check=prompt_of(job).check)
+    output = OutputFolder(at(job.output.path))
     mine = identity(job, corpus)
     output.claim(mine)
     totals = Totals()
     shards: list[Shard] = list(corpus.shards())[:first]
     for span in spans(shards):
-        for shard, table in zip(span, read(corpus.filesystem, corpus.root, span), strict=True):
+        for shard, table in zip(span, read_shards(corpus.folder, span), strict=True):
             marks = table[REFUSAL].to_pylist() if REFUSAL in table.schema.names else [None] * table.num_rows
             texts = table["text"].to_pylist() if "text" in table.schema.names else [None] * table.num_rows
             answers = [Refusal(**mark) if mark else answered(text) for mark, text in zip(marks, texts, strict=True)]
-            results, refused = split(table.drop_columns([SHARD]), answers)
+            results, refused = split_answers(table.drop_columns([SHARD]), answers)
             row_id = f"{shard.file.path}#{shard.first_row}"
             r = output.commit(shard.number, row_id, results, refused, begun_at=begun_at + shard.number)
             totals += Totals(r.rows, r.quarantined, r.prompt_tokens, r.completion_tokens)

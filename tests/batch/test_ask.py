@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 
@@ -102,3 +103,22 @@ async def test_a_request_that_engines_fail_while_they_answer_others_is_refused()
     with pytest.raises(RowRefused, match=r"early \(error\), \d+ times$") as caught:
         await asking
     assert caught.value.reason == "Refused"
+
+
+async def test_rows_that_failed_together_come_back_one_by_one_and_not_before_they_were_told() -> None:
+    ask, begun_s = Asker(retry_s=60), time.monotonic()
+    back_s: list[float] = []
+
+    def told_to_wait(retry_after_s: float | None) -> Callable[[], Awaitable[None]]:
+        tries = iter([Overloaded("later", retry_after_s=retry_after_s), None])
+
+        async def call() -> None:
+            if error := next(tries):
+                raise error
+            back_s.append(time.monotonic() - begun_s)
+
+        return call
+
+    await asyncio.gather(*(ask("x", told_to_wait(0.4)) for _ in range(20)))
+    assert min(back_s) >= 0.1
+    assert max(back_s) - min(back_s) > 0.15

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from hycluster.batch.job import Job
-from hycluster.storage import locate
 from tests.batch.chaos_driver import DELETION, WHEN, WRITES, drive
 from tests.batch.conftest import write_texts
+from tests.located import at
 from tests.object_store import ObjectStore
 
 ROWS = 2000
@@ -83,10 +83,10 @@ def drivers(processes: Any, tmp_path: Path) -> Drivers:
 
 def listing(output: str) -> dict[str, bytes]:
     """Every file of an output with its bytes, by its path in it."""
-    filesystem, root = locate(output, "output")
-    found = filesystem.get_file_info(pafs.FileSelector(root, recursive=True, allow_not_found=True))
-    files = [info.path for info in found if info.type == pafs.FileType.File]
-    return {path[len(root) + 1 :]: filesystem.open_input_file(path).readall() for path in files}
+    folder = at(output)
+    found = [info for info in folder.entries(recursive=True) if info.type == pafs.FileType.File]
+    files = [info.path[len(folder.root) + 1 :] for info in found]
+    return {path: folder.open_file(path).readall() for path in files}
 
 
 def contents(output: str) -> tuple[list[Any], list[Any]]:

@@ -15,17 +15,19 @@ import pytest
 
 from hycluster.batch import run
 from hycluster.batch.generate import Generate
-from hycluster.batch.input.corpus import Plan, read, spans
+from hycluster.batch.input.corpus import ShardPlan, read_shards, spans
 from hycluster.batch.job import Job
-from hycluster.batch.output import commit
-from hycluster.batch.output.commit import Output
-from hycluster.batch.output.verify import verify
+from hycluster.batch.output.commit import OutputFolder
+from hycluster.batch.output.verify import verify_output
 from hycluster.batch.task import open_task
 from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
 from hycluster.settings.pool import Replicas
 from hycluster.settings.simulated import Simulated
+from hycluster.storage import WritableFolder
+from hycluster.storage.disk import DiskFolder
 from tests.batch.test_chaos import contents, make_job, texts
+from tests.located import at
 from tests.simulated_pool import SimulatedPool, SimulatedReplica
 
 __all__ = ["texts"]
@@ -36,6 +38,8 @@ SETTINGS = Simulated(decode_token_s=0.002, max_model_len=512, vocab_size=256, ma
 REPLICAS = 2
 # Those of these shards and of the whole job.
 DEADLY = ("part-00000003", "part-00000012", "00000003-", "00000012-", "00000025-", "_manifest.json", "_SUCCESS")
+# What is written as a stream; on a disk all other writes end in one too, and are met before.
+STREAMS = ("_manifest.json",)
 
 
 class Engines:
@@ -59,12 +63,12 @@ class Engines:
             self.killed_at.append(where)
             self._pool.replicas[place] = SimulatedReplica(SETTINGS, f"successor-{len(self.killed_at)}")
 
-    def around(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(filesystem: Any, path: str, *rest: Any) -> Any:
-            deadly = any(path.rpartition("/")[2].startswith(name) for name in DEADLY)
+    def around(self, real: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
+        def call(folder: WritableFolder, path: str, *rest: Any) -> Any:
+            deadly = any(path.rpartition("/")[2].startswith(name) for name in names)
             if deadly:
                 self.kill(f"before {path.rpartition('/')[2]}")
-            result = real(filesystem, path, *rest)
+            result = real(folder, path, *rest)
             if deadly:
                 self.kill(f"after {path.rpartition('/')[2]}")
             return result
@@ -86,7 +90,7 @@ class Engines:
             replica.close()
 
 
-def generate_here(job: Job, corpus: Plan, output: Output, connect: Any, *_: Any) -> None:
+def generate_here(job: Job, corpus: ShardPlan, output: OutputFolder, connect: Any, *_: Any) -> None:
     """The job's middle without Ray."""
     actor = Generate(output, partial(open_task, job, connect), lambda *_: None, name=job.name, slots=job.rows_in_flight)
 
@@ -95,7 +99,7 @@ def generate_here(job: Job, corpus: Plan, output: Output, connect: Any, *_: Any)
             connect.generator = generator
             async with asyncio.TaskGroup() as group:
                 for span in spans(corpus.shards(), 60_000):
-                    group.create_task(actor(pa.concat_tables(read(corpus.filesystem, corpus.root, span))))
+                    group.create_task(actor(pa.concat_tables(read_shards(corpus.folder, span))))
 
     asyncio.run(work())
 
@@ -134,14 +138,14 @@ def test_engines_killed_at_write_boundaries(
 
     def run_to(name: str) -> Any:
         job = make_job(texts, str(tmp_path / name), model="tiny", retry_s=60, sampling=sampling)
-        run.run_job(job, engines=lambda job, settings: nullcontext(Connection(engines)))
-        assert verify(job.output.path, str(texts)).faults == []
+        run.run_job(job, engines=lambda _: nullcontext(Connection(engines)))
+        assert verify_output(at(job.output.path), at(texts)).faults == []
         return contents(job.output.path)
 
     undisturbed = run_to("undisturbed")
     assert len({row["output"] for row in undisturbed[0]}) > 1000
-    for name in ("write", "create_if_absent", "writing"):
-        monkeypatch.setattr(commit, name, engines.around(getattr(commit, name)))
+    for name, names in (("write", DEADLY), ("create", DEADLY), ("writing", STREAMS)):
+        monkeypatch.setattr(DiskFolder, name, engines.around(getattr(DiskFolder, name), names))
     assert run_to("disturbed") == undisturbed
     # Two shards' part and quarantine, three records, the manifest and _SUCCESS.
     assert len(engines.killed_at) == 2 * (4 + 3 + 2)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -7,48 +9,77 @@ import pytest
 from typer.testing import CliRunner
 
 from hycluster.batch import run as run_module
-from hycluster.batch.cli import app
+from hycluster.batch.cli import Outside
 from hycluster.batch.job import Job
+from hycluster.batch.run import Engines
+from hycluster.batch.task import Connect
+from hycluster.cli import batch_app as app
 from hycluster.errors import HyclusterError, JobFailed, SettingsError, TooManyQuarantined
 from hycluster.settings.settings import Settings
 from tests.batch.committed import commit_all, parts
 from tests.batch.conftest import MakeJob
+from tests.batch.stand_in import stand_in
 
 ROOT = Path(__file__).parents[2]
 JOB = str(ROOT / "jobs" / "summarize.yaml")
 
 
+# What a job generates with: the job, the deployment, the Ray cluster's address.
+Opened = tuple[Job, Settings | None, str | None]
+
+
 @pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Job, Settings | None]]:
-    calls: list[tuple[Job, Settings | None]] = []
-    monkeypatch.setattr(run_module, "run_job", lambda job, settings, **_: calls.append((job, settings)))
-    return calls
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[Opened]:
+    """Jobs that open their engines and do nothing else."""
+    opened: list[Opened] = []
+
+    def only_open(job: Job, engines: Engines, **_: Any) -> None:
+        with engines(job):
+            pass
+
+    @contextmanager
+    def open_stand_in(job: Job, settings: Settings | None, address: str | None) -> Iterator[Connect]:
+        opened.append((job, settings, address))
+        yield stand_in()
+
+    def submitted(job_id: str, address: str, *, follow: bool, as_json: bool) -> int:
+        raise AssertionError("nothing was submitted")
+
+    monkeypatch.setattr(run_module, "run_job", only_open)
+    monkeypatch.setattr(app.info, "context_settings", {"obj": Outside(open_stand_in, submitted)})
+    return opened
 
 
 def invoke(*args: str) -> Any:
     return CliRunner().invoke(app, ["run", *args])
 
 
-def test_options_reach_the_job(ran: list[tuple[Job, Settings | None]]) -> None:
+def test_options_reach_the_job(ran: list[Opened]) -> None:
     result = invoke(JOB, "--input", "in", "--output", "out", "--set", "sampling.max_tokens=8", "--set", "name=x")
     assert result.exit_code == 0, result.output
-    ((job, settings),) = ran
+    ((job, settings, address),) = ran
     assert (job.input.path, job.output.path, job.sampling.max_tokens, job.name) == ("in", "out", 8, "x")
     assert settings is None
+    assert address is None
+
+
+def test_the_address_is_that_of_the_engines(ran: list[Opened]) -> None:
+    assert invoke(JOB, "--input", "in", "--output", "out", "--address", "127.0.0.1:7").exit_code == 0
+    assert [address for _, _, address in ran] == ["127.0.0.1:7"]
 
 
 @pytest.mark.parametrize("options", [[], ["--overwrite"]])
 def test_overwrite_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch, options: list[str]) -> None:
     said: list[bool] = []
-    monkeypatch.setattr(run_module, "run_job", lambda job, settings, overwrite, **_: said.append(overwrite))
+    monkeypatch.setattr(run_module, "run_job", lambda job, overwrite, **_: said.append(overwrite))
     assert invoke(JOB, "--input", "i", "--output", "o", *options).exit_code == 0
     assert said == [bool(options)]
 
 
-def test_dedicated_engines_take_the_deployment(ran: list[tuple[Job, Settings | None]]) -> None:
+def test_dedicated_engines_take_the_deployment(ran: list[Opened]) -> None:
     config = str(ROOT / "deployments" / "local.yaml")
     assert invoke(JOB, "--input", "i", "--output", "o", "--engine", "dedicated", "--config", config).exit_code == 0
-    ((job, settings),) = ran
+    ((job, settings, _),) = ran
     assert job.engine == "dedicated"
     assert settings is not None
     assert settings.model(job.model).name == job.model
@@ -64,7 +95,7 @@ def test_dedicated_engines_take_the_deployment(ran: list[tuple[Job, Settings | N
         ([JOB, "--input", "i", "--output", "o", "--engine", "dedicated", "--config", "no.yaml"], "no.yaml: no such"),
     ],
 )
-def test_wrong_use_is_one_line_and_exit_2(ran: list[tuple[Job, Settings | None]], args: list[str], said: str) -> None:
+def test_wrong_use_is_one_line_and_exit_2(ran: list[Opened], args: list[str], said: str) -> None:
     result = invoke(*args)
     assert result.exit_code == 2
     assert said in result.stderr
@@ -76,7 +107,7 @@ def test_wrong_use_is_one_line_and_exit_2(ran: list[tuple[Job, Settings | None]]
     ("error", "code"), [(JobFailed("x"), 1), (SettingsError("x"), 2), (TooManyQuarantined("x"), 3)]
 )
 def test_errors_become_exit_codes(monkeypatch: pytest.MonkeyPatch, error: HyclusterError, code: int) -> None:
-    def fail(job: Job, settings: Settings | None, **_: Any) -> None:
+    def fail(job: Job, **_: Any) -> None:
         raise error
 
     monkeypatch.setattr(run_module, "run_job", fail)

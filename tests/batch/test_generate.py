@@ -16,8 +16,9 @@ from hycluster.batch import ask as module
 from hycluster.batch import generate
 from hycluster.batch.generate import Generate
 from hycluster.batch.input.corpus import REFUSAL, REFUSAL_TYPE, ROW_ID, SHARD
-from hycluster.batch.output.commit import Output
-from hycluster.batch.progress.terminal import Progress, Totals
+from hycluster.batch.output.commit import OutputFolder
+from hycluster.batch.output.record import Totals
+from hycluster.batch.progress.terminal import RunProgress
 from hycluster.batch.prompts import prompt_of
 from hycluster.batch.task import open_task
 from hycluster.core import Generation, GenerationRequest
@@ -32,6 +33,7 @@ from hycluster.errors import (
 )
 from tests.batch.conftest import MakeJob, broken_utf8
 from tests.batch.stand_in import StandInGenerator
+from tests.located import at
 
 
 @pytest.fixture(autouse=True)
@@ -61,9 +63,9 @@ class Run:
             yield generator
 
         self.opened = 0
-        self.reports: list[Progress] = []
+        self.reports: list[RunProgress] = []
         self.folder = folder
-        output = Output(str(folder))
+        output = OutputFolder(at(folder))
         output.claim({})
         job = make_job(**changes)
         self.stage = Generate(
@@ -115,7 +117,7 @@ async def test_rows_keep_their_order_and_their_columns(make_job: MakeJob, tmp_pa
     }
     assert run.opened == 1
     assert run.reports[0].done == Totals(1, 0, 3, 2)
-    assert run.reports[-1] == Progress(Totals(50, 0, 150, 100))
+    assert run.reports[-1] == RunProgress(Totals(50, 0, 150, 100))
 
 
 async def test_rows_in_flight_are_bounded_across_blocks(make_job: MakeJob, tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hycluster.batch.input.corpus import plan
+from hycluster.batch.input.corpus import plan_shards
 from hycluster.batch.job import Job
 from hycluster.batch.output.lease import Lease
-from hycluster.batch.output.verify import verify
+from hycluster.batch.output.verify import verify_output
 from hycluster.batch.progress.status import Status, Watcher
 from hycluster.batch.prompts import prompt_of
 from hycluster.batch.run import Engines, run_job
@@ -27,6 +27,7 @@ from hycluster.consent import ask
 from hycluster.errors import JobFailed, SettingsError, TooManyQuarantined
 from tests.batch.conftest import MakeJob, broken_utf8, damage, write_texts
 from tests.batch.stand_in import stand_in
+from tests.located import at
 
 pytestmark = [
     pytest.mark.slow,
@@ -37,10 +38,10 @@ pytestmark = [
 
 
 def engines(log: Path | None = None) -> Engines:
-    return lambda job, settings: nullcontext(stand_in(log))
+    return lambda _: nullcontext(stand_in(log))
 
 
-def no_engines(job: Job, settings: object) -> Any:
+def no_engines(job: Job) -> Any:
     raise AssertionError("this job must not start engines")
 
 
@@ -159,7 +160,7 @@ def test_another_job_on_the_same_output_is_refused(make_job: MakeJob) -> None:
 
 def test_a_second_run_on_the_same_output_is_told_who_is_there(make_job: MakeJob) -> None:
     job = make_job()
-    with Lease(job.output.path) as lease:
+    with Lease(at(job.output.path)) as lease:
         lease.take()
         with pytest.raises(JobFailed, match=rf"is being written by another run \(host .+, pid {os.getpid()}, since"):
             run_job(job, engines=no_engines)
@@ -223,7 +224,7 @@ def test_every_kind_of_bad_row_and_file_is_quarantined_with_its_reason(
 ) -> None:
     write_every_kind_of_fault(corpus)
     job = make_job(retry_s=30)
-    whole = plan(str(corpus), shard_rows=2, check=prompt_of(job).check)
+    whole = plan_shards(at(corpus), shard_rows=2, check=prompt_of(job).check)
     bad = {
         "0-broken.parquet": "UnreadableFile",
         **{f"c-types.parquet#{n}": "WrongType" for n in range(3)},
@@ -264,11 +265,11 @@ def test_every_kind_of_bad_row_and_file_is_quarantined_with_its_reason(
     assert "3 stand-ins in a row died" in found["f-rows.parquet#6"]["error_message"]
     assert len(read_out(job)) == whole.rows - len(bad)
     assert not (out / "_progress.json").exists()
-    assert verify(job.output.path, job.input.path).faults == []
+    assert verify_output(at(job.output.path), at(job.input.path)).faults == []
     reasons = Counter(bad.values())
     assert json.loads((out / "report.json").read_text())["quarantine_reasons"] == reasons
     write_texts(corpus / "0-broken.parquet", ["readable now"])
-    (fault,) = verify(job.output.path, job.input.path).faults
+    (fault,) = verify_output(at(job.output.path), at(job.input.path)).faults
     assert "is not what the job ran on" in fault
 
 
@@ -291,7 +292,7 @@ def test_a_running_job_says_how_far_it_is(make_job: MakeJob, corpus: Path, tmp_p
     seen: list[Status] = []
 
     def look() -> None:
-        watcher = Watcher(job.output.path)
+        watcher = Watcher(at(job.output.path))
         end_s = time.monotonic() + 40
         while not (seen and seen[-1].word and seen[-1].word.progress.retries) and time.monotonic() < end_s:
             time.sleep(0.1)
@@ -309,7 +310,7 @@ def test_a_running_job_says_how_far_it_is(make_job: MakeJob, corpus: Path, tmp_p
     assert (live.word.progress.in_flight, live.word.progress.reasons) == (1, {"NullValue": 1})
     assert "state running, last commit" in live.line()
     assert "quarantined 1 (this run: NullValue 1)" in live.line()
-    status = Watcher(job.output.path).look()
+    status = Watcher(at(job.output.path)).look()
     assert (status.finished, status.word) == (True, None)
 
 
@@ -381,7 +382,7 @@ def test_a_finished_job_has_its_report_and_can_be_verified(make_job: MakeJob, co
     write_texts(corpus / "c.parquet", ["fine", None, "refuse"], row_group_size=1)
     job = make_job(max_quarantined_fraction=0.2, shard_rows=3)
     run_job(job, engines=engines())
-    assert verify(job.output.path, job.input.path).faults == []
+    assert verify_output(at(job.output.path), at(job.input.path)).faults == []
     out = Path(job.output.path)
     report = json.loads((out / "report.json").read_text())
     assert report["totals"] == json.loads((out / "_manifest.json").read_text())["totals"]

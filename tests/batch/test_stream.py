@@ -6,24 +6,23 @@ import itertools
 import pickle
 import tracemalloc
 
-import pyarrow.fs as pafs
-
-from hycluster.batch.input.corpus import File, Plan, Shard
+from hycluster.batch.input.corpus import File, Shard, ShardPlan
 from hycluster.batch.output.shard_set import ShardSet
 from hycluster.batch.stream import CorpusDatasource
+from tests.located import at
 
 ROWS = 10_000_000
 
 
-def plan_of(rows: int) -> Plan:
+def plan_of(rows: int) -> ShardPlan:
     """Ten files in row groups of 50,000 rows of 100 bytes."""
     groups = (50_000,) * (rows // 10 // 50_000)
     files = tuple(File(f"{n}.parquet", rows * 10, groups, rows * 10, "s") for n in range(10))
-    return Plan(pafs.LocalFileSystem(), "/", ("**", "*.parquet"), files, 256)
+    return ShardPlan(at("/"), ("**", "*.parquet"), files, 256)
 
 
 def tasks_of(source: CorpusDatasource) -> list[list[Shard]]:
-    return [list(task.read_fn.args[2]) for task in source.get_read_tasks(1)]  # type: ignore[attr-defined]
+    return [list(task.read_fn.args[1]) for task in source.get_read_tasks(1)]  # type: ignore[attr-defined]
 
 
 def test_ten_million_rows_are_a_few_kib_a_read() -> None:

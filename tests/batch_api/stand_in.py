@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from hycluster.batch_api.records import Batch, new_id
+from hycluster.batch_api.records import Batch, new_record_id
 from hycluster.batch_api.store import Store
 from hycluster.errors import HyclusterError, KillsReplicas
 from hycluster.ingress.errors import answer_error
@@ -32,11 +32,11 @@ def jsonl(count: int, **body: Any) -> str:
 
 
 def submit(store: Store, text: str, *, window_s: int = 3600, **fields: Any) -> Batch:
-    """What a door does for an upload and a new batch."""
+    """What an ingress process does for an upload and a new batch."""
     file = store.add_file(io.BytesIO(text.encode()), "in.jsonl")
     now = int(time.time())
     given = {"endpoint": ENDPOINT, "completion_window": "1h", "created_at": now, "expires_at": now + window_s}
-    batch = Batch.model_validate({"id": new_id("batch_"), "input_file_id": file.id, **given, **fields})
+    batch = Batch.model_validate({"id": new_record_id("batch_"), "input_file_id": file.id, **given, **fields})
     store.add_batch(batch)
     return batch
 

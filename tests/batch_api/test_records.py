@@ -6,12 +6,22 @@ import pytest
 from openai.types import Batch as TheirBatch
 from openai.types import FileObject
 
-from hycluster.batch_api.records import BATCH_ID, FILE_ID, Batch, NewBatch, State, StoredFile, Usage, new_id, shown
+from hycluster.batch_api.records import (
+    BATCH_ID,
+    FILE_ID,
+    Batch,
+    BatchUsage,
+    NewBatch,
+    State,
+    StoredFile,
+    batch_object,
+    new_record_id,
+)
 from hycluster.errors import SettingsError
 from hycluster.settings.read import validate
 
 BATCH = Batch(
-    id=new_id("batch_"),
+    id=new_record_id("batch_"),
     endpoint="/v1/completions",
     input_file_id="file-1",
     completion_window="1h",
@@ -21,10 +31,10 @@ BATCH = Batch(
 
 
 def test_ids() -> None:
-    ids = [new_id("batch_") for _ in range(100)]
+    ids = [new_record_id("batch_") for _ in range(100)]
     assert len(set(ids)) == 100
     assert all(BATCH_ID.fullmatch(name) for name in ids)
-    assert FILE_ID.fullmatch(new_id("file-"))
+    assert FILE_ID.fullmatch(new_record_id("file-"))
     moments = [name[6:18] for name in ids]
     assert moments == sorted(moments)
 
@@ -72,20 +82,20 @@ def test_a_wrong_new_batch_is_refused_by_its_field(change: dict[str, Any], says:
     ],
 )
 def test_the_status_that_callers_see(state: State, cancelling_at: int | None, status: str) -> None:
-    assert shown(BATCH, state, cancelling_at)["status"] == status
+    assert batch_object(BATCH, state, cancelling_at)["status"] == status
 
 
 def test_files_are_shown_at_the_end_only() -> None:
     state = State(status="finalizing", ending="completed", output_file_id="file-o", ended_at=None)
-    assert shown(BATCH, state, None)["output_file_id"] is None
+    assert batch_object(BATCH, state, None)["output_file_id"] is None
     ended = state.model_copy(update={"status": "completed", "ended_at": 9})
-    seen = shown(BATCH, ended, None)
+    seen = batch_object(BATCH, ended, None)
     assert (seen["output_file_id"], seen["completed_at"], seen["failed_at"]) == ("file-o", 9, None)
 
 
 def test_the_official_client_knows_every_field() -> None:
-    state = State(status="completed", ended_at=9, usage=Usage(input_tokens=3, output_tokens=2))
-    seen = TheirBatch.model_validate(shown(BATCH, state, None), strict=True)
+    state = State(status="completed", ended_at=9, usage=BatchUsage(input_tokens=3, output_tokens=2))
+    seen = TheirBatch.model_validate(batch_object(BATCH, state, None), strict=True)
     assert not seen.model_extra
     assert seen.usage is not None
     assert seen.usage.total_tokens == 5

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
@@ -13,12 +12,13 @@ from hycluster.batch_api import requests
 from hycluster.batch_api.records import LineError
 from hycluster.batch_api.requests import Checked, Refused, convert
 from tests.batch_api.stand_in import ENDPOINT, jsonl, line
+from tests.located import at
 
 
 def run(path: Path, text: str | bytes, **changes: Any) -> Checked:
     content = io.BytesIO(text if isinstance(text, bytes) else text.encode())
     given: dict[str, Any] = {"endpoint": ENDPOINT, "max_lines": 100, "group_lines": 8} | changes
-    return convert(content, pafs.LocalFileSystem(), str(path / "lines.parquet"), **given)
+    return convert(content, at(path / "lines.parquet"), **given)
 
 
 def refused(path: Path, text: str | bytes, **changes: Any) -> tuple[LineError, ...]:

@@ -1,4 +1,4 @@
-"""The doors' part, driven by the official client; a stand-in app answers the lines."""
+"""The ingress processes' part, driven by the official client; a stand-in app answers the lines."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
 from hycluster.batch_api.records import State
-from hycluster.batch_api.routes import WithBatches, batch_api
+from hycluster.batch_api.routes import MULTIPART_BYTES, WithBatches, batch_api, with_batches
 from hycluster.batch_api.runner import Runner
 from hycluster.batch_api.store import Store
-from hycluster.settings.ingress import Batches
+from hycluster.settings.ingress import Batches, Http
 from tests.batch_api.stand_in import ENDPOINT, StandIn, jsonl, submit
 
 pytestmark = pytest.mark.timeout(60)
@@ -31,7 +31,7 @@ def app(store: Store) -> ASGIApp:
 
 @pytest.fixture
 async def http(app: ASGIApp) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://door") as client:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ingress") as client:
         yield client
 
 
@@ -42,7 +42,7 @@ async def client(app: ASGIApp) -> AsyncIterator[openai.AsyncOpenAI]:
     theirs: Any = __import__(module)
     transport = theirs.ASGITransport(app)
     async with openai.AsyncOpenAI(
-        base_url="http://door/v1", api_key="none", max_retries=0, http_client=theirs.AsyncClient(transport=transport)
+        base_url="http://ingress/v1", api_key="none", max_retries=0, http_client=theirs.AsyncClient(transport=transport)
     ) as client:
         yield client
 
@@ -208,10 +208,20 @@ async def test_other_paths_are_for_the_other_app(http: httpx.AsyncClient) -> Non
         assert (await http.get(path)).json() == {"app": "other"}
 
 
-async def test_the_state_is_read_anew_by_every_door(settings: Batches) -> None:
+async def test_an_upload_has_a_bound_of_its_own_and_other_paths_have_none_here(settings: Batches) -> None:
+    app = with_batches(settings.model_copy(update={"max_file_mib": 1}), Http(), JSONResponse({"app": "other"}))
+    body = b" " * ((1 << 20) + MULTIPART_BYTES + 1)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ingress") as http:
+        refused = await http.post("/v1/files", files={"file": body}, data={"purpose": "batch"})
+        assert refused.status_code == 413
+        assert "is over the limit of" in refused.json()["error"]["message"]
+        assert (await http.post("/v1/completions", content=body)).json() == {"app": "other"}
+
+
+async def test_the_state_is_read_anew_by_every_ingress_process(settings: Batches) -> None:
     one, other = Store(settings), Store(settings)
     batch = submit(one, "x")
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(batch_api(other)), base_url="http://door") as http:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(batch_api(other)), base_url="http://ingress") as http:
         assert (await http.get(f"/v1/batches/{batch.id}")).json()["status"] == "validating"
         one.save_state(batch.id, State(status="in_progress", total=3))
         assert (await http.get(f"/v1/batches/{batch.id}")).json()["request_counts"]["total"] == 3

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from starlette.types import ASGIApp
 
-from hycluster.batch.output.commit import Output
+from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.lease import Lease
 from hycluster.batch_api import runner as runner_module
-from hycluster.batch_api.executor import Watch
+from hycluster.batch_api.executor import StoreWatch
 from hycluster.batch_api.records import Batch, State
 from hycluster.batch_api.runner import Runner
 from hycluster.batch_api.store import Store
@@ -45,7 +45,7 @@ async def until(check: Any, timeout_s: float = 10) -> None:
 
 def worked(store: Store, batch: Batch) -> bool:
     """Whether the batch's work folder is there."""
-    return Path(store.work(batch.id)).exists()
+    return Path(store.work(batch.id).root).exists()
 
 
 def ids(lines: list[dict[str, Any]]) -> list[str]:
@@ -142,7 +142,7 @@ async def test_a_batch_whose_file_was_deleted(store: Store, settings: Batches, a
 
 async def test_a_mark_without_a_batch_is_left_alone(store: Store, settings: Batches, api: StandIn) -> None:
     batch = submit(store, jsonl(3))
-    (Path(store.path) / "batches" / f"{batch.id}.json").unlink()
+    (Path(store.folder.root) / "batches" / f"{batch.id}.json").unlink()
     await runner(store, settings, api).run(batch.id)
     assert store.open_batches() == [batch.id]
 
@@ -221,12 +221,12 @@ async def test_the_next_run_asks_only_what_is_not_committed(store: Store, settin
     api.held = {"p30"}
     batch = submit(store, jsonl(60))
     running = asyncio.create_task(runner(store, settings, api).run(batch.id))
-    output = Output(f"{store.work(batch.id)}/output")
-    await until(lambda: Path(output.path, "_job.json").exists() and len(Output(output.path).done()) >= 5)
+    output = OutputFolder(store.work(batch.id).below("output"))
+    await until(lambda: output.folder.exists("_job.json") and len(OutputFolder(output.folder).done()) >= 5)
     running.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await running
-    done = Output(output.path).done()
+    done = OutputFolder(output.folder).done()
     before, api.asked, api.held = dict(api.asked), type(api.asked)(), set()
     # Settings may have changed while nobody was there.
     await runner(store, settings.model_copy(update={"shard_lines": 9}), api).run(batch.id)
@@ -285,7 +285,7 @@ async def test_a_part_that_was_changed_is_not_handed_out(
     real = Runner._write_files
 
     def tampered(self: Runner, *arguments: Any) -> State:
-        part = next(Path(store.work(batch.id), "output").glob("part-*"))
+        part = next(Path(store.work(batch.id).root, "output").glob("part-*"))
         part.write_bytes(part.read_bytes()[:-1] + b"?")
         return real(self, *arguments)
 
@@ -297,7 +297,7 @@ async def test_a_part_that_was_changed_is_not_handed_out(
 
 async def test_one_process_a_batch(store: Store, settings: Batches, api: StandIn) -> None:
     batch = submit(store, jsonl(8))
-    with Lease(f"{store.work(batch.id)}/output") as other:
+    with Lease(store.work(batch.id).below("output")) as other:
         other.take()
         with pytest.raises(JobFailed, match="is being written by"):
             await runner(store, settings, api).run(batch.id)
@@ -332,7 +332,7 @@ async def test_on_an_object_store(settings: Batches, api: StandIn, objects: Obje
 
 class TestWatch:
     async def watched(self, store: Store, settings: Batches, api: StandIn, at_once: int = 2) -> asyncio.Task[None]:
-        watch = Watch(store, runner(store, settings, api), at_once, settings.poll_s)
+        watch = StoreWatch(store, runner(store, settings, api), at_once, settings.poll_s)
         return asyncio.create_task(watch.run())
 
     async def end(self, watching: asyncio.Task[None]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hycluster.batch_api.records import State, new_id
+from hycluster.batch_api.records import State, new_record_id
 from hycluster.batch_api.store import Store
 from hycluster.errors import InvalidInput, NotFound
 from hycluster.settings.ingress import Batches
@@ -35,7 +35,7 @@ class TestFiles:
     def test_an_empty_one_is_refused_and_leaves_nothing(self, store: Store) -> None:
         with pytest.raises(InvalidInput, match="file: is empty"):
             upload(store, b"")
-        assert not list((Path(store.path) / "content").iterdir())
+        assert not list((Path(store.folder.root) / "content").iterdir())
 
     @pytest.mark.parametrize("wrong", ["file-1", "../files/x", "", f"file-{'0' * 36}", "batch_" + "0" * 36])
     def test_what_is_no_id_touches_no_path(self, store: Store, wrong: str) -> None:
@@ -52,7 +52,7 @@ class TestFiles:
             store.open_content(name)
 
     def test_content_without_a_record_is_no_file(self, store: Store) -> None:
-        name = new_id("file-")
+        name = new_record_id("file-")
         store.write_content(name, iter([b"x"]))
         with pytest.raises(NotFound):
             store.file(name)
@@ -82,7 +82,7 @@ class TestFiles:
             store.file(gone)
         assert [f.id for f in store.list_files(None, 9, purpose=None, newest_first=True)] == [kept]
         store.sweep()
-        assert [path.name for path in (Path(store.path) / "content").iterdir()] == [kept]
+        assert [path.name for path in (Path(store.folder.root) / "content").iterdir()] == [kept]
 
     def test_keep_days(self, tmp_path: Path) -> None:
         store = Store(Batches(store=str(tmp_path), keep_days=2))
@@ -90,14 +90,14 @@ class TestFiles:
         assert file.expires_at == file.created_at + 2 * 86400
 
     def test_sweep_takes_old_leftovers_only(self, store: Store) -> None:
-        old, new = new_id("file-"), new_id("file-")
+        old, new = new_record_id("file-"), new_record_id("file-")
         for name in (old, new):
             store.write_content(name, iter([b"x"]))
         kept = upload(store)
         for name in (old, kept):
-            os.utime(Path(store.path) / "content" / name, (0, 0))
+            os.utime(Path(store.folder.root) / "content" / name, (0, 0))
         store.sweep()
-        assert {path.name for path in (Path(store.path) / "content").iterdir()} == {new, kept}
+        assert {path.name for path in (Path(store.folder.root) / "content").iterdir()} == {new, kept}
 
 
 class TestBatches:
@@ -106,7 +106,7 @@ class TestBatches:
         assert store.batch(batch.id) == batch
         assert store.open_batches() == [batch.id]
         assert store.state(batch.id) == State()
-        work = Path(store.work(batch.id))
+        work = Path(store.work(batch.id).root)
         work.mkdir(parents=True)
         (work / "part").touch()
         for _ in range(2):
@@ -132,7 +132,17 @@ class TestBatches:
 
     def test_the_work_folder_of_a_uri(self) -> None:
         store = Store(Batches(store="s3://k:s@bucket/a/?endpoint_override=localhost:1&scheme=http"))
-        assert store.work("b") == "s3://k:s@bucket/a/jobs/b?endpoint_override=localhost:1&scheme=http"
+        work = store.work("b")
+        assert work.root == "bucket/a/jobs/b"
+        assert work.masked == "s3://***@bucket/a/jobs/b?endpoint_override=localhost:1&scheme=http"
+
+    def test_the_work_folder_is_in_the_store_whatever_its_name(self, tmp_path: Path) -> None:
+        store = Store(Batches(store=str(tmp_path / "who?")))
+        batch = submit(store, "x")
+        store.work(batch.id).make()
+        assert [path.name for path in (tmp_path / "who?" / "jobs").iterdir()] == [batch.id]
+        store.close_batch(batch.id)
+        assert not list((tmp_path / "who?" / "jobs").iterdir())
 
 
 @pytest.mark.parametrize("nothing", [Store.open_batches, Store.sweep, lambda store: store.list_batches(None, 5)])

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from hycluster.chaos.ask import Answer, Said
-from hycluster.chaos.requests import Door, Request
+from hycluster.chaos.ask import Reply, Said
+from hycluster.chaos.requests import Ingress, Request
 from hycluster.core import Sampling
 
 
-def request(number: int = 0, *, door: Door = "http", chat: bool = False, **sampling: Any) -> Request:
+def request(number: int = 0, *, ingress: Ingress = "http", chat: bool = False, **sampling: Any) -> Request:
     """One that is greedy, of at most 3 tokens, unless said otherwise."""
-    return Request(number, door, chat, "hello", Sampling(**{"max_tokens": 3, "temperature": 0.0, **sampling}))
+    return Request(number, ingress, chat, "hello", Sampling(**{"max_tokens": 3, "temperature": 0.0, **sampling}))
 
 
 def answer(
@@ -22,7 +22,7 @@ def answer(
     logprobs: tuple[float, ...] | None = None,
     times: int = 1,
     completion_tokens: int | None = None,
-) -> Answer:
+) -> Reply:
     """The same for each of the ``times`` answers."""
     said = (Said(text, token_ids, finish_reason, logprobs),) * times
-    return Answer(said, 5, times * len(token_ids) if completion_tokens is None else completion_tokens)
+    return Reply(said, 5, times * len(token_ids) if completion_tokens is None else completion_tokens)

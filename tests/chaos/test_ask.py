@@ -9,7 +9,7 @@ import pytest
 from hycluster.chaos.ask import ConnectionLost, NotDone, Reading, Trace, by_grpc, by_http
 from hycluster.errors import HyclusterError, Overloaded, Unavailable
 from tests.chaos.answers import request
-from tests.ingress.stand_in import MODEL, StandInGenerator, open_door
+from tests.ingress.stand_in import MODEL, StandInGenerator, open_ingress
 
 USAGE = {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 2}}
 
@@ -24,7 +24,7 @@ def events(*said: dict[str, Any], done: bool = True) -> httpx.Response:
 
 
 async def asked(answer: httpx.Response | Exception, **of: Any) -> tuple[Reading, dict[str, Any]]:
-    """What is read of a door that answers so, and the body that it got."""
+    """What is read of an ingress process that answers so, and the body that it got."""
     bodies = []
 
     def handle(sent: httpx.Request) -> httpx.Response:
@@ -35,7 +35,7 @@ async def asked(answer: httpx.Response | Exception, **of: Any) -> tuple[Reading,
 
     reading = Reading(Trace())
     async with httpx.AsyncClient(transport=httpx.MockTransport(handle)) as client:
-        await by_http(client, "http://door", "m", request(**of), reading)
+        await by_http(client, "http://ingress", "m", request(**of), reading)
     return reading, bodies[0]
 
 
@@ -82,7 +82,7 @@ async def test_a_stream_that_does_not_say_that_it_is_whole_is_not() -> None:
         reading.whole(request())
 
 
-async def test_what_a_door_says_is_told_from_a_connection_that_is_lost() -> None:
+async def test_what_an_ingress_process_says_is_told_from_a_connection_that_is_lost() -> None:
     refused = {"error": {"message": "full", "code": 429}}
     with pytest.raises(Overloaded, match="429: full") as overloaded:
         await asked(httpx.Response(429, json=refused, headers={"retry-after": "2"}))
@@ -98,8 +98,8 @@ async def test_what_a_door_says_is_told_from_a_connection_that_is_lost() -> None
 
 async def test_grpc() -> None:
     generator = StandInGenerator()
-    async with open_door(generator) as door:
-        target, reading = f"127.0.0.1:{door.port}", Reading(trace := Trace())
+    async with open_ingress(generator) as ingress:
+        target, reading = f"127.0.0.1:{ingress.port}", Reading(trace := Trace())
         await by_grpc(target, MODEL, of := request(n=2, temperature=0.9, logprobs=1), reading)
         whole = reading.whole(of)
         assert [said.token_ids for said in whole.said] == [(0, 1, 2), (100, 101, 102)]

@@ -33,7 +33,7 @@ async def asked(*answers: httpx.Response | Exception, patience_s: float = 5) -> 
         return answer
 
     async with httpx.AsyncClient(transport=httpx.MockTransport(handle)) as client:
-        return await Caller(client, "http://door", "", "m", patience_s).ask(request())
+        return await Caller(client, "http://ingress", "", "m", patience_s).ask(request())
 
 
 async def test_a_whole_answer() -> None:
@@ -50,7 +50,7 @@ async def test_a_lost_connection_is_asked_again() -> None:
     assert outcome.restarts == 1
 
 
-async def test_a_refusal_is_asked_again_when_the_door_says() -> None:
+async def test_a_refusal_is_asked_again_when_the_ingress_process_says() -> None:
     begun = time.monotonic()
     outcome = await asked(httpx.Response(503, json={}, headers={"retry-after": "0.05"}), stream(*WHOLE))
     assert outcome.answer is not None

@@ -6,44 +6,50 @@ from typing import Any
 
 from rich.console import Console
 
-from hycluster.chaos.ask import Answer, Trace
-from hycluster.chaos.gateways import Carried
+from hycluster.chaos.ask import Reply, Trace
+from hycluster.chaos.faults import InjectedFault
+from hycluster.chaos.gateways import MigrationTotals
 from hycluster.chaos.load import Outcome
-from hycluster.chaos.pool import Members
-from hycluster.chaos.report import Report, Spread, gaps_at_faults, report, show
-from hycluster.chaos.schedule import Fault, Kind, Pick, Where
-from hycluster.chaos.strikes import Strike
-from hycluster.chaos.targets import Process, Target
+from hycluster.chaos.pool import PoolMembers
+from hycluster.chaos.report import Report, Spread, compare_outcomes, gaps_at_faults, show_report
+from hycluster.chaos.schedule import Fault, FaultKind, Pick, Where
+from hycluster.chaos.targets import Target, TargetProcess
 from tests.chaos.answers import answer, request
 
 
-def outcome(number: int = 0, got: Answer | None = None, error: str | None = None, **more: Any) -> Outcome:
+def outcome(number: int = 0, got: Reply | None = None, error: str | None = None, **more: Any) -> Outcome:
     """A stream from second 100 to 110, with a token in each second but the 105th to the 107th."""
     trace = Trace(begun_s=100.0, ended_s=110.0)
     trace.times_s[0] += [101.0, 102.0, 103.0, 104.0, 108.0, 109.0, 110.0]
     return Outcome(request(number), trace, None if error else got or answer(), error, **more)
 
 
-def strike(kind: Kind = Kind.KILL, whole_after_s: float | None = 4.0, hit: int = 1, at_s: float = 104.5) -> Strike:
+def injected(
+    kind: FaultKind = FaultKind.KILL, whole_after_s: float | None = 4.0, hit: int = 1, at_s: float = 104.5
+) -> InjectedFault:
     fault = Fault(0, kind, Where.REPLICA, 1.0, (Pick(0, 0),) * hit)
-    victim = Target(Where.REPLICA, "replica-m#a", "id", "node", 1), Process("node", 1, 0.0, "replica")
-    return Strike(fault, at_s, [victim] * hit, Members(1, frozenset("a")), whole_after_s=whole_after_s, done=True)
+    victim = Target(Where.REPLICA, "replica-m#a", "id", "node", 1), TargetProcess("node", 1, 0.0, "replica")
+    return InjectedFault(
+        fault, at_s, [victim] * hit, PoolMembers(1, frozenset("a")), whole_after_s=whole_after_s, done=True
+    )
 
 
-def reported(*outcomes: Outcome, strikes: tuple[Strike, ...] = (), reference: Outcome | None = None) -> Report:
-    carried = Carried(requests=3, tokens_recomputed=4, pauses={0.1: 2, 0.5: 1})
+def reported(
+    *outcomes: Outcome, injections: tuple[InjectedFault, ...] = (), reference: Outcome | None = None
+) -> Report:
+    migrated = MigrationTotals(requests=3, tokens_recomputed=4, pauses={0.1: 2, 0.5: 1})
     undisturbed = [reference or outcome(), outcome(1)]
-    return report("m", 5, undisturbed, outcomes, strikes, carried, 12.34)
+    return compare_outcomes("m", 5, undisturbed, outcomes, injections, migrated, 12.34)
 
 
 def printed(found: Report) -> str:
     out = io.StringIO()
-    show(found, Console(file=out, width=100))
+    show_report(found, Console(file=out, width=100))
     return out.getvalue()
 
 
 def test_all_well() -> None:
-    found = reported(outcome(), outcome(1), strikes=(strike(), strike(hit=2), strike(Kind.STOP, 9.0)))
+    found = reported(outcome(), outcome(1), injections=(injected(), injected(hit=2), injected(FaultKind.STOP, 9.0)))
     assert found.well
     assert (found.requests, found.exact_requests) == (2, 2)
     assert found.faults == {"kill replica": 3, "stop replica": 1}
@@ -56,7 +62,7 @@ def test_all_well() -> None:
         "chaos on m, seed 5",
         " failures 0 ",
         " computed twice 4 (25.00%) ",
-        " of 3 carried requests 0.10 / 0.50 / 0.50 ",
+        " of 3 migrated requests 0.10 / 0.50 / 0.50 ",
         " faults: kill replica 3 ",
         " stop replica 9.00 / 9.00 / 9.00 ",
     ):
@@ -70,7 +76,7 @@ def test_a_failure_a_wrong_answer_and_a_pool_that_stays_broken_are_told() -> Non
     wrong = reported(outcome(got=answer((1, 2, 9))))
     assert not wrong.well
     assert "wrong: request 0 (http, completion, greedy, at most 3 tokens): token 2 of 3 is 9" in printed(wrong)
-    broken = reported(outcome(), strikes=(strike(whole_after_s=None),))
+    broken = reported(outcome(), injections=(injected(whole_after_s=None),))
     assert not broken.well
     assert broken.not_whole == 1
     assert "not whole again after" in printed(broken)
@@ -84,11 +90,11 @@ def test_a_reference_that_failed_proves_nothing() -> None:
 
 
 def test_json_has_every_figure() -> None:
-    found = reported(outcome(restarts=2), outcome(refusals=1), strikes=(strike(hit=0),))
+    found = reported(outcome(restarts=2), outcome(refusals=1), injections=(injected(hit=0),))
     as_json = json.loads(json.dumps(found.as_json()))
     assert as_json["well"] is True
-    assert (as_json["restarted"], as_json["refused"], as_json["not_struck"]) == (1, 1, 1)
-    assert as_json["carried"]["tokens_recomputed"] == 4
+    assert (as_json["restarted"], as_json["refused"], as_json["not_injected"]) == (1, 1, 1)
+    assert as_json["migrated"]["tokens_recomputed"] == 4
     assert as_json["gap_s"] == {"p50": 4.0, "p99": 4.0, "max": 4.0}
 
 

@@ -12,7 +12,7 @@ def test_the_seed_settles_them() -> None:
 
 def test_all_sorts_are_there() -> None:
     asked = requests(Mix(seed=0, count=300, prompt_tokens=(10, 200), output_tokens=(5, 50), tokens_a_word=2.0))
-    assert {request.door for request in asked} == {"http", "grpc"}
+    assert {request.ingress for request in asked} == {"http", "grpc"}
     assert {request.chat for request in asked} == {True, False}
     greedy = [request for request in asked if request.sampling.temperature == 0]
     unseeded = [request for request in asked if not request.exact]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import signal
 import socket
 import subprocess
@@ -12,7 +13,7 @@ import psutil
 import pytest
 
 from hycluster.chaos.schedule import Where
-from hycluster.chaos.targets import Hand, Process, Targets
+from hycluster.chaos.targets import Hand, TargetProcess, Targets
 
 # A process and, below it, one that is titled like a tensor worker and one that is not.
 FAMILY = """
@@ -67,10 +68,10 @@ def test_signals_reach_the_process_that_was_found(family: psutil.Process) -> Non
 
 def test_another_process_of_the_same_number_is_left_alone(family: psutil.Process) -> None:
     hand = Hand("node")
-    former = Process("node", family.pid, family.create_time() - 100, "replica")
+    former = TargetProcess("node", family.pid, family.create_time() - 100, "replica")
     assert not hand.send(former, signal.SIGKILL)
     assert family.is_running()
-    gone = Process("node", 2**22 + 1, 0.0, "replica")
+    gone = TargetProcess("node", 2**22 + 1, 0.0, "replica")
     assert not hand.send(gone, signal.SIGKILL)
     assert hand.processes(gone.pid, "replica") == []
     assert not hand.listens(gone.pid, [1])
@@ -109,7 +110,7 @@ def test_only_this_application_is_found(monkeypatch: pytest.MonkeyPatch) -> None
         actor("SERVE_REPLICA::hycluster#replica-m#dead", 3, state="DEAD"),
         actor("SERVE_REPLICA::hycluster#replica-other#c", 4),
         actor("SERVE_REPLICA::someone#replica-m#d", 5),
-        actor("SERVE_REPLICA::hycluster#door#e", 6),
+        actor("SERVE_REPLICA::hycluster#ingress#e", 6),
         actor("SERVE_REPLICA::hycluster#batches#f", 7),
         actor("SERVE_CONTROLLER_ACTOR", 8, kind="ServeController"),
         actor("", 9, kind="MapWorker(MapBatches(Generate))"),
@@ -127,5 +128,17 @@ def test_only_this_application_is_found(monkeypatch: pytest.MonkeyPatch) -> None
         ("replica-m#b", 2, "node0"),
     ]
     assert [target.ranks for target in replicas] == [(("node1", 11),), (("node0", 12),)]
-    assert [target.pid for target in found.find(Where.DOOR)] == [6]
+    assert [target.pid for target in found.find(Where.INGRESS)] == [6]
     assert [target.pid for target in found.find(Where.BATCH)] == [7, 9]
+
+
+def test_the_table_is_rays_and_the_names_are_serves() -> None:
+    """What the rows of these tests are made after."""
+    from ray._private import state as table_of
+    from ray.serve._private.common import DeploymentID, ReplicaID
+
+    replica = ReplicaID("a", DeploymentID("replica-m", "hycluster"))
+    assert replica.to_full_id_str() == "SERVE_REPLICA::hycluster#replica-m#a"
+    table = inspect.getsource(table_of.GlobalState._gen_actor_info)
+    for column in actor("", 1):
+        assert f'"{column}"' in table

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
-from hycluster.adapters import Word
+from hycluster.adapters import AdapterEntry
 from hycluster.core import ReplicaAddress, ReplicaLoad
 from hycluster.directory import directory
 from hycluster.directory.autoscaling import PoolLoad, Scaling
-from hycluster.directory.directory import FORGET_AFTER_S, Demand, Directory, ReplicaReport
+from hycluster.directory.directory import FORGET_AFTER_S, Demand, Directory, PoolView, ReplicaReport
 from hycluster.settings.model import Adapter, Model
 
 MODEL = Model(name="m", source="/m")
@@ -36,8 +37,8 @@ def report(replica_id: str, *, accepting: bool = True, running: int = 0) -> Repl
     return ReplicaReport(address, ReplicaLoad(running=running), accepting)
 
 
-def seen(there: Directory, gateway: str = "g") -> list[str]:
-    return [r.address.replica_id for r in there.sync(MODEL.name, gateway, {}).replicas]
+def seen(there: Directory) -> list[str]:
+    return [r.address.replica_id for r in there.view(MODEL.name).replicas]
 
 
 def test_what_replicas_say_gateways_hear() -> None:
@@ -56,7 +57,7 @@ def test_the_last_word_counts() -> None:
     there = Directory()
     there.report(MODEL, report("a", running=3))
     there.report(MODEL, report("a", running=5))
-    (only,) = there.sync(MODEL.name, "g", {}).replicas
+    (only,) = there.view(MODEL.name).replicas
     assert only.load.running == 5
 
 
@@ -118,13 +119,32 @@ def test_what_a_silent_gateway_had_outstanding_is_forgotten(clock: Clock) -> Non
     assert only.load.outstanding_tokens == {"g": 1}
 
 
+def test_who_looks_sees_what_gateways_hear_and_is_none_of_them(clock: Clock) -> None:
+    there = Directory()
+    there.scale("m", Scaling(2, 1))
+    for name in ("a", "silent"):
+        there.report(MODEL, report(name, running=3))
+    there.sync("m", "gone", {"a": 1000})
+    clock.now += FORGET_AFTER_S - 0.1
+    there.report(MODEL, report("a", running=4))
+    heard = there.sync("m", "g", {"a": 7}, {"x": AdapterEntry(1, "g", "/x")}, Demand(MODEL, waiting_requests=2))
+    before = pickle.dumps(there._pools)
+    assert there.view("m") == heard
+    assert [r.load.outstanding_tokens for r in heard.replicas] == [{"gone": 1000, "g": 7}, {"gone": 0, "g": 0}]
+    clock.now += 0.2
+    (only,) = there.view("m").replicas
+    assert (only.address.replica_id, only.load.outstanding_tokens) == ("a", {"g": 7})
+    assert there.view("nope") == PoolView(None, [])
+    assert pickle.dumps(there._pools) == before
+
+
 class TestAdapters:
     STATIC = Model(name="m", source="/m", adapters=(Adapter(name="a", source="/a"),))
 
-    def test_the_settings_adapters_and_what_doors_say(self) -> None:
+    def test_the_settings_adapters_and_what_ingress_processes_say(self) -> None:
         there = Directory()
         there.report(self.STATIC, report("r"))
-        there.sync("m", "g", {}, {"b": Word(1, "g", "/b")})
+        there.sync("m", "g", {}, {"b": AdapterEntry(1, "g", "/b")})
         assert {name: word.source for name, word in there.sync("m", "h", {}).adapters.items()} == {"a": "/a", "b": "/b"}
         assert there.models() == {"m": 1, "a": 1, "b": 1}
         assert [there.find(name) for name in ("m", "a", "b", "c")] == [self.STATIC] * 3 + [None]
@@ -132,7 +152,7 @@ class TestAdapters:
     def test_a_report_does_not_bring_back_what_was_unloaded(self) -> None:
         there = Directory()
         there.report(self.STATIC, report("r"))
-        there.sync("m", "g", {}, {"a": Word(1, "g", None)})
+        there.sync("m", "g", {}, {"a": AdapterEntry(1, "g", None)})
         there.report(self.STATIC, report("r"))
         assert there.models() == {"m": 1}
         assert there.find("a") is None
@@ -158,16 +178,16 @@ class TestPoolsThatFollowTheirLoad:
         there.report(MODEL, report("r", running=3))
         there.sync("m", "g", {}, {}, Demand(MODEL, waiting_requests=2, outstanding_tokens=100))
         there.sync("m", "h", {}, {}, Demand(MODEL, waiting_requests=1, outstanding_tokens=10, cold_start_s=7.0))
-        # Who looks on wants nothing.
-        there.sync("m", "chaos", {}, {})
+        # Of a pool whose size is fixed.
+        there.sync("m", "wants nothing", {}, {})
         assert there.scale("m", Scaling(1, 1)) == PoolLoad(2, 3, 110, (ReplicaLoad(running=3),), 7.0)
 
     def test_what_the_scaler_says_gateways_hear(self, clock: Clock) -> None:
         there = Directory()
         assert there.scale("m", Scaling(2, 1, 3.0)) == PoolLoad()
-        assert there.sync("m", "g", {}).scaling == Scaling(2, 1, 3.0)
+        assert there.sync("m", "g", {}).scaling == there.view("m").scaling == Scaling(2, 1, 3.0)
         clock.now += FORGET_AFTER_S + 0.1
-        assert there.sync("m", "g", {}).scaling is None
+        assert there.sync("m", "g", {}).scaling is there.view("m").scaling is None
 
     def test_who_is_silent_wants_nothing_and_does_nothing(self, clock: Clock) -> None:
         there = Directory()

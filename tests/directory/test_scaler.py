@@ -61,7 +61,7 @@ class Serve:
     @property
     def said(self) -> Scaling:
         assert self.there is not None
-        scaling = self.there.sync("m", "other", {}).scaling
+        scaling = self.there.view("m").scaling
         assert scaling is not None
         return scaling
 
@@ -85,7 +85,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
     found.policy._exchange.ended.set()
 
 
-def test_what_waits_at_a_door_wakes_the_pool(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_waits_at_an_ingress_process_wakes_the_pool(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, LOGGER):
         assert serve.tick() == 0
         serve.want(waiting=2, tokens=150)
@@ -150,7 +150,7 @@ def test_without_a_directory_all_stays_as_it_is(serve: Serve) -> None:
     # One that starts again is found again.
     serve.there = there
     serve.want(tokens=1)
-    eventually(lambda: bool(serve.there and serve.there.sync("m", "other", {}).scaling))
+    eventually(lambda: bool(serve.there and serve.there.view("m").scaling))
 
 
 def test_the_thread_ends_with_the_policy(serve: Serve) -> None:

@@ -87,7 +87,7 @@ def test_ranks_that_fit_a_node_are_processes(
 def test_a_pipeline_on_cpu_has_a_worker_of_its_own() -> None:
     cut = Parallel(pipeline=2)
     on_cpu = engine_arguments(model(parallel=cut), "/folder")
-    assert on_cpu["worker_cls"] == "hycluster.engine.cpu_pipeline.PipelineWorker"
+    assert on_cpu["worker_cls"] == "hycluster.engine.patches.cpu_pipeline.PipelineWorker"
     assert "worker_cls" not in engine_arguments(model(parallel=cut, hardware=GPU), "/folder")
     assert "worker_cls" not in engine_arguments(model(parallel=Parallel(tensor=2)), "/folder")
 
@@ -203,7 +203,7 @@ class TestKvOffload:
         assert connector["kv_connector_extra_config"] == {
             "cpu_bytes_to_use": GIB // 2,
             "spec_name": "HostOffloadingSpec",
-            "spec_module_path": "hycluster.engine.kv_offload",
+            "spec_module_path": "hycluster.engine.patches.kv_offload",
         }
 
     def test_on_a_gpu_it_is_vllms(self) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from hycluster.engine.protocol import GroupRank
 from hycluster.errors import SettingsError
-from hycluster.models.tiny import TinyShape, write
+from hycluster.models.tiny import TinyShape, write_checkpoint
 from hycluster.settings.model import Model
 from hycluster.settings.parallel import Eplb, Parallel
 from hycluster.settings.pool import Hardware
@@ -21,7 +21,7 @@ PLACE = GroupRank(rank=1, size=2, host="127.0.0.1", port=4321)
 
 @pytest.fixture(scope="module")
 def eight_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("moe") / "model", TinyShape(layers=2, experts=8))
+    return write_checkpoint(tmp_path_factory.mktemp("moe") / "model", TinyShape(layers=2, experts=8))
 
 
 def config(folder: Path, parallel: Parallel, place: GroupRank | None = None, **hardware: Any) -> Any:

@@ -14,7 +14,9 @@ def sent(prompt_tokens: int = 3, max_tokens: int = 50) -> Flight:
         prompt_token_ids=list(range(prompt_tokens)),
         sampling_params=SimpleNamespace(max_tokens=max_tokens),
     )
-    return Flight.of(request).sent("r0")
+    flight = Flight(request)
+    flight.sent("r0")
+    return flight
 
 
 def test_tokens_left_count_the_prompt_with_the_first_output() -> None:
@@ -29,12 +31,14 @@ def test_tokens_left_count_the_prompt_with_the_first_output() -> None:
 def test_a_successor_has_all_of_it_to_compute() -> None:
     flight = sent()
     flight.take([7] * 10)
-    moved = flight.lost(died=True).sent("r1")
-    assert (moved.replica_id, moved.engine_id, moved.request_id) == ("r1", "a~1", "a")
-    assert moved.tokens_left == 53
+    flight.lost(died=True)
+    assert flight.replica_id == ""
+    flight.sent("r1")
+    assert (flight.replica_id, flight.engine_id, flight.request_id) == ("r1", "a~1", "a")
+    assert flight.tokens_left == 53
     # Prompt and tokens so far in one prefill, which ends with a token.
-    assert moved.take([8]) == 3 + 10 + 1
-    assert moved.output == [7] * 10 + [8]
+    assert flight.take([8]) == 3 + 10 + 1
+    assert flight.output == [7] * 10 + [8]
 
 
 def test_expected_tokens() -> None:
@@ -45,14 +49,17 @@ def test_expected_tokens() -> None:
     # It is longer than was expected, and there may be more to come.
     assert flight.expected_tokens(5) == 1
     # What the lost replica has computed, the next one prefills.
-    assert flight.lost(died=False).sent("r1").expected_tokens(10) == 3 + 8 + 2
-    assert Flight.of(sent(max_tokens=50).request).expected_tokens(10) == 13
+    flight.lost(died=False)
+    flight.sent("r1")
+    assert flight.expected_tokens(10) == 3 + 8 + 2
+    assert Flight(flight.request).expected_tokens(10) == 13
 
 
 def test_more_tokens_than_were_asked_for_are_no_negative_work() -> None:
     flight = sent(max_tokens=2)
     flight.take([7] * 4)
-    assert flight.lost(died=True).tokens_to_compute == 7
+    flight.lost(died=True)
+    assert flight.tokens_to_compute == 7
 
 
 def test_deaths_in_a_row_add_up() -> None:
@@ -60,7 +67,8 @@ def test_deaths_in_a_row_add_up() -> None:
     for losses in (1, 2, 3):
         flight.taken = True
         assert not flight.begun
-        flight = flight.lost(died=True).sent("r")
+        flight.lost(died=True)
+        flight.sent("r")
         assert (flight.losses, flight.deaths) == (losses, losses)
         assert flight.suspected == (losses >= 2)
 
@@ -73,31 +81,33 @@ def test_some_tokens_of_a_replica_clear_it() -> None:
     flight.take([1])
     assert not flight.suspected
     # The replica that it was on dies all the same: that is the first.
-    first = flight.lost(died=True)
-    assert (first.losses, first.deaths) == (1, 1)
+    flight.lost(died=True)
+    assert (flight.losses, flight.deaths) == (1, 1)
 
 
 def test_one_that_kills_at_the_same_place_each_time_is_not_cleared_by_what_it_brings_along() -> None:
     flight = sent()
     flight.take([1] * 30)
     for losses in (1, 2, 3):
-        flight = flight.lost(died=True)
+        flight.lost(died=True)
         assert flight.losses == losses
-        flight = flight.sent("r")
+        flight.sent("r")
         flight.take([1, 1])
 
 
 def test_a_drain_is_held_against_nobody() -> None:
     flight = sent()
     flight.losses = flight.deaths = 1
-    moved = flight.lost(died=False)
-    assert (moved.losses, moved.deaths, moved.moves) == (1, 1, 1)
+    flight.lost(died=False)
+    assert (flight.losses, flight.deaths, flight.moves) == (1, 1, 1)
 
 
 def test_the_death_of_a_replica_that_never_had_it_says_nothing() -> None:
-    flight = sent().lost(died=True).sent("r1")
+    flight = sent()
+    flight.lost(died=True)
+    flight.sent("r1")
     assert flight.losses == 1
-    moved = flight.lost(died=True)
-    assert moved.losses == 1
+    flight.lost(died=True)
+    assert flight.losses == 1
     # It may still be what replicas die of, and is kept apart from others like it.
-    assert moved.suspected
+    assert flight.suspected

@@ -207,7 +207,7 @@ async def test_retry_after_is_true(opened: Open) -> None:
     [
         ({"n": 4}, "at most 3"),
         ({"stop": ["\ud800"]}, "can't be sent to an engine"),
-        ({"extra_args": {"hycluster_carried": [1]}}, "hycluster_carried"),
+        ({"extra_args": {"hycluster_migrated": [1]}}, "hycluster_migrated"),
         ({"structured_outputs": {"choice": ["a" * 100] * 1000}}, r"structured_outputs\.choice: is 104000 bytes"),
     ],
 )
@@ -340,8 +340,8 @@ async def test_a_request_that_kills_replicas_is_told_so(opened: Open) -> None:
             return pool.links < links
 
         for _ in range(3):
-            await until(lambda: any(f.taken or not f.losses for f in pool._flights.values()))
-            (flight,) = pool._flights.values()
+            await until(lambda: any(f.taken or not f.losses for f in pool._failover.flights.values()))
+            (flight,) = pool._failover.flights.values()
             victim = served.replicas[int(flight.replica_id[1:])]
             await asyncio.to_thread(eventually, partial(getattr, victim, "requests"))
             gone = partial(fewer, pool.links)
@@ -359,3 +359,15 @@ async def test_opening_waits_for_a_replica(tiny_model: Path) -> None:
     with SimulatedPool(FAST, 0) as nobody, pytest.raises(Unavailable, match="could serve within 0 s"):
         async with open_gateway(model, nobody.directory(model), router=Router(), admission=Admission(), wait_s=0.2):
             raise AssertionError("it must not open")
+
+
+@pytest.mark.parametrize("kind", ["PoolOverloaded", "PoolInvalidInput", "PoolUnavailable", "PoolReplicaLost"])
+def test_errors_that_are_vllms_as_well_are_told_by_grpc(kind: str) -> None:
+    import grpc
+
+    from hycluster.gateway import gateway
+    from hycluster.ingress.status import rich_status
+
+    error = getattr(gateway, kind)("why", *([2.0] if kind == "PoolOverloaded" else []))
+    status = rich_status(error)
+    assert (status.message, status.code) == ("why", grpc.StatusCode[error.grpc_status].value[0])

@@ -25,6 +25,7 @@ from tests.simulated_pool import SimulatedPool, SimulatedReplica, eventually, pr
 
 if TYPE_CHECKING:
     from hycluster.gateway.flight import Flight
+    from hycluster.gateway.link import Link
     from hycluster.gateway.pool import PoolClient
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60), pytest.mark.usefixtures("vllm_imported")]
@@ -40,6 +41,16 @@ class Pool:
         self.replicas = replicas
         self.client = client
         self.lost = lost
+
+    @property
+    def links(self) -> dict[str, Link]:
+        """By replica id, what the client has on each."""
+        return self.client._members.links
+
+    @property
+    def flights(self) -> dict[str, Flight]:
+        """By request id, what the client knows of each."""
+        return self.client._failover.flights
 
     async def finish(self, requests: int) -> dict[str, list[int]]:
         """Tokens by request, until this many have ended."""
@@ -178,8 +189,8 @@ async def test_an_abort_while_a_request_changes_replicas_ends_it() -> None:
         for name in "ab":
             await pool.client.add_request_async(ask(name, max_tokens=10_000))
         await pool.running(1, 1)
-        (hanging,) = pool.client._links["r0"].flights
-        pool.client._lost(pool.client._links["r0"], "the test says so")
+        (hanging,) = pool.links["r0"].flights
+        pool.links["r0"].lose("the test says so")
         await pool.client.abort_requests_async([hanging])
         assert pool.client.requests_in_flight == 1
         await asyncio.sleep(0.1)
@@ -213,11 +224,11 @@ async def test_what_the_loss_of_a_replica_costs_is_counted() -> None:
             begun |= {output.request_id for output in (await pool.client.get_output_async()).outputs}
         pool.replicas[0].die()
         await pool.finish(2)
-        carried = pool.client.carried
-        assert carried.requests == 1
-        assert len(PROMPT) < carried.tokens < len(PROMPT) + 60
-        assert sum(carried.pauses) == 1
-        assert carried.paused_s > 0
+        migrated = pool.client.migrated
+        assert migrated.requests == 1
+        assert len(PROMPT) < migrated.tokens < len(PROMPT) + 60
+        assert sum(migrated.pauses) == 1
+        assert migrated.paused_s > 0
 
 
 async def test_a_request_that_moved_can_be_aborted() -> None:
@@ -237,14 +248,14 @@ async def test_what_an_ending_replica_gives_back_goes_on_elsewhere() -> None:
         for name in "ab":
             await pool.client.add_request_async(ask(name, max_tokens=40))
         await pool.running(1, 1)
-        (flight,) = pool.client._links["r0"].flights.values()
+        (flight,) = pool.links["r0"].flights.values()
         # As an engine does that shuts down: it aborts what it has, and says so.
         pool.replicas[0].accepting = False
         await pool.client.update(pool.replicas.reports)
         pool.replicas[0].engine.give_back()
         tokens = await pool.finish(2)
         assert tokens == dict.fromkeys("ab", predicted(PROMPT, 40, SLOW))
-        assert pool.client._links["r0"].flights == {}
+        assert pool.links["r0"].flights == {}
         assert flight.losses == 0
 
 
@@ -297,10 +308,10 @@ class TestRequestsThatKill:
         """The replica that has it dies, but not before its engine is known to have it."""
 
         def flight() -> Flight | None:
-            found = pool.client._flights.get(name)
+            found = pool.flights.get(name)
             return found if found is not None and (found.taken or not found.losses) else None
 
-        await until(lambda: (it := flight()) is not None and it.replica_id in pool.client._links)
+        await until(lambda: (it := flight()) is not None and it.replica_id in pool.links)
         found = flight()
         assert found is not None
         victim = next(r for r in pool.replicas.replicas if r.address.replica_id == found.replica_id)
@@ -309,7 +320,7 @@ class TestRequestsThatKill:
         victim.die()
         await until(lambda: pool.client.links < links)
 
-    async def test_it_is_not_carried_through_the_whole_pool(self) -> None:
+    async def test_it_is_not_migrated_through_the_whole_pool(self) -> None:
         async with opened(SLOW, 5) as pool:
             for replica in pool.replicas.replicas:
                 replica.engine.hang()
@@ -327,7 +338,7 @@ class TestRequestsThatKill:
         async with opened(SLOW, 6) as pool:
             await pool.client.add_request_async(ask("a", max_tokens=400))
             for _ in range(5):
-                await until(lambda: (flight := pool.client._flights["a"]).begun and flight.made >= 8)
+                await until(lambda: (flight := pool.flights["a"]).begun and flight.made >= 8)
                 await self.kill_whoever_has(pool, "a")
             assert (await pool.finish(1))["a"] == predicted(PROMPT, 400, SLOW)
             assert pool.lost == {}
@@ -338,12 +349,12 @@ class TestRequestsThatKill:
                 replica.engine.hang()
             await pool.client.add_request_async(ask("a"))
             await self.kill_whoever_has(pool, "a")
-            await until(lambda: pool.client._flights["a"].replica_id in pool.client._links)
-            flight = pool.client._flights["a"]
+            await until(lambda: pool.flights["a"].replica_id in pool.links)
+            flight = pool.flights["a"]
             flight.taken = False
             assert flight.losses == 1
-            pool.client._lost(pool.client._links[flight.replica_id], "it was dead already")
-            assert pool.client._flights["a"].losses == 1
+            pool.links[flight.replica_id].lose("it was dead already")
+            assert pool.flights["a"].losses == 1
 
     async def test_two_that_are_suspected_do_not_share_a_replica(self) -> None:
         async with opened(SLOW, 4) as pool:
@@ -351,15 +362,15 @@ class TestRequestsThatKill:
                 replica.engine.hang()
             for name in "ab":
                 await pool.client.add_request_async(ask(name))
-                pool.client._flights[name].deaths = 2
-            for link in list(pool.client._links.values())[:2]:
-                pool.client._lost(link, "the test says so", died=False)
-            await until(lambda: all(f.replica_id in pool.client._links for f in pool.client._flights.values()))
-            assert len({flight.replica_id for flight in pool.client._flights.values()}) == 2
+                pool.flights[name].deaths = 2
+            for link in list(pool.links.values())[:2]:
+                link.lose("the test says so", died=False)
+            await until(lambda: all(f.replica_id in pool.links for f in pool.flights.values()))
+            assert len({flight.replica_id for flight in pool.flights.values()}) == 2
             # With one replica left, the second waits for the first.
-            pool.client._lost(next(iter(pool.client._links.values())), "the test says so", died=False)
+            next(iter(pool.links.values())).lose("the test says so", died=False)
             await asyncio.sleep(0.1)
-            (link,) = pool.client._links.values()
+            (link,) = pool.links.values()
             assert len(link.flights) == 1
             (first,) = link.flights.values()
             await pool.client.abort_requests_async([first.request_id])
@@ -446,9 +457,9 @@ async def test_a_wrong_token_is_given_up_at_once() -> None:
 
 
 async def test_an_address_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hycluster.gateway import link
+    from hycluster.gateway import connection
 
-    monkeypatch.setattr(link, "HELLO_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(connection, "HELLO_TIMEOUT_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as mute:
         async with opened(FAST) as pool:
             silent = address(f"tcp://127.0.0.1:{mute.getsockname()[1]}")

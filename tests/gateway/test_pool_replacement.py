@@ -76,14 +76,14 @@ async def test_without_failover_what_has_begun_ends_at_once() -> None:
     with SimulatedPool(SLOW, 2) as pool:
         async with client_of(pool, lost, failover=False) as client:
             tokens = await begin(client, 100)
-            (victim,) = client._links["r0"].flights
-            assert client._flights[victim].output == [], "nobody needs them"
+            (victim,) = client._members.links["r0"].flights
+            assert client._failover.flights[victim].output == [], "nobody needs them"
             pool[0].die()
             async with asyncio.timeout(5):
                 while not lost:
                     await outputs(client, tokens)
             assert lost == {victim: "ReplicaLost"}
-            (other,) = client._flights
+            (other,) = client._failover.flights
             while len(tokens[other]) < 100:
                 await outputs(client, tokens)
 
@@ -98,4 +98,4 @@ async def test_a_successor_is_there_before_its_predecessor_takes_no_more() -> No
             while not updating.done():
                 assert client.able
                 await asyncio.sleep(0)
-            assert {name for name, link in client._links.items() if link.accepting} == {"successor"}
+            assert {name for name, link in client._members.links.items() if link.accepting} == {"successor"}

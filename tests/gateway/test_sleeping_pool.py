@@ -114,7 +114,7 @@ async def test_who_gives_up_waits_no_more(tiny_model: Path) -> None:
         await asyncio.gather(asked, return_exceptions=True)
         await sleeping.told(waiting_requests=0, outstanding_tokens=0)
         # Nothing of them is left behind, and nothing is sent when there is a replica.
-        assert not sleeping.pool._tasks
+        assert not sleeping.pool._failover.tasks
         replica = sleeping.replicas.start()
         async with asyncio.timeout(5):
             while not sleeping.pool.able:  # noqa: ASYNC110 - the pool tells nobody

@@ -6,9 +6,9 @@ import grpc
 import pytest
 import pytest_asyncio
 
-from hycluster.ingress.grpc import GrpcDoor
+from hycluster.ingress.grpc import GrpcIngress
 from hycluster.ingress.proto import inference_pb2_grpc
-from tests.ingress.stand_in import StandInGenerator, open_door
+from tests.ingress.stand_in import StandInGenerator, open_ingress
 
 
 @pytest.fixture
@@ -17,14 +17,14 @@ def stand_in() -> StandInGenerator:
 
 
 @pytest_asyncio.fixture
-async def door(stand_in: StandInGenerator) -> AsyncIterator[GrpcDoor]:
-    async with open_door(stand_in) as door:
-        yield door
+async def ingress(stand_in: StandInGenerator) -> AsyncIterator[GrpcIngress]:
+    async with open_ingress(stand_in) as ingress:
+        yield ingress
 
 
 @pytest_asyncio.fixture
-async def channel(door: GrpcDoor) -> AsyncIterator[grpc.aio.Channel]:
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{door.port}") as channel:
+async def channel(ingress: GrpcIngress) -> AsyncIterator[grpc.aio.Channel]:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{ingress.port}") as channel:
         yield channel
 
 

@@ -1,4 +1,4 @@
-"""A stand-in for the pool behind the doors: no model, deterministic words."""
+"""A stand-in for the pool behind the ingress processes: no model, deterministic words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from hycluster.core import Generation, GenerationRequest, ModelCard, Output, TokenLogprob, Usage
 from hycluster.errors import InvalidInput, UnknownModel
-from hycluster.ingress.grpc import GrpcDoor, serve_grpc
+from hycluster.ingress.grpc import GrpcIngress, serve_grpc
 from hycluster.settings.ingress import Grpc
 
 MODEL = "stand-in"
@@ -144,13 +144,13 @@ def join(deltas: list[Generation]) -> Generation:
 
 
 @asynccontextmanager
-async def open_door(generator: StandInGenerator, **settings: Any) -> AsyncIterator[GrpcDoor]:
-    """A gRPC door on a free port, that looks at the generator's readiness every 20 ms."""
-    door = await serve_grpc(generator, Grpc(port=0, **settings), ready_poll_s=0.02)
+async def open_ingress(generator: StandInGenerator, **settings: Any) -> AsyncIterator[GrpcIngress]:
+    """A gRPC ingress on a free port, that looks at the generator's readiness every 20 ms."""
+    ingress = await serve_grpc(generator, Grpc(port=0, **settings), ready_poll_s=0.02)
     try:
-        yield door
+        yield ingress
     finally:
-        await door.stop(0)
+        await ingress.stop(0)
 
 
 def _prompt_tokens(request: GenerationRequest) -> int:

@@ -32,7 +32,7 @@ class Slow:
 
 
 def client(app: Any) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://door")
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ingress")
 
 
 async def test_all_bodies_in_work_have_a_bound_together() -> None:

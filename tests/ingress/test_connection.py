@@ -1,4 +1,4 @@
-"""Connections to the HTTP door that keep it waiting, send too much, or are too many."""
+"""Connections to the HTTP ingress that keep it waiting, send too much, or are too many."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
 pytestmark = pytest.mark.timeout(30)
-Serve = Callable[..., AbstractAsyncContextManager["Door"]]
+Serve = Callable[..., AbstractAsyncContextManager["IngressProcess"]]
 ASK = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 CHUNK = b"x" * (1 << 20)
 
 
-class Door:
+class IngressProcess:
     """A uvicorn server over an app that answers ``/`` at once, and ``/flood`` without end.
 
     Attributes:
@@ -63,12 +63,12 @@ class Door:
 @pytest.fixture
 def serve() -> Serve:
     @asynccontextmanager
-    async def serving(**settings: Any) -> AsyncIterator[Door]:
+    async def serving(**settings: Any) -> AsyncIterator[IngressProcess]:
         import uvicorn
 
-        door = Door()
+        ingress = IngressProcess()
         config = uvicorn.Config(
-            door.app,
+            ingress.app,
             http=protocol(Http(**settings)),
             port=0,
             interface="asgi3",
@@ -76,15 +76,15 @@ def serve() -> Serve:
             lifespan="off",
             access_log=False,
         )
-        door.server = uvicorn.Server(config)
-        running = asyncio.create_task(door.server._serve())
-        while not door.server.started:  # noqa: ASYNC110 - uvicorn has no event for it
+        ingress.server = uvicorn.Server(config)
+        running = asyncio.create_task(ingress.server._serve())
+        while not ingress.server.started:  # noqa: ASYNC110 - uvicorn has no event for it
             await asyncio.sleep(0.01)
-        door.port = door.server.servers[0].sockets[0].getsockname()[1]
+        ingress.port = ingress.server.servers[0].sockets[0].getsockname()[1]
         try:
-            yield door
+            yield ingress
         finally:
-            door.server.should_exit = door.server.force_exit = True
+            ingress.server.should_exit = ingress.server.force_exit = True
             await running
 
     return serving
@@ -106,17 +106,17 @@ async def refusal(reader: asyncio.StreamReader) -> tuple[int, str]:
     return status, error["message"]
 
 
-async def hello(door: Door) -> None:
+async def hello(ingress: IngressProcess) -> None:
     """Somebody else is served."""
-    reader, writer = await door.dial()
+    reader, writer = await ingress.dial()
     writer.write(ASK)
     assert (await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), 5)).startswith(b"HTTP/1.1 200")
     writer.close()
 
 
 async def test_a_connection_that_says_nothing_is_closed(serve: Serve) -> None:
-    async with serve(stalled_client_timeout_s=0.3) as door:
-        reader, writer = await door.dial()
+    async with serve(stalled_client_timeout_s=0.3) as ingress:
+        reader, writer = await ingress.dial()
         begun = time.monotonic()
         assert await asyncio.wait_for(reader.read(), 5) == b""
         assert 0.2 < time.monotonic() - begun < 3
@@ -124,8 +124,8 @@ async def test_a_connection_that_says_nothing_is_closed(serve: Serve) -> None:
 
 
 async def test_headers_that_come_too_slowly(serve: Serve) -> None:
-    async with serve(stalled_client_timeout_s=0.4) as door:
-        reader, writer = await door.dial()
+    async with serve(stalled_client_timeout_s=0.4) as ingress:
+        reader, writer = await ingress.dial()
         writer.write(ASK[:-2])
 
         async def drip() -> None:
@@ -138,12 +138,12 @@ async def test_headers_that_come_too_slowly(serve: Serve) -> None:
         dripping.cancel()
         assert (status, message) == (408, "headers: no end of them came within 0.4 s")
         writer.close()
-        await hello(door)
+        await hello(ingress)
 
 
 async def test_the_second_request_of_a_connection_has_the_same_bounds(serve: Serve) -> None:
-    async with serve(stalled_client_timeout_s=0.4) as door:
-        reader, writer = await door.dial()
+    async with serve(stalled_client_timeout_s=0.4) as ingress:
+        reader, writer = await ingress.dial()
         for _ in range(2):
             writer.write(ASK)
             await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), 5)
@@ -163,29 +163,29 @@ async def test_the_second_request_of_a_connection_has_the_same_bounds(serve: Ser
     ],
 )
 async def test_headers_over_the_bound(serve: Serve, head: bytes) -> None:
-    async with serve() as door:
-        reader, writer = await door.dial()
+    async with serve() as ingress:
+        reader, writer = await ingress.dial()
         writer.write(head)
         assert await refusal(reader) == (
             431,
             f"headers: more than {MAX_HEADERS}, or more than {MAX_HEADER_BYTES} bytes",
         )
         writer.close()
-        await hello(door)
+        await hello(ingress)
 
 
 async def test_what_is_no_http(serve: Serve) -> None:
-    async with serve() as door:
-        reader, writer = await door.dial()
+    async with serve() as ingress:
+        reader, writer = await ingress.dial()
         writer.write(b"\xff\xfe\r\n\r\n")
         assert await refusal(reader) == (400, "Invalid HTTP request received.")
         writer.close()
-        await hello(door)
+        await hello(ingress)
 
 
 async def test_headers_at_the_bound_and_a_long_body(serve: Serve) -> None:
-    async with serve() as door:
-        reader, writer = await door.dial()
+    async with serve() as ingress:
+        reader, writer = await ingress.dial()
         lines = [b"h%d: %s" % (number, b"x" * 500) for number in range(MAX_HEADERS - 1)]
         lines.append(b"content-length: %d" % (4 * MAX_HEADER_BYTES))
         writer.write(b"POST / HTTP/1.1\r\n" + b"\r\n".join(lines) + b"\r\n\r\n" + b"x" * (4 * MAX_HEADER_BYTES))
@@ -197,45 +197,45 @@ async def test_headers_at_the_bound_and_a_long_body(serve: Serve) -> None:
 
 
 async def test_connections_over_the_bound_are_told_so(serve: Serve) -> None:
-    async with serve(max_connections=3) as door:
-        kept = [await door.dial() for _ in range(3)]
+    async with serve(max_connections=3) as ingress:
+        kept = [await ingress.dial() for _ in range(3)]
         await asyncio.sleep(0.1)
-        reader, writer = await door.dial()
+        reader, writer = await ingress.dial()
         status, headers, body = await answer(reader)
         assert (status, headers["retry-after"]) == (429, "1")
-        assert json.loads(body)["error"]["message"] == "the door has 3 connections open already"
+        assert json.loads(body)["error"]["message"] == "the ingress process has 3 connections open already"
         writer.close()
         kept.pop()[1].close()
         await asyncio.sleep(0.1)
-        await hello(door)
+        await hello(ingress)
         for _, one in kept:
             one.close()
 
 
 async def test_a_client_that_does_not_read_is_cut_off_and_holds_up_nobody(serve: Serve) -> None:
-    async with serve(stalled_client_timeout_s=1) as door:
-        _, writer = await door.dial()
+    async with serve(stalled_client_timeout_s=1) as ingress:
+        _, writer = await ingress.dial()
         writer.write(b"GET /flood HTTP/1.1\r\nhost: x\r\n\r\n")
         await asyncio.sleep(0.5)
-        assert door.flooding == 1
-        taken = door.sent
-        await hello(door)
+        assert ingress.flooding == 1
+        taken = ingress.sent
+        await hello(ingress)
         # Only what kernel and transport buffer is ever taken from the app.
-        assert door.sent == taken < 64 << 20
+        assert ingress.sent == taken < 64 << 20
         async with asyncio.timeout(5):
-            while door.flooding:  # noqa: ASYNC110 - tests look from outside
+            while ingress.flooding:  # noqa: ASYNC110 - tests look from outside
                 await asyncio.sleep(0.05)
-        assert not door.server.server_state.connections
+        assert not ingress.server.server_state.connections
         writer.close()
 
 
 async def test_a_client_that_reads_slowly_but_reads_is_served(serve: Serve) -> None:
-    async with serve(stalled_client_timeout_s=0.5) as door:
-        reader, writer = await door.dial()
+    async with serve(stalled_client_timeout_s=0.5) as ingress:
+        reader, writer = await ingress.dial()
         writer.write(b"GET /flood HTTP/1.1\r\nhost: x\r\n\r\n")
         end = time.monotonic() + 1.5
         while time.monotonic() < end:
             assert await reader.read(4 << 20)
             await asyncio.sleep(0.02)
-        assert door.flooding == 1
+        assert ingress.flooding == 1
         writer.close()

@@ -1,4 +1,4 @@
-"""The gRPC door over a real socket, with a stand-in for the pool behind it."""
+"""The gRPC ingress over a real socket, with a stand-in for the pool behind it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf import descriptor_pool, json_format, message_factory
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from grpc_status import rpc_status
 
 from hycluster import errors
 from hycluster.core import GenerationRequest, Priority, Sampling
-from hycluster.ingress import grpc as grpc_door
-from hycluster.ingress.grpc import SERVICE, GrpcDoor, serve_grpc
+from hycluster.ingress import grpc as grpc_ingress
+from hycluster.ingress.grpc import SERVICE, GrpcIngress, serve_grpc
 from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto import inference_pb2_grpc
+from hycluster.ingress.status import rich_status
 from hycluster.settings.ingress import Grpc
-from tests.ingress.stand_in import MODEL, StandInGenerator, open_door, until
+from tests.ingress.stand_in import MODEL, StandInGenerator, open_ingress, until
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -223,6 +227,43 @@ async def test_every_error_has_its_status(
         assert metadata["hycluster-error"] == type(error).__name__
 
 
+@pytest.mark.parametrize(("error", "code"), ERRORS, ids=lambda value: type(value).__name__)
+async def test_every_errors_status_has_its_details(
+    stub: Stub, stand_in: StandInGenerator, error: errors.HyclusterError, code: grpc.StatusCode
+) -> None:
+    stand_in.error = error
+    unary, stream = stub.Generate(ask()), stub.GenerateStream(ask())
+    for call, failed in ((unary, unary), (stream, stream.read())):
+        await failure(failed)
+        came: Any = await rpc_status.aio.from_call(call)
+        assert (came.code, came.message) == (code.value[0], error.message)
+        info = ErrorInfo()
+        assert came.details[0].Unpack(info)
+        assert (info.reason, info.domain) == (error.reason, "hycluster")
+        assert dict(info.metadata).items() >= {
+            "http_status": str(error.http_status), "http_type": error.openai_type, **error.metadata
+        }.items()  # fmt: skip
+        assert [detail.TypeName() for detail in came.details if detail.TypeName() == "google.rpc.RetryInfo"] == []
+        assert came == rich_status(error, ask())
+
+
+async def test_a_client_for_threads_reads_the_same_details(ingress: GrpcIngress, stand_in: StandInGenerator) -> None:
+    stand_in.error = errors.ReplicaLost("the replica was lost", retry_after_s=1.5)
+
+    def call() -> list[Any]:
+        with grpc.insecure_channel(f"127.0.0.1:{ingress.port}") as channel:
+            stub: Stub = inference_pb2_grpc.InferenceStub(channel)
+            statuses = []
+            for ask_ in (lambda: stub.Generate(ask()), lambda: list(stub.GenerateStream(ask()))):
+                with pytest.raises(grpc.RpcError) as caught:
+                    ask_()
+                failed: Any = caught.value
+                statuses.append(rpc_status.from_call(failed))
+            return statuses
+
+    assert await asyncio.to_thread(call) == [rich_status(stand_in.error)] * 2
+
+
 async def test_an_error_in_mid_stream_comes_after_the_chunks_before_it(stub: Stub, stand_in: StandInGenerator) -> None:
     stand_in.error, stand_in.error_after = errors.Unavailable("replica lost"), 2
     call = stub.GenerateStream(ask())
@@ -237,6 +278,9 @@ async def test_retry_after(stub: Stub, stand_in: StandInGenerator) -> None:
     *_, metadata = await failure(stub.Generate(ask()))
     assert metadata["retry-after-s"] == "1.5"
     assert metadata["grpc-retry-pushback-ms"] == "1500"
+    status, retry = Status.FromString(metadata["grpc-status-details-bin"]), RetryInfo()
+    assert status.details[1].Unpack(retry)
+    assert retry.retry_delay.ToMilliseconds() == 1500
 
 
 async def test_the_unexpected_is_internal_and_logged_but_not_told(
@@ -247,7 +291,7 @@ async def test_the_unexpected_is_internal_and_logged_but_not_told(
     assert code is grpc.StatusCode.INTERNAL
     assert "secret" not in message
     (record,) = [
-        record for record in caplog.records if record.name == grpc_door.__name__ and "Generate" in record.message
+        record for record in caplog.records if record.name == grpc_ingress.__name__ and "Generate" in record.message
     ]
     assert record.levelno == logging.ERROR
     assert record.exc_info is not None
@@ -271,16 +315,34 @@ async def test_a_wrong_request_is_refused_by_name(
     stub: Stub, stand_in: StandInGenerator, request_: pb.GenerateRequest, names: str
 ) -> None:
     for call in (stub.Generate(request_), stub.GenerateStream(request_).read()):
-        code, message, _ = await failure(call)
+        code, message, metadata = await failure(call)
         assert code is grpc.StatusCode.INVALID_ARGUMENT
         assert names in message
+        status, bad = Status.FromString(metadata["grpc-status-details-bin"]), BadRequest()
+        assert status.details[1].Unpack(bad)
+        assert ", ".join(violation.field for violation in bad.field_violations) == names
+        assert {f"{names}: {violation.description}" for violation in bad.field_violations} == {message}
     assert stand_in.requests == []
 
 
 async def test_a_message_longer_than_a_header_is_shortened(stub: Stub) -> None:
-    code, message, _ = await failure(stub.Generate(pb.GenerateRequest(model="é" * 100_000, prompt="p")))
+    code, message, metadata = await failure(stub.Generate(pb.GenerateRequest(model="é" * 100_000, prompt="p")))
     assert code is grpc.StatusCode.NOT_FOUND
     assert message.startswith("model: 'éééé")
+    assert Status.FromString(metadata["grpc-status-details-bin"]).message == message
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "%", "字", "\n", "\ud800"])
+async def test_long_messages_and_details_fit_into_headers(stub: Stub, stand_in: StandInGenerator, letter: str) -> None:
+    stand_in.error = errors.InvalidInput(f"prompt: {letter * 100_000}", retry_after_s=1)
+    stand_in.error.metadata = {"model": letter * 100_000}
+    for _ in range(5):  # over its soft bound gRPC refuses some, not all
+        call = stub.Generate(ask())
+        code, message, _ = await failure(call)
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        came: Any = await rpc_status.aio.from_call(call)
+        assert (came.message, len(came.details)) == (message, 3)
+        assert len(message.encode()) > 1000
 
 
 @pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
@@ -309,7 +371,7 @@ async def test_cancelling_closes_the_generator(stub: Stub, stand_in: StandInGene
 async def test_a_client_that_stops_reading_holds_the_generator_and_its_going_closes_it(
     stub: Stub, stand_in: StandInGenerator
 ) -> None:
-    # Enough words to fill every buffer on the way, so that the door stands in a write, not in the generator.
+    # Enough words to fill every buffer on the way, so that the ingress process stands in a write, not in the generator.
     sampling = pb.Sampling(max_tokens=1_000_000, n=128, logprobs=20)
     call = stub.GenerateStream(ask(sampling=sampling))
     await call.read()
@@ -321,8 +383,8 @@ async def test_a_client_that_stops_reading_holds_the_generator_and_its_going_clo
 
 async def test_a_client_that_does_not_read_for_too_long_is_cut_off(stand_in: StandInGenerator) -> None:
     async with (
-        open_door(stand_in, stalled_client_timeout_s=0.5) as door,
-        grpc.aio.insecure_channel(f"127.0.0.1:{door.port}") as channel,
+        open_ingress(stand_in, stalled_client_timeout_s=0.5) as ingress,
+        grpc.aio.insecure_channel(f"127.0.0.1:{ingress.port}") as channel,
     ):
         stub: Stub = inference_pb2_grpc.InferenceStub(channel)
         call = stub.GenerateStream(ask(sampling=pb.Sampling(max_tokens=1_000_000, n=128, logprobs=20)))
@@ -354,9 +416,11 @@ async def test_what_is_no_message_is_the_callers_fault(channel: Any, method: str
         call = channel.stream_stream(method)(iter([b"\xff\xff"]))
     else:
         call = (channel.unary_stream if streams else channel.unary_unary)(method)(b"\xff\xff")
-    code, says, _ = await failure(drained(call) if streams else call)
+    code, says, metadata = await failure(drained(call) if streams else call)
     assert code == grpc.StatusCode.INVALID_ARGUMENT
     assert says == "request: is not a message of the kind that this method takes"
+    assert metadata["hycluster-error"] == "InvalidInput"
+    assert Status.FromString(metadata["grpc-status-details-bin"]).message == says
 
 
 async def test_no_such_method(channel: Any) -> None:
@@ -366,7 +430,10 @@ async def test_no_such_method(channel: Any) -> None:
 
 async def test_calls_over_the_bound_are_refused(stand_in: StandInGenerator) -> None:
     stand_in.pause_s = 0.05
-    async with open_door(stand_in, max_calls=2) as door, grpc.aio.insecure_channel(f"127.0.0.1:{door.port}") as channel:
+    async with (
+        open_ingress(stand_in, max_calls=2) as ingress,
+        grpc.aio.insecure_channel(f"127.0.0.1:{ingress.port}") as channel,
+    ):
         stub: Stub = inference_pb2_grpc.InferenceStub(channel)
         calls = [stub.GenerateStream(ask(sampling=pb.Sampling(max_tokens=10_000))) for _ in range(2)]
         for call in calls:
@@ -396,8 +463,8 @@ async def test_a_prompt_of_256k_tokens_as_text(stub: Stub, stand_in: StandInGene
 
 async def test_a_message_over_the_limit_is_refused(stand_in: StandInGenerator) -> None:
     async with (
-        open_door(stand_in, max_message_mib=1) as door,
-        grpc.aio.insecure_channel(f"127.0.0.1:{door.port}") as channel,
+        open_ingress(stand_in, max_message_mib=1) as ingress,
+        grpc.aio.insecure_channel(f"127.0.0.1:{ingress.port}") as channel,
     ):
         stub: Stub = inference_pb2_grpc.InferenceStub(channel)
         code, *_ = await failure(stub.Generate(ask(prompt="word " * 262_144)))
@@ -419,10 +486,10 @@ async def test_health_follows_the_generator(channel: grpc.aio.Channel, stand_in:
 
 async def test_health_is_true_from_the_first_call_on(stand_in: StandInGenerator) -> None:
     stand_in.is_ready = False
-    door = await serve_grpc(stand_in, Grpc(port=0), ready_poll_s=60)
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{door.port}") as channel:
+    ingress = await serve_grpc(stand_in, Grpc(port=0), ready_poll_s=60)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{ingress.port}") as channel:
         assert await status(channel) == NOT_SERVING
-    await door.stop(0)
+    await ingress.stop(0)
 
 
 async def test_a_generator_that_does_not_answer_is_not_ready(
@@ -432,13 +499,13 @@ async def test_a_generator_that_does_not_answer_is_not_ready(
         await asyncio.Event().wait()
         return True
 
-    monkeypatch.setattr(grpc_door, "READY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(grpc_ingress, "READY_TIMEOUT_S", 0.05)
     monkeypatch.setattr(stand_in, "ready", hang)
     await until_status(channel, NOT_SERVING)
 
 
 async def test_stop_lets_calls_finish_and_takes_no_new_ones(
-    stub: Stub, channel: grpc.aio.Channel, stand_in: StandInGenerator, door: GrpcDoor
+    stub: Stub, channel: grpc.aio.Channel, stand_in: StandInGenerator, ingress: GrpcIngress
 ) -> None:
     stand_in.pause_s = 0.05
     watch = Health(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
@@ -447,12 +514,12 @@ async def test_stop_lets_calls_finish_and_takes_no_new_ones(
     chunks = aiter(call)
     await anext(chunks)
     began = time.monotonic()
-    stopping = asyncio.create_task(door.stop(30))
+    stopping = asyncio.create_task(ingress.stop(30))
     assert (await watch.read()).status == NOT_SERVING
-    await until_closed(door.port)
+    await until_closed(ingress.port)
     # Over a connection of its own: on the old one a call may cross the server's good-bye, and ends as CANCELLED.
     apart = [("grpc.use_local_subchannel_pool", 1)]
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{door.port}", apart) as other:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{ingress.port}", apart) as other:
         code, *_ = await failure(inference_pb2_grpc.InferenceStub(other).Generate(ask()))
     assert code is grpc.StatusCode.UNAVAILABLE
     assert len([chunk async for chunk in chunks]) == 19
@@ -462,13 +529,13 @@ async def test_stop_lets_calls_finish_and_takes_no_new_ones(
 
 @pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
 async def test_calls_left_after_the_grace_end_as_unavailable(
-    stub: Stub, stand_in: StandInGenerator, door: GrpcDoor, method: str
+    stub: Stub, stand_in: StandInGenerator, ingress: GrpcIngress, method: str
 ) -> None:
     stand_in.pause_s = 0.05
     call = getattr(stub, method)(ask(sampling=pb.Sampling(max_tokens=10_000)))
     await stand_in.until_busy()
     began = time.monotonic()
-    await door.stop(0.2)
+    await ingress.stop(0.2)
     assert time.monotonic() - began < 2
     assert stand_in.running == 0
     code, message, _ = await failure(drained(call) if method == "GenerateStream" else call)
@@ -500,8 +567,8 @@ def call_by_reflection(port: int) -> tuple[set[str], dict[str, Any], list[dict[s
         return set(database.get_services()), as_dict[0], as_dict[1:]
 
 
-async def test_a_client_that_knows_only_reflection(door: GrpcDoor) -> None:
-    services, answer, chunks = await asyncio.to_thread(call_by_reflection, door.port)
+async def test_a_client_that_knows_only_reflection(ingress: GrpcIngress) -> None:
+    services, answer, chunks = await asyncio.to_thread(call_by_reflection, ingress.port)
     assert services == {SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
     assert answer["outputs"] == [{"text": "w0 w1 ", "token_ids": [0, 1], "finish_reason": "length"}]
     assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 2, "cached_tokens": 1}
@@ -525,7 +592,7 @@ async def test_a_host_that_is_not_here_is_a_settings_error(stand_in: StandInGene
         await serve_grpc(stand_in, Grpc(host="192.0.2.1", port=0))
 
 
-async def test_doors_share_a_port_only_when_asked_to(stand_in: StandInGenerator) -> None:
+async def test_ingress_processes_share_a_port_only_when_asked_to(stand_in: StandInGenerator) -> None:
     first = await serve_grpc(stand_in, Grpc(port=0), reuse_port=True)
     second = await serve_grpc(stand_in, Grpc(port=first.port), reuse_port=True)
     assert second.port == first.port

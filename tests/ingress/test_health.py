@@ -9,8 +9,8 @@ import pytest
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hycluster.directory.starts import StartTrouble
-from hycluster.ingress.health import PoolHealth, WithHealth
+from hycluster.core import PoolHealth, StartTrouble
+from hycluster.ingress.health import WithHealth
 
 WHOLE, HALF, NONE = PoolHealth(2, 2), PoolHealth(1, 2), PoolHealth(0, 2)
 CUT_OFF = PoolHealth(0, 2, cut_off=True)
@@ -25,7 +25,7 @@ def client(app: ASGIApp | None, **pools: PoolHealth) -> httpx.AsyncClient:
     async def ask() -> Mapping[str, PoolHealth]:
         return pools
 
-    return httpx.AsyncClient(transport=httpx.ASGITransport(WithHealth(app, ask)), base_url="http://door")
+    return httpx.AsyncClient(transport=httpx.ASGITransport(WithHealth(app, ask)), base_url="http://ingress")
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def client(app: ASGIApp | None, **pools: PoolHealth) -> httpx.AsyncClient:
         # A model that can't be served takes no other's callers away.
         (rest, NONE, WHOLE, 200, "degraded"),
         (rest, NONE, NONE, 503, "unavailable"),
-        # Others may reach it: callers are to go to another door.
+        # Others may reach it: callers are to go to another ingress process.
         (rest, CUT_OFF, WHOLE, 503, "unavailable"),
         (rest, ASLEEP, WHOLE, 200, "ready"),
         (rest, WOKEN, WHOLE, 200, "ready"),

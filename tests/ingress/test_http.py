@@ -1,4 +1,4 @@
-"""The HTTP door's own parts: dispatch over models, the body's bound, errors in OpenAI's form."""
+"""The HTTP ingress's own parts: dispatch over models, the body's bound, errors in OpenAI's form."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def echo(name: str) -> ASGIApp:
 
 def client(app: ASGIApp) -> httpx.AsyncClient:
     return httpx.AsyncClient(
-        transport=httpx.ASGITransport(app), base_url="http://door", headers={"content-type": "application/json"}
+        transport=httpx.ASGITransport(app), base_url="http://ingress", headers={"content-type": "application/json"}
     )
 
 

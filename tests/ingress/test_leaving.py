@@ -1,4 +1,5 @@
-"""Doors replaced on the same ports while callers connect, by an ordinary user: nobody is reset or refused."""
+"""Ingress processes replaced on the same ports while callers connect, by an ordinary user: nobody is reset or
+refused."""
 
 from __future__ import annotations
 
@@ -22,12 +23,12 @@ from tests.ordinary_user import as_ordinary_user
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 REPLACED = 3
 HTTP_CALLERS, GRPC_CALLERS = 8, 4
-ASKED = b"GET / HTTP/1.1\r\nHost: door\r\nConnection: close\r\n\r\n"
+ASKED = b"GET / HTTP/1.1\r\nHost: ingress process\r\nConnection: close\r\n\r\n"
 
 
 @contextlib.contextmanager
-def open_door(ports: tuple[int, int]) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "tests.ingress.leaving_door", *map(str, ports)]
+def open_ingress(ports: tuple[int, int]) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "tests.ingress.leaving_ingress", *map(str, ports)]
     with subprocess.Popen(
         as_ordinary_user(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -69,13 +70,13 @@ def test_nobody_is_lost() -> None:
             outcomes[way, over_http(ports[0]) if way == "HTTP" else over_grpc(ports[1])] += 1
 
     with contextlib.ExitStack() as stack:
-        doors = [stack.enter_context(open_door(ports)) for _ in range(2)]
+        ingresses = [stack.enter_context(open_ingress(ports)) for _ in range(2)]
         with ThreadPoolExecutor(HTTP_CALLERS + GRPC_CALLERS) as pool:
             asking = [pool.submit(keep_asking, way) for way in ["HTTP"] * HTTP_CALLERS + ["gRPC"] * GRPC_CALLERS]
             try:
                 for _ in range(REPLACED):
-                    doors.append(stack.enter_context(open_door(ports)))
-                    leaving = doors.pop(0)
+                    ingresses.append(stack.enter_context(open_ingress(ports)))
+                    leaving = ingresses.pop(0)
                     assert leaving.stdin is not None
                     leaving.stdin.close()
                     assert leaving.wait(30) == 0

@@ -37,7 +37,7 @@ def test_a_port_in_use_is_named() -> None:
     check_port("127.0.0.1", port, "grpc.port")
 
 
-def test_several_doors_share_a_port() -> None:
+def test_several_ingress_processes_share_a_port() -> None:
     with bind("127.0.0.1", 0, "http.port", reuse_port=True) as first:
         port = first.getsockname()[1]
         with bind("127.0.0.1", port, "http.port", reuse_port=True) as second:
@@ -53,7 +53,7 @@ def test_a_host_that_is_not_here_is_named(host: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the kernel is not told")
-def test_who_is_turned_away_reaches_the_other_door() -> None:
+def test_who_is_turned_away_reaches_the_other_ingress_process() -> None:
     with bind("127.0.0.1", 0, "http.port", reuse_port=True) as going:
         port = going.getsockname()[1]
         with bind("127.0.0.1", port, "http.port", reuse_port=True) as coming, contextlib.ExitStack() as stack:
@@ -79,10 +79,10 @@ def test_who_is_turned_away_reaches_the_other_door() -> None:
 
 
 def test_connections_that_there_are_stay() -> None:
-    with bind("127.0.0.1", 0, "http.port", reuse_port=True) as door:
-        port = door.getsockname()[1]
+    with bind("127.0.0.1", 0, "http.port", reuse_port=True) as ingress:
+        port = ingress.getsockname()[1]
         with socket.create_connection(("127.0.0.1", port), timeout=5) as caller:
-            inside, _ = door.accept()
+            inside, _ = ingress.accept()
             with inside:
                 turn_away(port)
                 caller.sendall(b"ask")
@@ -94,16 +94,16 @@ def test_connections_that_there_are_stay() -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 async def test_who_was_half_open_is_heard(host: str) -> None:
     """To the kernel that one is what the socket says by then: none of its packets would count."""
-    with bind(host, 0, "http.port", reuse_port=True) as door:
-        port = door.getsockname()[1]
-        # Half open until its first word, which comes after the door has begun to leave.
-        door.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 30)
+    with bind(host, 0, "http.port", reuse_port=True) as ingress:
+        port = ingress.getsockname()[1]
+        # Half open until its first word, which comes after the ingress process has begun to leave.
+        ingress.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 30)
         with socket.create_connection((host, port), timeout=5) as caller:
             with pytest.raises(BlockingIOError):
-                door.accept()
+                ingress.accept()
             turn_away(port)
             caller.sendall(b"ask")
-            inside, _ = await asyncio.to_thread(patiently_accepted, door)
+            inside, _ = await asyncio.to_thread(patiently_accepted, ingress)
             with inside:
                 assert inside.recv(3) == b"ask"
                 caller.sendall(b"more")
@@ -115,9 +115,9 @@ async def test_who_was_half_open_is_heard(host: str) -> None:
                 assert inside.recv(4) == b"more"
 
 
-def patiently_accepted(door: socket.socket) -> tuple[socket.socket, Any]:
-    door.settimeout(5)
-    return door.accept()
+def patiently_accepted(ingress: socket.socket) -> tuple[socket.socket, Any]:
+    ingress.settimeout(5)
+    return ingress.accept()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the kernel is not told")
@@ -126,8 +126,8 @@ def test_a_kernel_that_refuses_is_named(monkeypatch: pytest.MonkeyPatch, caplog:
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(ports, "_ask_for_hops", refuse)
-    with bind("127.0.0.1", 0, "http.port", reuse_port=True) as door:
-        port = door.getsockname()[1]
+    with bind("127.0.0.1", 0, "http.port", reuse_port=True) as ingress:
+        port = ingress.getsockname()[1]
         turn_away(port)
     assert f"ports ({port},) are left without a word to the kernel: [Errno 1]" in caplog.text
 
@@ -140,11 +140,11 @@ def test_an_ordinary_user_may_do_all_of_it() -> None:
     assert "1 skipped" in done.stdout
 
 
-def accepted(door: socket.socket, stack: contextlib.ExitStack) -> int:
+def accepted(ingress: socket.socket, stack: contextlib.ExitStack) -> int:
     """How many connections wait there; they stay open."""
     count = 0
     with contextlib.suppress(BlockingIOError):
         while True:
-            stack.enter_context(door.accept()[0])
+            stack.enter_context(ingress.accept()[0])
             count += 1
     return count

@@ -1,4 +1,4 @@
-"""The checked-in code of the gRPC door is what its .proto gives, and its words are those of the house."""
+"""The checked-in code of the gRPC ingress is what its .proto gives, and its words are those of the house."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Both doors before there is anything behind them, and the moment at which there is."""
+"""Both ingresses before there is anything behind them, and the moment at which there is."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from starlette.responses import PlainTextResponse
 
+from hycluster.core import PoolHealth
 from hycluster.errors import SettingsError
-from hycluster.ingress.health import PoolHealth
 from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto.inference_pb2_grpc import InferenceStub
-from hycluster.ingress.starting import StartingDoors, starting_doors
+from hycluster.ingress.starting import StartingIngress, starting_ingress
 from hycluster.settings.ingress import Grpc, Http
 from hycluster.settings.model import Model
 from hycluster.settings.settings import Settings
@@ -38,14 +38,14 @@ async def pools() -> Mapping[str, PoolHealth]:
 
 
 @pytest_asyncio.fixture
-async def doors() -> AsyncIterator[StartingDoors]:
-    async with starting_doors(SETTINGS, pools) as doors:
-        yield doors
+async def ingresses() -> AsyncIterator[StartingIngress]:
+    async with starting_ingress(SETTINGS, pools) as ingresses:
+        yield ingresses
 
 
 @pytest_asyncio.fixture
-async def channel(doors: StartingDoors) -> AsyncIterator[grpc.aio.Channel]:
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{doors.grpc.port}") as channel:
+async def channel(ingresses: StartingIngress) -> AsyncIterator[grpc.aio.Channel]:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{ingresses.grpc.port}") as channel:
         yield channel
 
 
@@ -55,8 +55,8 @@ async def health(channel: grpc.aio.Channel) -> int:
     return status
 
 
-async def test_both_say_what_is_missing(doors: StartingDoors, channel: grpc.aio.Channel) -> None:
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{doors.http_port}") as http:
+async def test_both_say_what_is_missing(ingresses: StartingIngress, channel: grpc.aio.Channel) -> None:
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{ingresses.http_port}") as http:
         answer = await http.get("/health")
     assert answer.status_code == 503
     assert answer.json() == {"status": "starting", "models": {MODEL: {"replicas_ready": 0, "replicas_wanted": 2}}}
@@ -77,9 +77,9 @@ async def test_both_say_what_is_missing(doors: StartingDoors, channel: grpc.aio.
         assert caught.value.details() == "the service is starting: 'stand-in' has 0 of 2 replicas"
 
 
-async def test_grpc_callers_are_let_through_at_once(doors: StartingDoors, channel: grpc.aio.Channel) -> None:
+async def test_grpc_callers_are_let_through_at_once(ingresses: StartingIngress, channel: grpc.aio.Channel) -> None:
     stub = InferenceStub(channel)
-    await doors.hand_over(StandInGenerator())
+    await ingresses.hand_over(StandInGenerator())
     assert await health(channel) == health_pb2.HealthCheckResponse.SERVING
     request = pb.GenerateRequest(model=MODEL, prompt="x")
     assert (await stub.Generate(request)).outputs[0].text
@@ -89,10 +89,10 @@ async def test_grpc_callers_are_let_through_at_once(doors: StartingDoors, channe
     assert (await stub.ListModels(pb.ListModelsRequest())).models
 
 
-async def test_the_http_port_stays_open(doors: StartingDoors) -> None:
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{doors.http_port}") as http:
+async def test_the_http_port_stays_open(ingresses: StartingIngress) -> None:
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{ingresses.http_port}") as http:
         assert (await http.get("/health")).status_code == 503
-        sock = await doors.hand_over(StandInGenerator())
+        sock = await ingresses.hand_over(StandInGenerator())
         server = uvicorn.Server(uvicorn.Config(PlainTextResponse("served"), log_config=None, lifespan="off"))
         serving = asyncio.create_task(server.serve(sockets=[sock]))
         assert (await http.get("/health")).text == "served"
@@ -101,13 +101,13 @@ async def test_the_http_port_stays_open(doors: StartingDoors) -> None:
 
 
 async def test_nothing_is_left_open() -> None:
-    async with starting_doors(SETTINGS, pools) as doors:
-        http, grpc_port = doors.http_port, doors.grpc.port
+    async with starting_ingress(SETTINGS, pools) as ingresses:
+        http, grpc_port = ingresses.http_port, ingresses.grpc.port
     again = Settings(models=SETTINGS.models, http=Http(port=http), grpc=Grpc(port=grpc_port))
-    async with starting_doors(again, pools) as doors:
+    async with starting_ingress(again, pools) as ingresses:
         with pytest.raises(SettingsError, match=f"http.port: {http} on"):
-            async with starting_doors(again, pools):
+            async with starting_ingress(again, pools):
                 pass
         with pytest.raises(SettingsError, match=f"grpc.port: {grpc_port} on"):
-            async with starting_doors(again.model_copy(update={"http": Http(port=0)}), pools):
+            async with starting_ingress(again.model_copy(update={"http": Http(port=0)}), pools):
                 pass

@@ -1,4 +1,4 @@
-"""One real cluster for all integration tests: Ray, vLLM, both doors, started once by the command itself."""
+"""One real cluster for all integration tests: Ray, vLLM, both ingresses, started once by the command itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ SIMULATED = "simulated"
 HUNYUAN = "hunyuan-tiny"
 ALL_MODELS = {MODEL, TINY, SIMULATED, HUNYUAN}
 HUNYUAN_SHAPE = tiny.TinyShape(layers=4)
-START_TIMEOUT_S = 240
+START_TIMEOUT_S = 400
 
 PROMPTS = [
     "The capital of France is",
@@ -52,7 +52,7 @@ MAX_TOKENS = 24
 @pytest.fixture(scope="session")
 def hunyuan_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Hunyuan with all of the real one's parts, in Tencent's fused layout."""
-    return tiny.write(tmp_path_factory.mktemp("hunyuan") / "model", HUNYUAN_SHAPE, layout="fused")
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("hunyuan") / "model", HUNYUAN_SHAPE, layout="fused")
 
 
 @pytest.fixture(scope="session")
@@ -167,30 +167,38 @@ def stop(process: subprocess.Popen[str], timeout_s: float = 60) -> int:
 
 
 @pytest.fixture(scope="session")
-def served(settings_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(
+    settings_file: Path, tmp_path_factory: pytest.TempPathFactory, ends_early: dict[str, Callable[[], None]]
+) -> Served:
     """The cluster. Ends with a drain; a test of its own looks at the exit code."""
     server = launch([str(settings_file)], tmp_path_factory.mktemp("log") / "serve.log")
-    try:
-        cluster.connect(server.ray)
-        yield server
-    finally:
+
+    def end() -> None:
         ray.shutdown()
         if server.process.poll() is None:
             stop(server.process)
 
+    ends_early["served"] = end
+    cluster.join_cluster(server.ray)
+    return server
+
 
 @pytest.fixture(scope="session")
-def featured(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Featured]:
+def featured(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, ends_early: dict[str, Callable[[], None]]
+) -> Featured:
     """The second cluster."""
     from tests.integration.featured import featured_cluster
 
-    with featured_cluster(tmp_path_factory.mktemp("featured"), tiny_model) as cluster:
-        yield cluster
+    with contextlib.ExitStack() as stack:
+        cluster = stack.enter_context(featured_cluster(tmp_path_factory.mktemp("featured"), tiny_model))
+        ends_early["featured"] = stack.pop_all().close
+    return cluster
 
 
 def replicas(model: str) -> list[ReplicaReport]:
     """What the directory knows of a model's pool."""
-    view: Any = ray.get(find_directory(SHARED_DIRECTORY).sync.remote(model, "test", {}))
+    view: Any = ray.get(find_directory(SHARED_DIRECTORY).view.remote(model))
     return list(view.replicas)
 
 

@@ -1,4 +1,5 @@
-"""A second cluster for what the first has no room for: two doors, adapters, KV offload, speculative decoding."""
+"""A second cluster for what the first has no room for: two ingress processes, adapters, KV offload, speculative
+decoding."""
 
 from __future__ import annotations
 
@@ -61,10 +62,10 @@ def featured_cluster(folder: Path, tiny_model: Path) -> Iterator[Featured]:
                 for name, config in zip(DRAFTED, speculative, strict=True)
             ),
         ],
-        # Doors share a port only if it is the same one.
+        # Ingress processes share a port only if it is the same one.
         "http": {"port": free_port(), "control_routes": True},
         "grpc": {"port": free_port()},
-        "doors": 2,
+        "ingress": {"replicas": 2},
         "data_plane": {"host": "127.0.0.1"},
         "drain_timeout_s": 5,
     }

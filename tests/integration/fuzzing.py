@@ -46,7 +46,7 @@ def check_answer(answer: httpx.Response, what: object = "") -> None:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Memory and open files of the processes that serve: doors and replicas, all of one cluster.
+    """Memory and open files of the processes that serve: ingress and replicas, all of one cluster.
 
     Attributes:
         pids: of these processes.
@@ -59,15 +59,15 @@ class Footprint:
 
 def footprint(served: Served) -> Footprint:
     port = int(served.http.rpartition(":")[2])
-    door = next(
+    ingress = next(
         psutil.Process(connection.pid)
         for connection in psutil.net_connections("tcp")
         if connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,) and connection.pid
     )
-    raylet = door.parent()
+    raylet = ingress.parent()
     assert raylet is not None
     serving = [p for p in raylet.children() if "ServeReplica:hycluster" in "".join(p.cmdline())]
-    assert door in serving
+    assert ingress in serving
     names = {p.pid: f"{''.join(p.cmdline())} ({p.pid})" for p in serving}
     return Footprint(
         frozenset(names),
@@ -87,7 +87,7 @@ def wait_until_idle(timeout_s: float) -> None:
 
 @contextmanager
 def unharmed(served: Served) -> Iterator[None]:
-    """Afterwards the same processes serve, at both doors, and their engines are idle."""
+    """Afterwards the same processes serve, at both ingresses, and their engines are idle."""
     before = footprint(served)
     yield
     wait_until_idle(10)

@@ -1,4 +1,5 @@
-"""LoRA adapters through both doors and a batch job: token for token what ``vllm.LLM`` gives with the same adapter."""
+"""LoRA adapters through both ingresses and a batch job: token for token what ``vllm.LLM`` gives with the same
+adapter."""
 
 from __future__ import annotations
 
@@ -58,7 +59,7 @@ def expected(featured: Featured, tiny_model: Path, tmp_path_factory: pytest.Temp
 
 
 def post(featured: Featured, path: str, **body: Any) -> httpx.Response:
-    # A connection each, so that either door may get it.
+    # A connection each, so that either ingress may get it.
     return httpx.post(f"{featured.served.http}{path}", json=body, timeout=120)
 
 
@@ -115,7 +116,7 @@ def test_batch(featured: Featured, expected: Reference, tmp_path: Path) -> None:
     assert pq.read_table(part)["output"].to_pylist() == expected["a"]["chats"]
 
 
-def test_both_doors_list_them(featured: Featured) -> None:
+def test_both_ingresses_list_them(featured: Featured) -> None:
     listed = httpx.get(f"{featured.served.http}/v1/models").json()["data"]
     assert {model["id"]: model.get("parent") for model in listed if model["id"] in NAMES} == {
         TINY: None,
@@ -127,7 +128,7 @@ def test_both_doors_list_them(featured: Featured) -> None:
 
 
 class TestAtRunTime:
-    # Enough new connections for each of the two doors to have had one, but for one time in 2000.
+    # Enough new connections for each of the two ingress processes to have had one, but for one time in 2000.
     TRIES = 12
 
     def load(self, featured: Featured, name: str, path: Path | str, **more: Any) -> httpx.Response:
@@ -136,7 +137,7 @@ class TestAtRunTime:
     def unload(self, featured: Featured, name: str) -> httpx.Response:
         return post(featured, "/v1/unload_lora_adapter", lora_name=name)
 
-    def test_load_use_and_unload_at_every_door(self, featured: Featured, expected: Reference) -> None:
+    def test_load_use_and_unload_at_every_ingress_process(self, featured: Featured, expected: Reference) -> None:
         assert post(featured, "/v1/completions", model="c", prompt="x").status_code == 404
         self.load(featured, "c", featured.adapters["c"], model=TINY).raise_for_status()
         assert all(complete(featured, "c") == expected["c"]["ids"] for _ in range(self.TRIES))

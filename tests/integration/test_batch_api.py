@@ -109,7 +109,7 @@ def test_an_executor_that_is_killed_loses_and_repeats_nothing(served: Served, cl
     assert done < LINES
     victim = executor(served)
     os.kill(victim.pid, signal.SIGKILL)
-    # The doors know as much without it.
+    # The ingress processes know as much without it.
     assert client.batches.retrieve(batch.id).status == "in_progress"
     end = ended(client, batch)
     assert end.request_counts is not None

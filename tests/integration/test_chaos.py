@@ -29,16 +29,16 @@ def test_rays_table_has_what_targets_are_found_by(served: Served) -> None:
     targets = Targets(f"replica-{SIMULATED}")
     try:
         eventually(lambda: len(targets.find(Where.REPLICA)) == 2, 60, "both replicas are there")
-        (door,) = targets.find(Where.DOOR)
+        (ingress,) = targets.find(Where.INGRESS)
         (executor,) = targets.find(Where.BATCH)
         below = {process.pid for process in psutil.Process(served.process.pid).children(recursive=True)}
-        for target in (*targets.find(Where.REPLICA), door, executor):
+        for target in (*targets.find(Where.REPLICA), ingress, executor):
             assert target.pid in below
             assert targets.lives(target)
             (process,) = targets.processes(target)
             assert (process.pid, process.node_id) == (target.pid, target.node_id)
         ports = [int(address.rpartition(":")[2]) for address in (served.http, served.grpc)]
-        assert targets.listening(ports) == [door]
+        assert targets.listening(ports) == [ingress]
         assert targets.listening([*ports, 1]) == []
     finally:
         targets.close()
@@ -70,8 +70,8 @@ def test_replicas_are_killed_and_every_answer_is_the_undisturbed_one(served: Ser
     assert found["exact_requests"] > 12
     assert found["faults"] == {"kill replica": 2, "delay replica": 1}
     assert found["streams_at_fault"] > 0
-    assert found["carried"]["requests"] > 0
-    assert found["carried"]["tokens_recomputed"] > 0
+    assert found["migrated"]["requests"] > 0
+    assert found["migrated"]["tokens_recomputed"] > 0
     assert found["whole_after_s"]["kill replica"]["max"] > found["whole_after_s"]["delay replica"]["max"] >= 0.2
     assert said.count("whole again after") == 3
     after = {replica.address.replica_id for replica in replicas(SIMULATED) if replica.accepting}
@@ -80,7 +80,7 @@ def test_replicas_are_killed_and_every_answer_is_the_undisturbed_one(served: Ser
 
 
 class Meddler:
-    """A proxy before the HTTP door that changes the first token id of every chunk after so many requests."""
+    """A proxy before the HTTP ingress that changes the first token id of every chunk after so many requests."""
 
     def __init__(self, target: str, honest: int) -> None:
         self._host, _, self._port = target.removeprefix("http://").rpartition(":")
@@ -105,29 +105,29 @@ class Meddler:
     async def _serve(self, caller: asyncio.StreamReader, to_caller: asyncio.StreamWriter) -> None:
         # The loop itself would let go of it.
         self._serving.add(asyncio.current_task())
-        from_door, to_door = await asyncio.open_connection(self._host, int(self._port))
+        from_ingress, to_ingress = await asyncio.open_connection(self._host, int(self._port))
         # A connection is a request: the tool keeps none open.
         begun = await caller.read(1 << 16)
         if begun.startswith(b"POST"):
             self._honest -= 1
         meddle = begun.startswith(b"POST") and self._honest < 0
-        to_door.write(begun)
-        rest = asyncio.create_task(self._pass_on(caller, to_door))
+        to_ingress.write(begun)
+        rest = asyncio.create_task(self._pass_on(caller, to_ingress))
         try:
-            while chunk := await from_door.read(1 << 16):
+            while chunk := await from_ingress.read(1 << 16):
                 # A digit for a digit, so that all lengths stay right.
                 to_caller.write(re.sub(rb'("token_ids":\[)\d', rb"\g<1>9", chunk) if meddle else chunk)
                 await to_caller.drain()
         finally:
             rest.cancel()
             to_caller.close()
-            to_door.close()
+            to_ingress.close()
 
     @staticmethod
-    async def _pass_on(caller: asyncio.StreamReader, to_door: asyncio.StreamWriter) -> None:
+    async def _pass_on(caller: asyncio.StreamReader, to_ingress: asyncio.StreamWriter) -> None:
         while chunk := await caller.read(1 << 16):
-            to_door.write(chunk)
-        to_door.close()
+            to_ingress.write(chunk)
+        to_ingress.close()
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def meddler(served: Served) -> Iterator[Meddler]:
 def test_a_wrong_answer_is_noticed(served: Served, meddler: Meddler) -> None:
     eventually(lambda: len(replicas(SIMULATED)) == 2, 60, "both replicas are there")
     code, found, said = chaos(
-        *("--streams", "8", "--count", "0", "--doors", "http"), *("--http", f"http://127.0.0.1:{meddler.port}")
+        *("--streams", "8", "--count", "0", "--ingress", "http"), *("--http", f"http://127.0.0.1:{meddler.port}")
     )
     assert code == 1, said
     assert (found["requests"], found["failures"]) == (8, [])

@@ -1,5 +1,5 @@
 """The processes that hold the service together die under load, one after the other, on a cluster of its own: nobody
-notices. Real engine (a tiny model), simulated ones, two doors, callers by HTTP and gRPC.
+notices. Real engine (a tiny model), simulated ones, two ingress processes, callers by HTTP and gRPC.
 
 Every answer is compared with an undisturbed one. Whatever is not killed must be the same process in the end.
 """
@@ -35,7 +35,7 @@ TOKENS = 40
 FLOOD = 24
 # What serves; its processes outlive those of others.
 BATCHES = "ServeReplica:hycluster:batches"
-SERVING = ("ServeReplica:hycluster:door", f"replica-{SIMULATED}", f"replica-{TINY}", BATCHES)
+SERVING = ("ServeReplica:hycluster:ingress", f"replica-{SIMULATED}", f"replica-{TINY}", BATCHES)
 # Ray's, which write figures and logs for people; nothing starts them again.
 UNNEEDED = ("dashboard/dashboard.py", "_private/log_monitor.py", "_private/monitor.py")
 CONTROLLER, DIRECTORY = "ray::ServeController", "ray::Directory"
@@ -65,7 +65,7 @@ def service(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         ],
         "http": {"port": free_port()},
         "grpc": {"port": free_port()},
-        "doors": 2,
+        "ingress": {"replicas": 2},
         "data_plane": {"host": "127.0.0.1"},
         "batches": {"store": str(folder / "batches")},
         "drain_timeout_s": 10,
@@ -83,7 +83,7 @@ def service(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @dataclass
 class Load:
-    """Callers that ask both models by both doors again and again."""
+    """Callers that ask both models by both ingresses again and again."""
 
     served: Served
     expected: dict[str, str] = field(default_factory=dict)
@@ -130,11 +130,11 @@ async def over_grpc(caller: AsyncClient, model: str, tokens: int) -> str:
 
 @asynccontextmanager
 async def under_load(served: Served) -> AsyncIterator[Load]:
-    """Callers of both models by both doors; in the end none has seen a failure."""
+    """Callers of both models by both ingresses; in the end none has seen a failure."""
     load = Load(served)
     async with contextlib.AsyncExitStack() as stack:
         callers: list[tuple[str, Any]] = [
-            # Several connections of each kind, so that each of the two doors has some.
+            # Several connections of each kind, so that each of the two ingress processes has some.
             *[("HTTP", await stack.enter_async_context(httpx.AsyncClient(base_url=served.http, timeout=120)))
               for _ in range(3)],
             *[("gRPC", await stack.enter_async_context(AsyncClient(served.grpc))) for _ in range(3)],
@@ -175,7 +175,7 @@ async def until(condition: Callable[[], bool], timeout_s: float) -> None:
 
 
 def log_files(served: Served) -> list[Path]:
-    """Serve's, of the doors and replicas."""
+    """Serve's, of the ingress and replicas."""
     (raylet,) = [p for p in psutil.Process(served.process.pid).children(recursive=True) if p.name() == "raylet"]
     (socket,) = [arg.partition("=")[2] for arg in raylet.cmdline() if arg.startswith("--raylet_socket_name=")]
     return list(Path(socket).parents[1].glob("logs/serve/replica_*.log"))
@@ -186,7 +186,7 @@ def said(text: str, line: str) -> bool:
 
 
 async def odd_request(served: Served) -> None:
-    """Something that vLLM warns of in a door."""
+    """Something that vLLM warns of in an ingress process."""
     async with httpx.AsyncClient(base_url=served.http, timeout=60) as http:
         body = {"model": TINY, "prompt": "x", "max_tokens": 1, "temperature": 0.001}
         (await http.post("/v1/completions", json=body)).raise_for_status()
@@ -241,11 +241,11 @@ def test_a_killed_controller_takes_all_replicas_over(service: Served) -> None:
         await odd_message(service)
         # Since then, and so after all of them had started, each has written to its file what went wrong.
         new = {path.name: path.read_text()[size:] for path, size in begun.items()}
-        doors = [text for name, text in new.items() if "_door_" in name]
-        assert len(doors) == 2
-        for text in doors:
+        ingresses = [text for name, text in new.items() if "_ingress_" in name]
+        assert len(ingresses) == 2
+        for text in ingresses:
             assert said(text, r"WARNING .* hycluster\.pool: replica \w+ lost: its connection closed")
-        assert any(said(text, r"WARNING .* vllm\.sampling_params: temperature .* is less than") for text in doors)
+        assert any(said(text, r"WARNING .* vllm\.sampling_params: temperature .* is less than") for text in ingresses)
         (engine,) = [text for name, text in new.items() if f"_replica-{TINY}_" in name]
         assert said(engine, r"ERROR .* hycluster\.wire: message from \w+ dropped\nTraceback ")
         (engine,) = [path.read_text() for path in begun if f"_replica-{TINY}_" in path.name]

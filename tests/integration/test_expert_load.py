@@ -11,7 +11,7 @@ import pytest
 
 from hycluster.core import ExpertLoad
 from hycluster.errors import SettingsError
-from hycluster.models.tiny import TinyShape, write
+from hycluster.models.tiny import TinyShape, write_checkpoint
 from hycluster.settings.model import Model, Routing
 from hycluster.settings.pool import Hardware
 
@@ -24,7 +24,7 @@ PROMPT_TOKENS, OUTPUT_TOKENS = 100, 8
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("tiny") / "hunyuan", SHAPE)
+    return write_checkpoint(tmp_path_factory.mktemp("tiny") / "hunyuan", SHAPE)
 
 
 def start(folder: Path, **routing: Any) -> Any:

@@ -1,7 +1,7 @@
 """Replicas that span processes: tensor + expert and data + expert parallel give what one rank gives.
 
-On Serve, beside the session's cluster if that runs, or on a small Ray cluster of its own; without doors, through the
-pool's gateway.
+On Serve, beside the session's cluster if that runs, or on a small Ray cluster of its own; without ingress processes,
+through the pool's gateway.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ray import serve
 from hycluster.app import replicas
 from hycluster.directory.directory import NAMESPACE, ReplicaReport, open_directory
 from hycluster.engine.scratch import folders
-from hycluster.models.tiny import TinyShape, write
+from hycluster.models.tiny import TinyShape, write_checkpoint
 from hycluster.settings.load import Admission, DataPlane, Router
 from hycluster.settings.model import Model
 from hycluster.settings.parallel import Parallel
@@ -46,7 +46,7 @@ CUTS = {TENSOR: Parallel(tensor=2, expert=True), DATA: Parallel(data=2, expert=T
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("moe") / "model", TinyShape(layers=4, topk=2))
+    return write_checkpoint(tmp_path_factory.mktemp("moe") / "model", TinyShape(layers=4, topk=2))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ class Deployed:
     directory: Any
 
     def reports(self, name: str) -> list[ReplicaReport]:
-        return list(ray.get(self.directory.sync.remote(name, "test", {})).replicas)
+        return list(ray.get(self.directory.view.remote(name)).replicas)
 
     def pids(self, name: str) -> list[int]:
         """The actors' processes, rank 0 first."""

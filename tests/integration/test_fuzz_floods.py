@@ -56,7 +56,7 @@ async def hang_up_grpc(channel: grpc.aio.Channel, number: int, *, stream: bool) 
 
 
 async def hang_up(served: Served) -> None:
-    """All clients at once, half of them at each door."""
+    """All clients at once, half of them at each ingress process."""
     async with grpc.aio.insecure_channel(served.grpc) as channel:
         await asyncio.gather(
             *(hang_up_http(served, number, stream=bool(number % 4)) for number in range(CLIENTS // 2)),
@@ -115,13 +115,13 @@ def in_engines(model: str) -> int:
     return sum(replica.load.running + replica.load.waiting for replica in replicas(model))
 
 
-@pytest.mark.parametrize("door", ["http", "grpc"])
+@pytest.mark.parametrize("ingress", ["http", "grpc"])
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_client_that_goes_frees_all_it_had(served: Served, door: str, stream: bool) -> None:
+async def test_a_client_that_goes_frees_all_it_had(served: Served, ingress: str, stream: bool) -> None:
     """Several sequences, of which some run and others wait: the tiny model has four places."""
     body: dict[str, Any] = {"model": TINY, "prompt": "go on", "n": 10, "stream": stream, **LONG}
     async with httpx.AsyncClient(timeout=60) as http, grpc.aio.insecure_channel(served.grpc) as channel:
-        if door == "http":
+        if ingress == "http":
             asking = asyncio.ensure_future(http.post(f"{served.http}/v1/completions", json=body))
         else:
             multi: Any = channel.unary_stream if stream else channel.unary_unary
@@ -129,7 +129,7 @@ async def test_a_client_that_goes_frees_all_it_had(served: Served, door: str, st
             call = multi(f"/hycluster.v1.Inference/Generate{'Stream' if stream else ''}")(message.SerializeToString())
             asking = asyncio.ensure_future(call.read() if stream else call)
         await asyncio.to_thread(eventually, lambda: in_engines(TINY) == 10, 10, "all ten are in the engine")
-        if door == "grpc":
+        if ingress == "grpc":
             call.cancel()
         asking.cancel()
         # Reports come twice a second; the bound is one second.
@@ -137,7 +137,7 @@ async def test_a_client_that_goes_frees_all_it_had(served: Served, door: str, st
         await asyncio.gather(asking, return_exceptions=True)
 
 
-async def test_over_the_bound_both_doors_say_when_to_come_back(served: Served) -> None:
+async def test_over_the_bound_both_ingresses_say_when_to_come_back(served: Served) -> None:
     """More sequences than are admitted, at once: the rest is shed within moments, and told a time."""
     async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=None)) as http:
         body = {"model": SIMULATED, "prompt": "x", "n": 100, **LONG}

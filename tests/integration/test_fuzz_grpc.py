@@ -1,4 +1,4 @@
-"""Whatever comes through the gRPC door ends in time, with a status that says whose fault it is."""
+"""Whatever comes through the gRPC ingress ends in time, with a status that says whose fault it is."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 SERVICE: Any = pb.DESCRIPTOR.services_by_name["Inference"]
 METHODS = {f"/{SERVICE.full_name}/{method.name}": method for method in SERVICE.methods}
 OTHERS = ["/grpc.health.v1.Health/Check", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"]
-# What a caller may be told; INTERNAL and UNKNOWN are the door's own fault.
+# What a caller may be told; INTERNAL and UNKNOWN are the ingress process's own fault.
 RIGHT = {
     grpc.StatusCode.OK,
     grpc.StatusCode.INVALID_ARGUMENT,

@@ -1,4 +1,4 @@
-"""Whatever comes through the HTTP door is answered, in time, and by an error of the caller's if it is wrong."""
+"""Whatever comes through the HTTP ingress is answered, in time, and by an error of the caller's if it is wrong."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def api(served: Served) -> schemathesis.BaseSchema:
 
 
 @pytest.fixture(scope="module")
-def door(served: Served) -> Iterator[httpx.Client]:
+def ingress(served: Served) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=served.http, timeout=BOUND_S) as client, unharmed(served):
         yield client
 
@@ -67,7 +67,7 @@ def bounded(body: Any, path: str) -> Any:
 @pytest.mark.parametrize("path", POSTS)
 @pytest.mark.parametrize("mode", schemathesis.GenerationMode)
 def test_bodies_by_the_schema(
-    api: schemathesis.BaseSchema, door: httpx.Client, path: str, mode: schemathesis.GenerationMode
+    api: schemathesis.BaseSchema, ingress: httpx.Client, path: str, mode: schemathesis.GenerationMode
 ) -> None:
     """Whole bodies that fit the schema, or just don't; and right ones with a few fields out of such a body."""
 
@@ -82,30 +82,30 @@ def test_bodies_by_the_schema(
             bodies.append({"model": model} | POSTS[path] | {name: body[name] for name in odd})
         for asked in bodies:
             text = json.dumps(bounded(asked, path), default=str)
-            check_answer(door.post(path, content=text, headers=JSON), text)
+            check_answer(ingress.post(path, content=text, headers=JSON), text)
 
     send()
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/responses/{}", "/v1/responses/{}/cancel", "/v1/batches/{}", "/{}"])
-def test_paths_and_queries(door: httpx.Client, path: str) -> None:
+def test_paths_and_queries(ingress: httpx.Client, path: str) -> None:
     @fuzz
     @given(st.text(), st.dictionaries(st.text(), st.text()), st.sampled_from(["GET", "POST", "PUT", "HEAD", "OPTIONS"]))
     def send(text: str, query: dict[str, str], method: str) -> None:
         encoded = httpx.QueryParams({"x": text.encode(errors="replace").decode()})
-        check_answer(door.request(method, path.format(str(encoded)[2:]), params=query), (path, text, query))
+        check_answer(ingress.request(method, path.format(str(encoded)[2:]), params=query), (path, text, query))
 
     send()
 
 
-def test_bytes_that_are_no_json(door: httpx.Client) -> None:
+def test_bytes_that_are_no_json(ingress: httpx.Client) -> None:
     whole = json.dumps({"model": SIMULATED, **POSTS["/v1/completions"]}).encode()
 
     @fuzz
     @given(st.sampled_from([*POSTS, "/v1/batches", "/v1/files"]), st.binary() | st.integers(0, len(whole)), st.binary())
     def send(path: str, start: bytes | int, rest: bytes) -> None:
         body = whole[:start] + rest if isinstance(start, int) else start + rest
-        check_answer(door.post(path, content=body, headers=JSON), body)
+        check_answer(ingress.post(path, content=body, headers=JSON), body)
 
     send()
 
@@ -146,7 +146,7 @@ def field(text: str) -> str:
         field('"stop": ' + json.dumps([f"s{number}" for number in range(10_000)])),
         field('"logit_bias": ' + json.dumps({str(number): 1 for number in range(50_000)})),
         field('"request_id": "' + "x" * 100_000 + '"'),
-        field('"vllm_xargs": {"hycluster_carried": [1, 2]}'),
+        field('"vllm_xargs": {"hycluster_migrated": [1, 2]}'),
         field('"structured_outputs": {"grammar": "root ::= root"}'),
         field('"structured_outputs": {"json": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}}'),
         field('"structured_outputs": {"choice": ' + json.dumps([f"c{number}" for number in range(20_000)]) + "}"),
@@ -156,10 +156,10 @@ def field(text: str) -> str:
     ],
     ids=lambda body: body[:60],
 )
-def test_odd_bodies(door: httpx.Client, path: str, body: str) -> None:
+def test_odd_bodies(ingress: httpx.Client, path: str, body: str) -> None:
     for model in MODELS:
         text = body.replace(TINY, model)
-        check_answer(door.post(path, content=text, headers=JSON), text)
+        check_answer(ingress.post(path, content=text, headers=JSON), text)
 
 
 @pytest.mark.parametrize(
@@ -194,13 +194,13 @@ def test_odd_headers(served: Served, path: str, headers: dict[str, str]) -> None
     check_answer(httpx.post(f"{served.http}{path}", content=body, headers=raw, timeout=BOUND_S), headers)
 
 
-def test_fields_that_vllm_trips_over(door: httpx.Client) -> None:
+def test_fields_that_vllm_trips_over(ingress: httpx.Client) -> None:
     refusal = {"type": "refusal", "refusal": "no"}
     said = {"role": "assistant", "type": "message", "id": "m", "status": "completed", "content": [refusal]}
-    check_answer(door.post("/v1/responses", json={"model": SIMULATED, "input": [said], "max_output_tokens": 4}))
+    check_answer(ingress.post("/v1/responses", json={"model": SIMULATED, "input": [said], "max_output_tokens": 4}))
 
 
-def test_a_list_of_prompts_counts_as_many(door: httpx.Client) -> None:
+def test_a_list_of_prompts_counts_as_many(ingress: httpx.Client) -> None:
     body = {"model": SIMULATED, "prompt": ["x"] * 600, "n": 2, "max_tokens": 2}
-    answer = door.post("/v1/completions", json=body)
+    answer = ingress.post("/v1/completions", json=body)
     assert (answer.status_code, "at most 1024" in answer.text) == (400, True)

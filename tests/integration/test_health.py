@@ -1,4 +1,4 @@
-"""What callers, probes and Serve see of replicas and doors that stop or go, on a real cluster."""
+"""What callers, probes and Serve see of replicas and ingress processes that stop or go, on a real cluster."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def test_stopped_replicas_are_killed_and_replaced(served: Served) -> None:
     gone_after_s = time.monotonic() - stopped
     _, body = eventually(
         lambda: (got := http_health(served, model=SIMULATED))[0] == 503 and got,
-        5, "the door knows that no replica can serve",
+        5, "the ingress process knows that no replica can serve",
     )  # fmt: skip
     assert body["status"] == "unavailable"
     # Its replicas' next starts may have begun; nothing is wrong with those.
     assert (body["models"][SIMULATED]["replicas_ready"], body["models"][SIMULATED]["replicas_wanted"]) == (0, 2)
-    # The other models are there, so the door keeps its callers.
+    # The other models are there, so the ingress process keeps its callers.
     status, body = http_health(served)
     assert (status, body["status"]) == (200, "degraded")
     assert all(pool["replicas_ready"] for name, pool in body["models"].items() if name != SIMULATED)

@@ -1,5 +1,5 @@
-"""A Hunyuan checkpoint with cross-layer attention, as Tencent writes it: on both doors, in a batch job, and on a bare
-vLLM that has this package beside it. All give what the reference gives."""
+"""A Hunyuan checkpoint with cross-layer attention, as Tencent writes it: on both ingresses, in a batch job, and on a
+bare vLLM that has this package beside it. All give what the reference gives."""
 
 from __future__ import annotations
 

@@ -20,20 +20,20 @@ def tokens(seed: int, count: int = 2 * BLOCK_TOKENS + 50) -> list[int]:
     return [chance.randrange(2, 250) for _ in range(count)]
 
 
-def total(door: httpx.Client, family: str, **labels: str) -> float:
-    """Sum over the replicas of one metric of the tiny model, at the door that the connection goes to."""
+def total(ingress: httpx.Client, family: str, **labels: str) -> float:
+    """Sum over the replicas of one metric of the tiny model, at the ingress process that the connection goes to."""
     wanted = [f'{name}="{value}"' for name, value in {"model_name": TINY, **labels}.items()]
-    lines = [line for line in door.get("/metrics").text.splitlines() if line.startswith(f"{family}{{")]
+    lines = [line for line in ingress.get("/metrics").text.splitlines() if line.startswith(f"{family}{{")]
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if all(label in line for label in wanted))
 
 
 def test_blocks_that_the_kv_cache_dropped_come_back_from_host_memory(featured: Featured) -> None:
-    with httpx.Client(base_url=featured.served.http, timeout=120) as door:
+    with httpx.Client(base_url=featured.served.http, timeout=120) as ingress:
 
         def ask(seed: int) -> tuple[list[int], int]:
             asked = {"prompt": tokens(seed), "temperature": 0, "max_tokens": 8, "ignore_eos": True}
             body = {"model": TINY, "session_id": "offload", "return_token_ids": True, **asked}
-            answer = door.post("/v1/completions", json=body).raise_for_status().json()
+            answer = ingress.post("/v1/completions", json=body).raise_for_status().json()
             cached = (answer["usage"].get("prompt_tokens_details") or {}).get("cached_tokens") or 0
             return answer["choices"][0]["token_ids"], cached
 
@@ -42,18 +42,18 @@ def test_blocks_that_the_kv_cache_dropped_come_back_from_host_memory(featured: F
         assert cached == 0
         assert all(ask(seed)[1] == 0 for seed in range(1, 1 + others))
         on_device, loaded = (
-            total(door, f"vllm:{name}_total") for name in ("prefix_cache_hits", "kv_offload_load_bytes")
+            total(ingress, f"vllm:{name}_total") for name in ("prefix_cache_hits", "kv_offload_load_bytes")
         )
         assert ask(0) == (first, 2 * BLOCK_TOKENS)
-        assert total(door, "vllm:prefix_cache_hits_total") == on_device
+        assert total(ingress, "vllm:prefix_cache_hits_total") == on_device
         # 2 layers x 2 (K, V) x 2 heads x 32 channels x 4 bytes.
-        assert total(door, "vllm:kv_offload_load_bytes_total") - loaded == 2 * BLOCK_TOKENS * 1024
-        assert total(door, "vllm:external_prefix_cache_hits_total") >= 2 * BLOCK_TOKENS
+        assert total(ingress, "vllm:kv_offload_load_bytes_total") - loaded == 2 * BLOCK_TOKENS * 1024
+        assert total(ingress, "vllm:external_prefix_cache_hits_total") >= 2 * BLOCK_TOKENS
 
 
 @pytest.mark.parametrize("session", [f"conversation-{number}" for number in range(4)])
-def test_the_next_turn_finds_the_last_one_at_every_door(featured: Featured, session: str) -> None:
-    """Each turn comes by a connection of its own, to one of two doors, and there are two replicas."""
+def test_the_next_turn_finds_the_last_one_at_every_ingress_process(featured: Featured, session: str) -> None:
+    """Each turn comes by a connection of its own, to one of two ingress processes, and there are two replicas."""
     history: list[dict[str, Any]] = [{"role": "user", "content": session * 20}]
     before = 0
     for turn in range(3):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,12 +78,14 @@ async def test_the_pool_follows_its_load_and_no_request_fails(scaled: Served) ->
     run = await drive(scaled.http, scaled.grpc, MODEL, up_and_down(callers=10, hold_s=1), max_tokens=32)
     assert [answer.error for answer in run.failed] == []
     assert run.counts == [0, 1, 2, 1, 0]
-    assert {answer.door for answer in run.answers} == {"HTTP", "gRPC"}
+    assert {answer.ingress for answer in run.answers} == {"HTTP", "gRPC"}
     assert len(run.ttfts_s(1)) == sum(answer.phase == 1 for answer in run.answers) > 0
     # The one who woke it waited for a start, the others did not.
     assert run.answers[0].phase == 1
     assert (run.answers[0].ttft_s or 0) > 1
-    assert plotted(run).count("<circle") == len(run.answers)
+    dots = ET.fromstring(plotted(run)).find(".//*[@id='ttft']")
+    assert dots is not None
+    assert len(dots.findall(".//{*}use")) == len(run.answers)
     async with httpx.AsyncClient(timeout=30) as http:
         lines = (await http.get(f"{scaled.http}/metrics")).text.splitlines()
     shown = dict(line.rsplit(" ", 1) for line in lines if line.startswith("hycluster_") and f'model="{MODEL}"' in line)

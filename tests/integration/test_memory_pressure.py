@@ -25,12 +25,17 @@ from hycluster.memory import GIB, THRESHOLD_VARIABLE, usage
 from tests.integration.conftest import SIMULATED, Served, launch, stop
 from tests.integration.test_rolling import ENGINE, PROMPTS, Answer, Load, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(400),
+    pytest.mark.alone("the memory of all that runs here counts"),
+    pytest.mark.machine("what others take or free of its memory meanwhile is taken for its own"),
+]
 
 GREEDY = "greedy"
 # The service has about half of it.
 HEADROOM_BYTES = 4 * GIB
-KEPT = ("ServeController", "Directory", ":door", ":batches", f":replica-{SIMULATED}")
+KEPT = ("ServeController", "Directory", ":ingress", ":batches", f":replica-{SIMULATED}")
 
 HOG = """
 import sys

@@ -1,8 +1,9 @@
-"""The dev overlay's cluster with its Redis, on nodes of its own: controller, head, door node, engine node lost in turn.
+"""The dev overlay's cluster with its Redis, on nodes of its own: controller, head, ingress node, engine node lost in
+turn.
 
-All is started as KubeRay starts it (``tests/rehearsal.py``), under the load of callers at both doors over both
-protocols, on vLLM with a tiny model. What is spare fails nobody: every call at a door that lives is answered whole, and
-the processes that were not struck are the same ones afterwards.
+All is started as KubeRay starts it (``tests/rehearsal.py``), under the load of callers at both ingresses over both
+protocols, on vLLM with a tiny model. What is spare fails nobody: every call at an ingress process that lives is
+answered whole, and the processes that were not hit are the same ones afterwards.
 
 In the environment, ``REHEARSAL=all`` takes what a change need not wait for as well, ``REHEARSAL_MODEL=SOURCE`` another
 model, ``REHEARSAL_ENV='{"RAY_x": "1"}'`` gives Ray's nodes variables that the manifests do not, and
@@ -28,7 +29,7 @@ from tests.rehearsal import REDIS, Load, Rehearsal, redis_missing
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 longer = pytest.mark.skipif(os.environ.get("REHEARSAL") != "all", reason="takes minutes; REHEARSAL=all runs it")
 
-# All begins at once on few CPUs: a door takes half a minute of one, an engine as much.
+# All begins at once on few CPUs: an ingress process takes half a minute of one, an engine as much.
 START_S = 300.0
 AWAY_S = 12.0
 # What comes after the last thing that a loss brings about; there, calls have been cut before.
@@ -79,8 +80,8 @@ def told(rehearsal: Rehearsal, request: pytest.FixtureRequest) -> Iterator[None]
 
 
 def load_on(rehearsal: Rehearsal) -> Load:
-    doors = {name: node.address for name, node in rehearsal.network.nodes.items() if name.startswith("door")}
-    return Load(rehearsal.model, doors, long_tokens=LONG_TOKENS)
+    ingresses = {name: node.address for name, node in rehearsal.network.nodes.items() if name.startswith("ingress")}
+    return Load(rehearsal.model, ingresses, long_tokens=LONG_TOKENS)
 
 
 def first(rehearsal: Rehearsal, role: str) -> Node:
@@ -89,11 +90,11 @@ def first(rehearsal: Rehearsal, role: str) -> Node:
 
 
 def nobody_noticed(load: Load, but: str = "") -> None:
-    """Whoever called another door than this one."""
+    """Whoever called another ingress process than this one."""
     print(load.told())
-    assert [call for call in load.calls if call.error and call.door != but] == []
+    assert [call for call in load.calls if call.error and call.ingress != but] == []
     # Of ten a second, whatever else this machine does.
-    assert sum(call.door != but for call in load.calls) > 50
+    assert sum(call.ingress != but for call in load.calls) > 50
 
 
 def same(before: dict[str, set[int]], rehearsal: Rehearsal, but: str = "") -> None:
@@ -106,7 +107,7 @@ def same(before: dict[str, set[int]], rehearsal: Rehearsal, but: str = "") -> No
 
 def test_it_is_as_the_overlay_says(rehearsal: Rehearsal) -> None:
     assert {name: len(pids) for name, pids in rehearsal.processes().items()} == {
-        "door-1": 1, "door-2": 1, "engine-1": 1, "engine-2": 1,
+        "ingress-1": 1, "ingress-2": 1, "engine-1": 1, "engine-2": 1,
     }  # fmt: skip
     load = load_on(rehearsal)
     with load.going():
@@ -177,24 +178,24 @@ def engine_node_lost(rehearsal: Rehearsal, *, silently: bool) -> None:
     same(before, rehearsal, but=lost.name)
 
 
-def door_node_lost(rehearsal: Rehearsal, *, silently: bool) -> None:
-    """Its callers notice, nobody else; a door comes to its successor."""
-    lost, before, load = first(rehearsal, "door"), rehearsal.processes(), load_on(rehearsal)
+def ingress_node_lost(rehearsal: Rehearsal, *, silently: bool) -> None:
+    """Its callers notice, nobody else; an ingress process comes to its successor."""
+    lost, before, load = first(rehearsal, "ingress"), rehearsal.processes(), load_on(rehearsal)
     with load.going():
         if silently:
             lost.cut()
         else:
             lost.kill()
         at = time.monotonic()
-        new = rehearsal.start_worker("doors")
+        new = rehearsal.start_worker("ingress")
         rehearsal.await_start(new)
-        wait_for(lambda: rehearsal.processes()[new.name], START_S, "a door is placed on the new node")
+        wait_for(lambda: rehearsal.processes()[new.name], START_S, "an ingress process is placed on the new node")
         placed_s = time.monotonic() - at
-        wait_for(lambda: rehearsal.able(new), START_S, "the new node's door answers")
+        wait_for(lambda: rehearsal.able(new), START_S, "the new node's ingress process answers")
         able_s = time.monotonic() - at
         lost.remove()
     wait_for(rehearsal.running, START_S, "Serve runs all again", every_s=0.5)
-    print(f"door node: successor placed {placed_s:.1f} s after the loss, answers after {able_s:.1f} s")
+    print(f"ingress node: successor placed {placed_s:.1f} s after the loss, answers after {able_s:.1f} s")
     nobody_noticed(load, but=lost.name)
     assert load.failed(lost.name)
     same(before, rehearsal, but=lost.name)
@@ -204,8 +205,8 @@ def test_an_engine_node_is_killed(rehearsal: Rehearsal) -> None:
     engine_node_lost(rehearsal, silently=False)
 
 
-def test_a_door_node_falls_silent(rehearsal: Rehearsal) -> None:
-    door_node_lost(rehearsal, silently=True)
+def test_an_ingress_process_node_falls_silent(rehearsal: Rehearsal) -> None:
+    ingress_node_lost(rehearsal, silently=True)
 
 
 @longer
@@ -214,8 +215,8 @@ def test_an_engine_node_falls_silent(rehearsal: Rehearsal) -> None:
 
 
 @longer
-def test_a_door_node_is_killed(rehearsal: Rehearsal) -> None:
-    door_node_lost(rehearsal, silently=False)
+def test_an_ingress_process_node_is_killed(rehearsal: Rehearsal) -> None:
+    ingress_node_lost(rehearsal, silently=False)
 
 
 @longer

@@ -77,7 +77,7 @@ async def callers(served: Served) -> AsyncIterator[tuple[httpx.AsyncClient, Asyn
 
 
 async def ask_all(http: httpx.AsyncClient, grpc: AsyncClient, model: str, tokens: int) -> list[Any]:
-    """Every prompt by both doors, in each kind of sampling that is the same each time."""
+    """Every prompt by both ingresses, in each kind of sampling that is the same each time."""
     kinds = KINDS if model == MODEL else KINDS[:1]
     asked = [
         ask
@@ -118,7 +118,8 @@ async def test_streams_wait_while_there_is_no_replica_at_all(served: Served) -> 
         await asyncio.sleep(1)
         for process in replica_processes(served, SIMULATED):
             os.kill(process.pid, signal.SIGKILL)
-        # For those who come now there is a truthful answer. Not before the door has noticed: who is in waits too.
+        # For those who come now there is a truthful answer. Not before the ingress process has noticed: who is in waits
+        # too.
         async with asyncio.timeout(10):
             asked = {"model": SIMULATED}
             while (await http.get("/health", params=asked)).status_code == 200:  # noqa: ASYNC110 - from outside

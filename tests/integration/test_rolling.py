@@ -1,4 +1,5 @@
-"""Every replica and every door is replaced under load: no request fails, every answer is the undisturbed one.
+"""Every replica and every ingress process is replaced under load: no request fails, every answer is the undisturbed
+one.
 
 Then SIGTERM: what ends in time ends whole, the rest is told why, the command exits 0 and leaves nothing behind. One
 cluster, with simulated engines.
@@ -69,7 +70,7 @@ def rolling(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         "models": [model],
         "http": {"port": free_port()},
         "grpc": {"port": free_port()},
-        "doors": 2,
+        "ingress": {"replicas": 2},
         "data_plane": {"host": "127.0.0.1"},
         "batches": None,
         "drain_timeout_s": OLD_DRAIN_S,
@@ -180,19 +181,19 @@ async def until(condition: Callable[[], bool], timeout_s: float) -> None:
 
 async def test_nothing_is_replaced_unasked(rolling: Rolling) -> None:
     served = rolling.served
-    there = [processes(served, f"replica-{SIMULATED}"), processes(served, "door")]
+    there = [processes(served, f"replica-{SIMULATED}"), processes(served, "ingress")]
     refused = await upgraded(rolling, code=2)
     by = f"started by process {served.process.pid} of this machine at "
     assert f"the service of Ray cluster {served.ray} ({by}" in refused
-    assert f"models: {SIMULATED} (2 replicas)\n  doors: 2, {served.http} grpc {served.grpc}\n" in refused
+    assert f"models: {SIMULATED} (2 replicas)\n  ingress processes: 2, {served.http} grpc {served.grpc}\n" in refused
     assert "error: --yes: must be given where there is no terminal to ask at; nothing was changed" in refused
-    assert [processes(served, f"replica-{SIMULATED}"), processes(served, "door")] == there
+    assert [processes(served, f"replica-{SIMULATED}"), processes(served, "ingress")] == there
 
 
 async def test_everything_is_replaced_under_load(rolling: Rolling) -> None:
     served = rolling.served
-    replicas, doors = processes(served, f"replica-{SIMULATED}"), processes(served, "door")
-    assert (len(replicas), len(doors)) == (2, 2)
+    replicas, ingresses = processes(served, f"replica-{SIMULATED}"), processes(served, "ingress")
+    assert (len(replicas), len(ingresses)) == (2, 2)
     load = Load(served)
     limits = httpx.Limits(max_keepalive_connections=20)
     async with httpx.AsyncClient(timeout=120, limits=limits) as http, AsyncClient(served.grpc) as caller:
@@ -217,15 +218,15 @@ async def test_everything_is_replaced_under_load(rolling: Rolling) -> None:
             for way, call in (("HTTP", http_call), ("gRPC", grpc_call), ("new gRPC", load.over_new_grpc))
         ]
         upgrading = asyncio.create_task(
-            upgraded(rolling, "--yes", "--set", f"drain_timeout_s={NEW_DRAIN_S}", "--set", "doors=1")
+            upgraded(rolling, "--yes", "--set", f"drain_timeout_s={NEW_DRAIN_S}", "--set", "ingress.replicas=1")
         )
         await until(
             lambda: not processes(served, f"replica-{SIMULATED}") & replicas or upgrading.done(), timeout_s=UPGRADE_S
         )
         handed_over = sum(not task.done() for task in long)
         said = await upgrading
-        # Old doors finish their streams, then go.
-        await until(lambda: not processes(served, "door") & doors, timeout_s=OLD_DRAIN_S + 20)
+        # Old ingress processes finish their streams, then go.
+        await until(lambda: not processes(served, "ingress") & ingresses, timeout_s=OLD_DRAIN_S + 20)
         load.ending.set()
         await asyncio.gather(*long, *asking)
         undisturbed = {prompt: await caller.tokenize(SIMULATED, prompt=prompt) for prompt in PROMPTS[:2]}

@@ -84,20 +84,20 @@ def settled(overlay: Overlay, drain_timeout_s: float) -> bool:
 
 
 def apart(served: Served) -> bool:
-    """Whether each door is on a node of its own: below another raylet."""
-    doors = processes(served, "door")
-    return len({psutil.Process(door).ppid() for door in doors}) == len(doors)
+    """Whether each ingress process is on a node of its own: below another raylet."""
+    ingresses = processes(served, "ingress")
+    return len({psutil.Process(ingress).ppid() for ingress in ingresses}) == len(ingresses)
 
 
-async def test_both_doors_answer(overlay: Overlay) -> None:
+async def test_both_ingresses_answer(overlay: Overlay) -> None:
     load = Load(overlay.served)
     async with httpx.AsyncClient(timeout=60) as http, AsyncClient(overlay.served.grpc) as caller:
         ids = await caller.tokenize(SIMULATED, prompt="hello")
         expected = tuple(predicted(ids, SHORT, ENGINE))
         assert (await load.over_http(http, "hello", SHORT))[1] == expected
         assert (await load.over_grpc(caller, "hello", SHORT))[1] == expected
-    doors = overlay.dashboard.application(APP_NAME)["deployments"]["door"]["replicas"]
-    assert len(doors) == overlay.config["applications"][0]["args"]["doors"]
+    ingresses = overlay.dashboard.application(APP_NAME)["deployments"]["ingress"]["replicas"]
+    assert len(ingresses) == overlay.config["applications"][0]["args"]["ingress"]["replicas"]
     assert apart(overlay.served)
 
 
@@ -109,8 +109,8 @@ async def test_its_token_is_asked_for(overlay: Overlay) -> None:
 
 async def test_new_settings_are_rolled_out_under_load(overlay: Overlay) -> None:
     served = overlay.served
-    replicas, doors = processes(served, f"replica-{SIMULATED}"), processes(served, "door")
-    assert (len(replicas), len(doors)) == (1, 2)
+    replicas, ingresses = processes(served, f"replica-{SIMULATED}"), processes(served, "ingress")
+    assert (len(replicas), len(ingresses)) == (1, 2)
     config = copy.deepcopy(overlay.config)
     config["applications"][0]["args"]["drain_timeout_s"] = 45
     load = Load(served)
@@ -131,11 +131,13 @@ async def test_new_settings_are_rolled_out_under_load(overlay: Overlay) -> None:
             await asyncio.to_thread(overlay.dashboard.deploy, config)
             # A lone replica: its successor starts first, as there is room.
             await until(lambda: not processes(served, f"replica-{SIMULATED}") & replicas, timeout_s=UPGRADE_S)
-            await until(lambda: not processes(served, "door") & doors and settled(overlay, 45), timeout_s=UPGRADE_S)
+            await until(
+                lambda: not processes(served, "ingress") & ingresses and settled(overlay, 45), timeout_s=UPGRADE_S
+            )
         finally:
             load.ending.set()
             await asyncio.gather(*asking)
     assert load.wrong == []
-    # With as many nodes as doors; each door's successor was there before it went.
+    # With as many nodes as ingress processes; each ingress process's successor was there before it went.
     assert apart(served)
     assert min(load.outcomes[f"{way} right"] for way in ("HTTP", "gRPC")) > 20

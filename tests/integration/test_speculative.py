@@ -10,21 +10,21 @@ from tests.integration.featured import DRAFTED, TINY, Featured
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def complete(door: httpx.Client, model: str) -> list[int]:
+def complete(ingress: httpx.Client, model: str) -> list[int]:
     # A prompt that repeats itself, so that looking it up has something to find.
     body = {"model": model, "prompt": "to be or not to be, " * 8, "temperature": 0, "max_tokens": 48}
-    answer = door.post("/v1/completions", json=body | {"ignore_eos": True, "return_token_ids": True})
+    answer = ingress.post("/v1/completions", json=body | {"ignore_eos": True, "return_token_ids": True})
     ids: list[int] = answer.raise_for_status().json()["choices"][0]["token_ids"]
     return ids
 
 
 @pytest.mark.parametrize("model", DRAFTED)
 def test_greedy_tokens_are_the_same_and_some_were_accepted(featured: Featured, model: str) -> None:
-    with httpx.Client(base_url=featured.served.http, timeout=120) as door:
-        assert complete(door, model) == complete(door, TINY)
+    with httpx.Client(base_url=featured.served.http, timeout=120) as ingress:
+        assert complete(ingress, model) == complete(ingress, TINY)
         counted = {
             line.split("{")[0]: float(line.rsplit(" ", 1)[1])
-            for line in door.get("/metrics").text.splitlines()
+            for line in ingress.get("/metrics").text.splitlines()
             if line.startswith("vllm:spec_decode") and f'model_name="{model}"' in line
         }
     drafted, accepted = (counted[f"vllm:spec_decode_num_{kind}_tokens_total"] for kind in ("draft", "accepted"))

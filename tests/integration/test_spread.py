@@ -1,7 +1,8 @@
-"""Doors on nodes of their own: late ones, a lost one, another in its place.
+"""Ingress processes on nodes of their own: late ones, a lost one, another in its place.
 
-A Ray head with the engine, and nodes as the doors' pods start them, all on this machine; ``hycluster serve`` joins it.
-That doors are replaced one by one with no node more than there are doors is seen in ``test_serve_deploy.py``.
+A Ray head with the engine, and nodes as the ingress pods start them, all on this machine; ``hycluster serve`` joins it.
+That ingress processes are replaced one by one with no node more than there are ingress processes is seen in
+``test_serve_deploy.py``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from serve_overlay import door_node
+from serve_overlay import ingress_node
 
 from bench.gateway import free_port
 from hycluster.client import AsyncClient
@@ -28,29 +29,29 @@ from tests.integration.test_rolling import ENGINE, SHORT, Answer, Load, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-DOOR_S = 120
+INGRESS_S = 120
 PROMPTS = ["one", "two", "three"]
 
 
-def doors_of(node: subprocess.Popen[str]) -> list[psutil.Process]:
+def ingresses_of(node: subprocess.Popen[str]) -> list[psutil.Process]:
     found = []
     with contextlib.suppress(psutil.NoSuchProcess):
         for process in psutil.Process(node.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                if "ServeReplica:hycluster:door" in " ".join(process.cmdline()):
+                if "ServeReplica:hycluster:ingress" in " ".join(process.cmdline()):
                     found.append(process)
     return found
 
 
-def listens(door: psutil.Process, port: int) -> bool:
+def listens(ingress: psutil.Process, port: int) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
-        return any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in door.net_connections("tcp"))
+        return any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in ingress.net_connections("tcp"))
     return False
 
 
 @pytest.fixture
 def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Address of a Ray head without a place for doors."""
+    """Address of a Ray head without a place for ingress processes."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "a-token-of-this-test")
     address = f"127.0.0.1:{free_port()}"
@@ -78,7 +79,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[contextlib.ExitStack]:
         yield stack
 
 
-async def test_doors_are_apart_late_after_a_loss_and_again(
+async def test_ingress_processes_are_apart_late_after_a_loss_and_again(
     head: str, nodes: contextlib.ExitStack, tiny_model: Path, tmp_path: Path
 ) -> None:
     settings = tmp_path / "settings.yaml"
@@ -94,28 +95,26 @@ async def test_doors_are_apart_late_after_a_loss_and_again(
         "models": [model],
         "http": {"port": http_port},
         "grpc": {"port": free_port()},
-        "doors": 2,
-        "doors_per_node": 1,
-        "door_resources": {"door": 0.5},
+        "ingress": {"replicas": 2, "replicas_per_node": 1, "resources": {"ingress": 0.5}},
         "data_plane": {"host": "127.0.0.1"},
         "batches": None,
         "drain_timeout_s": 5,
     }
     settings.write_text(json.dumps(text))
-    first = nodes.enter_context(door_node(head))
+    first = nodes.enter_context(ingress_node(head))
     servers: list[Served] = []
     env = {"RAY_ADDRESS": head, "HYCLUSTER_HOME": str(tmp_path / "home")}
     serving = threading.Thread(
         target=lambda: servers.append(launch([str(settings)], tmp_path / "serve.log", env)), daemon=True
     )
     serving.start()
-    await asyncio.to_thread(eventually, lambda: doors_of(first), DOOR_S, "a door on the only node")
+    await asyncio.to_thread(eventually, lambda: ingresses_of(first), INGRESS_S, "an ingress process on the only node")
     # Both have been asked for; without a bound the second would be beside the first by now, or soon.
-    second = await asyncio.to_thread(nodes.enter_context, door_node(head))
-    await asyncio.to_thread(serving.join, DOOR_S)
+    second = await asyncio.to_thread(nodes.enter_context, ingress_node(head))
+    await asyncio.to_thread(serving.join, INGRESS_S)
     (served,) = servers
     try:
-        assert (len(doors_of(first)), len(doors_of(second))) == (1, 1)
+        assert (len(ingresses_of(first)), len(ingresses_of(second))) == (1, 1)
         load = Load(served)
         async with httpx.AsyncClient(timeout=60) as http, AsyncClient(served.grpc) as caller:
 
@@ -131,19 +130,19 @@ async def test_doors_are_apart_late_after_a_loss_and_again(
             asking = [
                 asyncio.create_task(load.keep_asking(way, call, prompt)) for prompt in PROMPTS for way, call in calls
             ]
-            (kept,) = doors_of(first)
+            (kept,) = ingresses_of(first)
             kill_family(psutil.Process(second.pid))
             await asyncio.sleep(3)
-            # Those who were at the lost door have noticed; each of them has had one request there.
+            # Those who were at the lost ingress process have noticed; each of them has had one request there.
             noticed = len(load.wrong)
             assert noticed <= len(asking)
-            third = await asyncio.to_thread(nodes.enter_context, door_node(head))
-            await until(lambda: any(listens(door, http_port) for door in doors_of(third)), DOOR_S)
+            third = await asyncio.to_thread(nodes.enter_context, ingress_node(head))
+            await until(lambda: any(listens(ingress, http_port) for ingress in ingresses_of(third)), INGRESS_S)
             load.ending.set()
             await asyncio.gather(*asking)
         assert load.wrong[noticed:] == []
         assert min(load.outcomes[f"{way} right"] for way, _ in calls) > 20
-        assert doors_of(first) == [kept]
-        assert len(doors_of(third)) == 1
+        assert ingresses_of(first) == [kept]
+        assert len(ingresses_of(third)) == 1
     finally:
         stop(served.process)

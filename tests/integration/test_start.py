@@ -152,12 +152,12 @@ async def test_what_serves_serves_on(half_broken: Starting) -> None:
     # The start is not over: the other one has only begun, or is trying again.
     asking = asyncio.create_task(streams(service.http, "fine", 20, 100))
     await asyncio.sleep(2)
-    doors = service.below("hycluster:door")
+    ingresses = service.below("hycluster:ingress")
     for part in ("replica-fine", "hycluster:batches"):
         os.kill(service.below(part)[0].pid, signal.SIGKILL)
     assert await asking == [100] * 20
     assert await asyncio.to_thread(service.ready) == "fine"
-    assert [p.pid for p in service.below("hycluster:door")] == [p.pid for p in doors]
+    assert [p.pid for p in service.below("hycluster:ingress")] == [p.pid for p in ingresses]
     async with httpx.AsyncClient(base_url=service.http, timeout=60) as caller:
         refused = await caller.post("/v1/completions", json={"model": "broken", "prompt": "x", "max_tokens": 2})
         assert refused.status_code == 503

@@ -1,4 +1,4 @@
-"""``hycluster summarize`` against the cluster: real engines, real tokenizers, the gRPC door."""
+"""``hycluster summarize`` against the cluster: real engines, real tokenizers, the gRPC ingress."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from hycluster.batch.prompts import PRESETS
 from hycluster.client import Client
 from tests.integration.conftest import MODEL, TINY, Served
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 SHORT = "The Danube flows through ten countries, more than any other river. It ends in the Black Sea."
 

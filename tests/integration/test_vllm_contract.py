@@ -1,17 +1,21 @@
 """What hycluster relies on inside vLLM 0.32.0. When one of these fails after an upgrade, read
-``hycluster/engine/vllm.py``, ``hycluster/gateway/gateway.py`` and ``hycluster/gateway/pool.py`` beside its sources."""
+``hycluster/engine/vllm.py``, ``hycluster/gateway/gateway.py`` and ``hycluster/gateway/pool.py`` beside its sources.
+
+``docs/reaches.md`` lists all that is relied on. What is patched is watched beside each patch
+(``tests/engine/patches``).
+"""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
-import textwrap
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.sources import calls_on, set_on_self
 
 pytestmark = pytest.mark.slow
 
@@ -21,29 +25,6 @@ def _quiet_import() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import vllm.v1.engine.async_llm  # noqa: F401
-
-
-def set_on_self(function: Any) -> set[str]:
-    """Names of the attributes that a method assigns on ``self``."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    return {
-        node.attr
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute)
-        and isinstance(node.ctx, ast.Store)
-        and isinstance(node.value, ast.Name)
-        and node.value.id == "self"
-    }
-
-
-def calls_on(function: Any, name: str) -> set[str]:
-    """Attributes that a function reads of ``self.NAME`` or a local ``NAME``."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    return {
-        node.attr
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in (f"self.{name}", name)
-    }
 
 
 def test_version() -> None:
@@ -109,7 +90,7 @@ def test_routing_learns_of_padding_and_is_called_by_name() -> None:
     from vllm.model_executor.layers.fused_moe.router.custom_routing_router import CustomRoutingRouter
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from hycluster.models.routing import Router
+    from hycluster.models.routing import ExpertRouter
     from hycluster.settings.model import Routing
 
     assert "is_padding" in ForwardContext.__dataclass_fields__
@@ -122,7 +103,7 @@ def test_routing_learns_of_padding_and_is_called_by_name() -> None:
 
     assert "custom_routing_function" in inspect.signature(FusedMoEFactory).parameters
     logits = torch.randn(5, 4)
-    function = Router(4, 2, 0, Routing(expert_metrics=True))
+    function = ExpertRouter(4, 2, 0, Routing(expert_metrics=True))
     for router in (
         CPURouter(top_k=2, global_num_experts=4, custom_routing_function=function),
         CustomRoutingRouter(top_k=2, global_num_experts=4, custom_routing_function=function),
@@ -132,54 +113,8 @@ def test_routing_learns_of_padding_and_is_called_by_name() -> None:
     assert sum(function.counts().tokens) == 2 * 5 * 2  # type: ignore[union-attr]
 
 
-class TestSeedsOnCpu:
-    """``hycluster/engine/cpu_seed.py``."""
-
-    def test_torch_still_can_not_turn_a_generator_back(self) -> None:
-        import torch
-
-        with pytest.raises(RuntimeError, match="does not use offset"):
-            torch.Generator().get_offset()
-
-    def test_vllm_turns_generators_back_and_draws_one_number_a_token(self) -> None:
-        from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
-        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-        assert "gen.set_offset(gen.get_offset() - 4)" in inspect.getsource(GPUModelRunner)
-        drawn = inspect.getsource(TopKTopPSampler.forward_cpu)
-        assert "0, 2**31, (1,), generator=gen, dtype=torch.long" in drawn
-
-    @pytest.mark.filterwarnings("ignore")
-    def test_a_state_is_made_with_its_generator_and_tokens(self) -> None:
-        from vllm.v1.worker.gpu_input_batch import CachedRequestState
-
-        made = {field.name for field in dataclasses.fields(CachedRequestState)}
-        assert {"generator", "sampling_params", "output_token_ids"} <= made
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_ranks_of_logprobs_are_still_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``hycluster/engine/cpu_logprobs.py``."""
-    import torch
-    from vllm.v1.sample import sampler
-    from vllm.v1.sample.ops import logprobs
-
-    from hycluster.engine.cpu_logprobs import mend
-
-    module: Any = sampler
-    # The sampler's own may be mended already, by the engine of another test.
-    compiled: Any = logprobs.batched_count_greater_than
-    assert "import batched_count_greater_than" in inspect.getsource(sampler)
-    monkeypatch.setattr(module, "batched_count_greater_than", compiled)
-    assert compiled._torchdynamo_orig_callable
-    mend()
-    assert module.batched_count_greater_than is compiled._torchdynamo_orig_callable
-    values = torch.tensor([[3.0, 1.0, 2.0], [0.0, 0.0, 5.0]])
-    assert module.batched_count_greater_than(values, torch.tensor([[2.0], [5.0]])).tolist() == [2, 1]
-
-
 class TestCarriedRequests:
-    """``hycluster/engine/carried.py``."""
+    """``hycluster/engine/migrated.py``."""
 
     def test_a_request_takes_tokens_that_it_did_not_make(self) -> None:
         from vllm.v1.core.sched.output import NewRequestData
@@ -195,23 +130,6 @@ class TestCarriedRequests:
 
         assert "prefill_stats is not None" in inspect.getsource(Scheduler)
 
-    def test_grammars_are_made_and_led_where_ours_looks(self) -> None:
-        from vllm.v1.structured_output import StructuredOutputManager
-
-        of = inspect.signature
-        assert list(of(StructuredOutputManager.grammar_init).parameters) == ["self", "request"]
-        assert list(of(StructuredOutputManager._create_grammar).parameters) == ["self", "request"]
-        assert list(of(StructuredOutputManager.accept_tokens).parameters) == ["self", "request", "new_token_ids"]
-        assert "self._create_grammar" in inspect.getsource(StructuredOutputManager.grammar_init)
-
-    @pytest.mark.filterwarnings("ignore")
-    def test_the_first_model_runner_starts_a_state_without_output(self) -> None:
-        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-        made = inspect.getsource(GPUModelRunner._update_states)
-        assert "CachedRequestState(" in made
-        assert "output_token_ids=[]" in made
-
     def test_the_second_one_draws_by_place(self) -> None:
         import importlib.util
 
@@ -221,49 +139,6 @@ class TestCarriedRequests:
         assert found.submodule_search_locations
         source = (Path(found.submodule_search_locations[0]) / "gumbel.py").read_text()
         assert "def murmur3_uniform32(seed, pos, offset)" in source
-
-
-class TestLoraOnCpu:
-    """``hycluster/models/cpu_lora.py``."""
-
-    @staticmethod
-    def added(wrapper: type[Any]) -> Any:
-        """What adapters add to three tokens: of the first slot's, of none, of the second slot's."""
-        import torch
-        from vllm.lora.layers import LoRAMapping
-
-        punica = wrapper(8, 4, "cpu")
-        mapping = LoRAMapping(index_mapping=(11, 0, 12), prompt_mapping=(11, 0, 12), is_prefill=True)
-        punica.update_metadata(mapping, [11, 12], 3, 100)
-        shrink = torch.ones(2, 1, 4, 8)
-        expand = torch.stack([torch.full((1, 6, 4), float(slot + 1)) for slot in range(2)])
-        result = torch.zeros(3, 6)
-        punica.add_lora_linear(result, torch.ones(3, 8), (shrink,), (expand,), 1.0, (6,))
-        return result[:, 0].tolist()
-
-    def test_vllm_still_gives_the_last_slots_adapter_to_requests_without_one(self) -> None:
-        from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
-
-        assert self.added(PunicaWrapperCPU) == [32.0, 64.0, 64.0]
-
-    def test_mended_they_stay_without_one(self) -> None:
-        from hycluster.models.cpu_lora import PunicaWrapper
-
-        assert self.added(PunicaWrapper) == [32.0, 0.0, 64.0]
-
-    def test_vllm_asks_the_platform_for_the_wrapper_and_the_manager_for_the_modules(self) -> None:
-        from vllm.lora import model_manager
-        from vllm.lora.punica_wrapper import punica_selector
-
-        assert calls_on(punica_selector.get_punica_wrapper, "current_platform") == {"get_punica_wrapper"}
-        assert "get_supported_lora_modules(" in inspect.getsource(model_manager.LoRAModelManager)
-
-    def test_vllm_still_takes_triton_for_experts_beside_adapters(self) -> None:
-        from vllm.model_executor.layers.fused_moe.oracle import unquantized
-
-        chosen = inspect.getsource(unquantized.select_unquantized_moe_backend)
-        assert "if moe_config.is_lora_enabled:" in chosen
-        assert chosen.index("is_lora_enabled") < chosen.index("_get_priority_backends")
 
 
 def test_adapters_are_told_apart_by_name_and_path() -> None:
@@ -290,34 +165,10 @@ def test_ranks_are_those_that_vllm_takes() -> None:
     assert get_args(MaxLoRARanks) == RANKS
 
 
-def test_vllms_app_looks_adapters_up_where_the_door_puts_them() -> None:
+def test_vllms_app_looks_adapters_up_where_the_ingress_process_puts_them() -> None:
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
     assert "lora_requests" in set_on_self(OpenAIServingModels.__init__)
-
-
-def test_the_host_store_is_named_by_module_and_still_refuses_a_cpu() -> None:
-    """``hycluster/engine/kv_offload.py``."""
-    from vllm.v1.kv_offload.base import OffloadingWorker
-    from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
-    from vllm.v1.kv_offload.factory import OffloadingSpecFactory
-
-    from hycluster.engine.kv_offload import HostOffloadingSpec
-
-    named = {"spec_name": "HostOffloadingSpec", "spec_module_path": "hycluster.engine.kv_offload"}
-    assert OffloadingSpecFactory.get_spec_cls(named) is HostOffloadingSpec
-    assert "CPU Offloading is currently only supported on CUDA-alike" in inspect.getsource(CPUOffloadingSpec.get_worker)
-    assert OffloadingWorker.__abstractmethods__ == {"submit_store", "submit_load", "get_finished", "wait"}
-
-
-def test_the_engine_loads_adapters_where_ours_looks_first() -> None:
-    """``_EngineCore.add_request``: vLLM loads an adapter within a step, where an error ends the engine."""
-    from vllm.v1.engine.core import EngineCoreProc
-    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
-
-    assert "self.add_request(" in inspect.getsource(EngineCoreProc._handle_client_request)
-    assert "set_active_adapters" in inspect.getsource(LoRAModelRunnerMixin._set_active_loras)
-    assert {"add_lora", "remove_lora"} <= set(dir(EngineCoreProc))
 
 
 def test_ranks_ask_for_a_wave_and_are_told_of_one() -> None:
@@ -342,31 +193,6 @@ def test_ranks_agree_on_ports_over_a_store() -> None:
         assert "_coord_store_port" in inspect.getsource(place)
 
 
-def test_experts_on_cpu_still_need_the_mends() -> None:
-    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
-    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
-
-    # The source of what is mended is that of vLLM's own.
-    tree = ast.parse(textwrap.dedent(inspect.getsource(CPUUnquantizedExperts.apply)))
-    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "expert_map"]
-    own = inspect.getsource(CpuCommunicator)
-    assert "def all_gatherv" not in own
-    assert "def reduce_scatterv" not in own
-
-
-def test_shared_memory_has_names_that_can_go() -> None:
-    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
-    from vllm.distributed.device_communicators.shm_broadcast import MessageQueue, ShmRingBuffer
-
-    assert {"shared_memory", "is_creator"} <= set_on_self(ShmRingBuffer.__init__)
-    assert "buffer" in set_on_self(MessageQueue.__init__)
-    ready = inspect.getsource(MessageQueue.wait_until_ready)
-    assert "n_local_reader" in ready, "a writer waits for its readers on this machine"
-    assert "group_name" in set_on_self(_CPUSHMDistributed.__init__)
-    started = inspect.getsource(_CPUSHMDistributed._init_cpu_shm)
-    assert started.index("join_shm_manager") < started.rindex("barrier")
-
-
 def test_temporary_files_lie_where_they_are_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
     import tempfile
 
@@ -382,24 +208,6 @@ def test_temporary_files_lie_where_they_are_told_to(monkeypatch: pytest.MonkeyPa
     assert len(get_open_zmq_ipc_path().removeprefix("ipc:///engine-1/")) == 36
     for executor in (multiproc_executor, uniproc_executor):
         assert "get_file_store_init_method" in inspect.getsource(executor)
-
-
-def test_a_pipeline_stage_on_cpu_still_needs_a_run() -> None:
-    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-    from vllm.v1.worker.gpu_worker import Worker
-
-    from hycluster.engine.cpu_pipeline import PipelineWorker
-
-    assert issubclass(PipelineWorker, Worker)
-    # Set to None at first, made in a dummy run, and that is left out if nothing is compiled.
-    makers = [
-        name
-        for name, method in vars(GPUModelRunner).items()
-        if inspect.isfunction(method) and "intermediate_tensors" in set_on_self(method)
-    ]
-    assert makers == ["__init__", "_dummy_run"]
-    assert "CompilationMode.NONE:\n            return" in inspect.getsource(CPUModelRunner.warming_up_model)
 
 
 def test_the_plugins_registries_are_where_vllm_looks() -> None:
@@ -432,3 +240,32 @@ def test_what_tells_whether_an_engine_has_work() -> None:
     assert "PAUSED_ALL:\n            return 0" in inspect.getsource(Scheduler.get_num_unfinished_requests)
     assert "self.input_queue.get" in inspect.getsource(EngineCoreProc._process_input_queue)
     assert "self.is_scheduler_paused() or self.model_executor.is_sleeping" in inspect.getsource(EngineCore.is_sleeping)
+
+
+def test_vllms_app_is_made_as_the_ingress_process_makes_it() -> None:
+    """``hycluster/ingress/http.py``: of what, with which arguments, and what it has then."""
+    from vllm.entrypoints.generate.api_router import init_generate_state
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    assert list(inspect.signature(build_app).parameters) == ["args", "supported_tasks", "model_config"]
+    assert list(inspect.signature(init_app_state).parameters) == ["engine_client", "state", "args", "supported_tasks"]
+    arguments = vars(make_arg_parser(FlexibleArgumentParser()).parse_args([]))
+    assert {"model", "served_model_name", "allowed_origins", "structured_outputs_config"} <= arguments.keys()
+    assert "enable_prompt_tokens_details" in arguments
+    assert "state.openai_serving_completion = " in inspect.getsource(init_generate_state)
+    assert "state.openai_serving_models = " in inspect.getsource(init_app_state)
+
+
+def test_metrics_of_several_models_are_told_apart() -> None:
+    """``hycluster/observe/metrics.py``: vLLM still throws out those of the model before, and where it finds them."""
+    from vllm.v1.metrics import loggers, prometheus
+
+    wanted = inspect.signature(loggers.StatLoggerManager).parameters
+    assert {"vllm_config", "engine_idxs", "enable_default_loggers"} <= wanted.keys()
+    assert "unregister_vllm_metrics()" in inspect.getsource(loggers.PrometheusStatLogger.__init__)
+    thrown_out = inspect.getsource(prometheus.unregister_vllm_metrics)
+    assert "registry._collector_to_names" in thrown_out
+    assert '_name.startswith("vllm:")' in thrown_out

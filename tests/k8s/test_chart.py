@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 from hycluster.cli import app
 from hycluster.k8s.chart.defaults import values_of
 from hycluster.k8s.chart.make import chart_files, surplus
-from hycluster.k8s.chart.values import schema
-from hycluster.k8s.check import Fault, broken, faults
-from hycluster.k8s.render import BESIDE, OVERLAY_MANIFEST, PODS_PATCH, render, serve_config
+from hycluster.k8s.chart.values import values_schema
+from hycluster.k8s.check import Violation, broken, faults
+from hycluster.k8s.render import BESIDE, OVERLAY_MANIFEST, PODS_PATCH, render_manifests, serve_config
 from hycluster.settings.read import load_yaml
 from tests.k8s.chart_values import CLUSTER, LARGE, everything, overlay, values
 from tests.k8s.helm import CHART, Refused, lint, notes, template
@@ -52,7 +52,7 @@ def service(resources: list[Resource]) -> Resource:
     return found
 
 
-def said(resources: list[Resource], find: Callable[[list[Resource]], list[Fault]] = faults) -> str:
+def said(resources: list[Resource], find: Callable[[list[Resource]], list[Violation]] = faults) -> str:
     return "\n".join(map(str, find(resources)))
 
 
@@ -96,8 +96,10 @@ def test_it_makes_what_an_overlay_of_two_models_makes(tmp_path: Path) -> None:
         | {"hardware": {"accelerator": gpu, "cpus": 4}}
         for gpu, parallel, replicas in gpus
     ]
-    (tmp_path / "settings.yaml").write_text(yaml.safe_dump({"models": models, "doors": 3, "drain_timeout_s": 7.5}))
-    for file, text in render(tmp_path / OVERLAY_MANIFEST, str(tmp_path / "settings.yaml"), ROOT).items():
+    (tmp_path / "settings.yaml").write_text(
+        yaml.safe_dump({"models": models, "ingress": {"replicas": 3}, "drain_timeout_s": 7.5})
+    )
+    for file, text in render_manifests(tmp_path / OVERLAY_MANIFEST, str(tmp_path / "settings.yaml"), ROOT).items():
         file.write_text(text)
     own = {
         "namespace": "hycluster",
@@ -136,9 +138,9 @@ def test_every_value_arrives() -> None:
     assert {r["metadata"].get("namespace", "llm") for r in chart} == {"llm"}
     found = normal(chart)
     cluster = service(chart)["spec"]["rayClusterConfig"]
-    doors, engines = cluster["workerGroupSpecs"]
+    ingresses, engines = cluster["workerGroupSpecs"]
     image = f"registry.example.com:5000/llm/hycluster:0.1.0-gpu@sha256:{'0' * 64}"
-    for group in (cluster["headGroupSpec"], doors, engines):
+    for group in (cluster["headGroupSpec"], ingresses, engines):
         spec = group["template"]["spec"]
         for container in [*spec["containers"], *spec.get("initContainers", ())]:
             assert (container["image"], container["imagePullPolicy"]) == (image, "Always")
@@ -147,8 +149,8 @@ def test_every_value_arrives() -> None:
     assert cluster["gcsFaultToleranceOptions"]["redisAddress"] == "redis.data:6380"
     assert "StatefulSet/hycluster-redis" not in found
     assert engines["template"]["spec"]["containers"][0]["resources"]["limits"]["rdma/hca"] == "1"
-    assert doors["template"]["spec"]["terminationGracePeriodSeconds"] == 600
-    (store,) = doors["template"]["spec"]["containers"][0]["envFrom"]
+    assert ingresses["template"]["spec"]["terminationGracePeriodSeconds"] == 600
+    (store,) = ingresses["template"]["spec"]["containers"][0]["envFrom"]
     assert store["secretRef"]["name"] == "hycluster-s3"
     assert found["PersistentVolumeClaim/hycluster-weights"]["spec"]["storageClassName"] == "shared"
     assert found["HTTPRoute/hycluster"]["spec"]["hostnames"] == ["a.example.com", "b.example.com"]
@@ -159,7 +161,7 @@ def test_every_value_arrives() -> None:
         path["path"] for rule in found["Ingress/hycluster-grpc"]["spec"]["rules"] for path in rule["http"]["paths"]
     }
     assert paths == {"/hycluster.v1.Inference/", "/grpc.health.v1.Health/"}
-    assert found["ServiceMonitor/hycluster-doors"]["metadata"]["labels"] == {"release": "prometheus"}
+    assert found["ServiceMonitor/hycluster-ingress"]["metadata"]["labels"] == {"release": "prometheus"}
 
 
 def test_who_authenticates_may_be_said_in_words() -> None:
@@ -175,7 +177,7 @@ def test_who_authenticates_may_be_said_in_words() -> None:
 MODEL = {"name": "Org/One.5", "source": "org/one"}
 SETTINGS: list[dict[str, Any]] = [
     {"models": [MODEL]},
-    {"models": [MODEL], "doors": 3, "drain_timeout_s": 12.5, "batches": {"store": "s3://bucket"}},
+    {"models": [MODEL], "ingress": {"replicas": 3}, "drain_timeout_s": 12.5, "batches": {"store": "s3://bucket"}},
     {"models": [MODEL | {"hardware": {"memory_gib": None}}], "batches": None, "admission": {"max_requests": None}},
     {"models": [MODEL], "batches": {"max_lines": 5}, "data_plane": {"host": "127.0.0.1"}},
     {"models": [MODEL | {"engine": {"max_model_len": 10_000_000}}], "http": {"port": 1, "max_body_mib": 8}},
@@ -257,8 +259,8 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("imagePullSecrets", "registry", "/imagePullSecrets': got string, want array"),
     ("imagePullSecrets", [{"name": "registry"}], "/imagePullSecrets/0"),
     ("namespace", "llm", "/namespace': got string"),
-    ("settings.doors", 0, "/settings/doors"),
-    ("settings.doors", 1, "/settings/doors': minimum: got 1, want 2"),
+    ("settings.ingress", {"replicas": 0}, "/settings/ingress/replicas"),
+    ("settings.ingress", {"replicas": 1}, "/settings/ingress/replicas': minimum: got 1, want 2"),
     ("settings.drain_timeout", 300, "'drain_timeout'"),
     ("settings.drain_timeout_s", "300s", "/settings/drain_timeout_s"),
     ("settings.models", [], "/settings/models"),
@@ -290,7 +292,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("engines.0.resources.limits.memory", "512Gi", "engines.0.resources.limits.memory: must be what is requested"),
     ("engines.0.resources.requests.memory", "lots", "/engines/0/resources/requests/memory"),
     ("engines.0.sharedMemory", "32G", "/engines/0/sharedMemory"),
-    ("doors.resources.limits.memory", "5Gi", "doors.resources.limits.memory"),
+    ("ingressPods.resources.limits.memory", "5Gi", "ingressPods.resources.limits.memory"),
     ("weights.repo", "", "weights.repo: must be a hub id"),
     ("weights.size", "big", "/weights/size"),
     ("redis.enabled", False, "redis.address: must be HOST:PORT"),
@@ -357,13 +359,13 @@ def test_no_key_is_free_that_need_not_be() -> None:
             for index, value in enumerate(node):
                 walk(value, f"{path}/{index}")
 
-    walk(schema(), "")
+    walk(values_schema(), "")
     assert free == [
         "/definitions/Model/properties/engine",
         "/definitions/Model/properties/api",
         "/properties/global",
     ]
-    assert json.loads((CHART / "values.schema.json").read_text()) == schema()
+    assert json.loads((CHART / "values.schema.json").read_text()) == values_schema()
 
 
 def test_notes_say_how_to_reach_it_and_what_must_be_there() -> None:

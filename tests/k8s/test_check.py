@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from hycluster.cli import app
 from hycluster.k8s.check import broken, faults, refused
-from hycluster.k8s.render import render
+from hycluster.k8s.render import render_manifests
 from tests.k8s.kustomize import K8S, ROOT, built, kustomization
 
 TWO_MODELS = {
@@ -60,11 +60,11 @@ def test_a_prefix_reaches_the_names_within(tmp_path: Path, affix: dict[str, str]
     named = {(r["kind"], r["metadata"]["name"]) for r in resources}
     (service,) = (r for r in resources if r["kind"] == "RayService")
     cluster = service["spec"]["rayClusterConfig"]
-    head, doors, engines = (g["template"]["spec"] for g in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]))
+    head, ingresses, engines = (g["template"]["spec"] for g in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]))
     redis = {e["name"]: e.get("value") for e in head["containers"][0]["env"]}["HYCLUSTER_REDIS"]
     assert ("Service", redis) in named
     assert redis != "hycluster-redis"
-    assert ("ServiceAccount", doors["serviceAccountName"]) in named
+    assert ("ServiceAccount", ingresses["serviceAccountName"]) in named
     assert ("ConfigMap", engines["containers"][0]["envFrom"][0]["configMapRef"]["name"]) in named
     claims = {v["persistentVolumeClaim"]["claimName"] for v in engines["volumes"] if "persistentVolumeClaim" in v}
     assert {("PersistentVolumeClaim", claim) for claim in claims} <= named
@@ -91,7 +91,7 @@ def two_models(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]
     """An overlay with a model on two hosts of H20 and one on an L4, with an object store and components."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "two.yaml").write_text(yaml.safe_dump(TWO_MODELS))
-    for path, text in render(folder / "serve-config.yaml", "two.yaml", folder).items():
+    for path, text in render_manifests(folder / "serve-config.yaml", "two.yaml", folder).items():
         path.write_text(text)
     components = [K8S / "components" / name for name in ("gpu", "weights", "pull-secret", "rdma")]
     weights = {"name": "hycluster-weights", "literals": ["REPO=a/b", "REVISION=main", "FOLDER="]}
@@ -114,8 +114,8 @@ def groups_of(resources: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def test_two_models_on_different_gpus_have_groups_of_their_own(two_models: list[dict[str, Any]]) -> None:
     assert list(map(str, faults(two_models))) == []
-    doors, large, small = groups_of(two_models)
-    assert doors["template"]["spec"]["containers"][0]["envFrom"] == [
+    ingresses, large, small = groups_of(two_models)
+    assert ingresses["template"]["spec"]["containers"][0]["envFrom"] == [
         {"secretRef": {"name": "hycluster-s3", "optional": True}}
     ]
     assert (large["groupName"], large["numOfHosts"], large["minReplicas"]) == ("engines-large", 2, 1)
@@ -192,14 +192,14 @@ def test_words_take_the_place_of_a_filter() -> None:
 
 
 OPENED = [
-    ("NetworkPolicy/hycluster-doors", {"ingress": [{"from": [{"ipBlock": {"cidr": "0.0.0.0/0"}}], "ports": [PORT]}]}),
+    ("NetworkPolicy/hycluster-ingress", {"ingress": [{"from": [{"ipBlock": {"cidr": "0.0.0.0/0"}}], "ports": [PORT]}]}),
     ("Service/hycluster", {"type": "LoadBalancer"}),
     ("RayService/hycluster", {"serveService": {"spec": {"type": "LoadBalancer"}}}),
 ]
 
 
 @pytest.mark.parametrize(("name", "opened"), OPENED)
-def test_words_take_the_place_of_credentials_at_the_doors(name: str, opened: dict[str, Any]) -> None:
+def test_words_take_the_place_of_credentials_at_the_ingress_processes(name: str, opened: dict[str, Any]) -> None:
     made = built(K8S / "overlays" / "dev")
     (target,) = (r for r in made if f"{r['kind']}/{r['metadata']['name']}" == name)
     target["spec"] |= opened

@@ -80,9 +80,11 @@ def test_the_locks_hold_what_is_pinned(extra: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lock = (REQUIREMENTS / f"{extra}.lock").read_text()
     versions = dict(re.findall(r"^([a-z0-9-]+)==(\S+)", lock, re.MULTILINE))
-    for text in [*project["dependencies"], *project["optional-dependencies"][extra]]:
+    extras = project["optional-dependencies"]
+    assert "hycluster[serve]" in extras[extra]
+    for text in [*project["dependencies"], *extras["serve"], *extras[extra]]:
         wanted = Requirement(text)
-        assert versions[wanted.name] in wanted.specifier, text
+        assert wanted.name == project["name"] or versions[wanted.name] in wanted.specifier, text
 
 
 @pytest.mark.parametrize("lock", ["cpu.lock", "dev.lock", "gpu.lock", "uv.lock"])
@@ -200,7 +202,8 @@ print("imported", hycluster.__file__)
 """
 # `hycluster k8s check` is for a platform's own machine, and has its packages from an extra, hycluster[k8s].
 OTHERS = ("hycluster.__main__", "hycluster.k8s.schema")
-# What a head, a door and an engine import besides. The first is what Ray's dashboard refuses to start without.
+# What a head, an ingress process and an engine import besides. The first is what Ray's dashboard refuses to start
+# without.
 PARTS = [
     "ray.dashboard.optional_deps", "ray.dashboard.modules.reporter.reporter_agent", "ray.scripts.scripts", "ray.data",
     "vllm.entrypoints.openai.api_server", "vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner",

@@ -61,9 +61,9 @@ def test_components_go_on_top_of_jobs(tmp_path: Path) -> None:
 
 GONE = object()
 HEAD = "spec.rayClusterConfig.headGroupSpec.template.spec"
-DOORS = "spec.rayClusterConfig.workerGroupSpecs.0"
+INGRESS_GROUP = "spec.rayClusterConfig.workerGroupSpecs.0"
 ENGINES = "spec.rayClusterConfig.workerGroupSpecs.1"
-DOOR = f"{DOORS}.template.spec.containers.0"
+INGRESS_CONTAINER = f"{INGRESS_GROUP}.template.spec.containers.0"
 ENGINE = f"{ENGINES}.template.spec.containers.0"
 HEAD_ENV = f"{HEAD}.containers.0.env"
 JOB_HEAD = "spec.rayClusterSpec.headGroupSpec.template.spec"
@@ -73,7 +73,7 @@ PLANTED: list[tuple[str, str, Any, str]] = [
     ("RayService", "spec.rayClusterConfig.autoscalerOptions.versoin", "v2", "versoin"),
     ("RayService", f"{ENGINES}.maxReplicas", "two", "maxReplicas"),
     ("RayService", "spec.rayClusterConfig.authOptions.mode", "none", "none"),
-    ("RayService", f"{DOOR}.readinessProbe.httpGet.prot", 8000, "prot"),
+    ("RayService", f"{INGRESS_CONTAINER}.readinessProbe.httpGet.prot", 8000, "prot"),
     ("RayJob", "spec.retries", 3, "retries"),
     ("RayCronJob", "spec.schedule", GONE, "schedule"),
     ("Service", "spec.ports.0.appProtokol", "http", "appProtokol"),
@@ -92,7 +92,7 @@ PLANTED: list[tuple[str, str, Any, str]] = [
     # What it takes, and what would not work.
     ("RayService", "metadata.name", "hycluster-of-a-name-that-is-far-too-long-for-ray", "47 characters"),
     ("RayService", "spec.upgradeStrategy.type", "NewClusterWithIncrementalUpgrade", "be NewCluster"),
-    ("RayService", "spec.excludeHeadPodFromServeSvc", GONE, "head has no door"),
+    ("RayService", "spec.excludeHeadPodFromServeSvc", GONE, "head has no ingress process"),
     ("RayService", "spec.rayClusterConfig.rayVersion", "2.59.0", "rayVersion"),
     ("RayService", "spec.rayClusterConfig.authOptions", GONE, "be token"),
     ("RayService", "spec.rayClusterConfig.autoscalerOptions.version", "v1", "be v2"),
@@ -113,24 +113,34 @@ PLANTED: list[tuple[str, str, Any, str]] = [
     ("RayService", f"{ENGINE}.volumeMounts.0.name", "temp", "no volume temp"),
     ("RayService", f"{ENGINE}.volumeMounts.0.mountPath", "/scratch", "/tmp"),
     ("RayService", f"{ENGINE}.resources.limits.memory", "512Gi", "limits.memory"),
-    ("RayService", f"{DOOR}.lifecycle.preStop.exec.command", ["sleep", "60"], "terminationGracePeriodSeconds"),
-    ("RayService", f"{DOOR}.ports.0.containerPort", 8001, "of the doors' pods"),
-    ("RayService", f"{DOORS}.resources.door", "0.5", "room for a door's successor"),
-    ("RayService", f"{DOORS}.minReplicas", 1, "a pod each"),
+    (
+        "RayService",
+        f"{INGRESS_CONTAINER}.lifecycle.preStop.exec.command",
+        ["sleep", "60"],
+        "terminationGracePeriodSeconds",
+    ),
+    ("RayService", f"{INGRESS_CONTAINER}.ports.0.containerPort", 8001, "of the ingress pods"),
+    ("RayService", f"{INGRESS_GROUP}.resources.ingress", "0.5", "room for an ingress process's successor"),
+    ("RayService", f"{INGRESS_GROUP}.minReplicas", 1, "a pod each"),
     ("RayService", f"{HEAD}.securityContext.runAsNonRoot", False, "not root"),
     ("RayService", f"{HEAD}.securityContext.seccompProfile", GONE, "seccompProfile"),
-    ("RayService", f"{DOORS}.template.spec.automountServiceAccountToken", True, "a token in a pod"),
-    ("RayService", f"{DOORS}.template.spec.serviceAccountName", "other", "one of the ServiceAccounts here: hycluster"),
+    ("RayService", f"{INGRESS_GROUP}.template.spec.automountServiceAccountToken", True, "a token in a pod"),
+    (
+        "RayService",
+        f"{INGRESS_GROUP}.template.spec.serviceAccountName",
+        "other",
+        "one of the ServiceAccounts here: hycluster",
+    ),
     ("RayService", f"{HEAD_ENV}.HYCLUSTER_REDIS.value", "mine-hycluster-redis", "of which there is no Service here"),
     ("RayService", "spec.rayClusterConfig.gcsFaultToleranceOptions.redisAddress", "redis:6379", "name the Service"),
     ("RayService", "spec.rayClusterDeletionDelaySeconds", 60, "be 315 or more"),
     (
         "RayService",
-        f"{DOORS}.template.spec.topologySpreadConstraints.0.whenUnsatisfiable",
+        f"{INGRESS_GROUP}.template.spec.topologySpreadConstraints.0.whenUnsatisfiable",
         "ScheduleAnyway",
         "may share",
     ),
-    ("RayService", f"{DOORS}.template.spec.priorityClassName", GONE, "evicts the head and the doors"),
+    ("RayService", f"{INGRESS_GROUP}.template.spec.priorityClassName", GONE, "evicts the head and the ingress"),
     ("RayService", f"{ENGINES}.template.spec.priorityClassName", "hycluster-control", "below theirs"),
     ("RayService", f"{HEAD_ENV}.RAY_USAGE_STATS_ENABLED.value", "1", "RAY_USAGE_STATS_ENABLED"),
     (
@@ -154,7 +164,7 @@ PLANTED: list[tuple[str, str, Any, str]] = [
     ("RayJob", "spec.entrypoint", "sleep 1", "batch run"),
     ("RayJob", f"{JOB_HEAD}.serviceAccountName", "default", "without rights"),
     ("RayCronJob", "metadata.name", "hycluster-nightly-of-a-very-long-name", "36 characters"),
-    ("Service", "spec.selector", {"hycluster/role": "door"}, "selects no pod"),
+    ("Service", "spec.selector", {"hycluster/role": "entrance"}, "selects no pod"),
     ("Service", "spec.ports.0.targetPort", "http", "no selected pod has a port http"),
     ("StatefulSet", "spec.template.metadata.labels", {"a": "b"}, "selects no pod"),
     ("PodDisruptionBudget", "spec.minAvailable", "50%", "be a number"),
@@ -175,20 +185,20 @@ PLANTED: list[tuple[str, str, Any, str]] = [
     ("NetworkPolicy", "spec.ingress", [{}], "everybody"),
     ("NetworkPolicy", "spec.ingress", [{"from": [{"namespaceSelector": {}}]}], "name the pods"),
     (
-        "NetworkPolicy/hycluster-doors",
+        "NetworkPolicy/hycluster-ingress",
         "spec.ingress.0.from",
         [{"ipBlock": {"cidr": "0.0.0.0/0"}}],
         "0.0.0.0/0; must be narrower",
     ),
-    ("NetworkPolicy/hycluster-doors", "spec.ingress.0.from", [{"ipBlock": {"cidr": "::/0"}}], "must be narrower"),
-    ("NetworkPolicy/hycluster-doors", "spec.ingress.0.from", [{"ipBlock": {"cidr": "128.0.0.0/1"}}], "be narrower"),
+    ("NetworkPolicy/hycluster-ingress", "spec.ingress.0.from", [{"ipBlock": {"cidr": "::/0"}}], "must be narrower"),
+    ("NetworkPolicy/hycluster-ingress", "spec.ingress.0.from", [{"ipBlock": {"cidr": "128.0.0.0/1"}}], "be narrower"),
     ("Service/hycluster", "spec.type", "LoadBalancer", "spec.type: LoadBalancer; must be ClusterIP"),
     ("Service/hycluster", "spec.type", "NodePort", "spec.type: NodePort; must be ClusterIP"),
     ("Service/hycluster", "spec.externalIPs", ["203.0.113.7"], "spec.externalIPs"),
     ("RayService", "spec.serveService.spec.type", "LoadBalancer", "spec.serveService.spec.type: LoadBalancer"),
     ("RayService", "spec.rayClusterConfig.headGroupSpec.serviceType", "NodePort", "be ClusterIP"),
-    ("RayService", f"{DOORS}.template.spec.hostNetwork", True, "policies do not hold"),
-    ("RayService", f"{DOOR}.ports.0.hostPort", 8000, "open on the node's address"),
+    ("RayService", f"{INGRESS_GROUP}.template.spec.hostNetwork", True, "policies do not hold"),
+    ("RayService", f"{INGRESS_CONTAINER}.ports.0.hostPort", 8000, "open on the node's address"),
     ("RayService", f"{ENGINE}.image", "hycluster:0.1.0-cpu", "0.1.0-cpu with 8 GPUs; must be the image for GPUs"),
     (
         "RayJob",
@@ -196,10 +206,10 @@ PLANTED: list[tuple[str, str, Any, str]] = [
         "hycluster:0.1.0-gpu",
         "0.1.0-gpu without a GPU; must be the image for CPUs",
     ),
-    ("RayService", f"{DOORS}.template.spec.terminationGracePeriodSeconds", 900_000, "be 90000 or less"),
+    ("RayService", f"{INGRESS_GROUP}.template.spec.terminationGracePeriodSeconds", 900_000, "be 90000 or less"),
     ("RayService", f"{ENGINES}.template.spec.nodeSelector", {"a/b/c": "x"}, "'a/b/c'; must be a label's name"),
     ("RayService", f"{ENGINES}.template.spec.nodeSelector", {"a": "NVIDIA H20"}, "'NVIDIA H20'; must be 63 letters"),
-    ("RayService", f"{DOOR}.ports.0.containerPort", 80000, "80000; must be from 1 to 65535"),
+    ("RayService", f"{INGRESS_CONTAINER}.ports.0.containerPort", 80000, "80000; must be from 1 to 65535"),
     ("Service", "spec.ports.0.port", 0, "0; must be from 1 to 65535"),
     ("Service", "metadata.labels", {"a": "b c"}, "'b c'; must be 63 letters"),
     ("NetworkPolicy", "spec.ingress.0.ports.0.port", 70000, "from 1 to 65535"),
@@ -262,13 +272,13 @@ SERVE_MISTAKES = [
     ("import_path: hycluster.app:build", "import_path: hycluster.app:application", "hycluster.app:build"),
     ("drain_timeout_s: 300", "drain_timeout_s: 330", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"),
     ("drain_timeout_s: 300", "drain_timeout: 300", "drain_timeout"),
-    ("port: 8000", "port: 8080", "the port door-http of the doors' pods"),
+    ("port: 8000", "port: 8080", "the port ingress-http of the ingress pods"),
     ("data: 2", "data: 4", "hold 32"),
     ("source: /models/", "source: /elsewhere/", "'/elsewhere/Hunyuan-A52B-Instruct'; must be below a volumeMount"),
     ("source: /models/", "source: /tmp/", "the engine would find no weights"),
     ("source: /models/", "source: org/", "HF_HUB_OFFLINE is set"),
-    ("doors: 2\n", "doors: 2\n    doors: 3\n", "the key 'doors' is given twice"),
-    ("doors_per_node: 1", "doors_per_node: 2", "doors_per_node: 2; must be 1"),
+    ("      replicas: 2\n", "      replicas: 2\n      replicas: 3\n", "the key 'replicas' is given twice"),
+    ("replicas_per_node: 1", "replicas_per_node: 2", "ingress.replicas_per_node: 2; must be 1"),
 ]
 
 

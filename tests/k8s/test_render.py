@@ -18,7 +18,7 @@ from hycluster.k8s.render import (
     for_pods,
     manifest_in,
     manifests,
-    render,
+    render_manifests,
     serve_config,
     settings_of,
     unlisted,
@@ -47,7 +47,7 @@ def run(*arguments: str) -> tuple[int, str]:
 def test_the_manifests_have_not_drifted() -> None:
     """If this fails, run 'hycluster k8s render'."""
     for manifest in manifests(ROOT):
-        for path, text in render(manifest, settings_of(manifest), ROOT).items():
+        for path, text in render_manifests(manifest, settings_of(manifest), ROOT).items():
             assert path.read_text() == text, path
 
 
@@ -69,7 +69,7 @@ def test_pods_run_what_the_file_says(overlay: Path) -> None:
     serve = yaml.safe_load(load_yaml(manifest)["spec"]["serveConfigV2"])
     run = validate(Settings, serve["applications"][0]["args"], "manifest")
     assert run.models == given.models
-    fitted = {"http", "grpc", "data_plane", "doors", "door_resources", "doors_per_node", "batches"}
+    fitted = {"http", "grpc", "data_plane", "ingress", "batches"}
     assert run.model_dump(exclude=fitted) == given.model_dump(exclude=fitted)
 
 
@@ -93,16 +93,16 @@ def test_pods_listen_for_each_other() -> None:
     assert settings["http"]["port"] == 0, "the settings given were changed"
 
 
-def test_doors_are_two_unless_said_otherwise() -> None:
-    assert for_pods({"models": [MODEL]})["doors"] == 2
-    assert for_pods({"models": [MODEL], "doors": 3})["doors"] == 3
+def test_ingress_processes_are_two_unless_said_otherwise() -> None:
+    assert for_pods({"models": [MODEL]})["ingress"]["replicas"] == 2
+    assert for_pods({"models": [MODEL], "ingress": {"replicas": 3}})["ingress"]["replicas"] == 3
 
 
 def test_the_batch_api_needs_a_store_that_all_pods_see() -> None:
     assert for_pods({"models": [MODEL], "batches": {"max_lines": 5}})["batches"] is None
     shared = {"store": "s3://bucket/batches"}
     fitted = for_pods({"models": [MODEL], "batches": shared})["batches"]
-    # Its process is on a door's pod, and keeps none with GPUs.
+    # Its process is on an ingress pod, and keeps none with GPUs.
     assert fitted == shared | {"resources": {"batches": 1}}
 
 
@@ -114,7 +114,7 @@ def test_models_are_kept_apart_where_they_have_pods_of_their_own(tmp_path: Path)
     assert "resources" not in for_pods({"models": [MODEL]})["models"][0].get("hardware", {})
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(two))
     job = tmp_path / "k8s" / "jobs" / "x" / "settings.yaml"
-    assert "engines-m" not in render(job, "two.yaml", tmp_path)[job]
+    assert "engines-m" not in render_manifests(job, "two.yaml", tmp_path)[job]
 
 
 def test_a_folder_of_this_machine_is_no_source() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from hycluster.errors import SettingsError
 from hycluster.k8s.patches import beside, pods_patch
-from hycluster.k8s.sizes import Group, deletion_delay_s, drain_s, grace_s, groups
+from hycluster.k8s.sizes import PodGroup, deletion_delay_s, drain_s, grace_s, groups
 from hycluster.settings.read import validate
 from hycluster.settings.settings import Settings
 
@@ -17,10 +17,10 @@ H20 = {"accelerator": "H20", "cpus": 8}
 
 def settings(*models: dict[str, Any], **others: Any) -> Settings:
     named = [{"name": f"m{index}", "source": "/models/m"} | model for index, model in enumerate(models)]
-    return validate(Settings, {"models": named, "doors": 2, **others}, "test")
+    return validate(Settings, {"models": named, "ingress": {"replicas": 2}, **others}, "test")
 
 
-def group(**model: Any) -> Group:
+def group(**model: Any) -> PodGroup:
     (found,) = groups(settings(model))
     return found
 
@@ -110,9 +110,12 @@ def budgets(some: Settings) -> dict[str, int]:
 
 def test_one_of_several_may_go_and_the_only_one_stays() -> None:
     large = {"hardware": H20, "parallel": {"tensor": 8, "data": 2}}
-    assert budgets(settings(large)) == {"x-doors": 1, "x-engines": 2}
-    assert budgets(settings(large | {"replicas": {"min": 3}}, doors=4)) == {"x-doors": 3, "x-engines": 4}
-    assert budgets(settings({"replicas": {"min": 0, "max": 2}})) == {"x-doors": 1}
+    assert budgets(settings(large)) == {"x-ingress": 1, "x-engines": 2}
+    assert budgets(settings(large | {"replicas": {"min": 3}}, ingress={"replicas": 4})) == {
+        "x-ingress": 3,
+        "x-engines": 4,
+    }
+    assert budgets(settings({"replicas": {"min": 0, "max": 2}})) == {"x-ingress": 1}
 
 
 def test_an_object_store_needs_its_secret_and_a_way_there() -> None:

@@ -26,7 +26,7 @@ OFFLOAD = {
     "kv_connector_extra_config": {
         "cpu_bytes_to_use": 1 << 26,
         "spec_name": "HostOffloadingSpec",
-        "spec_module_path": "hycluster.engine.kv_offload",
+        "spec_module_path": "hycluster.engine.patches.kv_offload",
     },
 }
 

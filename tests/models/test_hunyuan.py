@@ -81,7 +81,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("hunyuan")
     engines = {}
     for name, case in CASES.items():
-        model = tiny.write(folder / name, case.shape, **case.stored)
+        model = tiny.write_checkpoint(folder / name, case.shape, **case.stored)
         engines[name] = {
             "model": str(model),
             "dtype": "float32",

@@ -57,14 +57,14 @@ def merge(base: Path, adapter: Path, into: Path) -> Path:
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("features")
-    base = tiny.write(folder / "base", SHAPE, dtype="float32")
+    base = tiny.write_checkpoint(folder / "base", SHAPE, dtype="float32")
     adapter = write_adapter(folder / "adapter", adapted_modules(), seed=1, rank=RANK, alpha=ALPHA)
     chance = random.Random(0)
     repeated = [[chance.randrange(10, 500) for _ in range(20)] * 15 for _ in range(4)]
     asked = {
         "base": str(base),
         "merged": str(merge(base, adapter, folder / "merged")),
-        "long": str(tiny.write(folder / "long", LONG)),
+        "long": str(tiny.write_checkpoint(folder / "long", LONG)),
         "adapter": str(adapter),
         "prompts": repeated,
     }

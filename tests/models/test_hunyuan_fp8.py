@@ -30,7 +30,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
     folder = tmp_path_factory.mktemp("fp8")
-    models = [tiny.write(folder / name, SHAPE, **stored) for name, stored in CHECKPOINTS.items()]
+    models = [tiny.write_checkpoint(folder / name, SHAPE, **stored) for name, stored in CHECKPOINTS.items()]
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("loaded_parameters.py")), str(folder), *map(str, models)],
         cwd=CHECKOUT,

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from tests.models.test_hunyuan import TOLERANCE
-from tests.models.test_hunyuan_golden_reference import CHECKOUT, GOLDEN, NAMES, recorded
+from tests.models.test_hunyuan_golden_reference import CHECKOUT, GOLDEN, NAMES, recorded, without_golden
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not GOLDEN.is_dir(), reason="no recorded outputs; name their folder in HYCLUSTER_GOLDEN"),
+    without_golden,
 ]
 WAYS: dict[str, dict[str, Any]] = {
     "one rank": {},

@@ -15,9 +15,12 @@ from tests.models.hunyuan_reference import MUTATIONS, Mutation, Reference
 CHECKOUT = Path(__file__).parents[2]
 GOLDEN = Path(os.environ.get("HYCLUSTER_GOLDEN") or CHECKOUT.parent / "shared" / "golden")
 NAMES = ["ckpt", "ckpt_nocla"]
-pytestmark = pytest.mark.skipif(
-    not GOLDEN.is_dir(), reason="no recorded outputs; name their folder in HYCLUSTER_GOLDEN"
+# The house's CI fails without them.
+without_golden = pytest.mark.skipif(
+    not GOLDEN.is_dir() and os.environ.get("CI") != "true",
+    reason="no recorded outputs; name their folder in HYCLUSTER_GOLDEN",
 )
+pytestmark = without_golden
 
 
 def recorded(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -81,7 +81,7 @@ def test_transformers_computes_the_same_for_a13b(tmp_path: Path) -> None:
         attention_bias=True,
         tied_embeddings=False,
     )
-    tiny.write(tmp_path / "model", shape, dtype="float32")
+    tiny.write_checkpoint(tmp_path / "model", shape, dtype="float32")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     with torch.inference_mode():
         logits = theirs(torch.tensor([PROMPT])).logits[0]

@@ -18,7 +18,7 @@ with warnings.catch_warnings():
     from vllm import forward_context
 
     from hycluster.models.recycling import recycle, route
-    from hycluster.models.routing import Router, layer_counts, routed_layers, router, routing_settings
+    from hycluster.models.routing import ExpertRouter, layer_counts, routed_layers, router, routing_settings
 
 COUNTING = Routing(expert_metrics=True)
 RECYCLING = Routing(recycle=Recycle(capacity_factor=1.0, seed=3), expert_metrics=True)
@@ -31,7 +31,7 @@ def step(padding: Tensor | None) -> Iterator[None]:
         yield
 
 
-def call(f: Router, logits: Tensor) -> tuple[Tensor, Tensor]:
+def call(f: ExpertRouter, logits: Tensor) -> tuple[Tensor, Tensor]:
     """As vLLM does."""
     return f(hidden_states=torch.empty(len(logits), 4), gating_output=logits, topk=f.top_k, renormalize=False)
 
@@ -50,7 +50,7 @@ def test_vllm_does_it_itself_where_nothing_is_asked() -> None:
 
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_counting_changes_no_choice(top_k: int) -> None:
-    f = Router(8, top_k, 0, COUNTING)
+    f = ExpertRouter(8, top_k, 0, COUNTING)
     weights, ids = call(f, logits())
     expected_weights, expected_ids = route(logits(), top_k)
     assert torch.equal(weights, expected_weights)
@@ -62,7 +62,7 @@ def test_counting_changes_no_choice(top_k: int) -> None:
 
 
 def test_recycling_heeds_settings_and_layer() -> None:
-    f = Router(8, 1, 5, RECYCLING)
+    f = ExpertRouter(8, 1, 5, RECYCLING)
     weights, ids = call(f, logits())
     expected_weights, expected_ids, moved = recycle(logits(), 1, 1.0, 3, layer=5)
     assert torch.equal(weights, expected_weights)
@@ -74,7 +74,7 @@ def test_recycling_heeds_settings_and_layer() -> None:
 
 
 def test_counts_add_up_over_steps() -> None:
-    f = Router(8, 2, 0, COUNTING)
+    f = ExpertRouter(8, 2, 0, COUNTING)
     for _ in range(3):
         call(f, logits())
     counts = f.counts()
@@ -83,7 +83,7 @@ def test_counts_add_up_over_steps() -> None:
 
 
 def test_padded_rows_are_not_counted_and_take_no_place() -> None:
-    f = Router(8, 1, 0, RECYCLING)
+    f = ExpertRouter(8, 1, 0, RECYCLING)
     with step(padding=torch.arange(64) >= 16):
         _, ids = call(f, logits())
     counts = f.counts()
@@ -93,7 +93,7 @@ def test_padded_rows_are_not_counted_and_take_no_place() -> None:
 
 
 def test_a_dummy_batch_counts_for_nothing() -> None:
-    f = Router(8, 1, 0, RECYCLING)
+    f = ExpertRouter(8, 1, 0, RECYCLING)
     with step(padding=torch.ones(64, dtype=torch.bool)):
         call(f, logits())
     counts = f.counts()
@@ -102,7 +102,7 @@ def test_a_dummy_batch_counts_for_nothing() -> None:
 
 
 def test_rows_that_are_not_this_ranks_batch_all_count() -> None:
-    f = Router(8, 1, 0, COUNTING)
+    f = ExpertRouter(8, 1, 0, COUNTING)
     with step(padding=torch.ones(32, dtype=torch.bool)):
         call(f, logits(rows=64))
     counts = f.counts()
@@ -112,7 +112,9 @@ def test_rows_that_are_not_this_ranks_batch_all_count() -> None:
 
 def test_counts_of_this_process_by_layer() -> None:
     before = routed_layers()
-    routers = [Router(8, 1, layer, settings) for layer, settings in ((70, COUNTING), (71, Routing(recycle=Recycle())))]
+    routers = [
+        ExpertRouter(8, 1, layer, settings) for layer, settings in ((70, COUNTING), (71, Routing(recycle=Recycle())))
+    ]
     call(routers[0], logits())
     assert routed_layers() == before + 2
     mine = {layer: counts for layer, counts in layer_counts().items() if layer >= 70}
@@ -126,7 +128,7 @@ def test_counts_of_this_process_by_layer() -> None:
 @pytest.mark.parametrize("settings", [COUNTING, RECYCLING])
 def test_compiled_for_cpu_each_step_has_its_own_padding(settings: Routing) -> None:
     torch._dynamo.reset()
-    eager, traced = Router(8, 2, 1, settings), Router(8, 2, 1, settings)
+    eager, traced = ExpertRouter(8, 2, 1, settings), ExpertRouter(8, 2, 1, settings)
     compiled = torch.compile(lambda x: call(traced, x), fullgraph=True, dynamic=True, backend="aot_eager")
     for padded in (0, 10, 64):
         with step(padding=torch.arange(64) >= 64 - padded):

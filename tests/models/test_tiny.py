@@ -14,7 +14,7 @@ from hycluster.errors import InvalidInput
 from hycluster.models import tiny
 from hycluster.models.layouts import to_fp8, to_fused
 from hycluster.models.tiny import TinyShape
-from hycluster.models.tiny_tokenizer import SMALLEST_VOCABULARY, build
+from hycluster.models.tiny_tokenizer import SMALLEST_VOCABULARY, build_tokenizer
 from tests.models.hunyuan_reference import Reference
 
 SHAPE = TinyShape(layers=3)
@@ -50,7 +50,7 @@ def test_rows_past_the_tokenizer_never_win() -> None:
     shape = TinyShape(layers=2, vocabulary=4096)
     weights = {name: tensor.float() for name, tensor in tiny.weights_of(shape).items()}
     ids, _, _ = Reference(tiny.config_of(shape), weights).greedy(PROMPT, 32)
-    assert max(ids) < len(build(4096)) < 4096
+    assert max(ids) < len(build_tokenizer(4096)) < 4096
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -114,7 +114,7 @@ def saved(folder: Path) -> dict[str, torch.Tensor]:
     ],
 )
 def test_every_way_of_storing_holds_the_same_values(tmp_path: Path, stored: dict[str, Any], files: set[str]) -> None:
-    folder = tiny.write(tmp_path / "model", SHAPE, **stored)
+    folder = tiny.write_checkpoint(tmp_path / "model", SHAPE, **stored)
     assert {file.name for file in folder.iterdir() if "model" in file.name} == files
     weights = tiny.weights_of(SHAPE)
     found = saved(folder)
@@ -124,7 +124,7 @@ def test_every_way_of_storing_holds_the_same_values(tmp_path: Path, stored: dict
 
 
 def test_the_configuration_says_what_is_stored(tmp_path: Path) -> None:
-    folder = tiny.write(tmp_path, SHAPE, layout="fused", dtype="fp8")
+    folder = tiny.write_checkpoint(tmp_path, SHAPE, layout="fused", dtype="fp8")
     config = json.loads((folder / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "fp8"
     assert config["quantization_config"]["activation_scheme"] == "static"
@@ -137,9 +137,9 @@ def test_the_configuration_says_what_is_stored(tmp_path: Path) -> None:
 def test_overwriting_leaves_nothing_of_the_old_weights_and_touches_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InvalidInput, match="is not empty; choose another, or say --overwrite"):
-        tiny.write(tmp_path, SHAPE)
-    tiny.write(tmp_path, SHAPE, shard_mib=1, overwrite=True)
-    tiny.write(tmp_path, SHAPE, overwrite=True)
+        tiny.write_checkpoint(tmp_path, SHAPE)
+    tiny.write_checkpoint(tmp_path, SHAPE, shard_mib=1, overwrite=True)
+    tiny.write_checkpoint(tmp_path, SHAPE, overwrite=True)
     assert {file.name for file in tmp_path.iterdir() if "model" in file.name} == {"model.safetensors"}
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
@@ -180,7 +180,7 @@ def test_a_wrong_way_of_storing_is_refused_before_anything_is_written(
     tmp_path: Path, wrong: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(InvalidInput) as refused:
-        tiny.write(tmp_path / "model", SHAPE, **wrong)
+        tiny.write_checkpoint(tmp_path / "model", SHAPE, **wrong)
     assert refused.value.message == says
     assert not (tmp_path / "model").exists()
 
@@ -188,4 +188,4 @@ def test_a_wrong_way_of_storing_is_refused_before_anything_is_written(
 def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model").write_text("")
     with pytest.raises(InvalidInput, match="is a file; must be a folder"):
-        tiny.write(tmp_path / "model", SHAPE, overwrite=True)
+        tiny.write_checkpoint(tmp_path / "model", SHAPE, overwrite=True)

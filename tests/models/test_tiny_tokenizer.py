@@ -8,7 +8,7 @@ import pytest
 
 from hycluster.models import tiny
 from hycluster.models.tiny import TinyShape
-from hycluster.models.tiny_tokenizer import SMALLEST_VOCABULARY, SPECIAL_TOKENS, build
+from hycluster.models.tiny_tokenizer import SMALLEST_VOCABULARY, SPECIAL_TOKENS, build_tokenizer
 
 # transformers' own, at its first import
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -21,7 +21,9 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     from transformers import AutoTokenizer
 
     shape = TinyShape(architecture=request.param, layers=1, cla=False, topk=2)
-    return AutoTokenizer.from_pretrained(tiny.write(tmp_path_factory.mktemp("model"), shape), trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(
+        tiny.write_checkpoint(tmp_path_factory.mktemp("model"), shape), trust_remote_code=False
+    )
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -71,6 +73,6 @@ def test_special_tokens_follow_the_ordinary_ones_without_a_gap(tokenizer: Any) -
 
 
 def test_the_smallest_vocabulary_is_bytes_and_special_tokens() -> None:
-    smallest = build(SMALLEST_VOCABULARY)
+    smallest = build_tokenizer(SMALLEST_VOCABULARY)
     assert len(smallest) == SMALLEST_VOCABULARY
     assert smallest.decode(smallest.encode(TEXTS[1], add_special_tokens=False)) == TEXTS[1]

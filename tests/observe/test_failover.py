@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from hycluster.observe.failover import PAUSE_BUCKETS_S, Carried, FailoverMetrics
+from hycluster.observe.failover import PAUSE_BUCKETS_S, FailoverMetrics, Migrations
 
 
 class Pool(SimpleNamespace):
     gateway_id: str
-    carried: Carried
+    migrated: Migrations
 
 
 def shown(metrics: FailoverMetrics) -> dict[str, float]:
@@ -23,33 +23,33 @@ def shown(metrics: FailoverMetrics) -> dict[str, float]:
 
 
 def test_what_a_scrape_reads() -> None:
-    metrics, carried = FailoverMetrics(), Carried()
-    pool = Pool(gateway_id="g", carried=carried)
+    metrics, migrated = FailoverMetrics(), Migrations()
+    pool = Pool(gateway_id="g", migrated=migrated)
     metrics.watch("m", pool)
-    carried.lost("a", time.monotonic() - 2.0)
-    carried.moved(30)
+    migrated.lost("a", time.monotonic() - 2.0)
+    migrated.moved(30)
     # Its next replica dies too, before it says a word: still the same pause.
-    carried.lost("a", time.monotonic())
-    carried.moved(0)
-    carried.went_on("a")
-    carried.went_on("never lost")
-    carried.lost("b", time.monotonic() - 2.0)
-    carried.ended("b")
-    carried.went_on("b")
+    migrated.lost("a", time.monotonic())
+    migrated.moved(0)
+    migrated.went_on("a")
+    migrated.went_on("never lost")
+    migrated.lost("b", time.monotonic() - 2.0)
+    migrated.ended("b")
+    migrated.went_on("b")
     series = shown(metrics)
     labels = '{gateway="g",model="m"}'
-    assert series["hycluster_requests_carried_total" + labels] == 2
+    assert series["hycluster_requests_migrated_total" + labels] == 2
     assert series["hycluster_tokens_recomputed_total" + labels] == 30
-    assert series["hycluster_carried_pause_seconds_count" + labels] == 1
-    assert 2 <= series["hycluster_carried_pause_seconds_sum" + labels] < 3
+    assert series["hycluster_migration_pause_seconds_count" + labels] == 1
+    assert 2 <= series["hycluster_migration_pause_seconds_sum" + labels] < 3
     bound = next(bound for bound in PAUSE_BUCKETS_S if bound > 3)
-    assert series[f'hycluster_carried_pause_seconds_bucket{{gateway="g",le="{bound}",model="m"}}'] == 1
-    assert series['hycluster_carried_pause_seconds_bucket{gateway="g",le="0.05",model="m"}'] == 0
+    assert series[f'hycluster_migration_pause_seconds_bucket{{gateway="g",le="{bound}",model="m"}}'] == 1
+    assert series['hycluster_migration_pause_seconds_bucket{gateway="g",le="0.05",model="m"}'] == 0
 
 
 def test_a_closed_gateway_is_shown_no_more() -> None:
     metrics = FailoverMetrics()
-    pool = Pool(gateway_id="g", carried=Carried())
+    pool = Pool(gateway_id="g", migrated=Migrations())
     metrics.watch("m", pool)
     assert shown(metrics)
     del pool

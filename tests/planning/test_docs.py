@@ -9,7 +9,7 @@ import pytest
 from hycluster.planning.architecture import GIB, parameters
 from hycluster.planning.families import FAMILIES
 from hycluster.planning.gpus import gpu
-from hycluster.planning.layouts import Demand, describe, search
+from hycluster.planning.layouts import Workload, describe, search
 from hycluster.planning.plan import total_weights_bytes
 from hycluster.planning.precision import precision_of
 from hycluster.planning.shares import kv_bytes_per_token
@@ -49,7 +49,7 @@ def test_setups(row: list[str]) -> None:
     config = published(name_of(title))
     held = {"bfloat16": None, "int8 or FP8": "fp8", "FP8": "fp8", "FP8 and FP8 cache": "fp8", "MXFP4": None}[weights]
     precision = precision_of(config, held, "fp8" if "cache" in weights else None)
-    best = search(shape(name_of(title)), precision, gpu(row[1]), Demand(8192, 1)).fits[0]
+    best = search(shape(name_of(title)), precision, gpu(row[1]), Workload(8192, 1)).fits[0]
     gpus, _, layout = row[2].partition(": ")
     assert int(gpus) == best.gpus
     if layout:

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 
 from hycluster.errors import SettingsError
 from hycluster.planning.gpus import GPUS, gpu
-from hycluster.planning.layouts import Demand, Pinned, Search, candidates, describe, search
+from hycluster.planning.layouts import Pinned, Search, Workload, candidates, describe, search
 from hycluster.planning.precision import precision_of
 from hycluster.planning.rules import refusals
 from hycluster.settings.parallel import Parallel
 from tests.planning.configs import PATHS, published, shape
 
-ONE = Demand(8192, 1)
+ONE = Workload(8192, 1)
 
 
 def found(
@@ -22,7 +22,7 @@ def found(
     on: str,
     weights: str | None = None,
     kv: str | None = None,
-    demand: Demand = ONE,
+    demand: Workload = ONE,
     pinned: Pinned | None = None,
 ) -> Search:
     return search(shape(name), precision_of(published(name), weights, kv), gpu(on), demand, pinned)
@@ -72,7 +72,7 @@ def test_tells_what_smaller_ones_miss() -> None:
 
 def test_more_sequences_take_more_gpus_where_that_takes_fewest() -> None:
     one = found("llama-3.1-8b", "L4").fits[0]
-    many = found("llama-3.1-8b", "L4", demand=Demand(8192, 100)).fits[0]
+    many = found("llama-3.1-8b", "L4", demand=Workload(8192, 100)).fits[0]
     assert many.replicas * many.sequences >= 100
     assert many.gpus > one.gpus
     # A GPU more for KV cache alone holds more than a GPU with weights of its own.
@@ -81,7 +81,7 @@ def test_more_sequences_take_more_gpus_where_that_takes_fewest() -> None:
 
 def test_latent_caches_are_kept_apart_when_there_are_many_sequences() -> None:
     few = found("deepseek-v3", "H200").fits[0]
-    many = found("deepseek-v3", "H200", demand=Demand(8192, 200)).fits[0]
+    many = found("deepseek-v3", "H200", demand=Workload(8192, 200)).fits[0]
     assert (few.parallel.tensor, few.parallel.data) == (8, 1)
     assert many.gpus == 8
     assert many.parallel.data > 1
@@ -97,7 +97,7 @@ def test_latent_caches_are_kept_apart_when_there_are_many_sequences() -> None:
     ],
 )
 def test_what_is_pinned_stays(pinned: Pinned, layout: str) -> None:
-    best = found("hunyuan-large", "H20", demand=Demand(1024, 1), pinned=pinned).fits[0]
+    best = found("hunyuan-large", "H20", demand=Workload(1024, 1), pinned=pinned).fits[0]
     assert describe(best.parallel) == layout
 
 
@@ -107,48 +107,48 @@ def test_what_is_pinned_stays(pinned: Pinned, layout: str) -> None:
         (
             "llama-3.1-8b",
             "H20",
-            Demand(131_073, 1),
+            Workload(131_073, 1),
             None,
             "--context-tokens: 131073 is not allowed; this model has 131072",
         ),
         (
             "llama-3.1-8b",
             "H20",
-            Demand(1024, 1),
+            Workload(1024, 1),
             Pinned(tensor=3),
             "layout: no such layout on nodes of 8 GPUs; tensor must",
         ),
         (
             "llama-3.1-8b",
             "H20",
-            Demand(1024, 1),
+            Workload(1024, 1),
             Pinned(expert=True),
             "layout: expert: this model has no routed experts",
         ),
         (
             "llama-3.1-8b",
             "H20",
-            Demand(1024, 1),
+            Workload(1024, 1),
             Pinned(data=2),
             "layout: data 2: without routed experts such ranks share",
         ),
         (
             "hunyuan-large",
             "H20",
-            Demand(1024, 1),
+            Workload(1024, 1),
             Pinned(data=32, expert=True),
             "layout: expert over 32 ranks: 16 experts",
         ),
         (
             "llama-3.1-405b",
             "L4",
-            Demand(1024, 1, most_gpus=8),
+            Workload(1024, 1, most_gpus=8),
             None,
             "layout: with tensor 4, pipeline 2 a GPU would hold 94.5 GiB of weights and 0.1 GiB of KV cache",
         ),
     ],
 )
-def test_what_cannot_be_says_why(name: str, on: str, demand: Demand, pinned: Pinned | None, says: str) -> None:
+def test_what_cannot_be_says_why(name: str, on: str, demand: Workload, pinned: Pinned | None, says: str) -> None:
     with pytest.raises(SettingsError) as refused:
         found(name, on, demand=demand, pinned=pinned)
     assert any(line.startswith(says) for line in refused.value.message.splitlines())
@@ -163,7 +163,7 @@ def test_what_cannot_be_says_why(name: str, on: str, demand: Demand, pinned: Pin
     concurrency=st.integers(1, 2000),
 )
 def test_whatever_is_found_holds_what_was_asked_for(name: str, on: str, context: int, concurrency: int) -> None:
-    demand = Demand(context, concurrency)
+    demand = Workload(context, concurrency)
     try:
         one = found(name, on, demand=demand)
     except SettingsError:
@@ -182,12 +182,12 @@ def test_whatever_is_found_holds_what_was_asked_for(name: str, on: str, context:
 
 
 def test_every_layout_is_looked_at_once() -> None:
-    tried = list(candidates(shape("hunyuan-large"), Demand(1, 1, most_gpus=32), Pinned()))
+    tried = list(candidates(shape("hunyuan-large"), Workload(1, 1, most_gpus=32), Pinned()))
     assert len(set(tried)) == len(tried)
     assert Parallel(tensor=8, data=4, expert=True) in tried
 
 
 def test_nodes_of_another_size() -> None:
-    best = found("hunyuan-large", "H20", demand=Demand(8192, 1, per_node=4)).fits[0]
+    best = found("hunyuan-large", "H20", demand=Workload(8192, 1, per_node=4)).fits[0]
     assert best.parallel.tensor <= 4
     assert best.nodes(4) * 4 == best.gpus

@@ -8,21 +8,21 @@ import pytest
 from rich.console import Console
 
 from hycluster.planning.gpus import gpu
-from hycluster.planning.layouts import Demand, Pinned
+from hycluster.planning.layouts import Pinned, Workload
 from hycluster.planning.plan import Plan, as_json, make_plan
 from hycluster.planning.precision import precision_of
-from hycluster.planning.report import show
+from hycluster.planning.report import show_plan
 from tests.planning.configs import PATHS, published
 
 
 def plan_of(name: str, on: str = "H20", context: int = 8192, concurrency: int = 1, **precision: str) -> Plan:
     config = published(name)
-    return make_plan(config, precision_of(config, **precision), gpu(on), Demand(context, concurrency))
+    return make_plan(config, precision_of(config, **precision), gpu(on), Workload(context, concurrency))
 
 
 def shown(plan: Plan, width: int = 200) -> str:
     console = Console(file=StringIO(), width=width)
-    show(plan, console)
+    show_plan(plan, console)
     assert isinstance(console.file, StringIO)
     return console.file.getvalue()
 
@@ -66,7 +66,7 @@ def test_a_dense_model_is_told_without_experts() -> None:
 
 def test_reasons_for_what_does_not_work_are_shown() -> None:
     config = published("llama-3.1-70b") | {"num_attention_heads": 60, "num_key_value_heads": 12, "head_dim": 128}
-    plan = make_plan(config, precision_of(config), gpu("A100-40GB"), Demand(8192, 32))
+    plan = make_plan(config, precision_of(config), gpu("A100-40GB"), Workload(8192, 32))
     assert "does not work: tensor 8: 60 query heads are not divisible by 8" in shown(plan)
 
 
@@ -90,5 +90,5 @@ def test_alternatives_are_other_cuts() -> None:
 
 def test_pinned_layouts_are_planned_with() -> None:
     config = published("hunyuan-large")
-    plan = make_plan(config, precision_of(config), gpu("H20"), Demand(8192, 1), Pinned(pipeline=2))
+    plan = make_plan(config, precision_of(config), gpu("H20"), Workload(8192, 1), Pinned(pipeline=2))
     assert plan.chosen.parallel.pipeline == 2

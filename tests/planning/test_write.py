@@ -6,7 +6,7 @@ import pytest
 
 from hycluster.errors import SettingsError
 from hycluster.planning.shares import device_share
-from hycluster.planning.write import settings_text, write
+from hycluster.planning.write import settings_text, write_settings_file
 from hycluster.settings.read import load_settings
 from tests.planning.configs import PATHS
 from tests.planning.test_plan import plan_of
@@ -16,7 +16,7 @@ from tests.planning.test_plan import plan_of
 def test_settings_are_those_of_the_plan_and_load(tmp_path: Path, name: str) -> None:
     plan = plan_of(name, "H200", concurrency=3000)
     path = tmp_path / "x.yaml"
-    write(path, settings_text(plan, name, "/models/x", "hycluster plan"), overwrite=False)
+    write_settings_file(path, settings_text(plan, name, "/models/x", "hycluster plan"), overwrite=False)
     settings = load_settings(path)
     (model,) = settings.models
     assert model.parallel == plan.chosen.parallel
@@ -49,16 +49,16 @@ def test_what_differs_from_the_usual_is_written() -> None:
 
 def test_a_file_is_not_overwritten_unasked(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
-    write(path, "one", overwrite=False)
+    write_settings_file(path, "one", overwrite=False)
     with pytest.raises(SettingsError, match=r"^--write: .*x\.yaml is there already; --overwrite replaces it$"):
-        write(path, "two", overwrite=False)
-    write(path, "two", overwrite=True)
+        write_settings_file(path, "two", overwrite=False)
+    write_settings_file(path, "two", overwrite=True)
     assert path.read_text() == "two"
 
 
 def test_a_place_that_can_not_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"^--write: .*: can't be written: No such file or directory$"):
-        write(tmp_path / "none" / "x.yaml", "one", overwrite=False)
+        write_settings_file(tmp_path / "none" / "x.yaml", "one", overwrite=False)
 
 
 def test_a_name_that_settings_do_not_take_is_refused() -> None:

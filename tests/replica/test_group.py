@@ -12,11 +12,11 @@ import psutil
 import pytest
 import ray
 
-from hycluster import cluster
+from hycluster import dedicated
 from hycluster.directory.directory import ReplicaReport, open_directory
-from hycluster.errors import SettingsError
+from hycluster.errors import SettingsError, why_not_started
 from hycluster.replica.placement import actor_options
-from hycluster.replica.rank import Patience
+from hycluster.replica.rank import DrainTimes
 from hycluster.replica.replica import Replica
 from hycluster.settings.load import DataPlane
 from hycluster.settings.model import Model
@@ -54,9 +54,9 @@ def start(directory: str) -> Iterator[Start]:
     started: list[tuple[Any, Any]] = []
 
     def begin(data_plane: DataPlane = LOOPBACK) -> Any:
-        group = cluster._placement_group(MODEL)
-        actor = ray.remote(Replica).options(**actor_options(MODEL), **cluster._in_first_bundle(group))
-        started.append((actor.remote(MODEL, data_plane, directory, Patience(0.5, 0.5)), group))
+        group = dedicated._placement_group(MODEL)
+        actor = ray.remote(Replica).options(**actor_options(MODEL), **dedicated._in_first_bundle(group))
+        started.append((actor.remote(MODEL, data_plane, directory, DrainTimes(0.5, 0.5)), group))
         return started[-1][0]
 
     yield begin
@@ -70,7 +70,7 @@ def processes(replica: Any) -> list[psutil.Process]:
 
 
 def reports(directory: str) -> list[ReplicaReport]:
-    view: Any = ray.get(open_directory(directory).sync.remote("m", "test", {}))
+    view: Any = ray.get(open_directory(directory).view.remote("m"))
     return list(view.replicas)
 
 
@@ -109,6 +109,6 @@ def test_why_a_rank_can_not_start_is_said(start: Start) -> None:
     replica = start(DataPlane(host="127.0.0.1", port_min=1, port_max=1))
     with pytest.raises(ray.exceptions.RayError) as caught:
         ray.get(replica.ready.remote())
-    reason = cluster._failure(str(caught.value))
+    reason = why_not_started(str(caught.value))
     assert isinstance(reason, SettingsError)
     assert reason.message.startswith("data_plane: no port to bind on 127.0.0.1 from 1 to 1: ")

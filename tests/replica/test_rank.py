@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from hycluster.directory.directory import open_directory
-from hycluster.replica.rank import Patience
+from hycluster.replica.rank import DrainTimes
 from hycluster.replica.replica import Replica
 from hycluster.settings.load import DataPlane
 from hycluster.settings.model import Model
@@ -50,7 +50,7 @@ def start(directory: str) -> Iterator[Start]:
     def begin(**bounds: float) -> Any:
         model = Model(name="m", source="/m", simulated=Simulated(), health=Health(**bounds))
         actor: Any = ray.remote(num_cpus=0)(Brittle)
-        started.append(actor.remote(model, DataPlane(host="127.0.0.1"), directory, Patience(0.5, 0.5)))
+        started.append(actor.remote(model, DataPlane(host="127.0.0.1"), directory, DrainTimes(0.5, 0.5)))
         return started[-1]
 
     yield begin
@@ -92,7 +92,7 @@ def test_a_stopped_process_is_killed_and_does_not_come_back(start: Start, direct
     processes = family(replica)
 
     def reports() -> list[Any]:
-        view: Any = ray.get(open_directory(directory).sync.remote("m", "test", {}))
+        view: Any = ray.get(open_directory(directory).view.remote("m"))
         return list(view.replicas)
 
     eventually(lambda: len(reports()) == 1, 10)

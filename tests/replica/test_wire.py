@@ -19,7 +19,7 @@ from hycluster.engine.protocol import SIBLINGS
 from hycluster.engine.simulated import SimulatedEngine
 from hycluster.errors import SettingsError
 from hycluster.replica import wire
-from hycluster.replica.wire import NO_CLIENT, READY, REFUSED, EngineServer, Kind, decode_info
+from hycluster.replica.wire import NO_CLIENT, READY, REFUSED, EngineServer, MessageKind, decode_info
 from hycluster.settings.load import DataPlane
 from hycluster.settings.simulated import Simulated
 from tests.simulated_pool import SimulatedReplica, eventually, predicted
@@ -47,7 +47,7 @@ class RawGateway:
             sock.connect(endpoint)
 
     def hello(self, token: str | None = None) -> list[bytes]:
-        self.requests.send_multipart([Kind.HELLO, (self.token if token is None else token).encode()])
+        self.requests.send_multipart([MessageKind.HELLO, (self.token if token is None else token).encode()])
         return self.requests.recv_multipart()
 
     def add(self, request_id: str, max_tokens: int = 4, prompt: tuple[int, ...] = (1, 2, 3)) -> None:
@@ -57,10 +57,10 @@ class RawGateway:
             sampling_params=messages.SamplingParams(max_tokens=max_tokens),
             arrival_time=time.time(),
         )
-        self.requests.send_multipart([Kind.ADD, *messages.encode(request)])
+        self.requests.send_multipart([MessageKind.ADD, *messages.encode(request)])
 
     def call(self, call_id: int, method: str, *arguments: Any) -> None:
-        self.requests.send_multipart([Kind.CALL, msgspec.msgpack.encode((call_id, method, arguments))])
+        self.requests.send_multipart([MessageKind.CALL, msgspec.msgpack.encode((call_id, method, arguments))])
 
     def read(self) -> EngineCoreOutputs:
         frames = self.outputs.recv_multipart()
@@ -170,7 +170,7 @@ def test_abort(start: Start, join: Join) -> None:
     gateway.add("a", max_tokens=10_000)
     gateway.add("b", max_tokens=10_000)
     eventually(lambda: replica.requests == 2)
-    gateway.requests.send_multipart([Kind.ABORT, msgspec.msgpack.encode(["a", "unknown"])])
+    gateway.requests.send_multipart([MessageKind.ABORT, msgspec.msgpack.encode(["a", "unknown"])])
     eventually(lambda: replica.requests == 1)
 
 
@@ -180,7 +180,7 @@ def test_bye_drops_what_is_in_flight(start: Start, join: Join) -> None:
     staying.add("a", max_tokens=10_000)
     leaving.add("a", max_tokens=10_000)
     eventually(lambda: replica.requests == 2)
-    leaving.requests.send_multipart([Kind.BYE])
+    leaving.requests.send_multipart([MessageKind.BYE])
     eventually(lambda: replica.requests == 1)
     assert replica.server.gateways == 1
     leaving.add("b")
@@ -207,12 +207,12 @@ def test_a_gateway_that_has_no_output_connection_is_given_up(start: Start, monke
     replica = start(SLOW)
     with zmq.Context() as context, context.socket(zmq.DEALER) as requests:
         requests.connect(replica.address.requests)
-        requests.send_multipart([Kind.HELLO, replica.address.token.encode()])
+        requests.send_multipart([MessageKind.HELLO, replica.address.token.encode()])
         assert requests.recv_multipart()[0] == READY
         request = messages.EngineCoreRequest(
             request_id="a", prompt_token_ids=[1], sampling_params=messages.SamplingParams(), arrival_time=0.0
         )
-        requests.send_multipart([Kind.ADD, *messages.encode(request)])
+        requests.send_multipart([MessageKind.ADD, *messages.encode(request)])
         eventually(lambda: replica.server.gateways == 0)
         assert replica.requests == 0
 
@@ -259,14 +259,14 @@ def test_an_allowed_call_that_the_engine_refuses_is_answered(start: Start, join:
         [b""],
         [b"\xff"],
         [b"no such kind"],
-        [Kind.HELLO],
-        [Kind.ADD],
-        [Kind.ADD, b"\xc1"],
-        [Kind.ABORT],
-        [Kind.ABORT, b"\xc1"],
-        [Kind.ABORT, msgspec.msgpack.encode({"a": 1})],
-        [Kind.CALL, msgspec.msgpack.encode([1])],
-        [Kind.CALL, msgspec.msgpack.encode(["one", "sleep", []])],
+        [MessageKind.HELLO],
+        [MessageKind.ADD],
+        [MessageKind.ADD, b"\xc1"],
+        [MessageKind.ABORT],
+        [MessageKind.ABORT, b"\xc1"],
+        [MessageKind.ABORT, msgspec.msgpack.encode({"a": 1})],
+        [MessageKind.CALL, msgspec.msgpack.encode([1])],
+        [MessageKind.CALL, msgspec.msgpack.encode(["one", "sleep", []])],
         [b"x", b"y", b"z"],
     ],
 )
@@ -403,7 +403,7 @@ def test_only_a_rank_that_knows_the_token_is_heard(group: list[tuple[Talking, En
     sock = context.socket(zmq.DEALER)
     sock.connect(server.address.requests)
     for token in (b"", b"wrong", server.address.token.encode()):
-        sock.send_multipart([Kind.SIBLING, token, token])
+        sock.send_multipart([MessageKind.SIBLING, token, token])
     eventually(lambda: bool(engine.heard))
     assert engine.heard == [[server.address.token.encode()]]
     context.destroy(linger=0)

@@ -76,7 +76,7 @@ def test_the_raylet_dies(children: list[subprocess.Popen[bytes]], monkeypatch: p
     raylet.kill()
     assert ended.code.get(timeout=10) == EXIT_CODE
     assert ended.lines[0] == (
-        f"lost: Ray's raylet (pid {raylet.pid}), and all replicas and doors with it; this command ends"
+        f"lost: Ray's raylet (pid {raylet.pid}), and all replicas and ingress processes with it; this command ends"
     )
     # Nothing is left that could end its work.
     assert ended.drained == []

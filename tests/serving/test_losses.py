@@ -7,22 +7,22 @@ from dataclasses import replace
 
 import pytest
 
+from hycluster.core import StartTrouble
 from hycluster.directory.directory import Overview
-from hycluster.directory.starts import StartTrouble
 from hycluster.serving.losses import LINES_A_MINUTE, Losses
-from hycluster.serving.ray_state import Deployment, Look, Process
+from hycluster.serving.ray_state import Deployment, Look, ServiceProcess
 
-NAMES = {"replica-m": "replica of m", "door": "door"}
-FINE = {"replica-m": Deployment(2, "HEALTHY", ""), "door": Deployment(1, "HEALTHY", "")}
+NAMES = {"replica-m": "replica of m", "ingress": "ingress"}
+FINE = {"replica-m": Deployment(2, "HEALTHY", ""), "ingress": Deployment(1, "HEALTHY", "")}
 # No process has this pid.
 GONE = 1 << 22
 
 
-def process(name: str, deployment: str = "replica-m", pid: int = GONE, node: str = "here") -> Process:
-    return Process(deployment, name, pid, node, f"SERVE_REPLICA::{name}")
+def process(name: str, deployment: str = "replica-m", pid: int = GONE, node: str = "here") -> ServiceProcess:
+    return ServiceProcess(deployment, name, pid, node, f"SERVE_REPLICA::{name}")
 
 
-def look(*processes: Process, **changes: object) -> Look:
+def look(*processes: ServiceProcess, **changes: object) -> Look:
     seen = Look("c1", FINE, {p.id: p for p in processes}, Overview(77), {"n1": "10.0.0.1"})
     return replace(seen, **changes)  # type: ignore[arg-type]
 
@@ -89,7 +89,7 @@ def test_controller_and_directory(told: Told) -> None:
     ]
     assert told.see(look(A, B, controller="c2")) == []
     assert told.see(look(A, B, controller="c2", overview=Overview(78))) == [
-        "lost: the directory (pid 77); doors go on with what they know",
+        "lost: the directory (pid 77); ingress processes go on with what they know",
         "back: the directory (pid 78) after 0 s",
     ]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from hycluster.core import StartTrouble
 from hycluster.directory.directory import Overview
-from hycluster.directory.starts import StartTrouble
 from hycluster.errors import EngineStartFailed, SettingsError, start_failure
 from hycluster.serving.start import end_of_hope, ready_models
 from hycluster.settings.model import Model
@@ -58,7 +58,7 @@ def test_wrong_settings_of_every_model_end_it() -> None:
     assert error.message == "source: no such folder; source: no such folder"
 
 
-def test_a_door_that_can_not_open_ends_it() -> None:
+def test_an_ingress_process_that_can_not_open_ends_it() -> None:
     said = f"A replica failed to start. {start_failure(SettingsError('http.port: 80 is taken'))!s}"
     assert hope(seen(), said) is None  # Ray's report says which error it was
     error = hope(seen(), f"RuntimeError: {start_failure(SettingsError('http.port: 80 is taken'))!s}")

@@ -4,26 +4,26 @@ from dataclasses import replace
 
 import pytest
 
+from hycluster.core import StartTrouble
 from hycluster.directory.directory import Overview
-from hycluster.directory.starts import StartTrouble
 from hycluster.errors import SettingsError
-from hycluster.serving.ray_state import Deployment, Look, Process
-from hycluster.serving.status import status
+from hycluster.serving.ray_state import Deployment, Look, ServiceProcess
+from hycluster.serving.status import status_lines
 
 DEPLOYMENTS = {
     "replica-org-big-1": Deployment(2, "HEALTHY", ""),
-    "door": Deployment(1, "HEALTHY", ""),
+    "ingress": Deployment(1, "HEALTHY", ""),
     "batches": Deployment(1, "HEALTHY", ""),
 }
-PROCESSES = {name: Process(name, name, 1, "10.0.0.1", name) for name in ("door", "batches")}
+PROCESSES = {name: ServiceProcess(name, name, 1, "10.0.0.1", name) for name in ("ingress", "batches")}
 FINE = Look("c", DEPLOYMENTS, PROCESSES, Overview(7, {"Org/Big.1": 2}), {"n": "10.0.0.1"})
 
 
 def test_all_is_well() -> None:
-    assert status(FINE) == (
+    assert status_lines(FINE) == (
         [
             "model Org/Big.1: 2 of 2 replicas serve",
-            "doors: 1 of 1 there",
+            "ingress processes: 1 of 1 there",
             "batch executor: 1 of 1 there",
             "Serve's controller: there",
             "directory: there (pid 7)",
@@ -35,7 +35,7 @@ def test_all_is_well() -> None:
 
 def test_a_model_that_does_not_start_says_why() -> None:
     trouble = StartTrouble(3, "EngineStartFailed", "no memory", 4.0)
-    lines, well = status(replace(FINE, overview=Overview(7, {"Org/Big.1": 1}, {"Org/Big.1": trouble})))
+    lines, well = status_lines(replace(FINE, overview=Overview(7, {"Org/Big.1": 1}, {"Org/Big.1": trouble})))
     assert not well
     assert lines[0] == (
         "model Org/Big.1: 1 of 2 replicas serve; 3 starts of replicas failed: no memory; next try in 4 s"
@@ -47,15 +47,15 @@ def test_a_model_that_does_not_start_says_why() -> None:
     [
         ({"controller": None, "deployments": None}, "Serve's controller: does not answer"),
         ({"overview": None}, "directory: does not answer"),
-        ({"processes": {}}, "doors: 0 of 1 there"),
+        ({"processes": {}}, "ingress processes: 0 of 1 there"),
     ],
 )
 def test_what_is_missing(change: dict[str, object], says: str) -> None:
-    lines, well = status(replace(FINE, **change))  # type: ignore[arg-type]
+    lines, well = status_lines(replace(FINE, **change))  # type: ignore[arg-type]
     assert not well
     assert says in lines
 
 
 def test_nothing_runs() -> None:
     with pytest.raises(SettingsError, match="no hycluster is running"):
-        status(replace(FINE, deployments=None))
+        status_lines(replace(FINE, deployments=None))

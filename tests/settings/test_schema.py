@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 import yaml
 
-from hycluster.settings.schema import all_kinds, descriptions, schema
+from hycluster.settings.schema import all_kinds, descriptions, settings_schema
 from hycluster.settings.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("file", sorted((ROOT / "deployments").glob("*.yaml")), ids=lambda file: file.stem)
 def test_what_is_in_deployments_holds(file: Path) -> None:
-    jsonschema.validate(yaml.safe_load(file.read_text()), schema())
+    jsonschema.validate(yaml.safe_load(file.read_text()), settings_schema())
 
 
 @pytest.mark.parametrize(
@@ -25,12 +25,12 @@ def test_what_is_in_deployments_holds(file: Path) -> None:
 def test_what_settings_refuse_it_refuses(change: dict[str, object], told: str) -> None:
     settings = {"models": [{"name": "m", "source": "s"}], **change}
     with pytest.raises(jsonschema.ValidationError, match=told):
-        jsonschema.validate(settings, schema())
+        jsonschema.validate(settings, settings_schema())
 
 
 def test_it_is_a_schema() -> None:
-    jsonschema.Draft202012Validator.check_schema(schema())
-    json.dumps(schema())
+    jsonschema.Draft202012Validator.check_schema(settings_schema())
+    json.dumps(settings_schema())
 
 
 def test_no_docstring_describes_a_key_that_is_not_there() -> None:

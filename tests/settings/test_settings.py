@@ -154,8 +154,10 @@ def test_errors_name_field_value_and_what_is_allowed(data: dict[str, Any], lines
 
 
 def test_each_wrong_field_has_its_line() -> None:
-    lines = refusal(Settings, {"models": [MODEL], "http": {"port": -1}, "grpc": {"port": "x"}, "doors": 0})
-    assert [line.split(": ")[1] for line in lines] == ["http.port", "grpc.port", "doors"]
+    lines = refusal(
+        Settings, {"models": [MODEL], "http": {"port": -1}, "grpc": {"port": "x"}, "ingress": {"replicas": 0}}
+    )
+    assert [line.split(": ")[1] for line in lines] == ["http.port", "grpc.port", "ingress.replicas"]
 
 
 @pytest.mark.parametrize(
@@ -224,10 +226,10 @@ def test_files_that_are_no_settings(tmp_path: Path, content: bytes, said: str) -
 
 def test_a_key_that_is_given_twice_is_refused_with_its_lines(tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
-    path.write_text("a:\n  doors: 2\n  b: 1\n  doors: 3\n")
+    path.write_text("a:\n  replicas: 2\n  b: 1\n  replicas: 3\n")
     with pytest.raises(SettingsError) as refused:
         load_yaml(path)
-    assert str(refused.value) == f"{path}: the key 'doors' is given twice, in lines 2 and 4"
+    assert str(refused.value) == f"{path}: the key 'replicas' is given twice, in lines 2 and 4"
     path.write_text("a: {b: 1, b: 1}\n")
     with pytest.raises(SettingsError, match="'b' is given twice, in lines 1 and 1"):
         load_yaml(path)

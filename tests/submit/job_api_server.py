@@ -22,6 +22,9 @@ class JobApiServer:
         jobs: by id, as Ray's API tells them; ``logs`` likewise.
         token: that it asks for; None asks for none.
         hang_s: seconds before each answer.
+        elsewhere: where it sends all who come.
+        page: what something in front of it answers, as HTML.
+        submits: jobs that it has taken.
         away: answers to so many calls are 500, as long as the cluster's state is not to be had.
     """
 
@@ -31,6 +34,9 @@ class JobApiServer:
     token: str | None = None
     hang_s: float = 0
     away: int = 0
+    submits: int = 0
+    elsewhere: str | None = None
+    page: str | None = None
 
     def add(self, job_id: str, status: str, **more: Any) -> None:
         self.jobs[job_id] = {"type": "SUBMISSION", "submission_id": job_id, "status": status, "entrypoint": "e", **more}
@@ -44,6 +50,7 @@ class JobApiServer:
             self.away -= 1
             return 500, "Traceback (most recent call last):\n  ...\nRpcError: GCS is away\n"
         if path == "/api/jobs/" and method == "POST":
+            self.submits += 1
             self.add(body["submission_id"], "PENDING", metadata=body["metadata"])
             self.jobs[body["submission_id"]]["entrypoint"] = body["entrypoint"]
             return 200, {"job_id": body["submission_id"], "submission_id": body["submission_id"]}
@@ -57,8 +64,6 @@ class JobApiServer:
             return 200, {"stopped": True}
         if what == "logs":
             return 200, {"logs": self.logs.get(job_id, "")}
-        if what == "logs/tail":
-            return 400, "no websockets here"
         return 200, self.jobs[job_id]
 
 
@@ -73,7 +78,15 @@ def job_api_server() -> Iterator[JobApiServer]:
             time.sleep(held.hang_s)
             status, said = held.answer(self.command, self.path, self.headers.get("Authorization"), body or {})
             data = (said if isinstance(said, str) else json.dumps(said)).encode()
-            self.send_response(status)
+            if held.elsewhere:
+                self.send_response(307)
+                self.send_header("Location", held.elsewhere + self.path)
+            elif held.page:
+                data = held.page.encode()
+                self.send_response(502)
+                self.send_header("Content-Type", "text/html")
+            else:
+                self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             # Who has given up reads nothing more.
             with suppress(OSError):

@@ -14,7 +14,7 @@ from hycluster.settings.read import load_settings
 from hycluster.settings.settings import Settings
 from hycluster.submit import rayjob
 from hycluster.submit.submission import Submission, as_yaml, submission
-from hycluster.submit.target import Target
+from hycluster.submit.target import KubernetesTarget
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,14 +34,16 @@ def job_on(engine: str, model: str = "smollm2-135m-instruct") -> Job:
     )
 
 
-def manifest(job: Job, settings: Settings | None, target: Target) -> tuple[Submission, dict[str, Any], tuple[str, ...]]:
+def manifest(
+    job: Job, settings: Settings | None, target: KubernetesTarget
+) -> tuple[Submission, dict[str, Any], tuple[str, ...]]:
     sent = submission(job, settings)
     made, notes = rayjob.ray_job(sent, job, settings, target)
     return sent, yaml.safe_load(as_yaml(made)), notes
 
 
 def test_a_job_for_a_cluster_that_serves() -> None:
-    sent, made, notes = manifest(job_on("shared"), None, Target(cluster="hycluster-x7k2p", namespace="ml"))
+    sent, made, notes = manifest(job_on("shared"), None, KubernetesTarget(cluster="hycluster-x7k2p", namespace="ml"))
     assert (made["apiVersion"], made["kind"]) == ("ray.io/v1", "RayJob")
     assert (made["metadata"]["name"], made["metadata"]["namespace"]) == (sent.id, "ml")
     assert made["spec"] == {
@@ -58,7 +60,7 @@ def test_a_job_for_a_cluster_that_serves() -> None:
 
 def test_a_cluster_of_its_own_has_room_for_the_engines() -> None:
     settings = load_settings(ROOT / "deployments" / "local.yaml")
-    _, made, notes = manifest(job_on("dedicated"), settings, Target())
+    _, made, notes = manifest(job_on("dedicated"), settings, KubernetesTarget())
     spec = made["spec"]
     assert (spec["shutdownAfterJobFinishes"], spec["backoffLimit"]) == (True, 1)
     assert spec["ttlSecondsAfterFinished"] > 0
@@ -100,7 +102,7 @@ def test_gpus_are_cut_into_nodes(changes: dict[str, Any], pods: int, limits: dic
     hardware = {"accelerator": "H20", "cpus": 16, "memory_gib": 100} | changes.pop("hardware", {})
     model = {"name": "big", "source": "org/big", "hardware": hardware, **changes}
     _, made, notes = manifest(
-        job_on("dedicated", "big"), Settings.model_validate({"models": [model]}), Target(image="i:1")
+        job_on("dedicated", "big"), Settings.model_validate({"models": [model]}), KubernetesTarget(image="i:1")
     )
     (group,) = made["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     (container,) = group["template"]["spec"]["containers"]
@@ -112,7 +114,10 @@ def test_weights_in_a_folder_are_noted() -> None:
     settings = Settings.model_validate(
         {"models": [{"name": "m", "source": "/models/m", "hardware": {"memory_gib": 1}}]}
     )
-    assert "source: '/models/m' must be in the image" in manifest(job_on("dedicated", "m"), settings, Target())[2][0]
+    assert (
+        "source: '/models/m' must be in the image"
+        in manifest(job_on("dedicated", "m"), settings, KubernetesTarget())[2][0]
+    )
 
 
 TEMPLATE = """
@@ -134,7 +139,7 @@ def test_a_template_gives_the_cluster_and_the_labels(
     path = tmp_path / "template.yaml"
     path.write_text(TEMPLATE)
     monkeypatch.setattr("sys.stdin", io.StringIO(TEMPLATE))
-    target = Target(template=str(path) if source == "file" else "-")
+    target = KubernetesTarget(template=str(path) if source == "file" else "-")
     sent, made, _ = manifest(job_on("dedicated"), load_settings(ROOT / "deployments" / "local.yaml"), target)
     assert made["spec"]["rayClusterSpec"] == {"headGroupSpec": {"mine": True}}
     assert made["spec"]["entrypoint"] == sent.command
@@ -175,7 +180,7 @@ def test_a_template_without_one_cluster_is_refused(text: str | None, said: str, 
 )
 def test_options_that_contradict_each_other_are_refused(options: dict[str, str], said: str) -> None:
     with pytest.raises(SettingsError, match=said):
-        Target(**options)  # type: ignore[arg-type]
+        KubernetesTarget(**options)  # type: ignore[arg-type]
 
 
 def test_kubectl_is_given_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

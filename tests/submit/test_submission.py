@@ -13,7 +13,7 @@ from hycluster.batch.job import Job, load_job
 from hycluster.errors import SettingsError
 from hycluster.settings.read import load_settings
 from hycluster.settings.settings import Settings
-from hycluster.submit.submission import MOST_ID_CHARACTERS, new_id, submission
+from hycluster.submit.submission import MOST_ID_CHARACTERS, new_job_id, submission
 
 # Stands for `hycluster` on the cluster: prints its arguments and what is in the files among them.
 SPY = """#!/bin/sh
@@ -66,7 +66,7 @@ def test_what_arrives_is_what_was_sent(tmp_path: Path) -> None:
     assert "top_p" not in (tmp_path / "3").read_text()
 
 
-def test_dedicated_engines_take_their_model_and_no_doors_along(tmp_path: Path) -> None:
+def test_dedicated_engines_take_their_model_and_no_ingress_processes_along(tmp_path: Path) -> None:
     arguments, arrived, config = received(make(engine="dedicated"), tmp_path, overwrite=True)
     assert arguments == ["batch", "run", "/dev/fd/3", "--config", "/dev/fd/4", "--overwrite", "--yes"]
     assert arrived.engine == "dedicated"
@@ -87,13 +87,13 @@ def test_any_prompt_survives_the_shell(tmp_path_factory: pytest.TempPathFactory,
 
 def test_ids_tell_the_name_and_are_names_for_kubernetes() -> None:
     for name in ("nightly", "2026.Report_v2", "x" * 100, "a" * 39 + "-b", "7", "A.B-"):
-        ids = {new_id(name) for _ in range(20)}
+        ids = {new_job_id(name) for _ in range(20)}
         assert len(ids) == 20
         for one in ids:
             assert len(one) <= MOST_ID_CHARACTERS
             assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", one)
             assert "--" not in one
-    assert new_id("2026.Report_v2").startswith("job-2026-report-v2-")
+    assert new_job_id("2026.Report_v2").startswith("job-2026-report-v2-")
 
 
 @pytest.mark.parametrize(

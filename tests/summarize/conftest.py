@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from tests.ingress.stand_in import open_door
+from tests.ingress.stand_in import open_ingress
 from tests.summarize.stand_in import SummarizingGenerator
 
 
@@ -16,6 +16,6 @@ def stand_in() -> SummarizingGenerator:
 
 @pytest_asyncio.fixture
 async def address(stand_in: SummarizingGenerator) -> AsyncIterator[str]:
-    """Of a real gRPC door with the stand-in behind it."""
-    async with open_door(stand_in) as door:
-        yield f"127.0.0.1:{door.port}"
+    """Of a real gRPC ingress with the stand-in behind it."""
+    async with open_ingress(stand_in) as ingress:
+        yield f"127.0.0.1:{ingress.port}"

@@ -1,4 +1,4 @@
-"""A stand-in for the pool behind a door that makes summaries: a small context, a word a token."""
+"""A stand-in for the pool behind an ingress process that makes summaries: a small context, a word a token."""
 
 from __future__ import annotations
 

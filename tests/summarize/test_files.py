@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from hycluster.errors import InvalidInput
-from hycluster.summarize.files import files_of, read
+from hycluster.summarize.files import files_of, read_text
 
 
 def test_a_folder_is_its_texts(tmp_path: Path) -> None:
@@ -28,7 +28,7 @@ def test_a_folder_is_its_texts(tmp_path: Path) -> None:
 def test_text(tmp_path: Path, data: bytes, text: str) -> None:
     path = tmp_path / "file"
     path.write_bytes(data)
-    assert read(str(path)) == text
+    assert read_text(str(path)) == text
 
 
 @pytest.mark.parametrize(
@@ -45,20 +45,20 @@ def test_what_is_no_text_is_refused(tmp_path: Path, data: bytes, says: str) -> N
     path = tmp_path / "file"
     path.write_bytes(data)
     with pytest.raises(InvalidInput, match=f"^{says}"):
-        read(str(path))
+        read_text(str(path))
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="no such file"):
-        read(str(tmp_path / "none.txt"))
+        read_text(str(tmp_path / "none.txt"))
     (folder,) = files_of([str(tmp_path)])
     with pytest.raises(InvalidInput, match=r"is a folder without \*.md or \*.txt files"):
-        read(folder)
+        read_text(folder)
     (tmp_path / "file").touch()
     with pytest.raises(InvalidInput, match="can't be read: Not a directory"):
-        read(str(tmp_path / "file" / "below"))
+        read_text(str(tmp_path / "file" / "below"))
 
 
 def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"from a pipe")))
-    assert read("-") == "from a pipe"
+    assert read_text("-") == "from a pipe"

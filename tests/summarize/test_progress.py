@@ -8,13 +8,13 @@ from rich.console import Console
 
 from hycluster.batch.summaries.tree import Node
 from hycluster.summarize import progress as progress_
-from hycluster.summarize.progress import Progress, shown
+from hycluster.summarize.progress import SummaryProgress, progress_shown
 
 NODE = Node(0, 0, 0, 10, 0, (), "summary", "stop", 30, 5)
 
 
 def test_calls_of_documents_that_are_not_cut_yet_are_estimated() -> None:
-    progress = Progress(4)
+    progress = SummaryProgress(4)
     assert str(progress) == "0/4 files, cutting into parts"
     first, second = progress.watch(), progress.watch()
     first.planned(10)
@@ -28,7 +28,7 @@ def test_calls_of_documents_that_are_not_cut_yet_are_estimated() -> None:
 
 
 def test_one_file_is_not_counted() -> None:
-    assert str(Progress(1)) == "cutting into parts"
+    assert str(SummaryProgress(1)) == "cutting into parts"
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -36,8 +36,8 @@ async def test_shown(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress_, "LINE_EVERY_S", 0.02)
     monkeypatch.setattr(progress_, "BAR_EVERY_S", 0.02)
     said = io.StringIO()
-    progress = Progress(1)
-    async with shown(progress, Console(file=said, force_terminal=terminal, width=120)):
+    progress = SummaryProgress(1)
+    async with progress_shown(progress, Console(file=said, force_terminal=terminal, width=120)):
         watch = progress.watch()
         watch.planned(3)
         watch.answered(NODE)

@@ -1,4 +1,4 @@
-"""Files through a real gRPC door."""
+"""Files through a real gRPC ingress."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hycluster.batch.job import Summary
 from hycluster.core import Priority, Sampling
 from hycluster.errors import InvalidInput, JobFailed, SettingsError, Unavailable, UnknownModel
 from hycluster.summarize.output import Summarized
-from hycluster.summarize.progress import Progress
-from hycluster.summarize.run import Wish, summarize_files
+from hycluster.summarize.progress import SummaryProgress
+from hycluster.summarize.run import SummaryOptions, summarize_files
 from tests.ingress.stand_in import MODEL
 from tests.summarize.stand_in import SummarizingGenerator
 
@@ -27,7 +27,7 @@ def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ask, "FIRST_BACKOFF_S", 0.001)
 
 
-def wish(**changes: Any) -> Wish:
+def wish(**changes: Any) -> SummaryOptions:
     settings = {name: changes.pop(name) for name in ("part_tokens", "overlap_tokens") if name in changes}
     usual: dict[str, Any] = {
         "model": None,
@@ -38,12 +38,14 @@ def wish(**changes: Any) -> Wish:
         "together": False,
         "retry_s": 10,
     }
-    return Wish(**usual | changes)
+    return SummaryOptions(**usual | changes)
 
 
-async def summarized(address: str, *files: Path | str, progress: Progress | None = None, **changes: Any) -> list[Any]:
+async def summarized(
+    address: str, *files: Path | str, progress: SummaryProgress | None = None, **changes: Any
+) -> list[Any]:
     made: list[Summarized] = []
-    progress = progress or Progress(len(files))
+    progress = progress or SummaryProgress(len(files))
     await summarize_files([str(file) for file in files], wish(**changes), address, progress, made.append)
     return made
 
@@ -67,7 +69,7 @@ async def test_a_short_text_is_one_call(address: str, stand_in: SummarizingGener
 
 
 async def test_a_long_text_is_covered_by_its_parts(address: str, stand_in: SummarizingGenerator, long: Path) -> None:
-    progress = Progress(1)
+    progress = SummaryProgress(1)
     (made,) = await summarized(address, long, progress=progress, priority=Priority.BATCH, part_tokens=100)
     parts = [node for node in made.tree.nodes if node.level == 0]
     assert made.parts == len(parts) >= 20
@@ -96,7 +98,7 @@ async def test_one_bad_file_does_not_stop_the_others(
         path.write_text(f"refuse {n}" if n == 7 else f"Text {n}.")
     files[3].write_bytes(b"\xff")
     files[4].unlink()
-    progress = Progress(51)
+    progress = SummaryProgress(51)
     made = await summarized(address, *files[:20], long, *files[20:], progress=progress)
     assert [document.files for document in made] == [(str(path),) for path in (*files[:20], long, *files[20:])]
     failures = {place: document.error for place, document in enumerate(made) if document.error}

@@ -16,14 +16,14 @@ from functools import partial
 from itertools import accumulate, groupby
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from hycluster.batch.input.listing import Listing, list_files, wanted
 from hycluster.batch.input.row_groups import Rows, decode, patiently
 from hycluster.batch.refusal import ColumnRefused, Reason, Refusal
 from hycluster.errors import JobFailed, SettingsError
-from hycluster.storage import locate, one_line
+from hycluster.retries import RetryingCaller
+from hycluster.storage import Folder, masked_line
 
 ROW_ID = "row_id"
 # Tells the shards in a block apart; never written out.
@@ -40,7 +40,7 @@ SHARD_BYTES = 16 << 20
 SPAN_BYTES = 64 << 20
 SPAN_SHARDS = 64
 FOOTER_READERS = 16
-FOOTER_BACKOFFS_S = (0.2, 0.4, 0.8)
+FOOTER_PATIENCE = RetryingCaller(attempts=4, timeout=None, wait_initial=0.2, wait_max=0.8, wait_jitter=0.2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,16 +92,15 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ShardPlan:
     """All files of the input, in order, and how they are cut.
 
     Attributes:
-        root: folder that all paths are relative to.
+        folder: that all paths are relative to.
         pattern: what was looked for below it, a glob a folder.
     """
 
-    filesystem: pafs.FileSystem
-    root: str
+    folder: Folder
     pattern: tuple[str, ...]
     files: tuple[File, ...]
     shard_rows: int
@@ -136,11 +135,12 @@ class Plan:
     def shard_count(self) -> int:
         return sum(-(-file.rows // self._rows_a_shard(file)) for file in self.files)
 
-    def takes(self, filesystem: pafs.FileSystem, path: str) -> bool:
-        """Whether a file of that path would be part of this input."""
-        if type(filesystem) is not type(self.filesystem) or not path.startswith(f"{self.root}/"):
+    def takes(self, folder: Folder, path: str) -> bool:
+        """Whether a file of that path in another folder would be part of this input."""
+        root, path = f"{self.folder.root}/", folder.at(path)
+        if type(folder) is not type(self.folder) or not path.startswith(root):
             return False
-        return wanted(path[len(self.root) + 1 :], self.pattern)
+        return wanted(path.removeprefix(root), self.pattern)
 
     def digest(self) -> str:
         """A name for exactly this input, cut in exactly this way."""
@@ -166,12 +166,12 @@ class Plan:
         return max(1, min(self.shard_rows, SHARD_BYTES // max(1, row_bytes)))
 
 
-def plan(path: str, *, shard_rows: int, check: Callable[[pa.Schema, str], None]) -> Plan:
+def plan_shards(place: Folder, *, shard_rows: int, check: Callable[[pa.Schema, str], None]) -> ShardPlan:
     """Look at the input: list it, read all footers, check all schemas. No row is read.
 
     Args:
-        path: a Parquet file, a folder (searched for ``*.parquet`` at any depth; names that begin
-            with ``.`` or ``_`` are skipped), a glob (``**`` is any depth), or a URI of one of these.
+        place: a Parquet file, a folder (searched for ``*.parquet`` at any depth; names that begin
+            with ``.`` or ``_`` are skipped), or a glob (``**`` is any depth).
         check: raises ``ColumnRefused``, given a schema and the file's name, if its rows can't be asked.
 
     Files that can't be read, and those whose columns ``check`` refuses, are part of the plan with their fault.
@@ -180,15 +180,14 @@ def plan(path: str, *, shard_rows: int, check: Callable[[pa.Schema, str], None])
         SettingsError: nothing there, no file that can be read, columns refused in every one, or a schema that no
             file may have.
     """
-    filesystem, inner = locate(path, "input.path")
-    listing = list_files(filesystem, inner, path)
+    listing = list_files(place)
     with ThreadPoolExecutor(FOOTER_READERS) as readers:
         # In order: the first file that is wrong is the one that is named.
-        files = tuple(readers.map(partial(_inspect, filesystem, listing, check), listing.sizes))
+        files = tuple(readers.map(partial(_inspect, listing, check), listing.sizes))
     faults = [file.fault for file in files if file.fault]
     if len(faults) == len(files):
         raise SettingsError(faults[0].error_message)
-    return Plan(filesystem, listing.root, listing.pattern, files, shard_rows)
+    return ShardPlan(listing.folder, listing.pattern, files, shard_rows)
 
 
 class Span:
@@ -245,7 +244,7 @@ def spans(shards: Iterable[Shard], span_bytes: int = SPAN_BYTES) -> Iterator[Spa
         yield span
 
 
-def read(filesystem: pafs.FileSystem, root: str, shards: Iterable[Shard]) -> Iterator[pa.Table]:
+def read_shards(folder: Folder, shards: Iterable[Shard]) -> Iterator[pa.Table]:
     """One table a shard: the input columns, ``row_id`` and the shard's number.
 
     Where rows are refused already there is a column ``REFUSAL`` too. Rows that can't be decoded have null in all
@@ -259,14 +258,14 @@ def read(filesystem: pafs.FileSystem, root: str, shards: Iterable[Shard]) -> Ite
             yield from (_named([], shard) for shard in of_file)
             continue
         try:
-            yield from _read_file(filesystem, f"{root}/{file.path}", file, list(of_file))
+            yield from _read_file(folder, file, list(of_file))
         except (OSError, pa.ArrowException) as error:
-            raise JobFailed(f"input: {file.path}: can't be read: {one_line(error)}") from None
+            raise JobFailed(f"input: {file.path}: can't be read: {masked_line(error)}") from None
 
 
-def _read_file(filesystem: pafs.FileSystem, path: str, file: File, shards: list[Shard]) -> Iterator[pa.Table]:
+def _read_file(folder: Folder, file: File, shards: list[Shard]) -> Iterator[pa.Table]:
     with (
-        patiently(partial(filesystem.open_input_file, path)) as handle,
+        patiently(partial(folder.open_file, file.path)) as handle,
         pq.ParquetFile(handle, page_checksum_verification=True) as parquet,
     ):
         if handle.size() != file.bytes or _row_groups(parquet.metadata) != file.row_groups:
@@ -317,16 +316,11 @@ def _row_groups(metadata: pq.FileMetaData) -> tuple[int, ...]:
     return tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
 
 
-def _inspect(
-    filesystem: pafs.FileSystem,
-    listing: Listing,
-    check: Callable[[pa.Schema, str], None],
-    path: str,
-) -> File:
+def _inspect(listing: Listing, check: Callable[[pa.Schema, str], None], path: str) -> File:
     try:
-        size, schema, metadata = patiently(partial(_footer, filesystem, f"{listing.root}/{path}"), FOOTER_BACKOFFS_S)
+        size, schema, metadata = patiently(partial(_footer, listing.folder, path), FOOTER_PATIENCE)
     except (OSError, pa.ArrowException) as error:
-        message = f"input: {path}: is not a readable Parquet file: {one_line(error)}"
+        message = f"input: {path}: is not a readable Parquet file: {masked_line(error)}"
         # One row, which stands for however many there are.
         return File(path, listing.sizes[path], (1,), 0, "", Refusal(Reason.UNREADABLE_FILE.value, message))
     for column in schema.names:
@@ -342,6 +336,6 @@ def _inspect(
     return File(path, size, _row_groups(metadata), data_bytes, digest, fault)
 
 
-def _footer(filesystem: pafs.FileSystem, path: str) -> tuple[int, pa.Schema, pq.FileMetaData]:
-    with filesystem.open_input_file(path) as handle, pq.ParquetFile(handle) as parquet:
+def _footer(folder: Folder, path: str) -> tuple[int, pa.Schema, pq.FileMetaData]:
+    with folder.open_file(path) as handle, pq.ParquetFile(handle) as parquet:
         return handle.size(), parquet.schema_arrow, parquet.metadata

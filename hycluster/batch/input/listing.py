@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow.fs as pafs
 
 from hycluster.errors import SettingsError
-from hycluster.storage import one_line, shown
+from hycluster.storage import Folder, masked_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,58 +17,57 @@ class Listing:
     """The files of an input, in order.
 
     Attributes:
-        root: folder that all paths are relative to.
+        folder: that all paths are relative to.
         pattern: what was looked for below it, a glob a folder.
         sizes: bytes by path, as the folder has them.
     """
 
-    root: str
+    folder: Folder
     pattern: tuple[str, ...]
     sizes: dict[str, int]
 
 
-def list_files(filesystem: pafs.FileSystem, inner: str, path: str) -> Listing:
+def list_files(place: Folder) -> Listing:
     """Look the input up.
 
     Args:
-        inner: where it is in the filesystem.
-        path: what the user wrote, for errors.
+        place: a file, a folder or a glob.
 
     Raises:
         SettingsError: nothing is there, or it can't be listed.
     """
     try:
-        return _list(filesystem, inner, path)
+        return _list(place)
     except OSError as error:
-        raise SettingsError(f"input.path: {shown(path)!r} can't be read: {one_line(error)}") from None
+        raise SettingsError(f"input.path: {place.masked!r} can't be read: {masked_line(error)}") from None
 
 
-def _list(filesystem: pafs.FileSystem, inner: str, path: str) -> Listing:
-    info = filesystem.get_file_info(inner)
+def _list(place: Folder) -> Listing:
+    info = place.info()
     if info.type == pafs.FileType.File:
-        root, _, name = inner.rpartition("/")
-        return Listing(root, (name,), {name: info.size})
+        root, _, name = place.root.rpartition("/")
+        return Listing(replace(place, root=root), (name,), {name: info.size})
     pattern: tuple[str, ...]
     if info.type == pafs.FileType.Directory:
-        root, pattern = inner, ("**", "*.parquet")
-    elif re.search(r"[*?\[]", inner):
-        fixed = re.split(r"[*?\[]", inner, maxsplit=1)[0]
-        root = fixed.rpartition("/")[0]
-        pattern = tuple(inner[len(root) + 1 :].split("/"))
-        if filesystem.get_file_info(root).type != pafs.FileType.Directory:
-            raise SettingsError(f"input.path: {shown(path)!r}: there is no folder {root!r}")
+        folder, pattern = place, ("**", "*.parquet")
+    elif re.search(r"[*?\[]", place.root):
+        fixed = re.split(r"[*?\[]", place.root, maxsplit=1)[0]
+        folder = replace(place, root=fixed.rpartition("/")[0])
+        pattern = tuple(place.root[len(folder.root) + 1 :].split("/"))
+        if folder.info().type != pafs.FileType.Directory:
+            raise SettingsError(f"input.path: {place.masked!r}: there is no folder {folder.root!r}")
     else:
-        raise SettingsError(f"input.path: {shown(path)!r}: no such file or folder")
+        raise SettingsError(f"input.path: {place.masked!r}: no such file or folder")
     found = (
-        (info.path[len(root) + 1 :], info.size)
-        for info in filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
+        (info.path[len(folder.root) + 1 :], info.size)
+        for info in folder.entries(recursive=True)
         if info.type == pafs.FileType.File
     )
     sizes = dict(sorted((path, size) for path, size in found if wanted(path, pattern)))
     if not sizes:
-        what = "no *.parquet file in this folder" if root == inner else "no file matches"
-        raise SettingsError(f"input.path: {shown(path)!r}: {what}")
-    return Listing(root, pattern, sizes)
+        what = "no *.parquet file in this folder" if folder is place else "no file matches"
+        raise SettingsError(f"input.path: {place.masked!r}: {what}")
+    return Listing(folder, pattern, sizes)
 
 
 def wanted(path: str, pattern: tuple[str, ...]) -> bool:

@@ -7,8 +7,7 @@ A store that does not give the bytes is no damage: it is asked again, and then t
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -16,11 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hycluster.batch.refusal import Reason, Refusal
-from hycluster.storage import one_line
+from hycluster.retries import RetryingCaller
+from hycluster.storage import masked_line
 
 READ_ROWS = 8192
-# How long a store that does not give bytes is waited for, time after time.
-BACKOFFS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
+# A store that does not give bytes is asked for them for some 16 s. The jitter is for all the readers of a job.
+PATIENCE = RetryingCaller(attempts=6, timeout=None, wait_initial=0.5, wait_max=8, wait_jitter=0.5)
 # Times that bytes must fail to decode at one place before they are taken for damaged.
 DECODE_TRIES = 3
 RAW_BYTES = 8 << 20
@@ -48,20 +48,17 @@ def decode(handle: pa.NativeFile, parquet: pq.ParquetFile, groups: list[int]) ->
         yield from _row_group(handle, parquet, group)
 
 
-def patiently(read: Callable[[], T], backoffs_s: Sequence[float] | None = None) -> T:
+def patiently(read: Callable[[], T], patience: RetryingCaller = PATIENCE) -> T:
     """Call; if a store stumbles, wait and call again.
 
     Raises:
         OSError: it does not give what is asked for, or says at once that it has none or gives none.
     """
-    for backoff_s in BACKOFFS_S if backoffs_s is None else backoffs_s:
-        try:
-            return read()
-        except (PermissionError, FileNotFoundError):
-            raise
-        except OSError:
-            time.sleep(backoff_s)
-    return read()
+    return patience(_stumbled, read)
+
+
+def _stumbled(error: Exception) -> bool:
+    return isinstance(error, OSError) and not isinstance(error, PermissionError | FileNotFoundError)
 
 
 def _row_group(handle: pa.NativeFile, parquet: pq.ParquetFile, group: int) -> Iterator[Rows]:
@@ -79,7 +76,7 @@ def _row_group(handle: pa.NativeFile, parquet: pq.ParquetFile, group: int) -> It
                 position += batch.num_rows
         except (OSError, pa.ArrowException) as error:
             _read_raw(handle, parquet, group)
-            why = one_line(error)
+            why = masked_line(error)
         if given >= rows:
             return
         failed = failed + 1 if given == before else 1

@@ -33,28 +33,12 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from hycluster.batch.input.corpus import Plan
-from hycluster.batch.output.identity import Identity, differences
+from hycluster.batch.input.corpus import ShardPlan
+from hycluster.batch.output.identity import Identity, identity_differences
 from hycluster.batch.output.record import DAMAGE, ShardRecord, Written
 from hycluster.batch.output.shard_set import PartNames, ShardSet
 from hycluster.errors import JobFailed, SettingsError
-from hycluster.storage import (
-    check_creates_once,
-    check_exclusive,
-    create_if_absent,
-    delete,
-    exists,
-    leftover_of,
-    locate,
-    make_folder,
-    names,
-    one_line,
-    read_json,
-    replace,
-    shown,
-    write,
-    writing,
-)
+from hycluster.storage import Folder, leftover_of, masked_line
 
 # What is made from the records, beside _job.json, which says whose they are.
 DERIVED = ("_SUCCESS", "_manifest.json", "report.html", "report.json", "_progress.json")
@@ -62,19 +46,21 @@ _ATTEMPT = re.compile(r"part-\d{8}-[0-9a-f]{12}\.parquet")
 _RECORD = re.compile(r"\d{8}-[0-9a-f]{12}\.json")
 
 
-class Output:
-    """The output folder of one job. Small and picklable: every process that commits has one."""
+class OutputFolder:
+    """The output folder of one job. Small and picklable: every process that commits has one.
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._filesystem, self._root = locate(path, "output.path")
-        check_exclusive(self._filesystem, path)
+    Raises:
+        SettingsError: nothing can be created there only if it is absent.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder.writable()
         self._edition: str | None = None
 
     def check_store(self) -> None:
         """Raise SettingsError where two attempts at a shard could both come to count, or if it can't be written."""
         try:
-            check_creates_once(self._filesystem, self._at("_job.json"))
+            self.folder.check_creates_once("_job.json")
         except OSError as error:
             raise self._not_writable(error) from None
 
@@ -87,31 +73,31 @@ class Output:
         theirs = self._owner()
         if theirs is None:
             return False
-        found = list(differences(theirs, mine))
+        found = list(identity_differences(theirs, mine))
         if found:
             raise SettingsError(
-                f"output.path: {shown(self.path)!r} holds the output of another job or input; give another folder "
+                f"output.path: {self.folder.masked!r} holds the output of another job or input; give another folder "
                 f"or --overwrite ({'; '.join(found)})"
             )
-        return exists(self._filesystem, self._at("_SUCCESS"))
+        return self.folder.exists("_SUCCESS")
 
     def foreign(self, mine: Identity) -> bool:
         """Whether the folder is the output of another job or input."""
         theirs = self._owner()
-        return theirs is not None and any(differences(theirs, mine))
+        return theirs is not None and any(identity_differences(theirs, mine))
 
     def clear(self, mine: Identity) -> None:
         """Delete what another job has written here, and nothing else; then the folder is this job's.
 
         Cut off at any point it leaves an output of the old job that is not finished and in itself right.
         """
-        delete(self._filesystem, [self._at("_SUCCESS")])
+        self.folder.delete(["_SUCCESS"])
         # Records before what they point to.
         for folder in ("_shards", "", "quarantine"):
-            found = [name for name in names(self._filesystem, self._at(folder)) if _is_output(folder, name)]
-            delete(self._filesystem, (self._at(_join(folder, name)) for name in found))
+            found = [name for name in self.folder.names(folder) if _is_output(folder, name)]
+            self.folder.delete(_join(folder, name) for name in found)
         # In one step, so that there is no moment at which the folder is nobody's.
-        replace(self._filesystem, self._at("_job.json"), _job_file(mine))
+        self.folder.replace("_job.json", _job_file(mine))
         self._edition = None
 
     def claim(self, mine: Identity) -> bool:
@@ -125,8 +111,8 @@ class Output:
         """
         try:
             for folder in ("", "quarantine", "_shards"):
-                make_folder(self._filesystem, self._at(folder))
-            create_if_absent(self._filesystem, self._at("_job.json"), _job_file(mine))
+                self.folder.make(folder)
+            self.folder.create("_job.json", _job_file(mine))
         except OSError as error:
             raise self._not_writable(error) from None
         # Pinned: what this run and its processes write belongs to this edition, whatever becomes of the folder.
@@ -137,7 +123,7 @@ class Output:
     def edition(self) -> str:
         """Which start of a job on this folder: the one that was there when this object first looked."""
         if self._edition is None:
-            owner = read_json(self._filesystem, self._at("_job.json"))
+            owner = self.folder.read_json("_job.json")
             if owner is None:
                 return ""
             self._edition = str(owner.get("edition", ""))
@@ -146,7 +132,7 @@ class Output:
     def done(self) -> ShardSet:
         """Numbers of the shards that are committed."""
         end = f"-{self.edition()}.json"
-        found = names(self._filesystem, self._at("_shards"))
+        found = self.folder.names("_shards")
         return ShardSet(int(name.removesuffix(end)) for name in found if name.endswith(end))
 
     def record(self, shard: int) -> ShardRecord | None:
@@ -188,8 +174,7 @@ class Output:
             begun_at=begun_at,
             committed_at=time.time(),
         )
-        record = _record_name(shard, self.edition())
-        if create_if_absent(self._filesystem, self._at(record), mine.to_json().encode()):
+        if self.folder.create(_record_name(shard, self.edition()), mine.to_json().encode()):
             return mine
         return self.record(shard) or mine
 
@@ -197,7 +182,7 @@ class Output:
         """Write the manifest, delete what attempts without a record left behind, then say ``_SUCCESS``."""
         shards = max(self.done(), default=-1) + 1
         parts, quarantine = PartNames(shards), PartNames(shards)
-        with writing(self._filesystem, self._at("_manifest.json")) as stream:
+        with self.folder.writing("_manifest.json") as stream:
             head = json.dumps({"version": 1, **mine, "totals": totals})
             stream.write(head[:-1].encode() + b', "shards": [')
             for position, record in enumerate(self.records()):
@@ -208,26 +193,25 @@ class Output:
                     quarantine.add(record.quarantine.path.removeprefix("quarantine/"))
             stream.write(b"\n]}\n")
         for folder, counted in (("", parts), ("quarantine", quarantine), ("_shards", None)):
-            found = names(self._filesystem, self._at(folder))
+            found = self.folder.names(folder)
             # Listed to the end before the first is deleted.
-            orphans = [_join(folder, name) for name in found if self._is_orphan(folder, name, counted)]
-            delete(self._filesystem, map(self._at, orphans))
-        write(self._filesystem, self._at("_SUCCESS"), b"")
+            self.folder.delete([_join(folder, name) for name in found if self._is_orphan(folder, name, counted)])
+        self.folder.write("_SUCCESS", b"")
 
-    def is_input(self, plan: Plan) -> bool:
+    def is_input(self, plan: ShardPlan) -> bool:
         """Whether the parts written here would become rows of that input."""
-        return plan.takes(self._filesystem, self._at("part-.parquet"))
+        return plan.takes(self.folder, "part-.parquet")
 
     def _owner(self) -> Identity | None:
         """Whose output this is; None if it is nobody's yet."""
         try:
-            if self._filesystem.get_file_info(self._root).type == pafs.FileType.File:
-                raise SettingsError(f"output.path: {shown(self.path)!r} is a file; must be a folder")
-            theirs = read_json(self._filesystem, self._at("_job.json"))
+            if self.folder.info().type == pafs.FileType.File:
+                raise SettingsError(f"output.path: {self.folder.masked!r} is a file; must be a folder")
+            theirs = self.folder.read_json("_job.json")
             if theirs is None:
                 self._refuse_foreign()
         except (OSError, json.JSONDecodeError) as error:
-            raise SettingsError(f"output.path: {shown(self.path)!r} can't be used: {one_line(error)}") from None
+            raise SettingsError(f"output.path: {self.folder.masked!r} can't be used: {masked_line(error)}") from None
         return theirs
 
     def _is_orphan(self, folder: str, name: str, counted: PartNames | None) -> bool:
@@ -240,20 +224,17 @@ class Output:
     def _read_record(self, shard: int, edition: str) -> ShardRecord | None:
         name = _record_name(shard, edition)
         try:
-            data = read_json(self._filesystem, self._at(name))
+            data = self.folder.read_json(name)
             return None if data is None else ShardRecord.from_dict(data)
         except DAMAGE as error:
             # Not taken for absent: nothing here leaves such a file, so nobody knows what else is wrong.
             raise JobFailed(
-                f"output.path: {shown(self.path)!r}: {name} is damaged ({one_line(error)}); delete it and run the "
+                f"output.path: {self.folder.masked!r}: {name} is damaged ({masked_line(error)}); delete it and run the "
                 "same command again: its shard is generated anew"
             ) from None
 
     def _not_writable(self, error: OSError) -> SettingsError:
-        return SettingsError(f"output.path: {shown(self.path)!r} can't be written: {one_line(error)}")
-
-    def _at(self, relative: str) -> str:
-        return f"{self._root}/{relative}" if relative else self._root
+        return SettingsError(f"output.path: {self.folder.masked!r} can't be written: {masked_line(error)}")
 
     def _write(self, relative: str, table: pa.Table) -> Written | None:
         if not table.num_rows:
@@ -261,21 +242,19 @@ class Output:
         buffer = io.BytesIO()
         pq.write_table(table, buffer)
         data = buffer.getbuffer()
-        write(self._filesystem, self._at(relative), data)
+        self.folder.write(relative, data)
         return Written(relative, table.num_rows, len(data), hashlib.sha256(data).hexdigest())
 
     def _refuse_foreign(self) -> None:
-        info = self._filesystem.get_file_info(self._root)
-        if info.type == pafs.FileType.Directory:
-            held = sorted(found.base_name for found in self._filesystem.get_file_info(pafs.FileSelector(self._root)))
-            # An earlier start may have died between making the folders and saying whose they are.
-            ours = ("quarantine", "_shards", "_coordinator")
-            foreign = [name for name in held if name not in ours and leftover_of(name) != "_job.json"]
-            if foreign:
-                raise SettingsError(
-                    f"output.path: {shown(self.path)!r} holds files that no job of hycluster wrote ({foreign[0]!r}); "
-                    "give an empty or a new folder"
-                )
+        held = sorted(found.base_name for found in self.folder.entries())
+        # An earlier start may have died between making the folders and saying whose they are.
+        ours = ("quarantine", "_shards", "_coordinator")
+        foreign = [name for name in held if name not in ours and leftover_of(name) != "_job.json"]
+        if foreign:
+            raise SettingsError(
+                f"output.path: {self.folder.masked!r} holds files that no job of hycluster wrote ({foreign[0]!r}); "
+                "give an empty or a new folder"
+            )
 
 
 def _record_name(shard: int, edition: str) -> str:

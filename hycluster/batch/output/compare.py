@@ -19,7 +19,7 @@ TOKEN_COLUMNS = ("prompt_tokens", "completion_tokens")
 MOST_ROWS = 3
 
 
-def differences(part: pa.Table, columns: tuple[str, ...], table: pa.Table, seen: Counter[int]) -> Iterator[str]:
+def row_differences(part: pa.Table, columns: tuple[str, ...], table: pa.Table, seen: Counter[int]) -> Iterator[str]:
     """How a file of a shard differs from the shard's input rows.
 
     Args:

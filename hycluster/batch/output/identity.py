@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from hycluster.batch.input.corpus import Plan
+from hycluster.batch.input.corpus import ShardPlan
 from hycluster.batch.job import Job
 from hycluster.batch.prompts import VERSION
 
 Identity = dict[str, Any]
 
 
-def identity(job: Job, plan: Plan) -> Identity:
+def identity(job: Job, plan: ShardPlan) -> Identity:
     """All that the output depends on: two runs with equal identities may work on one output."""
     fields = {"model", "task", "prompt", "question", "summary", "sampling", "shard_rows"}
     settings = job.model_dump(mode="json", include=fields)
@@ -27,13 +27,13 @@ def identity(job: Job, plan: Plan) -> Identity:
     }
 
 
-def differences(theirs: Any, mine: Any, where: str = "") -> Iterator[str]:
+def identity_differences(theirs: Any, mine: Any, where: str = "") -> Iterator[str]:
     """One line for each value that differs, by its dotted key; the edition is not part of an identity."""
     if isinstance(theirs, dict) and isinstance(mine, dict):
         for key in dict.fromkeys([*theirs, *mine]):
             if not where and key == "edition":
                 continue
-            yield from differences(theirs.get(key), mine.get(key), f"{where}.{key}".lstrip("."))
+            yield from identity_differences(theirs.get(key), mine.get(key), f"{where}.{key}".lstrip("."))
     elif theirs != mine:
         if where == "input.digest":
             yield "the input's files differ"

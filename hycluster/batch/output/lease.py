@@ -1,7 +1,7 @@
 """One coordinator an output: a lease that its holder renews, in files ``_coordinator/<n>.json``.
 
 The file with the highest number is the lease. It is taken by creating the next number, which is
-atomic (``storage.create_if_absent``), so of many that find a dead holder one succeeds it. Clocks of
+atomic (``WritableFolder.create``), so of many that find a dead holder one succeeds it. Clocks of
 different machines are never compared: a holder on another machine counts as dead once its file has
 not changed for ``expire_s`` by the clock of the one who watches; one on this machine as soon as its
 process is gone.
@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from hycluster.errors import JobFailed
-from hycluster.storage import create_if_absent, delete, leftover_of, locate, make_folder, names, replace, shown
+from hycluster.storage import WritableFolder, leftover_of
 
 FOLDER = "_coordinator"
 RENEW_S = 5.0
@@ -35,14 +35,13 @@ class Lease:
     """The right to coordinate an output, given back when the ``with`` block ends.
 
     Args:
-        path: the output's folder or URI.
+        output: its folder.
         renew_s: seconds between two renewals; ``expire_s`` must be several times that.
     """
 
-    def __init__(self, path: str, *, renew_s: float = RENEW_S, expire_s: float = EXPIRE_S) -> None:
-        self._shown = shown(path)
-        self._filesystem, root = locate(path, "output.path")
-        self._folder = f"{root}/{FOLDER}"
+    def __init__(self, output: WritableFolder, *, renew_s: float = RENEW_S, expire_s: float = EXPIRE_S) -> None:
+        self._path = output.masked
+        self._folder = output.below(FOLDER)
         self._renew_s = renew_s
         self._expire_s = expire_s
         self._number = 0
@@ -64,9 +63,8 @@ class Lease:
         self._renewer.join()
         # From the top down: whoever looks in between finds the dead ones that were there before.
         mine = [number for number in self._numbers() if number <= self._number]
-        delete(self._filesystem, (self._at(number) for number in sorted(mine, reverse=True)))
-        leftovers = [name for name in names(self._filesystem, self._folder) if leftover_of(name)]
-        delete(self._filesystem, (f"{self._folder}/{name}" for name in leftovers))
+        self._folder.delete(_name(number) for number in sorted(mine, reverse=True))
+        self._folder.delete([name for name in self._folder.names() if leftover_of(name)])
 
     def look(self) -> None:
         """Return if nobody holds the lease; may watch a silent holder for ``expire_s``. Writes nothing.
@@ -85,13 +83,13 @@ class Lease:
             JobFailed: another process holds it; names it.
             OSError: the output can't be written.
         """
-        make_folder(self._filesystem, self._folder)
+        self._folder.make()
         while True:
             number = max(self._numbers(), default=0)
             if number:
                 self._refuse_living(number)
             self._number = number + 1
-            create_if_absent(self._filesystem, self._at(self._number), self._content(0))
+            self._folder.create(_name(self._number), self._content(0))
             # What it answered may be wrong, see there; what is in the file is not.
             if self._holder(self._number).get("token") == self._card["token"]:
                 break
@@ -100,7 +98,7 @@ class Lease:
     def check(self) -> None:
         """Raise JobFailed if the lease was lost: this process was not heard of for too long."""
         if self._successor is not None:
-            raise JobFailed(f"output.path: {self._shown!r} was taken over by {_named(self._successor)}; this run stops")
+            raise JobFailed(f"output.path: {self._path!r} was taken over by {_named(self._successor)}; this run stops")
 
     def renew(self) -> None:
         """Show that this process lives, and see whether another has taken over."""
@@ -115,7 +113,7 @@ class Lease:
             try:
                 self.renew()
                 if self._successor is None:
-                    replace(self._filesystem, self._at(self._number), self._content(renewals))
+                    self._folder.replace(_name(self._number), self._content(renewals))
             except OSError:
                 # The store is away for a moment; the next round tries again, until others think us dead.
                 continue
@@ -131,9 +129,7 @@ class Lease:
         else:
             alive = self._changes(number, content)
         if alive:
-            raise JobFailed(
-                f"output.path: {self._shown!r} is being written by {_named(holder)}; wait for it or stop it"
-            )
+            raise JobFailed(f"output.path: {self._path!r} is being written by {_named(holder)}; wait for it or stop it")
         self._known_dead = content
 
     def _changes(self, number: int, content: bytes) -> bool:
@@ -148,25 +144,21 @@ class Lease:
         return False
 
     def _numbers(self) -> list[int]:
-        found = names(self._filesystem, self._folder)
-        return [int(name.removesuffix(".json")) for name in found if leftover_of(name) is None]
+        return [int(name.removesuffix(".json")) for name in self._folder.names() if leftover_of(name) is None]
 
     def _holder(self, number: int) -> dict[str, Any]:
         content = self._read(number)
         return _parsed(content) if content else {}
 
     def _read(self, number: int) -> bytes | None:
-        try:
-            with self._filesystem.open_input_stream(self._at(number)) as stream:
-                return bytes(stream.read())
-        except FileNotFoundError:
-            return None
+        return self._folder.read_whole(_name(number))
 
     def _content(self, renewals: int) -> bytes:
         return json.dumps({**self._card, "renewals": renewals}).encode()
 
-    def _at(self, number: int) -> str:
-        return f"{self._folder}/{number:08d}.json"
+
+def _name(number: int) -> str:
+    return f"{number:08d}.json"
 
 
 def _parsed(content: bytes) -> dict[str, Any]:

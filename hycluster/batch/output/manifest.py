@@ -9,7 +9,7 @@ from typing import Any
 
 from hycluster.batch.output.record import DAMAGE, ShardRecord
 from hycluster.errors import InvalidInput
-from hycluster.storage import one_line
+from hycluster.storage import masked_line
 
 
 def read_manifest(lines: io.TextIOWrapper) -> tuple[dict[str, Any], Iterator[ShardRecord]]:
@@ -43,4 +43,4 @@ def _shard_lines(lines: io.TextIOWrapper) -> Iterator[ShardRecord]:
 
 
 def _unreadable(error: Exception) -> InvalidInput:
-    return InvalidInput(f"_manifest.json: can't be read: {type(error).__name__}: {one_line(error)}")
+    return InvalidInput(f"_manifest.json: can't be read: {type(error).__name__}: {masked_line(error)}")

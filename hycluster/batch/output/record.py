@@ -50,3 +50,22 @@ class ShardRecord:
     def from_dict(cls, data: dict[str, Any]) -> ShardRecord:
         files = {key: Written(**data[key]) if data[key] else None for key in ("part", "quarantine")}
         return cls(**{**data, **files})
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Rows that are through (with a result or quarantined) and tokens; they add up."""
+
+    rows: int = 0
+    quarantined: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def __add__(self, other: Totals) -> Totals:
+        # Written out, for it is called for every row.
+        return Totals(
+            self.rows + other.rows,
+            self.quarantined + other.quarantined,
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+        )

@@ -19,18 +19,24 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from hycluster.batch.input.corpus import REFUSAL_COLUMNS, RESULT_COLUMNS, Plan, Shard, plan, read, spans
-from hycluster.batch.output.commit import Output
-from hycluster.batch.output.compare import MOST_ROWS, differences, miscounted
+from hycluster.batch.input.corpus import (
+    REFUSAL_COLUMNS,
+    RESULT_COLUMNS,
+    Shard,
+    ShardPlan,
+    plan_shards,
+    read_shards,
+    spans,
+)
+from hycluster.batch.output.commit import OutputFolder
+from hycluster.batch.output.compare import MOST_ROWS, miscounted, row_differences
 from hycluster.batch.output.manifest import read_manifest
-from hycluster.batch.output.record import DAMAGE, ShardRecord, Written
+from hycluster.batch.output.record import DAMAGE, ShardRecord, Totals, Written
 from hycluster.batch.output.shard_set import PartNames
-from hycluster.batch.progress.terminal import Totals
 from hycluster.errors import HyclusterError, SettingsError
-from hycluster.storage import exists, locate, names, one_line, read_json, shown
+from hycluster.storage import Folder, masked_line
 
 # Faults that are told one by one; the rest is counted.
 MOST_FAULTS = 20
@@ -73,32 +79,29 @@ class Verdict:
         return [*self.faults, *([f"and {more} more"] if more else [])]
 
 
-def verify(output_path: str, input_path: str) -> Verdict:
+def verify_output(folder: Folder, input_folder: Folder) -> Verdict:
     """Compare a finished output with its input.
 
     Raises:
-        SettingsError: there is no job's output at ``output_path``, or nothing that can be read at ``input_path``.
+        SettingsError: there is no job's output in ``folder``, or nothing that can be read in ``input_folder``.
     """
-    filesystem, root = locate(output_path, "OUTPUT")
-    return _Verification(filesystem, root, output_path, input_path).run()
+    return _Verification(folder, input_folder).run()
 
 
 class _Verification:
-    def __init__(self, filesystem: pafs.FileSystem, root: str, output_path: str, input_path: str) -> None:
-        self._filesystem = filesystem
-        self._root = root
-        self._shown = shown(output_path)
-        self._input_path = input_path
-        self._output = Output(output_path)
+    def __init__(self, folder: Folder, input_folder: Folder) -> None:
+        self._folder = folder
+        self._input_folder = input_folder
+        self._output = OutputFolder(folder)
         self._verdict = Verdict()
         self._say = self._verdict.fault
 
     def run(self) -> Verdict:
-        finished = exists(self._filesystem, f"{self._root}/_SUCCESS")
+        finished = self._folder.exists("_SUCCESS")
         identity = self._json("_job.json")
         if identity is None:
-            if not finished and not exists(self._filesystem, f"{self._root}/_manifest.json"):
-                raise SettingsError(f"OUTPUT: {self._shown!r} holds no output of a job (there is no _job.json)")
+            if not finished and not self._folder.exists("_manifest.json"):
+                raise SettingsError(f"OUTPUT: {self._folder.masked!r} holds no output of a job (there is no _job.json)")
             self._say("_job.json: is missing or unreadable")
             return self._verdict
         if not finished:
@@ -108,35 +111,35 @@ class _Verification:
         if corpus is None:
             return self._verdict
         try:
-            with self._filesystem.open_input_stream(f"{self._root}/_manifest.json") as stream:
+            with self._folder.open_stream("_manifest.json") as stream:
                 head, records = read_manifest(io.TextIOWrapper(stream, encoding="utf-8"))
                 self._read_back(corpus, head, identity, records)
         except FileNotFoundError:
             self._say("_manifest.json: is missing")
         except OSError as error:
-            self._say(f"_manifest.json: can't be read: {one_line(error)}")
+            self._say(f"_manifest.json: can't be read: {masked_line(error)}")
         except HyclusterError as error:
             self._say(error.message)
         return self._verdict
 
-    def _plan(self, identity: dict[str, Any]) -> Plan | None:
+    def _plan(self, identity: dict[str, Any]) -> ShardPlan | None:
         """The plan made anew, None if it is not the one that the job had."""
         try:
             shard_rows, told = int(identity["job"]["shard_rows"]), dict(identity["input"])
         except DAMAGE as error:
-            self._say(f"_job.json: can't be understood: {type(error).__name__}: {one_line(error)}")
+            self._say(f"_job.json: can't be understood: {type(error).__name__}: {masked_line(error)}")
             return None
-        corpus = plan(self._input_path, shard_rows=shard_rows, check=lambda schema, where: None)
+        corpus = plan_shards(self._input_folder, shard_rows=shard_rows, check=lambda schema, where: None)
         found = {"files": len(corpus.files), "rows": corpus.rows, "digest": corpus.digest()}
         for key, value in found.items():
             if told.get(key) != value:
                 was = "" if key == "digest" else f": {key} was {told.get(key)!r}, is {value!r}"
-                self._say(f"input: {shown(self._input_path)!r} is not what the job ran on{was}")
+                self._say(f"input: {self._input_folder.masked!r} is not what the job ran on{was}")
                 return None
         return corpus
 
     def _read_back(
-        self, corpus: Plan, head: dict[str, Any], identity: dict[str, Any], records: Iterator[ShardRecord]
+        self, corpus: ShardPlan, head: dict[str, Any], identity: dict[str, Any], records: Iterator[ShardRecord]
     ) -> None:
         for key in ("job", "input"):
             if head.get(key) != identity.get(key):
@@ -146,7 +149,7 @@ class _Verification:
             in_order = _InOrder(records, self._say)
             for span in spans(corpus.shards()):
                 pairs = [(shard, in_order.take(shard.number)) for shard in span]
-                tables = read(corpus.filesystem, corpus.root, span)
+                tables = read_shards(corpus.folder, span)
                 for (shard, record), (read_bytes, faults) in zip(
                     pairs, readers.map(self._check, pairs, tables), strict=True
                 ):
@@ -172,7 +175,7 @@ class _Verification:
 
     def _find_unnamed(self, named: dict[str, PartNames]) -> None:
         for folder, counted in named.items():
-            for name in names(self._filesystem, f"{self._root}/{folder}".rstrip("/")):
+            for name in self._folder.names(folder.rstrip("/")):
                 if name.endswith(".parquet") and name[0] not in "._" and name not in counted:
                     self._say(f"{folder}{name}: is not in the manifest; a reader by file name would see its rows")
 
@@ -185,7 +188,7 @@ class _Verification:
         try:
             kept = self._output.record(shard.number)
         except (OSError, HyclusterError) as error:
-            faults.append(f"its record in _shards can't be read: {one_line(error)}")
+            faults.append(f"its record in _shards can't be read: {masked_line(error)}")
         else:
             if kept is None:
                 faults.append("has no record in _shards")
@@ -208,7 +211,7 @@ class _Verification:
             part = self._read(written, faults)
             if part is None:
                 continue
-            faults.extend(f"{written.path}: {fault}" for fault in differences(part, columns, table, seen))
+            faults.extend(f"{written.path}: {fault}" for fault in row_differences(part, columns, table, seen))
             if columns is RESULT_COLUMNS:
                 faults.extend(f"{written.path}: {fault}" for fault in miscounted(part, record))
         wrong = {"missing": [r for r in range(shard.rows) if not seen[r]], "doubled": [r for r in seen if seen[r] > 1]}
@@ -222,13 +225,13 @@ class _Verification:
     def _read(self, written: Written, faults: list[str]) -> pa.Table | None:
         """A named file if it is there, whole and readable; otherwise None, and why."""
         try:
-            with self._filesystem.open_input_stream(f"{self._root}/{written.path}") as stream:
+            with self._folder.open_stream(written.path) as stream:
                 data = stream.read()
         except FileNotFoundError:
             faults.append(f"{written.path}: is missing")
             return None
         except OSError as error:
-            faults.append(f"{written.path}: can't be read: {one_line(error)}")
+            faults.append(f"{written.path}: can't be read: {masked_line(error)}")
             return None
         if len(data) != written.bytes:
             faults.append(f"{written.path}: has {len(data)} bytes; the manifest says {written.bytes}")
@@ -237,7 +240,7 @@ class _Verification:
         try:
             part = pq.read_table(pa.BufferReader(data))
         except (OSError, pa.ArrowException) as error:
-            faults.append(f"{written.path}: is not a readable Parquet file: {one_line(error)}")
+            faults.append(f"{written.path}: is not a readable Parquet file: {masked_line(error)}")
             return None
         if part.num_rows != written.rows:
             faults.append(f"{written.path}: has {part.num_rows} rows; the manifest says {written.rows}")
@@ -245,7 +248,7 @@ class _Verification:
 
     def _json(self, relative: str) -> dict[str, Any] | None:
         try:
-            return read_json(self._filesystem, f"{self._root}/{relative}")
+            return self._folder.read_json(relative)
         except (OSError, ValueError):
             # Told by the caller: for a proof, a file that can't be read is a file that is missing.
             return None

@@ -18,15 +18,13 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from hycluster.batch.output.commit import Output
-from hycluster.batch.output.record import ShardRecord, Written
-from hycluster.batch.progress.page import render
-from hycluster.batch.progress.terminal import Totals
+from hycluster.batch.output.commit import OutputFolder
+from hycluster.batch.output.record import ShardRecord, Totals, Written
+from hycluster.batch.progress.page import render_page
 from hycluster.errors import SettingsError
-from hycluster.storage import locate, read_json, replace, shown
+from hycluster.storage import Folder
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 # Most bars of a plot.
@@ -65,29 +63,29 @@ class _Slow:
     completion_tokens: int
 
 
-def write_report(output_path: str) -> dict[str, Any]:
+def write_report(folder: Folder) -> dict[str, Any]:
     """Write ``report.json`` and ``report.html`` into the output, of what is committed there.
 
     Returns:
         What ``report.json`` holds; see ``figures``.
 
     Raises:
-        SettingsError: there is no job's output at ``output_path``.
+        SettingsError: there is no job's output in it.
         OSError: something of it can't be read or written.
     """
-    filesystem, root = locate(output_path, "OUTPUT")
-    job = read_json(filesystem, f"{root}/_job.json")
+    job = folder.read_json("_job.json")
     if job is None:
-        raise SettingsError(f"OUTPUT: {shown(output_path)!r} holds no output of a job (there is no _job.json)")
+        raise SettingsError(f"OUTPUT: {folder.masked!r} holds no output of a job (there is no _job.json)")
     # The path without what a URI may carry along, such as keys.
-    found = {"version": 1, "output": root, "job": job["job"], "input": job["input"]}
-    found |= figures(filesystem, root, Output(output_path).records())
-    replace(filesystem, f"{root}/{REPORT_JSON}", json.dumps(found, indent=1).encode())
-    replace(filesystem, f"{root}/{REPORT_HTML}", render(found).encode())
+    found = {"version": 1, "output": folder.root, "job": job["job"], "input": job["input"]}
+    output = OutputFolder(folder)
+    found |= figures(folder, output.records())
+    output.folder.replace(REPORT_JSON, json.dumps(found, indent=1).encode())
+    output.folder.replace(REPORT_HTML, render_page(found).encode())
     return found
 
 
-def figures(filesystem: pafs.FileSystem, root: str, records: Iterator[ShardRecord]) -> dict[str, Any]:
+def figures(folder: Folder, records: Iterator[ShardRecord]) -> dict[str, Any]:
     """Figures of the given shards.
 
     Returns:
@@ -105,7 +103,7 @@ def figures(filesystem: pafs.FileSystem, root: str, records: Iterator[ShardRecor
     quarantine_reasons: Counter[str] = Counter()
     with ThreadPoolExecutor(READERS) as readers:
         while some := list(islice(records, WINDOW)):
-            for record, columns in zip(some, readers.map(partial(_columns, filesystem, root), some), strict=True):
+            for record, columns in zip(some, readers.map(partial(_columns, folder), some), strict=True):
                 totals += Totals(record.rows, record.quarantined, record.prompt_tokens, record.completion_tokens)
                 spans.add(record.begun_at, record.committed_at, record.rows, record.completion_tokens)
                 slow = _Slow(
@@ -190,19 +188,17 @@ def length_figures(lengths: Counter[int]) -> dict[str, Any]:
     return found
 
 
-def _columns(
-    filesystem: pafs.FileSystem, root: str, record: ShardRecord
-) -> tuple[Counter[int], Counter[str], Counter[str]]:
+def _columns(folder: Folder, record: ShardRecord) -> tuple[Counter[int], Counter[str], Counter[str]]:
     """How often each output length, finish reason and quarantine reason occurs in one shard."""
-    lengths, finish_reasons = _counts(filesystem, root, record.part, "completion_tokens", "finish_reason")
-    (quarantine_reasons,) = _counts(filesystem, root, record.quarantine, "error_type")
+    lengths, finish_reasons = _counts(folder, record.part, "completion_tokens", "finish_reason")
+    (quarantine_reasons,) = _counts(folder, record.quarantine, "error_type")
     return lengths, finish_reasons, quarantine_reasons
 
 
-def _counts(filesystem: pafs.FileSystem, root: str, written: Written | None, *columns: str) -> list[Counter[Any]]:
+def _counts(folder: Folder, written: Written | None, *columns: str) -> list[Counter[Any]]:
     if written is None:
         return [Counter() for _ in columns]
-    with filesystem.open_input_file(f"{root}/{written.path}") as handle:
+    with folder.open_file(written.path) as handle:
         table = pq.read_table(handle, columns=list(columns))
     return [
         Counter({"none" if value is None else value: number for value, number in _pairs(table, name)})

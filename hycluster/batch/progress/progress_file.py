@@ -10,10 +10,10 @@ import json
 import logging
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
 
-from hycluster.batch.progress.terminal import Progress, Totals
-from hycluster.storage import delete, locate, one_line, read_json, replace
+from hycluster.batch.output.record import Totals
+from hycluster.batch.progress.terminal import RunProgress
+from hycluster.storage import Folder, WritableFolder, masked_line
 
 PROGRESS = "_progress.json"
 TELL_EVERY_S = 5.0
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Word:
+class ProgressEntry:
     """One word of a run.
 
     Attributes:
@@ -34,7 +34,7 @@ class Word:
 
     told_at: float
     earlier_rows: int
-    progress: Progress
+    progress: RunProgress
 
 
 class Teller:
@@ -45,38 +45,37 @@ class Teller:
         earlier_rows: rows that earlier runs have committed.
     """
 
-    def __init__(self, output_path: str, edition: str, earlier_rows: int) -> None:
-        self._filesystem, root = locate(output_path, "output.path")
-        self._path = f"{root}/{PROGRESS}"
+    def __init__(self, output: WritableFolder, edition: str, earlier_rows: int) -> None:
+        self._output = output
         self._edition = edition
         self._earlier_rows = earlier_rows
         self._told_s = float("-inf")
 
-    def tell(self, progress: Progress) -> None:
+    def tell(self, progress: RunProgress) -> None:
         """Write it down, if the last time is long enough ago. A store that does not take it is none of the job's."""
         if time.monotonic() - self._told_s < TELL_EVERY_S:
             return
         self._told_s = time.monotonic()
-        word = {"edition": self._edition, **asdict(Word(time.time(), self._earlier_rows, progress))}
+        word = {"edition": self._edition, **asdict(ProgressEntry(time.time(), self._earlier_rows, progress))}
         try:
-            replace(self._filesystem, self._path, json.dumps(word).encode())
+            self._output.replace(PROGRESS, json.dumps(word).encode())
         except OSError as error:
-            log.debug("%s: can't be written: %s", PROGRESS, one_line(error))
+            log.debug("%s: can't be written: %s", PROGRESS, masked_line(error))
 
     def end(self) -> None:
         """The run is over and needs nobody to know how far it is."""
-        delete(self._filesystem, [self._path])
+        self._output.delete([PROGRESS])
 
 
-def last_word(filesystem: Any, root: str, edition: str) -> Word | None:
+def last_word(output: Folder, edition: str) -> ProgressEntry | None:
     """What the job said last; None if it said nothing that can be understood."""
     try:
-        data = read_json(filesystem, f"{root}/{PROGRESS}")
+        data = output.read_json(PROGRESS)
         if data is None or data["edition"] != edition:
             return None
         said = data["progress"]
-        progress = Progress(Totals(**said["done"]), said["in_flight"], said["retries"], dict(said["reasons"]))
-        return Word(float(data["told_at"]), int(data["earlier_rows"]), progress)
+        progress = RunProgress(Totals(**said["done"]), said["in_flight"], said["retries"], dict(said["reasons"]))
+        return ProgressEntry(float(data["told_at"]), int(data["earlier_rows"]), progress)
     except (OSError, ValueError, KeyError, TypeError):
         # Half written, or by another version: the records are what counts.
         return None

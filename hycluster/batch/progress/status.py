@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from hycluster.batch.output.commit import Output
-from hycluster.batch.output.record import ShardRecord
+from hycluster.batch.output.commit import OutputFolder
+from hycluster.batch.output.record import ShardRecord, Totals
 from hycluster.batch.output.shard_set import ShardSet
-from hycluster.batch.progress.progress_file import SILENT_S, Word, last_word
-from hycluster.batch.progress.terminal import LINE_EVERY_S, Progress, Totals, duration
+from hycluster.batch.progress.progress_file import SILENT_S, ProgressEntry, last_word
+from hycluster.batch.progress.terminal import LINE_EVERY_S, RunProgress, duration
 from hycluster.errors import SettingsError
-from hycluster.storage import exists, locate, one_line, read_json, shown
+from hycluster.storage import Folder, masked_line
 
 # The shards that rates are taken from: the last so many, as far as they were committed within so long.
 RECENT_SHARDS = 64
@@ -60,7 +60,7 @@ class Status:
     tokens_per_s: float | None
     eta_s: float | None
     committed_at: float | None
-    word: Word | None = None
+    word: ProgressEntry | None = None
 
     @property
     def rows_through(self) -> int:
@@ -89,7 +89,7 @@ class Status:
         ]
 
     def _said(self) -> list[tuple[str, str]]:
-        progress = self.word.progress if self.word else Progress()
+        progress = self.word.progress if self.word else RunProgress()
         return [
             ("of these committed", str(self.done.rows)),
             ("in flight", str(progress.in_flight)),
@@ -97,7 +97,7 @@ class Status:
         ]
 
     def _quarantined(self) -> str:
-        progress = self.word.progress if self.word else Progress()
+        progress = self.word.progress if self.word else RunProgress()
         rows = max(self.done.quarantined, progress.done.quarantined)
         reasons = " ".join(f"{name} {count}" for name, count in sorted(progress.reasons.items()))
         return f"{rows} (this run: {reasons})" if reasons else str(rows)
@@ -131,12 +131,11 @@ class Watcher:
     """Looks at one output again and again.
 
     Raises:
-        SettingsError: there is no job's output at ``output_path``; so does ``look``.
+        SettingsError: there is no job's output in the folder; so does ``look``.
     """
 
-    def __init__(self, output_path: str) -> None:
-        self._path = output_path
-        self._filesystem, self._root = locate(output_path, "OUTPUT")
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
         self._forget("")
 
     def look(self) -> Status:
@@ -147,9 +146,9 @@ class Watcher:
             # Another job has begun here since the last look.
             self._forget(edition)
         # Before the records: what is finished has them all.
-        finished = exists(self._filesystem, f"{self._root}/_SUCCESS")
+        finished = self._folder.exists("_SUCCESS")
         new = self._output.done() - self._seen
-        word = None if finished else last_word(self._filesystem, self._root, edition)
+        word = None if finished else last_word(self._folder, edition)
         for record in self._records(new):
             self._seen.add(record.shard)
             self._done += Totals(record.rows, record.quarantined, record.prompt_tokens, record.completion_tokens)
@@ -160,7 +159,7 @@ class Watcher:
         left = rows - self._done.rows
         return Status(
             # Without what a URI may carry along, such as keys.
-            output=self._root,
+            output=self._folder.root,
             finished=finished,
             rows=rows,
             shards=job["input"].get("shards"),
@@ -175,20 +174,22 @@ class Watcher:
 
     def _job(self) -> dict[str, Any]:
         try:
-            job = read_json(self._filesystem, f"{self._root}/_job.json")
+            job = self._folder.read_json("_job.json")
             if job is None:
-                raise SettingsError(f"OUTPUT: {shown(self._path)!r} holds no output of a job (there is no _job.json)")
+                raise SettingsError(f"OUTPUT: {self._folder.masked!r} holds no output of a job (there is no _job.json)")
             int(job["input"]["rows"])
         except SettingsError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SettingsError(f"OUTPUT: {shown(self._path)!r}: _job.json can't be read: {one_line(error)}") from None
+            raise SettingsError(
+                f"OUTPUT: {self._folder.masked!r}: _job.json can't be read: {masked_line(error)}"
+            ) from None
         return job
 
     def _forget(self, edition: str) -> None:
         self._edition = edition
         # Anew, because it keeps to the edition that it saw first.
-        self._output = Output(self._path)
+        self._output = OutputFolder(self._folder)
         self._seen = ShardSet()
         self._done = Totals()
         self._recent: list[_Recent] = []
@@ -219,14 +220,14 @@ def recent_rates(recent: list[_Recent]) -> tuple[float, float] | None:
     return sum(s.rows for s in counted) / seconds, sum(s.completion_tokens for s in counted) / seconds
 
 
-def show(output_path: str, *, follow: bool, as_json: bool, console: Console | None = None) -> None:
+def show_status(folder: Folder, *, follow: bool, as_json: bool, console: Console | None = None) -> None:
     """Print one look at a job, or look until it has finished: a table on a terminal, lines elsewhere.
 
     Raises:
-        SettingsError: there is no job's output at ``output_path``.
+        SettingsError: there is no job's output in it.
     """
     console = console or Console()
-    watcher = Watcher(output_path)
+    watcher = Watcher(folder)
     now = watcher.look()
     if console.is_terminal and not as_json:
         with Live(_table(now), console=console, auto_refresh=False) as live:

@@ -15,31 +15,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from hycluster.batch.output.record import Totals
+
 LINE_EVERY_S = 5.0
 BAR_EVERY_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Totals:
-    """Rows that are through (with a result or quarantined) and tokens; they add up."""
-
-    rows: int = 0
-    quarantined: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-    def __add__(self, other: Totals) -> Totals:
-        # Written out, for it is called for every row.
-        return Totals(
-            self.rows + other.rows,
-            self.quarantined + other.quarantined,
-            self.prompt_tokens + other.prompt_tokens,
-            self.completion_tokens + other.completion_tokens,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
+class RunProgress:
     """What one run of a job has done so far, committed or not; what processes say of themselves adds up.
 
     Attributes:
@@ -49,13 +32,13 @@ class Progress:
         reasons: quarantined rows by ``error_type``.
     """
 
-    done: Totals = Totals()
+    done: Totals = field(default_factory=Totals)
     in_flight: int = 0
     retries: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
 
-    def __add__(self, other: Progress) -> Progress:
-        return Progress(
+    def __add__(self, other: RunProgress) -> RunProgress:
+        return RunProgress(
             self.done + other.done,
             self.in_flight + other.in_flight,
             self.retries + other.retries,
@@ -67,13 +50,13 @@ class JobProgress:
     """Run as a Ray actor: what each generate process has done so far, by its own last word."""
 
     def __init__(self) -> None:
-        self._said: dict[str, Progress] = {}
+        self._said: dict[str, RunProgress] = {}
 
-    def report(self, process: str, progress: Progress) -> None:
+    def report(self, process: str, progress: RunProgress) -> None:
         self._said[process] = progress
 
-    def total(self) -> Progress:
-        return sum(self._said.values(), Progress())
+    def total(self) -> RunProgress:
+        return sum(self._said.values(), RunProgress())
 
 
 class Reporter:
@@ -85,7 +68,7 @@ class Reporter:
         poll: what this run has done so far; called about twice a second.
     """
 
-    def __init__(self, name: str, rows: int, earlier: int, poll: Callable[[], Progress], console: Console) -> None:
+    def __init__(self, name: str, rows: int, earlier: int, poll: Callable[[], RunProgress], console: Console) -> None:
         self._name = name
         self._rows = rows
         self._earlier = earlier
@@ -142,7 +125,7 @@ class Reporter:
         return rows, f"{rates}{quarantined}{retries}"
 
 
-def summarize(console: Console, title: str, all_time: Totals, this_run: Totals, seconds: float) -> None:
+def print_totals(console: Console, title: str, all_time: Totals, this_run: Totals, seconds: float) -> None:
     """Print the final table. Rates are of this run; counts are of the whole output."""
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column()

@@ -91,7 +91,7 @@ _HEADING = re.compile(
 _CLUSTER = regex.compile(r"\X")
 
 
-def split(text: str, count: CountTokens, max_tokens: int, overlap_tokens: int = 0) -> list[Part]:
+def split_text(text: str, count: CountTokens, max_tokens: int, overlap_tokens: int = 0) -> list[Part]:
     """Cut a text into parts. Every character lies in exactly one part, overlaps aside.
 
     Args:

@@ -13,10 +13,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from hycluster.batch.ask import Asker, Generator, first_error
+from hycluster.batch.ask import Asker, RowBackend, first_error
 from hycluster.batch.job import Summary
 from hycluster.batch.prompts import Language, Messages, language_of, merge_messages, part_messages
-from hycluster.batch.summaries.splitter import CountTokens, Part, split
+from hycluster.batch.summaries.splitter import CountTokens, Part, split_text
 from hycluster.batch.summaries.tree import SEAM_TOKENS, Budget, Node, Tree, budget, plan_merges
 from hycluster.core import Generation, GenerationRequest, Priority, Sampling
 from hycluster.errors import InvalidInput, UnknownModel
@@ -27,7 +27,7 @@ MOST_CHARACTERS_A_TOKEN = 8
 MANY = 9_999_999
 
 
-class Watch:
+class TreeWatch:
     """Is told how far a tree has got; this one does nothing with it."""
 
     def planned(self, calls: int) -> None:
@@ -48,7 +48,7 @@ class Summarizer:
 
     def __init__(
         self,
-        generator: Generator,
+        generator: RowBackend,
         slots: asyncio.Semaphore,
         ask: Asker,
         *,
@@ -81,13 +81,13 @@ class Summarizer:
             return True
         return await asyncio.to_thread(_at_most, text, self._count, room)
 
-    async def whole(self, text: str, name: str, watch: Watch | None = None) -> Tree:
+    async def whole(self, text: str, name: str, watch: TreeWatch | None = None) -> Tree:
         """The tree of a text that fits: one node.
 
         Args:
             name: the id of its request.
         """
-        watch = watch or Watch()
+        watch = watch or TreeWatch()
         watch.planned(1)
         async with self._slots:
             generation = await self._ask(self._whole(text), name, None)
@@ -95,7 +95,7 @@ class Summarizer:
         watch.answered(node)
         return Tree((node,))
 
-    async def summarize(self, text: str, name: str, watch: Watch | None = None) -> Tree:
+    async def summarize(self, text: str, name: str, watch: TreeWatch | None = None) -> Tree:
         """The tree of a text of any length.
 
         Args:
@@ -106,10 +106,10 @@ class Summarizer:
             SettingsError: the context is too small for the job's settings.
             JobFailed: no engine could serve one of the calls.
         """
-        watch = watch or Watch()
+        watch = watch or TreeWatch()
         language = language_of(text)
         budget = await self._budget(language)
-        parts = await asyncio.to_thread(split, text, self._count, budget.part, self._settings.overlap_tokens)
+        parts = await asyncio.to_thread(split_text, text, self._count, budget.part, self._settings.overlap_tokens)
         watch.planned(len(parts))
         nodes = await _side_by_side(
             [self._part(text, part, place, len(parts), budget, language, name) for place, part in enumerate(parts)],
@@ -214,7 +214,7 @@ def _at_most(text: str, count: CountTokens, tokens: int) -> bool:
     return count([text])[0] <= tokens
 
 
-async def _side_by_side(calls: Sequence[Coroutine[Any, Any, Node]], watch: Watch) -> list[Node]:
+async def _side_by_side(calls: Sequence[Coroutine[Any, Any, Node]], watch: TreeWatch) -> list[Node]:
     """All answers in order; the first error ends the others."""
 
     def tell(task: asyncio.Task[Node]) -> None:

@@ -11,7 +11,7 @@ from hycluster import __version__
 from hycluster.errors import SettingsError
 from hycluster.k8s.chart import source
 from hycluster.k8s.patches import beside, pods_patch
-from hycluster.k8s.render import APP_NAME, DOORS, manifest_in, serve_config, settings_of
+from hycluster.k8s.render import APP_NAME, INGRESS_REPLICAS, manifest_in, serve_config, settings_of
 from hycluster.settings.read import load_yaml, validate
 from hycluster.settings.settings import Settings
 
@@ -24,7 +24,7 @@ def defaults(root: Path) -> dict[str, Any]:
     found = _from_settings(settings_of(manifest_in(root / DEFAULT_OVERLAY)), root)
     routes = source.add_component({}, root / "k8s/components/gateway-routes", "")["routes.yaml"]
     found["gateway"] = {"authFilter": routes[0]["spec"]["rules"][0]["filters"][0]["extensionRef"]}
-    (fabric,) = source.read(root / "k8s/components" / RDMA)["configMapGenerator"]
+    (fabric,) = source.read_kustomization(root / "k8s/components" / RDMA)["configMapGenerator"]
     # As private as the API server's, until it is known better.
     found["redis"]["cidrs"] = found["networkPolicies"]["apiServerCidrs"]
     found[RDMA] = {"environment": dict(literal.split("=", 1) for literal in fabric["literals"])}
@@ -99,23 +99,23 @@ def values_of(resources: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _values(by_name: dict[str, Any], spec: dict[str, Any], cluster: dict[str, Any]) -> dict[str, Any]:
-    doors, *engines = cluster["workerGroupSpecs"]
+    ingresses, *engines = cluster["workerGroupSpecs"]
     autoscaler = cluster["autoscalerOptions"]
     api_server = by_name["NetworkPolicy/hycluster-head"]["spec"]["egress"][0]["to"]
     found: dict[str, Any] = {
-        "image": _image(_main(doors)["image"]),
+        "image": _image(_main(ingresses)["image"]),
         "settings": _settings(spec["serveConfigV2"]),
         "head": _pods(cluster["headGroupSpec"]),
         "autoscaler": {key: autoscaler[key] for key in ("idleTimeoutSeconds", "resources")},
-        "doors": _pods(doors),
+        "ingressPods": _pods(ingresses),
         "engines": [_group(group) for group in engines],
         "redis": _redis(by_name, cluster),
         "networkPolicies": {
-            "clients": _clients(by_name["NetworkPolicy/hycluster-doors"]),
+            "clients": _clients(by_name["NetworkPolicy/hycluster-ingress"]),
             "apiServerCidrs": [peer["ipBlock"]["cidr"] for peer in api_server],
         },
     }
-    if secrets := doors["template"]["spec"].get("imagePullSecrets"):
+    if secrets := ingresses["template"]["spec"].get("imagePullSecrets"):
         found["imagePullSecrets"] = [secret["name"] for secret in secrets]
     if "PersistentVolumeClaim/hycluster-weights" in by_name:
         found["weights"] = _weights(by_name)
@@ -126,7 +126,7 @@ def _values(by_name: dict[str, Any], spec: dict[str, Any], cluster: dict[str, An
                 bound.pop(found[RDMA]["resource"], None)
     switches: dict[str, dict[str, Any]] = {
         "HTTPRoute/hycluster": {"gateway": {"enabled": True}},
-        "ServiceMonitor/hycluster-doors": {"metrics": {"enabled": True}},
+        "ServiceMonitor/hycluster-ingress": {"metrics": {"enabled": True}},
         "NetworkPolicy/hycluster-hub": {"hubEgress": True},
     }
     for name, value in switches.items():
@@ -150,11 +150,11 @@ def _image(image: str) -> dict[str, str]:
 def _settings(serve_config: str) -> dict[str, Any]:
     """As in ``deployments/``: without what the chart fits to the pods itself."""
     settings: dict[str, Any] = yaml.safe_load(serve_config)["applications"][0]["args"]
-    for door in ("http", "grpc"):
-        settings[door] = {key: value for key, value in settings[door].items() if key not in ("host", "port")}
-    settings.pop("door_resources")
-    if settings["doors"] == DOORS:
-        del settings["doors"]
+    for ingress in ("http", "grpc"):
+        settings[ingress] = {key: value for key, value in settings[ingress].items() if key not in ("host", "port")}
+    settings["ingress"].pop("resources")
+    if settings["ingress"]["replicas"] == INGRESS_REPLICAS:
+        del settings["ingress"]["replicas"]
     if settings["batches"] is None:
         del settings["batches"]
     return {key: value for key, value in settings.items() if value != {}}

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -27,8 +28,10 @@ def values_yaml(given: dict[str, Any]) -> str:
 
 def readme() -> str:
     """The chart's README: what to do first, and a table of all values."""
-    rows = [f"| `{name}` | {text} |" for name, text in _named(Chart, "")]
-    return README.replace("@VALUES@", "\n".join(rows))
+    environment = Environment(
+        loader=PackageLoader(__package__), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+    )
+    return environment.get_template("README.md.jinja").render(values=_named(Chart, ""))
 
 
 def key(name: str, field: FieldInfo) -> str:
@@ -85,30 +88,3 @@ def _named(kind: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
             yield from _named(field.annotation, f"{label}.")
         elif inner is not None and inner.__name__ != "Toleration":
             yield from _named(inner, f"{label}[].")
-
-
-README = """<!-- Made by 'hycluster k8s render'. -->
-# hycluster by Helm
-
-The same manifests as `k8s/overlays`, as a chart: made from `k8s/base` and `k8s/components` by `hycluster k8s render`.
-What they are and why: `docs/kubernetes.md`; day by day: `docs/runbook.md`.
-
-KubeRay's operator 1.7.0 must be there. Then, in the repository:
-
-```sh
-kubectl create namespace hycluster
-kubectl label namespace hycluster pod-security.kubernetes.io/enforce=restricted
-kubectl -n hycluster create secret generic hycluster-redis --from-literal=password=$(openssl rand -hex 24)
-kubectl -n hycluster create secret generic hycluster-ray --from-literal=auth_token=$(openssl rand -hex 32)
-hycluster k8s values deployments/hunyuan-large-fp8-8xh20.yaml > large.yaml    # settings, and groups of their size
-helm template hycluster k8s/chart -n hycluster -f large.yaml -f platform.yaml | hycluster k8s check -
-helm upgrade --install hycluster k8s/chart -n hycluster -f large.yaml -f platform.yaml
-```
-
-`platform.yaml` is yours: image, pull secrets, storage class, hosts. Names of objects are fixed, so there is one release
-a namespace. A value that is not in the table, or not of its kind, is refused with its name.
-
-| value | |
-|---|---|
-@VALUES@
-"""

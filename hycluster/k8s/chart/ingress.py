@@ -1,4 +1,4 @@
-"""Ingresses to the doors, with the paths of the routes that ``k8s/components/gateway-routes`` has for a Gateway."""
+"""Ingresses to the ingress, with the paths of the routes that ``k8s/components/gateway-routes`` has for a Gateway."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def ingresses(routes: list[dict[str, Any]], policies: list[dict[str, Any]]) -> l
         policies: those that let a Gateway in.
     """
     (policy,) = copy.deepcopy(policies)
-    policy["metadata"]["name"] = "hycluster-ingress"
+    policy["metadata"]["name"] = "hycluster-ingress-controller"
     return [*map(_ingress, routes), policy]
 
 

@@ -17,7 +17,15 @@ from hycluster.k8s.chart.describe import readme, values_yaml
 from hycluster.k8s.chart.ingress import ingresses
 from hycluster.k8s.chart.nodes import Each, IfAny, Scalar, When, text
 from hycluster.k8s.patches import GPU, beside
-from hycluster.k8s.render import APP_NAME, BATCHES_RESOURCES, DOOR_RESOURCES, DOORS, DOORS_PER_POD, PORTS, serve_config
+from hycluster.k8s.render import (
+    APP_NAME,
+    BATCHES_RESOURCES,
+    INGRESS_REPLICAS,
+    INGRESS_REPLICAS_PER_POD,
+    INGRESS_RESOURCES,
+    PORTS,
+    serve_config,
+)
 from hycluster.settings.settings import Settings
 
 CHART = Path("k8s/chart")
@@ -26,7 +34,11 @@ BY_HAND = {"templates/_helpers.tpl", "templates/_checks.tpl", "templates/_groups
 MADE_BY = "Made by 'hycluster k8s render' from"
 TABLE = "hycluster/k8s/chart/table.py"
 # Of a model on CPU with a store, from which the manifests come that overlays have beside the base's.
-SAMPLE = {"models": [{"name": "m", "source": "m"}], "doors": DOORS, "batches": {"store": "s3://bucket"}}
+SAMPLE = {
+    "models": [{"name": "m", "source": "m"}],
+    "ingress": {"replicas": INGRESS_REPLICAS},
+    "batches": {"store": "s3://bucket"},
+}
 
 
 def made(root: Path) -> dict[str, str]:
@@ -38,7 +50,7 @@ def made(root: Path) -> dict[str, str]:
     files = {
         "Chart.yaml": _about(),
         "values.yaml": values_yaml(defaults(root)),
-        "values.schema.json": json.dumps(values.schema(), indent=1, ensure_ascii=False) + "\n",
+        "values.schema.json": json.dumps(values.values_schema(), indent=1, ensure_ascii=False) + "\n",
         "README.md": readme(),
         "templates/_constants.tpl": _constants(),
     }
@@ -138,7 +150,7 @@ def _found(by_name: dict[str, Any], path: str, where: str) -> tuple[Any, Any]:
     try:
         if not rest:
             return by_name, f"{kind}/{name}"
-        return source.find(by_name[f"{kind}/{name}"], "/".join(rest))
+        return source.find_node(by_name[f"{kind}/{name}"], "/".join(rest))
     except (KeyError, TypeError):
         raise SettingsError(f"{TABLE}: {where}: {path}: there is no such path any more") from None
 
@@ -211,10 +223,10 @@ def _constants() -> str:
     serve = serve_config(SAMPLE, "constants")
     serve["applications"][0]["args"] = {}
     constants = {
-        "listen": {door: {"host": "0.0.0.0", "port": port} for door, port in PORTS.items()},
-        "doors": DOORS,
-        "doorResources": DOOR_RESOURCES,
-        "doorsPerPod": DOORS_PER_POD,
+        "listen": {ingress: {"host": "0.0.0.0", "port": port} for ingress, port in PORTS.items()},
+        "ingressReplicas": INGRESS_REPLICAS,
+        "ingressResources": INGRESS_RESOURCES,
+        "ingressReplicasPerPod": INGRESS_REPLICAS_PER_POD,
         "batchesResources": BATCHES_RESOURCES,
         "serve": serve,
         "drainTimeoutSeconds": Settings.model_fields["drain_timeout_s"].default,

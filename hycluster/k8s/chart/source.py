@@ -27,7 +27,7 @@ HERE = "true"
 
 def base(folder: Path) -> Files:
     """The manifests of a folder by the file that they are in, as its kustomization lists them."""
-    kustomization = read(folder)
+    kustomization = read_kustomization(folder)
     if surplus := kustomization.keys() & {"patches", "images", "configMapGenerator"}:
         raise SettingsError(f"{folder}: kustomization.yaml: {sorted(surplus)}: the chart's base has none")
     return {name: _documents(folder / name) for name in kustomization["resources"]}
@@ -47,7 +47,7 @@ def add_component(manifests: Files, folder: Path, condition: str) -> Files:
     Raises:
         SettingsError: the component has what can't be put into a template, or patches what is not there.
     """
-    kustomization = read(folder)
+    kustomization = read_kustomization(folder)
     for patch in kustomization.get("patches", ()):
         for target, operations in _aimed(manifests, patch, folder):
             for operation in operations:
@@ -65,7 +65,7 @@ def patched(manifest: Manifest, operations: list[dict[str, Any]], where: Path) -
     return made
 
 
-def find(node: Any, path: str) -> tuple[Any, Any]:
+def find_node(node: Any, path: str) -> tuple[Any, Any]:
     """The mapping or list that holds what is at a path, and its key there.
 
     The path's steps are keys (``~1`` for a slash within one); in a list, the ``name`` or ``groupName`` of an item, or
@@ -178,7 +178,7 @@ def _config_map(generator: dict[str, Any], folder: Path) -> Manifest:
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": generator["name"]}, "data": data}
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read_kustomization(folder: Path) -> dict[str, Any]:
     """A folder's kustomization."""
     file = folder / "kustomization.yaml"
     try:

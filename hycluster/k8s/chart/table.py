@@ -29,7 +29,7 @@ COMPONENTS: dict[str, str | None] = {
 CLUSTER_PATCHES = {"cluster-ipc-lock": "and $.Values.rdma.enabled $.Values.rdma.ipcLock"}
 RAY = "RayService/hycluster/spec/rayClusterConfig"
 HEAD = f"{RAY}/headGroupSpec"
-DOORS = f"{RAY}/workerGroupSpecs/doors"
+INGRESS = f"{RAY}/workerGroupSpecs/ingress"
 ENGINES = f"{RAY}/workerGroupSpecs/engines"
 REDIS = "StatefulSet/hycluster-redis/spec"
 FROM = "spec/ingress/0/from/0"
@@ -51,7 +51,7 @@ RESOURCES = {
     "StatefulSet/hycluster-redis": "$.Values.redis.enabled",
     "NetworkPolicy/hycluster-redis": "$.Values.redis.enabled",
     "NetworkPolicy/hycluster-batches": ANY_STORE,
-    "NetworkPolicy/hycluster-ingress": "$.Values.ingress.enabled",
+    "NetworkPolicy/hycluster-ingress-controller": "$.Values.ingress.enabled",
     "ConfigMap/hycluster-weights": "$.Values.weights.enabled",
     "Ingress/hycluster": "$.Values.ingress.enabled",
     "Ingress/hycluster-grpc": "$.Values.ingress.enabled",
@@ -91,12 +91,12 @@ REPLACED: dict[str, Any] = {
     f"{RAY}/autoscalerOptions/idleTimeoutSeconds": Scalar("$.Values.autoscaler.idleTimeoutSeconds"),
     f"{RAY}/autoscalerOptions/resources": Block("$.Values.autoscaler.resources"),
     f"{HEAD}/template/spec/containers/ray-head/resources": Block("$.Values.head.resources"),
-    f"{DOORS}/replicas": Scalar('include "hycluster.doors" $ | int'),
-    f"{DOORS}/minReplicas": Scalar('include "hycluster.doors" $ | int'),
-    f"{DOORS}/maxReplicas": Scalar('include "hycluster.doors" $ | int | add1'),
-    f"{DOORS}/template/spec/terminationGracePeriodSeconds": Scalar('include "hycluster.grace" $ | int'),
-    f"{DOORS}/template/spec/containers/ray-worker/{DRAIN}": Scalar('include "hycluster.drain" $'),
-    f"{DOORS}/template/spec/containers/ray-worker/resources": Block("$.Values.doors.resources"),
+    f"{INGRESS}/replicas": Scalar('include "hycluster.ingressReplicas" $ | int'),
+    f"{INGRESS}/minReplicas": Scalar('include "hycluster.ingressReplicas" $ | int'),
+    f"{INGRESS}/maxReplicas": Scalar('include "hycluster.ingressReplicas" $ | int | add1'),
+    f"{INGRESS}/template/spec/terminationGracePeriodSeconds": Scalar('include "hycluster.grace" $ | int'),
+    f"{INGRESS}/template/spec/containers/ray-worker/{DRAIN}": Scalar('include "hycluster.drain" $'),
+    f"{INGRESS}/template/spec/containers/ray-worker/resources": Block("$.Values.ingressPods.resources"),
     f"{ENGINES}/replicas": Scalar("$group.replicas"),
     f"{ENGINES}/minReplicas": Scalar("$group.minReplicas"),
     f"{ENGINES}/maxReplicas": Scalar("$group.maxReplicas"),
@@ -122,15 +122,15 @@ REPLACED: dict[str, Any] = {
     "NetworkPolicy/hycluster-head/spec/egress/0/to": [
         Each("$cidr := $.Values.networkPolicies.apiServerCidrs", {"ipBlock": {"cidr": Scalar("$cidr")}})
     ],
-    "NetworkPolicy/hycluster-doors/spec/ingress/0/from/1": Each(
+    "NetworkPolicy/hycluster-ingress/spec/ingress/0/from/1": Each(
         "$client := $.Values.networkPolicies.clients",
         {
             "namespaceSelector": {"matchLabels": Block("$client.namespaceLabels")},
             "podSelector": When("$client.podLabels", {"matchLabels": Block("$client.podLabels")}),
         },
     ),
-    "PodDisruptionBudget/hycluster-doors/spec/minAvailable": Scalar(
-        'include "hycluster.doors" $ | int | add -1 | max 1'
+    "PodDisruptionBudget/hycluster-ingress/spec/minAvailable": Scalar(
+        'include "hycluster.ingressReplicas" $ | int | add -1 | max 1'
     ),
     "PodDisruptionBudget/hycluster-engines/metadata/name": Scalar('printf "hycluster-%s" $group.name'),
     "PodDisruptionBudget/hycluster-engines/spec/minAvailable": Scalar("$group.minAvailable"),
@@ -150,8 +150,8 @@ REPLACED: dict[str, Any] = {
     f"NetworkPolicy/hycluster-gateway/{FROM}/podSelector/matchLabels/gateway.networking.k8s.io~1gateway-name": Scalar(
         "$.Values.gateway.name"
     ),
-    f"NetworkPolicy/hycluster-ingress/{FROM}/{NAMESPACE}": Scalar("$.Values.ingress.namespace"),
-    f"NetworkPolicy/hycluster-ingress/{FROM}/podSelector/matchLabels": labels("ingress"),
+    f"NetworkPolicy/hycluster-ingress-controller/{FROM}/{NAMESPACE}": Scalar("$.Values.ingress.namespace"),
+    f"NetworkPolicy/hycluster-ingress-controller/{FROM}/podSelector/matchLabels": labels("ingress"),
     f"NetworkPolicy/hycluster-metrics/{FROM}/{NAMESPACE}": Scalar("$.Values.metrics.namespace"),
     f"NetworkPolicy/hycluster-metrics/{FROM}/podSelector/matchLabels": labels("metrics"),
     f"NetworkPolicy/hycluster-ray-metrics/{FROM}/{NAMESPACE}": Scalar("$.Values.metrics.namespace"),
@@ -164,7 +164,7 @@ AUTHENTICATED = When(
 ADDED: dict[str, Any] = {
     "RayService/hycluster/spec/rayClusterDeletionDelaySeconds": Scalar('include "hycluster.deletionDelay" $ | int'),
     "RayService/hycluster/spec/serveConfigV2": Lines('include "hycluster.serveConfig" $'),
-    f"{DOORS}/template/spec/containers/ray-worker/envFrom": When(
+    f"{INGRESS}/template/spec/containers/ray-worker/envFrom": When(
         ANY_STORE, [{"secretRef": {"name": Scalar("$.Values.objectStore.secretName"), "optional": True}}]
     ),
     f"{ENGINES}/numOfHosts": When("gt (int $group.hosts) 1", Scalar("$group.hosts")),
@@ -191,7 +191,7 @@ ADDED: dict[str, Any] = {
 # Which pods run where: the values' name of each.
 PODS = {
     HEAD: "$.Values.head",
-    DOORS: "$.Values.doors",
+    INGRESS: "$.Values.ingressPods",
     ENGINES: "$group",
     REDIS: "$.Values.redis",
 }

@@ -156,24 +156,25 @@ class AuthFilter(Values):
     name: DnsName = Field(description="Its name in this namespace.")
 
 
-class Gateway(Values):
+class GatewayRoutes(Values):
     enabled: bool = Field(default=False, description="HTTPRoute and GRPCRoute, for a Gateway that ends TLS.")
     name: DnsName = Field(default="public", description="The Gateway.")
-    namespace: DnsName = Field(default="gateways", description="Of the Gateway, from which its pods reach the doors.")
+    namespace: DnsName = Field(default="gateways", description="Of the Gateway, from which its pods reach the ingress.")
     authenticated_by: str = Field(
         default="", description="In words, what else asks callers for credentials; then the routes have no filter."
     )
     auth_filter: AuthFilter = Field(
-        description="A filter that asks callers for credentials; the doors ask for none. A Gateway that does not know"
+        description="A filter that asks callers for credentials; the ingress asks for none. A Gateway that does"
+        " not know"
         " it answers with an error."
     )
 
 
-class Ingress(Values):
+class IngressRoutes(Values):
     enabled: bool = Field(default=False, description="An Ingress for HTTP and one for gRPC.")
     class_name: NoOrDnsName = Field(default="", description="The IngressClass; empty: the cluster's default.")
     namespace: DnsName = Field(
-        default="ingress-nginx", description="Of the controller, from which its pods reach the doors."
+        default="ingress-nginx", description="Of the controller, from which its pods reach the ingress."
     )
     pod_labels: Labels = Field(
         default={}, description="Of the controller's pods; empty: app.kubernetes.io/name: ingress-nginx."
@@ -202,13 +203,14 @@ class Metrics(Values):
     namespace: DnsName = Field(default="monitoring", description="Of Prometheus, from which it reaches the pods.")
     pod_labels: Labels = Field(
         default={},
-        description="Of Prometheus' pods; empty: app.kubernetes.io/name: prometheus. Who may read a door's metrics may"
+        description="Of Prometheus' pods; empty: app.kubernetes.io/name: prometheus. Who may read an ingress"
+        " process's metrics may"
         " use its API.",
     )
     labels: Labels = Field(default={}, description="On the monitors, where the operator selects by label.")
 
 
-class Client(Values):
+class ClientPods(Values):
     namespace_labels: Labels = Field(min_length=1, description="Labels of their namespaces; a namespace has them all.")
     pod_labels: Labels = Field(
         default={},
@@ -217,8 +219,8 @@ class Client(Values):
 
 
 class NetworkPolicies(Values):
-    clients: tuple[Client, ...] = Field(
-        min_length=1, description="Whose pods may call the doors, beside those of the own namespace."
+    clients: tuple[ClientPods, ...] = Field(
+        min_length=1, description="Whose pods may call the ingress, beside those of the own namespace."
     )
     api_server_cidrs: tuple[Cidr, ...] = Field(
         min_length=1, description="Where the API server is, which Ray's autoscaler asks for pods."
@@ -233,7 +235,7 @@ class Autoscaler(Values):
 class ObjectStore(Values):
     secret_name: DnsName = Field(
         default="hycluster-s3",
-        description="A Secret whose keys are put into the doors' environment, such as AWS_ACCESS_KEY_ID and"
+        description="A Secret whose keys are put into the ingress' environment, such as AWS_ACCESS_KEY_ID and"
         " AWS_SECRET_ACCESS_KEY, if settings.batches.store is s3://...; need not be there.",
     )
 
@@ -245,25 +247,29 @@ class Chart(Values):
     priority_classes: PriorityClasses = Field(
         default=PriorityClasses(), description="What goes first where there is no room for all."
     )
-    image: Image = Field(description="What head, doors and engines run.")
+    image: Image = Field(description="What head, ingress and engines run.")
     image_pull_secrets: tuple[DnsName, ...] = Field(default=(), description="Names of Secrets for the registry.")
     token_secret_name: DnsName = Field(
         default="hycluster-ray", description="Secret with auth_token, by which Ray's processes know each other."
     )
     settings: Settings = Field(
         description="What is served and how: the content of a file as in deployments/. The chart sets hosts and ports"
-        " of the doors and what a door reserves, and computes from it: the number of doors and engine pods, the time"
+        " of the ingress processes and what an ingress process reserves, and computes from it: the number of"
+        " ingress and engines pods, the time"
         " that pods get to end, budgets. hycluster k8s values FILE writes it, and the sizes of its pods.",
     )
     termination_grace_period_seconds: int | None = Field(
         default=None,
         ge=1,
         le=MAX_GRACE_S,
-        description="Of doors and engines; null: what settings.drain_timeout_s takes. Less than that is refused.",
+        description="Of ingress and engines; null: what settings.drain_timeout_s takes. Less than that is refused.",
     )
     head: Pods = Field(description="Ray's head: GCS, Serve's controller, dashboard, autoscaler. No traffic.")
     autoscaler: Autoscaler = Field(description="Ray's, which asks KubeRay for pods.")
-    doors: Pods = Field(description="The pods that callers come to; as many as settings.doors, and one more at need.")
+    ingress_pods: Pods = Field(
+        description="The ingress pods, which callers come to; as many as settings.ingress.replicas, and one more"
+        " at need."
+    )
     engines: tuple[EngineGroup, ...] = Field(
         min_length=1, description="Pods with engines: one entry for each of settings.models, in the same order."
     )
@@ -272,13 +278,13 @@ class Chart(Values):
         default="hycluster-hub", description="Secret with token, for repositories that ask for one; need not be there."
     )
     hub_egress: bool = Field(
-        default=False, description="Doors and engines may reach the Internet, for a source that is a hub id."
+        default=False, description="Ingress and engines may reach the Internet, for a source that is a hub id."
     )
     object_store: ObjectStore = Field(default=ObjectStore(), description="Credentials of the Batch API's store.")
     redis: Redis = Field(description="What Ray's head must not lose.")
     hosts: Hosts = Field(default=Hosts(), description="Names that callers from outside use (gateway, ingress).")
-    gateway: Gateway = Field(description="Callers from outside, by the Gateway API.")
-    ingress: Ingress = Field(default=Ingress(), description="Callers from outside, by Ingress.")
+    gateway: GatewayRoutes = Field(description="Callers from outside, by the Gateway API.")
+    ingress: IngressRoutes = Field(default=IngressRoutes(), description="Callers from outside, by Ingress.")
     metrics: Metrics = Field(default=Metrics(), description="Prometheus.")
     network_policies: NetworkPolicies = Field(description="Who may talk to whom.")
     rdma: Rdma = Field(default=Rdma(), description="InfiniBand or RoCE between an engine's hosts.")
@@ -294,7 +300,7 @@ def group_defaults() -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in made.items()}
 
 
-def schema() -> dict[str, Any]:
+def values_schema() -> dict[str, Any]:
     """``values.schema.json``: draft 7, which every Helm knows."""
     made: dict[str, Any] = _draft7(Chart.model_json_schema())
     made["$schema"] = "http://json-schema.org/draft-07/schema#"
@@ -303,9 +309,8 @@ def schema() -> dict[str, Any]:
     # Of classes: they are for readers of the code, and long.
     for definition in (made, *made["definitions"].values()):
         definition.pop("description", None)
-    settings = made["definitions"]["Settings"]["properties"]
-    # A door alone is nobody's spare; the chart's groups and budgets count on two.
-    settings["doors"] |= {"minimum": 2}
+    # An ingress process alone is nobody's spare; the chart's groups and budgets count on two.
+    made["definitions"]["Ingress"]["properties"]["replicas"] |= {"minimum": 2}
     # A relative folder is below a working folder, which pods do not have.
     made["definitions"]["Model"]["properties"]["source"] |= {"pattern": r"^[^.]"}
     _text(made["definitions"]["Batches"]["properties"]["store"])["pattern"] = POD_STORE

@@ -1,4 +1,4 @@
-"""Rules of ways to the doors past which nobody is asked for credentials: addresses, and Services that a node has."""
+"""Rules of ways to the ingress past which nobody is asked for credentials: addresses, and Services that a node has."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hycluster.k8s.rules.objects import selected
 from hycluster.k8s.rules.routes import AUTHENTICATED_BY
 
 OUTSIDE = ("LoadBalancer", "NodePort")
-WHY = "the doors ask for no credentials, and whoever finds the address has the GPUs"
+WHY = "the ingress asks for no credentials, and whoever finds the address has the GPUs"
 # No network of one's own is wider: 10.0.0.0/8, fc00::/7.
 NARROWEST_OF_ALL = {4: 8, 6: 7}
 
@@ -30,7 +30,7 @@ def _answered_for(resource: Resource) -> bool:
 
 def _admits_nobody_unasked(resource: Resource, every: All) -> Iterator[Broken]:
     targets = selected(resource["spec"].get("podSelector") or {}, every)
-    if not any(pod.role == "doors" for pod in targets) or _answered_for(resource):
+    if not any(pod.role == "ingress" for pod in targets) or _answered_for(resource):
         return
     for index, rule in enumerate(resource["spec"].get("ingress") or ()):
         for place, peer in enumerate(rule.get("from") or ()):
@@ -47,12 +47,12 @@ def _admits_nobody_unasked(resource: Resource, every: All) -> Iterator[Broken]:
 def _is_inside(resource: Resource, every: All) -> Iterator[Broken]:
     spec = resource["spec"]
     pods = selected(spec["selector"], every) if spec.get("selector") else []
-    if any(pod.role in ("doors", "head") for pod in pods) and not _answered_for(resource):
+    if any(pod.role in ("ingress", "head") for pod in pods) and not _answered_for(resource):
         yield from _kept_inside("spec", spec)
 
 
 def _rays_are_inside(resource: Resource, _all: All) -> Iterator[Broken]:
-    """KubeRay's own Services, for the doors and for the head."""
+    """KubeRay's own Services, for the ingress processes and for the head."""
     if _answered_for(resource):
         return
     spec = resource["spec"]
@@ -83,9 +83,11 @@ def _kept_inside(path: str, spec: Resource) -> Iterator[Broken]:
 
 def _asks_for_credentials(resource: Resource, every: All) -> Iterator[Broken]:
     """An Ingress, in its controller's words: all of them have "auth" in what asks for credentials."""
-    doors = {s["metadata"]["name"] for s in every.of_kind("Service") if labels_of(s).get("hycluster/role") == "doors"}
+    ingresses = {
+        s["metadata"]["name"] for s in every.of_kind("Service") if labels_of(s).get("hycluster/role") == "ingress"
+    }
     said = annotations_of(resource)
-    if not doors & _backends(resource) or _answered_for(resource):
+    if not ingresses & _backends(resource) or _answered_for(resource):
         return
     if not any("auth" in f"{key} {value}".lower() for key, value in said.items() if value.strip()):
         yield Broken(
@@ -106,7 +108,7 @@ def _backends(ingress: Resource) -> set[str]:
 
 def _no_port_of_the_node(pod: Pod, _all: All) -> Iterator[Broken]:
     """A node's own port is past every policy and every gateway."""
-    if pod.role not in ("doors", "head", "engines"):
+    if pod.role not in ("ingress", "head", "engines"):
         return
     if pod.spec.get("hostNetwork"):
         yield Broken("spec.hostNetwork", "true", "be false", "policies do not hold for what listens on the node")

@@ -11,7 +11,7 @@ MEMORY_MONITOR = "RAY_memory_monitor_refresh_ms"
 USAGE = "RAY_USAGE_STATS_ENABLED"
 # Between the end of Ray's drain and the kill: Ray ends its processes.
 STOP_MARGIN_S = 15
-CONTROL = ("head", "doors", "redis")
+CONTROL = ("head", "ingress", "redis")
 
 
 def is_control(pod: Pod) -> bool:
@@ -72,7 +72,7 @@ def _no_memory_monitor(pod: Pod, _all: All) -> Iterator[Broken]:
             f"spec.containers[0].env[{MEMORY_MONITOR}]",
             repr(pod.env.get(MEMORY_MONITOR)),
             'be "0"',
-            "Ray's monitor would kill Serve's controller or a door first; hycluster looks itself",
+            "Ray's monitor would kill Serve's controller or an ingress process first; hycluster looks itself",
         )
 
 

@@ -13,7 +13,7 @@ from hycluster.k8s.rules.objects import selected, selects_somebody
 OPERATORS = {"kuberay-operator", "kuberay"}
 APP = "app.kubernetes.io/name"
 DASHBOARD = 8265
-DOOR_PORTS = {8000, 9000, "door-http", "door-grpc"}
+INGRESS_PORTS = {8000, 9000, "ingress-http", "ingress-grpc"}
 CLIENTS = "hycluster/clients"
 # In words, why pods may reach any address.
 EGRESS_BECAUSE = "hycluster/egress"
@@ -42,7 +42,7 @@ def _listed(ports: set[Any]) -> str:
     return ", ".join(sorted(str(port) for port in ports if port)) or "none"
 
 
-def values(selector: Resource | None, key: str) -> set[str]:
+def label_values(selector: Resource | None, key: str) -> set[str]:
     """What a label may be for a selector to take it; empty, if it does not ask."""
     found = set()
     if selector:
@@ -64,7 +64,12 @@ def _opens_to_named(resource: Resource, every: All) -> Iterator[Broken]:
     for index, rule in enumerate(resource["spec"].get("ingress") or ()):
         path = f"spec.ingress[{index}]"
         if not rule.get("from"):
-            yield Broken(f"{path}.from", "everybody", "name pods or namespaces", "Ray's ports and the doors ask nobody")
+            yield Broken(
+                f"{path}.from",
+                "everybody",
+                "name pods or namespaces",
+                "Ray's ports and the ingress processes ask nobody",
+            )
         for place, peer in enumerate(rule.get("from") or ()):
             yield from _is_narrow(f"{path}.from[{place}]", peer, rule, targets)
 
@@ -75,12 +80,12 @@ def _is_narrow(path: str, peer: Resource, rule: Resource, targets: list[Pod]) ->
         if outside and any(is_ray(pod) for pod in targets) and not rule.get("ports"):
             yield Broken(f"{path}", "all ports", "open ports by number", "who reaches Ray's ports runs code there")
         return
-    if values(peer.get("podSelector"), APP):
+    if label_values(peer.get("podSelector"), APP):
         return
     namespaces = peer.get("namespaceSelector")
     if namespaces is not None and CLIENTS not in (namespaces.get("matchLabels") or {}):
         opened = {port.get("port") for port in rule.get("ports") or ()}
-        if not rule.get("ports") or opened & DOOR_PORTS or any(is_ray(pod) for pod in targets):
+        if not rule.get("ports") or opened & INGRESS_PORTS or any(is_ray(pod) for pod in targets):
             yield Broken(
                 f"{path}.podSelector",
                 f"all pods of namespaces {namespaces}",
@@ -96,7 +101,7 @@ def _head_hears_operator(resource: Resource, every: All) -> Iterator[Broken]:
         ports = {port.get("port") for port in rule.get("ports") or ()}
         if not heads or DASHBOARD not in ports:
             continue
-        admitted = {value for peer in rule.get("from") or () for value in values(peer.get("podSelector"), APP)}
+        admitted = {value for peer in rule.get("from") or () for value in label_values(peer.get("podSelector"), APP)}
         if missing := OPERATORS - admitted:
             yield Broken(
                 f"spec.ingress[{index}].from",

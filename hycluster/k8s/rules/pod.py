@@ -233,14 +233,14 @@ def _priority(pod: Pod, every: All) -> Iterator[Broken]:
             "spec.priorityClassName",
             "there is none",
             "name a class: the control plane's above the engines', those above the jobs'",
-            "a full cluster evicts the head and the doors for anybody's pods",
+            "a full cluster evicts the head and the ingress for anybody's pods",
         )
     elif not is_control(pod):
         above = {p.spec.get("priorityClassName") for p in every.pods if is_control(p) and p.owner == pod.owner}
         if mine in above and not pod.owner.startswith(("RayJob", "RayCronJob")):
             yield Broken(
                 "spec.priorityClassName",
-                f"{mine}, as the head's and the doors'",
+                f"{mine}, as the head's and the ingress processes'",
                 "be another class, below theirs",
                 "an engine would push them out",
             )

@@ -99,7 +99,7 @@ def _service(resource: Resource, _all: All) -> Iterator[Broken]:
             "spec.excludeHeadPodFromServeSvc",
             str(spec.get("excludeHeadPodFromServeSvc")),
             "be true",
-            "the head has no door",
+            "the head has no ingress process",
         )
     path, cluster = cluster_of(resource)
     scaler = (cluster.get("autoscalerOptions") or {}).get("version")
@@ -144,10 +144,10 @@ def _cluster_pods(resource: Resource, _all: All) -> list[Pod]:
     return list(pods_of(resource))
 
 
-def _doors_are_apart(resource: Resource, every: All) -> Iterator[Broken]:
-    """Pods of doors on different nodes: a wish is not enough, where there are nodes."""
+def _ingresses_are_apart(resource: Resource, every: All) -> Iterator[Broken]:
+    """Ingress pods on different nodes: a wish is not enough, where there are nodes."""
     for pod in _cluster_pods(resource, every):
-        if pod.role != "doors":
+        if pod.role != "ingress":
             continue
         spread = [
             each
@@ -161,9 +161,9 @@ def _doors_are_apart(resource: Resource, every: All) -> Iterator[Broken]:
         if not spread and not any(term["topologyKey"] == HOSTNAME for term in required):
             yield Broken(
                 f"{pod.path}.spec.topologySpreadConstraints",
-                "pods of doors may share a node",
+                "ingress pods may share a node",
                 f"demand (DoNotSchedule) that they spread over {HOSTNAME}",
-                "one node's loss would leave no door",
+                "one node's loss would leave no ingress process",
             )
 
 
@@ -228,5 +228,5 @@ def _job_has_room(resource: Resource, every: All) -> Iterator[Broken]:
 
 
 RULES = (_name, _cluster, _groups)
-SERVICE_RULES = (_service, _redis, _doors_are_apart, _one_service)
+SERVICE_RULES = (_service, _redis, _ingresses_are_apart, _one_service)
 JOB_RULES = (_job, _job_has_room)

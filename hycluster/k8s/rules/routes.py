@@ -1,4 +1,4 @@
-"""Rules of routes from outside the cluster to the doors."""
+"""Rules of routes from outside the cluster to the ingress."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ AUTHENTICATED_BY = "hycluster/authenticated-by"
 FILTERS = ("ExtensionRef", "ExternalAuth")
 
 
-def _goes_to_the_doors(resource: Resource, every: All) -> Iterator[Broken]:
+def _goes_to_the_ingresses(resource: Resource, every: All) -> Iterator[Broken]:
     port = PORTS["grpc" if resource["kind"] == "GRPCRoute" else "http"]
-    doors = [s["metadata"]["name"] for s in every.of_kind("Service") if labels_of(s).get("hycluster/role") == "doors"]
+    ingresses = [
+        s["metadata"]["name"] for s in every.of_kind("Service") if labels_of(s).get("hycluster/role") == "ingress"
+    ]
     for index, rule in enumerate(resource["spec"].get("rules") or ()):
         for place, backend in enumerate(rule.get("backendRefs") or ()):
-            if doors and (backend["name"] not in doors or backend.get("port") != port):
+            if ingresses and (backend["name"] not in ingresses or backend.get("port") != port):
                 yield Broken(
                     f"spec.rules[{index}].backendRefs[{place}]",
                     f"{backend['name']} at {backend.get('port')}",
-                    f"be the Service {' or '.join(doors)} at {port}",
+                    f"be the Service {' or '.join(ingresses)} at {port}",
                     "KubeRay's own Service never has gRPC callers, and a namePrefix must reach here too",
                 )
 
@@ -39,7 +41,7 @@ def _asks_for_credentials(resource: Resource, every: All) -> Iterator[Broken]:
                 "nobody is asked for credentials",
                 f"have one of {' or '.join(FILTERS)}, a policy of the gateway's that targets the route, or the"
                 f" annotation {AUTHENTICATED_BY} that says in words who does",
-                "the doors ask for none, and whoever finds the address has the GPUs",
+                "the ingress asks for none, and whoever finds the address has the GPUs",
             )
 
 
@@ -54,4 +56,4 @@ def _is_policy_for(policy: Resource, route: Resource) -> bool:
     return any((target.get("kind"), target.get("name")) in names for target in targets)
 
 
-RULES = (_goes_to_the_doors, _asks_for_credentials)
+RULES = (_goes_to_the_ingresses, _asks_for_credentials)

@@ -75,7 +75,7 @@ def _wrong(text: str) -> Iterator[Broken]:
             f"{SERVE}.proxy_location",
             str(serve.get("proxy_location")),
             "be Disabled",
-            "Serve's proxies would listen on the doors' ports",
+            "Serve's proxies would listen on the ingress ports",
         )
     started = (application.get("name"), application.get("import_path"))
     if started != (APP_NAME, IMPORT_PATH):
@@ -109,50 +109,51 @@ def _roles(resource: Resource, role: str) -> list[Pod]:
     return [pod for pod in pods_of(resource) if pod.role == role]
 
 
-def _doors(resource: Resource, _all: All) -> Iterator[Broken]:
+def _ingresses(resource: Resource, _all: All) -> Iterator[Broken]:
     settings = settings_of_service(resource)
     if settings is None:
         return
-    pods = _roles(resource, "doors")
+    pods = _roles(resource, "ingress")
     if not pods:
-        yield Broken("spec.rayClusterConfig.workerGroupSpecs", "no group of doors", "have one", "nobody would answer")
+        yield Broken("spec.rayClusterConfig.workerGroupSpecs", "no ingress group", "have one", "nobody would answer")
         return
     pod, count = pods[0], sum(each.count for each in pods)
     args = f"{SERVE}.applications[0].args"
-    wanted = settings.door_resources.get("door", 0)
-    there = float((pod.group.get("resources") or {}).get("door", 0))
+    wanted = settings.ingress.resources.get("ingress", 0)
+    there = float((pod.group.get("resources") or {}).get("ingress", 0))
     if not 0 < 2 * wanted <= there:
         yield Broken(
-            f"{args}.door_resources.door",
+            f"{args}.ingress.resources.ingress",
             f"{wanted:g} of {there:g} a pod",
-            "be above 0 and leave room for a door's successor: half of the group's, or less",
-            "a change of the settings would wait for ever, or doors go anywhere",
+            "be above 0 and leave room for an ingress process's successor: half of the group's, or less",
+            "a change of the settings would wait for ever, or ingress processes go anywhere",
         )
-    if not 2 <= settings.doors <= count:
+    if not 2 <= settings.ingress.replicas <= count:
         yield Broken(
-            f"{args}.doors",
-            f"{settings.doors} in {count} pods",
+            f"{args}.ingress.replicas",
+            f"{settings.ingress.replicas} in {count} pods",
             f"be from 2 to {count}, a pod each",
             "a lost pod would leave nobody to answer",
         )
-    if settings.doors_per_node != 1:
+    if settings.ingress.replicas_per_node != 1:
         yield Broken(
-            f"{args}.doors_per_node",
-            f"doors_per_node: {settings.doors_per_node}",
+            f"{args}.ingress.replicas_per_node",
+            f"ingress.replicas_per_node: {settings.ingress.replicas_per_node}",
             "be 1",
-            "the loss or the drain of one pod would take more than one door",
+            "the loss or the drain of one pod would take more than one ingress process",
         )
     ports = {port.get("name"): port["containerPort"] for port in pod.main.get("ports") or ()}
     listening = {
-        "door-http": (settings.http.host, settings.http.port),
-        "door-grpc": (settings.grpc.host, settings.grpc.port),
+        "ingress-http": (settings.http.host, settings.http.port),
+        "ingress-grpc": (settings.grpc.host, settings.grpc.port),
     }
     for name, (host, port) in listening.items():
         if port != ports.get(name) or host != "0.0.0.0":
             yield Broken(
-                f"{args}.{name.removeprefix('door-')}",
+                f"{args}.{name.removeprefix('ingress-')}",
                 f"{host}:{port}",
-                f"be 0.0.0.0:{ports.get(name, PORTS[name.removeprefix('door-')])}, the port {name} of the doors' pods",
+                f"be 0.0.0.0:{ports.get(name, PORTS[name.removeprefix('ingress-')])}, the port {name} of the"
+                " ingress pods",
                 "the Service would find nobody",
             )
 
@@ -254,24 +255,25 @@ def _batches_have_a_home(resource: Resource, _all: All) -> Iterator[Broken]:
     if settings is None or settings.batches is None:
         return
     wanted = settings.batches.resources
-    there = [pod.group.get("resources") or {} for pod in _roles(resource, "doors")]
+    there = [pod.group.get("resources") or {} for pod in _roles(resource, "ingress")]
     if not wanted or not any(float(has.get(name, 0)) >= amount for has in there for name, amount in wanted.items()):
         yield Broken(
             f"{SERVE}.applications[0].args.batches.resources",
             str(wanted),
-            f"be what the doors' group has and engines have not: {there}",
+            f"be what the ingress group has and engines have not: {there}",
             "the Batch API's process would wait for a node, or keep one with GPUs, without the store's secret",
         )
 
 
 def _store_is_reachable(resource: Resource, every: All) -> Iterator[Broken]:
-    """Doors take uploads and run the Batch API: they need the object store's credentials, and a way there."""
+    """Ingress processes take uploads and run the Batch API: they need the object store's credentials, and a way
+    there."""
     settings = settings_of_service(resource)
     if settings is None or not stored_remotely(settings):
         return
     store = f"batches.store: {settings.batches.store}" if settings.batches else ""
     trusted = {a["metadata"]["name"] for a in every.of_kind("ServiceAccount") if annotations_of(a)}
-    for pod in _roles(resource, "doors"):
+    for pod in _roles(resource, "ingress"):
         secret = any("secretRef" in each for each in pod.main.get("envFrom") or ())
         if not secret and "AWS_ACCESS_KEY_ID" not in pod.env and pod.spec.get("serviceAccountName") not in trusted:
             yield Broken(
@@ -294,7 +296,7 @@ def _hub_is_reachable(resource: Resource, every: All) -> Iterator[Broken]:
     hubs = [m.source for m in settings.models if not m.source.startswith(("/", "package:"))] if settings else []
     for pod in pods_of(resource) if hubs else ():
         offline = pod.env.get("HF_HUB_OFFLINE") == "1"
-        if pod.role in ("doors", "engines") and not offline and not way_out(pod, 443, every):
+        if pod.role in ("ingress", "engines") and not offline and not way_out(pod, 443, every):
             yield Broken(
                 f"{pod.path}.metadata.labels",
                 f"no NetworkPolicy here lets it out to the hub, for {', '.join(hubs)}",
@@ -303,4 +305,12 @@ def _hub_is_reachable(resource: Resource, every: All) -> Iterator[Broken]:
             )
 
 
-RULES = (_serve_config, _doors, _drains_in_time, _engines, _batches_have_a_home, _store_is_reachable, _hub_is_reachable)
+RULES = (
+    _serve_config,
+    _ingresses,
+    _drains_in_time,
+    _engines,
+    _batches_have_a_home,
+    _store_is_reachable,
+    _hub_is_reachable,
+)

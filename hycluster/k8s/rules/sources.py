@@ -35,7 +35,7 @@ def _store_is_shared(resource: Resource, _all: All) -> Iterator[Broken]:
         yield Broken(field, repr(store), "be s3://BUCKET/... or an absolute folder", "it would be a folder of one pod")
         return
     for pod in pods_of(resource):
-        if pod.role == "doors" and not kept_at(pod, store, written=True):
+        if pod.role == "ingress" and not kept_at(pod, store, written=True):
             yield Broken(
                 field,
                 repr(store),

@@ -12,7 +12,7 @@
 {{- fail "weights.repo: must be a hub id where weights.enabled is true" -}}
 {{- end -}}
 {{- if and $values.ingress.enabled (not $values.ingress.annotations) -}}
-{{- fail "ingress.annotations: must have your controller ask callers for credentials; the doors ask for none" -}}
+{{- fail "ingress.annotations: must have your controller ask callers for credentials; the ingress ask for none" -}}
 {{- end -}}
 {{- if and $values.rdma.ipcLock (not $values.rdma.enabled) -}}
 {{- fail "rdma.ipcLock: true is without effect while rdma.enabled is false" -}}
@@ -36,7 +36,7 @@
 {{- end -}}
 {{- include "hycluster.checkResources" (list (printf "%s.resources" $where) $group.resources) -}}
 {{- end -}}
-{{- range $name, $pods := dict "head" $values.head "doors" $values.doors "autoscaler" $values.autoscaler "redis" $values.redis -}}
+{{- range $name, $pods := dict "head" $values.head "ingressPods" $values.ingressPods "autoscaler" $values.autoscaler "redis" $values.redis -}}
 {{- include "hycluster.checkResources" (list (printf "%s.resources" $name) $pods.resources) -}}
 {{- end -}}
 {{- end -}}

@@ -11,11 +11,11 @@
       "port": 9000
     }
   },
-  "doors": 2,
-  "doorResources": {
-    "door": 0.5
+  "ingressReplicas": 2,
+  "ingressResources": {
+    "ingress": 0.5
   },
-  "doorsPerPod": 1,
+  "ingressReplicasPerPod": 1,
   "batchesResources": {
     "batches": 1
   },

@@ -25,12 +25,12 @@
 {{- ceil ($.Values.settings.drain_timeout_s | default $constants.drainTimeoutSeconds) | int64 -}}
 {{- end -}}
 
-{{- /* RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S of doors and engines. */ -}}
+{{- /* RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S of ingress and engines. */ -}}
 {{- define "hycluster.drain" -}}
 {{- add (include "hycluster.workSeconds" $) (int64 (include "hycluster.constants" $ | fromJson).drainMarginSeconds) -}}
 {{- end -}}
 
-{{- /* terminationGracePeriodSeconds of doors and engines. */ -}}
+{{- /* terminationGracePeriodSeconds of ingress and engines. */ -}}
 {{- define "hycluster.grace" -}}
 {{- $needed := add (include "hycluster.drain" $) (int64 (include "hycluster.constants" $ | fromJson).graceMarginSeconds) -}}
 {{- $given := $.Values.terminationGracePeriodSeconds | default $needed | int64 -}}
@@ -45,11 +45,11 @@
 {{- add (include "hycluster.workSeconds" $) (int64 (include "hycluster.constants" $ | fromJson).deletionMarginSeconds) -}}
 {{- end -}}
 
-{{- define "hycluster.doors" -}}
-{{- $.Values.settings.doors | default (include "hycluster.constants" $ | fromJson).doors | int -}}
+{{- define "hycluster.ingressReplicas" -}}
+{{- ($.Values.settings.ingress | default dict).replicas | default (include "hycluster.constants" $ | fromJson).ingressReplicas | int -}}
 {{- end -}}
 
-{{- /* Whether doors need an object store's credentials, and a way there; empty: no. */ -}}
+{{- /* Whether ingress need an object store's credentials, and a way there; empty: no. */ -}}
 {{- define "hycluster.remoteStore" -}}
 {{- if hasPrefix "s3://" (($.Values.settings.batches | default dict).store | default "") }}true{{ end -}}
 {{- end -}}
@@ -58,21 +58,23 @@
 {{- define "hycluster.serveConfig" -}}
 {{- $constants := include "hycluster.constants" $ | fromJson -}}
 {{- $fitted := deepCopy $.Values.settings -}}
-{{- range $door := list "http" "grpc" -}}
-{{- $_ := set $fitted $door (mergeOverwrite (deepCopy (get $fitted $door | default dict)) (get $constants.listen $door)) -}}
+{{- range $protocol := list "http" "grpc" -}}
+{{- $_ := set $fitted $protocol (mergeOverwrite (deepCopy (get $fitted $protocol | default dict)) (get $constants.listen $protocol)) -}}
 {{- end -}}
 {{- with $fitted.data_plane -}}
 {{- $_ := set $fitted "data_plane" (omit . "host") -}}
 {{- end -}}
-{{- $_ := set $fitted "doors" (include "hycluster.doors" $ | int) -}}
-{{- $_ := set $fitted "door_resources" $constants.doorResources -}}
+{{- $ingress := $fitted.ingress | default dict -}}
+{{- $_ := set $ingress "replicas" (include "hycluster.ingressReplicas" $ | int) -}}
+{{- $_ := set $ingress "resources" $constants.ingressResources -}}
+{{- if not (hasKey $ingress "replicas_per_node") -}}
+{{- $_ := set $ingress "replicas_per_node" $constants.ingressReplicasPerPod -}}
+{{- end -}}
+{{- $_ := set $fitted "ingress" $ingress -}}
 {{- if not ($fitted.batches | default dict).store -}}
 {{- $_ := set $fitted "batches" nil -}}
 {{- else -}}
 {{- $_ := set $fitted.batches "resources" $constants.batchesResources -}}
-{{- end -}}
-{{- if not (hasKey $fitted "doors_per_node") -}}
-{{- $_ := set $fitted "doors_per_node" $constants.doorsPerPod -}}
 {{- end -}}
 {{- if gt (len $fitted.models) 1 -}}
 {{- range $model := $fitted.models -}}

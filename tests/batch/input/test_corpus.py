@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import pickle
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,35 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
+import stamina
 
-from hycluster.batch.input import corpus as module
 from hycluster.batch.input import row_groups as decode
-from hycluster.batch.input.corpus import REFUSAL, ROW_ID, SHARD, SHARD_BYTES, File, Plan, Shard, Span, plan, read, spans
+from hycluster.batch.input.corpus import (
+    REFUSAL,
+    ROW_ID,
+    SHARD,
+    SHARD_BYTES,
+    File,
+    Shard,
+    ShardPlan,
+    Span,
+    plan_shards,
+    read_shards,
+    spans,
+)
 from hycluster.batch.prompts import TemplatePrompt
 from hycluster.errors import JobFailed, SettingsError
+from hycluster.storage import Folder, locate
 from tests.batch.conftest import damage, write_texts
+from tests.located import at
 
 
 def accept(schema: pa.Schema, where: str) -> None:
     assert schema.names, where
 
 
-def planned(path: Path | str, shard_rows: int = 2) -> Plan:
-    return plan(str(path), shard_rows=shard_rows, check=accept)
+def planned(path: Path | str, shard_rows: int = 2) -> ShardPlan:
+    return plan_shards(at(path), shard_rows=shard_rows, check=accept)
 
 
 def cuts(path: Path | str) -> list[tuple[str, int, int]]:
@@ -94,13 +108,13 @@ def test_input_that_is_not_there_is_named(corpus: Path, path: str, said: str) ->
 
 def test_a_scheme_that_does_not_exist_is_named() -> None:
     with pytest.raises(SettingsError, match=r"^input.path: 'nfs2://x/y' can't be used"):
-        planned("nfs2://x/y")
+        locate("nfs2://x/y", "input.path")
 
 
 @pytest.fixture(autouse=True)
-def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "BACKOFFS_S", (0.001, 0.001))
-    monkeypatch.setattr(module, "FOOTER_BACKOFFS_S", (0.001, 0.001))
+def no_backoff() -> Iterator[None]:
+    with stamina.set_testing(True, attempts=3):
+        yield
 
 
 def test_an_input_of_which_no_file_can_be_read_is_refused(tmp_path: Path) -> None:
@@ -129,7 +143,7 @@ def test_a_file_that_cannot_be_read_is_one_row_of_its_name(corpus: Path, harm: C
     assert whole.digest() != before.digest()
     row_bytes = readable.bytes / 7
     assert whole.unseen_rows == max(0, round(unreadable.bytes / row_bytes) - 1)
-    (table,) = read(whole.filesystem, whole.root, list(whole.shards())[:1])
+    (table,) = read_shards(whole.folder, list(whole.shards())[:1])
     assert table.to_pylist() == [
         {
             ROW_ID: "a/z.parquet",
@@ -149,7 +163,7 @@ def test_a_file_weighs_what_its_size_would_hold(corpus: Path) -> None:
 def test_files_at_fault_come_first(corpus: Path) -> None:
     (corpus / "c.parquet").write_bytes(b"")
     pq.write_table(pa.table({"id": [1, 2, 3]}), corpus / "bb.parquet")
-    whole = plan(str(corpus), shard_rows=2, check=TemplatePrompt("{text}", {}, {}).check)
+    whole = plan_shards(at(corpus), shard_rows=2, check=TemplatePrompt("{text}", {}, {}).check)
     assert [file.fault.error_type if file.fault else None for file in whole.files] == [
         None,
         None,
@@ -178,16 +192,15 @@ class Stumbling:
         return self.real.open_input_file(path)
 
 
-def test_a_store_that_stumbles_is_asked_again(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_stumbles_is_asked_again(corpus: Path) -> None:
     store = Stumbling(2)
-    monkeypatch.setattr(module, "locate", lambda path, field: (store, path))
-    whole = planned(corpus / "b.parquet")
+    whole = plan_shards(Folder(store, str(corpus / "b.parquet"), ""), shard_rows=2, check=accept)
     assert [file.fault for file in whole.files] == [None]
     store.left = 2
-    assert sum(table.num_rows for table in read(store, whole.root, list(whole.shards()))) == 7
+    assert sum(table.num_rows for table in read_shards(whole.folder, list(whole.shards()))) == 7
     store.left = 100
     with pytest.raises(JobFailed, match=r"^input: b.parquet: can't be read: the store is busy"):
-        list(read(store, whole.root, list(whole.shards())))
+        list(read_shards(whole.folder, list(whole.shards())))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +218,7 @@ def test_rows_that_cannot_be_decoded_are_refused_and_no_others(
     whole = planned(tmp_path, shard_rows=4)
     damage(path, 1, 0)
     for span in ([*whole.shards()], [*whole.shards()][2:3], [*whole.shards()][4:]):
-        table = pa.concat_tables(read(whole.filesystem, whole.root, span), promote_options="default")
+        table = pa.concat_tables(read_shards(whole.folder, span), promote_options="default")
         first = span[0].first_row
         assert table.column(ROW_ID).to_pylist() == [f"f.parquet#{first + row}" for row in range(table.num_rows)]
         for place, row in enumerate(table.to_pylist()):
@@ -236,7 +249,7 @@ def test_what_comes_before_the_damage_in_a_large_row_group_is_read(
     )
     whole = planned(tmp_path, shard_rows=300)
     damage(path, 0, 0)
-    table = pa.concat_tables(read(whole.filesystem, whole.root, list(whole.shards())), promote_options="default")
+    table = pa.concat_tables(read_shards(whole.folder, list(whole.shards())), promote_options="default")
     bad = [row for row, value in enumerate(table.column("text").to_pylist()) if value is None]
     assert bad == list(range(bad[0], 1000))
     assert bad[0] in (400, 500)
@@ -252,7 +265,7 @@ def test_a_store_that_goes_away_amid_a_file_is_no_damage(corpus: Path, monkeypat
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", away)
     monkeypatch.setattr(decode, "_read_raw", away)
     with pytest.raises(JobFailed, match=r"^input: b.parquet: can't be read: the store is away"):
-        list(read(whole.filesystem, whole.root, list(whole.shards())))
+        list(read_shards(whole.folder, list(whole.shards())))
 
 
 def test_a_column_that_the_output_needs_is_refused(corpus: Path) -> None:
@@ -265,20 +278,20 @@ def test_a_column_that_the_output_needs_is_refused_in_any_file(corpus: Path) -> 
     check = TemplatePrompt("{text}", {}, {}).check
     pq.write_table(pa.table({"text": [1], "__hycluster_refusal": ["y"]}), corpus / "c.parquet")
     with pytest.raises(SettingsError, match=r"^input: c.parquet: column '__hycluster_refusal'"):
-        plan(str(corpus), shard_rows=2, check=check)
+        plan_shards(at(corpus), shard_rows=2, check=check)
 
 
 def test_columns_that_are_wrong_in_every_file_are_refused(corpus: Path) -> None:
     with pytest.raises(SettingsError, match=r"^input: a/z.parquet: no column 'words'; there are id, text"):
-        plan(str(corpus), shard_rows=2, check=TemplatePrompt("{words}", {}, {}).check)
+        plan_shards(at(corpus), shard_rows=2, check=TemplatePrompt("{words}", {}, {}).check)
 
 
 def test_columns_that_are_wrong_in_one_file_refuse_its_rows(corpus: Path) -> None:
     pq.write_table(pa.table({"id": [1, 2, 3], "text": [[1], None, [3]]}), corpus / "c.parquet")
-    whole = plan(str(corpus), shard_rows=2, check=TemplatePrompt("{text}", {}, {}).check)
+    whole = plan_shards(at(corpus), shard_rows=2, check=TemplatePrompt("{text}", {}, {}).check)
     assert whole.rows == 15
     assert whole.unseen_rows == 0
-    tables = list(read(whole.filesystem, whole.root, list(whole.shards())[-2:]))
+    tables = list(read_shards(whole.folder, list(whole.shards())[-2:]))
     assert [table.column("text").to_pylist() for table in tables] == [[[1], None], [[3]]]
     assert [table.column(ROW_ID).to_pylist() for table in tables] == [["c.parquet#0", "c.parquet#1"], ["c.parquet#2"]]
     message = "input: c.parquet: column 'text' is list<element: int64>; a template takes text, numbers and dates"
@@ -289,7 +302,7 @@ def test_columns_that_are_wrong_in_one_file_refuse_its_rows(corpus: Path) -> Non
 
 def test_every_file_is_checked(corpus: Path) -> None:
     seen = []
-    plan(str(corpus), shard_rows=2, check=lambda schema, where: seen.append(where))
+    plan_shards(at(corpus), shard_rows=2, check=lambda schema, where: seen.append(where))
     assert sorted(seen) == ["input: a/z.parquet", "input: b.parquet"]
 
 
@@ -299,7 +312,7 @@ def test_shards_hold_their_rows_whatever_the_row_groups(tmp_path: Path, row_grou
     write_texts(tmp_path / "f.parquet", [f"t{n}" for n in range(11)], row_group_size=row_group_size)
     whole = planned(tmp_path)
     shards = list(whole.shards())[picked]
-    tables = list(read(whole.filesystem, whole.root, shards))
+    tables = list(read_shards(whole.folder, shards))
     assert len(tables) == len(shards)
     for shard, table in zip(shards, tables, strict=True):
         rows = range(shard.first_row, shard.first_row + shard.rows)
@@ -312,22 +325,22 @@ def test_a_file_that_changed_since_it_was_planned_fails_the_job(corpus: Path) ->
     whole = planned(corpus)
     write_texts(corpus / "b.parquet", ["x"])
     with pytest.raises(JobFailed, match=r"^input: b.parquet: has changed"):
-        list(read(whole.filesystem, whole.root, list(whole.shards())))
+        list(read_shards(whole.folder, list(whole.shards())))
 
 
 def test_a_file_that_has_gone_fails_the_job(corpus: Path) -> None:
     whole = planned(corpus)
     (corpus / "b.parquet").unlink()
     with pytest.raises(JobFailed, match=r"^input: b.parquet: can't be read"):
-        list(read(whole.filesystem, whole.root, list(whole.shards())))
+        list(read_shards(whole.folder, list(whole.shards())))
 
 
 def file_of(rows: int, row_bytes: int, schema: str = "s") -> File:
     return File("f", rows * row_bytes, (rows,), rows * row_bytes, schema)
 
 
-def plan_of(*files: File, shard_rows: int = 256) -> Plan:
-    return Plan(pafs.LocalFileSystem(), "/", ("f",), files, shard_rows)
+def plan_of(*files: File, shard_rows: int = 256) -> ShardPlan:
+    return ShardPlan(at("/"), ("f",), files, shard_rows)
 
 
 def test_ten_million_rows_are_planned_one_shard_at_a_time() -> None:

@@ -11,13 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hycluster.batch.input.corpus import plan
-from hycluster.batch.output.commit import Output
+from hycluster.batch.input.corpus import plan_shards
+from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.identity import identity
 from hycluster.batch.output.record import ShardRecord
 from hycluster.batch.prompts import prompt_of
 from hycluster.errors import JobFailed, SettingsError
 from tests.batch.conftest import MakeJob, write_texts
+from tests.located import at
 
 
 def results(*ids: str) -> pa.Table:
@@ -27,11 +28,11 @@ def results(*ids: str) -> pa.Table:
 
 def who(make_job: MakeJob, **changes: Any) -> dict[str, Any]:
     job = make_job(**changes)
-    return identity(job, plan(job.input.path, shard_rows=job.shard_rows, check=prompt_of(job).check))
+    return identity(job, plan_shards(at(job.input.path), shard_rows=job.shard_rows, check=prompt_of(job).check))
 
 
 def test_an_attempt_is_written_with_its_digest(tmp_path: Path) -> None:
-    output = Output(str(tmp_path / "out"))
+    output = OutputFolder(at(tmp_path / "out"))
     output.claim({})
     record = output.commit(3, "a/f.parquet#10", results("r", "s"), results("q"), begun_at=1.0)
     assert (record.shard, record.input_file, record.first_row, record.rows) == (3, "a/f.parquet", 10, 3)
@@ -47,7 +48,7 @@ def test_an_attempt_is_written_with_its_digest(tmp_path: Path) -> None:
 
 
 def test_files_without_rows_are_not_written(tmp_path: Path) -> None:
-    output = Output(str(tmp_path))
+    output = OutputFolder(at(tmp_path))
     output.claim({})
     assert output.commit(0, "f#0", results("r"), results(), begun_at=1.0).quarantine is None
     assert output.commit(1, "f#1", results(), results("q"), begun_at=1.0).part is None
@@ -55,7 +56,7 @@ def test_files_without_rows_are_not_written(tmp_path: Path) -> None:
 
 
 def test_the_first_attempt_counts_and_the_rest_is_cleaned_up(tmp_path: Path) -> None:
-    output = Output(str(tmp_path))
+    output = OutputFolder(at(tmp_path))
     output.claim({})
     first = output.commit(0, "f#0", results("r"), results(), begun_at=1.0)
     assert output.commit(0, "f#0", results("r"), results("q"), begun_at=1.0) == first
@@ -70,7 +71,7 @@ def test_the_first_attempt_counts_and_the_rest_is_cleaned_up(tmp_path: Path) -> 
 
 
 def test_an_output_belongs_to_one_job_and_input(tmp_path: Path, corpus: Path, make_job: MakeJob) -> None:
-    output = Output(str(tmp_path / "out"))
+    output = OutputFolder(at(tmp_path / "out"))
     mine = who(make_job)
     assert not output.finished(mine)
     output.claim(mine)
@@ -88,36 +89,36 @@ def test_an_output_belongs_to_one_job_and_input(tmp_path: Path, corpus: Path, ma
 def test_a_folder_with_anything_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.doc").write_text("years of work")
     with pytest.raises(SettingsError, match=r"holds files that no job of hycluster wrote \('thesis.doc'\)"):
-        Output(str(tmp_path)).finished({})
+        OutputFolder(at(tmp_path)).finished({})
     with pytest.raises(SettingsError, match="is a file; must be a folder"):
-        Output(str(tmp_path / "thesis.doc")).finished({})
+        OutputFolder(at(tmp_path / "thesis.doc")).finished({})
     with pytest.raises(SettingsError, match=r"^output.path: .* can't be written"):
-        Output(str(tmp_path / "thesis.doc" / "below")).claim({})
+        OutputFolder(at(tmp_path / "thesis.doc" / "below")).claim({})
 
 
 def test_a_damaged_claim_is_named(tmp_path: Path) -> None:
     (tmp_path / "_job.json").write_text("{")
     with pytest.raises(SettingsError, match=r"^output.path: .* can't be used"):
-        Output(str(tmp_path)).finished({})
+        OutputFolder(at(tmp_path)).finished({})
 
 
 def test_an_output_inside_the_input_is_noticed(corpus: Path, make_job: MakeJob) -> None:
-    whole = plan(str(corpus), shard_rows=1, check=lambda schema, where: None)
-    assert Output(str(corpus / "out")).is_input(whole)
-    assert Output(str(corpus)).is_input(whole)
-    assert not Output(f"{corpus}-out").is_input(whole)
-    assert not Output(str(corpus / "_out")).is_input(whole)
+    whole = plan_shards(at(corpus), shard_rows=1, check=lambda schema, where: None)
+    assert OutputFolder(at(corpus / "out")).is_input(whole)
+    assert OutputFolder(at(corpus)).is_input(whole)
+    assert not OutputFolder(at(f"{corpus}-out")).is_input(whole)
+    assert not OutputFolder(at(corpus / "_out")).is_input(whole)
     for some in ("b.parquet", "*.parquet"):
-        beside = plan(str(corpus / some), shard_rows=1, check=lambda schema, where: None)
-        assert not Output(str(corpus / "out")).is_input(beside)
+        beside = plan_shards(at(corpus / some), shard_rows=1, check=lambda schema, where: None)
+        assert not OutputFolder(at(corpus / "out")).is_input(beside)
 
 
 def test_two_runs_at_once_keep_every_shard_once(tmp_path: Path) -> None:
-    runs = [Output(str(tmp_path / "out")) for _ in range(2)]
+    runs = [OutputFolder(at(tmp_path / "out")) for _ in range(2)]
     for run in runs:
         run.claim({"job": {}})
 
-    def commit_all(run: Output) -> list[ShardRecord]:
+    def commit_all(run: OutputFolder) -> list[ShardRecord]:
         return [run.commit(n, f"f#{n}", results(f"f#{n}"), results(), begun_at=1.0) for n in range(40)]
 
     with ThreadPoolExecutor(2) as both:
@@ -131,7 +132,7 @@ def test_two_runs_at_once_keep_every_shard_once(tmp_path: Path) -> None:
 
 
 def test_another_job_takes_over_a_cleared_output(tmp_path: Path, make_job: MakeJob) -> None:
-    old, new = Output(str(tmp_path / "out")), Output(str(tmp_path / "out"))
+    old, new = OutputFolder(at(tmp_path / "out")), OutputFolder(at(tmp_path / "out"))
     before, after = who(make_job), who(make_job, sampling={"max_tokens": 8})
     old.claim(before)
     old.commit(0, "f#0", results("old"), results("old"), begun_at=1.0)
@@ -159,7 +160,7 @@ def test_another_job_takes_over_a_cleared_output(tmp_path: Path, make_job: MakeJ
 
 @pytest.mark.parametrize("content", ["", "{}", '{"shard": 0, "par'])
 def test_a_damaged_record_stops_the_job_and_says_what_to_do(tmp_path: Path, content: str) -> None:
-    output = Output(str(tmp_path))
+    output = OutputFolder(at(tmp_path))
     output.claim({})
     output.commit(0, "f#0", results("r"), results(), begun_at=1.0)
     (record,) = (tmp_path / "_shards").iterdir()

@@ -9,19 +9,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs as pafs
 import pytest
 
 from hycluster.batch.output import lease as lease_module
 from hycluster.batch.output.lease import Lease
 from hycluster.errors import JobFailed
-from hycluster.storage import locate, names
+from tests.located import at
 from tests.object_store import ObjectStore
 
 HOLD = """
 import sys, time
 from hycluster.batch.output.lease import Lease
-with Lease(sys.argv[1]) as lease:
+from hycluster.storage import locate
+with Lease(locate(sys.argv[1], "output.path").writable()) as lease:
     lease.take()
     print("taken", flush=True)
     time.sleep(60)
@@ -37,8 +37,7 @@ def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def files(output: str) -> list[str]:
-    filesystem, root = locate(output, "")
-    return sorted(names(filesystem, f"{root}/_coordinator"))
+    return sorted(at(output).names("_coordinator"))
 
 
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,10 +47,10 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_holds_it_and_the_other_is_told_who(output: str) -> None:
-    with Lease(output) as first:
+    with Lease(at(output)) as first:
         first.look()
         first.take()
-        with Lease(output) as second:
+        with Lease(at(output)) as second:
             for attempt in (second.look, second.take):
                 with pytest.raises(
                     JobFailed,
@@ -60,12 +59,12 @@ def test_one_holds_it_and_the_other_is_told_who(output: str) -> None:
                     attempt()
         assert files(output) == ["00000001.json"]
     assert files(output) == []
-    with Lease(output) as third:
+    with Lease(at(output)) as third:
         third.take()
 
 
 def test_looking_writes_nothing(tmp_path: Path) -> None:
-    with Lease(str(tmp_path / "out")) as lease:
+    with Lease(at(tmp_path / "out")) as lease:
         lease.look()
     assert not list(tmp_path.iterdir())
 
@@ -74,12 +73,12 @@ def test_a_killed_process_of_this_machine_is_succeeded_at_once(output: str) -> N
     driver = subprocess.Popen([sys.executable, "-c", HOLD, output], stdout=subprocess.PIPE, text=True)
     assert driver.stdout is not None
     assert driver.stdout.readline() == "taken\n"
-    with Lease(output) as second, pytest.raises(JobFailed, match=f"pid {driver.pid}"):
+    with Lease(at(output)) as second, pytest.raises(JobFailed, match=f"pid {driver.pid}"):
         second.take()
     driver.kill()
     driver.communicate()
     begun_s = time.monotonic()
-    with Lease(output) as third:
+    with Lease(at(output)) as third:
         third.look()
         third.take()
         assert files(output) == ["00000001.json", "00000002.json"]
@@ -89,10 +88,10 @@ def test_a_killed_process_of_this_machine_is_succeeded_at_once(output: str) -> N
 
 
 def test_a_holder_elsewhere_lives_while_it_renews(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Lease(output, renew_s=0.1) as first:
+    with Lease(at(output), renew_s=0.1) as first:
         first.take()
         elsewhere(monkeypatch)
-        with Lease(output, expire_s=10) as second, pytest.raises(JobFailed, match="is being written by"):
+        with Lease(at(output), expire_s=10) as second, pytest.raises(JobFailed, match="is being written by"):
             second.take()
         first.check()
 
@@ -100,10 +99,10 @@ def test_a_holder_elsewhere_lives_while_it_renews(output: str, monkeypatch: pyte
 def test_a_silent_holder_elsewhere_is_succeeded_and_stops_when_it_wakes_up(
     output: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Lease(output, renew_s=60) as stalled:
+    with Lease(at(output), renew_s=60) as stalled:
         stalled.take()
         elsewhere(monkeypatch)
-        with Lease(output, expire_s=0.5) as second:
+        with Lease(at(output), expire_s=0.5) as second:
             second.look()
             # It was watched once already, that is enough.
             monkeypatch.setattr(second, "_changes", lambda number, content: pytest.fail("watched again"))
@@ -115,17 +114,14 @@ def test_a_silent_holder_elsewhere_is_succeeded_and_stops_when_it_wakes_up(
 
 
 def test_of_many_who_find_a_dead_holder_one_succeeds_it(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    filesystem, root = locate(output, "")
-    if isinstance(filesystem, pafs.LocalFileSystem):
-        filesystem.create_dir(f"{root}/_coordinator")
+    at(output).make("_coordinator")
     # What a power cut leaves of a lease.
-    with filesystem.open_output_stream(f"{root}/_coordinator/00000007.json") as stream:
-        stream.write(b"")
+    at(output).write("_coordinator/00000007.json", b"")
     done = threading.Event()
     at_once = threading.Barrier(6)
 
     def run(_: int) -> bool:
-        with Lease(output, expire_s=0.3) as lease:
+        with Lease(at(output), expire_s=0.3) as lease:
             at_once.wait()
             try:
                 lease.take()
@@ -143,10 +139,10 @@ def test_of_many_who_find_a_dead_holder_one_succeeds_it(output: str, monkeypatch
 
 
 def test_a_recycled_pid_is_not_taken_for_the_holder(tmp_path: Path) -> None:
-    with Lease(str(tmp_path)) as first:
+    with Lease(at(tmp_path)) as first:
         first.take()
         card = json.loads((tmp_path / "_coordinator" / "00000001.json").read_text())
     (tmp_path / "_coordinator" / "00000001.json").write_text(json.dumps({**card, "started": "1"}))
-    with Lease(str(tmp_path)) as second:
+    with Lease(at(tmp_path)) as second:
         second.take()
         second.check()

@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from hycluster.batch.output import verify as verify_module
-from hycluster.batch.output.verify import verify
+from hycluster.batch.output.verify import verify_output
 from hycluster.batch.progress.figures import write_report
 from hycluster.batch.progress.status import Watcher
 from hycluster.errors import SettingsError
-from hycluster.storage import delete, locate, names
 from tests.batch.committed import commit_all, forge, parts, record_file
 from tests.batch.conftest import MakeJob, broken_utf8, damage, write_texts
+from tests.located import at
 from tests.object_store import BUCKET, ObjectStore
 
 
@@ -31,18 +31,18 @@ def out(make_job: MakeJob, corpus: Path) -> Path:
 
 def only(out: Path, corpus: Path) -> str:
     """The one fault that there is."""
-    verdict = verify(str(out), str(corpus))
+    verdict = verify_output(at(out), at(corpus))
     assert verdict.fault_count == 1, verdict.faults
     assert verdict.lines() == verdict.faults
     return verdict.faults[0]
 
 
 def faults(out: Path, corpus: Path) -> str:
-    return "\n".join(verify(str(out), str(corpus)).faults)
+    return "\n".join(verify_output(at(out), at(corpus)).faults)
 
 
 def test_a_right_output_is_one_line(out: Path, corpus: Path) -> None:
-    verdict = verify(str(out), str(corpus))
+    verdict = verify_output(at(out), at(corpus))
     written = sum(path.stat().st_size for path in out.rglob("part-*.parquet"))
     assert verdict.lines() == [
         f"verified: 15 rows, each exactly once: 14 in the output, 1 in the quarantine (9 shards, {written} bytes)"
@@ -64,7 +64,7 @@ def test_columns_of_every_kind_are_compared(make_job: MakeJob, corpus: Path) -> 
     pq.write_table(table, corpus / "c.parquet")
     job = make_job(shard_rows=3)
     out = commit_all(job)
-    assert verify(str(out), str(corpus)).fault_count == 0
+    assert verify_output(at(out), at(corpus)).fault_count == 0
     part = pq.read_table(parts(out)[-1])
     for name, other in (
         ("price", pa.array([float("nan"), 0.0, -0.0])),
@@ -76,7 +76,7 @@ def test_columns_of_every_kind_are_compared(make_job: MakeJob, corpus: Path) -> 
         forge(out, 5, part.set_column(index, name, other))
         assert f"column {name!r} is not the input's" in only(out, corpus)
     forge(out, 5, part)
-    assert verify(str(out), str(corpus)).fault_count == 0
+    assert verify_output(at(out), at(corpus)).fault_count == 0
 
 
 def test_a_deleted_row(out: Path, corpus: Path) -> None:
@@ -212,22 +212,22 @@ def test_files_that_nobody_names(out: Path, corpus: Path) -> None:
     (out / "part-00000000-again.parquet").rename(out / "quarantine" / "part-x.parquet")
     assert only(out, corpus).startswith("quarantine/part-x.parquet: is not in the manifest")
     (out / "quarantine" / "part-x.parquet").rename(out / "notes.txt")
-    assert verify(str(out), str(corpus)).fault_count == 0
+    assert verify_output(at(out), at(corpus)).fault_count == 0
 
 
 def test_an_output_on_an_object_store(make_job: MakeJob, corpus: Path, store: ObjectStore) -> None:
     job = make_job(output={"path": store.uri("verified")})
     commit_all(job)
-    assert verify(job.output.path, str(corpus)).faults == []
-    report = write_report(job.output.path)
+    assert verify_output(at(job.output.path), at(corpus)).faults == []
+    report = write_report(at(job.output.path))
     assert report["output"] == f"{BUCKET}/verified"
     assert "secret" not in json.dumps(report)
-    status = Watcher(job.output.path).look()
+    status = Watcher(at(job.output.path)).look()
     assert (status.finished, status.output, status.done.rows) == (True, f"{BUCKET}/verified", 12)
-    filesystem, root = locate(job.output.path, "test")
-    assert {"report.html", "report.json"} < set(names(filesystem, root))
-    delete(filesystem, [f"{root}/{next(n for n in sorted(names(filesystem, root)) if n.startswith('part-'))}"])
-    assert verify(job.output.path, str(corpus)).fault_count == 2
+    folder = at(job.output.path)
+    assert {"report.html", "report.json"} < set(folder.names())
+    folder.delete([next(n for n in sorted(folder.names()) if n.startswith("part-"))])
+    assert verify_output(at(job.output.path), at(corpus)).fault_count == 2
 
 
 def drop_shard(out: Path) -> None:
@@ -282,13 +282,13 @@ def test_many_faults_are_counted(out: Path, corpus: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(verify_module, "MOST_FAULTS", 3)
     for path in parts(out):
         path.unlink()
-    verdict = verify(str(out), str(corpus))
+    verdict = verify_output(at(out), at(corpus))
     assert len(verdict.lines()) == 4
     assert verdict.lines()[-1] == f"and {verdict.fault_count - 3} more"
 
 
 def test_where_no_job_was_and_where_no_input_is(tmp_path: Path, out: Path) -> None:
     with pytest.raises(SettingsError, match=r"^OUTPUT: '.*' holds no output of a job"):
-        verify(str(tmp_path / "nowhere"), str(tmp_path))
+        verify_output(at(tmp_path / "nowhere"), at(tmp_path))
     with pytest.raises(SettingsError, match=r"^input.path: '.*nowhere': no such file"):
-        verify(str(out), str(tmp_path / "nowhere"))
+        verify_output(at(out), at(tmp_path / "nowhere"))

@@ -10,13 +10,14 @@ from hycluster.batch.progress.figures import TIMES, Spans, busy_s, length_figure
 from hycluster.errors import SettingsError
 from tests.batch.committed import commit_all, parts
 from tests.batch.conftest import MakeJob, write_texts
+from tests.located import at
 
 
 def test_a_report_of_what_is_committed(make_job: MakeJob, corpus: Path) -> None:
     write_texts(corpus / "c.parquet", ["one two three", None, "", "last"])
     out = commit_all(make_job())
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    report = write_report(str(out))
+    report = write_report(at(out))
     assert json.loads((out / "report.json").read_text()) == report
     assert report["totals"] == {"rows": 16, "quarantined": 1, "prompt_tokens": 43, "completion_tokens": 28}
     assert report["shards"] == 9
@@ -39,11 +40,11 @@ def test_a_report_of_what_is_committed(make_job: MakeJob, corpus: Path) -> None:
 
 def test_a_report_of_nothing(make_job: MakeJob, tmp_path: Path) -> None:
     out = commit_all(make_job(), first=0, finish=False)
-    report = write_report(str(out))
+    report = write_report(at(out))
     assert (report["shards"], report["throughput"], report["rows_per_s"]) == (0, [], None)
     assert "0 of 12" in (out / "report.html").read_text()
     with pytest.raises(SettingsError, match=r"^OUTPUT: '.*' holds no output of a job"):
-        write_report(str(tmp_path))
+        write_report(at(tmp_path))
 
 
 def spans_of(*shards: tuple[float, float, int, int]) -> Spans:

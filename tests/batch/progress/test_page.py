@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from hycluster.batch.progress.figures import write_report
-from hycluster.batch.progress.page import HEIGHT, render
+from hycluster.batch.progress.page import HEIGHT, render_page
 from tests.batch.committed import commit_all
 from tests.batch.conftest import MakeJob, write_texts
+from tests.located import at
 
 
 class Tags(HTMLParser):
@@ -29,11 +30,11 @@ class Tags(HTMLParser):
 
 def figures(make_job: MakeJob, corpus: Path, **changes: Any) -> dict[str, Any]:
     write_texts(corpus / "c.parquet", ["one two three", None])
-    return write_report(str(commit_all(make_job(**changes))))
+    return write_report(at(commit_all(make_job(**changes))))
 
 
 def test_the_page_is_complete_in_itself(make_job: MakeJob, corpus: Path) -> None:
-    page = Tags(render(figures(make_job, corpus)))
+    page = Tags(render_page(figures(make_job, corpus)))
     names = {name for name, _ in page.tags}
     assert not names & {"script", "link", "img", "iframe"}
     assert not [value for _, attributes in page.tags for key, value in attributes.items() if key in ("src", "href")]
@@ -51,7 +52,7 @@ def test_the_page_is_complete_in_itself(make_job: MakeJob, corpus: Path) -> None
 
 
 def test_plots_are_drawn_within_their_frame(make_job: MakeJob, corpus: Path) -> None:
-    page = render(figures(make_job, corpus))
+    page = render_page(figures(make_job, corpus))
     plots = [ET.fromstring(f"<svg{rest.partition('</svg>')[0]}</svg>") for rest in page.split("<svg")[1:]]
     assert [len(plot) for plot in plots] == [120, 120, 4]
     for plot in plots:
@@ -61,6 +62,6 @@ def test_plots_are_drawn_within_their_frame(make_job: MakeJob, corpus: Path) -> 
 
 
 def test_what_a_job_says_can_not_become_markup(make_job: MakeJob, corpus: Path) -> None:
-    page = render(figures(make_job, corpus, prompt="<script>alert(1)</script> {text}"))
+    page = render_page(figures(make_job, corpus, prompt="<script>alert(1)</script> {text}"))
     assert "<script" not in page
     assert "&lt;script&gt;" in page

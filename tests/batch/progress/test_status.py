@@ -10,20 +10,22 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from hycluster.batch.output.commit import Output
+from hycluster.batch.output.commit import OutputFolder
+from hycluster.batch.output.record import Totals
 from hycluster.batch.progress.progress_file import Teller
-from hycluster.batch.progress.status import Status, Watcher, _Recent, recent_rates, show
-from hycluster.batch.progress.terminal import Progress, Totals
+from hycluster.batch.progress.status import Status, Watcher, _Recent, recent_rates, show_status
+from hycluster.batch.progress.terminal import RunProgress
 from hycluster.errors import SettingsError
 from tests.batch.committed import commit_all
 from tests.batch.conftest import MakeJob, write_texts
+from tests.located import at
 
 
 def test_a_job_on_its_way(make_job: MakeJob, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_texts(corpus / "a" / "a.parquet", [None, "two words"])
     job = make_job()
     out = commit_all(job, first=0, finish=False)
-    watcher = Watcher(str(out))
+    watcher = Watcher(at(out))
     status = watcher.look()
     assert (status.finished, status.rows, status.shards, status.shards_done) == (False, 14, 8, 0)
     assert (status.rows_per_s, status.tokens_per_s, status.eta_s, status.committed_at) == (None, None, None, None)
@@ -38,13 +40,13 @@ def test_a_job_on_its_way(make_job: MakeJob, corpus: Path, monkeypatch: pytest.M
     assert "shards 3/8, rows 6/14, quarantined 1" in status.line()
 
     read: list[int] = []
-    whole = Output.record
+    whole = OutputFolder.record
 
-    def counted(self: Output, shard: int) -> object:
+    def counted(self: OutputFolder, shard: int) -> object:
         read.append(shard)
         return whole(self, shard)
 
-    monkeypatch.setattr(Output, "record", counted)
+    monkeypatch.setattr(OutputFolder, "record", counted)
     commit_all(job, first=4, finish=False)
     read.clear()
     assert watcher.look().shards_done == 4
@@ -57,12 +59,12 @@ def test_a_job_on_its_way(make_job: MakeJob, corpus: Path, monkeypatch: pytest.M
 
 def test_what_the_job_said_last(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     out = commit_all(make_job(), first=2, finish=False)
-    edition = Output(str(out)).edition()
-    progress = Progress(Totals(5, 1, 0, 0), 3, 2, {"Poison": 1})
-    teller = Teller(str(out), edition, earlier_rows=4)
+    edition = OutputFolder(at(out)).edition()
+    progress = RunProgress(Totals(5, 1, 0, 0), 3, 2, {"Poison": 1})
+    teller = Teller(at(out), edition, earlier_rows=4)
     teller.tell(progress)
-    teller.tell(Progress())
-    status = Watcher(str(out)).look()
+    teller.tell(RunProgress())
+    status = Watcher(at(out)).look()
     assert status.word is not None
     assert status.word.progress == progress, "a word within seconds of the last is not written"
     assert (status.rows_through, status.done.rows) == (9, 4)
@@ -74,11 +76,11 @@ def test_what_the_job_said_last(make_job: MakeJob, monkeypatch: pytest.MonkeyPat
 
     later = time.time() + 3600
     monkeypatch.setattr("hycluster.batch.progress.status.time", SimpleNamespace(time=lambda: later))
-    assert "state stopped, last heard of 1:00:00 ago; its own command resumes it" in Watcher(str(out)).look().line()
+    assert "state stopped, last heard of 1:00:00 ago; its own command resumes it" in Watcher(at(out)).look().line()
 
     for unbelievable in (json.dumps({"edition": "another"}), "{", json.dumps({"edition": edition, "progress": 1})):
         (out / "_progress.json").write_text(unbelievable)
-        assert Watcher(str(out)).look().word is None
+        assert Watcher(at(out)).look().word is None
     teller.end()
     assert not (out / "_progress.json").exists()
 
@@ -86,13 +88,13 @@ def test_what_the_job_said_last(make_job: MakeJob, monkeypatch: pytest.MonkeyPat
 def test_a_store_that_takes_no_word_does_not_end_the_job(make_job: MakeJob) -> None:
     out = commit_all(make_job(), first=1, finish=False)
     shutil.rmtree(out)
-    Teller(str(out), "e", 0).tell(Progress())
+    Teller(at(out), "e", 0).tell(RunProgress())
     assert not out.exists()
 
 
 def test_another_job_in_the_same_folder_is_counted_anew(make_job: MakeJob) -> None:
     out = commit_all(make_job())
-    watcher = Watcher(str(out))
+    watcher = Watcher(at(out))
     assert watcher.look().shards_done == 7
     shutil.rmtree(out)
     commit_all(make_job(), first=2, finish=False)
@@ -111,7 +113,7 @@ def test_rates_are_those_of_the_last_commits() -> None:
 
 def shown(out: Path, *, terminal: bool = False, follow: bool = False, as_json: bool = False) -> str:
     text = io.StringIO()
-    show(str(out), follow=follow, as_json=as_json, console=Console(file=text, force_terminal=terminal, width=300))
+    show_status(at(out), follow=follow, as_json=as_json, console=Console(file=text, force_terminal=terminal, width=300))
     return text.getvalue()
 
 
@@ -135,10 +137,10 @@ def test_follow_ends_with_the_job(make_job: MakeJob, monkeypatch: pytest.MonkeyP
 
 def test_where_no_job_is(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"^OUTPUT: '.*' holds no output of a job"):
-        Watcher(str(tmp_path)).look()
+        Watcher(at(tmp_path)).look()
     (tmp_path / "_job.json").write_text("{}")
     with pytest.raises(SettingsError, match=r"^OUTPUT: .*_job.json can't be read"):
-        Watcher(str(tmp_path)).look()
+        Watcher(at(tmp_path)).look()
 
 
 def test_status_is_plain_data() -> None:

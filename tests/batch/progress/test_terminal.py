@@ -6,17 +6,18 @@ import time
 import pytest
 from rich.console import Console
 
+from hycluster.batch.output.record import Totals
 from hycluster.batch.progress import terminal as report
-from hycluster.batch.progress.terminal import JobProgress, Progress, Reporter, Totals, summarize
+from hycluster.batch.progress.terminal import JobProgress, Reporter, RunProgress, print_totals
 
 
 def test_processes_say_totals_so_a_word_lost_or_said_twice_does_no_harm() -> None:
     progress = JobProgress()
-    progress.report("a", Progress(Totals(1, 0, 10, 5), 4, 1))
-    progress.report("a", Progress(Totals(3, 1, 30, 15), 4, 2, {"NullValue": 1}))
-    progress.report("a", Progress(Totals(3, 1, 30, 15), 4, 2, {"NullValue": 1}))
-    progress.report("b", Progress(Totals(2, 1, 20, 10), 3, 0, {"NullValue": 1}))
-    assert progress.total() == Progress(Totals(5, 2, 50, 25), 7, 2, {"NullValue": 2})
+    progress.report("a", RunProgress(Totals(1, 0, 10, 5), 4, 1))
+    progress.report("a", RunProgress(Totals(3, 1, 30, 15), 4, 2, {"NullValue": 1}))
+    progress.report("a", RunProgress(Totals(3, 1, 30, 15), 4, 2, {"NullValue": 1}))
+    progress.report("b", RunProgress(Totals(2, 1, 20, 10), 3, 0, {"NullValue": 1}))
+    assert progress.total() == RunProgress(Totals(5, 2, 50, 25), 7, 2, {"NullValue": 2})
 
 
 def shown(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -24,7 +25,7 @@ def shown(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(report, "BAR_EVERY_S", 0.02)
     text = io.StringIO()
     console = Console(file=text, force_terminal=terminal, width=160)
-    with Reporter("job", 100, 40, lambda: Progress(Totals(10, 2, 0, 50), retries=3), console):
+    with Reporter("job", 100, 40, lambda: RunProgress(Totals(10, 2, 0, 50), retries=3), console):
         time.sleep(0.2)
     return text.getvalue()
 
@@ -46,7 +47,7 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_table_counts_all_and_rates_this_run() -> None:
     text = io.StringIO()
-    summarize(Console(file=text, width=80), "t", Totals(100, 3, 1000, 500), Totals(60, 0, 600, 300), 2.0)
+    print_totals(Console(file=text, width=80), "t", Totals(100, 3, 1000, 500), Totals(60, 0, 600, 300), 2.0)
     cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.getvalue().splitlines()]
     for row in (
         ["rows", "100"],

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hycluster.batch.summaries.splitter import CountTokens, Part, split
+from hycluster.batch.summaries.splitter import CountTokens, Part, split_text
 from hycluster.errors import InvalidInput
 
 
@@ -69,24 +69,24 @@ def test_every_character_is_in_one_part_and_no_part_is_too_large(
     text: str, count: CountTokens, max_tokens: int, share: float
 ) -> None:
     overlap_tokens = int(max_tokens * share)
-    parts = split(text, count, max_tokens, overlap_tokens)
+    parts = split_text(text, count, max_tokens, overlap_tokens)
     covers(text, parts)
     for part in parts:
         assert part.tokens == count([text[part.context_start : part.end]])[0] <= max_tokens
         assert 0 <= part.context_start <= part.start
         assert count([text[part.context_start : part.start]])[0] <= overlap_tokens * 1.25
-    assert split(text, count, max_tokens, overlap_tokens) == parts
+    assert split_text(text, count, max_tokens, overlap_tokens) == parts
 
 
 @given(text=TEXTS, max_tokens=st.integers(8, 40))
 def test_parts_are_not_small_without_need(text: str, max_tokens: int) -> None:
-    parts = split(text, characters, max_tokens)
+    parts = split_text(text, characters, max_tokens)
     assert all(a.tokens + b.tokens > max_tokens // 2 for a, b in pairwise(parts))
 
 
 def test_a_text_that_fits_is_one_part() -> None:
-    assert split("One. Two.\n\nThree.", characters, 17) == [Part(0, 17, 0, 17)]
-    assert split("", characters, 8) == []
+    assert split_text("One. Two.\n\nThree.", characters, 17) == [Part(0, 17, 0, 17)]
+    assert split_text("", characters, 8) == []
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_a_text_that_fits_is_one_part() -> None:
     ],
 )
 def test_cuts_are_at_the_best_boundary(text: str, first: str) -> None:
-    parts = split(text, characters, 30)
+    parts = split_text(text, characters, 30)
     covers(text, parts)
     assert text[: parts[0].end] == first
 
@@ -117,25 +117,25 @@ def test_cuts_are_at_the_best_boundary(text: str, first: str) -> None:
 def test_what_is_drawn_as_one_character_stays_whole(cluster: str) -> None:
     text = cluster * 50
     for max_tokens in range(32, 64):
-        assert all(part.end % len(cluster) == 0 for part in split(text, characters, max_tokens))
+        assert all(part.end % len(cluster) == 0 for part in split_text(text, characters, max_tokens))
 
 
 def test_a_pile_of_accents_is_cut_all_the_same() -> None:
     text = "e" + "\u0301" * 1000
-    parts = split(text, characters, 16)
+    parts = split_text(text, characters, 16)
     covers(text, parts)
     assert max(part.tokens for part in parts) <= 16
 
 
 def test_the_overlap_is_the_end_of_the_part_before() -> None:
     text = " ".join(f"Sentence number {n:02d} ends." for n in range(20))
-    parts = split(text, words, 30, 12)
+    parts = split_text(text, words, 30, 12)
     assert len(parts) > 2
     for before, part in pairwise(parts):
         assert before.start < part.context_start < part.start
         assert text[part.context_start :].startswith("Sentence number")
     long = "word " * 100
-    assert all(0 < p.start - p.context_start <= 50 for p in split(long, words, 30, 10)[1:])
+    assert all(0 < p.start - p.context_start <= 50 for p in split_text(long, words, 30, 10)[1:])
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_the_overlap_is_the_end_of_the_part_before() -> None:
 )
 def test_bounds_that_cannot_be_kept_are_refused(max_tokens: int, overlap_tokens: int, said: str) -> None:
     with pytest.raises(InvalidInput, match=f"^{re.escape(said)}"):
-        split("a汉", utf8, max_tokens, overlap_tokens)
+        split_text("a汉", utf8, max_tokens, overlap_tokens)
 
 
 HARD = {
@@ -168,7 +168,7 @@ HARD = {
 def test_work_is_linear_on_hard_texts(unit: str) -> None:
     text = unit * (300_000 // len(unit))
     seen = Seen(utf8)
-    covers(text, split(text, seen, 1500))
+    covers(text, split_text(text, seen, 1500))
     assert seen.characters <= 2.1 * len(text)
 
 
@@ -208,7 +208,7 @@ def test_ten_million_characters(capsys: pytest.CaptureFixture[str]) -> None:
     text = book(10_000_000)
     seen = Seen(words)
     begun_s = time.monotonic()
-    parts = split(text, seen, 1500, 100)
+    parts = split_text(text, seen, 1500, 100)
     seconds = time.monotonic() - begun_s
     covers(text, parts)
     assert max(part.tokens for part in parts) <= 1500

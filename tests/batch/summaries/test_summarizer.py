@@ -167,7 +167,7 @@ class Refusing(Watched):
 
 class Down(Watched):
     async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
-        raise JobFailed("no engine")
+        raise Unavailable("no engine")
 
 
 @pytest.mark.parametrize(

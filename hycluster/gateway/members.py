@@ -1,0 +1,108 @@
+"""The replicas that a pool's client is connected to: new ones are greeted, lost ones taken out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+
+import zmq.asyncio
+from vllm.v1.engine import EngineCoreOutputs
+
+from hycluster.core import ReplicaAddress
+from hycluster.directory.directory import ReplicaReport
+from hycluster.gateway.connection import connect
+from hycluster.gateway.failover import Failover
+from hycluster.gateway.link import Link
+from hycluster.gateway.tasks import Tasks
+
+logger = logging.getLogger(__name__)
+
+# A replica that is there greets back within milliseconds. One whose machine is gone, and which the directory names a
+# while yet, must not keep the rest of its news waiting.
+JOIN_PATIENCE_S = 1.0
+
+
+class Members:
+    """A pool's links.
+
+    Args:
+        slots: size of the pool, for the metrics' labels.
+
+    Attributes:
+        links: by replica id.
+        first: set once there has been one.
+    """
+
+    def __init__(self, failover: Failover, arrived: asyncio.Queue[EngineCoreOutputs], slots: int) -> None:
+        self.links: dict[str, Link] = {}
+        self.first = asyncio.Event()
+        self._failover = failover
+        self._arrived = arrived
+        self._slots = slots
+        self._context = zmq.asyncio.Context()
+        self._connecting: set[str] = set()
+        self._joining = Tasks()
+        self._parting = Tasks()
+        # On replicas that are here no more.
+        self._worked_off_tokens = 0
+
+    @property
+    def worked_off_tokens(self) -> int:
+        """See :class:`Link`; of all that there are and were."""
+        return self._worked_off_tokens + sum(link.worked_off_tokens for link in self.links.values())
+
+    async def update(self, reports: Iterable[ReplicaReport]) -> None:
+        """Connect to replicas that are new, take the loads of those that are known."""
+        reports = list(reports)
+        new = [r.address for r in reports if r.accepting and r.address.replica_id not in self.links]
+        # Successors first: no request may find that the old replica takes none any more, and no other one yet.
+        joining = [self._joining.spawn(self._join(a)) for a in new if a.replica_id not in self._connecting]
+        if joining:
+            await asyncio.wait(joining, timeout=JOIN_PATIENCE_S)
+        for report in reports:
+            link = self.links.get(report.address.replica_id)
+            if link is not None:
+                if report.accepting and not link.accepting:
+                    self._failover.wake()
+                link.load, link.accepting = report.load, report.accepting
+
+    async def _join(self, address: ReplicaAddress) -> None:
+        self._connecting.add(address.replica_id)
+        try:
+            connection = await connect(self._context, address)
+        except ConnectionError as error:
+            # The directory may still name a replica that has just died; its next word decides.
+            logger.warning("no connection to replica %s: %s", address.replica_id, error)
+            return
+        finally:
+            self._connecting.discard(address.replica_id)
+        link = Link(connection, self._free_slot(), self._arrived, self._failover, self._part)
+        self.links[address.replica_id] = link
+        self.first.set()
+        self._failover.wake()
+
+    def _free_slot(self) -> int:
+        """The number by which metrics tell replicas apart; a replacement takes over its predecessor's."""
+        taken = {link.slot for link in self.links.values()}
+        return next((slot for slot in range(self._slots) if slot not in taken), 0)
+
+    def _part(self, link: Link) -> None:
+        del self.links[link.replica_id]
+        self._worked_off_tokens += link.worked_off_tokens
+        self._parting.spawn(link.close())
+
+    async def leave(self) -> None:
+        """Say goodbye to every replica; what is still in flight there is dropped."""
+        await self._joining.cancel()
+        links, self.links = list(self.links.values()), {}
+        for link in links:
+            link.leave()
+        for link in links:
+            await link.close(say_bye=True)
+
+    async def close(self) -> None:
+        """Close what is open; the last call."""
+        # A socket that were left open would hold up the context's end for ever.
+        await self._parting.finish()
+        self._context.destroy(linger=500)

@@ -1,0 +1,101 @@
+"""How the tests are spread over workers (``pytest -n``): what shares a cluster stays together, the heavy have lanes.
+
+The tests that start clusters wait for much of their time, for one thing after the other. Two lanes of them and one of
+the light tests keep two cores busy and fit into 24 GiB. A lane that has run dry helps the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from xdist.scheduler import LoadScopeScheduling
+from xdist.workermanage import WorkerController
+
+ROOT = Path(__file__).parent.parent
+# By the session's cluster, the files whose tests use it: one worker has them all, for it alone has the cluster.
+SHARED = {
+    "served": (
+        "test_batch_api", "test_batch_chaos", "test_chaos", "test_ingress", "test_fuzz_floods", "test_fuzz_grpc",
+        "test_fuzz_http", "test_health", "test_hunyuan_served", "test_refusals", "test_replica_loss",
+        "test_same_tokens", "test_summarize",
+    ),
+    "featured": ("test_adapters", "test_kv_reuse", "test_speculative"),
+}  # fmt: skip
+# What starts clusters or engines of its own, the longest first; ``served`` and ``featured`` are those above.
+HEAVY = (
+    "served", "integration/test_rehearsal", "integration/test_start", "integration/test_control_plane",
+    "integration/test_rolling", "featured", "integration/test_submit", "integration/test_expert_parallel",
+    "integration/test_serve_deploy", "integration/test_spread", "integration/test_load_curve", "models/test_hunyuan",
+    "planning/test_allocated", "models/test_hunyuan_features", "models/test_hunyuan_golden", "integration/test_drain",
+)  # fmt: skip
+# Before vLLM's threads are in the process: these fork one that starts Ray.
+FORKING = ("batch/test_run", "batch/test_chaos_ray")
+# Alone on the machine, so when nothing else is left.
+LAST = ("integration/test_memory_pressure",)
+_ROOMS = {f"integration/{name}": room for room, names in SHARED.items() for name in names}
+
+
+def room_of(nodeid: str) -> str:
+    """The tests that one worker runs one after the other: a file's, or all of a cluster's."""
+    file = nodeid.partition("::")[0].removeprefix("tests/").removesuffix(".py")
+    return _ROOMS.get(file, file)
+
+
+def check_shared(items: list[pytest.Item]) -> None:
+    """A cluster of the session must not be started by two workers.
+
+    Raises:
+        pytest.UsageError: names the file that is not in the table.
+    """
+    for item in items:
+        for room in SHARED:
+            if room in getattr(item, "fixturenames", ()) and room_of(item.nodeid) != room:
+                raise pytest.UsageError(f"{item.nodeid} uses {room!r}: its file must be among tests/lanes.py's SHARED")
+
+
+class Lanes(LoadScopeScheduling):
+    """Hands each worker its lane's next room: the last worker the light ones, all others the heavy ones."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return room_of(nodeid)
+
+    def _assign_work_unit(self, node: WorkerController) -> None:
+        light = self.numnodes > 1 and int(node.gateway.id.removeprefix("gw")) >= self.numnodes - 1
+        self.workqueue.move_to_end(min(self.workqueue, key=lambda room: _rank(room, light)), last=False)
+        super()._assign_work_unit(node)
+
+
+def _rank(room: str, light: bool) -> tuple[int, int]:
+    if room in LAST:
+        return 3, 0
+    if room in HEAVY:
+        return 2 if light else 0, HEAVY.index(room)
+    if room in FORKING:
+        return 0, FORKING.index(room)
+    return 1, 0 if _imports_vllm(room) else 1
+
+
+def _imports_vllm(room: str) -> bool:
+    """Whether the worker does; the one that has once should have the others' too."""
+    return "vllm_imported" in (ROOT / "tests" / f"{room}.py").read_text(encoding="utf-8")
+
+
+@contextlib.contextmanager
+def place(alone: bool) -> Iterator[None]:
+    """A test's place on the machine, among all workers of all runs of this user: beside others, or alone."""
+    folder = Path(tempfile.gettempdir())
+    with (
+        (folder / f"hycluster-tests-{os.getuid()}.turn").open("w") as turn,
+        (folder / f"hycluster-tests-{os.getuid()}.place").open("w") as kept,
+    ):
+        # Who waits to be alone has the turn, so that nobody new comes in before.
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        fcntl.flock(kept, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(turn, fcntl.LOCK_UN)
+        yield
