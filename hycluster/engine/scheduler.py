@@ -42,7 +42,8 @@ from hycluster.core import ColocationLoad, Priority
 from hycluster.engine.step_time import StepTime, StepWork
 from hycluster.settings.model import Colocation
 
-# Below so many tokens a chunk of a prompt is not worth a row's overhead, unless the step has nothing else.
+# A chunk of a prompt has at least so many tokens, or as many as cost what its row does if these are fewer; unless the
+# step has nothing else.
 LEAST_CHUNK_TOKENS = 16
 # A step may be so many times as large as any before it: beyond that its predicted time is a guess.
 _GROWTH = 2
@@ -174,10 +175,19 @@ class ColocationScheduler(Scheduler):
 
     def _beside(self, online: list[Request], waiting: list[Request]) -> _Step:
         """A step with online work: bulk may lengthen it by a share."""
-        if not self.step_time.known:
-            return _Step(bulk_s=-1.0)
+        if not self.step_time.known or self._short_of_blocks(waiting):
+            return _Step(bulk_s=0.0)
         work = self._online_work(online, waiting)
         return self._with_room_for(max(self.colocation.max_slowdown * self.step_time.predict(work), self._credit_s))
+
+    def _short_of_blocks(self, waiting: list[Request]) -> bool:
+        """Whether there are too few for online requests that wait: then bulk rows get none of them in this step.
+
+        One that did not get its block would have another one preempted, and a step with preemptions admits nobody.
+        """
+        rows = len(self.running) + len(waiting)
+        wanted = rows + sum(-(-request.num_tokens // self.block_size) for request in waiting)
+        return bool(waiting) and wanted > self.kv_cache_manager.block_pool.get_num_free_blocks()
 
     def _online_work(self, online: list[Request], waiting: list[Request]) -> StepWork:
         left = self.max_num_scheduled_tokens
@@ -199,8 +209,8 @@ class ColocationScheduler(Scheduler):
     def _with_room_for(self, bulk_s: float) -> _Step:
         least = LEAST_CHUNK_TOKENS
         if self.step_time.prefill_token_s > 0:
-            # Where a token is dear, rows that decode would keep prompts out for ever.
-            least = max(1, min(least, int(bulk_s / 2 / self.step_time.prefill_token_s)))
+            # A chunk that costs less than its row does is not worth the row.
+            least = max(1, min(least, math.ceil(self.step_time.sequence_s / self.step_time.prefill_token_s)))
         return _Step(
             bulk_s=bulk_s,
             sequences=max(_GROWTH * self.step_time.most_sequences, _FIRST_SEQUENCES),
@@ -223,7 +233,7 @@ class ColocationScheduler(Scheduler):
         prompt = tokens - 1 if request.num_tokens - computed > 1 else 0
         row_s = cost.sequence_s + cost.kv_token_s * computed
         first = not step.others and not step.taken
-        if step.sequences < 1 and not first:
+        if (step.sequences < 1 or step.bulk_s <= 0) and not first:
             return 0
         if prompt:
             fits = step.prefill_tokens

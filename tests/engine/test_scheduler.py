@@ -135,15 +135,15 @@ def test_steps_with_bulk_only_are_cut_to_what_an_arrival_may_wait(case: Case) ->
         lengths.append(case.engine.now_s - begun)
     bound = 0.25 / max(1, case.engine.scheduler.vllm_config.max_concurrent_batches)
     assert max(lengths) <= 1.1 * bound
-    assert sum(lengths) / len(lengths) >= 0.8 * bound, "and filled to it"
+    assert sum(lengths) / len(lengths) >= 0.75 * bound, "and filled, but for what is less than a row"
 
 
+@pytest.mark.parametrize("case", [{"max_step_s": 1.0}], indirect=True)
 def test_slots_of_bulk_rows_go_to_online_requests(case: Case) -> None:
-    # Long enough that all slots are held, whatever a step lets through.
     for number in range(SLOTS):
         case.add(f"bulk-{number}", 4, 400, Priority.BATCH)
-    while case.engine.scheduler.get_request_counts()[0] < SLOTS:
-        case.step()
+    case.until(10)
+    assert case.engine.scheduler.get_request_counts() == (SLOTS, 0)
     for number in range(SLOTS):
         case.add(f"online-{number}", 8, 4, Priority.ONLINE)
     case.step()
