@@ -41,8 +41,17 @@ batch_app = typer.Typer(
     no_args_is_help=True,
     context_settings={"obj": batch.Outside(open_engines, show_submitted)},
 )
-for command in (submit, jobs, logs, cancel, batch.run, batch.verify, batch.job_status, batch.report):
-    batch_app.command()(command)
+for name, command in {
+    "submit": submit,
+    "jobs": jobs,
+    "logs": logs,
+    "cancel": cancel,
+    "run": batch.run,
+    "verify": batch.verify,
+    "status": batch.job_status,
+    "report": batch.report,
+}.items():
+    batch_app.command(name)(command)
 app.add_typer(batch_app)
 app.add_typer(k8s_app, name="k8s")
 app.add_typer(settings_app, name="settings")

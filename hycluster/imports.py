@@ -11,8 +11,8 @@ from collections.abc import Iterator
 def without_collector() -> Iterator[None]:
     """For an import: the garbage collector would look through all of it again and again, and find nothing to free.
 
-    Saves a seventh of the CPU time of vLLM's import (docs/measurements.md), and each replica and ingress starts with
-    one.
+    Each replica and each ingress begins with one. With vLLM 0.32.0 on two busy cores, in turn: 10.7 and 11.7 s of user
+    time became 9.1 and 9.6.
     """
     enabled = gc.isenabled()
     gc.disable()

@@ -20,7 +20,7 @@ import pytest
 
 from bench import tiny_llama
 from hycluster.imports import without_collector
-from tests.lanes import SHARED, Lanes, check_shared, place
+from tests.lanes import SHARED, Lanes, check_shared, is_heavy, place, room_of
 from tests.object_store import ObjectStore, object_store
 from tests.ray_apart import ray_apart
 
@@ -81,7 +81,9 @@ def pytest_configure(config: pytest.Config) -> None:
         common = Path(os.environ.get("HYCLUSTER_HOME") or "~/.cache/hycluster").expanduser() / "models"
         for folder in (home, common):
             folder.mkdir(parents=True, exist_ok=True)
-        (home / "models").symlink_to(common)
+        # A test that runs pytest as another user has this worker's home already.
+        with contextlib.suppress(FileExistsError):
+            (home / "models").symlink_to(common)
         os.environ["HYCLUSTER_HOME"] = str(home)
 
 
@@ -115,6 +117,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     not meet those that others start.
     """
     check_shared(items)
+    for item in items:
+        if is_heavy(room_of(item.nodeid)):
+            item.add_marker(pytest.mark.cluster)
     if "PYTEST_XDIST_WORKER" in os.environ:
         for item in items:
             _give_room(item)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
@@ -29,10 +32,10 @@ SHARED = {
 }  # fmt: skip
 # What starts clusters or engines of its own, the longest first; ``served`` and ``featured`` are those above.
 HEAVY = (
-    "served", "integration/test_rehearsal", "integration/test_start", "integration/test_control_plane",
-    "integration/test_rolling", "featured", "integration/test_submit", "integration/test_expert_parallel",
-    "integration/test_serve_deploy", "integration/test_spread", "integration/test_load_curve", "models/test_hunyuan",
-    "planning/test_allocated", "models/test_hunyuan_features", "models/test_hunyuan_golden", "integration/test_drain",
+    "served", "integration/test_expert_parallel", "integration/test_rehearsal", "integration/test_start",
+    "integration/test_control_plane", "integration/test_rolling", "featured", "integration/test_spread",
+    "models/test_hunyuan", "integration/test_serve_deploy", "planning/test_allocated", "models/test_hunyuan_golden",
+    "integration/test_load_curve", "models/test_hunyuan_features", "integration/test_submit", "integration/test_drain",
 )  # fmt: skip
 # Before vLLM's threads are in the process: these fork one that starts Ray.
 FORKING = ("batch/test_run", "batch/test_chaos_ray")
@@ -59,7 +62,7 @@ def check_shared(items: list[pytest.Item]) -> None:
                 raise pytest.UsageError(f"{item.nodeid} uses {room!r}: its file must be among tests/lanes.py's SHARED")
 
 
-class Lanes(LoadScopeScheduling):
+class Lanes(LoadScopeScheduling):  # type: ignore[misc]
     """Hands each worker its lane's next room: the last worker the light ones, all others the heavy ones."""
 
     def _split_scope(self, nodeid: str) -> str:
@@ -71,16 +74,21 @@ class Lanes(LoadScopeScheduling):
         super()._assign_work_unit(node)
 
 
+def is_heavy(room: str) -> bool:
+    return room in HEAVY or room in LAST
+
+
 def _rank(room: str, light: bool) -> tuple[int, int]:
     if room in LAST:
         return 3, 0
     if room in HEAVY:
         return 2 if light else 0, HEAVY.index(room)
     if room in FORKING:
-        return 0, FORKING.index(room)
+        return 1, FORKING.index(room) - len(FORKING)
     return 1, 0 if _imports_vllm(room) else 1
 
 
+@functools.cache
 def _imports_vllm(room: str) -> bool:
     """Whether the worker does; the one that has once should have the others' too."""
     return "vllm_imported" in (ROOT / "tests" / f"{room}.py").read_text(encoding="utf-8")
@@ -88,14 +96,21 @@ def _imports_vllm(room: str) -> bool:
 
 @contextlib.contextmanager
 def place(alone: bool) -> Iterator[None]:
-    """A test's place on the machine, among all workers of all runs of this user: beside others, or alone."""
-    folder = Path(tempfile.gettempdir())
-    with (
-        (folder / f"hycluster-tests-{os.getuid()}.turn").open("w") as turn,
-        (folder / f"hycluster-tests-{os.getuid()}.place").open("w") as kept,
-    ):
-        # Who waits to be alone has the turn, so that nobody new comes in before.
-        fcntl.flock(turn, fcntl.LOCK_EX)
-        fcntl.flock(kept, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-        fcntl.flock(turn, fcntl.LOCK_UN)
+    """A test's place on the machine, among all workers of all runs of this user: beside others, or alone.
+
+    Who is to be alone comes last of all, so it holds up nobody: it waits for a moment in which no other test runs.
+    """
+    with Path(tempfile.gettempdir(), f"hycluster-tests-{os.getuid()}.place").open("w") as kept:
+        while alone and not _locked(kept, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            time.sleep(0.1)
+        if not alone:
+            fcntl.flock(kept, fcntl.LOCK_SH)
         yield
+
+
+def _locked(file: IO[str], how: int) -> bool:
+    try:
+        fcntl.flock(file, how)
+    except BlockingIOError:
+        return False
+    return True

@@ -26,7 +26,11 @@ from bench import tiny_llama
 from tests.nodes import Node, missing, network, wait_for
 from tests.rehearsal import REDIS, Load, Rehearsal, redis_missing
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.machine("six nodes' processes must start and answer within Ray's and Redis' own limits"),
+]
 longer = pytest.mark.skipif(os.environ.get("REHEARSAL") != "all", reason="takes minutes; REHEARSAL=all runs it")
 
 # All begins at once on few CPUs: an ingress process takes half a minute of one, an engine as much.
