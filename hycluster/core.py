@@ -195,6 +195,25 @@ class ExpertLoad:
 
 
 @dataclass(frozen=True, slots=True)
+class ColocationLoad:
+    """How an engine shares its steps between online and bulk work.
+
+    Attributes:
+        parked: bulk rows that held their KV blocks through the last step and got no token in it.
+        given_up: bulk rows that gave their slot and blocks to online work, since the engine started.
+        bulk_tokens, online_tokens: tokens computed, prompts' too, since the engine started.
+        predicted_step_s, real_step_s: of the last step.
+    """
+
+    parked: int = 0
+    given_up: int = 0
+    bulk_tokens: int = 0
+    online_tokens: int = 0
+    predicted_step_s: float = 0.0
+    real_step_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaLoad:
     """What a replica last said of itself.
 
@@ -205,6 +224,7 @@ class ReplicaLoad:
         kv_usage: share of the KV cache in use, 0 to 1.
         outstanding_tokens: by gateway id, tokens still to prefill or decode for it.
         experts: None unless the settings ask for it (``routing.expert_metrics``).
+        colocation: None where the engine schedules as vLLM does by itself.
     """
 
     running: int = 0
@@ -213,6 +233,7 @@ class ReplicaLoad:
     kv_usage: float = 0.0
     outstanding_tokens: dict[str, int] = field(default_factory=dict)
     experts: ExpertLoad | None = None
+    colocation: ColocationLoad | None = None
 
 
 @dataclass(frozen=True, slots=True)

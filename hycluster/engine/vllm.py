@@ -49,6 +49,7 @@ from hycluster.engine.patches.cpu_executor import patch_executor
 from hycluster.engine.patches.migrated_grammar import patch_grammars
 from hycluster.engine.patches.migrated_state import patch_states
 from hycluster.engine.protocol import NOBODY, SIBLINGS, EngineInfo, Frame, GroupRank
+from hycluster.engine.scheduler import colocation_load, use_colocation
 from hycluster.engine.scratch import Scratch
 from hycluster.errors import EngineStartFailed, SettingsError
 from hycluster.models.routing import layer_counts
@@ -87,6 +88,7 @@ def engine_config(model: Model, model_path: str, place: GroupRank | None = None)
     except (ValueError, TypeError, OSError, NotImplementedError) as error:
         raise SettingsError(f"models: {model.name}: {_first_lines(error)}") from error
     check_platform(model, config.model_config.quantization)
+    use_colocation(config, model.colocation)
     parallel = config.parallel_config
     patch_executor(parallel)
     if place is not None:
@@ -295,6 +297,7 @@ class VllmEngine:
             most_running=self._most_running,
             kv_usage=self._core.scheduler.get_kv_cache_usage(),
             experts=self._core.experts.load if self._core.experts is not None else None,
+            colocation=colocation_load(self._core.scheduler),
         )
 
     def _read_expert_load(self) -> None:

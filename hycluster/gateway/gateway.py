@@ -44,6 +44,7 @@ from hycluster.gateway.admission import Gate, check_id
 from hycluster.gateway.coldstart import ColdStart
 from hycluster.gateway.pool import PoolClient
 from hycluster.gateway.router import make_policy
+from hycluster.observe.colocation import colocation_metrics
 from hycluster.observe.experts import expert_metrics
 from hycluster.observe.failover import failover_metrics
 from hycluster.observe.metrics import stat_logger
@@ -159,6 +160,7 @@ class Gateway(AsyncLLM):
         self.logger_manager = stat_logger(config, model.engines) if metrics else None
         if metrics:
             expert_metrics.watch(model.name, self.engine_core)
+            colocation_metrics.watch(model.name, self.engine_core)
             failover_metrics.watch(model.name, self.engine_core)
             if model.replicas.vary:
                 scaling_metrics.watch(model.name, self)

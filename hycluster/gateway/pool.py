@@ -14,7 +14,7 @@ from typing import Any
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackEncoder
 
-from hycluster.core import ExpertLoad
+from hycluster.core import ColocationLoad, ExpertLoad
 from hycluster.directory.directory import ReplicaReport
 from hycluster.engine.migrated import migrate
 from hycluster.engine.protocol import EngineInfo
@@ -100,6 +100,12 @@ class PoolClient(ControlCalls):
         """By replica id, how its experts are loaded, where it says so."""
         loads = {replica_id: link.load for replica_id, link in self._members.links.items()}
         return {replica_id: load.experts for replica_id, load in loads.items() if load and load.experts}
+
+    @property
+    def colocation_loads(self) -> dict[str, ColocationLoad]:
+        """By replica id, how online and bulk work share its steps, where it says so."""
+        loads = {replica_id: link.load for replica_id, link in self._members.links.items()}
+        return {replica_id: load.colocation for replica_id, load in loads.items() if load and load.colocation}
 
     @property
     def infos(self) -> list[EngineInfo]:
