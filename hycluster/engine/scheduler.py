@@ -86,6 +86,11 @@ class _Queue(PriorityRequestQueue):
     def __bool__(self) -> bool:
         return bool(self._heap) and not (self.closed and is_bulk(self._heap[0]))
 
+    @property
+    def bulk(self) -> int:
+        """How many of them are bulk; may be asked by any thread."""
+        return sum(is_bulk(request) for request in list(self._heap))
+
     def online(self) -> list[Request]:
         """Those that do not wait for bulk. Cheap where there are none: the heap's top is the most urgent."""
         if not self._heap or is_bulk(self._heap[0]):
@@ -309,9 +314,14 @@ class ColocationScheduler(Scheduler):
         total = output.total_num_scheduled_tokens
         self._bulk_tokens += bulk
         self._online_tokens += total - bulk
-        self._parked = sum(is_bulk(r) for r in self.running) - len(self._step.taken)
+        self._parked = sum(self._was_parked(request) for request in self.running)
         self._credit_s = min(max(0.0, self._credit_s - self._step.used_s), self.colocation.max_step_s)
         self._begun[id(output)] = begun, StepWork(prefill, len(output.num_scheduled_tokens), kv)
+
+    def _was_parked(self, request: Request) -> bool:
+        """A bulk row that could have had a token; with pipeline stages some have theirs in a step before this one."""
+        left = request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens
+        return is_bulk(request) and request.request_id not in self._step.taken and left > 0
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -329,8 +339,13 @@ class ColocationScheduler(Scheduler):
 
     def load(self) -> ColocationLoad:
         """As it stands; may be called by any thread."""
+        # Copies: the engine's thread goes on meanwhile.
+        running = sum(is_bulk(request) for request in list(self.running))
         return ColocationLoad(
-            parked=max(0, self._parked),
+            # Of the last step; rows have ended since.
+            parked=min(self._parked, running),
+            bulk_running=running,
+            bulk_waiting=self._waiting.bulk + self._kv_holding.bulk,
             given_up=self._given_up,
             bulk_tokens=self._bulk_tokens,
             online_tokens=self._online_tokens,

@@ -112,7 +112,10 @@ def test_an_online_request_waits_for_one_bounded_step(case: Case) -> None:
     alone = step_time(StepWork(59, 1))
     assert case.ttft("online") <= 1.1 * alone
     assert max(case.itl("online")) <= 1.1 * step_time(StepWork(0, 1))
-    assert case.load.parked > 0
+    load = case.load
+    assert 0 < load.parked <= load.bulk_running
+    # All that have not ended are somewhere.
+    assert load.bulk_running + load.bulk_waiting == 64 - len(case.over.keys() - {"online"})
 
 
 def test_without_it_an_online_request_waits_for_all_that_run(tiny_model: Path) -> None:
