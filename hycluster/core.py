@@ -240,6 +240,21 @@ class ReplicaLoad:
 
 
 @dataclass(frozen=True, slots=True)
+class BulkDemand:
+    """What one job has, and wants, of a pool through one gateway.
+
+    Attributes:
+        rows: places that it has in the engines.
+        more: it wants more of them.
+        urgent_at: seconds since the epoch: the deadline that it would miss at its pace; None if it is not late.
+    """
+
+    rows: int
+    more: bool = False
+    urgent_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class StartTrouble:
     """Why a model has fewer replicas than it is to have.
 

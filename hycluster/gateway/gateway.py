@@ -41,6 +41,7 @@ from hycluster.engine.protocol import MIGRATED
 from hycluster.engine.vllm import engine_config
 from hycluster.errors import HyclusterError, InvalidInput, KillsReplicas, Overloaded, ReplicaLost, Unavailable, shown
 from hycluster.gateway.admission import Gate, check_id
+from hycluster.gateway.bulk import BulkLanes
 from hycluster.gateway.coldstart import ColdStart
 from hycluster.gateway.pool import PoolClient
 from hycluster.gateway.router import make_policy
@@ -103,6 +104,7 @@ class Gateway(AsyncLLM):
 
     Attributes:
         cold_start: who comes while there is no replica.
+        bulk: the places in the engines that jobs of this process have.
         lora_requests: by name, what a request to an adapter of this model carries. Changes in place.
     """
 
@@ -147,6 +149,7 @@ class Gateway(AsyncLLM):
             tracing_enabled=False,
         )
         gateway_id = secrets.token_hex(8)
+        self.bulk = BulkLanes(gateway_id)
         self.engine_core = PoolClient(
             model.name,
             make_policy(router.policy, gateway_id, session_slack_tokens=router.session_slack_tokens),
@@ -290,6 +293,7 @@ class Gateway(AsyncLLM):
             try:
                 view = await self._sync(directory)
                 await self.engine_core.update(view.replicas)
+                self.bulk.hear(self.engine_core.rooms, view.bulk, self.engine_core.progress_s)
                 self._look_around()
                 if not self._learned and self.engine_core.infos:
                     self.learn()
@@ -308,6 +312,7 @@ class Gateway(AsyncLLM):
                 self.engine_core.outstanding,
                 self._adapters.words,
                 self._demand() if self.model.replicas.vary else None,
+                self.bulk.demands,
             )
         self._take_over(view.adapters)
         self.cold_start.hear(view.scaling, view.trouble)

@@ -65,7 +65,8 @@ class Members:
             if link is not None:
                 if report.accepting and not link.accepting:
                     self._failover.wake()
-                link.load, link.accepting = report.load, report.accepting
+                link.accepting = report.accepting
+                link.note(report.load)
 
     async def _join(self, address: ReplicaAddress) -> None:
         self._connecting.add(address.replica_id)

@@ -15,17 +15,19 @@ def test_processes_say_totals_so_a_word_lost_or_said_twice_does_no_harm() -> Non
     progress = JobProgress()
     progress.report("a", RunProgress(Totals(1, 0, 10, 5), 4, 1))
     progress.report("a", RunProgress(Totals(3, 1, 30, 15), 4, 2, {"NullValue": 1}))
-    progress.report("a", RunProgress(Totals(3, 1, 30, 15), 4, 2, {"NullValue": 1}))
+    progress.report("a", RunProgress(Totals(3, 1, 30, 15), 4, 2, {"NullValue": 1}, parked=4))
     progress.report("b", RunProgress(Totals(2, 1, 20, 10), 3, 0, {"NullValue": 1}))
-    assert progress.total() == RunProgress(Totals(5, 2, 50, 25), 7, 2, {"NullValue": 2})
+    assert progress.total() == RunProgress(Totals(5, 2, 50, 25), 7, 2, {"NullValue": 2}, parked=4)
+    # The other process has time for its rows.
+    assert not progress.total().waiting
 
 
-def shown(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> str:
+def shown(terminal: bool, monkeypatch: pytest.MonkeyPatch, **changes: int) -> str:
     monkeypatch.setattr(report, "LINE_EVERY_S", 0.02)
     monkeypatch.setattr(report, "BAR_EVERY_S", 0.02)
     text = io.StringIO()
     console = Console(file=text, force_terminal=terminal, width=160)
-    with Reporter("job", 100, 40, lambda: RunProgress(Totals(10, 2, 0, 50), retries=3), console):
+    with Reporter("job", 100, 40, lambda: RunProgress(Totals(10, 2, 0, 50), retries=3, **changes), console):
         time.sleep(0.2)
     return text.getvalue()
 
@@ -37,6 +39,11 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch)
     for what in (" rows/s, ", " tokens/s, ", "ETA 0:00:0", "2 quarantined", "3 retries"):
         assert what in lines[-1]
     assert "\x1b" not in "".join(lines)
+
+
+def test_a_job_that_the_engines_have_no_time_for_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "waiting: online traffic" in shown(False, monkeypatch, in_flight=4, parked=4)
+    assert "waiting" not in shown(False, monkeypatch, in_flight=4, parked=3)
 
 
 def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
