@@ -21,9 +21,11 @@ def by_prefix(prompts: Sequence[str]) -> list[int]:
     finishes its shards one by one.
     """
     kept = [prompt[:MOST_CHARACTERS] for prompt in prompts]
+    # By whole chunks only: what is alike but for its end stays in its order.
+    begun = [prompt[: len(prompt) - len(prompt) % CHUNK_CHARACTERS] for prompt in kept]
     as_they_are = range(len(kept))
-    sorted_ = sorted(as_they_are, key=kept.__getitem__)
-    gain = _shared_chunks([kept[place] for place in sorted_]) - _shared_chunks(kept)
+    sorted_ = sorted(as_they_are, key=begun.__getitem__)
+    gain = _shared_chunks([begun[place] for place in sorted_]) - _shared_chunks(begun)
     return sorted_ if gain > 0 else list(as_they_are)
 
 

@@ -53,13 +53,15 @@ class Task(Protocol):
         columns: the input columns that it reads.
         extra_columns: string columns that it adds to the usual ones.
         ask: makes its calls.
-        slots: a row holds one while it is answered; they bound what is open at a time.
     """
 
     columns: tuple[str, ...]
     extra_columns: tuple[str, ...]
     ask: Asker
-    slots: RowSlots
+
+    @property
+    def slots(self) -> RowSlots:
+        """A row holds one while it is answered; they bound what is open at a time."""
 
     @property
     def starved(self) -> bool:

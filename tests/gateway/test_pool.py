@@ -497,12 +497,11 @@ async def test_bulk_rows_go_where_online_requests_leave_room() -> None:
         pool.replicas[0].engine.parked = 99  # type: ignore[attr-defined]
         for number in range(4):
             await pool.client.add_request_async(ask(f"bulk-{number}", max_tokens=100, priority=Priority.BATCH))
-        await pool.running(8, 8)
-        for _ in range(2):
-            await pool.client.update(pool.replicas.reports)
-            for link in pool.links.values():
-                # As if what was before were long ago.
-                link.room._used = type(link.room._used)([link.room._used[-1]])
+        await asyncio.to_thread(eventually, lambda: all(r.load.running == 8 for r in pool.replicas.reports))
+        for link in pool.links.values():
+            # As if what was before were long ago.
+            link.room._used.clear()
+        await pool.client.update(pool.replicas.reports)
         rows = [room.rows for room in pool.client.rooms]
         assert rows == [0 + 8, 64 - 6 + 8]
         for number in range(4, 40):

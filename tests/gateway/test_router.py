@@ -17,6 +17,7 @@ from hycluster.gateway.router import (
     Policy,
     PowerOfTwoChoices,
     RouteRequest,
+    SessionAffinity,
     make_policy,
 )
 from hycluster.settings.load import Router
@@ -190,7 +191,7 @@ class TestSessionAffinity:
         assert {self.policy().choose(candidates, REQUEST) for _ in range(20)} == {"b"}
 
     def test_none_turns_it_off(self) -> None:
-        assert isinstance(make_policy("least_outstanding_tokens", "me"), LeastOutstandingTokens)
+        assert not isinstance(make_policy("least_outstanding_tokens", "me"), SessionAffinity)
 
     def test_no_candidates(self) -> None:
         with pytest.raises(Unavailable):

@@ -22,12 +22,13 @@ def test_processes_say_totals_so_a_word_lost_or_said_twice_does_no_harm() -> Non
     assert not progress.total().waiting
 
 
-def shown(terminal: bool, monkeypatch: pytest.MonkeyPatch, **changes: int) -> str:
+def shown(terminal: bool, monkeypatch: pytest.MonkeyPatch, in_flight: int = 0, parked: int = 0) -> str:
     monkeypatch.setattr(report, "LINE_EVERY_S", 0.02)
     monkeypatch.setattr(report, "BAR_EVERY_S", 0.02)
     text = io.StringIO()
     console = Console(file=text, force_terminal=terminal, width=160)
-    with Reporter("job", 100, 40, lambda: RunProgress(Totals(10, 2, 0, 50), retries=3, **changes), console):
+    said = RunProgress(Totals(10, 2, 0, 50), in_flight, retries=3, parked=parked)
+    with Reporter("job", 100, 40, lambda: said, console):
         time.sleep(0.2)
     return text.getvalue()
 
