@@ -41,7 +41,7 @@ class Members:
         self._arrived = arrived
         self._slots = slots
         self._context = zmq.asyncio.Context()
-        self._connecting: set[str] = set()
+        self._connecting: dict[str, asyncio.Task[None]] = {}
         self._joining = Tasks()
         self._parting = Tasks()
         # On replicas that are here no more.
@@ -55,11 +55,8 @@ class Members:
     async def update(self, reports: Iterable[ReplicaReport]) -> None:
         """Connect to replicas that are new, take the loads of those that are known."""
         reports = list(reports)
-        new = [r.address for r in reports if r.accepting and r.address.replica_id not in self.links]
         # Successors first: no request may find that the old replica takes none any more, and no other one yet.
-        joining = [self._joining.spawn(self._join(a)) for a in new if a.replica_id not in self._connecting]
-        if joining:
-            await asyncio.wait(joining, timeout=JOIN_PATIENCE_S)
+        await self.join(reports)
         for report in reports:
             link = self.links.get(report.address.replica_id)
             if link is not None:
@@ -68,8 +65,18 @@ class Members:
                 link.accepting = report.accepting
                 link.note(report.load)
 
+    async def join(self, reports: Iterable[ReplicaReport]) -> None:
+        """Connect to replicas that are new and take requests; leaves what is connected as it is."""
+        new = [r.address for r in reports if r.accepting and r.address.replica_id not in self.links]
+        for address in new:
+            # Before its task has begun: an update beside this one must not connect a second time, since the second
+            # link would take the first one's place and not know its requests.
+            if address.replica_id not in self._connecting:
+                self._connecting[address.replica_id] = self._joining.spawn(self._join(address))
+        if joining := [self._connecting[address.replica_id] for address in new]:
+            await asyncio.wait(joining, timeout=JOIN_PATIENCE_S)
+
     async def _join(self, address: ReplicaAddress) -> None:
-        self._connecting.add(address.replica_id)
         try:
             connection = await connect(self._context, address)
         except ConnectionError as error:
@@ -77,7 +84,7 @@ class Members:
             logger.warning("no connection to replica %s: %s", address.replica_id, error)
             return
         finally:
-            self._connecting.discard(address.replica_id)
+            del self._connecting[address.replica_id]
         link = Link(connection, self._free_slot(), self._arrived, self._failover, self._part)
         self.links[address.replica_id] = link
         self.first.set()
