@@ -52,8 +52,9 @@ logger = logging.getLogger(__name__)
 # Where the settings lie on vLLM's scheduler configuration. Not in ``additional_config``: what is in there counts for
 # the cache of compiled models, and a bound on waiting would have them compiled anew.
 _SETTINGS = "hycluster_colocation"
-# A step of one row has to be longer than its bound by so much to be told of, which is once an engine.
-_TOO_LONG = 1.5
+# A step of one row has to be longer than its bound by so much, and steps to be predicted this well, to be told of;
+# which is once an engine.
+_TOO_LONG, _SURE = 1.5, 0.2
 # With nobody to make room for, a step in so many is enough to follow the machine.
 _LEARN_EVERY = 8
 
@@ -239,7 +240,7 @@ class ColocationScheduler(Scheduler):
             return StepRoom.of((1 + colocation.max_slowdown) * cost.predict(beside) - cost.base_s, cost)
         bound = colocation.max_step_s / max(1, self.vllm_config.max_concurrent_batches)
         shortest = cost.base_s + cost.sequence_s
-        if cost.known and shortest > _TOO_LONG * bound and not self._told_too_long:
+        if cost.error < _SURE and shortest > _TOO_LONG * bound and not self._told_too_long:
             self._told_too_long = True
             logger.warning(
                 "colocation.max_step_s: a step of one row takes %.3f s here, more than the bound leaves (%.3f s):"

@@ -50,7 +50,6 @@ def engine(tiny_model: Path) -> Iterator[VllmEngine]:
             "max_model_len": 512,
             "max_num_batched_tokens": CHUNK_TOKENS,
             "max_num_seqs": SLOTS,
-            "block_size": 16,
         },
         hardware=Hardware(kv_cache_gib=KV_GIB),
         # A step with online work takes no bulk: what is in a step can then be said.
@@ -132,7 +131,7 @@ def test_rows_that_were_parked_and_given_up_say_the_same(
     hear(engine, heard, *BULK)
     assert heard.tokens == alone
     assert parked.parked > 0
-    # 8 online rows with 86 tokens are 48 of the 64 blocks, and all slots.
+    # 8 online rows with 86 tokens are 24 of the 32 blocks, and all slots.
     assert served.given_up - before.given_up >= 5
     assert load(engine).bulk_running == load(engine).bulk_waiting == 0
 
