@@ -288,7 +288,7 @@ class Gateway(AsyncLLM):
         self._directory = directory
         while True:
             try:
-                view = await self._sync(directory)
+                view = await self._next_word(directory)
                 await self.engine_core.update(view.replicas)
                 self._look_around()
                 if not self._learned and self.engine_core.infos:
@@ -297,6 +297,21 @@ class Gateway(AsyncLLM):
                 # The directory may be starting again; the pool stays as it is meanwhile.
                 logger.warning("the directory does not answer", exc_info=True)
             await asyncio.sleep(REPORT_EVERY_S)
+
+    async def _next_word(self, directory: ActorHandle[Any]) -> PoolView:
+        """What the directory says; while it says nothing, replicas that are lost here are reached by its last word.
+
+        A connection may break though both ends live, and the directory be away as long as a head takes to come back.
+        """
+        asking = asyncio.ensure_future(self._sync(directory))
+        try:
+            while not asking.done():
+                await asyncio.wait({asking}, timeout=REPORT_EVERY_S)
+                if self._view is not None and (not asking.done() or asking.exception()):
+                    await self.engine_core.rejoin(self._view.replicas)
+            return asking.result()
+        finally:
+            asking.cancel()
 
     async def _sync(self, directory: ActorHandle[Any]) -> PoolView:
         # Of an actor on a machine that is gone without a word Ray says nothing for minutes; one that has started again

@@ -55,8 +55,18 @@ class Members:
     async def update(self, reports: Iterable[ReplicaReport]) -> None:
         """Connect to replicas that are new, take the loads of those that are known."""
         reports = list(reports)
-        new = [r.address for r in reports if r.accepting and r.address.replica_id not in self.links]
         # Successors first: no request may find that the old replica takes none any more, and no other one yet.
+        await self.join(reports)
+        for report in reports:
+            link = self.links.get(report.address.replica_id)
+            if link is not None:
+                if report.accepting and not link.accepting:
+                    self._failover.wake()
+                link.load, link.accepting = report.load, report.accepting
+
+    async def join(self, reports: Iterable[ReplicaReport]) -> None:
+        """Connect to replicas that are new and take requests; leaves what is connected as it is."""
+        new = [r.address for r in reports if r.accepting and r.address.replica_id not in self.links]
         for address in new:
             # Before its task has begun: an update beside this one must not connect a second time, since the second
             # link would take the first one's place and not know its requests.
@@ -64,12 +74,6 @@ class Members:
                 self._connecting[address.replica_id] = self._joining.spawn(self._join(address))
         if joining := [self._connecting[address.replica_id] for address in new]:
             await asyncio.wait(joining, timeout=JOIN_PATIENCE_S)
-        for report in reports:
-            link = self.links.get(report.address.replica_id)
-            if link is not None:
-                if report.accepting and not link.accepting:
-                    self._failover.wake()
-                link.load, link.accepting = report.load, report.accepting
 
     async def _join(self, address: ReplicaAddress) -> None:
         try:

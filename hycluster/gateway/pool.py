@@ -74,6 +74,10 @@ class PoolClient(ControlCalls):
         """Connect to replicas that are new, take the loads of those that are known."""
         await self._members.update(reports)
 
+    async def rejoin(self, reports: Iterable[ReplicaReport]) -> None:
+        """Connect again to replicas that were here by these reports, which are old, and are not here now."""
+        await self._members.join(reports)
+
     async def close(self) -> None:
         """Say goodbye to every replica; what is still in flight there is dropped."""
         await self._members.leave()

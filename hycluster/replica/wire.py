@@ -125,6 +125,7 @@ class EngineServer:
         self._siblings: list[tuple[zmq.Socket[bytes], bytes]] = []
         self._token = secrets.token_hex(16)
         self._closing = False
+        self._ending = threading.Lock()
 
         self._requests = self._context.socket(zmq.ROUTER)
         self._outputs = self._context.socket(zmq.ROUTER)
@@ -303,9 +304,11 @@ class EngineServer:
     def close(self) -> None:
         """Stop listening. Shut the engine down first: the output thread ends when the engine does."""
         self._closing = True
-        for thread in self._threads:
-            thread.join(timeout=10)
-        self._context.destroy(linger=500)
+        # Sockets that two threads close abort the process.
+        with self._ending:
+            for thread in self._threads:
+                thread.join(timeout=10)
+            self._context.destroy(linger=500)
 
 
 def _bind(sock: zmq.Socket[bytes], host: str, ports: DataPlane) -> str:

@@ -303,6 +303,28 @@ async def test_a_lost_replicas_streams_go_on(opened: Open) -> None:
         assert not served.gateway.output_processor.has_unfinished_requests()
 
 
+@pytest.mark.parametrize("silent", [True, False])
+async def test_a_broken_connection_is_mended_without_the_directory(silent: bool, opened: Open) -> None:
+    """A head takes a while to come back; what breaks meanwhile must not wait for it."""
+
+    async def away(*_: Any) -> Any:
+        if silent:
+            await asyncio.sleep(3600)
+        raise RuntimeError("the directory is away")
+
+    async with opened(SLOW, 2) as served:
+        undisturbed = await served.last("before", max_tokens=100)
+        directory: Any = served.gateway._directory
+        directory.sync.remote = away
+        stream = asyncio.create_task(served.last("disturbed", max_tokens=100))
+        await asyncio.sleep(0.2)
+        for link in list(served.gateway.engine_core._members.links.values()):
+            link.lose("the test says so", died=False)
+        end = await stream
+        assert end.outputs[0].token_ids == undisturbed.outputs[0].token_ids
+        await until(lambda: served.gateway.engine_core.links == 2)
+
+
 async def test_sequences_of_one_request_go_on_wherever_they_are(opened: Open) -> None:
     from vllm.sampling_params import RequestOutputKind
 

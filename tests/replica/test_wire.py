@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import secrets
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -418,3 +420,24 @@ def test_whoever_waits_for_the_end_of_an_engine_is_told(start: Start) -> None:
     replica.die()
     waiting.join(5)
     assert not waiting.is_alive()
+
+
+CLOSED_BY_TWO = """
+import threading
+from hycluster.settings.simulated import Simulated
+from tests.simulated_pool import SimulatedReplica
+for _ in range(20):
+    replica = SimulatedReplica(Simulated(realtime=False))
+    closing = [threading.Thread(target=replica.close) for _ in range(3)]
+    for thread in closing:
+        thread.start()
+    for thread in closing:
+        thread.join()
+"""
+
+
+def test_two_may_close_it_at_once() -> None:
+    """In a process of its own, which libzmq would abort."""
+    command = [sys.executable, "-c", CLOSED_BY_TWO]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=50)
+    assert (ended.returncode, ended.stderr) == (0, "")
