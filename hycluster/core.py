@@ -200,20 +200,21 @@ class ColocationLoad:
 
     Attributes:
         parked: bulk rows that held their KV blocks through the last step and got no token in it.
-        bulk_running, bulk_waiting: bulk rows that have a slot, parked ones too, and that wait for one.
         given_up: bulk rows that gave their slot and blocks to online work, since the engine started.
         bulk_tokens, online_tokens: tokens computed, prompts' too, since the engine started.
         predicted_step_s, real_step_s: of the last step.
+        bulk_running: bulk rows that have a slot and KV blocks; the parked ones are among them.
+        bulk_waiting: bulk rows that have none.
     """
 
     parked: int = 0
-    bulk_running: int = 0
-    bulk_waiting: int = 0
     given_up: int = 0
     bulk_tokens: int = 0
     online_tokens: int = 0
     predicted_step_s: float = 0.0
     real_step_s: float = 0.0
+    bulk_running: int = 0
+    bulk_waiting: int = 0
 
 
 @dataclass(frozen=True, slots=True)

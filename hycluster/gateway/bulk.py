@@ -215,7 +215,9 @@ class BulkLanes:
         Many rows end with one step, and each job asks for one place after the other: the first one that were heard
         would take them all.
         """
-        if not self._giving:
+        if len(self._lanes) < 2:
+            self._give()
+        elif not self._giving:
             self._giving = True
             asyncio.get_running_loop().call_soon(self._give)
 
