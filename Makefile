@@ -29,7 +29,7 @@ check: setup  ## lint, format, names, types, and who imports whom
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo --no-cache
 
-format: setup  ## put the code into the house's format
+format: setup  ## format the code, and fix what ruff can fix
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 

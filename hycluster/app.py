@@ -1,5 +1,5 @@
-"""The Ray Serve application: a deployment a model, one for the ingress processes, one for batches, and how they hang
-together.
+"""The Ray Serve application: a deployment for each model, one for the ingress processes, one for batches, and how they
+hang together.
 
 ``hycluster serve`` runs it; ``serve deploy`` and KubeRay start the same thing by the import path
 ``hycluster.app:build`` with a settings file's content as arguments (``hycluster/k8s/render.py`` writes them).

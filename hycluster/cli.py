@@ -16,6 +16,7 @@ import typer
 
 from hycluster import __version__
 from hycluster.batch import cli as batch
+from hycluster.batch.job import Job
 from hycluster.chaos.cli import chaos
 from hycluster.consent import Yes, ask
 from hycluster.errors import HyclusterError
@@ -38,25 +39,26 @@ app = typer.Typer(
 )
 batch_app = typer.Typer(
     name="batch",
-    help="Bulk runs over Parquet.",
+    help="Run bulk jobs over Parquet files, here or on a cluster elsewhere; follow and verify them.",
     no_args_is_help=True,
     context_settings={"obj": batch.Outside(open_engines, show_submitted)},
 )
 BATCH: dict[str, Callable[..., None]] = {
+    "run": batch.run,
+    "status": batch.job_status,
+    "verify": batch.verify,
+    "report": batch.report,
     "submit": submit,
     "jobs": jobs,
     "logs": logs,
     "cancel": cancel,
-    "run": batch.run,
-    "verify": batch.verify,
-    "status": batch.job_status,
-    "report": batch.report,
 }
 for name, command in BATCH.items():
     batch_app.command(name)(command)
 app.add_typer(batch_app)
 app.add_typer(k8s_app, name="k8s")
-app.add_typer(settings_app, name="settings")
+# What a job is made of is above the settings' room.
+app.add_typer(settings_app, name="settings", context_settings={"obj": Job})
 app.command("summarize")(summarize)
 app.command("chaos")(chaos)
 app.command("plan")(plan)
@@ -65,6 +67,13 @@ app.command("tiny-model")(tiny_model)
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, such as models.0.replicas.min=2; repeatable."),
+]
+
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT", help="Ray cluster; default: RAY_ADDRESS, or what this HYCLUSTER_HOME has started."
+    ),
 ]
 
 
@@ -159,12 +168,7 @@ def say(line: str) -> None:
 def upgrade(
     config: Annotated[Path, typer.Argument(help="Settings file.")] = DEFAULT_SETTINGS,
     assignments: SetOption = None,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HOST:PORT", help="Ray cluster; default: RAY_ADDRESS, or what this HYCLUSTER_HOME has started."
-        ),
-    ] = None,
+    address: AddressOption = None,
     yes: Yes = False,
 ) -> None:
     """Replace every replica and every ingress process of the running service, with the settings of CONFIG, under load.
@@ -209,7 +213,7 @@ def upgrade(
         typer.echo(f"upgrading {', '.join(model.name for model in settings.models)} ...", err=True)
         deployed = upgrade.roll_out(settings, surging, stopping)
         if deployed is None:
-            typer.echo("the upgrade goes on; nobody waits for it", err=True)
+            typer.echo("the upgrade goes on; this command no longer waits for it", err=True)
         else:
             typer.echo(
                 f"upgraded {deployed.ingresses.http} grpc {deployed.ingresses.grpc} ray {deployed.ray}"
@@ -220,10 +224,10 @@ def upgrade(
 
 
 @app.command()
-def status() -> None:
-    """Show which parts of the running service are up, which are missing, and why. Exits 0 when all is well, else 1.
+def status(address: AddressOption = None) -> None:
+    """Show which parts of the running service are up, which are missing, and why.
 
-    The service is that of the Ray cluster in RAY_ADDRESS, or of the last one that was started here.
+    Exits 0 when all is well, 1 when something is missing, 2 when no service was found.
     """
     import ray
 
@@ -233,7 +237,7 @@ def status() -> None:
     from hycluster.serving import ray_state
     from hycluster.serving.status import status_lines as told
 
-    cluster.join_cluster()
+    cluster.join_cluster(address)
     try:
         lines, well = told(ray_state.look(APP_NAME, SHARED_DIRECTORY))
     finally:
@@ -241,6 +245,10 @@ def status() -> None:
     for line in lines:
         typer.echo(line)
     raise typer.Exit(0 if well else 1)
+
+
+# What one begins with is listed first.
+app.registered_commands.sort(key=lambda command: command.callback not in (serve, status, upgrade))
 
 
 def main() -> None:

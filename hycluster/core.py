@@ -24,10 +24,19 @@ class Sampling:
 
     Attributes:
         max_tokens: most tokens to generate; ``None`` is what the context leaves.
-        temperature: 0 is greedy.
-        top_k: -1 or 0 is all.
+        min_tokens: fewest tokens to generate before a stop string or the end token counts.
+        temperature: 0 is greedy; at most 100.
+        top_p: sample from the most probable tokens that together have this probability.
+        top_k: sample from so many most probable tokens; -1 or 0 is all.
+        min_p: least probability of a token, as a fraction of the most probable one's.
+        presence_penalty, frequency_penalty: from -2 to 2, for tokens that the output has already: once, or each time.
+        repetition_penalty: above 1 discourages tokens that prompt or output have already.
+        seed: the same request with the same seed gives the same output.
         stop: strings that end the text (not part of the output).
-        logprobs: number of candidates a token to report; ``None`` is none.
+        stop_token_ids: token ids that end the text.
+        ignore_eos: go on after the model's end token.
+        n: outputs for one prompt.
+        logprobs: number of candidates to report for each token; ``None`` is none.
 
     Raises:
         InvalidInput: names the field, the value and what is allowed.
@@ -79,7 +88,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """One request in the house's own words, whichever ingress process it came through.
+    """One request in the house's own words, whichever ingress it came through: HTTP or gRPC.
 
     Exactly one of ``prompt`` (text), ``messages`` (chat, OpenAI's form) and ``token_ids`` is set.
     """

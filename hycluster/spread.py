@@ -57,5 +57,5 @@ def ingress_resources(settings: Settings, nodes: int, edition: str | None = None
     most = ingress_per_node(settings, nodes)
     if most is None:
         return dict(settings.ingress.resources)
-    name = f"{IMPLICIT_RESOURCE_PREFIX}hycluster-ingress process-{edition or secrets.token_hex(4)}"
+    name = f"{IMPLICIT_RESOURCE_PREFIX}hycluster-ingress-process-{edition or secrets.token_hex(4)}"
     return settings.ingress.resources | {name: math.floor(STEPS / most) / STEPS}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import secrets
@@ -14,19 +15,26 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import hypothesis
 import psutil
 import pytest
+from httpx._transports import default as httpx_transports
 
 from bench import tiny_llama
 from hycluster.imports import without_collector
 from tests.lanes import SHARED, Lanes, check_shared, is_heavy, place, room_of
 from tests.object_store import ObjectStore, object_store
 from tests.ray_apart import ray_apart
+from tests.vllm_forks import VllmForks
 
 # How long an example takes says something of the machine, which others use too.
 hypothesis.settings.register_profile("house", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("house")
+
+# Each client reads all of the machine's certificates, 35 ms of CPU time, and tests ask by plain HTTP, many of them
+# again and again while something starts.
+vars(httpx_transports)["create_ssl_context"] = functools.cache(httpx.create_ssl_context)
 
 _MACHINE = "depends on the machine"
 # On two cores, which both are busy: its processes have limits in which they must start, answer and end.
@@ -73,6 +81,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ends_early() -> dict[str, Callable[[], None]]:
     """Where a session's cluster leaves by its name what ends it; that is called after the last test that uses it."""
     return _ENDS
+
+
+@pytest.fixture(scope="session")
+def vllm_forks(ends_early: dict[str, Callable[[], None]]) -> VllmForks:
+    """Runs scripts that need vLLM, and imports it once for all of them."""
+    return VllmForks(ends_early)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -31,18 +31,23 @@ SHARED = {
     ),
     "featured": ("test_adapters", "test_kv_reuse", "test_speculative"),
 }  # fmt: skip
-# What starts clusters or engines of its own, the longest first; ``served`` and ``featured`` are those above.
+# The files whose engines are forked from one process (``vllm_forks.py``), beside those of the clusters above.
+FORKS = (
+    "models/test_hunyuan", "models/test_hunyuan_features", "models/test_hunyuan_golden", "planning/test_allocated",
+)  # fmt: skip
+# What starts clusters or engines of its own, the longest first; ``served``, ``featured``, ``forks`` are those above.
 HEAVY = (
-    "served", "integration/test_expert_parallel", "integration/test_rehearsal", "integration/test_start",
+    "served", "integration/test_expert_parallel", "integration/test_rehearsal", "forks", "integration/test_start",
     "integration/test_control_plane", "integration/test_rolling", "featured", "integration/test_spread",
-    "models/test_hunyuan", "integration/test_serve_deploy", "planning/test_allocated", "models/test_hunyuan_golden",
-    "integration/test_load_curve", "models/test_hunyuan_features", "integration/test_submit", "integration/test_drain",
+    "integration/test_serve_deploy", "integration/test_load_curve", "integration/test_submit", "integration/test_drain",
 )  # fmt: skip
 # Before vLLM's threads are in the process: these fork one that starts Ray.
 FORKING = ("batch/test_run", "batch/test_chaos_ray")
 # Alone on the machine, so when nothing else is left.
 LAST = ("integration/test_memory_pressure",)
-_ROOMS = {f"integration/{name}": room for room, names in SHARED.items() for name in names}
+_ROOMS = {f"integration/{name}": room for room, names in SHARED.items() for name in names} | dict.fromkeys(
+    FORKS, "forks"
+)
 
 
 def room_of(nodeid: str) -> str:

@@ -134,8 +134,13 @@ class Rehearsal:
         """A pod of a worker group."""
         self._started[group_name] += 1
         node = self.network.add(f"{_singular(group_name)}-{self._started[group_name]}")
+        cache = node.folder / "home" / ".cache"
         if self._prepared is not None:
-            shutil.copytree(self._prepared, node.folder / "home" / ".cache" / "hycluster" / "models")
+            shutil.copytree(self._prepared, cache / "hycluster" / "models")
+        # What this user's vLLM has found out of models' classes. In an empty home each engine and each ingress process
+        # imports vLLM once more for it.
+        if (known := Path("~/.cache/vllm/modelinfos").expanduser()).is_dir():
+            shutil.copytree(known, cache / "vllm" / known.name)
         group = self._groups[group_name]
         parameters = {"address": f"{HEAD}:6379", **group["rayStartParams"]}
         resources = {key: float(value) for key, value in group.get("resources", {}).items()}

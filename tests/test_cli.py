@@ -49,6 +49,8 @@ def run(*arguments: str, home: Path) -> tuple[subprocess.CompletedProcess[str], 
         (("batch", "run"), ["JOB", "--input", "--output", "--engine", "--set", "--address", "--yes"]),
         (("batch", "submit"), ["JOB", "--address", "--wait", "--kubernetes", "--dry-run"]),
         (("batch", "status"), ["OUTPUT|JOB_ID", "--address"]),
+        (("status",), ["--address"]),
+        (("settings", "reference"), ["--job"]),
     ],
 )
 def test_help_imports_nothing_heavy(tmp_path: Path, arguments: tuple[str, ...], says: list[str]) -> None:

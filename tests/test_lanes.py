@@ -11,13 +11,14 @@ from tests import lanes
 
 def test_every_file_in_the_tables_is_there() -> None:
     files = {f"integration/{name}" for names in lanes.SHARED.values() for name in names}
-    files |= {*lanes.HEAVY, *lanes.FORKING, *lanes.LAST} - set(lanes.SHARED)
+    files |= {*lanes.HEAVY, *lanes.FORKING, *lanes.LAST, *lanes.FORKS} - {*lanes.SHARED, "forks"}
     assert {name for name in files if not (lanes.ROOT / "tests" / f"{name}.py").is_file()} == set()
 
 
 def test_what_shares_a_cluster_is_one_room() -> None:
     names = lanes.SHARED["served"][:2]
     assert {lanes.room_of(f"tests/integration/{name}.py::Some::test_it[a::b]") for name in names} == {"served"}
+    assert {lanes.room_of(f"tests/{name}.py::test_it") for name in lanes.FORKS} == {"forks"}
     assert lanes.room_of("tests/gateway/test_router.py::test_it") == "gateway/test_router"
 
 

@@ -47,7 +47,7 @@ def test_nobody_elses_cluster_is_joined(tmp_path: Path, command: list[str]) -> N
     )
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith(
-        "error: --address: no cluster was named, and none that runs was started from this HYCLUSTER"
+        "error: --address: no cluster was named, and no running one was started from this HYCLUSTER"
     )
     assert joined() == drivers
     assert ray_processes() == processes

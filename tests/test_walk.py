@@ -1,4 +1,4 @@
-"""docs/walk.md sends newcomers to files and names that are there, ten stops each way."""
+"""docs/walk.md sends newcomers to files and names that are there: ten stops each way, and where to look for what."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 STOP = re.compile(r"^\| (\d+) \| `([^`]+)` \|.*\| ([^|]+) \|$", re.MULTILINE)
-WALKS = (ROOT / "docs/walk.md").read_text().split("\n## ")[1:]
+*WALKS, QUESTIONS = (ROOT / "docs/walk.md").read_text().split("\n## ")[1:]
 
 
 @pytest.mark.parametrize("walk", WALKS, ids=[walk.split("\n")[0] for walk in WALKS])
@@ -21,6 +21,15 @@ def test_every_stop_is_there(walk: str) -> None:
     for _, file, names in stops:
         defined = _defined(ast.parse((ROOT / file).read_text()))
         assert set(re.findall(r"`([\w.]+)`", names)) <= defined, file
+
+
+def test_every_answer_is_there() -> None:
+    rows = [line for line in QUESTIONS.splitlines() if "? |" in line]
+    assert len(rows) >= 3
+    for row in rows:
+        files = [ROOT / file for file in re.findall(r"`(hycluster/[\w/]+\.py)`", row)]
+        defined = {name for file in files for name in _defined(ast.parse(file.read_text()))}
+        assert set(re.findall(r"`(\w+(?:\.\w+)?)`", row)) <= defined, row
 
 
 def _defined(tree: ast.AST, prefix: str = "") -> set[str]:

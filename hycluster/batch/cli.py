@@ -59,7 +59,7 @@ def run(
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: sampling.max_tokens=8.")
     ] = None,
-    config: Annotated[Path, typer.Option(help="Deployment, for dedicated engines.")] = DEFAULT_SETTINGS,
+    config: Annotated[Path, typer.Option(help="Settings file for dedicated engines.")] = DEFAULT_SETTINGS,
     address: Annotated[
         str | None,
         typer.Option(
@@ -106,7 +106,7 @@ def verify(
 ) -> None:
     """Prove from the files alone that every input row is exactly once in the output or the quarantine.
 
-    Exit codes: 0 it is so; 1 it is not, a line a fault; 2 there is no such output or input.
+    Exit codes: 0 it is so; 1 it is not, with a line for each thing that is wrong; 2 there is no such output or input.
     """
     with _one_line_errors():
         from hycluster.batch.output.verify import verify_output

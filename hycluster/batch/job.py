@@ -33,14 +33,22 @@ class Columns(Strict):
 
 
 class Input(Strict):
-    """Where the rows come from: a Parquet file, a folder, a glob or an ``s3://`` URI."""
+    """Where the rows come from.
+
+    Attributes:
+        path: a Parquet file, a folder, a glob or an ``s3://`` URI.
+    """
 
     path: str = Field(min_length=1)
     columns: Columns = Columns()
 
 
 class JobOutput(Strict):
-    """The folder (or ``s3://`` prefix) for the results; it holds one job and nothing else."""
+    """Where the results go.
+
+    Attributes:
+        path: a folder or an ``s3://`` URI; it holds one job and nothing else.
+    """
 
     path: str = Field(min_length=1)
 
@@ -71,16 +79,24 @@ class Job(Strict):
     """One bulk run over Parquet.
 
     Attributes:
+        name: what the job is called in reports and lists.
+        model: name of the model that is asked, or of one of its adapters.
         task: a preset, or ``generate``.
         prompt: ``generate`` only: a template with ``{column}`` placeholders; ``{{`` and ``}}`` are braces.
         question: ``ask`` only: one question for all rows.
         summary: ``summarize`` only: texts that are longer than the context.
-        sampling: one completion a row (``n`` is 1), no ``logprobs``.
+        sampling: how tokens are chosen; one output for each row (``n`` is 1), no ``logprobs``.
         engine: ``shared`` joins the running cluster at low priority; ``dedicated`` starts engines of its own.
+<<<<<<< HEAD
         max_quarantined_fraction: share of all rows, 0 to 1. Above it the job ends with exit code 3.
         shard_rows: most rows a shard; a shard is what is committed, and lost by a crash, as one.
         rows_in_flight: most rows of the job that the engines hold at any moment. By default as many as they can use of
             what online requests leave, or 256 where they don't say.
+=======
+        max_quarantined_fraction: fraction of all rows that may be quarantined; above it the job ends with exit code 3.
+        shard_rows: most rows of a shard; a shard is committed as one, and generated again as one after a crash.
+        rows_in_flight: most rows of the job that the engines hold at any moment.
+>>>>>>> main
         generate_processes: processes that feed the engines; each has a gateway of its own.
         retry_s: seconds for which rows are tried again while no engine answers any of them; then the job fails.
     """

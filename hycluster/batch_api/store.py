@@ -59,7 +59,7 @@ class Store:
         size = self.write_content(file_id, iter(lambda: content.read(CHUNK_BYTES), b""))
         if not size:
             self.folder.delete([f"content/{file_id}"])
-            raise InvalidInput("file: is empty; must be JSONL, one request a line")
+            raise InvalidInput("file: is empty; must be JSONL, one request per line")
         return self.register(file_id, size, filename, "batch", expires_after_s)
 
     def write_content(self, file_id: str, chunks: Iterator[bytes]) -> int:

@@ -42,7 +42,7 @@ class Caller:
     """Asks one request until it has an answer, or until it is out of patience.
 
     Attributes:
-        http, grpc: URL and ``host:port`` of the ingress processes.
+        http, grpc: URL and ``host:port`` of the two ingresses.
         patience_s: for one request, all attempts together.
     """
 

@@ -58,7 +58,7 @@ class Mix:
     """What the requests are like.
 
     Attributes:
-        ingress processes: which ingress processes they come to, in turn.
+        ingresses: which ingress they go to, in turn.
         prompt_tokens, output_tokens: from, to.
         tokens_a_word: of the model's tokenizer, on ``WORDS``.
         features: of ``FEATURES``; some requests use them.

@@ -33,7 +33,7 @@ class ChaosPlan:
     """What to do, as the command line says it.
 
     Attributes:
-        address, http, grpc: of the Ray cluster and its ingress processes; None is what is found, see
+        address, http, grpc: of the Ray cluster and its two ingresses; None is what is found, see
             ``cluster.join_cluster``.
         model: None is the only one served.
         streams: different requests.

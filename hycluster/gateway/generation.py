@@ -257,7 +257,7 @@ class Generator:
         engine_input: EngineInput
         if messages is not None:
             for number, message in enumerate(messages):
-                # vLLM's own ingress processes check this before they render.
+                # vLLM's own API server checks this before it renders.
                 if not message.get("role"):
                     raise InvalidInput(f"messages[{number}].role: must be set")
             _, (engine_input,) = await renderer.render_chat_async(
@@ -402,7 +402,7 @@ async def open_generator(
     async with open_gateway(
         pool, handle, router=router or Router(), admission=admission or unbounded, wait_s=wait_s, patient=True
     ) as gateway:
-        # As in an ingress process (see there).
+        # As in an ingress process: see ``hycluster/door.py``.
         gc.collect()
         gc.freeze()
         yield Generator({pool.name: gateway})

@@ -44,7 +44,7 @@ Call = Callable[["InferenceServicer", Request, Context], Awaitable[Response]]
 
 
 class GrpcBackend(Protocol):
-    """What the ingress process asks of the pool behind it. Every method may raise a :class:`HyclusterError`."""
+    """What the gRPC ingress asks of the pool behind it. Every method may raise a :class:`HyclusterError`."""
 
     async def models(self) -> list[ModelCard]:
         """The models served, ready or not."""
@@ -184,7 +184,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
 
 class GrpcIngress:
-    """An ingress process that is open.
+    """A gRPC ingress that is open.
 
     Attributes:
         port: the port it listens on.
@@ -248,7 +248,7 @@ async def serve_grpc(
         (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME), server
     )
     port = _bind(server, settings, reuse_port)
-    # The first caller must find the truth, so look once before the ingress process opens.
+    # The first caller must find the truth, so look once before the ingress opens.
     await _report_readiness(generator, health)
     await server.start()
     readiness = asyncio.create_task(_keep_reporting_readiness(generator, health, ready_poll_s))

@@ -1,6 +1,6 @@
 """The HTTP ingress: vLLM's own API app over each model's gateway, behind an allowlist of routes.
 
-With one model the ingress process is that app. With several, a small ASGI dispatcher looks into a request's body for
+With one model the HTTP ingress is that app. With several, a small ASGI dispatcher looks into a request's body for
 its ``model`` (or adapter) and hands it to that model's app; an unknown one goes to the first, whose answer is the 404
 in OpenAI's form that vLLM gives. The ingress process listens itself: measured against Ray Serve's proxies in
 ``docs/measurements.md``.
@@ -73,7 +73,7 @@ OPEN_ROUTES = frozenset(
 
 
 class HttpIngress:
-    """A running ingress process. ``port`` is the one it listens on."""
+    """An HTTP ingress that is open. ``port`` is the one it listens on."""
 
     def __init__(self, server: uvicorn.Server, serving: asyncio.Task[None], port: int) -> None:
         self.port = port
@@ -95,7 +95,7 @@ async def serve_http(
     drain_timeout_s: float = 60.0,
     sock: socket.socket | None = None,
 ) -> HttpIngress:
-    """Open the ingress process.
+    """Open the HTTP ingress.
 
     Args:
         sock: listens already; None opens the settings' port.
@@ -163,7 +163,7 @@ class ModelApp:
         return self._gateway.model_config.runner_type == "generate" or bool(self._gateway.engine_core.infos)
 
     def set_server(self, server: Any) -> None:
-        """The ingress process's, instead of none; see :func:`model_app`."""
+        """The server that the ingress has, instead of none; see :func:`model_app`."""
         self._server = server
         if self._app is not None:
             self._app.state.server = server
@@ -193,7 +193,7 @@ def over_all_models(apps: Mapping[str, ASGIApp], generator: Generator) -> ASGIAp
 
 
 class _Server(uvicorn.Server):
-    """Signals are the process owner's business, not the ingress process's."""
+    """Signals are the process owner's business, not the ingress'."""
 
     def install_signal_handlers(self) -> None: ...
 

@@ -1,7 +1,7 @@
 """Ingress processes that are open before there is anything behind them: they say so, and what is still missing.
 
-HTTP answers 503 and gRPC UNAVAILABLE; both healths are asked as on open ingress processes. The HTTP socket is handed
-over to the ingress process that serves; the gRPC ingress stays and gets its generator. Imports no vLLM, so it is there
+HTTP answers 503 and gRPC UNAVAILABLE; both healths are asked as when they are open. The HTTP socket is handed
+over to the ingress that serves; the gRPC ingress stays and gets its generator. Imports no vLLM, so it is there
 within a second or two.
 """
 

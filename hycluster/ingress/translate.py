@@ -1,6 +1,6 @@
 """Between the house's nouns and the messages of the gRPC ingress, both ways.
 
-The ingress process and the client share it, so that the two can't drift apart.
+The gRPC ingress and the client share it, so that the two can't drift apart.
 """
 
 from __future__ import annotations

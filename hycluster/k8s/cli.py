@@ -9,12 +9,16 @@ import typer
 
 from hycluster.errors import SettingsError
 
-app = typer.Typer(name="k8s", help="The manifests in k8s/.", no_args_is_help=True)
+app = typer.Typer(
+    name="k8s",
+    help="Make the Kubernetes manifests in k8s/ from the settings, and check manifests.",
+    no_args_is_help=True,
+)
 
 
 @app.callback()
 def k8s() -> None:
-    """The manifests in k8s/."""
+    """Make the Kubernetes manifests in k8s/ from the settings, and check manifests."""
 
 
 @app.command()
@@ -84,7 +88,7 @@ def check(
     """Check manifests as they would be applied: a platform's own overlay, or what a chart renders.
 
     A line for each rule that is broken: whose, which field, what is there, what must be, and why. Exits 0 if there is
-    none, 1 if there is, 2 if SOURCE can't be read or built, or has nothing that could be checked.
+    none, 1 if there is, 2 if what is given can't be read or built, or has nothing that could be checked.
 
         hycluster k8s check platform
 

@@ -17,8 +17,10 @@ def tiny_model(
     path: Annotated[Path, typer.Argument(metavar="[PATH]", help="Folder to write the checkpoint to.")] = Path(
         "hunyuan-tiny"
     ),
-    architecture: Annotated[str, typer.Option(metavar="|".join(ARCHITECTURES))] = DEFAULT.architecture,
-    layers: Annotated[int, typer.Option()] = DEFAULT.layers,
+    architecture: Annotated[
+        str, typer.Option(metavar="|".join(ARCHITECTURES), help="Whose parts it has.")
+    ] = DEFAULT.architecture,
+    layers: Annotated[int, typer.Option(help="Number of layers.")] = DEFAULT.layers,
     hidden: Annotated[int, typer.Option(help="Hidden size.")] = DEFAULT.hidden,
     intermediate: Annotated[int, typer.Option(help="FFN width of one expert.")] = DEFAULT.intermediate,
     heads: Annotated[int, typer.Option(help="Query heads.")] = DEFAULT.heads,
@@ -44,7 +46,9 @@ def tiny_model(
     layout: Annotated[
         str, typer.Option(metavar="|".join(LAYOUTS), help="Layout in which projections are stored.")
     ] = LAYOUTS[0],
-    file_format: Annotated[str, typer.Option("--format", metavar="|".join(FORMATS))] = FORMATS[0],
+    file_format: Annotated[
+        str, typer.Option("--format", metavar="|".join(FORMATS), help="File format of the weights.")
+    ] = FORMATS[0],
     dtype: Annotated[str, typer.Option(metavar="|".join(DTYPES), help="Data type of the stored weights.")] = DTYPES[0],
     shard_mib: Annotated[float | None, typer.Option(help="Largest weight file in MiB; default: one file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,

@@ -12,6 +12,42 @@ TOKENIZER = ("hycluster.models.tokenizer", "HunyuanTokenizer")
 ARCHITECTURES = ("HunYuanForCausalLM", "HunYuanMoEV1ForCausalLM")
 
 
+def _patch_communicator() -> None:
+    from hycluster.engine.patches.cpu_gatherv import patch_collectives
+    from hycluster.engine.patches.cpu_memory import patch_segments
+
+    patch_segments()
+    patch_collectives()
+
+
+def _patch_experts() -> None:
+    from hycluster.engine.patches.cpu_experts import patch_experts
+
+    patch_experts()
+
+
+def _patch_lora() -> None:
+    from hycluster.engine.patches.cpu_lora import patch_lora
+
+    patch_lora()
+
+
+def _patch_lora_experts() -> None:
+    from hycluster.engine.patches.cpu_lora_experts import patch_lora_experts
+
+    patch_lora_experts()
+
+
+# By what of vLLM's they change, or what comes before it: only processes that run the model import that, and it takes
+# them seconds, which ingress processes and batch workers should not pay for.
+CPU_PATCHES = {
+    "vllm.distributed.device_communicators.cpu_communicator": _patch_communicator,
+    "vllm.model_executor.layers.fused_moe.experts.cpu_moe": _patch_experts,
+    "vllm.lora.punica_wrapper.punica_selector": _patch_lora,
+    "vllm.lora.model_manager": _patch_lora_experts,
+}
+
+
 def register() -> None:
     """Make Hunyuan's configuration and model known to vLLM, and patch what it lacks.
 
@@ -28,6 +64,7 @@ def register() -> None:
     from hycluster import logs
     from hycluster.engine.patches.progress_bar import patch_progress_bars
     from hycluster.engine.patches.queue_memory import patch_queues
+    from hycluster.imports import when_imported
     from hycluster.models.configuration import HunyuanConfig
     from hycluster.models.verify import TOKENIZER_MODE, HunyuanVerification
 
@@ -43,12 +80,5 @@ def register() -> None:
     patch_queues()
     patch_progress_bars()
     if current_platform.is_cpu():
-        # Their imports take a second or two, which nobody else should pay for.
-        from hycluster.engine.patches.cpu_experts import patch_experts
-        from hycluster.engine.patches.cpu_gatherv import patch_collectives
-        from hycluster.engine.patches.cpu_lora import patch_lora
-        from hycluster.engine.patches.cpu_lora_experts import patch_lora_experts
-        from hycluster.engine.patches.cpu_memory import patch_segments
-
-        for patch in (patch_segments, patch_collectives, patch_experts, patch_lora, patch_lora_experts):
-            patch()
+        for module, patch in CPU_PATCHES.items():
+            when_imported(module, patch)

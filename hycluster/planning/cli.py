@@ -47,11 +47,12 @@ def plan(
             "--gpu-memory-utilization",
             min=0.1,
             max=1,
-            help="Fraction of a GPU's memory for vLLM (gpu_memory_utilization).",
+            help="Fraction of a GPU's memory for vLLM (gpu_memory_utilization); default: 0.9.",
         ),
     ] = None,
     reserve_gib: Annotated[
-        float | None, typer.Option(min=0, help="Of that, GiB for activations, CUDA graphs and communication.")
+        float | None,
+        typer.Option(min=0, help="GiB of that for activations, CUDA graphs and communication; default: 4."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
     write: Annotated[
@@ -61,7 +62,7 @@ def plan(
     source: Annotated[str | None, typer.Option(help="With --write: where its weights will be.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="With --write: replace the file.")] = False,
 ) -> None:
-    """What it takes to serve a model: weights, KV cache, layouts, GPUs, bounds on speed.
+    """Work out what it takes to serve a model: weights, KV cache, layouts, GPUs, bounds on speed.
 
     Arithmetic on the configuration; nothing is loaded, no GPU is needed. docs/planning.md tells what is counted.
     """

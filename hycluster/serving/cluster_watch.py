@@ -173,8 +173,8 @@ class ClusterWatch:
         else:
             limit_s = max(1.0, gcs_patience_s() - MARGIN_S)
             self._say(
-                f"lost: {which}; without it nothing is replaced, and on one machine nothing brings it back; callers'"
-                f" work may end for {limit_s:.0f} s at most, then this command ends"
+                f"lost: {which}; without it nothing is replaced, and on one machine nothing brings it back; requests"
+                f" in flight have {limit_s:.0f} s at most to finish, then this command ends"
             )
             self.remember()
             self._try_to_drain(limit_s)

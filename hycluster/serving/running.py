@@ -117,13 +117,13 @@ def choose(address: str | None = None) -> Chosen:
             return Chosen(named, said_by, next((one for one in started if one.address == named), None))
     if not started:
         raise SettingsError(
-            "--address: no cluster was named, and none that runs was started from this HYCLUSTER_HOME"
+            "--address: no cluster was named, and no running one was started from this HYCLUSTER_HOME"
             f" ({home()}); give --address HOST:PORT or RAY_ADDRESS, or start one with 'hycluster serve'"
         )
     if len(started) > 1:
         listed = "\n".join(f"  {one.address} {one}" for one in started)
         raise SettingsError(
-            f"--address: {len(started)} clusters that run were started from this HYCLUSTER_HOME ({home()}); give"
+            f"--address: {len(started)} running clusters were started from this HYCLUSTER_HOME ({home()}); give"
             f" --address with one of them:\n{listed}"
         )
     return Chosen(started[0].address, "this HYCLUSTER_HOME", started[0])

@@ -15,7 +15,7 @@ BUCKET = re.compile(r"s3://([^/@\s]+@)?[A-Za-z0-9]")
 
 
 class Ingress(Strict):
-    """The processes that callers come in by: each is an HTTP and a gRPC ingress, with a gateway for each model.
+    """The processes that callers connect to: each is an HTTP and a gRPC ingress, with a gateway for each model.
 
     Attributes:
         replicas: number of ingress processes.
@@ -35,6 +35,7 @@ class Http(Strict):
     """The HTTP ingress.
 
     Attributes:
+        host: address to listen on; 0.0.0.0 for all of the machine's.
         port: port to listen on; 0 takes a free one.
         control_routes: also serve the routes that change an engine's state (sleep, LoRA loading, ...).
         allowed_origins: origins that CORS allows.
@@ -60,6 +61,8 @@ class Grpc(Strict):
     """The gRPC ingress.
 
     Attributes:
+        host: address to listen on; 0.0.0.0 for all of the machine's.
+        port: port to listen on; 0 takes a free one.
         max_message_mib: largest message. 32 MiB hold a 256k-token prompt, as text or as ids, with room to spare.
         max_calls: calls of one ingress process at a time, all methods together.
         max_calls_per_connection: calls of one connection at a time; further ones wait (HTTP/2's concurrent streams).

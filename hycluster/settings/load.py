@@ -29,6 +29,7 @@ class Router(Strict):
     """Which replica a request goes to; see ``hycluster/gateway/router.py`` for the policies.
 
     Attributes:
+        policy: the replica with the fewest tokens outstanding, or of two random ones the one with fewer requests.
         session_slack_tokens: requests of one session go to one replica, which has the earlier turns in its KV cache,
             unless it has more than this many tokens more outstanding than the least loaded one. None: sessions are
             ignored.

@@ -11,6 +11,7 @@ class Eplb(Strict):
     """Expert parallel load balancing (EPLB): vLLM moves and copies experts to balance the load of the ranks.
 
     Attributes:
+        enabled: balance experts; needs ``expert: true`` and GPUs.
         redundant_experts: copies of busy experts, in all ranks together.
         window_size: engine steps over which the load of experts is measured.
         step_interval: engine steps between two rearrangements.

@@ -1,14 +1,17 @@
-"""``docs/settings.md``: every key of the settings, made from the models and their docstrings."""
+"""``docs/settings.md`` and ``docs/jobs.md``: every key of the settings and of a job, made from the models and their
+docstrings."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from decimal import Decimal
 from typing import Any
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from hycluster.settings.schema import all_kinds, descriptions, settings_schema, summary
+from hycluster.settings.schema import all_kinds, descriptions, keys, settings_schema, summary
 from hycluster.settings.settings import Settings
 
 HEAD = """# All settings
@@ -20,15 +23,24 @@ check its keys.
 Unknown keys are refused. `--set a.b.c=VALUE` changes one key of a file; numbers index into lists (`models.0.name`).
 """
 
+JOB_HEAD = """# All keys of a job
 
-def reference_page() -> str:
+Made by `hycluster settings reference --job` from the code; a test compares. `hycluster settings schema --job` prints
+the same as a JSON schema.
+
+Unknown keys are refused. `--set a.b=VALUE` changes one key of a file; `--input`, `--output` and `--engine` stand for
+`input.path`, `output.path` and `engine`.
+"""
+
+
+def reference_page(kind: type[BaseModel] = Settings, head: str = HEAD) -> str:
     """The page, in Markdown."""
-    definitions = settings_schema()["$defs"]
-    sections = [_section(kind, definitions.get(kind.__name__, settings_schema())) for kind in all_kinds(Settings)]
-    return "\n".join([HEAD, *sections])
+    schema = settings_schema(kind)
+    sections = [_section(each, schema if each is kind else schema["$defs"][each.__name__]) for each in all_kinds(kind)]
+    return "\n".join([head, *sections])
 
 
-def _section(kind: type[BaseModel], described: dict[str, Any]) -> str:
+def _section(kind: type, described: dict[str, Any]) -> str:
     lines = [
         f"## {kind.__name__}",
         "",
@@ -38,9 +50,9 @@ def _section(kind: type[BaseModel], described: dict[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     said = descriptions(kind)
-    for key, field in kind.model_fields.items():
+    for key, (_, default) in keys(kind).items():
         kind_of = _type(described["properties"][key])
-        lines.append(f"| `{key}` | {kind_of} | {_default(field)} | {_as_markdown(said.get(key, ''))} |")
+        lines.append(f"| `{key}` | {kind_of} | {_default(default)} | {_as_markdown(said.get(key, ''))} |")
     return "\n".join([*lines, ""])
 
 
@@ -62,21 +74,22 @@ def _type(described: dict[str, Any]) -> str:
 
 def _bounds(described: dict[str, Any]) -> str:
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    found = [f"{sign} {described[name]:g}" for name, sign in signs.items() if name in described]
+    found = [f"{sign} {described[name]}" for name, sign in signs.items() if name in described]
     return f" {', '.join(found)}" if found else ""
 
 
-def _default(field: Any) -> str:
-    default = field.get_default(call_default_factory=True)
+def _default(default: Any) -> str:
     if default is PydanticUndefined:
         return "**required**"
-    if isinstance(default, BaseModel):
-        return "its own"
+    if isinstance(default, BaseModel) or dataclasses.is_dataclass(default):
+        return "its defaults"
     if default is None:
-        return "none"
+        return "`null`"
     if default in ((), {}):
         return "empty"
-    return f"`{str(default).lower() if isinstance(default, bool) else default}`"
+    if isinstance(default, bool):
+        return f"`{str(default).lower()}`"
+    return f"`{Decimal(str(default)):f}`" if isinstance(default, float) else f"`{default}`"
 
 
 def _as_markdown(text: str) -> str:

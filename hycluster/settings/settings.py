@@ -18,8 +18,8 @@ class Settings(Strict):
     """A way of running the cluster: one of ``deployments/*.yaml``.
 
     Attributes:
-        ingress: the processes that callers come in by.
-        batches: the Batch API; null switches it off.
+        models: what is served; each model has a pool of replicas of its own.
+        batches: OpenAI's Batch API at the HTTP ingress; null switches it off.
         start_timeout_s: how long the engines of a pool may take to start.
         drain_timeout_s: how long requests in flight may go on where they are after a shutdown or replacement began.
         hand_over_after_s: how long a draining replica keeps its requests before they are migrated to other replicas, if

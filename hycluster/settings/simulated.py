@@ -12,6 +12,18 @@ class Simulated(Strict):
 
     One step takes ``step_base_s + prefill_token_s * prefill tokens + decode_token_s * decode tokens``.
     Output tokens are a fixed function of the prompt; they mean nothing.
+
+    Attributes:
+        step_base_s: time of a step apart from its tokens.
+        prefill_token_s: time that a prompt token adds.
+        decode_token_s: time that an output token adds.
+        max_num_seqs: most sequences in a step.
+        max_num_batched_tokens: most tokens in a step.
+        kv_blocks: blocks of the KV cache; where they run out, requests are preempted.
+        block_size_tokens: tokens of a block.
+        max_model_len: longest sequence, prompt and output together.
+        vocab_size: output tokens are below it.
+        realtime: each step takes as long as it would; false computes all at once.
     """
 
     step_base_s: float = Field(default=0.002, ge=0)

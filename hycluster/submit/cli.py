@@ -47,7 +47,9 @@ def submit(
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: sampling.max_tokens=8.")
     ] = None,
-    config: Annotated[Path, typer.Option(help="Deployment, for dedicated engines; sent along.")] = DEFAULT_SETTINGS,
+    config: Annotated[
+        Path, typer.Option(help="Settings file for dedicated engines; sent along with the job.")
+    ] = DEFAULT_SETTINGS,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete the output if it is another job's or another input's; asks.")
     ] = False,

@@ -34,7 +34,7 @@ def summarize(
     overlap_tokens: Annotated[int, typer.Option(min=0, help="Tokens of the part before that a part repeats.")] = 0,
     together: Annotated[bool, typer.Option("--together", help="One summary of all files.")] = False,
     output: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Also write JSON lines, one a file, to PATH.")
+        Path | None, typer.Option(metavar="PATH", help="Also write JSON lines, one for each file, to PATH.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of text.")] = False,
     keep_tree: Annotated[

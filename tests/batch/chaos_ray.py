@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -54,13 +54,22 @@ def note(log: Path, line: str) -> None:
     os.close(descriptor)
 
 
-def drive_on_ray(job: Job, address: str, faults: Path, log: Path, fault: tuple[str, str, int] | None) -> None:
+def drive_on_ray(
+    job: Job,
+    address: str,
+    faults: Path,
+    log: Path,
+    fault: tuple[str, str, int] | None,
+    environment: Mapping[str, str],
+) -> None:
     """Run a job as a driver of a running Ray cluster; runs in a process of its own.
 
     Args:
         faults: folder with a file ``KIND WHEN NTH`` for each worker that is to die; the next worker takes the next.
         fault: the driver's own, None lets it live.
+        environment: of the process that has joined the cluster.
     """
+    os.environ.update(environment)
     for module in (stand_in, chaos_driver, __import__(__name__, fromlist=["_"])):
         # Ray's worker processes do not have the tests on their path.
         cloudpickle.register_pickle_by_value(module)

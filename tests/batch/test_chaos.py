@@ -33,7 +33,8 @@ pytestmark = pytest.mark.slow
 def processes() -> Any:
     """Starts drivers fast: forked from a process that has imported everything and has no threads yet."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.batch.chaos_driver"])
+    # One server for all tests of this process: with what those on a real Ray need too.
+    context.set_forkserver_preload(["tests.batch.chaos_driver", "tests.batch.chaos_ray", "ray.data"])
     return context
 
 

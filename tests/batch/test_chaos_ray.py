@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,11 @@ class Cluster:
             (self._faults / f"{turn:02d}").write_text("{} {} {}".format(*fault))
 
     def run(self, job: Any, fault: tuple[str, str, int] | None = None) -> None:
-        driver = self._processes.Process(target=drive_on_ray, args=(job, self._address, self._faults, self._log, fault))
+        # The server that it is forked from may be older than this Ray, whose token it would then lack.
+        environment = dict(os.environ)
+        driver = self._processes.Process(
+            target=drive_on_ray, args=(job, self._address, self._faults, self._log, fault, environment)
+        )
         driver.start()
         driver.join(300)
         assert driver.exitcode == (0 if fault is None else -signal.SIGKILL)
@@ -65,9 +69,8 @@ class Cluster:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Cluster:
-    # New ones, not forked from a server: that may be older than this Ray, whose token its children then lack.
-    return Cluster(multiprocessing.get_context("spawn"), tmp_path)
+def cluster(processes: Any, tmp_path: Path) -> Cluster:
+    return Cluster(processes, tmp_path)
 
 
 @pytest.fixture(params=["local", "s3"])

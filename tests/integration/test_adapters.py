@@ -22,6 +22,7 @@ from hycluster.errors import UnknownModel
 from tests.integration.conftest import gather_bounded
 from tests.integration.featured import HIDDEN, LAYERS, MAX_CPU_LORAS, TINY, Featured
 from tests.lora_adapters import attention_of, write_adapter
+from tests.vllm_forks import VllmForks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -34,7 +35,9 @@ Reference = dict[str, dict[str, list[Any]]]
 
 
 @pytest.fixture(scope="module")
-def expected(featured: Featured, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+def expected(
+    featured: Featured, vllm_forks: VllmForks, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Reference:
     out = tmp_path_factory.mktemp("reference") / "ids.json"
     asked = {
         "model": str(tiny_model),
@@ -43,14 +46,12 @@ def expected(featured: Featured, tiny_model: Path, tmp_path_factory: pytest.Temp
         "prompts": PROMPTS,
         "max_tokens": MAX_TOKENS,
     }
-    subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("reference_adapters.py")), str(out)],
-        input=json.dumps(asked),
-        text=True,
-        check=True,
-        capture_output=True,
-        timeout=240,
-        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"},
+    vllm_forks.run(
+        Path(__file__).with_name("reference_adapters.py"),
+        str(out),
+        asked=json.dumps(asked),
+        environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"},
+        timeout_s=240,
     )
     reference: Reference = json.loads(out.read_text())
     # Otherwise the tests below could not tell an adapter from its absence.

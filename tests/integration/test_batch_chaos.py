@@ -151,17 +151,21 @@ def undisturbed(runs: Runs) -> Rows:
     return rows
 
 
-def test_a_killed_driver_and_then_a_killed_worker(runs: Runs, served: Served, undisturbed: Rows) -> None:
-    with runs.begun("driver") as run:
-        runs.reach("driver", 5)
+def test_whatever_is_killed_its_output_is_that_of_a_quiet_run(runs: Runs, served: Served, undisturbed: Rows) -> None:
+    """The engine, the driver, the worker, then all three at once."""
+    with runs.begun("disturbed") as run:
+        runs.reach("disturbed", 4)
+        kill_engine(served)
+        runs.reach("disturbed", len(runs.committed("disturbed")) + 3)
         run.kill()
     assert run.returncode == -signal.SIGKILL
     # Ray ends what the driver has started; whatever that commits on its last way counts.
     eventually(lambda: not processes(served, lambda title: "Generate" in title), 60, "the driver's worker is gone")
-    kept = runs.committed("driver")
-    with runs.begun("driver") as run:
-        runs.reach("driver", len(kept) + 3)
+    kept = runs.committed("disturbed")
+    with runs.begun("disturbed") as run:
+        runs.reach("disturbed", len(kept) + 3)
         kill_worker(served)
+<<<<<<< HEAD
         printed = runs.finish(run)
     earlier = sum(json.loads(record)["rows"] for record in kept.values())
     assert f"done earlier {earlier}" in " ".join(printed.replace("│", " ").split())
@@ -212,14 +216,21 @@ def test_a_killed_engine_and_then_everything_at_once(runs: Runs, served: Served,
         runs.reach("engine", 4)
         kill_engine(served)
         runs.reach("engine", len(runs.committed("engine")) + 4)
+=======
+        runs.reach("disturbed", len(runs.committed("disturbed")) + 3)
+>>>>>>> main
         kill_engine(served)
         kill_worker(served)
         run.kill()
-    kept = runs.committed("engine")
-    assert len(kept) < SHARDS
-    with runs.begun("engine") as run:
-        runs.finish(run)
-    assert kept.items() <= runs.committed("engine").items()
-    assert runs.rows("engine") == undisturbed
+    eventually(lambda: not processes(served, lambda title: "Generate" in title), 60, "the driver's worker is gone")
+    kept_too = runs.committed("disturbed")
+    assert kept.items() <= kept_too.items()
+    assert len(kept_too) < SHARDS
+    with runs.begun("disturbed") as run:
+        printed = runs.finish(run)
+    earlier = sum(json.loads(record)["rows"] for record in kept_too.values())
+    assert f"done earlier {earlier}" in " ".join(printed.replace("│", " ").split())
+    assert kept_too.items() <= runs.committed("disturbed").items()
+    assert runs.rows("disturbed") == undisturbed
     # For the tests after this one.
     eventually(lambda: any(replica.accepting for replica in replicas(TINY)), 120, "the engine is back")

@@ -1,7 +1,8 @@
 """The processes that hold the service together die under load, one after the other, on a cluster of its own: nobody
 notices. Real engine (a tiny model), simulated ones, two ingress processes, callers by HTTP and gRPC.
 
-Every answer is compared with an undisturbed one. Whatever is not killed must be the same process in the end.
+Every answer is compared with an undisturbed one. Whatever is not killed must be the same process in the end. Last,
+what the service can't do without: Ray's loss is noticed, said and ended.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import re
 import signal
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -34,6 +36,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 TOKENS = 40
 FLOOD = 24
+# Of a stream that is in work while GCS dies: four seconds and more.
+LONG = 200
 # What serves; its processes outlive those of others.
 BATCHES = "ServeReplica:hycluster:batches"
 SERVING = ("ServeReplica:hycluster:ingress", f"replica-{SIMULATED}", f"replica-{TINY}", BATCHES)
@@ -268,5 +272,41 @@ def test_what_holds_no_stream_dies_and_nobody_notices(service: Served) -> None:
         after = serving(service)
         del before[BATCHES], after[BATCHES]
         assert after == before
+
+    asyncio.run(run())
+
+
+def test_without_its_gcs_it_ends_well(service: Served) -> None:
+    """The last test: the service has ended then."""
+
+    async def run() -> None:
+        family = psutil.Process(service.process.pid).children(recursive=True)
+        (gcs,) = [process for process in family if process.name() == "gcs_server"]
+        begun = service.log.stat().st_size
+        load = Load(service)
+        async with httpx.AsyncClient(base_url=service.http, timeout=60) as http, AsyncClient(service.grpc) as grpc:
+            callers: list[tuple[str, Any]] = [("HTTP", http), ("gRPC", grpc)]
+            for way, caller in callers:
+                await load.ask(way, caller, SIMULATED, LONG)
+            asking = [asyncio.create_task(load.ask(*caller, SIMULATED, LONG)) for caller in callers for _ in range(6)]
+            await asyncio.sleep(1)
+            assert not any(task.done() for task in asking)
+            gcs.kill()
+
+            def lines(*parts: str) -> list[str]:
+                new = service.log.read_bytes()[begun:].decode()
+                return [line for line in new.splitlines() if all(part in line for part in parts)]
+
+            await until(lambda: bool(lines("lost: Ray's gcs_server")), 15)
+            await asyncio.gather(*asking)
+        assert load.wrong == []
+        answered = time.monotonic()
+        assert await asyncio.to_thread(service.process.wait, 60) == 4
+        # No longer than what was in work took.
+        assert time.monotonic() - answered < 30
+        assert [process for process in family if process.is_running()] == []
+        assert len(lines("exit code 4")) == 1
+        # Nothing that only Ray's developers read.
+        assert not lines(".cc:")
 
     asyncio.run(run())

@@ -242,10 +242,13 @@ async def test_bulk_waits_on_all_ranks_for_online_work_on_one(deployed: Deployed
 async def test_cancelling_frees_the_rank_that_ran_it(deployed: Deployed) -> None:
     async with deployed.gateway(DATA) as gateway:
         call = asyncio.ensure_future(tokens(gateway, PROMPTS[4], 400))
-        await asyncio.sleep(1.5)
-        busy = [report for report in deployed.reports(DATA) if report.load.running]
-        assert len(busy) == 1
-        assert busy[0].load.kv_usage > 0
+
+        def busy() -> list[ReplicaReport]:
+            return [report for report in deployed.reports(DATA) if report.load.running and report.load.kv_usage]
+
+        found = await asyncio.to_thread(eventually, busy, 30, "a rank says that it runs a request")
+        assert len(found) == 1
+        assert not call.done()
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call

@@ -13,7 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
+from hycluster.cli import app
 from hycluster.client import Client
 from hycluster.core import Sampling
 from tests.integration.conftest import MODEL, Served
@@ -32,10 +34,10 @@ def command(*arguments: str, timeout_s: float = 150, **env: str) -> subprocess.C
     )
 
 
-def only_error(done: subprocess.CompletedProcess[str]) -> str:
+def only_error(said: str) -> str:
     """The one line that starts with ``error:``; there is nothing beside it but what the command says it does."""
-    assert "Traceback" not in done.stderr, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in said, said
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
     return line
 
 
@@ -46,7 +48,7 @@ def test_port_in_use() -> None:
         port = taken.getsockname()[1]
         done = command("serve", "--http-port", str(port), "--grpc-port", "0", timeout_s=30)
     assert done.returncode == 2
-    assert only_error(done) == f"error: http.port: {port} on 127.0.0.1 can't be opened: Address already in use"
+    assert only_error(done.stderr) == f"error: http.port: {port} on 127.0.0.1 can't be opened: Address already in use"
 
 
 @pytest.mark.parametrize("arguments", [["serve"], ["batch", "run", "jobs/summarize.yaml"]])
@@ -58,7 +60,8 @@ def test_no_ray_at_the_address(arguments: list[str], tmp_path: Path) -> None:
         arguments = [*arguments, "--http-port", "0", "--grpc-port", "0"]
     done = command(*arguments, timeout_s=60, RAY_ADDRESS="127.0.0.1:1")
     assert done.returncode == 2
-    assert only_error(done) == "error: RAY_ADDRESS: no Ray cluster at '127.0.0.1:1': [Errno 111] Connection refused"
+    refused = "error: RAY_ADDRESS: no Ray cluster at '127.0.0.1:1': [Errno 111] Connection refused"
+    assert only_error(done.stderr) == refused
 
 
 def test_engine_that_can_not_start_ends_serve(tmp_path: Path, tiny_model: Path) -> None:
@@ -69,10 +72,11 @@ def test_engine_that_can_not_start_ends_serve(tmp_path: Path, tiny_model: Path) 
     path.write_text(json.dumps(settings))
     done = command("serve", str(path))
     assert done.returncode == 1
-    assert "start_timeout_s: no model could be served after 60 s: m: " in only_error(done)
+    error = only_error(done.stderr)
+    assert "start_timeout_s: no model could be served after 60 s: m: " in error
     assert "not started: model m: a replica did not start: " in done.stderr
-    assert "the engine did not start" in only_error(done)
-    assert "9000" in only_error(done)
+    assert "the engine did not start" in error
+    assert "9000" in error
     assert "ready" not in done.stdout
 
 
@@ -89,15 +93,17 @@ def test_engine_that_can_not_start_ends_serve(tmp_path: Path, tiny_model: Path) 
 def test_dedicated_engines_that_can_not_start(
     served: Served, tiny_model: Path, tmp_path: Path, change: dict[str, Any], code: int, says: str
 ) -> None:
+    """The command is run in this process, which has joined the cluster; as one of its own it is the test below."""
     model = {"name": "m", "source": str(tiny_model), "hardware": {"cpus": 0.1}} | change
     settings = tmp_path / "settings.yaml"
     settings.write_text(json.dumps({"models": [model], "data_plane": {"host": "127.0.0.1"}}))
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "in.parquet")
-    done = command(
+    arguments = [
         "batch", "run", "jobs/summarize.yaml", "--set", "model=m", "--input", str(tmp_path / "in.parquet"),
         "--output", str(tmp_path / "out"), "--engine", "dedicated", "--config", str(settings),
-    )  # fmt: skip
-    assert (done.returncode, says in only_error(done)) == (code, True), done.stderr
+    ]  # fmt: skip
+    done = CliRunner().invoke(app, arguments)
+    assert (done.exit_code, says in only_error(done.stderr)) == (code, True), done.stderr
     with Client(served.grpc) as client:
         answer = client.generate(model=MODEL, prompt="hello", sampling=Sampling(max_tokens=2))
     assert answer.usage is not None
@@ -111,5 +117,5 @@ def test_model_that_is_not_served(served: Served, tmp_path: Path) -> None:
         "--input", str(tmp_path / "in.parquet"), "--output", str(tmp_path / "out"),
     )  # fmt: skip
     assert done.returncode == 2
-    assert "model: 'nope' is not served here" in only_error(done)
+    assert "model: 'nope' is not served here" in only_error(done.stderr)
     assert not (tmp_path / "out").exists()

@@ -113,7 +113,7 @@ def test_routing_learns_of_padding_and_is_called_by_name() -> None:
     assert sum(function.counts().tokens) == 2 * 5 * 2  # type: ignore[union-attr]
 
 
-class TestCarriedRequests:
+class TestMigratedRequests:
     """``hycluster/engine/migrated.py``."""
 
     def test_a_request_takes_tokens_that_it_did_not_make(self) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +14,12 @@ from hycluster.models.tiny import TinyShape
 from hycluster.planning.families import architecture
 from hycluster.planning.shares import kv_bytes_per_token
 from tests.models.hunyuan_reference import Mutation, Reference
+from tests.vllm_forks import VllmForks, cache_root
 
 # The first test waits for all the engines.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-CHECKOUT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).with_name("engine_outputs.py")
 # Ids of ordinary tokens, in an order without a period; the third and fourth are longer than a chunk of the prefill,
 # the last has a whole block to find in the prefix cache.
 PROMPTS = [[(37 * i * i + 11 * i + 5 * length) % 500 for i in range(length)] for length in (1, 7, 33, 100, 250)]
@@ -76,7 +74,7 @@ MISTAKES: list[tuple[str, Mutation]] = [
 
 
 @pytest.fixture(scope="session")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def told(vllm_forks: VllmForks, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What vLLM says of every case, by name; see engine_outputs.py."""
     folder = tmp_path_factory.mktemp("hunyuan")
     engines = {}
@@ -92,18 +90,13 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Any:
             "kv_cache_memory_bytes": KV_CACHE_BYTES,
             **case.engine,
         }
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("engine_outputs.py")), str(folder / "told.json")],
-        input=json.dumps({"prompts": PROMPTS, "tokens": TOKENS, "engines": engines}),
-        cwd=CHECKOUT,
-        # The model is so small that a second thread only waits for the first.
-        env={**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "0", "VLLM_CACHE_ROOT": str(folder)},
-        capture_output=True,
-        text=True,
-        timeout=580,
-        check=False,
+    vllm_forks.run(
+        SCRIPT,
+        str(folder / "told.json"),
+        asked=json.dumps({"prompts": PROMPTS, "tokens": TOKENS, "engines": engines}),
+        environment={"VLLM_CPU_OMP_THREADS_BIND": "0", "VLLM_CACHE_ROOT": str(cache_root(folder))},
+        timeout_s=580,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((folder / "told.json").read_text())
 
 

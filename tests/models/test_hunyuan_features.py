@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from hycluster.models import tiny
 from hycluster.models.tiny import TinyShape
 from tests.lora_adapters import Shapes, write_adapter
+from tests.vllm_forks import VllmForks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-CHECKOUT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).with_name("feature_outputs.py")
 SHAPE = TinyShape(layers=4)
 LONG = TinyShape(layers=2, hidden=64, intermediate=32, heads=2, kv_heads=1, experts=4, context_tokens=262_144)
 RANK, ALPHA = 8, 16
@@ -55,7 +53,7 @@ def merge(base: Path, adapter: Path, into: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def told(vllm_forks: VllmForks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("features")
     base = tiny.write_checkpoint(folder / "base", SHAPE, dtype="float32")
     adapter = write_adapter(folder / "adapter", adapted_modules(), seed=1, rank=RANK, alpha=ALPHA)
@@ -68,23 +66,12 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "adapter": str(adapter),
         "prompts": repeated,
     }
-    return ask(folder, asked) | ask(folder, {"base": str(base), "draft": str(base), "prompts": repeated})
-
-
-def ask(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    out = folder / "told.json"
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("feature_outputs.py")), str(out)],
-        input=json.dumps(asked),
-        cwd=CHECKOUT,
-        env={**os.environ, "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    told: dict[str, Any] = json.loads(out.read_text())
+    told: dict[str, Any] = {}
+    for question in (asked, {"base": str(base), "draft": str(base), "prompts": repeated}):
+        out = folder / "told.json"
+        environment = {"VLLM_NO_USAGE_STATS": "1"}
+        vllm_forks.run(SCRIPT, str(out), asked=json.dumps(question), environment=environment, timeout_s=400)
+        told |= json.loads(out.read_text())
     return told
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.models.test_hunyuan import TOLERANCE
-from tests.models.test_hunyuan_golden_reference import CHECKOUT, GOLDEN, NAMES, recorded, without_golden
+from tests.models.test_hunyuan import SCRIPT, TOLERANCE
+from tests.models.test_hunyuan_golden_reference import GOLDEN, NAMES, recorded, without_golden
+from tests.vllm_forks import VllmForks, cache_root
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,8 +30,9 @@ CASES = [(name, way) for way in WAYS for name in NAMES if way != "compiled" or n
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def told(vllm_forks: VllmForks, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("golden")
+    cache = cache_root(folder)
     answers: dict[str, Any] = {}
     for name in NAMES:
         prompts, _ = recorded(name)
@@ -54,22 +52,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Any:
                 if (name, way) in CASES and arguments.get("tensor_parallel_size", 1) == ranks
             }
             asked = {"prompts": prompts["prompts"], "tokens": len(prompts["greedy_cache"][0]), "engines": engines}
-            done = subprocess.run(
-                [sys.executable, str(Path(__file__).with_name("engine_outputs.py")), str(folder / "told.json")],
-                input=json.dumps(asked),
-                cwd=CHECKOUT,
-                env={
-                    **os.environ,
-                    "OMP_NUM_THREADS": "1",
-                    "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks))),
-                    "VLLM_CACHE_ROOT": str(folder),
-                },
-                capture_output=True,
-                text=True,
-                timeout=280,
-                check=False,
-            )
-            assert done.returncode == 0, done.stderr[-4000:]
+            bound = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks))), "VLLM_CACHE_ROOT": str(cache)}
+            vllm_forks.run(SCRIPT, str(folder / "told.json"), asked=json.dumps(asked), environment=bound, timeout_s=280)
             answers |= json.loads((folder / "told.json").read_text())
     return answers
 

@@ -1,4 +1,4 @@
-"""A process of its own: what vLLM holds of a model on CPU, printed as a line of JSON.
+"""A process of its own (tests/vllm_forks.py): what vLLM holds of a model on CPU, printed as a line of JSON.
 
     python -m tests.planning.allocated ENGINES FOLDER...
 
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm import LLM
+from vllm import LLM, ModelRegistry
 from vllm.config import set_current_vllm_config
 from vllm.distributed import (
     cleanup_dist_env_and_memory,
@@ -111,12 +111,21 @@ def engine(folder: str) -> dict[str, int]:
     return {"blocks": cache.num_gpu_blocks, "block_tokens": cache.block_size}
 
 
+def import_models(folders: list[str]) -> None:
+    """vLLM looks at a model that it has not imported in a process of its own, ten seconds for each."""
+    for folder in folders:
+        for name in json.loads((Path(folder) / "config.json").read_text())["architectures"]:
+            lazy: Any = ModelRegistry.models[name]
+            ModelRegistry.register_model(name, lazy.load_model_cls())
+
+
 if __name__ == "__main__":
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from hycluster.models.plugin import register
 
     register()
     engines, paths = int(sys.argv[1]), sys.argv[2:]
+    import_models(paths)
     told: list[dict[str, Any]] = [{"ranks": share} for share in ranks(paths)]
     for path, of in zip(paths[:engines], told, strict=False):
         of["engine"] = engine(path)

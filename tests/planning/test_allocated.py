@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +13,9 @@ from hycluster.planning.families import architecture
 from hycluster.planning.precision import Precision
 from hycluster.planning.shares import device_share
 from hycluster.settings.parallel import Parallel
+from tests.vllm_forks import VllmForks
 
 KV_CACHE_BYTES = 1 << 24
-ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 FULL = Precision("float32", "float32", "float32")
 
@@ -72,7 +68,7 @@ ENGINES = ("latent",)
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def told(vllm_forks: VllmForks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What vLLM says of every configuration, by name; see allocated.py."""
     home = tmp_path_factory.mktemp("allocated")
     folders = []
@@ -81,17 +77,14 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(config))
         folders.append(str(folder))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.planning.allocated", str(len(ENGINES)), *folders],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=580,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "0", "VLLM_CACHE_ROOT": str(home)},
+    printed = vllm_forks.run(
+        "tests.planning.allocated",
+        str(len(ENGINES)),
+        *folders,
+        environment={"VLLM_CPU_OMP_THREADS_BIND": "0"},
+        timeout_s=580,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return dict(zip(CONFIGS, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    return dict(zip(CONFIGS, json.loads(printed.splitlines()[-1]), strict=True))
 
 
 @pytest.mark.parametrize("name", ENGINES)

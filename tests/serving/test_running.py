@@ -63,7 +63,7 @@ def test_of_several_one_must_be_named(folder: Path, other: int) -> None:
     remember(MINE)
     known(other, "127.0.0.1:99", folder)
     with pytest.raises(
-        SettingsError, match=r"^--address: 2 clusters .*\n  127.0.0.1:99 started .* for m\n  127.0.0.1:1"
+        SettingsError, match=r"^--address: 2 running clusters .*\n  127.0.0.1:99 started .* for m\n  127.0.0.1:1"
     ):
         choose()
     assert choose(MINE).started == next(one for one in started_here() if one.pid == os.getpid())
@@ -73,7 +73,7 @@ def test_of_several_one_must_be_named(folder: Path, other: int) -> None:
 @pytest.mark.parametrize("begun", ["", "another boot 17"])
 def test_a_later_process_of_the_same_number_is_not_taken_for_it(folder: Path, other: int, begun: str) -> None:
     file = known(other, MINE, folder, begun=begun)
-    with pytest.raises(SettingsError, match="none that runs was started"):
+    with pytest.raises(SettingsError, match="no running one was started"):
         choose()
     assert not file.exists()
 

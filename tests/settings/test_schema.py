@@ -7,8 +7,8 @@ import jsonschema
 import pytest
 import yaml
 
-from hycluster.settings.schema import all_kinds, descriptions, settings_schema
-from hycluster.settings.settings import Settings
+from hycluster.batch.job import Job
+from hycluster.settings.schema import settings_schema
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,6 +33,12 @@ def test_it_is_a_schema() -> None:
     json.dumps(settings_schema())
 
 
-def test_no_docstring_describes_a_key_that_is_not_there() -> None:
-    for kind in all_kinds(Settings):
-        assert set(descriptions(kind)) <= set(kind.model_fields), kind.__name__
+@pytest.mark.parametrize("file", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_what_is_in_jobs_holds(file: Path) -> None:
+    job = yaml.safe_load(file.read_text())
+    # The command line has them.
+    job["input"] = job.get("input", {}) | {"path": "corpus"}
+    job["output"] = {"path": "out"}
+    jsonschema.validate(job, settings_schema(Job))
+    with pytest.raises(jsonschema.ValidationError, match="tempreature"):
+        jsonschema.validate(job | {"sampling": {"tempreature": 0}}, settings_schema(Job))

@@ -255,8 +255,8 @@ class Chart(Values):
     settings: Settings = Field(
         description="What is served and how: the content of a file as in deployments/. The chart sets hosts and ports"
         " of the ingress processes and what an ingress process reserves, and computes from it: the number of"
-        " ingress and engines pods, the time"
-        " that pods get to end, budgets. hycluster k8s values FILE writes it, and the sizes of its pods.",
+        " ingress and engine pods, the time"
+        " that pods get to end, disruption budgets. hycluster k8s values FILE writes it, and the sizes of its pods.",
     )
     termination_grace_period_seconds: int | None = Field(
         default=None,

@@ -68,7 +68,7 @@ def _opens_to_named(resource: Resource, every: All) -> Iterator[Broken]:
                 f"{path}.from",
                 "everybody",
                 "name pods or namespaces",
-                "Ray's ports and the ingress processes ask nobody",
+                "neither Ray's ports nor the ingress ask for credentials",
             )
         for place, peer in enumerate(rule.get("from") or ()):
             yield from _is_narrow(f"{path}.from[{place}]", peer, rule, targets)
