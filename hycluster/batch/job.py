@@ -87,16 +87,10 @@ class Job(Strict):
         summary: ``summarize`` only: texts that are longer than the context.
         sampling: how tokens are chosen; one output for each row (``n`` is 1), no ``logprobs``.
         engine: ``shared`` joins the running cluster at low priority; ``dedicated`` starts engines of its own.
-<<<<<<< HEAD
-        max_quarantined_fraction: share of all rows, 0 to 1. Above it the job ends with exit code 3.
-        shard_rows: most rows a shard; a shard is what is committed, and lost by a crash, as one.
-        rows_in_flight: most rows of the job that the engines hold at any moment. By default as many as they can use of
-            what online requests leave, or 256 where they don't say.
-=======
         max_quarantined_fraction: fraction of all rows that may be quarantined; above it the job ends with exit code 3.
         shard_rows: most rows of a shard; a shard is committed as one, and generated again as one after a crash.
-        rows_in_flight: most rows of the job that the engines hold at any moment.
->>>>>>> main
+        rows_in_flight: most rows of the job that the engines hold at any moment; by default as many as
+            they can use of what online requests leave, or 256 where they do not say.
         generate_processes: processes that feed the engines; each has a gateway of its own.
         retry_s: seconds for which rows are tried again while no engine answers any of them; then the job fails.
     """

@@ -165,12 +165,22 @@ def test_whatever_is_killed_its_output_is_that_of_a_quiet_run(runs: Runs, served
     with runs.begun("disturbed") as run:
         runs.reach("disturbed", len(kept) + 3)
         kill_worker(served)
-<<<<<<< HEAD
+        runs.reach("disturbed", len(runs.committed("disturbed")) + 3)
+        kill_engine(served)
+        kill_worker(served)
+        run.kill()
+    eventually(lambda: not processes(served, lambda title: "Generate" in title), 60, "the driver's worker is gone")
+    kept_too = runs.committed("disturbed")
+    assert kept.items() <= kept_too.items()
+    assert len(kept_too) < SHARDS
+    with runs.begun("disturbed") as run:
         printed = runs.finish(run)
-    earlier = sum(json.loads(record)["rows"] for record in kept.values())
+    earlier = sum(json.loads(record)["rows"] for record in kept_too.values())
     assert f"done earlier {earlier}" in " ".join(printed.replace("│", " ").split())
-    assert kept.items() <= runs.committed("driver").items()
-    assert runs.rows("driver") == undisturbed
+    assert kept_too.items() <= runs.committed("disturbed").items()
+    assert runs.rows("disturbed") == undisturbed
+    # For the tests after this one.
+    eventually(lambda: any(replica.accepting for replica in replicas(TINY)), 120, "the engine is back")
 
 
 @contextmanager
@@ -209,28 +219,3 @@ def test_online_requests_that_leave_nothing(runs: Runs, served: Served, undistur
         printed = runs.finish(run)
     assert "waiting: online traffic" in printed
     assert runs.rows("beside") == undisturbed
-
-
-def test_a_killed_engine_and_then_everything_at_once(runs: Runs, served: Served, undisturbed: Rows) -> None:
-    with runs.begun("engine") as run:
-        runs.reach("engine", 4)
-        kill_engine(served)
-        runs.reach("engine", len(runs.committed("engine")) + 4)
-=======
-        runs.reach("disturbed", len(runs.committed("disturbed")) + 3)
->>>>>>> main
-        kill_engine(served)
-        kill_worker(served)
-        run.kill()
-    eventually(lambda: not processes(served, lambda title: "Generate" in title), 60, "the driver's worker is gone")
-    kept_too = runs.committed("disturbed")
-    assert kept.items() <= kept_too.items()
-    assert len(kept_too) < SHARDS
-    with runs.begun("disturbed") as run:
-        printed = runs.finish(run)
-    earlier = sum(json.loads(record)["rows"] for record in kept_too.values())
-    assert f"done earlier {earlier}" in " ".join(printed.replace("│", " ").split())
-    assert kept_too.items() <= runs.committed("disturbed").items()
-    assert runs.rows("disturbed") == undisturbed
-    # For the tests after this one.
-    eventually(lambda: any(replica.accepting for replica in replicas(TINY)), 120, "the engine is back")
