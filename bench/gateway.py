@@ -38,7 +38,8 @@ BASE = "vllm-uni"
 # By side, for each round the figures by number of callers.
 Rounds = dict[str, list[dict[int, dict[str, Any]]]]
 NO_FAILOVER = "hycluster-no-failover"
-SIDES = ("hycluster", NO_FAILOVER, "serve-proxy", "serve-haproxy", "vllm-uni", "vllm", "ray-serve-llm")
+NOT_ENCRYPTED = "hycluster-not-encrypted"
+SIDES = ("hycluster", NO_FAILOVER, NOT_ENCRYPTED, "serve-proxy", "serve-haproxy", "vllm-uni", "vllm", "ray-serve-llm")
 
 
 def free_port() -> int:
@@ -89,9 +90,11 @@ def side(name: str, model: Path, port: int, work: Path, cpus: float) -> tuple[li
     """Command and environment of one side."""
     kv_bytes = str(1 << 30)
     quiet = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
-    if name in ("hycluster", NO_FAILOVER, "serve-proxy", "serve-haproxy"):
+    if name in ("hycluster", NO_FAILOVER, NOT_ENCRYPTED, "serve-proxy", "serve-haproxy"):
         settings = {
             "router": {"failover": name != NO_FAILOVER},
+            # Not where another work tree may not know the key.
+            **({"data_plane": {"encrypted": False}} if name == NOT_ENCRYPTED else {}),
             "models": [
                 {
                     "name": MODEL,

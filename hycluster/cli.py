@@ -29,6 +29,7 @@ from hycluster.settings.cli import app as settings_app
 from hycluster.settings.read import DEFAULT_SETTINGS, load_settings
 from hycluster.submit.cli import cancel, jobs, logs, show_submitted, submit
 from hycluster.summarize.cli import summarize
+from hycluster.terminal import PrintableFormatter, echo
 
 app = typer.Typer(
     name="hycluster",
@@ -79,7 +80,7 @@ AddressOption = Annotated[
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(__version__)
+        echo(__version__)
         raise typer.Exit
 
 
@@ -115,7 +116,7 @@ def serve(
     stopping = threading.Event()
 
     begun = time.monotonic()
-    typer.echo(f"starting {', '.join(model.name for model in settings.models)} ...", err=True)
+    echo(f"starting {', '.join(model.name for model in settings.models)} ...", err=True)
     from hycluster.engine.arguments import engine_arguments, model_files
     from hycluster.ingress.ports import check_port
 
@@ -142,7 +143,7 @@ def serve(
     try:
         opened = deploy.deploy(settings, service, started_ray=started_ray, stopping=stopping)
         if opened is not None:
-            typer.echo(
+            echo(
                 f"ready {opened.ingresses.http} grpc {opened.ingresses.grpc} ray {address} models"
                 f" {','.join(opened.models)}"
                 f" after {time.monotonic() - begun:.0f} s"
@@ -161,7 +162,7 @@ def serve(
 
 def say(line: str) -> None:
     """A line for whoever runs the command."""
-    typer.echo(line, err=True)
+    echo(line, err=True)
 
 
 @app.command()
@@ -205,17 +206,17 @@ def upgrade(
         surging = with_room(settings.models, upgrade.free())
         for model in settings.models:
             if model.name not in surging and model.replicas.most == 1 and not model.sleeps:
-                typer.echo(
+                echo(
                     f"warning: {model.name}: the cluster has no room for a second replica; this model can't be served"
                     " while its only one is replaced",
                     err=True,
                 )
-        typer.echo(f"upgrading {', '.join(model.name for model in settings.models)} ...", err=True)
+        echo(f"upgrading {', '.join(model.name for model in settings.models)} ...", err=True)
         deployed = upgrade.roll_out(settings, surging, stopping)
         if deployed is None:
-            typer.echo("the upgrade goes on; this command no longer waits for it", err=True)
+            echo("the upgrade goes on; this command no longer waits for it", err=True)
         else:
-            typer.echo(
+            echo(
                 f"upgraded {deployed.ingresses.http} grpc {deployed.ingresses.grpc} ray {deployed.ray}"
                 f" after {time.monotonic() - begun:.0f} s"
             )
@@ -243,7 +244,7 @@ def status(address: AddressOption = None) -> None:
     finally:
         ray.shutdown()
     for line in lines:
-        typer.echo(line)
+        echo(line)
     raise typer.Exit(0 if well else 1)
 
 
@@ -253,10 +254,12 @@ app.registered_commands.sort(key=lambda command: command.callback not in (serve,
 
 def main() -> None:
     """Entry point of the ``hycluster`` command: hycluster's errors become one line and an exit code."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    lines = logging.StreamHandler()
+    lines.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[lines])
     try:
         app()
     except HyclusterError as error:
         for line in error.message.splitlines():
-            typer.echo(f"error: {line}", err=True)
+            echo(f"error: {line}", err=True)
         sys.exit(error.exit_code)

@@ -2,7 +2,7 @@
 
     with Client("127.0.0.1:9000") as client:
         for delta in client.stream("my-model", prompt="Once", max_tokens=20):
-            print(delta.outputs[0].text, end="")
+            print(delta.text, end="")
 
 Both raise the errors of :mod:`hycluster.errors` that the server raised, found by the call's status: ``reason`` and
 ``metadata`` are its ``ErrorInfo``'s, ``retry_after_s`` is its ``RetryInfo``'s; docs/errors.md lists them.
@@ -34,13 +34,13 @@ from hycluster.errors import (
     UnknownModel,
     remade,
 )
-from hycluster.ingress import status, translate
+from hycluster.ingress import arguments, status, translate
 from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto.inference_pb2_grpc import InferenceStub
 
 DEFAULT_TARGET = "127.0.0.1:9000"
 SERVICE: str = pb.DESCRIPTOR.services_by_name["Inference"].full_name
-SAMPLING_FIELDS = frozenset(field.name for field in fields(Sampling))
+SAMPLING_FIELDS = tuple(field.name for field in fields(Sampling))
 ERRORS: dict[str, type[HyclusterError]] = {
     kind.grpc_status: kind
     for kind in (DeadlineExceeded, InvalidInput, KillsReplicas, Overloaded, Unauthenticated, Unavailable, UnknownModel)
@@ -174,7 +174,7 @@ class Client(_Connection):
         """The token ids of a text, or of a chat by way of the model's template."""
         with _own_errors():
             answer = self._inference.Tokenize(
-                _tokenize_request(model, prompt, messages), timeout=timeout_s, metadata=self._metadata
+                _tokenize_request(model, prompt, messages, timeout_s), timeout=timeout_s, metadata=self._metadata
             )
         return list(answer.token_ids)
 
@@ -182,7 +182,7 @@ class Client(_Connection):
         """How many tokens each text has, special ones aside."""
         with _own_errors():
             answer = self._inference.CountTokens(
-                _count_request(model, texts), timeout=timeout_s, metadata=self._metadata
+                _count_request(model, texts, timeout_s), timeout=timeout_s, metadata=self._metadata
             )
         return list(answer.counts)
 
@@ -268,7 +268,7 @@ class AsyncClient(_Connection):
         """The token ids of a text, or of a chat by way of the model's template."""
         with _own_errors():
             answer = await self._inference.Tokenize(
-                _tokenize_request(model, prompt, messages), timeout=timeout_s, metadata=self._metadata
+                _tokenize_request(model, prompt, messages, timeout_s), timeout=timeout_s, metadata=self._metadata
             )
         return list(answer.token_ids)
 
@@ -276,7 +276,7 @@ class AsyncClient(_Connection):
         """How many tokens each text has, special ones aside."""
         with _own_errors():
             answer = await self._inference.CountTokens(
-                _count_request(model, texts), timeout=timeout_s, metadata=self._metadata
+                _count_request(model, texts, timeout_s), timeout=timeout_s, metadata=self._metadata
             )
         return list(answer.counts)
 
@@ -301,31 +301,37 @@ class AsyncClient(_Connection):
 
 
 def _request(model: str, ask: Ask) -> pb.GenerateRequest:
-    sampling = {name: value for name, value in ask.items() if name in SAMPLING_FIELDS}
-    rest: dict[str, Any] = {name: value for name, value in ask.items() if name not in SAMPLING_FIELDS}
-    rest.pop("timeout_s", None)
+    arguments.check_argument_names(ask, Ask.__annotations__)
+    # What is None is as if it were not given.
+    given: dict[str, Any] = {name: value for name, value in ask.items() if value is not None}
+    sampling = {name: given.pop(name) for name in SAMPLING_FIELDS if name in given}
+    arguments.check_arguments(model=model, **given)
+    given.pop("timeout_s", None)
     if isinstance(sampling.get("stop"), str):
         sampling["stop"] = (sampling["stop"],)
-    if rest.get("sampling") is None:
-        rest["sampling"] = Sampling(**sampling)  # type: ignore[arg-type]  # SamplingFields are its fields
+    if "sampling" not in given:
+        given["sampling"] = Sampling(**sampling)
     elif sampling:
         raise InvalidInput(f"sampling: give it, or its fields, not both; given are also {', '.join(sampling)}")
-    return translate.request_to_pb(GenerationRequest(model=model, **rest))
+    if "token_ids" in given:
+        given["token_ids"] = arguments.token_ids(given["token_ids"])
+    if "messages" in given:
+        given["messages"] = list(given["messages"])
+    return translate.request_to_pb(GenerationRequest(model=model, **given))
 
 
-def _tokenize_request(model: str, prompt: str | None, messages: Sequence[dict[str, Any]] | None) -> pb.TokenizeRequest:
-    # The request of Generate has the same rule, so let it judge.
-    chat = None if messages is None else list(messages)
-    wanted = translate.request_to_pb(GenerationRequest(model=model, prompt=prompt, messages=chat))
+def _tokenize_request(
+    model: str, prompt: str | None, messages: Sequence[dict[str, Any]] | None, timeout_s: float | None
+) -> pb.TokenizeRequest:
+    # The request of Generate has the same rules, so let it judge.
+    wanted = _request(model, {"prompt": prompt, "messages": messages, "timeout_s": timeout_s})
     if messages is not None:
         return pb.TokenizeRequest(model=model, messages=wanted.messages)
     return pb.TokenizeRequest(model=model, prompt=wanted.prompt)
 
 
-def _count_request(model: str, texts: Sequence[str]) -> pb.CountTokensRequest:
-    # A lone string would be taken for a list of its characters.
-    if isinstance(texts, str):
-        raise InvalidInput("texts: must be a list of strings, not one string")
+def _count_request(model: str, texts: Sequence[str], timeout_s: float | None) -> pb.CountTokensRequest:
+    arguments.check_arguments(model=model, texts=texts, timeout_s=timeout_s)
     try:
         return pb.CountTokensRequest(model=model, texts=texts)
     except (TypeError, ValueError) as error:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hycluster.errors import SettingsError
+from hycluster.terminal import echo
 
 REFUSED = 1
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask; for scripts.")]
@@ -20,12 +21,12 @@ def ask(what: str, *, yes: bool) -> None:
         SettingsError: there is no terminal to ask at, and ``yes`` is not set.
         typer.Exit: it is not wanted.
     """
-    typer.echo(what, err=True)
+    echo(what, err=True)
     if yes:
         return
     if not sys.stdin.isatty():
         raise SettingsError("--yes: must be given where there is no terminal to ask at; nothing was changed")
-    typer.echo("Go on? [y/N] ", nl=False, err=True)
+    echo("Go on? [y/N] ", nl=False, err=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        typer.echo("nothing was changed", err=True)
+        echo("nothing was changed", err=True)
         raise typer.Exit(REFUSED)

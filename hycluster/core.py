@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,21 @@ class Priority(enum.IntEnum):
 
     ONLINE = 0
     BATCH = 10
+
+
+def is_number(value: object) -> bool:
+    """Python takes true and false for numbers; nobody means them."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def is_whole_number(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+# Fields of a Sampling that may be unset.
+_OPTIONAL = frozenset(
+    {"max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "logprobs"}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +82,21 @@ class Sampling:
             if not ok:
                 raise InvalidInput(f"sampling.{name}: {shown(getattr(self, name))} is not allowed; must be {allowed}")
 
+        for name in ("max_tokens", "min_tokens", "top_k", "seed", "n", "logprobs"):
+            value = getattr(self, name)
+            check(name, is_whole_number(value) or (value is None and name in _OPTIONAL), "a whole number")
+        for name in (
+            "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            check(name, is_number(value) or (value is None and name in _OPTIONAL), "a number")
+        for name, fits, allowed in (
+            ("stop", lambda value: isinstance(value, str), "strings"),
+            ("stop_token_ids", is_whole_number, "whole numbers"),
+        ):
+            values = getattr(self, name)
+            check(name, isinstance(values, (tuple, list)) and all(map(fits, values)), f"a tuple of {allowed}")
+        check("ignore_eos", isinstance(self.ignore_eos, bool), "true or false")
         check("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1")
         check("min_tokens", self.min_tokens >= 0, "at least 0")
         check(
@@ -156,6 +187,11 @@ class Generation:
     outputs: list[Output]
     usage: Usage | None = None
 
+    @property
+    def text(self) -> str:
+        """Of the first sequence, which is all of them unless ``n`` asked for more; empty in a delta without any."""
+        return "".join(output.text for output in self.outputs if output.index == 0)
+
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
@@ -174,16 +210,21 @@ class ReplicaAddress:
         replica_id: unique over the life of the cluster.
         requests: ZMQ endpoint that takes requests.
         outputs: ZMQ endpoint that sends outputs, one message an engine step.
-        token: what the gateway says in its hello; known only inside the Ray cluster.
+        token: what the gateway says in its hello; known only inside the Ray cluster, as the secret below is.
         lost_after_s: setting of the same name, for both ends.
+        server_key: the replica's public key; empty if what travels is not encrypted.
+        client_key, client_secret: the key pair by which the replica knows who may connect.
     """
 
     replica_id: str
     model: str
     requests: str
     outputs: str
-    token: str
+    token: str = field(repr=False)
     lost_after_s: float = 6.0
+    server_key: str = ""
+    client_key: str = ""
+    client_secret: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ and the command line translate them by the attributes below and nowhere else.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -13,7 +14,10 @@ from typing import Any, ClassVar, TypeVar
 
 
 def shown(value: object, limit: int = 80) -> str:
-    """How a value is echoed in an error: as Python writes it, cut to ``limit`` characters."""
+    """How a value is echoed in an error: as Python writes it, cut to ``limit`` characters.
+
+    Not for paths: a path that is cut says nothing of what it names.
+    """
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
@@ -102,7 +106,10 @@ class UnknownModel(HyclusterError):
     exit_code = 2
 
     def __init__(self, model: str, served: list[str]) -> None:
-        super().__init__(f"model: {shown(model)} is not served here; served are {', '.join(map(repr, served))}")
+        # Comparing takes the longer, the longer it is, and callers write what they like.
+        near = difflib.get_close_matches(model[:80], served, n=1)
+        meant = f" (did you mean {near[0]!r}?)" if near else ""
+        super().__init__(f"model: {shown(model)} is not served here{meant}; served are {', '.join(map(repr, served))}")
         self.model, self.served = model, served
         self.metadata = {"model": model, "served": ", ".join(served)}
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hycluster.errors import SettingsError, UnknownModel
 from hycluster.imports import without_collector
+from hycluster.terminal import echo
 
 if TYPE_CHECKING:
     from hycluster.batch.job import Job
@@ -59,12 +60,8 @@ def open_engines(job: Job, settings: Settings | None, address: str | None) -> It
 
 
 def _say_where(joined: Chosen | None) -> None:
-    from rich.console import Console
-
     where = joined or "of its own, which ends with it"
-    Console(stderr=True).print(
-        f"the job runs on the Ray cluster {where}", highlight=False, markup=False, soft_wrap=True
-    )
+    echo(f"the job runs on the Ray cluster {where}", err=True)
 
 
 def _open_generator(directory: str, model: str) -> AbstractAsyncContextManager[JobBackend]:

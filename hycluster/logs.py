@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hycluster.engine.patches.serve_logging import SERVE_LOGGER, patch_logging
+from hycluster.terminal import printable
 
 # For every process that imports vLLM; inherited by what vLLM starts below.
 ENVIRONMENT: Mapping[str, str] = {
@@ -95,7 +96,8 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         named = copy.copy(record)
-        named.msg, named.args = f"{record.name}: {record.getMessage()}", None
+        # Who reads the file does so at a terminal.
+        named.msg, named.args = printable(f"{record.name}: {record.getMessage()}"), None
         for handler in _serves_handlers() if _has_file(_serves_handlers()) else self._own:
             handler.handle(named)
 

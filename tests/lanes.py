@@ -1,8 +1,8 @@
 """How the tests are spread over workers (``pytest -n``): what shares a cluster stays together, the heavy have lanes.
 
 The tests that start clusters wait for much of their time, for one thing after the other. A lane of them and one of the
-light tests keep two cores busy; a lane that has run dry helps the other. On two cores: 2665 s with two workers, at
-93% of both; with three, starts of engines took minutes and outlasted their limits.
+light tests keep two cores busy; a lane that has run dry helps the other. On two cores two workers had 93% of both; with
+three, starts of engines took minutes and outlasted their limits.
 """
 
 from __future__ import annotations

@@ -51,11 +51,10 @@ class SimulatedReplica:
         replica_id: str = "r0",
         model: str = "tiny",
         kind: type[SimulatedEngine] = SimulatedEngine,
+        ports: DataPlane = LOOPBACK,
     ) -> None:
         self.engine = kind(settings)
-        self.server = EngineServer(
-            self.engine, replica_id=replica_id, model=model, host=LOOPBACK.host or "", ports=LOOPBACK
-        )
+        self.server = EngineServer(self.engine, replica_id=replica_id, model=model, host=ports.host or "", ports=ports)
         self.accepting = True
 
     @property

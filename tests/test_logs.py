@@ -7,6 +7,7 @@ With Serve's own set-up of a replica and vLLM's of an engine, in a process of it
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -101,3 +102,11 @@ say()
     assert kept
     assert path
     assert text.count("hello") == 4
+
+
+def test_no_line_is_obeyed_by_the_terminal_that_shows_it(tmp_path: Path) -> None:
+    lines = logs._Lines(tmp_path / "it.log")
+    lines.emit(logging.LogRecord("n", logging.ERROR, "p", 1, "column %s", ("\x1b]0;mine\x07",), None))
+    for handler in lines._own:
+        handler.close()
+    assert (tmp_path / "it.log").read_text().endswith("n: column \\x1b]0;mine\\x07\n")

@@ -14,6 +14,7 @@ import typer
 from hycluster.consent import Yes, ask
 from hycluster.errors import HyclusterError, SettingsError
 from hycluster.settings.read import DEFAULT_SETTINGS, load_settings
+from hycluster.terminal import echo
 
 if TYPE_CHECKING:
     from hycluster.batch.job import Job
@@ -92,11 +93,11 @@ def run(
             consent=partial(ask, yes=yes),
         )
     except HyclusterError as error:
-        typer.echo(f"error: {error}", err=True)
+        echo(f"error: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
     except (KeyboardInterrupt, SystemExit):
         # The second is what Ray makes of SIGTERM, by which it cancels a job.
-        typer.echo("stopped; the same command goes on from here", err=True)
+        echo("stopped; the same command goes on from here", err=True)
         raise typer.Exit(1) from None
 
 
@@ -114,7 +115,7 @@ def verify(
 
         verdict = verify_output(locate(output_path, "OUTPUT"), locate(input_path, "input.path"))
     for line in verdict.lines():
-        typer.echo(line)
+        echo(line)
     raise typer.Exit(1 if verdict.fault_count else 0)
 
 
@@ -152,7 +153,7 @@ def report(
         from hycluster.storage import locate
 
         written = write_report(locate(output_path, "OUTPUT"))
-    typer.echo(f"{written['output']}/{REPORT_HTML}")
+    echo(f"{written['output']}/{REPORT_HTML}")
 
 
 @contextmanager
@@ -160,11 +161,11 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except HyclusterError as error:
-        typer.echo(f"error: {error}", err=True)
+        echo(f"error: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
     except OSError as error:
         # A store that does not answer, a folder that may not be read: at any of many reads.
         from hycluster.storage import masked_line
 
-        typer.echo(f"error: OUTPUT: can't be read: {masked_line(error)}", err=True)
+        echo(f"error: OUTPUT: can't be read: {masked_line(error)}", err=True)
         raise typer.Exit(SettingsError.exit_code) from None

@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from hycluster import terminal
 from hycluster.batch.input.corpus import ShardPlan, plan_shards
 from hycluster.batch.job import Job
 from hycluster.batch.output.commit import OutputFolder
@@ -59,7 +60,7 @@ def run_job(
         TooManyQuarantined: more rows were quarantined than the job allows; there is no ``_SUCCESS``.
         JobFailed: anything else; the same job goes on where it stopped.
     """
-    console = Console()
+    console = terminal.console()
     begun_s = time.monotonic()
     prompt = prompt_of(job)
     corpus = plan_shards(locate(job.input.path, "input.path"), shard_rows=job.shard_rows, check=prompt.check)

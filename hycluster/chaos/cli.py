@@ -11,6 +11,7 @@ import typer
 from hycluster.consent import Yes, ask
 from hycluster.errors import SettingsError, shown
 from hycluster.serving.running import choose
+from hycluster.terminal import console, echo
 
 INTERRUPTED = 130
 FEATURES = "n, logprobs, stop"
@@ -106,8 +107,6 @@ def chaos(
     # Before anything is looked at: whose cluster it is.
     choose(address)
 
-    from rich.console import Console
-
     from hycluster.chaos.faults import Patience
     from hycluster.chaos.report import show_report
     from hycluster.chaos.run import ChaosPlan, run_chaos
@@ -128,14 +127,14 @@ def chaos(
         patience_s=patience_s,
     )
     try:
-        found = run_chaos(plan, lambda line: typer.echo(line, err=True), partial(ask, yes=yes))
+        found = run_chaos(plan, lambda line: echo(line, err=True), partial(ask, yes=yes))
     except KeyboardInterrupt:
-        typer.echo("stopped; what was held up runs on", err=True)
+        echo("stopped; what was held up runs on", err=True)
         raise typer.Exit(INTERRUPTED) from None
     if as_json:
-        typer.echo(json.dumps(found.as_json(), indent=2))
+        echo(json.dumps(found.as_json(), indent=2))
     else:
-        show_report(found, Console())
+        show_report(found, console())
     raise typer.Exit(0 if found.well else 1)
 
 

@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from importlib import metadata
@@ -27,6 +26,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from hycluster import terminal
 from hycluster.errors import EngineStartFailed, SettingsError
 
 _PACKAGE = "package:"
@@ -151,7 +151,7 @@ def _only_one(path: Path, source: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        _console().print(f"waiting for another process that prepares {source}")
+        _console().print(f"waiting for another process that prepares {source}", soft_wrap=True)
         lock.acquire()
     try:
         yield
@@ -191,17 +191,17 @@ def _unpack(gguf: Path, folder: Path, source: str) -> None:
 def _stages(title: str, total: int) -> Iterator[Any]:
     """Show the steps of a long task on stderr: a bar on a terminal, plain lines elsewhere."""
     console = _console()
-    console.print(title)
+    console.print(title, soft_wrap=True)
     if not console.is_terminal:
-        yield lambda what: console.print(f"  {what}")
+        yield lambda what: console.print(f"  {what}", soft_wrap=True)
         return
-    columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=console, redirect_stderr=False) as progress:
         task = progress.add_task("", total=total, completed=-1)
-        yield lambda what: progress.update(task, description=what, advance=1)
+        yield lambda what: progress.update(task, description=terminal.printable(what), advance=1)
         progress.update(task, completed=total, description="ready")
 
 
 def _console() -> Console:
     """Stderr as it is now; stdout is for what a command answers."""
-    return Console(file=sys.stderr, soft_wrap=True, markup=False, highlight=False)
+    return terminal.console(stderr=True)

@@ -12,6 +12,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from hycluster.core import ReplicaAddress
 from hycluster.engine.protocol import EngineInfo
+from hycluster.replica.peers import show_credentials
 from hycluster.replica.wire import READY, MessageKind, decode_info, notice_lost_peers
 
 HELLO_TIMEOUT_S = 10.0
@@ -44,7 +45,7 @@ async def connect(context: zmq.asyncio.Context, address: ReplicaAddress) -> Repl
         ConnectionError: it does not answer, or refuses; the directory may still name one that has just died.
     """
     identity = secrets.token_bytes(16)
-    requests, outputs = (_socket(context, identity, address.lost_after_s) for _ in range(2))
+    requests, outputs = (_socket(context, identity, address) for _ in range(2))
     monitor = outputs.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
     connection = None
     try:
@@ -69,7 +70,7 @@ async def connect(context: zmq.asyncio.Context, address: ReplicaAddress) -> Repl
     return connection
 
 
-def _socket(context: zmq.asyncio.Context, identity: bytes, lost_after_s: float) -> zmq.asyncio.Socket:
+def _socket(context: zmq.asyncio.Context, identity: bytes, address: ReplicaAddress) -> zmq.asyncio.Socket:
     sock = context.socket(zmq.DEALER)
     sock.setsockopt(zmq.IDENTITY, identity)
     sock.setsockopt(zmq.LINGER, 0)
@@ -77,7 +78,8 @@ def _socket(context: zmq.asyncio.Context, identity: bytes, lost_after_s: float) 
     sock.setsockopt(zmq.RCVHWM, 0)
     # A replica that comes back is a new one, with a new address.
     sock.setsockopt(zmq.RECONNECT_IVL, -1)
-    notice_lost_peers(sock, lost_after_s)
+    notice_lost_peers(sock, address.lost_after_s)
+    show_credentials(sock, address)
     return sock
 
 

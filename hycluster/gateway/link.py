@@ -24,6 +24,7 @@ from hycluster.gateway.connection import ReplicaConnection
 from hycluster.gateway.failover import Failover
 from hycluster.gateway.flight import Flight
 from hycluster.gateway.tasks import Tasks
+from hycluster.replica.frames import in_pieces
 from hycluster.replica.wire import MessageKind
 
 logger = logging.getLogger(__name__)
@@ -141,7 +142,7 @@ class Link:
         if self._gone:
             return
         try:
-            await self._connection.requests.send_multipart(frames, flags=zmq.NOBLOCK, copy=False)
+            await self._connection.requests.send_multipart(in_pieces(frames), flags=zmq.NOBLOCK, copy=False)
         except zmq.Again:
             self.lose("its connection closed")
 

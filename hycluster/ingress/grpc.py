@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import resource
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
@@ -36,6 +37,11 @@ SERVICE: str = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 READY_TIMEOUT_S = 5.0
 # Within this time a client hears that the ingress process closes, and what it has sent until then has arrived.
 SETTLE_S = 0.5
+# How often a client may ping. Clients say 10 s at the least (gRPC's own word for it is a bound on theirs), and a ping
+# may catch up with the one before it.
+PINGS_AT_LEAST_MS = 5000
+# By then a connection has begun to speak HTTP/2, or is closed.
+HANDSHAKE_S = 10.0
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Request = TypeVar("Request", bound=Message)
@@ -268,7 +274,15 @@ def _options(settings: Grpc, reuse_port: bool) -> list[tuple[str, int]]:
         ("grpc.keepalive_timeout_ms", int(settings.stalled_client_timeout_s * 1000 / 3)),
         # And let clients find a dead server, without being cut off for pinging too often.
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", PINGS_AT_LEAST_MS),
+        # One that is over the bound is closed at once, and its client told UNAVAILABLE. A quarter of the file
+        # descriptors: half are HTTP's, and the rest of the process needs some.
+        (
+            "grpc.max_allowed_incoming_connections",
+            min(settings.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4),
+        ),
+        # Those that say nothing take up places among them.
+        ("grpc.server_handshake_timeout_ms", int(min(settings.stalled_client_timeout_s, HANDSHAKE_S) * 1000)),
     ]
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hycluster.errors import SettingsError
+from hycluster.terminal import echo
 
 app = typer.Typer(
     name="k8s",
@@ -63,13 +64,13 @@ def render(
         for path in gone:
             path.unlink()
     for path in behind:
-        typer.echo(f"{path}: differs from its settings" if check else f"{path}: written", err=check)
+        echo(f"{path}: differs from its settings" if check else f"{path}: written", err=check)
     for path in gone:
-        typer.echo(f"{path}: nothing makes it any more" if check else f"{path}: removed", err=check)
+        echo(f"{path}: nothing makes it any more" if check else f"{path}: removed", err=check)
     for line in wanting:
-        typer.echo(line, err=True)
+        echo(line, err=True)
     if not behind and not gone and not wanting:
-        typer.echo("all as the settings say")
+        echo("all as the settings say")
     raise typer.Exit(1 if wanting or (check and (behind or gone)) else 0)
 
 
@@ -101,14 +102,14 @@ def check(
     found = faults(resources, digests=digests)
     passed_over = unknown(resources)
     for name in passed_over:
-        typer.echo(f"not checked, there is no definition here: {name}", err=True)
+        echo(f"not checked, there is no definition here: {name}", err=True)
     for fault in dict.fromkeys(map(str, found)):
-        typer.echo(fault)
+        echo(fault)
     checked = len(resources) - len(passed_over)
     if not found and not checked:
         raise CheckError(f"{source}: nothing in it was checked; must have a manifest of a kind that is known here")
     if not found:
-        typer.echo(f"{checked} manifest{'s' if checked > 1 else ''}, all in order")
+        echo(f"{checked} manifest{'s' if checked > 1 else ''}, all in order")
     raise typer.Exit(1 if found else 0)
 
 
@@ -146,5 +147,5 @@ def values(
         resources = standard_input() if source == "-" else built(Path(source))
         found = values_of(resources)
         for line in left_behind(resources, Path()):
-            typer.echo(f"not carried over, the chart has no value for it: {line}", err=True)
-    typer.echo(yaml.safe_dump(found, sort_keys=False, width=120, allow_unicode=True), nl=False)
+            echo(f"not carried over, the chart has no value for it: {line}", err=True)
+    echo(yaml.safe_dump(found, sort_keys=False, width=120, allow_unicode=True), nl=False)

@@ -9,6 +9,7 @@ import typer
 
 from hycluster.errors import InvalidInput
 from hycluster.models.tiny import ARCHITECTURES, DTYPES, FORMATS, LAYOUTS, TinyShape, write_checkpoint
+from hycluster.terminal import echo
 
 DEFAULT = TinyShape()
 
@@ -83,4 +84,4 @@ def tiny_model(
     write_checkpoint(
         path, shape, layout=layout, file_format=file_format, dtype=dtype, shard_mib=shard_mib, overwrite=overwrite
     )
-    typer.echo(str(path))
+    echo(str(path))

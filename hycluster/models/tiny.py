@@ -232,9 +232,9 @@ def write_checkpoint(
     if shard_mib is not None and shard_mib <= 0:
         raise InvalidInput(f"shard_mib: {shown(shard_mib)} is not allowed; must be above 0")
     if folder.exists() and not folder.is_dir():
-        raise InvalidInput(f"path: {shown(str(folder))} is a file; must be a folder")
+        raise InvalidInput(f"path: {str(folder)!r} is a file; must be a folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise InvalidInput(f"path: {shown(str(folder))} is not empty; choose another, or say --overwrite")
+        raise InvalidInput(f"path: {str(folder)!r} is not empty; choose another, or say --overwrite")
 
     from hycluster.models.layouts import fp8_quantization_config, to_fp8, to_fused
 

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from hycluster.errors import SettingsError
+from hycluster.terminal import console, echo
 
 PRECISIONS = "bfloat16|float16|float32|fp8|int8|int4|mxfp4|nvfp4"
 
@@ -99,15 +100,13 @@ def plan(
         text = settings_text(made, name or _name(config, made.model.kind), source or _source(config), command)
         write_file(write, text, overwrite)
     if as_json:
-        typer.echo(json.dumps(plan_json(made), indent=2))
+        echo(json.dumps(plan_json(made), indent=2))
         return
-    from rich.console import Console
-
     from hycluster.planning.report import show_plan
 
-    show_plan(made, Console())
+    show_plan(made, console())
     if write is not None:
-        typer.echo(f"written: {write}")
+        echo(f"written: {write}")
 
 
 def _folder(config: Path) -> Path | None:

@@ -31,6 +31,15 @@ from hycluster.watchdog import end_this_process
 
 logger = logging.getLogger(__name__)
 
+LOOPBACK = "127.0.0.1"
+# An ingress process on a machine that has just joined takes longer than this to start.
+LOOK_FOR_OTHERS_EVERY_S = 5.0
+
+
+def _one_machine() -> bool:
+    """Whether Ray has no node anywhere else."""
+    return len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}) == 1
+
 
 @dataclass(frozen=True, slots=True)
 class DrainTimes:
@@ -92,11 +101,12 @@ class Rank:
         self._health = EngineHealth(self._engine, model.health, end_this_process)
         # A worker's parent is its node's raylet.
         self._memory = MemoryGuard(psutil.Process(os.getppid()), bound_bytes=bound_bytes(model), end=end_this_process)
+        self._alone = data_plane.host is None and _one_machine()
         self._server = EngineServer(
             self._engine,
             replica_id=secrets.token_hex(8),
             model=model.name,
-            host=data_plane.host or ray.util.get_node_ip_address(),
+            host=data_plane.host or (LOOPBACK if self._alone else ray.util.get_node_ip_address()),
             ports=data_plane,
         )
 
@@ -121,15 +131,24 @@ class Rank:
             end_this_process(f"rank {replica_id} of its group is lost")
 
     def _keep_reporting(self) -> None:
+        looked_s = time.monotonic()
         while self._engine.error is None:
-            report = ReplicaReport(self.address, self._engine.load(), self._accepting, self._group)
             try:
+                if self._alone and time.monotonic() - looked_s > LOOK_FOR_OTHERS_EVERY_S:
+                    looked_s = time.monotonic()
+                    self._look_for_others()
+                report = ReplicaReport(self.address, self._engine.load(), self._accepting, self._group)
                 ray.get(self._directory.report.remote(self._model, report), timeout=FORGET_AFTER_S)
             except ray.exceptions.RayError:
                 # The directory is starting again; the next report finds it.
                 logger.warning("the directory does not answer", exc_info=True)
             if self._stopped.wait(REPORT_EVERY_S):
                 return
+
+    def _look_for_others(self) -> None:
+        self._alone = _one_machine()
+        if not self._alone:
+            self._server.listen_at(ray.util.get_node_ip_address())
 
     def check_health(self) -> None:
         """Raise RuntimeError unless the engine lives and gets on with its work."""

@@ -11,20 +11,20 @@ The ranks of a data-parallel group reach each other by the same request sockets:
 
     rank -> rank         [SIBLING, token, payload]   payload is the engine's own, see Engine.hear
 
-A gateway that does not say the replica's token in its HELLO is not heard. Control methods that a
-gateway may call are an allowlist. A gateway that is gone, or does not read, loses its requests in the
-engine; it never holds up the others.
+Nobody gets so far as to send one of these without the replica's credentials (``peers.py``); a gateway that does not say
+its token in its HELLO is not heard either. A long frame travels in pieces (``frames.py``). Control methods that a
+gateway may call are an allowlist. A gateway that is gone, or does not read, loses its requests in the engine; it never
+holds up the others.
 """
 
 from __future__ import annotations
 
 import hmac
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import Enum
 from typing import Any
 
@@ -36,6 +36,9 @@ from zmq.utils.monitor import recv_monitor_message
 from hycluster.core import ReplicaAddress
 from hycluster.engine.protocol import SIBLINGS, Engine, EngineInfo, Frame
 from hycluster.errors import SettingsError
+from hycluster.replica.frames import PARTS, in_pieces, joined
+from hycluster.replica.peers import Credentials, Doorkeeper, show_credentials
+from hycluster.replica.sparing_log import SparingLog
 from hycluster.settings.load import DataPlane
 
 logger = logging.getLogger(__name__)
@@ -81,6 +84,8 @@ NO_CLIENT = 0
 
 # Messages that may wait for a gateway that does not read: one a step, so some minutes of decoding.
 OUTPUT_BACKLOG = 10_000
+# Messages that may wait for the engine's thread here; the rest waits at the gateway, which sent them.
+REQUEST_BACKLOG = 10_000
 # How long a gateway that has said hello may take until its output connection is known here.
 CONNECT_GRACE_S = 1.0
 
@@ -123,21 +128,24 @@ class EngineServer:
         self._greeted: dict[int, float] = {}
         self._next_client = 1
         self._siblings: list[tuple[zmq.Socket[bytes], bytes]] = []
-        self._token = secrets.token_hex(16)
         self._closing = False
+        self._dropped = SparingLog(logger, logging.ERROR)
+        credentials = Credentials.made(encrypted=ports.encrypted)
+        self._token = credentials.token
+        self._door = Doorkeeper(self._context, credentials)
         self._ending = threading.Lock()
 
         self._requests = self._context.socket(zmq.ROUTER)
         self._outputs = self._context.socket(zmq.ROUTER)
-        for sock in (self._requests, self._outputs):
+        # Nothing is ever read from the second.
+        for sock, backlog in ((self._requests, REQUEST_BACKLOG), (self._outputs, 1)):
             sock.linger = 1000
-            sock.setsockopt(zmq.RCVHWM, 0)
+            sock.setsockopt(zmq.RCVHWM, backlog)
             sock.setsockopt(zmq.SNDHWM, OUTPUT_BACKLOG)
             notice_lost_peers(sock, ports.lost_after_s)
-            sock.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._outputs.setsockopt(zmq.ROUTER_MANDATORY, 1)
         try:
-            requests, outputs = (_bind(sock, host, ports) for sock in (self._requests, self._outputs))
+            requests, outputs = (self._door.listen(sock, host, ports) for sock in (self._requests, self._outputs))
         except SettingsError:
             self._context.destroy(linger=0)
             raise
@@ -146,15 +154,27 @@ class EngineServer:
             model=model,
             requests=requests,
             outputs=outputs,
-            token=self._token,
+            token=credentials.token,
             lost_after_s=ports.lost_after_s,
+            server_key=credentials.server_key,
+            client_key=credentials.client_key,
+            client_secret=credentials.client_secret,
         )
+        self._ports = ports
+        self._further: str | None = None
+        # The thread that writes outputs is not to be woken; the one that reads requests binds their socket for it.
+        self._binding = threading.Lock()
+        self._door.start()
         self._threads = [
             threading.Thread(target=self._read_requests, name="wire-requests", daemon=True),
             threading.Thread(target=self._write_outputs, name="wire-outputs", daemon=True),
         ]
         for thread in self._threads:
             thread.start()
+
+    def listen_at(self, host: str) -> None:
+        """Listen at another address too; :attr:`address` says it, and only it, once that is so."""
+        self._further = host
 
     def join(self, siblings: Sequence[ReplicaAddress], on_lost: Callable[[str], None] | None = None) -> None:
         """Learn where the other ranks of the data-parallel group are; once, before the first gateway connects.
@@ -168,6 +188,7 @@ class EngineServer:
             sock = self._context.socket(zmq.DEALER)
             sock.linger = 0
             notice_lost_peers(sock, address.lost_after_s)
+            show_credentials(sock, address)
             if on_lost is not None:
                 monitors[sock.get_monitor_socket(zmq.EVENT_DISCONNECTED)] = address.replica_id
             sock.connect(address.requests)
@@ -205,32 +226,55 @@ class EngineServer:
         poller = zmq.Poller()
         poller.register(self._requests, zmq.POLLIN)
         while not self._closing:
+            if self._further is not None:
+                self._listen_further()
             if not poller.poll(200):
                 continue
-            identity, kind, *payload = self._requests.recv_multipart(copy=False)
+            identity, *message = self._requests.recv_multipart(copy=False)
             try:
-                self._handle(
-                    bytes(identity.buffer), MessageKind(bytes(kind.buffer)), [frame.buffer for frame in payload]
-                )
+                self._hear(bytes(identity.buffer), message)
             except Exception:
-                # Whoever connects may send anything, and vLLM's decoder raises many kinds; the thread must live.
-                logger.exception("message from %s dropped", bytes(identity.buffer).hex())
-        self._requests.close()
+                # vLLM's decoder raises many kinds; the thread must live. Not who it was: an identity is a name that
+                # whoever reads the log could send under.
+                self._dropped.write("a gateway's message dropped", exc_info=True)
+        self._door.end(self._requests)
 
-    def _handle(self, identity: bytes, kind: MessageKind, payload: Sequence[memoryview]) -> None:
-        if kind is MessageKind.HELLO:
-            self._hello(identity, bytes(payload[0]))
+    def _listen_further(self) -> None:
+        host, self._further = self._further or "", None
+        try:
+            requests = self._door.listen_further(self._requests, host, self._ports)
+            with self._binding:
+                if self._outputs.closed:
+                    return
+                outputs = self._door.listen_further(self._outputs, host, self._ports)
+        except SettingsError as error:
+            logger.error("gateways on other machines can't reach this replica: %s", error)
             return
-        if kind is MessageKind.SIBLING:
-            token, *frames = payload
-            if not self._is_token(bytes(token)):
-                raise ValueError("wrong token")
-            self._engine.hear(frames)
+        self.address = replace(self.address, requests=requests, outputs=outputs)
+
+    def _hear(self, identity: bytes, message: Sequence[zmq.Frame]) -> None:
+        first, *payload = [frame.buffer for frame in message]
+        if first == PARTS:
+            first, *payload = joined(payload[0], payload[1:])
+        kind = MessageKind(bytes(first))
+        if kind in (MessageKind.HELLO, MessageKind.SIBLING):
+            token, *rest = payload
+            if not hmac.compare_digest(bytes(token), self._token.encode()):
+                self._refuse(identity, b"wrong token")
+                return
+            self._door.greeted(message[0])
+            if kind is MessageKind.SIBLING:
+                self._engine.hear(rest)
+            else:
+                self._welcome(identity)
             return
         client = self._clients.get(identity)
         if client is None:
-            self._requests.send_multipart([identity, REFUSED, b"say hello first"])
+            self._refuse(identity, b"say hello first")
             return
+        self._handle(client, kind, payload)
+
+    def _handle(self, client: int, kind: MessageKind, payload: Sequence[memoryview]) -> None:
         if kind is MessageKind.ADD:
             self._engine.add(client, payload)
         elif kind is MessageKind.ABORT:
@@ -243,19 +287,16 @@ class EngineServer:
         elif kind is MessageKind.BYE:
             self._forget(client)
 
-    def _hello(self, identity: bytes, token: bytes) -> None:
-        if not self._is_token(token):
-            self._requests.send_multipart([identity, REFUSED, b"wrong token"])
-            return
+    def _refuse(self, identity: bytes, why: bytes) -> None:
+        self._requests.send_multipart([identity, REFUSED, why])
+
+    def _welcome(self, identity: bytes) -> None:
         if identity not in self._clients:
             client, self._next_client = self._next_client, self._next_client + 1
             self._greeted[client] = time.monotonic()
             self._identities[client] = identity
             self._clients[identity] = client
         self._requests.send_multipart([identity, READY, encode_info(self._engine.info)])
-
-    def _is_token(self, token: bytes) -> bool:
-        return hmac.compare_digest(token, self._token.encode())
 
     def _forget(self, client: int) -> None:
         identity = self._identities.pop(client, None)
@@ -270,7 +311,7 @@ class EngineServer:
             client, frames = item
             if client == SIBLINGS:
                 for sibling, token in self._siblings:
-                    sibling.send_multipart([MessageKind.SIBLING, token, *frames])
+                    sibling.send_multipart(in_pieces([MessageKind.SIBLING, token, *frames]))
                 continue
             if client == NO_CLIENT:
                 # The counts of a step that had no tokens for anybody: any gateway adds them up. Most likely they are
@@ -279,17 +320,20 @@ class EngineServer:
             last = client
             identity = self._identities.get(client)
             if identity is not None and not self._send(client, [identity, *frames]):
-                logger.warning("gateway %s is gone; its requests are dropped", identity.hex())
+                logger.warning("gateway %d is gone; its requests are dropped", client)
                 self._forget(client)
         for client, identity in list(self._identities.items()):
             self._send(client, [identity, b""])
-        for sock in (self._outputs, *(sibling for sibling, _ in self._siblings)):
-            sock.close()
+        with self._binding:
+            self._door.end(self._outputs)
+        for sibling, _ in self._siblings:
+            sibling.close()
 
     def _send(self, client: int, message: Sequence[Frame]) -> bool:
         while True:
             try:
-                self._outputs.send_multipart(message, flags=zmq.NOBLOCK)
+                with self._binding:
+                    self._outputs.send_multipart(message, flags=zmq.NOBLOCK)
                 self._greeted.pop(client, None)
                 return True
             except zmq.Again:
@@ -308,19 +352,5 @@ class EngineServer:
         with self._ending:
             for thread in self._threads:
                 thread.join(timeout=10)
+            self._door.close()
             self._context.destroy(linger=500)
-
-
-def _bind(sock: zmq.Socket[bytes], host: str, ports: DataPlane) -> str:
-    """Bind to the first port of the range that is free, or to any free port; returns the endpoint."""
-    error: zmq.ZMQError | None = None
-    for port in range(ports.port_min, ports.port_max + 1) if ports.port_max else ["*"]:
-        try:
-            sock.bind(f"tcp://{host}:{port}")
-        except zmq.ZMQError as refused:
-            error = refused
-            if refused.errno == zmq.EADDRINUSE:
-                continue
-            break
-        return sock.get_string(zmq.LAST_ENDPOINT)
-    raise SettingsError(f"data_plane: no port to bind on {host} from {ports.port_min} to {ports.port_max}: {error}")

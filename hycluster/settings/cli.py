@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from hycluster.terminal import echo
+
 app = typer.Typer(
     name="settings", help="Print what may be in a settings file: as a JSON schema, or as a page.", no_args_is_help=True
 )
@@ -26,7 +28,7 @@ def schema(context: typer.Context, of_job: OfJob = False) -> None:
     from hycluster.settings import schema as module
 
     made = module.settings_schema(context.obj) if of_job else module.settings_schema()
-    typer.echo(json.dumps(made, indent=2))
+    echo(json.dumps(made, indent=2))
 
 
 @app.command()
@@ -35,4 +37,4 @@ def reference(context: typer.Context, of_job: OfJob = False) -> None:
     from hycluster.settings import reference as module
 
     made = module.reference_page(context.obj, module.JOB_HEAD) if of_job else module.reference_page()
-    typer.echo(made, nl=False)
+    echo(made, nl=False)

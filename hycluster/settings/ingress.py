@@ -64,6 +64,7 @@ class Grpc(Strict):
         host: address to listen on; 0.0.0.0 for all of the machine's.
         port: port to listen on; 0 takes a free one.
         max_message_mib: largest message. 32 MiB hold a 256k-token prompt, as text or as ids, with room to spare.
+        max_connections: open connections of one ingress process; at most a quarter of its file descriptors.
         max_calls: calls of one ingress process at a time, all methods together.
         max_calls_per_connection: calls of one connection at a time; further ones wait (HTTP/2's concurrent streams).
         stalled_client_timeout_s: how long a client may leave the next chunk of its stream unread. Then its request is
@@ -73,6 +74,7 @@ class Grpc(Strict):
     host: str = "127.0.0.1"
     port: Port = 9000
     max_message_mib: int = Field(default=32, ge=1, le=1024)
+    max_connections: int = Field(default=4096, ge=1)
     max_calls: int = Field(default=4096, ge=1)
     max_calls_per_connection: int = Field(default=1024, ge=1)
     stalled_client_timeout_s: float = Field(default=60, gt=0)

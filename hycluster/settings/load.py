@@ -47,16 +47,20 @@ class DataPlane(Strict):
     """Where replicas listen for gateways.
 
     Attributes:
-        host: address to bind; None is the node's address in Ray.
+        host: address to bind; None is the node's address in Ray, and loopback as long as Ray has no other machine.
         port_min, port_max: range of ports to bind; both 0 is any free port.
         lost_after_s: a peer whose machine is silent for this long counts as lost, and its requests are migrated. A busy
             peer is not silent: its sockets answer by themselves.
+        encrypted: encrypt what travels between gateways and replicas, prompts and answers, by keys that the replicas
+            hand out within the Ray cluster (ZMQ's CURVE). False: who can read the network can read them, and the
+            password by which a replica knows its gateways; only where nobody else is on that network.
     """
 
     host: str | None = None
     port_min: Port = 0
     port_max: Port = 0
     lost_after_s: float = Field(default=6, ge=1, le=60)
+    encrypted: bool = True
 
     @model_validator(mode="after")
     def _range(self) -> DataPlane:

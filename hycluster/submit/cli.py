@@ -12,6 +12,7 @@ from hycluster.consent import Yes, ask
 from hycluster.errors import SettingsError
 from hycluster.settings.read import DEFAULT_SETTINGS, load_settings
 from hycluster.submit.target import KubernetesTarget
+from hycluster.terminal import echo
 
 if TYPE_CHECKING:
     from hycluster.batch.job import Job
@@ -124,13 +125,13 @@ def jobs(address: Address, as_json: AsJson = False) -> None:
 
     found = JobApi(address).jobs()
     if as_json:
-        typer.echo(json.dumps([job.to_dict() for job in found]))
+        echo(json.dumps([job.to_dict() for job in found]))
         return
     rows = [("JOB_ID", "STATE", "STARTED", "FOR", "OUTPUT")]
     rows += [(job.id, job.state, job.started, job.took, job.output or "") for job in found]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def logs(
@@ -143,8 +144,8 @@ def logs(
 
     api = JobApi(address)
     if follow:
-        raise typer.Exit(api.follow(job_id, lambda text: typer.echo(text, nl=False)).exit_code)
-    typer.echo(api.log(job_id), nl=False)
+        raise typer.Exit(api.follow(job_id, lambda text: echo(text, nl=False)).exit_code)
+    echo(api.log(job_id), nl=False)
 
 
 def cancel(job_id: JobId, address: Address, yes: Yes = False) -> None:
@@ -161,11 +162,11 @@ def cancel(job_id: JobId, address: Address, yes: Yes = False) -> None:
         ask(f"{job_id} at {address}, {job.state}{since}{output}: it is stopped", yes=yes)
     stopped, now = api.cancel(job_id)
     if not stopped:
-        typer.echo(f"{job_id} had ended: {now.meaning}")
+        echo(f"{job_id} had ended: {now.meaning}")
     elif now.ended:
-        typer.echo(f"{job_id}: {now.meaning}")
+        echo(f"{job_id}: {now.meaning}")
     else:
-        typer.echo(f"error: {job_id} was told to stop and still runs; look again with 'batch status'", err=True)
+        echo(f"error: {job_id} was told to stop and still runs; look again with 'batch status'", err=True)
         raise typer.Exit(1)
 
 
@@ -181,15 +182,15 @@ def show_submitted(job_id: str, address: str, *, follow: bool, as_json: bool) ->
 
     def say(job: Submitted) -> None:
         if as_json:
-            typer.echo(json.dumps(job.to_dict()))
+            echo(json.dumps(job.to_dict()))
         elif follow:
-            typer.echo(f"{job.id}: {job.meaning}" + (f" ({job.reason})" if job.reason else ""))
+            echo(f"{job.id}: {job.meaning}" + (f" ({job.reason})" if job.reason else ""))
         else:
             cells = job.cells()
             if job.state == "running" and (said := _last_line(api.log(job_id))):
                 cells.append(("says", said))
             for label, value in cells:
-                typer.echo(f"{label:8} {value}")
+                echo(f"{label:8} {value}")
 
     if follow:
         return api.wait(job_id, say).exit_code
@@ -219,10 +220,10 @@ def _to_kubernetes(sent: Submission, job: Job, settings: Settings | None, target
     for note in notes:
         _note(note)
     if target.dry_run:
-        typer.echo(as_yaml(manifest), nl=False)
+        echo(as_yaml(manifest), nl=False)
         return
     apply(manifest)
-    typer.echo(sent.id)
+    echo(sent.id)
     where = f" -n {target.namespace}" if target.namespace else ""
     _note(
         f"'kubectl get{where} rayjob {sent.id} --watch' shows it, 'kubectl delete{where} rayjob {sent.id}' cancels it"
@@ -234,12 +235,12 @@ def _to_ray(sent: Submission, address: str, wait: bool) -> int:
 
     api = JobApi(address)
     api.submit(sent)
-    typer.echo(sent.id)
+    echo(sent.id)
     if not wait:
         _note(f"hycluster batch status|logs|cancel {sent.id} --address {address}")
         return 0
     try:
-        ended = api.follow(sent.id, lambda text: typer.echo(text, nl=False, err=True))
+        ended = api.follow(sent.id, lambda text: echo(text, nl=False, err=True))
     except KeyboardInterrupt:
         _note(f"the job goes on; hycluster batch cancel {sent.id} --address {address} stops it")
         return INTERRUPTED
@@ -252,4 +253,4 @@ def _last_line(log: str) -> str:
 
 
 def _note(text: str) -> None:
-    typer.echo(f"note: {text}", err=True)
+    echo(f"note: {text}", err=True)

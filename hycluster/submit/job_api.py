@@ -253,7 +253,7 @@ def _token() -> str | None:
         try:
             token = file.read_text(errors="replace")
         except OSError as error:
-            raise SettingsError(f"{field}: {shown(str(file))} can't be read: {error.strerror}") from None
+            raise SettingsError(f"{field}: {str(file)!r} can't be read: {error.strerror}") from None
     token = token.strip()
     if not _TOKEN.fullmatch(token):
         # Nothing of it is shown: it is somebody's secret, if perhaps not this cluster's.

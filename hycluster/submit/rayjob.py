@@ -151,7 +151,7 @@ def template(path: str) -> tuple[Manifest, Manifest]:
         found = [one for one in yaml.safe_load_all(text) if isinstance(one, dict)]
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise SettingsError(f"--template: {shown(path)} can't be read: {reason}") from None
+        raise SettingsError(f"--template: {path!r} can't be read: {reason}") from None
     keys = {"RayJob": "rayClusterSpec", "RayCluster": None}
     specs = []
     for manifest in found:
@@ -164,7 +164,7 @@ def template(path: str) -> tuple[Manifest, Manifest]:
             specs.append((cluster, {key: metadata[key] for key in ("namespace", "labels") if metadata.get(key)}))
     if len(specs) != 1:
         raise SettingsError(
-            f"--template: {shown(path)} has {len(specs)} manifests with a cluster in them;"
+            f"--template: {path!r} has {len(specs)} manifests with a cluster in them;"
             " must be one RayJob with rayClusterSpec, or one RayCluster"
         )
     return specs[0]

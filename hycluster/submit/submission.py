@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from hycluster.batch.job import Job
-from hycluster.errors import SettingsError, shown
+from hycluster.errors import SettingsError
 from hycluster.settings.settings import Settings
 
 # Metadata of a job in Ray's job API, by which the commands know theirs.
@@ -129,10 +129,10 @@ def _check_path(field: str, path: str) -> str | None:
     local = path.removeprefix("file://")
     if not Path(local).is_absolute():
         raise SettingsError(
-            f"{field}: {shown(path)} is relative to this folder, which the cluster does not have; must be an s3:// URI"
+            f"{field}: {path!r} is relative to this folder, which the cluster does not have; must be an s3:// URI"
             " or the absolute path of a volume that all its nodes see"
         )
-    return f"{field}: {shown(path)} is a path on the cluster's nodes, not on this machine; all of them must see it"
+    return f"{field}: {path!r} is a path on the cluster's nodes, not on this machine; all of them must see it"
 
 
 def _told(job: Job) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from hycluster.errors import SettingsError
+from hycluster.terminal import console, echo
 
 if TYPE_CHECKING:
     from hycluster.summarize.output import Summarized, SummaryOutput
@@ -83,15 +84,13 @@ def summarize(
         with open_output(output, as_json=as_json, headings=headings, keep_tree=keep_tree) as out:
             failed = asyncio.run(_show(found, wish, address, out))
     except KeyboardInterrupt:
-        typer.echo("stopped", err=True)
+        echo("stopped", err=True)
         raise typer.Exit(INTERRUPTED) from None
     raise typer.Exit(1 if failed else 0)
 
 
 async def _show(files: list[str], wish: SummaryOptions, address: str, out: SummaryOutput) -> int:
     """The number of documents without a summary."""
-    from rich.console import Console
-
     from hycluster.summarize.progress import SummaryProgress, progress_shown
     from hycluster.summarize.run import summarize_files
 
@@ -104,11 +103,11 @@ async def _show(files: list[str], wish: SummaryOptions, address: str, out: Summa
             errors.append(f"error: {', '.join(document.files)}: {document.error}")
 
     begun_s = time.monotonic()
-    async with progress_shown(progress, Console(stderr=True)):
+    async with progress_shown(progress, console(stderr=True)):
         await summarize_files(files, wish, address, progress, done)
     for error in errors:
-        typer.echo(error, err=True)
-    typer.echo(
+        echo(error, err=True)
+    echo(
         f"{len(files) - len(errors)} of {len(files)} files summarized in {progress.answered} calls,"
         f" {progress.tokens} tokens, {time.monotonic() - begun_s:.1f} s",
         err=True,

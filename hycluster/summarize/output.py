@@ -14,6 +14,7 @@ import typer
 
 from hycluster.batch.summaries.tree import Tree
 from hycluster.errors import SettingsError
+from hycluster.terminal import shown_on
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +79,13 @@ class SummaryOutput:
                 self._written = True
             print(line, file=self._file, flush=True)
         if self._as_json:
-            print(line, flush=True)
+            print(shown_on(sys.stdout, line), flush=True)
         elif document.tree:
             if self._headings:
-                heading = f"==> {', '.join(document.files)} <=="
+                heading = shown_on(sys.stdout, f"==> {', '.join(document.files)} <==")
                 print(typer.style(heading, bold=True) if sys.stdout.isatty() else heading)
-            print(document.tree.root.summary.strip(), end="\n\n" if self._headings else "\n", flush=True)
+            summary = shown_on(sys.stdout, document.tree.root.summary.strip())
+            print(summary, end="\n\n" if self._headings else "\n", flush=True)
 
 
 @contextmanager

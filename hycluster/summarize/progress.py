@@ -96,7 +96,7 @@ async def progress_shown(progress: SummaryProgress, console: Console) -> AsyncIt
 
 
 async def _bar(progress: SummaryProgress, console: Console) -> None:
-    columns = BarColumn(bar_width=16), TextColumn("{task.description}"), TimeElapsedColumn()
+    columns = BarColumn(bar_width=16), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
     # A summary that is printed meanwhile goes above the bar, unless it goes elsewhere.
     with Bar(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
         task = bar.add_task(str(progress), total=None)

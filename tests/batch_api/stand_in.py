@@ -57,6 +57,7 @@ class StandIn:
         asked: how often each prompt came in.
         bodies: the last body of each prompt.
         held: prompts that get no answer.
+        answered: how many were answered with themselves.
         kills: prompts that replicas die of.
     """
 
@@ -65,6 +66,7 @@ class StandIn:
         self.asked: Counter[str] = Counter()
         self.bodies: dict[str, dict[str, Any]] = {}
         self.held: set[str] = set()
+        self.answered = 0
         self.kills: set[str] = set()
         self.delay_s = 0.0
         self.aborted: set[str] = set()
@@ -100,4 +102,5 @@ class StandIn:
             return JSONResponse(error, status, headers={"Retry-After": "0"})
         usage = {"prompt_tokens": 3, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 1}}
         choice = {"message": {"content": f"{prompt}\u2028!"}, "finish_reason": "stop"}
+        self.answered += 1
         return JSONResponse({"id": "r", "choices": [choice], "usage": usage})

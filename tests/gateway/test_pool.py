@@ -8,7 +8,8 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import zmq
@@ -19,7 +20,9 @@ from hycluster.directory.directory import ReplicaReport
 from hycluster.engine.simulated import SimulatedEngine
 from hycluster.errors import HyclusterError, Unavailable
 from hycluster.gateway.router import make_policy
+from hycluster.replica.peers import Credentials
 from hycluster.replica.wire import READY, encode_info
+from hycluster.settings.load import DataPlane
 from hycluster.settings.simulated import Simulated
 from tests.engine_requests import PROMPT, ask
 from tests.simulated_pool import ColocatedEngine, SimulatedPool, SimulatedReplica, eventually, predicted
@@ -389,10 +392,15 @@ async def test_a_replica_whose_process_is_gone() -> None:
             context.socket(zmq.ROUTER) as requests,
             context.socket(zmq.ROUTER) as outputs,
         ):
+            keys = Credentials.made(encrypted=True)
+            for sock in (requests, outputs):
+                sock.curve_server, sock.curve_secretkey = True, keys.server_secret.encode()
             inward, outward = (
                 f"tcp://127.0.0.1:{sock.bind_to_random_port('tcp://127.0.0.1')}" for sock in (requests, outputs)
             )
-            there = ReplicaAddress("short", "tiny", inward, outward, "x")
+            there = ReplicaAddress(
+                "short", "tiny", inward, outward, "x", 6.0, keys.server_key, keys.client_key, keys.client_secret
+            )
             joining = asyncio.create_task(pool.client.update([ReplicaReport(there, ReplicaLoad())]))
             identity, *hello = await requests.recv_multipart()
             assert hello == [b"H", b"x"]
@@ -464,12 +472,36 @@ async def test_a_dead_address_is_given_up_at_once() -> None:
         assert pool.client.outstanding.keys() == {"r0", "r1"}
 
 
-async def test_a_wrong_token_is_given_up_at_once() -> None:
+@pytest.mark.parametrize("wrong", ["token", "server_key", "client_key"])
+async def test_wrong_credentials_are_given_up_at_once(wrong: str) -> None:
     async with opened(FAST) as pool:
-        there = pool.replicas[0].address
-        stranger = ReplicaAddress("other", "tiny", there.requests, there.outputs, "wrong")
+        changed: Any = {wrong: Credentials.made(encrypted=True).client_key}
+        stranger = replace(pool.replicas[0].address, replica_id="other", **changed)
+        began = time.monotonic()
         await pool.client.update([ReplicaReport(stranger, ReplicaLoad())])
+        assert time.monotonic() - began < 1
         assert pool.client.outstanding.keys() == {"r0", "r1"}
+
+
+async def test_replicas_that_encrypt_and_others_are_one_pool() -> None:
+    """As while a change of the setting is rolled out, and when the one that changed first is lost."""
+    async with opened(SLOW, 1) as pool:
+        pool.replicas.replicas.append(SimulatedReplica(SLOW, "r1", ports=DataPlane(host="127.0.0.1", encrypted=False)))
+        await pool.client.update(pool.replicas.reports)
+        for name in "abcd":
+            await pool.client.add_request_async(ask(name, max_tokens=100))
+        await pool.running(2, 2)
+        pool.replicas[1].die()
+        assert await pool.finish(4) == dict.fromkeys("abcd", predicted(PROMPT, 100, SLOW))
+
+
+async def test_a_message_of_any_length_arrives() -> None:
+    settings = Simulated(realtime=False, max_model_len=200_000, kv_blocks=20_000)
+    async with opened(settings, 1) as pool:
+        request = ask("a")
+        request.prompt_token_ids = list(range(70_000, 70_000 + 150_000))
+        await pool.client.add_request_async(request)
+        assert await pool.finish(1) == {"a": predicted(request.prompt_token_ids, 5, settings)}
 
 
 async def test_an_address_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

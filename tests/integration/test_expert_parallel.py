@@ -240,22 +240,22 @@ async def test_bulk_waits_on_all_ranks_for_online_work_on_one(deployed: Deployed
 
 
 async def test_cancelling_frees_the_rank_that_ran_it(deployed: Deployed) -> None:
+    def free() -> bool:
+        return all(not r.load.running and not r.load.kv_usage for r in deployed.reports(DATA))
+
+    def busy() -> list[ReplicaReport]:
+        return [report for report in deployed.reports(DATA) if report.load.running and report.load.kv_usage]
+
     async with deployed.gateway(DATA) as gateway:
+        # Reports of what came before are half a second old.
+        await asyncio.to_thread(eventually, free, 30, "nothing runs yet")
         call = asyncio.ensure_future(tokens(gateway, PROMPTS[4], 400))
-
-        def busy() -> list[ReplicaReport]:
-            return [report for report in deployed.reports(DATA) if report.load.running and report.load.kv_usage]
-
         found = await asyncio.to_thread(eventually, busy, 30, "a rank says that it runs a request")
         assert len(found) == 1
         assert not call.done()
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
-
-        def free() -> bool:
-            return all(not r.load.running and not r.load.kv_usage for r in deployed.reports(DATA))
-
         await asyncio.to_thread(eventually, free, 10, "no request and no KV block in use")
 
 

@@ -47,10 +47,17 @@ def start(directory: str) -> Iterator[Start]:
         async def kill_engine(self) -> None:
             self._rank._engine.kill(RuntimeError("device lost"))  # type: ignore[attr-defined]
 
-    def begin(**bounds: float) -> Any:
+        async def have_company(self) -> None:
+            """As when a second machine has joined the cluster."""
+            from hycluster.replica import rank
+
+            rank.LOOK_FOR_OTHERS_EVERY_S = 0.1
+            rank._one_machine = lambda: False
+
+    def begin(host: str | None = "127.0.0.1", **bounds: float) -> Any:
         model = Model(name="m", source="/m", simulated=Simulated(), health=Health(**bounds))
         actor: Any = ray.remote(num_cpus=0)(Brittle)
-        started.append(actor.remote(model, DataPlane(host="127.0.0.1"), directory, DrainTimes(0.5, 0.5)))
+        started.append(actor.remote(model, DataPlane(host=host), directory, DrainTimes(0.5, 0.5)))
         return started[-1]
 
     yield begin
@@ -108,3 +115,19 @@ def test_one_that_is_stopped_in_good_order_is_not_killed(start: Start) -> None:
     ray.get(replica.stop.remote())
     assert ended_after_s(watchdogs) < 10
     assert process.is_running()
+
+
+def test_it_listens_on_loopback_until_the_cluster_has_another_machine(start: Start, directory: str) -> None:
+    replica = start(host=None)
+    ray.get(replica.ready.remote())
+
+    def endpoints() -> list[str]:
+        view: Any = ray.get(open_directory(directory).view.remote("m"))
+        return [endpoint for report in view.replicas for endpoint in (report.address.requests, report.address.outputs)]
+
+    eventually(lambda: len(endpoints()) == 2, 10)
+    assert all(endpoint.startswith("tcp://127.0.0.1:") for endpoint in endpoints())
+    here = ray.util.get_node_ip_address()
+    assert here != "127.0.0.1"
+    ray.get(replica.have_company.remote())
+    eventually(lambda: all(endpoint.startswith(f"tcp://{here}:") for endpoint in endpoints()), 20)

@@ -21,6 +21,8 @@ from hycluster.engine.protocol import SIBLINGS
 from hycluster.engine.simulated import SimulatedEngine
 from hycluster.errors import SettingsError
 from hycluster.replica import wire
+from hycluster.replica.frames import PARTS, in_pieces
+from hycluster.replica.peers import show_credentials
 from hycluster.replica.wire import NO_CLIENT, READY, REFUSED, EngineServer, MessageKind, decode_info
 from hycluster.settings.load import DataPlane
 from hycluster.settings.simulated import Simulated
@@ -43,6 +45,7 @@ class RawGateway:
         for sock, endpoint in ((self.requests, address.requests), (self.outputs, address.outputs)):
             sock.setsockopt(zmq.IDENTITY, identity)
             sock.setsockopt(zmq.RCVTIMEO, 5000)
+            show_credentials(sock, address)
             if receive_buffer:
                 sock.setsockopt(zmq.RCVHWM, 1)
                 sock.setsockopt(zmq.RCVBUF, receive_buffer)
@@ -59,7 +62,7 @@ class RawGateway:
             sampling_params=messages.SamplingParams(max_tokens=max_tokens),
             arrival_time=time.time(),
         )
-        self.requests.send_multipart([MessageKind.ADD, *messages.encode(request)])
+        self.requests.send_multipart(in_pieces([MessageKind.ADD, *messages.encode(request)]))
 
     def call(self, call_id: int, method: str, *arguments: Any) -> None:
         self.requests.send_multipart([MessageKind.CALL, msgspec.msgpack.encode((call_id, method, arguments))])
@@ -208,6 +211,7 @@ def test_a_gateway_that_has_no_output_connection_is_given_up(start: Start, monke
     monkeypatch.setattr(wire, "CONNECT_GRACE_S", 0.1)
     replica = start(SLOW)
     with zmq.Context() as context, context.socket(zmq.DEALER) as requests:
+        show_credentials(requests, replica.address)
         requests.connect(replica.address.requests)
         requests.send_multipart([MessageKind.HELLO, replica.address.token.encode()])
         assert requests.recv_multipart()[0] == READY
@@ -270,6 +274,10 @@ def test_an_allowed_call_that_the_engine_refuses_is_answered(start: Start, join:
         [MessageKind.CALL, msgspec.msgpack.encode([1])],
         [MessageKind.CALL, msgspec.msgpack.encode(["one", "sleep", []])],
         [b"x", b"y", b"z"],
+        [PARTS],
+        [PARTS, b"\xc1"],
+        [PARTS, msgspec.msgpack.encode([1]), b"xy"],
+        [PARTS, msgspec.msgpack.encode([1]), PARTS],
     ],
 )
 def test_malformed_messages_are_dropped(start: Start, join: Join, message: list[bytes]) -> None:
@@ -403,6 +411,7 @@ def test_only_a_rank_that_knows_the_token_is_heard(group: list[tuple[Talking, En
     engine, server = group[0]
     context = zmq.Context()
     sock = context.socket(zmq.DEALER)
+    show_credentials(sock, server.address)
     sock.connect(server.address.requests)
     for token in (b"", b"wrong", server.address.token.encode()):
         sock.send_multipart([MessageKind.SIBLING, token, token])

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from hycluster import terminal
 from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.record import ShardRecord, Totals
 from hycluster.batch.output.shard_set import ShardSet
@@ -232,7 +233,7 @@ def show_status(folder: Folder, *, follow: bool, as_json: bool, console: Console
     Raises:
         SettingsError: there is no job's output in it.
     """
-    console = console or Console()
+    console = console or terminal.console()
     watcher = Watcher(folder)
     now = watcher.look()
     if console.is_terminal and not as_json:

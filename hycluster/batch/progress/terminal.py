@@ -16,6 +16,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from hycluster.batch.output.record import Totals
+from hycluster.terminal import printable
 
 LINE_EVERY_S = 5.0
 BAR_EVERY_S = 0.5
@@ -101,14 +102,14 @@ class Reporter:
 
     def _bar(self) -> None:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rates]}"),
             TimeElapsedColumn(),
         )
         with Bar(*columns, console=self._console) as progress:
-            bar = progress.add_task(self._name, total=self._rows, completed=self._earlier, rates="")
+            bar = progress.add_task(printable(self._name), total=self._rows, completed=self._earlier, rates="")
             while True:
                 last = self._stop.wait(BAR_EVERY_S)
                 rows, rates = self._state()
