@@ -67,11 +67,14 @@ def wait_until_served(url: str, process: subprocess.Popen[bytes], timeout_s: flo
 
 
 @contextlib.contextmanager
-def running(command: list[str], env: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A server in a process group of its own, ended with the context."""
+def running(
+    command: list[str], env: dict[str, str], log: Path, tree: str = ""
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A server in a process group of its own, ended with the context; of another work tree if one is named."""
+    environment = {**os.environ, **env} | ({"PYTHONPATH": tree} if tree else {})
     with log.open("ab") as output:
         process = subprocess.Popen(
-            command, env={**os.environ, **env}, stdout=output, stderr=output, start_new_session=True
+            command, env=environment, cwd=tree or None, stdout=output, stderr=output, start_new_session=True
         )
     try:
         yield process
@@ -126,7 +129,8 @@ def started(name: str, model: Path, work: Path, cpus: float) -> Iterator[Callabl
     """One side, warm; yields what puts a load on it: callers and requests in, figures out."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    command, env = side(name, model, port, work, cpus)
+    kind, _, tree = name.partition("@")
+    command, env = side(kind, model, port, work, cpus)
 
     def load(concurrency: int, requests: int) -> dict[str, Any]:
         out = subprocess.run(
@@ -136,7 +140,7 @@ def started(name: str, model: Path, work: Path, cpus: float) -> Iterator[Callabl
         ).stdout  # fmt: skip
         return dict(json.loads(out))
 
-    with running(command, env, work / f"{name}.log") as process:
+    with running(command, env, work / f"{name.replace('/', '-')}.log", tree) as process:
         wait_until_served(url, process)
         load(32, 96)
         load(1, 4)

@@ -203,6 +203,8 @@ class ColocationLoad:
         given_up: bulk rows that gave their slot and blocks to online work, since the engine started.
         bulk_tokens, online_tokens: tokens computed, prompts' too, since the engine started.
         predicted_step_s, real_step_s: of the last step.
+        bulk_running: bulk rows that have a slot and KV blocks; the parked ones are among them.
+        bulk_waiting: bulk rows that have none.
     """
 
     parked: int = 0
@@ -211,6 +213,8 @@ class ColocationLoad:
     online_tokens: int = 0
     predicted_step_s: float = 0.0
     real_step_s: float = 0.0
+    bulk_running: int = 0
+    bulk_waiting: int = 0
 
 
 @dataclass(frozen=True, slots=True)

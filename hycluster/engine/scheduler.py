@@ -8,9 +8,11 @@ waiting request takes no place of a running one. Here a row of bulk priority
 - is *given up* where an online request needs its slot or its blocks: it waits again, and what the prefix cache (or the
   host, with offload on) still has of it need not be computed again. The ones with the least to recompute go first;
 - in steps without online work takes as much as fits ``max_step_s``, since a request that arrives has to wait for the
-  end of a step.
+  end of a step. Where the engine is a rank of a data-parallel group, that is without online work in any of its ranks:
+  they step together.
 
-How long a step takes is learned from the engine's own steps (:mod:`hycluster.engine.step_time`).
+How long a step takes is learned from the engine's own steps (:mod:`hycluster.engine.step_time`); what it leaves to bulk
+rows is counted in :mod:`hycluster.engine.step_room`.
 
 Pinned to vLLM 0.32.0; ``tests/engine/test_scheduler.py`` runs it on vLLM's own scheduler. It relies on:
 
@@ -18,19 +20,20 @@ Pinned to vLLM 0.32.0; ``tests/engine/test_scheduler.py`` runs it on vLLM's own 
   ``running``; 0 passes a running row over, and ends the admission of waiting ones;
 - ``schedule`` admits from ``kv_holding_waiting``, then from ``waiting``, while they are true;
 - both get their blocks from ``kv_cache_manager.allocate_slots``, which changes nothing where it returns None;
-- ``_preempt_request`` may be called between two steps, and within one for a row that is not in it.
+- ``_preempt_request`` may be called between two steps, and within one for a row that is not in it;
+- all rows that are in a step, and no more, count for ``max_loras``.
 """
 
 from __future__ import annotations
 
-import math
+import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import PriorityRequestQueue, SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -39,29 +42,40 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from hycluster.core import ColocationLoad, Priority
+from hycluster.engine.rank_work import RankWork, Siblings
+from hycluster.engine.step_room import BulkRow, StepRoom
 from hycluster.engine.step_time import StepTime, StepWork
 from hycluster.settings.model import Colocation
 
-# A chunk of a prompt has at least so many tokens, or as many as cost what its row does if these are fewer; unless the
-# step has nothing else.
-LEAST_CHUNK_TOKENS = 16
-# A step may be so many times as large as any before it: beyond that its predicted time is a guess.
-_GROWTH = 2
-# Without online work a step is cut at this many sequences until there are enough steps to know better.
-_FIRST_SEQUENCES, _FIRST_TOKENS = 4, 64
+logger = logging.getLogger(__name__)
+
+# Where the settings lie on vLLM's scheduler configuration. Not in ``additional_config``: what is in there counts for
+# the cache of compiled models, and a bound on waiting would have them compiled anew.
+_SETTINGS = "hycluster_colocation"
+# A step of one row has to be longer than its bound by so much to be told of, which is once an engine.
+_TOO_LONG = 1.5
+# With nobody to make room for, a step in so many is enough to follow the machine.
+_LEARN_EVERY = 8
 
 
 def use_colocation(config: VllmConfig, colocation: Colocation) -> None:
-    """Have an engine of this configuration schedule with this module, if it can.
-
-    It can't where the settings name a scheduler of their own or another policy than vLLM's priority.
-    """
-    scheduler = config.scheduler_config
-    if not colocation.enabled or scheduler.scheduler_cls is not None or scheduler.policy != "priority":
+    """Have an engine of this configuration schedule with this module, if it can; see :func:`why_not_colocated`."""
+    if not colocation.enabled or why_not_colocated(config) is not None:
         return
+    scheduler = config.scheduler_config
     scheduler.scheduler_cls = AsyncColocationScheduler if scheduler.async_scheduling else ColocationScheduler
-    additional: Any = config.additional_config
-    additional["hycluster"] = {**additional.get("hycluster", {}), "colocation": colocation.model_dump()}
+    setattr(scheduler, _SETTINGS, colocation)
+
+
+def why_not_colocated(config: VllmConfig) -> str | None:
+    """What an engine of this configuration has instead of this module's scheduler, if it can't have that."""
+    scheduler = config.scheduler_config
+    if scheduler.scheduler_cls is not None:
+        name = scheduler.scheduler_cls
+        return f"its scheduler is {name if isinstance(name, str) else name.__name__}"
+    if scheduler.policy != "priority":
+        return f"engine.scheduling_policy is {scheduler.policy!r}, which knows no batch requests"
+    return None
 
 
 def colocation_load(scheduler: object) -> ColocationLoad | None:
@@ -93,92 +107,107 @@ class _Queue(PriorityRequestQueue):
         return [request for request in self._heap if not is_bulk(request)]
 
 
-@dataclass(slots=True)
-class _Step:
-    """What one step leaves to bulk rows, and what they took of it.
-
-    Attributes:
-        bulk_s: time that they may add to it.
-        used_s: time that they add to it, as predicted.
-        sequences, prefill_tokens: most rows, and most tokens of prompts, for all of the step.
-        least_chunk: tokens of a prompt below which a row waits for a step with more room.
-        others: whether anything else is in it, so that it need not be a bulk row.
-        taken: ids of the bulk rows in it.
-    """
-
-    bulk_s: float = math.inf
-    sequences: float = math.inf
-    prefill_tokens: float = math.inf
-    least_chunk: int = LEAST_CHUNK_TOKENS
-    others: bool = False
-    used_s: float = 0.0
-    taken: set[str] = field(default_factory=set)
-
-
 class ColocationScheduler(Scheduler):
     """For engines that schedule a step when the one before is over.
 
     Attributes:
         clock: seconds; replaced where time is virtual.
+        siblings: the other ranks of its data-parallel group, if it is in one; see :class:`Siblings`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        additional: Any = self.vllm_config.additional_config
-        self.colocation = Colocation.model_validate(additional.get("hycluster", {}).get("colocation", {}))
+        self.colocation: Colocation = getattr(self.scheduler_config, _SETTINGS, Colocation())
         assert self.policy == SchedulingPolicy.PRIORITY, "colocation needs vLLM's priority policy"
         # Under names of their own too: vLLM's are declared for any queue.
         self.waiting = self._waiting = _Queue(self.waiting)
         self.kv_holding_waiting = self._kv_holding = _Queue(self.kv_holding_waiting)
         self.clock: Callable[[], float] = time.monotonic
         self.step_time = StepTime()
-        self._step = _Step()
+        self.siblings = Siblings()
+        # Those that may not have ended yet.
+        self._bulk: set[str] = set()
+        self._room = StepRoom()
         # In flight: when it was scheduled, what is in it.
         self._begun: dict[int, tuple[float, StepWork]] = {}
         self._last_end = 0.0
+        # Whether online work was there for the last step and got nothing in it: it waits for something else than bulk.
+        self._stalled = False
+        self._told_too_long = False
         self._parked = self._given_up = 0
         self._online_tokens = self._bulk_tokens = 0
         self._predicted_s = self._real_s = 0.0
         # Time that ``min_batch_share`` owes to bulk rows.
         self._credit_s = 0.0
-        # Cutting a chunk anew would cut where the state of such a model can't be kept, or without its images.
-        self._whole_chunks = self.need_mamba_block_aligned_split
+        # Cutting a chunk anew would cut where the state of such a model can't be kept, or what it needs at once.
+        self._whole_chunks = (
+            self.need_mamba_block_aligned_split
+            or not self.scheduler_config.enable_chunked_prefill
+            or self.vllm_config.model_config.runner_type != "generate"
+        )
         self._allocate = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_or_take  # type: ignore[method-assign]
+
+    def add_request(self, request: Request) -> None:
+        if is_bulk(request):
+            self._bulk.add(request.request_id)
+        super().add_request(request)
 
     # What a step is given.
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         begun = self.clock()
+        if self._bulk:
+            self._bulk &= self.requests.keys()
+        if not self._bulk:
+            return self._schedule_online(begun, throttle_prefills)
         online = [request for request in self.running if not is_bulk(request)]
-        waiting = [r for r in (*self._waiting.online(), *self._kv_holding.online()) if self._can_start(r)]
-        bulk_runs = len(online) < len(self.running)
-        if online or waiting:
-            self._step = self._beside(online, waiting)
-            if bulk_runs:
-                # vLLM serves what runs in this order.
-                self.running = online + [request for request in self.running if is_bulk(request)]
-                self._make_room(len(waiting))
+        waiting = self._online_waiting()
+        starting = [request for request in waiting if not self._is_blocked_waiting_status(request.status)]
+        if (online or starting) and not self._stalled:
+            self._room = self._beside(online, starting)
         else:
-            self._step = self._bulk_only()
+            self._room = self._bulk_only()
+        self._room.loras = {lora_of(request) for request in (*online, *starting)} - {0}
+        self._room.max_loras = self.lora_config.max_loras if self.lora_config else 0
+        if len(online) < len(self.running):
+            # vLLM serves what runs in this order.
+            self.running = online + [request for request in self.running if is_bulk(request)]
+            self._make_room(len(waiting))
         # Nothing that waits with KV blocks in hand may end the admission before online requests had their turn.
-        self._kv_holding.closed = bool(waiting)
+        self._kv_holding.closed = bool(starting)
         try:
             output = super().schedule(throttle_prefills)
         finally:
             self._kv_holding.closed = self._waiting.closed = False
         self._count(output, begun)
+        self._stalled = bool(online or starting) and len(output.num_scheduled_tokens) == len(self._room.taken)
         return output
 
-    def _can_start(self, request: Request) -> bool:
-        return not self._is_blocked_waiting_status(request.status)
+    def _schedule_online(self, begun: float, throttle_prefills: bool) -> SchedulerOutput:
+        """A step with nobody to make room."""
+        self._room, self._parked, self._stalled = StepRoom(), 0, False
+        output = super().schedule(throttle_prefills)
+        if self.step_time.known and self.current_step % _LEARN_EVERY and not self.siblings:
+            self._online_tokens += output.total_num_scheduled_tokens
+        else:
+            self._count(output, begun)
+        return output
 
-    def _beside(self, online: list[Request], waiting: list[Request]) -> _Step:
+    def _online_waiting(self) -> list[Request]:
+        if self.pause_state != PauseState.UNPAUSED:
+            return []
+        return [*self._waiting.online(), *self._kv_holding.online()]
+
+    def _beside(self, online: list[Request], waiting: list[Request]) -> StepRoom:
         """A step with online work: bulk may lengthen it by a share."""
         if not self.step_time.known or self._short_of_blocks(waiting):
-            return _Step(bulk_s=0.0)
+            return StepRoom(bulk_s=0.0, others=True)
         work = self._online_work(online, waiting)
-        return self._with_room_for(max(self.colocation.max_slowdown * self.step_time.predict(work), self._credit_s))
+        may_add = max(self.colocation.max_slowdown * self.step_time.predict(work), self._credit_s)
+        room = StepRoom.of(may_add, self.step_time)
+        room.others = True
+        return room
 
     def _short_of_blocks(self, waiting: list[Request]) -> bool:
         """Whether there are too few for online requests that wait: then bulk rows get none of them in this step.
@@ -201,74 +230,49 @@ class ColocationScheduler(Scheduler):
                 break
         return StepWork(prefill, len(online) + len(waiting), kv)
 
-    def _bulk_only(self) -> _Step:
+    def _bulk_only(self) -> StepRoom:
         """Nobody waits; somebody may come, and then waits for the steps that are in flight."""
-        steps_in_flight = max(1, self.vllm_config.max_concurrent_batches)
-        return self._with_room_for(max(0.0, self.colocation.max_step_s / steps_in_flight - self.step_time.base_s))
-
-    def _with_room_for(self, bulk_s: float) -> _Step:
-        least = LEAST_CHUNK_TOKENS
-        if self.step_time.prefill_token_s > 0:
-            # A chunk that costs less than its row does is not worth the row.
-            least = max(1, min(least, math.ceil(self.step_time.sequence_s / self.step_time.prefill_token_s)))
-        return _Step(
-            bulk_s=bulk_s,
-            sequences=max(_GROWTH * self.step_time.most_sequences, _FIRST_SEQUENCES),
-            prefill_tokens=max(_GROWTH * self.step_time.most_prefill_tokens, _FIRST_TOKENS),
-            least_chunk=least,
-        )
+        cost, colocation = self.step_time, self.colocation
+        beside = self.siblings.online_work
+        if beside is not None:
+            # A rank's step is over when those of all others are: what the longest of them needs anyhow is free.
+            return StepRoom.of((1 + colocation.max_slowdown) * cost.predict(beside) - cost.base_s, cost)
+        bound = colocation.max_step_s / max(1, self.vllm_config.max_concurrent_batches)
+        shortest = cost.base_s + cost.sequence_s
+        if cost.known and shortest > _TOO_LONG * bound and not self._told_too_long:
+            self._told_too_long = True
+            logger.warning(
+                "colocation.max_step_s: a step of one row takes %.3f s here, more than the bound leaves (%.3f s):"
+                " batch requests get little", shortest, bound,
+            )  # fmt: skip
+        # Where even the shortest step is over the bound, an arrival waits for it in any case.
+        return StepRoom.of(max(bound - cost.base_s, cost.sequence_s + colocation.max_slowdown * shortest), cost)
 
     # What a row is given.
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        if tokens and is_bulk(request):
-            return self._grant(request, num_computed_tokens, tokens)
-        self._step.others |= tokens > 0
-        return tokens
-
-    def _grant(self, request: Request, computed: int, tokens: int) -> int:
-        """How many of these tokens a bulk row gets: all, a smaller chunk of its prompt, or none."""
-        step, cost = self._step, self.step_time
-        prompt = tokens - 1 if request.num_tokens - computed > 1 else 0
-        row_s = cost.sequence_s + cost.kv_token_s * computed
-        first = not step.others and not step.taken
-        if (step.sequences < 1 or step.bulk_s <= 0) and not first:
-            return 0
-        if prompt:
-            fits = step.prefill_tokens
-            if cost.prefill_token_s > 0 and step.bulk_s < math.inf:
-                fits = min(fits, (step.bulk_s - row_s) / cost.prefill_token_s)
-            least = min(prompt, step.least_chunk)
-            if fits < prompt and (self._whole_chunks or request.has_encoder_inputs) and not first:
-                return 0
-            if fits < prompt and not (self._whole_chunks or request.has_encoder_inputs):
-                if fits < least and not first:
-                    return 0
-                prompt = max(least, int(fits))
-                tokens = min(tokens, prompt + 1)
-        elif row_s > step.bulk_s and not first:
-            return 0
-        takes = row_s + cost.prefill_token_s * prompt
-        step.bulk_s -= takes
-        step.used_s += takes
-        step.sequences -= 1
-        step.prefill_tokens -= prompt
-        step.taken.add(request.request_id)
-        return tokens
+        if not tokens or not is_bulk(request):
+            self._room.others |= tokens > 0
+            return tokens
+        whole = self._whole_chunks or request.has_encoder_inputs or request.num_tokens - num_computed_tokens <= 1
+        row = BulkRow(request.request_id, num_computed_tokens, tokens, not whole, lora_of(request))
+        return self._room.grant(row, self.step_time)
 
     # Slots and blocks.
 
     def _make_room(self, waiting: int) -> None:
-        """Slots for the online requests that wait: bulk rows give up theirs."""
+        """Slots for the online requests that wait: bulk rows give up theirs, and get no new ones instead."""
         over = len(self.running) + self.num_waiting_for_streaming_input + waiting - self.max_num_active_reqs
         while over > 0 and (victim := self._cheapest()) is not None:
             self._give_up(victim)
             over -= 1
+        # Also what is not ready yet, as while its grammar is compiled, finds its slot free.
+        self._waiting.closed |= waiting > 0 and over == 0
 
     def _allocate_or_take(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """Blocks for a row; for an online one those of bulk rows, if there are no others."""
-        while (blocks := self._allocate(request, *args, **kwargs)) is None and not is_bulk(request):
+        while (blocks := self._allocate(request, *args, **kwargs)) is None and self._bulk and not is_bulk(request):
             victim = self._cheapest()
             if victim is None:
                 return None
@@ -281,7 +285,7 @@ class ColocationScheduler(Scheduler):
             request
             for request in self.running
             if is_bulk(request)
-            and request.request_id not in self._step.taken
+            and request.request_id not in self._room.taken
             and self._request_blocks_can_be_freed(request)
         ]
         return min(rows, key=lambda r: (r.num_computed_tokens, -r.arrival_time), default=None)
@@ -289,8 +293,6 @@ class ColocationScheduler(Scheduler):
     def _give_up(self, request: Request) -> None:
         self.running.remove(request)
         self._preempt_request(request, time.monotonic(), drop_stale_output=self.requires_kv_delivery)
-        # As in ``reset_prefix_cache``: what comes back gets all of its tokens told to the runner.
-        self.prev_step_scheduled_req_ids.discard(request.request_id)
         self._given_up += 1
         # It was made to leave; it must not come back in the same step.
         self._waiting.closed = True
@@ -298,20 +300,24 @@ class ColocationScheduler(Scheduler):
     # What is known afterwards.
 
     def _count(self, output: SchedulerOutput, begun: float) -> None:
-        prefill = kv = bulk = 0
-        for request_id, tokens in output.num_scheduled_tokens.items():
-            request = self.requests[request_id]
-            kv += request.num_computed_tokens
-            if request.is_prefill_chunk or tokens > 1:
-                prefill += tokens - 1
-            if request_id in self._step.taken:
-                bulk += tokens
+        taken = self._room.taken
+        rows = output.num_scheduled_tokens
+        requests = self.requests
         total = output.total_num_scheduled_tokens
+        work = StepWork(total - len(rows), len(rows), sum([requests[one].num_computed_tokens for one in rows]))
+        bulk = sum([rows.get(one, 0) for one in taken])
         self._bulk_tokens += bulk
         self._online_tokens += total - bulk
-        self._parked = sum(is_bulk(r) for r in self.running) - len(self._step.taken)
-        self._credit_s = min(max(0.0, self._credit_s - self._step.used_s), self.colocation.max_step_s)
-        self._begun[id(output)] = begun, StepWork(prefill, len(output.num_scheduled_tokens), kv)
+        if self._bulk:
+            self._parked = sum(map(is_bulk, self.running)) - len(taken)
+        self._credit_s = min(max(0.0, self._credit_s - self._room.used_s), self.colocation.max_step_s)
+        self._begun[id(output)] = begun, work
+        if self.siblings:
+            self.siblings.tell(RankWork.of(work, self._online_rows(rows, taken)))
+
+    def _online_rows(self, rows: Iterable[str], taken: set[str]) -> StepWork | None:
+        online = [self.requests[one].num_computed_tokens for one in rows if one not in taken]
+        return StepWork(0, len(online), sum(online)) if online else None
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -321,6 +327,7 @@ class ColocationScheduler(Scheduler):
         if work.sequences:
             # Steps in flight together: this one's time began when the one before it was over.
             real = now - max(begun, self._last_end)
+            work = self.siblings.longest(work)
             self._predicted_s, self._real_s = self.step_time.predict(work), real
             self.step_time.learn(work, real)
             self._credit_s += self.colocation.min_batch_share * real
@@ -329,6 +336,7 @@ class ColocationScheduler(Scheduler):
 
     def load(self) -> ColocationLoad:
         """As it stands; may be called by any thread."""
+        running = sum(map(is_bulk, self.running.copy()))
         return ColocationLoad(
             parked=max(0, self._parked),
             given_up=self._given_up,
@@ -336,8 +344,15 @@ class ColocationScheduler(Scheduler):
             online_tokens=self._online_tokens,
             predicted_step_s=self._predicted_s,
             real_step_s=self._real_s,
+            bulk_running=running,
+            bulk_waiting=max(0, len(self._bulk) - running),
         )
 
 
 class AsyncColocationScheduler(ColocationScheduler, AsyncScheduler):
     """For engines that schedule a step while the one before is computed."""
+
+
+def lora_of(request: Request) -> int:
+    """Number of a request's adapter; 0 is none."""
+    return request.lora_request.lora_int_id if request.lora_request else 0

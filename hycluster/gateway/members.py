@@ -41,7 +41,7 @@ class Members:
         self._arrived = arrived
         self._slots = slots
         self._context = zmq.asyncio.Context()
-        self._connecting: set[str] = set()
+        self._connecting: dict[str, asyncio.Task[None]] = {}
         self._joining = Tasks()
         self._parting = Tasks()
         # On replicas that are here no more.
@@ -57,8 +57,12 @@ class Members:
         reports = list(reports)
         new = [r.address for r in reports if r.accepting and r.address.replica_id not in self.links]
         # Successors first: no request may find that the old replica takes none any more, and no other one yet.
-        joining = [self._joining.spawn(self._join(a)) for a in new if a.replica_id not in self._connecting]
-        if joining:
+        for address in new:
+            # Before its task has begun: an update beside this one must not connect a second time, since the second
+            # link would take the first one's place and not know its requests.
+            if address.replica_id not in self._connecting:
+                self._connecting[address.replica_id] = self._joining.spawn(self._join(address))
+        if joining := [self._connecting[address.replica_id] for address in new]:
             await asyncio.wait(joining, timeout=JOIN_PATIENCE_S)
         for report in reports:
             link = self.links.get(report.address.replica_id)
@@ -68,7 +72,6 @@ class Members:
                 link.load, link.accepting = report.load, report.accepting
 
     async def _join(self, address: ReplicaAddress) -> None:
-        self._connecting.add(address.replica_id)
         try:
             connection = await connect(self._context, address)
         except ConnectionError as error:
@@ -76,7 +79,7 @@ class Members:
             logger.warning("no connection to replica %s: %s", address.replica_id, error)
             return
         finally:
-            self._connecting.discard(address.replica_id)
+            del self._connecting[address.replica_id]
         link = Link(connection, self._free_slot(), self._arrived, self._failover, self._part)
         self.links[address.replica_id] = link
         self.first.set()

@@ -1,9 +1,9 @@
-"""Online and bulk rows on vLLM's own scheduler, in virtual time: a step costs 70 ms, a row 12 ms, a prompt's token 3."""
+"""Online and bulk rows on vLLM's own scheduler, in virtual time: a step is 70 ms, a row 12 ms, a prompt's token 3."""
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,7 +63,7 @@ class Case:
 
     def itl(self, name: str) -> list[float]:
         times = self.tokens[name]
-        return [after - before for before, after in zip(times, times[1:], strict=False)]
+        return [after - before for before, after in itertools.pairwise(times)]
 
     @property
     def load(self) -> ColocationLoad:
@@ -75,11 +75,18 @@ class Case:
 
 
 @pytest.fixture
-def case(tiny_model: Path, request: pytest.FixtureRequest) -> Iterator[Case]:
-    yield make_case(tiny_model, **getattr(request, "param", {}))
+def case(tiny_model: Path, request: pytest.FixtureRequest) -> Case:
+    return make_case(tiny_model, **getattr(request, "param", {}))
 
 
-def make_case(folder: Path, *, blocks: int = BLOCKS, asynchronous: bool = False, **colocation: float | bool) -> Case:
+def make_case(
+    folder: Path,
+    *,
+    blocks: int = BLOCKS,
+    asynchronous: bool = False,
+    engine: dict[str, object] | None = None,
+    **colocation: float | bool,
+) -> Case:
     from hycluster.engine.scheduler import use_colocation
     from hycluster.engine.vllm import engine_config
     from hycluster.simulate.engine import VirtualEngine
@@ -89,6 +96,7 @@ def make_case(folder: Path, *, blocks: int = BLOCKS, asynchronous: bool = False,
         "max_num_seqs": SLOTS,
         "max_num_batched_tokens": 512,
         "block_size": BLOCK_TOKENS,
+        **(engine or {}),
     }
     settings = Colocation.model_validate(colocation)
     config = engine_config(Model(name="m", source=str(folder), engine=arguments, colocation=settings), str(folder))
@@ -151,6 +159,44 @@ def test_slots_of_bulk_rows_go_to_online_requests(case: Case) -> None:
     assert case.load.given_up == SLOTS
 
 
+@pytest.mark.parametrize("case", [{"max_step_s": 1.0}], indirect=True)
+def test_a_slot_stays_free_for_who_is_not_ready_yet(case: Case) -> None:
+    """As while its grammar is compiled; it must not be handed to bulk, taken back, and handed out again."""
+    from vllm.v1.request import RequestStatus
+
+    for number in range(SLOTS + 4):
+        case.add(f"bulk-{number}", 4, 400, Priority.BATCH)
+    case.until(10)
+    case.add("online", 8, 4, Priority.ONLINE)
+    online = case.engine.scheduler.requests["online"]
+    online.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+    case.until(13)
+    assert case.load.given_up == 1
+    online.status = RequestStatus.WAITING
+    case.step()
+    assert "online" in case.tokens
+    assert case.load.given_up == 1
+
+
+@pytest.mark.parametrize("case", [{"engine": {"enable_lora": True, "max_loras": 2}}], indirect=True)
+def test_adapters_of_parked_rows_do_not_count(case: Case) -> None:
+    """vLLM asserts that a step has no more adapters than fit."""
+    from vllm.lora.request import LoRARequest
+
+    def add(name: str, adapter: int, priority: Priority, tokens: int) -> None:
+        case.add(name, 16, tokens, priority)
+        case.engine.scheduler.requests[name].lora_request = LoRARequest(f"a{adapter}", adapter, f"/a{adapter}")
+
+    for number in range(8):
+        add(f"bulk-{number}", 1 + number % 2, Priority.BATCH, 60)
+    case.until(3)
+    for number in range(3):
+        add(f"online-{number}", 3 + number, Priority.ONLINE, 12)
+    case.step()
+    assert {name for name in case.tokens if name.startswith("online")} == {"online-0", "online-1"}
+    case.finish("online-0", "online-1", "online-2", *(f"bulk-{number}" for number in range(8)))
+
+
 @pytest.mark.parametrize("case", [{"blocks": 40}], indirect=True)
 def test_blocks_of_bulk_rows_go_to_online_requests(case: Case) -> None:
     for number in range(6):
@@ -190,6 +236,79 @@ def test_online_work_that_never_ends_leaves_bulk_its_share(tiny_model: Path) -> 
     none, tenth = told(0), told(0.1)
     assert none == 0
     assert 0.07 <= tenth * 0.012 / 60 <= 0.11
+
+
+def test_a_bound_below_the_shortest_step_leaves_bulk_something(
+    tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = make_case(tiny_model, max_step_s=0.04)
+    with caplog.at_level("WARNING"):
+        fill_with_bulk(case, 20)
+        case.finish(*(f"bulk-{number}" for number in range(20)))
+    assert 20 * 40 / case.engine.now_s > 1 / 0.1
+    (said,) = [record.message for record in caplog.records if "max_step_s" in record.message]
+    assert said.startswith("colocation.max_step_s: a step of one row takes 0.08")
+    assert said.endswith("more than the bound leaves (0.040 s): batch requests get little")
+
+
+def test_what_an_engine_cannot_use_it_for(tiny_model: Path) -> None:
+    from hycluster.engine.scheduler import why_not_colocated
+    from hycluster.engine.vllm import engine_config
+
+    def why(**engine: object) -> str | None:
+        model = Model(name="m", source=str(tiny_model), engine=engine, colocation=Colocation(enabled=False))
+        return why_not_colocated(engine_config(model, str(tiny_model)))
+
+    assert why() is None
+    assert why(scheduling_policy="fcfs") == "engine.scheduling_policy is 'fcfs', which knows no batch requests"
+    own = "vllm.v1.core.sched.scheduler.Scheduler"
+    assert why(scheduler_cls=own) == f"its scheduler is {own}"
+
+
+def test_its_settings_are_none_that_a_model_is_compiled_for(tiny_model: Path) -> None:
+    from hycluster.engine.vllm import engine_config
+
+    def hashed(**colocation: float | bool) -> str:
+        settings = Colocation.model_validate(colocation)
+        model = Model(name="m", source=str(tiny_model), colocation=settings)
+        return str(engine_config(model, str(tiny_model)).compute_hash())
+
+    assert hashed() == hashed(max_step_s=1.0) == hashed(enabled=False)
+
+
+def test_a_rank_with_bulk_only_steps_no_longer_than_its_siblings_online_work(tiny_model: Path) -> None:
+    """The second of two ranks, whose steps end together; this one is told of the other."""
+    from hycluster.engine.rank_work import ARRIVAL, RankWork
+
+    case, told = make_case(tiny_model), list[RankWork]()
+    assert isinstance(case.engine.scheduler, colocation_scheduler())
+    siblings = case.engine.scheduler.siblings
+    siblings.send = told.append
+    fill_with_bulk(case)
+    case.until(8)
+
+    def length() -> float:
+        begun = case.engine.now_s
+        case.step()
+        return case.engine.now_s - begun
+
+    assert length() > 0.2
+    siblings.hear(0, ARRIVAL)
+    assert length() <= 1.1 * step_time(StepWork(0, 1))
+    siblings.hear(0, RankWork(sequences=8, online_sequences=8))
+    assert step_time(StepWork(0, 8)) <= length() <= 1.1 * step_time(StepWork(0, 8)), "what the longest needs is free"
+    siblings.hear(0, RankWork(sequences=8))
+    assert length() > 0.2
+    assert not any(work.online_sequences for work in told)
+    case.add("online", 8, 4, Priority.ONLINE)
+    case.step()
+    assert told[-1].online_sequences == 1
+
+
+def colocation_scheduler() -> type:
+    from hycluster.engine.scheduler import ColocationScheduler
+
+    return ColocationScheduler
 
 
 def test_bulk_alone_loses_little(tiny_model: Path) -> None:

@@ -436,6 +436,19 @@ def address(endpoint: str, token: str = "token") -> ReplicaAddress:
     return ReplicaAddress("dead", "tiny", endpoint, endpoint, token)
 
 
+async def test_two_updates_at_once_connect_once() -> None:
+    """A second link in the first one's place would not know the requests that went out by that one."""
+    async with opened(SLOW, 1) as pool:
+        pool.replicas.start()
+        await asyncio.gather(*(pool.client.update(pool.replicas.reports) for _ in range(3)))
+        assert pool.client.links == 2
+        assert [replica.server.gateways for replica in pool.replicas.replicas] == [1, 1]
+        for name in "abcd":
+            await pool.client.add_request_async(ask(name, max_tokens=10_000))
+        await pool.client.abort_requests_async(list("abcd"))
+        assert pool.client.requests_in_flight == 0
+
+
 async def test_a_dead_address_is_given_up_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
