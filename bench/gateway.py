@@ -67,9 +67,7 @@ def wait_until_served(url: str, process: subprocess.Popen[bytes], timeout_s: flo
 
 
 @contextlib.contextmanager
-def running(
-    command: list[str], env: dict[str, str], log: Path, tree: str = ""
-) -> Iterator[subprocess.Popen[bytes]]:
+def running(command: list[str], env: dict[str, str], log: Path, tree: str = "") -> Iterator[subprocess.Popen[bytes]]:
     """A server in a process group of its own, ended with the context; of another work tree if one is named."""
     environment = {**os.environ, **env} | ({"PYTHONPATH": tree} if tree else {})
     with log.open("ab") as output:

@@ -81,11 +81,12 @@ def real(arguments: argparse.Namespace) -> None:
 
 
 def real_here(path: str, seconds: float, rate: float, seed: int) -> None:
+    from hycluster.simulate.bulk import BulkJob
     from hycluster.simulate.calibrate import fitted_settings, measure
     from hycluster.simulate.figures import latencies, spread_of
     from hycluster.simulate.machine import simulated_machine
     from hycluster.simulate.real_engine import RealEngine
-    from hycluster.simulate.run import BulkJob, Simulation
+    from hycluster.simulate.run import Simulation
 
     model = Model.model_validate(embedded()["models"][0])
     engine = RealEngine(model, path)
@@ -151,9 +152,10 @@ def replay(engine: Any, requests: list[TraceRequest], beside: bool) -> tuple[dic
 
 
 def gpu(arguments: argparse.Namespace) -> None:
+    from hycluster.simulate.bulk import BulkJob
     from hycluster.simulate.figures import latencies
     from hycluster.simulate.machine import OnGpu, machine_of
-    from hycluster.simulate.run import BulkJob, Simulation
+    from hycluster.simulate.run import Simulation
 
     trace = within(read_trace(arguments.trace), arguments.seconds)
     for name in arguments.models.split(","):

@@ -346,6 +346,7 @@ class ColocationScheduler(Scheduler):
             real_step_s=self._real_s,
             bulk_running=running,
             bulk_waiting=max(0, len(self._bulk) - running),
+            step_time_s=self.step_time.coefficients_s,
         )
 
 

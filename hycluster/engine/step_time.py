@@ -79,6 +79,11 @@ class StepTime:
     def kv_token_s(self) -> float:
         return float(self._coefficients[3]) / _KV_UNIT
 
+    @property
+    def coefficients_s(self) -> tuple[float, float, float, float]:
+        """Base, a token of prefill, a sequence, a token of KV cache."""
+        return self.base_s, self.prefill_token_s, self.sequence_s, self.kv_token_s
+
     def predict(self, work: StepWork) -> float:
         """Seconds that a step of this work takes; 0 before any was seen."""
         return float(_features(work) @ self._coefficients)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from hycluster.engine.step_time import StepTime, StepWork
 from hycluster.errors import EngineStartFailed, SettingsError, one_line, shown
+from hycluster.observe.colocation import STEP_TERMS
 from hycluster.settings.model import Model
 from hycluster.settings.simulated import Simulated
 
@@ -38,7 +39,6 @@ _SAYS = "fitted: "
 METRIC = "hycluster_engine_step_coefficient_seconds"
 _SAMPLE = re.compile(rf"^{METRIC}{{(?P<labels>[^}}]*)}} (?P<value>\S+)$", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
-TERMS = ("base", "prefill_token", "sequence", "kv_token")
 
 
 def fit_run(model: Model) -> Simulated:
@@ -80,14 +80,14 @@ def fit_metrics(model: Model, url: str) -> Simulated:
         labels = dict(_LABEL.findall(sample["labels"]))
         if labels.get("model") == model.name:
             found.setdefault(labels.get("term", ""), []).append(float(sample["value"]))
-    if set(found) != set(TERMS):
+    if set(found) != set(STEP_TERMS):
         raise SettingsError(
             f"--metrics: {shown(url)} has no {METRIC} of model {model.name!r}; its replicas have not learned yet, or"
             " do not colocate"
         )
     from hycluster.simulate.machine import sizes_of
 
-    return _simulated(tuple(sum(found[term]) / len(found[term]) for term in TERMS), sizes_of(model))
+    return _simulated(tuple(sum(found[term]) / len(found[term]) for term in STEP_TERMS), sizes_of(model))
 
 
 def coefficients(steps: Sequence[tuple[StepWork, float]], seed: int = 0) -> StepTime:
@@ -133,8 +133,7 @@ def fitted_settings(fitted: StepTime, config: VllmConfig) -> Simulated:
     """``models[].simulated`` that stands for an engine."""
     from hycluster.simulate.machine import sizes_in
 
-    seconds = fitted.base_s, fitted.prefill_token_s, fitted.sequence_s, fitted.kv_token_s
-    return _simulated(seconds, sizes_in(config))
+    return _simulated(fitted.coefficients_s, sizes_in(config))
 
 
 def _simulated(seconds: Sequence[float], sizes: dict[str, int]) -> Simulated:

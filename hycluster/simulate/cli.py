@@ -17,8 +17,8 @@ from hycluster.settings.read import DEFAULT_SETTINGS, load_settings
 if TYPE_CHECKING:
     from hycluster.settings.model import Model
     from hycluster.settings.simulated import Simulated
+    from hycluster.simulate.bulk import BulkJob
     from hycluster.simulate.machine import Machine
-    from hycluster.simulate.run import BulkJob
 
 SCHEDULERS = ("colocation", "priority")
 
@@ -172,7 +172,7 @@ _NEEDS = {
 def _job(bulk: str | None, in_flight: int | None) -> BulkJob | None:
     if bulk is None:
         return None
-    from hycluster.simulate.run import BulkJob
+    from hycluster.simulate.bulk import BulkJob
 
     said = re.fullmatch(r"(\d{1,9}):(\d{1,9})(?::(\d{1,9}))?", bulk)
     numbers = [int(each) for each in said.groups() if each is not None] if said is not None else [0]

@@ -4,37 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hycluster.core import Priority
 from hycluster.gateway.router import Candidate, Policy, RouteRequest
+from hycluster.simulate.bulk import BulkRows
 from hycluster.simulate.engine import TokenAt, VirtualEngine
 from hycluster.simulate.traces import Prompts, TraceRequest, span_s
 
 # A job's first rows are all prompts, and a scheduler has no steps to learn from: so long is it there before the trace.
 LEAD_S = 20.0
-
-
-@dataclass(frozen=True, slots=True)
-class BulkRows:
-    """Rows of a job. Each engine has so many of them in flight, as long as there are any.
-
-    Attributes:
-        endless: there are always more; what is in flight when the trace is over is left there.
-    """
-
-    rows: Iterator[TraceRequest]
-    in_flight: int
-    endless: bool = True
-    priority: Priority = Priority.BATCH
-
-
-def same_rows(prompt_tokens: int, output_tokens: int, in_flight: int, count: int | None = None) -> BulkRows:
-    """Rows of one length, without a common prefix; None is without end."""
-    row = TraceRequest(0.0, prompt_tokens, output_tokens)
-    rows = itertools.repeat(row) if count is None else itertools.repeat(row, count)
-    return BulkRows(rows, in_flight, endless=count is None)
 
 
 @dataclass(slots=True)

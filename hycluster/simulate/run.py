@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,44 +12,20 @@ from hycluster.engine.scheduler import colocation_load
 from hycluster.errors import SettingsError
 from hycluster.gateway.router import make_policy
 from hycluster.settings.model import Colocation
+from hycluster.simulate.bulk import LEAST_IN_FLIGHT, BulkJob, BulkRows
 from hycluster.simulate.engine import VirtualEngine
 from hycluster.simulate.figures import figures, latencies
 from hycluster.simulate.machine import Machine
-from hycluster.simulate.pool import BulkRows, Outcome, VirtualPool, same_rows
+from hycluster.simulate.pool import Outcome, VirtualPool
 from hycluster.simulate.traces import TraceRequest, scaled, span_s
 
 # How long a job alone is looked at.
 ALONE_S = 120.0
 # vLLM's priority policy as it is.
 PRIORITY_ONLY = Colocation(enabled=False)
-# Rows that a job has in flight at least, by engine.
-IN_FLIGHT = 256
 # A load is met to a few percent after so many tries: what a share of the requests has of common prefixes is not known
 # before.
 _TRIES = 2
-
-
-@dataclass(frozen=True, slots=True)
-class BulkJob:
-    """Rows of one length.
-
-    Attributes:
-        count: None is without end.
-        in_flight: by engine; None is what fills it.
-    """
-
-    prompt_tokens: int
-    output_tokens: int
-    count: int | None = None
-    in_flight: int | None = None
-
-    def rows(self, machine: Machine) -> BulkRows:
-        in_flight = self.in_flight or max(IN_FLIGHT, 2 * int(machine.scheduling.get("max_num_seqs", 0)))
-        return same_rows(self.prompt_tokens, self.output_tokens, in_flight, self.count)
-
-    @property
-    def endless(self) -> BulkJob:
-        return dataclasses.replace(self, count=None, in_flight=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +107,7 @@ class Simulation:
         if not span or not fit:
             return 0.0
         pool = self._pool(self.engines(PRIORITY_ONLY))
-        in_flight = 2 * int(self.machine.scheduling.get("max_num_seqs", IN_FLIGHT))
+        in_flight = 2 * int(self.machine.scheduling.get("max_num_seqs", LEAST_IN_FLIGHT))
         tokens = sum(each.output_tokens for each in fit)
         feed = BulkRows(_again_and_again(fit), in_flight, endless=True, priority=Priority.ONLINE)
         return pool.until_told(feed, tokens) / span

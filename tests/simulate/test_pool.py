@@ -76,7 +76,7 @@ def test_replicas_share_a_trace() -> None:
 
 
 def test_the_same_seed_gives_the_same_numbers() -> None:
-    from hycluster.simulate.run import BulkJob
+    from hycluster.simulate.bulk import BulkJob
 
     requests = made_trace(30, 4, seed=3)
     first, second = (simulation(replicas=2, seed=5).serve(requests, BulkJob(100, 20))[1] for _ in range(2))
@@ -84,7 +84,7 @@ def test_the_same_seed_gives_the_same_numbers() -> None:
 
 
 def test_a_job_with_an_end_is_done() -> None:
-    from hycluster.simulate.run import BulkJob
+    from hycluster.simulate.bulk import BulkJob
 
     _, found = simulation().serve(made_trace(10, 2, seed=1), BulkJob(100, 20, 300))
     assert found["bulk"]["rows"] == 300
@@ -92,8 +92,8 @@ def test_a_job_with_an_end_is_done() -> None:
 
 
 def test_a_request_that_can_never_run_is_said_and_not_waited_for() -> None:
+    from hycluster.simulate.bulk import BulkRows
     from hycluster.simulate.engine import StuckEngine
-    from hycluster.simulate.pool import BulkRows
 
     simulated = simulation()
     pool = simulated._pool(simulated.engines(Colocation()))
@@ -114,7 +114,8 @@ def test_load_is_a_share_of_the_capacity() -> None:
 
 def test_online_callers_hardly_feel_a_job_and_it_gets_what_is_left() -> None:
     """The proof of the policy on a made trace; ``bench/simulate.py`` has it on real ones."""
-    from hycluster.simulate.run import PRIORITY_ONLY, BulkJob
+    from hycluster.simulate.bulk import BulkJob
+    from hycluster.simulate.run import PRIORITY_ONLY
 
     job, engine = BulkJob(300, 60), {"async_scheduling": True}
     ours, vllm = (simulation(colocation=each, engine=engine) for each in (Colocation(), PRIORITY_ONLY))
