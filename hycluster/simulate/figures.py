@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hycluster.simulate.machine import Machine
-from hycluster.simulate.pool import Outcome
+from hycluster.simulate.pool import TraceOutcome
 from hycluster.simulate.traces import hit_tokens
 
 
@@ -25,7 +25,7 @@ def spread_of(values: Iterable[float]) -> dict[str, float | None]:
     }
 
 
-def latencies(outcome: Outcome) -> dict[str, Any]:
+def latencies(outcome: TraceOutcome) -> dict[str, Any]:
     """Of the trace's requests that were served."""
     served = [each for each in outcome.served if not each.failed]
     return {
@@ -34,7 +34,7 @@ def latencies(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def figures(outcome: Outcome, machine: Machine, replicas: int) -> dict[str, Any]:
+def trace_figures(outcome: TraceOutcome, machine: Machine, replicas: int) -> dict[str, Any]:
     """All but what takes another run to know."""
     served = [each for each in outcome.served if not each.failed]
     hours = replicas * outcome.end_s / 3600

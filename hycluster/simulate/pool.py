@@ -59,7 +59,7 @@ class BulkDone:
 
 
 @dataclass(slots=True)
-class Outcome:
+class TraceOutcome:
     """What came of it.
 
     Attributes:
@@ -101,7 +101,7 @@ class VirtualPool:
 
     def run(
         self, requests: Sequence[TraceRequest], bulk: BulkRows | None = None, window_s: float | None = None
-    ) -> Outcome:
+    ) -> TraceOutcome:
         """Serve a trace to its end; a job without an end goes on until then.
 
         Args:
@@ -110,7 +110,7 @@ class VirtualPool:
         endless = bulk is not None and bulk.endless
         begin_s = LEAD_S if endless else 0.0
         window_s = span_s(requests) if window_s is None else window_s
-        outcome = Outcome([Served(request) for request in requests], self._done, window_s)
+        outcome = TraceOutcome([Served(request) for request in requests], self._done, window_s)
         if bulk is not None:
             for engine in self._engines:
                 for row in itertools.islice(bulk.rows, bulk.in_flight):

@@ -14,9 +14,9 @@ from hycluster.gateway.router import make_policy
 from hycluster.settings.model import Colocation
 from hycluster.simulate.bulk import LEAST_IN_FLIGHT, BulkJob, BulkRows
 from hycluster.simulate.engine import VirtualEngine
-from hycluster.simulate.figures import figures, latencies
+from hycluster.simulate.figures import latencies, trace_figures
 from hycluster.simulate.machine import Machine
-from hycluster.simulate.pool import Outcome, VirtualPool
+from hycluster.simulate.pool import TraceOutcome, VirtualPool
 from hycluster.simulate.traces import TraceRequest, scaled, span_s
 
 # How long a job alone is looked at.
@@ -51,7 +51,7 @@ class Simulation:
             for _ in range(self.replicas)
         ]
 
-    def serve(self, requests: Sequence[TraceRequest], job: BulkJob | None) -> tuple[Outcome, dict[str, Any]]:
+    def serve(self, requests: Sequence[TraceRequest], job: BulkJob | None) -> tuple[TraceOutcome, dict[str, Any]]:
         """Serve a trace, beside a job if there is one.
 
         Raises:
@@ -64,7 +64,7 @@ class Simulation:
             )
         engines = self.engines(self.colocation)
         outcome = self._pool(engines).run(requests, job.rows(self.machine) if job is not None else None)
-        found = figures(outcome, self.machine, self.replicas)
+        found = trace_figures(outcome, self.machine, self.replicas)
         if job is not None:
             loads = [load for engine in engines if (load := colocation_load(engine.scheduler)) is not None]
             found["bulk"] = {
@@ -87,7 +87,7 @@ class Simulation:
             "left_over_tokens_per_s": bulk * max(0.0, 1 - load),
         }
 
-    def alone(self, requests: Sequence[TraceRequest]) -> Outcome:
+    def alone(self, requests: Sequence[TraceRequest]) -> TraceOutcome:
         """The trace without a job."""
         return self._pool(self.engines(PRIORITY_ONLY)).run(requests)
 
