@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import time
@@ -187,6 +188,7 @@ def _settle_vllm() -> None:
 
     for key, value in logs.ENVIRONMENT.items():
         os.environ.setdefault(key, value)
+    logging.getLogger("vllm").setLevel(logging.ERROR)
 
 
 def _fit(model: Model, metrics: str | None) -> Simulated:

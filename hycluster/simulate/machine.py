@@ -5,6 +5,8 @@ Where its step times come from, the first that there is: a fit, ``models[].simul
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import tempfile
 from collections.abc import Mapping
@@ -90,19 +92,28 @@ class Machine:
         return int(self.scheduling["max_model_len"])
 
     def config(self, colocation: Colocation) -> VllmConfig:
-        """vLLM's configuration for the scheduler, with as much of a model as it takes to have one."""
+        """vLLM's configuration for a scheduler."""
         from hycluster.engine.scheduler import use_colocation
-        from hycluster.engine.vllm import engine_config
 
-        with tempfile.TemporaryDirectory() as folder:
-            said = {**_STAND_IN, "max_position_embeddings": self.max_model_len}
-            (Path(folder) / "config.json").write_text(json.dumps(said))
-            arguments = {**self.scheduling, "skip_tokenizer_init": True, "load_format": "dummy"}
-            model = Model(name="virtual", source=folder, engine=arguments, colocation=Colocation(enabled=False))
-            config = engine_config(model, folder)
+        # Making one takes a second.
+        config = copy.deepcopy(_config(json.dumps(dict(self.scheduling))))
         config.scheduler_config.async_scheduling = self.asynchronous
         use_colocation(config, colocation)
         return config
+
+
+@functools.lru_cache(maxsize=8)
+def _config(scheduling: str) -> VllmConfig:
+    """With as much of a model as it takes to have one."""
+    from hycluster.engine.vllm import engine_config
+
+    arguments = json.loads(scheduling)
+    with tempfile.TemporaryDirectory() as folder:
+        said = {**_STAND_IN, "max_position_embeddings": arguments["max_model_len"]}
+        (Path(folder) / "config.json").write_text(json.dumps(said))
+        arguments |= {"skip_tokenizer_init": True, "load_format": "dummy"}
+        model = Model(name="virtual", source=folder, engine=arguments, colocation=Colocation(enabled=False))
+        return engine_config(model, folder)
 
 
 def machine_of(model: Model, on: OnGpu) -> Machine:

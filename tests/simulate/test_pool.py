@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("vllm_imported")
 
 # About a large model on GPUs: a step reads the weights, some hundred tokens more make it longer.
 GPU = Simulated(
-    step_base_s=0.016, prefill_token_s=6e-5, decode_token_s=6e-5, kv_token_s=2e-9, max_num_seqs=64,
+    step_base_s=0.016, prefill_token_s=6e-5, decode_token_s=6e-5, kv_token_s=2e-9, max_num_seqs=32,
     max_num_batched_tokens=1024, kv_blocks=8192, max_model_len=16384,
 )  # fmt: skip
 
@@ -68,7 +68,7 @@ def test_what_is_too_long_fails() -> None:
 
 
 def test_replicas_share_a_trace() -> None:
-    requests = made_trace(60, 6, seed=3)
+    requests = made_trace(20, 6, seed=3)
     one, two = (simulation(replicas=count).serve(requests, None)[1] for count in (1, 2))
     assert two["ttft_s"]["p99"] < one["ttft_s"]["p99"]
     assert two["load_p99_over_mean"] < 1.2
@@ -78,7 +78,7 @@ def test_replicas_share_a_trace() -> None:
 def test_the_same_seed_gives_the_same_numbers() -> None:
     from hycluster.simulate.bulk import BulkJob
 
-    requests = made_trace(30, 4, seed=3)
+    requests = made_trace(5, 4, seed=3)
     first, second = (simulation(replicas=2, seed=5).serve(requests, BulkJob(100, 20))[1] for _ in range(2))
     assert first == second
 
@@ -105,7 +105,7 @@ def test_a_request_that_can_never_run_is_said_and_not_waited_for() -> None:
 
 def test_load_is_a_share_of_the_capacity() -> None:
     simulated = simulation(colocation=Colocation(enabled=False))
-    requests = made_trace(200, 4, seed=2)
+    requests = made_trace(60, 2, seed=2)
     load = simulated.load_of(requests)
     assert 0.05 < load < 1
     assert simulated.load_of(scaled(requests, 2, 0)) == pytest.approx(2 * load, rel=0.1)
@@ -119,7 +119,7 @@ def test_online_callers_hardly_feel_a_job_and_it_gets_what_is_left() -> None:
 
     job, engine = BulkJob(300, 60), {"async_scheduling": True}
     ours, vllm = (simulation(colocation=each, engine=engine) for each in (Colocation(), PRIORITY_ONLY))
-    requests = made_trace(90, 2, seed=4)
+    requests = made_trace(30, 2, seed=4)
     requests = scaled(requests, vllm.scale_for(requests, 0.6), 0)
     compared = vllm.compare(requests, job)
     alone = compared["alone"]
