@@ -255,6 +255,8 @@ class ColocationLoad:
         predicted_step_s, real_step_s: of the last step.
         bulk_running: bulk rows that have a slot and KV blocks; the parked ones are among them.
         bulk_waiting: bulk rows that have none.
+        step_time_s: what it has learned of its steps: base, a token of prefill, a sequence, a token of KV cache read;
+            all 0 while it knows nothing yet.
     """
 
     parked: int = 0
@@ -265,6 +267,7 @@ class ColocationLoad:
     real_step_s: float = 0.0
     bulk_running: int = 0
     bulk_waiting: int = 0
+    step_time_s: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)

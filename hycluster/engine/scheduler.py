@@ -206,9 +206,7 @@ class ColocationScheduler(Scheduler):
             return StepRoom(bulk_s=0.0, others=True)
         work = self._online_work(online, waiting)
         may_add = max(self.colocation.max_slowdown * self.step_time.predict(work), self._credit_s)
-        room = StepRoom.of(may_add, self.step_time)
-        room.others = True
-        return room
+        return StepRoom.of(may_add, self.step_time, work)
 
     def _short_of_blocks(self, waiting: list[Request]) -> bool:
         """Whether there are too few for online requests that wait: then bulk rows get none of them in this step.
@@ -353,6 +351,7 @@ class ColocationScheduler(Scheduler):
             real_step_s=self._real_s,
             bulk_running=running,
             bulk_waiting=max(0, len(self._bulk) - running),
+            step_time_s=self.step_time.coefficients_s,
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from hycluster.engine.step_time import StepTime
+from hycluster.engine.step_time import StepTime, StepWork
 
 # A chunk of a prompt has at least so many tokens, or as many as cost what its row does if these are fewer; unless the
 # step has nothing else.
@@ -40,6 +40,7 @@ class StepRoom:
     Attributes:
         bulk_s: time that they may add to it.
         sequences, prefill_tokens: most rows, and most tokens of prompts, for all of the step.
+        free_tokens: tokens that add no time, whoever takes them first; see :class:`StepTime`.
         least_chunk: tokens of a prompt below which a row waits for a step with more room.
         others: whether anything else is in it, so that it need not be a bulk row.
         loras: numbers of the adapters in it, or to come into it.
@@ -51,6 +52,7 @@ class StepRoom:
     bulk_s: float = math.inf
     sequences: float = math.inf
     prefill_tokens: float = math.inf
+    free_tokens: int = 0
     least_chunk: int = LEAST_CHUNK_TOKENS
     others: bool = False
     loras: set[int] = field(default_factory=set)
@@ -59,8 +61,13 @@ class StepRoom:
     taken: set[str] = field(default_factory=set)
 
     @classmethod
-    def of(cls, bulk_s: float, cost: StepTime) -> StepRoom:
-        """For so much time, as far as the model of the step time can be trusted."""
+    def of(cls, bulk_s: float, cost: StepTime, others: StepWork | None = None) -> StepRoom:
+        """For so much time, as far as the model of the step time can be trusted.
+
+        Args:
+            others: what is in the step anyhow.
+        """
+        used = others.prefill_tokens + others.sequences if others is not None else 0
         least = LEAST_CHUNK_TOKENS
         if cost.prefill_token_s > 0:
             # A chunk that costs less than its row does is not worth the row.
@@ -69,7 +76,9 @@ class StepRoom:
             bulk_s=bulk_s,
             sequences=max(GROWTH * cost.most_sequences, FIRST_SEQUENCES),
             prefill_tokens=max(GROWTH * cost.most_prefill_tokens, FIRST_TOKENS),
+            free_tokens=max(0, cost.free_tokens - used),
             least_chunk=least,
+            others=others is not None,
         )
 
     def grant(self, row: BulkRow, cost: StepTime) -> int:
@@ -89,7 +98,12 @@ class StepRoom:
             if fits < least and not needed:
                 return 0
             more = max(least, int(fits))
-        takes = row_s + cost.prefill_token_s * more
+        more = min(more, row.tokens - 1)
+        # Where some are free, a row's last token is one like the others.
+        tokens = more + 1 if cost.free_tokens else more
+        free = min(tokens, self.free_tokens)
+        takes = row_s + cost.prefill_token_s * (tokens - free)
+        self.free_tokens -= free
         self.bulk_s -= takes
         self.used_s += takes
         self.sequences -= 1
@@ -97,11 +111,12 @@ class StepRoom:
         self.taken.add(row.request_id)
         if row.lora:
             self.loras.add(row.lora)
-        return min(row.tokens, more + 1)
+        return more + 1
 
     def _fitting(self, row_s: float, cost: StepTime) -> float:
         """Tokens beside its last one for which there is time; negative if there is none for the row itself."""
         left = self.bulk_s - row_s
         if left < 0:
             return -1
-        return left / cost.prefill_token_s if cost.prefill_token_s > 0 else math.inf
+        fits = left / cost.prefill_token_s if cost.prefill_token_s > 0 else math.inf
+        return fits + self.free_tokens - 1 if cost.free_tokens else fits

@@ -16,6 +16,8 @@ from prometheus_client.registry import Collector
 from hycluster.core import ColocationLoad
 
 _REPLICA = ["model", "replica"]
+# Of ``ColocationLoad.step_time_s``.
+STEP_TERMS = ("base", "prefill_token", "sequence", "kv_token")
 
 
 class ColocatedPool(Protocol):
@@ -53,6 +55,11 @@ class ColocationMetrics(Collector):
         step = GaugeMetricFamily(
             "hycluster_engine_step_seconds", "Duration of the last step.", labels=[*_REPLICA, "kind"]
         )
+        learned = GaugeMetricFamily(
+            "hycluster_engine_step_coefficient_seconds",
+            "What a step takes, as learned: base, and for each token of prefill, sequence and token of KV cache read.",
+            labels=[*_REPLICA, "term"],
+        )
         for model, pool in list(self._pools.items()):
             for replica, load in pool.colocation_loads.items():
                 labels = [model, replica]
@@ -62,7 +69,10 @@ class ColocationMetrics(Collector):
                 tokens.add_metric([*labels, "batch"], load.bulk_tokens)
                 step.add_metric([*labels, "measured"], load.real_step_s)
                 step.add_metric([*labels, "predicted"], load.predicted_step_s)
-        return [family for family in (parked, given_up, tokens, step) if family.samples]
+                if any(load.step_time_s):
+                    for term, seconds in zip(STEP_TERMS, load.step_time_s, strict=True):
+                        learned.add_metric([*labels, term], seconds)
+        return [family for family in (parked, given_up, tokens, step, learned) if family.samples]
 
     def describe(self) -> Iterable[Metric]:
         # Registering must not read values.

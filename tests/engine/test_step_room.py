@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 from hycluster.engine.step_room import FIRST_SEQUENCES, FIRST_TOKENS, BulkRow, StepRoom
@@ -68,3 +69,16 @@ def test_adapters() -> None:
     cost, room = learned(), StepRoom.of(1.0, learned())
     room.loras, room.max_loras = {7}, 2
     assert [room.grant(decode(number, lora), cost) for number, lora in enumerate((1, 2, 7, 0, 1))] == [1, 0, 1, 1, 1]
+
+
+def test_tokens_that_are_free_come_on_top_of_what_there_is_time_for() -> None:
+    """16 ms a step of up to 256 tokens, 60 us each beyond."""
+    cost = StepTime()
+    for tokens, rows in itertools.product((10, 60, 120, 250, 500, 1000, 2000), (1, 4, 9) * 7):
+        cost.learn(StepWork(tokens - rows, rows), max(0.016, 6.25e-5 * tokens))
+    assert cost.free_tokens == 256
+    room = StepRoom.of(0.0016, cost, StepWork(0, 100))
+    assert room.others
+    assert abs(room.grant(BulkRow("prompt", 0, 2000, divisible=True), cost) - (256 - 100 + 0.0016 / 6.25e-5)) < 5
+    room = StepRoom.of(0.0016, cost, StepWork(1900, 100))
+    assert room.grant(BulkRow("prompt", 0, 2000, divisible=True), cost) <= 0.0016 / 6.25e-5 + 1

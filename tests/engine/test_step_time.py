@@ -56,3 +56,28 @@ def test_what_it_has_not_seen_it_does_not_pretend_to_know() -> None:
     step_time.learn(StepWork(0, 1, 17), 0.1)
     assert not step_time.known
     assert (step_time.most_sequences, step_time.most_prefill_tokens) == (1, 15)
+
+
+def roofline_s(work: StepWork) -> float:
+    """16 ms for the weights, or 60 us a token if that is more; and the KV cache."""
+    return max(0.016, 6e-5 * (work.prefill_tokens + work.sequences)) + 2e-9 * work.kv_tokens
+
+
+def test_it_finds_the_tokens_that_are_free() -> None:
+    step_time, random_ = StepTime(), random.Random(3)
+    assert step_time.free_tokens == 0
+    for _ in range(400):
+        rows = random_.randint(5, 120)
+        work = StepWork(random_.choice([0, 0, 0, 100, 400, 1900]), rows, rows * random_.randint(50, 4000))
+        step_time.learn(work, random_.lognormvariate(0, 0.05) * roofline_s(work))
+    assert step_time.free_tokens in (192, 256, 384)
+    for work in (StepWork(0, 20, 2000), StepWork(150, 20, 2000), StepWork(1000, 20, 2000)):
+        assert step_time.predict(work) == pytest.approx(roofline_s(work), rel=0.12)
+
+
+def test_on_a_laptop_no_token_is_free() -> None:
+    step_time, random_ = StepTime(), random.Random(4)
+    for _ in range(1000):
+        work = some_work(random_)
+        step_time.learn(work, random_.lognormvariate(0, 0.2) * real_s(LAPTOP, work))
+        assert step_time.free_tokens == 0

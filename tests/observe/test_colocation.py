@@ -23,8 +23,9 @@ def scraped(metrics: ColocationMetrics) -> dict[str, float]:
 def test_what_a_scrape_reads() -> None:
     metrics = ColocationMetrics()
     load = ColocationLoad(
-        parked=3, given_up=2, bulk_tokens=50, online_tokens=70, predicted_step_s=0.25, real_step_s=0.5
-    )
+        parked=3, given_up=2, bulk_tokens=50, online_tokens=70, predicted_step_s=0.25, real_step_s=0.5,
+        step_time_s=(0.1, 0.01, 0.02, 0.0),
+    )  # fmt: skip
     pool = Pool(colocation_loads={"r1": load})
     metrics.watch("m", pool)
     assert scraped(metrics) == {
@@ -34,6 +35,10 @@ def test_what_a_scrape_reads() -> None:
         'hycluster_engine_tokens_total{model="m",priority="batch",replica="r1"}': 50,
         'hycluster_engine_step_seconds{kind="measured",model="m",replica="r1"}': 0.5,
         'hycluster_engine_step_seconds{kind="predicted",model="m",replica="r1"}': 0.25,
+        'hycluster_engine_step_coefficient_seconds{model="m",replica="r1",term="base"}': 0.1,
+        'hycluster_engine_step_coefficient_seconds{model="m",replica="r1",term="prefill_token"}': 0.01,
+        'hycluster_engine_step_coefficient_seconds{model="m",replica="r1",term="sequence"}': 0.02,
+        'hycluster_engine_step_coefficient_seconds{model="m",replica="r1",term="kv_token"}': 0.0,
     }
 
 
