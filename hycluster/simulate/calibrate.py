@@ -16,8 +16,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from hycluster.engine.step_time import StepTime, StepWork
 from hycluster.errors import EngineStartFailed, SettingsError, one_line, shown
@@ -136,7 +136,7 @@ def fitted_settings(fitted: StepTime, config: VllmConfig) -> Simulated:
     return _simulated(fitted.coefficients_s, sizes_in(config))
 
 
-def _simulated(seconds: Sequence[float], sizes: dict[str, int]) -> Simulated:
+def _simulated(seconds: Sequence[float], sizes: Mapping[str, Any]) -> Simulated:
     base, prefill, sequence, kv = (float(f"{each:.4g}") for each in seconds)
     return Simulated(step_base_s=base, prefill_token_s=prefill, decode_token_s=sequence, kv_token_s=kv, **sizes)
 

@@ -88,7 +88,7 @@ class VirtualEngine:
         self._flights: deque[_Flight] = deque()
         self._most_flights = config.max_concurrent_batches
         spec = FullAttentionSpec(block_size=cache.block_size, num_kv_heads=1, head_size=1, dtype=torch.float32)
-        self.scheduler: Scheduler = config.scheduler_config.get_scheduler_cls()(  # type: ignore[assignment]
+        self.scheduler: Scheduler = config.scheduler_config.get_scheduler_cls()(  # type: ignore[call-arg, assignment]
             vllm_config=config,
             kv_cache_config=KVCacheConfig(kv_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
             structured_output_manager=StructuredOutputManager(config),

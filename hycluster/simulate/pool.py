@@ -113,16 +113,16 @@ class VirtualPool:
         window_s = span_s(requests) if window_s is None else window_s
         outcome = TraceOutcome([Served(request) for request in requests], self._done, window_s)
         if bulk is not None:
-            for engine in self._engines:
+            for each in self._engines:
                 for row in itertools.islice(bulk.rows, bulk.in_flight):
-                    self._add_row(engine, row, bulk)
+                    self._add_row(each, row, bulk)
         # What is here stays: looking through it for garbage, again and again, takes a fifth of the time.
         gc.freeze()
         coming = iter(outcome.served)
         next_one = next(coming, None)
         while True:
-            busy = [engine for engine in self._engines if engine.has_work]
-            engine = min(busy, key=lambda each: each.now_s) if busy else None
+            busy = [each for each in self._engines if each.has_work]
+            engine = min(busy, key=lambda each: each.now_s, default=None)
             if next_one is not None and (engine is None or begin_s + next_one.request.at_s <= engine.now_s):
                 self._admit(next_one, begin_s)
                 next_one = next(coming, None)
@@ -147,9 +147,9 @@ class VirtualPool:
             for row in itertools.islice(feed.rows, feed.in_flight):
                 self._add_row(engine, row, feed)
         while self._done.all_output_tokens < tokens:
-            engine = min(self._engines, key=lambda each: each.now_s)
-            for token in engine.step():
-                self._take(token, engine, feed, 0.0, math.inf)
+            first = min(self._engines, key=lambda each: each.now_s)
+            for token in first.step():
+                self._take(token, first, feed, 0.0, math.inf)
         return max(engine.now_s for engine in self._engines)
 
     def _admit(self, served: Served, begin_s: float) -> None:

@@ -147,9 +147,8 @@ def _azure(text: str, line_at: Callable[[int], _Line]) -> Iterator[TraceRequest]
                 continue
             if len(row) != len(AZURE_HEADER):
                 raise at.bad(f"has {len(row)} fields; must have {len(AZURE_HEADER)}: {','.join(AZURE_HEADER)}")
-            yield TraceRequest(
-                _seconds(at, row[0]), *(_count(at, *each) for each in zip(AZURE_HEADER[1:], row[1:], strict=True))
-            )
+            prompt, generated = (_count(at, *each) for each in zip(AZURE_HEADER[1:], row[1:], strict=True))
+            yield TraceRequest(_seconds(at, row[0]), prompt, generated)
     except csv.Error as error:
         raise line_at(rows.line_num).bad(f"is not CSV: {error}") from error
 

@@ -6,7 +6,7 @@ import itertools
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -282,9 +282,10 @@ def test_its_settings_are_none_that_a_model_is_compiled_for(tiny_model: Path) ->
 def test_a_rank_with_bulk_only_steps_no_longer_than_its_siblings_online_work(tiny_model: Path) -> None:
     """The second of two ranks, whose steps end together; this one is told of the other."""
     from hycluster.engine.rank_work import ARRIVAL, RankWork
+    from hycluster.engine.scheduler import ColocationScheduler
 
     case, told = make_case(tiny_model), list[RankWork]()
-    assert isinstance(case.engine.scheduler, colocation_scheduler())
+    assert isinstance(case.engine.scheduler, ColocationScheduler)
     siblings = case.engine.scheduler.siblings
     siblings.send = told.append
     fill_with_bulk(case)
@@ -308,16 +309,10 @@ def test_a_rank_with_bulk_only_steps_no_longer_than_its_siblings_online_work(tin
     assert told[-1].online_sequences == 1
 
 
-def colocation_scheduler() -> type:
-    from hycluster.engine.scheduler import ColocationScheduler
-
-    return ColocationScheduler
-
-
 def test_bulk_alone_loses_little(tiny_model: Path) -> None:
     """A bound above the longest step is as vLLM by itself."""
 
-    def rate(**colocation: float | bool) -> float:
+    def rate(**colocation: Any) -> float:
         case = make_case(tiny_model, **colocation)
         fill_with_bulk(case)
         case.finish(*(f"bulk-{number}" for number in range(64)))
@@ -331,7 +326,7 @@ def test_a_mixed_hour(tiny_model: Path) -> None:
 
     def run(bulk: bool) -> tuple[list[float], list[float], int]:
         case, random_ = make_case(tiny_model), random.Random(7)
-        at_s, names = 5.0, []
+        at_s, names = 5.0, list[str]()
         if bulk:
             fill_with_bulk(case, 600, tokens=60)
         while at_s < 200:
