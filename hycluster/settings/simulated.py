@@ -18,6 +18,7 @@ class Simulated(Strict):
         step_base_s: time of a step apart from its tokens.
         prefill_token_s: time that a prompt token adds.
         decode_token_s: time that an output token adds.
+        kv_token_s: time that a token of KV cache adds in each step that reads it.
         max_num_seqs: most sequences in a step.
         max_num_batched_tokens: most tokens in a step.
         kv_blocks: blocks of the KV cache; where they run out, requests are preempted.

@@ -118,7 +118,9 @@ def test_an_online_request_waits_for_one_bounded_step(case: Case) -> None:
     case.add("online", 60, 20, Priority.ONLINE)
     case.finish("online")
     alone = step_time(StepWork(59, 1))
-    assert case.ttft("online") <= 1.1 * alone
+    # It comes at the end of a step; one more is in flight where they are scheduled ahead.
+    ahead = case.engine.scheduler.vllm_config.max_concurrent_batches - 1
+    assert case.ttft("online") <= ahead * Colocation().max_step_s / 2 * 1.1 + 1.1 * alone
     assert max(case.itl("online")) <= 1.1 * step_time(StepWork(0, 1))
     load = case.load
     assert 0 < load.parked <= load.bulk_running
