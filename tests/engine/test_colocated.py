@@ -131,8 +131,8 @@ def test_rows_that_were_parked_and_given_up_say_the_same(
     hear(engine, heard, *BULK)
     assert heard.tokens == alone
     assert parked.parked > 0
-    # 8 online rows with 86 tokens are 24 of the 32 blocks, and all slots.
-    assert served.given_up - before.given_up >= 5
+    # 8 online rows with 86 tokens are 24 of the 32 blocks, and all slots: whoever runs has to leave.
+    assert served.given_up - before.given_up >= parked.bulk_running > 0
     assert load(engine).bulk_running == load(engine).bulk_waiting == 0
 
 

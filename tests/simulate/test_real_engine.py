@@ -8,7 +8,12 @@ import pytest
 
 from hycluster.settings.model import Model
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("vllm_imported")]
+# A first engine in a process imports what warns of third parties' sins.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("vllm_imported"),
+]
 
 
 def test_an_engine_is_measured_and_stands_in_virtual_time(tiny_model: Path) -> None:
