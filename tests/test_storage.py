@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -113,6 +114,18 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     assert list(at(tmp_path).names()) == ["x.json"]
     assert target.read_bytes() == b"2"
     assert list(at(tmp_path).names("none")) == []
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_torn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    for attempt in (at(tmp_path).write, at(tmp_path).create, at(tmp_path).replace):
+        with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/\.?part") as caught:
+            attempt("part", b"x")
+        assert caught.value.errno == errno.ENOSPC
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_is_what_it_is_wherever_it_is(folder: WritableFolder) -> None:

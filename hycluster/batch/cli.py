@@ -147,7 +147,7 @@ def job_status(
 def report(
     output_path: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or s3:// URI of a job.")],
 ) -> None:
-    """Write report.html and report.json into an output, of what is committed there. A finished job has them."""
+    """Write _report.html and _report.json into an output, of what is committed there. A finished job has them."""
     with _one_line_errors():
         from hycluster.batch.progress.figures import REPORT_HTML, write_report
         from hycluster.storage import locate

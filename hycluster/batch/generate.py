@@ -12,16 +12,19 @@ import asyncio
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from hycluster import logs
 from hycluster.batch.ask import first_error
 from hycluster.batch.input.corpus import REFUSAL, ROW_ID, SHARD
+from hycluster.batch.input.tables import last, pick, unpack
+from hycluster.batch.kept import KeptAnswers
 from hycluster.batch.order import by_prefix
 from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.record import ShardRecord, Totals
@@ -36,6 +39,8 @@ REPORT_EVERY_S = 1.0
 # Rows that are put in order together: the next whole shards with at least so many. All of them are open at a time then.
 ORDERED_ROWS = 1024
 
+
+NARROW = {pa.float32(): np.float32, pa.float16(): np.float16}
 
 Report = Callable[[str, RunProgress], Any]
 
@@ -58,17 +63,21 @@ class _OpenShard:
 
 
 class Generate:
-    """The callable class for ``map_batches``: a block with whole shards in, a row a shard out.
+    """The callable class for ``map_batches``: a block of packed shards in, a row a shard out.
 
     Args:
         open_task: opens the task, once in each process; must be picklable.
         report: takes this process' name and its progress, about once a second.
         name: what the ids of all requests begin with.
+        keep: write down now and then what is answered and not committed.
     """
 
-    def __init__(self, output: OutputFolder, open_task: OpenTask, report: Report, *, name: str) -> None:
+    def __init__(
+        self, output: OutputFolder, open_task: OpenTask, report: Report, *, name: str, keep: bool = False
+    ) -> None:
         logs.settle("batch")
         self._output = output
+        self._kept = KeptAnswers(output) if keep else None
         self._open_task = open_task
         self._report = report
         self._name = name
@@ -93,6 +102,8 @@ class Generate:
             async with asyncio.TaskGroup() as group:
                 commits = await self._feed(block, group.create_task)
         except* Exception as errors:
+            if self._kept:
+                await asyncio.to_thread(self._kept.write)
             raise _first(errors) from None
         finally:
             telling.cancel()
@@ -102,7 +113,7 @@ class Generate:
     async def _feed(self, block: pa.Table, start: Callable[..., asyncio.Task[Any]]) -> list[asyncio.Task[ShardRecord]]:
         # Ray runs a block again when its process died; what that one had committed is kept. Asked for before the
         # block's turn, so that no engine waits for the store.
-        records = [(shard, start(asyncio.to_thread(self._output.record, _number(shard)))) for shard in _shards(block)]
+        records = [(shard, start(asyncio.to_thread(self._output.record, _number(shard)))) for shard in unpack(block)]
         # One block after the other, so that few shards are open at a time.
         async with self._feeding:
             commits: list[asyncio.Task[ShardRecord]] = []
@@ -146,18 +157,20 @@ class Generate:
 
     async def _row(self, task: Task, shard: pa.Table, position: int) -> Answer | Refusal:
         try:
-            row_id = shard.column(ROW_ID)[position].as_py()
+            row_id = last(shard, ROW_ID)[position].as_py()
             answer: Answer | Refusal
             try:
-                answer = await task.answer(_row_of(task, shard, position), f"{self._name}-{row_id}")
-            except SettingsError:
-                # Wrong for every row.
-                raise
-            except (InvalidInput, UnicodeError) as error:
+                kept = self._kept.get(row_id) if self._kept else None
+                answer = kept or await task.answer(_row_of(task, shard, position), f"{self._name}-{row_id}")
+            except Exception as error:
+                if _is_the_jobs(error):
+                    raise
                 answer = refusal_of(error)
         finally:
             self._in_flight -= 1
             task.slots.release()
+        if self._kept:
+            self._kept.add(row_id, answer)
         self._count(answer)
         return answer
 
@@ -166,19 +179,26 @@ class Generate:
         known = [answer for answer in answers if answer is not None]
         extra_columns = self._task.extra_columns if self._task else ()
         results, quarantined = split_answers(shard.table, known, extra_columns)
-        first = shard.table.column(ROW_ID)[0].as_py()
+        ids = last(shard.table, ROW_ID)
+        first = ids[0].as_py()
         if isinstance(known[0], Refusal) and known[0].error_type == Reason.UNREADABLE_FILE.value:
             # This row has the name of its file; the record says where a shard begins.
             first = f"{first}#0"
-        return await asyncio.to_thread(
-            self._output.commit, shard.number, first, results, quarantined, begun_at=shard.begun_at or time.time()
+        begun_at = shard.begun_at or time.time()
+        record = await asyncio.to_thread(
+            self._output.commit, shard.number, first, results, quarantined, begun_at=begun_at
         )
+        if self._kept:
+            self._kept.forget(ids.to_pylist())
+        return record
 
     async def _open(self) -> Task:
         # Called by the one block that feeds. Ray kills the process when the job ends: nothing to close.
         if self._task is None:
             self._opened = self._open_task()
             self._task = await self._opened.__aenter__()
+            if self._kept:
+                await asyncio.to_thread(self._kept.load)
         return self._task
 
     def _count(self, answer: Answer | Refusal) -> None:
@@ -195,6 +215,8 @@ class Generate:
         while True:
             await asyncio.sleep(REPORT_EVERY_S)
             self._tell()
+            if self._kept and self._kept.due():
+                await asyncio.to_thread(self._kept.write)
 
     def _tell(self) -> None:
         self._reported_s = time.monotonic()
@@ -209,7 +231,7 @@ def split_answers(
     """The finished rows and the quarantined ones, each in input order, input columns unchanged."""
     if REFUSAL in shard.schema.names:
         shard = shard.drop_columns([REFUSAL])
-    results = shard.filter(pa.array([isinstance(answer, Answer) for answer in answers], pa.bool_()))
+    results = pick(shard, [place for place, answer in enumerate(answers) if isinstance(answer, Answer)])
     finished = [answer for answer in answers if isinstance(answer, Answer)]
     for name, kind in (
         ("output", pa.string()),
@@ -221,7 +243,7 @@ def split_answers(
     for place, name in enumerate(extra_columns):
         values = [answer.extra[place] if answer.extra else None for answer in finished]
         results = results.append_column(name, pa.array(values, pa.string()))
-    quarantined = shard.filter(pa.array([isinstance(answer, Refusal) for answer in answers], pa.bool_()))
+    quarantined = pick(shard, [place for place, answer in enumerate(answers) if isinstance(answer, Refusal)])
     for name in ("error_type", "error_message"):
         values = [getattr(answer, name) for answer in answers if isinstance(answer, Refusal)]
         quarantined = quarantined.append_column(name, pa.array(values, pa.string()))
@@ -244,7 +266,9 @@ def _in_order(task: Task, shards: list[_OpenShard]) -> list[tuple[_OpenShard, in
 def _prefix(task: Task, shard: pa.Table, position: int) -> str:
     try:
         return task.prefix(_row_of(task, shard, position))
-    except (InvalidInput, UnicodeError):
+    except Exception as error:
+        if _is_the_jobs(error):
+            raise
         # It will be refused, when it is its turn.
         return ""
 
@@ -253,24 +277,27 @@ def _row_of(task: Task, shard: pa.Table, position: int) -> dict[str, Any]:
     return {name: _value(shard, name, position) for name in task.columns}
 
 
+def _is_the_jobs(error: Exception) -> bool:
+    """Whether an error is no row's: engines that can't serve, or what is wrong for every row."""
+    return isinstance(error, SettingsError) or (
+        isinstance(error, HyclusterError) and not isinstance(error, InvalidInput)
+    )
+
+
 def _value(shard: pa.Table, name: str, position: int) -> Any:
+    # Of the input's, where a column of the output's shares its name.
+    place = shard.schema.get_all_field_indices(name)[0]
+    kind = shard.schema.field(place).type
     try:
-        return shard.column(name)[position].as_py()
+        value = shard.column(place)[position].as_py()
+        # As short as its type makes it: 0.1 in 32 bits is 0.10000000149011612 in Python's 64.
+        narrow = NARROW.get(kind)
+        return value if narrow is None or value is None else float(str(narrow(value)))
     except UnicodeError:
         raise
-    except (ValueError, OverflowError, pa.ArrowException) as error:
-        # Such as a date that is out of Python's range.
-        raise RowRefused(Reason.WRONG_TYPE, f"{name}: is no value that a prompt can take: {error}") from None
-
-
-def _shards(block: pa.Table) -> Iterator[pa.Table]:
-    """The runs of rows with one shard number. A shard is never cut between blocks."""
-    numbers = block.column(SHARD).to_numpy()
-    start = 0
-    while start < block.num_rows:
-        end = start + int((numbers[start:] == numbers[start]).sum())
-        yield block.slice(start, end - start)
-        start = end
+    except Exception as error:
+        # Such as a date that is out of Python's range, or in a time zone that nobody knows.
+        raise RowRefused(Reason.WRONG_TYPE, f"{name}: is no {kind} that a prompt can take: {error}") from None
 
 
 async def _done(record: ShardRecord) -> ShardRecord:

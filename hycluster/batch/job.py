@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -48,9 +47,12 @@ class JobOutput(Strict):
 
     Attributes:
         path: a folder or an ``s3://`` URI; it holds one job and nothing else.
+        columns_suffix: what the names of the columns that the job adds end with. By default nothing; where the input
+            has one of these names ``_2``, or ``_3`` and so on: the output of a job is the input of the next.
     """
 
     path: str = Field(min_length=1)
+    columns_suffix: str | None = Field(default=None, max_length=40, pattern=r"^[A-Za-z0-9_.-]*$")
 
 
 class Summary(Strict):
@@ -83,6 +85,7 @@ class Job(Strict):
         model: name of the model that is asked, or of one of its adapters.
         task: a preset, or ``generate``.
         prompt: ``generate`` only: a template with ``{column}`` placeholders; ``{{`` and ``}}`` are braces.
+        constant_prompt: the prompt is meant to name no column, so that every row is asked the same.
         question: ``ask`` only: one question for all rows.
         summary: ``summarize`` only: texts that are longer than the context.
         sampling: how tokens are chosen; one output for each row (``n`` is 1), no ``logprobs``.
@@ -99,6 +102,7 @@ class Job(Strict):
     model: str = Field(min_length=1)
     task: Task
     prompt: str | None = Field(default=None, min_length=1)
+    constant_prompt: bool = False
     question: str | None = Field(default=None, min_length=1)
     input: Input
     output: JobOutput
@@ -152,13 +156,12 @@ def load_job(
     Raises:
         SettingsError: names the file, the field, the value and what is allowed.
     """
-    # JSON is YAML, so a path with YAML's special characters survives.
     options = [
-        f"{key}={json.dumps(value)}"
+        f"{key}={value}"
         for key, value in (("input.path", input_path), ("output.path", output_path), ("engine", engine))
         if value is not None
     ]
-    data = override(load_yaml(path), [*assignments, *options])
+    data = override(load_yaml(path), [*assignments, *options], Job)
     for section, option in (("input", "--input"), ("output", "--output")):
         held: Any = data.setdefault(section, {})
         if isinstance(held, dict) and held.get("path") is None:

@@ -18,7 +18,7 @@ import pyarrow.types as pat
 
 from hycluster.batch.job import Job
 from hycluster.batch.refusal import ColumnRefused, Reason, RowRefused
-from hycluster.errors import SettingsError
+from hycluster.errors import SettingsError, shown
 
 Messages = list[dict[str, Any]]
 Row = Mapping[str, Any]
@@ -99,10 +99,14 @@ def prompt_of(job: Job) -> Prompt:
     if columns.messages is not None:
         return ChatPrompt(columns.messages)
     template = job.prompt or PRESETS.get(job.task, "{text}")
+    if job.prompt is not None and not job.constant_prompt and not any(name for _, name in _parse(template)):
+        raise SettingsError(
+            f"prompt: {shown(template)} names no column, so every row would be asked the same; write a column as"
+            " '{text}', or say constant_prompt: true if that is meant"
+        )
     aliases = {"text": columns.text, "question": columns.question}
     constants = {"question": job.question} if job.question is not None else {}
-    reserved = (TREE,) if job.summary is not None and job.summary.keep_tree else ()
-    return TemplatePrompt(template, {k: v for k, v in aliases.items() if v is not None}, constants, reserved)
+    return TemplatePrompt(template, {k: v for k, v in aliases.items() if v is not None}, constants)
 
 
 def language_of(text: str) -> Language:
@@ -130,17 +134,9 @@ class TemplatePrompt:
     Args:
         aliases: placeholders that stand for another column.
         constants: placeholders that stand for a text.
-        reserved: columns that the input must not have.
     """
 
-    def __init__(
-        self,
-        template: str,
-        aliases: Mapping[str, str],
-        constants: Mapping[str, str],
-        reserved: Sequence[str] = (),
-    ) -> None:
-        self._reserved = reserved
+    def __init__(self, template: str, aliases: Mapping[str, str], constants: Mapping[str, str]) -> None:
         self._parts: list[tuple[str, str | None]] = []
         named = []
         for literal, name in _parse(template):
@@ -172,16 +168,17 @@ class TemplatePrompt:
         return [{"role": "user", "content": content}]
 
     def check(self, schema: pa.Schema, where: str) -> None:
-        for column in self._reserved:
-            if column in schema.names:
-                raise SettingsError(f"{where}: column {column!r} has a name that the output uses; rename it")
         for column in self.columns:
             kind = column_type(schema, column, where)
             if column in self._strings and not _is_string(kind):
                 raise ColumnRefused(Reason.WRONG_TYPE, f"{where}: column {column!r} is {kind}; must be string")
-            if pat.is_nested(kind) or pat.is_binary(kind) or pat.is_large_binary(kind):
+            if pat.is_nested(kind) or _is_bytes(kind):
                 raise ColumnRefused(
                     Reason.WRONG_TYPE, f"{where}: column {column!r} is {kind}; a template takes text, numbers and dates"
+                )
+            if pat.is_timestamp(kind) and kind.tz is not None and not _is_known_zone(kind.tz):
+                raise ColumnRefused(
+                    Reason.WRONG_TYPE, f"{where}: column {column!r} is {kind}; there is no time zone {kind.tz!r} here"
                 )
 
 
@@ -193,7 +190,7 @@ class ChatPrompt:
 
     def messages(self, row: Row) -> Messages:
         (column,) = self.columns
-        value = row[column]
+        value = _said(row[column])
         if value is None:
             raise RowRefused(Reason.NULL_VALUE, f"{column}: is null")
         if isinstance(value, str):
@@ -208,9 +205,9 @@ class ChatPrompt:
                 raise RowRefused(
                     Reason.INVALID_MESSAGES, f"{column}: message {position} must have a role and a content"
                 )
-            if message.get("content") is None:
+            # An assistant that calls tools need not say anything, as with OpenAI.
+            if message.get("content") is None and not message.get("tool_calls"):
                 raise RowRefused(Reason.INVALID_MESSAGES, f"{column}: message {position} has no content")
-        # A struct column gives every message every field; those left null were never said.
         return [{key: item for key, item in message.items() if item is not None} for message in value]
 
     def check(self, schema: pa.Schema, where: str) -> None:
@@ -218,8 +215,7 @@ class ChatPrompt:
         kind = column_type(schema, column, where)
         if _is_string(kind):
             return
-        is_list = pat.is_list(kind) or pat.is_large_list(kind)
-        if not is_list or not pat.is_struct(kind.value_type) or _lacks(kind.value_type, "role", "content"):
+        if not _is_list(kind) or not pat.is_struct(kind.value_type) or _lacks(kind.value_type, "role", "content"):
             raise ColumnRefused(
                 Reason.WRONG_TYPE,
                 f"{where}: column {column!r} is {kind}; must be list<struct<role, content>> or JSON text",
@@ -227,20 +223,31 @@ class ChatPrompt:
 
 
 def column_type(schema: pa.Schema, column: str, where: str) -> pa.DataType:
-    """Type of a column of the input; a dictionary column has the type of its values.
+    """Type of a column of the input; a dictionary column has the type of its values, JSON is text.
 
     Raises:
-        ColumnRefused: there is none.
-        SettingsError: there are two.
+        ColumnRefused: there is none, or there are several.
     """
     found = schema.get_all_field_indices(column)
     if not found:
         there = ", ".join(schema.names) or "none"
         raise ColumnRefused(Reason.MISSING_COLUMN, f"{where}: no column {column!r}; there are {there}")
     if len(found) > 1:
-        raise SettingsError(f"{where}: {len(found)} columns named {column!r}; there are {', '.join(schema.names)}")
+        there = ", ".join(schema.names)
+        raise ColumnRefused(Reason.WRONG_TYPE, f"{where}: {len(found)} columns named {column!r}; there are {there}")
     kind = schema.field(found[0]).type
+    if isinstance(kind, pa.JsonType | pa.FixedShapeTensorType):
+        kind = kind.storage_type
     return kind.value_type if pat.is_dictionary(kind) else kind
+
+
+def _said(value: Any) -> Any:
+    """A struct column gives every message, and all within it, every field; those left null were never said."""
+    if isinstance(value, list):
+        return [_said(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _said(item) for key, item in value.items() if item is not None}
+    return value
 
 
 def _parse(template: str) -> list[tuple[str, str | None]]:
@@ -261,6 +268,25 @@ def _parse(template: str) -> list[tuple[str, str | None]]:
 
 def _is_string(kind: pa.DataType) -> bool:
     return bool(pat.is_string(kind) or pat.is_large_string(kind) or pat.is_string_view(kind))
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    is_any = (pat.is_binary, pat.is_large_binary, pat.is_binary_view, pat.is_fixed_size_binary)
+    return any(is_one(kind) for is_one in is_any)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    is_any = (pat.is_list, pat.is_large_list, pat.is_fixed_size_list, pat.is_list_view, pat.is_large_list_view)
+    return any(is_one(kind) for is_one in is_any)
+
+
+def _is_known_zone(name: str) -> bool:
+    try:
+        pa.scalar(0, pa.timestamp("s", tz=name)).as_py()
+    except Exception:
+        # Of whatever kind: that depends on which package looks for it.
+        return False
+    return True
 
 
 def _lacks(struct: pa.DataType, *names: str) -> bool:

@@ -21,6 +21,7 @@ from hycluster.batch.ask import first_error
 from hycluster.batch.generate import Generate
 from hycluster.batch.input import corpus
 from hycluster.batch.input.corpus import Shard, ShardPlan
+from hycluster.batch.input.tables import pack
 from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.lease import Lease
 from hycluster.batch_api.lateness import Lateness
@@ -293,7 +294,7 @@ class _Feed:
             raise first_error(errors) from None
 
     def _read(self, shards: list[Shard]) -> pa.Table:
-        return pa.concat_tables(corpus.read_shards(self._plan.folder, shards))
+        return pa.concat_tables(map(pack, corpus.read_shards(self._plan.folder, shards)))
 
 
 class _ReadAhead:

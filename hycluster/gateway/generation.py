@@ -12,7 +12,7 @@ import gc
 import math
 import secrets
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ray.actor import ActorHandle
@@ -48,6 +48,7 @@ from hycluster.errors import (
     RequestFailed,
     Unavailable,
     UnknownModel,
+    one_line,
     shown,
 )
 from hycluster.gateway.bulk import FIXED_ROWS, BulkLane
@@ -255,20 +256,21 @@ class Generator:
     ) -> EngineInput:
         renderer = gateway.renderer
         engine_input: EngineInput
-        if messages is not None:
-            for number, message in enumerate(messages):
-                # vLLM's own API server checks this before it renders.
-                if not message.get("role"):
-                    raise InvalidInput(f"messages[{number}].role: must be set")
-            _, (engine_input,) = await renderer.render_chat_async(
-                [messages],  # type: ignore[list-item]
-                ChatParams(chat_template_kwargs={"add_generation_prompt": True}),
-                renderer.default_chat_tok_params,
-            )
+        for number, message in enumerate(messages or ()):
+            # vLLM's own API server checks this before it renders.
+            if not isinstance(message, dict) or not message.get("role"):
+                raise InvalidInput(f"messages[{number}].role: must be set")
+        with _blamed_on_the_request():
+            if messages is not None:
+                _, (engine_input,) = await renderer.render_chat_async(
+                    [messages],  # type: ignore[list-item]
+                    ChatParams(chat_template_kwargs={"add_generation_prompt": True}),
+                    renderer.default_chat_tok_params,
+                )
+                return engine_input
+            text_or_ids: Any = {"prompt": prompt} if prompt is not None else {"prompt_token_ids": list(token_ids or ())}
+            (engine_input,) = await renderer.render_cmpl_async([text_or_ids], renderer.default_cmpl_tok_params)
             return engine_input
-        text_or_ids: Any = {"prompt": prompt} if prompt is not None else {"prompt_token_ids": list(token_ids or ())}
-        (engine_input,) = await renderer.render_cmpl_async([text_or_ids], renderer.default_cmpl_tok_params)
-        return engine_input
 
 
 def token_counter(tokenizer: TokenizerLike) -> Callable[[Sequence[str]], list[int]]:
@@ -348,6 +350,21 @@ def _translated_errors() -> Any:
         raise Unavailable(f"the engine failed this request: {error.__cause__ or error}") from error
     except (VLLMClientError, ValueError, TypeError) as error:
         raise InvalidInput(str(error)) from error
+
+
+@contextlib.contextmanager
+def _blamed_on_the_request() -> Iterator[None]:
+    """Whatever rendering trips over is the request's: a template's, a parser's or a fetched image's error of any kind.
+
+    Nothing of an engine is asked there, so nothing else can be at fault, and asking again would not help.
+    """
+    try:
+        yield
+    except (HyclusterError, VLLMClientError, GracefulHTTPError, ValueError, TypeError):
+        # Translated with those of the other steps.
+        raise
+    except Exception as error:
+        raise InvalidInput(f"prompt: can't be rendered: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _prompt_ids(engine_input: EngineInput) -> list[int]:

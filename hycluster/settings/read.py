@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from hycluster.errors import SettingsError, shown
 from hycluster.explain import explain
 from hycluster.settings.settings import Settings
+from hycluster.settings.texts import takes_text
 from hycluster.settings.unique_keys import TwiceError, read_yaml
 
 DEFAULT_SETTINGS = Path("deployments/local.yaml")
@@ -45,21 +46,22 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """Apply ``--set a.b.c=VALUE`` (VALUE is YAML) to a copy of ``data``.
+def override(data: dict[str, Any], assignments: Sequence[str], kind: type[BaseModel] | None = None) -> dict[str, Any]:
+    """Apply ``--set a.b.c=VALUE`` to a copy of ``data``.
 
+    VALUE is YAML, but where the setting is a text: then it is the text as it stands, and ``null`` only is none.
     Numbers index into lists: ``models.0.name=x``.
+
+    Args:
+        kind: the settings class of ``data``, which knows what is a text; without it all is YAML.
     """
     result: dict[str, Any] = copy.deepcopy(data)
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
             raise SettingsError(f"--set: {shown(assignment)} must be of the form KEY=VALUE")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
-        *parents, last = key.split(".")
+        *parents, last = path = key.split(".")
+        value = _value(text, as_it_stands=kind is not None and takes_text(kind, path))
         target: Any = result
         try:
             for part in parents:
@@ -68,6 +70,15 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
         except (TypeError, ValueError, IndexError, AttributeError):
             raise SettingsError(f"--set: {shown(key)} names no place in the settings") from None
     return result
+
+
+def _value(text: str, *, as_it_stands: bool) -> Any:
+    if as_it_stands:
+        return None if text == "null" else text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def validate(kind: type[M], data: dict[str, Any], where: str) -> M:
@@ -88,4 +99,4 @@ def load_settings(path: str | Path = DEFAULT_SETTINGS, assignments: Sequence[str
     Raises:
         SettingsError: names the file, the field, the value and what is allowed.
     """
-    return validate(Settings, override(load_yaml(path), assignments), str(path))
+    return validate(Settings, override(load_yaml(path), assignments, Settings), str(path))

@@ -43,6 +43,10 @@ class Folder:
         """A path inside the file system."""
         return f"{self.root}/{path}" if path else self.root
 
+    def real(self, path: str = "") -> str:
+        """The one path of all that lead to the same place, through links or ``..``."""
+        return self.at(path)
+
     def below(self, path: str) -> Self:
         """A folder, or a file, in this one."""
         base, question, query = self.masked.partition("?") if "://" in self.masked else (self.masked, "", "")

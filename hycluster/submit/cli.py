@@ -213,8 +213,8 @@ def _on_engines_of(target: KubernetesTarget, job: Job) -> Job:
 
 
 def _to_kubernetes(sent: Submission, job: Job, settings: Settings | None, target: KubernetesTarget) -> None:
+    from hycluster.settings.as_yaml import as_yaml
     from hycluster.submit.rayjob import apply, ray_job
-    from hycluster.submit.submission import as_yaml
 
     manifest, notes = ray_job(sent, job, settings, target)
     for note in notes:

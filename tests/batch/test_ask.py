@@ -150,3 +150,19 @@ async def test_time_in_which_engines_were_busy_for_others_is_no_failure(monkeypa
 
     with pytest.raises(JobFailed, match="no engine could serve it for 10 s"):
         await ask("row", gone)
+
+
+async def test_a_call_that_is_cancelled_is_not_made_again() -> None:
+    calls = 0
+
+    async def hangs() -> None:
+        nonlocal calls
+        calls += 1
+        await asyncio.Event().wait()
+
+    asking = asyncio.create_task(Asker(60)("x", hangs))
+    await asyncio.sleep(0.01)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(asking, 5)
+    assert calls == 1

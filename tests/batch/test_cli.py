@@ -138,13 +138,13 @@ def test_status_and_report_read_an_output(make_job: MakeJob, tmp_path: Path) -> 
     for args, code, said in (
         (["status", str(out)], 0, "shards 2/7, rows 4/12"),
         (["status", str(out), "--json"], 0, '"shards_done": 2'),
-        (["report", str(out)], 0, f"{out}/report.html\n"),
+        (["report", str(out)], 0, f"{out}/_report.html\n"),
         (["status", str(tmp_path / "no")], 2, "holds no output of a job"),
         (["report", str(tmp_path / "no")], 2, "holds no output of a job"),
     ):
         result = CliRunner().invoke(app, args)
         assert (result.exit_code, said in result.output) == (code, True), result.output
-    assert (out / "report.json").exists()
+    assert (out / "_report.json").exists()
 
 
 @pytest.mark.parametrize("command", [["verify", "--input", "in"], ["status"]])

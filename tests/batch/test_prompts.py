@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
@@ -61,6 +62,7 @@ def test_attributes_and_indexes_are_column_names_that_do_not_exist(make_job: Mak
         ({"text": "t"}, pa.binary(), "column 't' is binary; must be string"),
         ({"messages": "t"}, pa.list_(pa.string()), r"column 't' is list<.*must be list<struct<role, content>>"),
         ({"messages": "t"}, pa.list_(pa.struct([("role", pa.string())])), r"must be list<struct<role, content>>"),
+        ({"messages": "t"}, pa.list_(pa.string(), 2), r"must be list<struct<role, content>>"),
     ],
 )
 def test_wrong_types_are_refused(make_job: MakeJob, columns: dict[str, str], kind: pa.DataType, said: str) -> None:
@@ -70,16 +72,46 @@ def test_wrong_types_are_refused(make_job: MakeJob, columns: dict[str, str], kin
 
 
 @pytest.mark.parametrize(
-    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+    "kind",
+    [
+        pa.string(),
+        pa.large_string(),
+        pa.string_view(),
+        pa.dictionary(pa.int32(), pa.string()),
+        pa.json_(),
+        pa.json_(pa.large_string()),
+    ],
 )
 def test_all_kinds_of_text_are_taken(make_job: MakeJob, kind: pa.DataType) -> None:
     prompt_of(make_job()).check(pa.schema([("text", kind)]), "in")
 
 
-def test_a_template_takes_no_nested_values(make_job: MakeJob) -> None:
+@pytest.mark.parametrize(
+    "kind", [pa.list_(pa.string()), pa.binary(4), pa.binary_view(), pa.fixed_shape_tensor(pa.int8(), [2])]
+)
+def test_a_template_takes_no_nested_values_and_no_bytes(make_job: MakeJob, kind: pa.DataType) -> None:
     prompt = prompt_of(make_job(prompt="{tags}"))
     with pytest.raises(SettingsError, match="a template takes text, numbers and dates"):
-        prompt.check(pa.schema([("text", pa.string()), ("tags", pa.list_(pa.string()))]), "in")
+        prompt.check(pa.schema([("text", pa.string()), ("tags", kind)]), "in")
+
+
+@pytest.mark.parametrize("kind", [pa.uuid(), pa.timestamp("us", tz="Europe/Berlin"), pa.float32(), pa.bool8()])
+def test_a_template_takes_what_reads_as_text(make_job: MakeJob, kind: pa.DataType) -> None:
+    prompt_of(make_job(prompt="{tags}")).check(pa.schema([("text", pa.string()), ("tags", kind)]), "in")
+
+
+def test_a_time_zone_that_nobody_knows_is_named(make_job: MakeJob) -> None:
+    prompt = prompt_of(make_job(prompt="{when}"))
+    schema = pa.schema([("text", pa.string()), ("when", pa.timestamp("us", tz="Mars/Olympus"))])
+    with pytest.raises(SettingsError, match=r"column 'when' is .*; there is no time zone 'Mars/Olympus' here"):
+        prompt.check(schema, "in")
+
+
+def test_a_prompt_that_names_no_column_must_be_meant(make_job: MakeJob) -> None:
+    with pytest.raises(SettingsError, match=r"^prompt: 'Say {{hi}}!' names no column, .*constant_prompt: true"):
+        prompt_of(make_job(prompt="Say {{hi}}!"))
+    (message,) = prompt_of(make_job(prompt="Say {{hi}}!", constant_prompt=True)).messages({"text": "t"})
+    assert message["content"] == "Say {hi}!"
 
 
 @pytest.mark.parametrize("value", [None, "", " \n"])
@@ -95,6 +127,33 @@ def test_chats_come_through_as_they_are(make_job: MakeJob) -> None:
     assert prompt.messages({"chat": chat}) == chat
     assert prompt.messages({"chat": json.dumps(chat)}) == chat
     assert prompt.messages({"chat": [{**chat[1], "name": None}]}) == [chat[1]]
+
+
+@pytest.mark.parametrize("made", [pa.list_, pa.large_list, pa.list_view, lambda kind: pa.list_(kind, 2)])
+def test_chats_come_in_lists_of_any_kind(make_job: MakeJob, made: Callable[[pa.DataType], pa.DataType]) -> None:
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    column = pa.array([chat], made(CHAT.value_type))
+    prompt = prompt_of(make_job(input={"path": "in", "columns": {"messages": "chat"}}))
+    prompt.check(pa.schema([("chat", column.type)]), "in")
+    assert prompt.messages({"chat": column[0].as_py()}) == chat
+
+
+def test_an_assistant_that_calls_tools_need_not_say_anything(make_job: MakeJob) -> None:
+    prompt = prompt_of(make_job(input={"path": "in", "columns": {"messages": "chat"}}))
+    call: dict[str, Any] = {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    chat: list[dict[str, Any]] = [
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "seen", "tool_call_id": "1"},
+    ]
+    assert prompt.messages({"chat": json.dumps([chat[0], {**chat[1], "content": None}, chat[2]])}) == chat
+    # As a column of structs has it: every message has every field, and so has all within it.
+    full = [
+        {"content": [{"type": "text", "text": "Hi", "image": None}], "role": "user", "tool_calls": None},
+        {"content": None, "role": "assistant", "tool_calls": [{**call, "index": None}]},
+        {"content": "seen", "role": "tool", "tool_call_id": "1", "tool_calls": None},
+    ]
+    assert prompt.messages({"chat": full}) == chat
 
 
 @pytest.mark.parametrize(
@@ -126,10 +185,3 @@ def test_texts_of_parts_are_taken_as_they_are() -> None:
     assert message["content"].endswith("Part 2 of 3:\n{text} {0} }{")
     (message,) = merge_messages(["{one}", "two"], "zh")
     assert message["content"].endswith("\n{one}\n\ntwo")
-
-
-def test_a_kept_tree_needs_its_column(make_job: MakeJob) -> None:
-    schema = pa.schema([("text", pa.string()), ("tree", pa.string())])
-    prompt_of(make_job(task="summarize")).check(schema, "in")
-    with pytest.raises(SettingsError, match="in: column 'tree' has a name that the output uses; rename it"):
-        prompt_of(make_job(task="summarize", summary={"keep_tree": True})).check(schema, "in")

@@ -116,6 +116,14 @@ async def test_text_and_chat_are_tokenized_by_the_model(opened: Open) -> None:
             assert answer.usage.prompt_tokens == len(ids)
 
 
+@pytest.mark.parametrize("part", [None, 1, True, ["a"]])
+async def test_whatever_rendering_trips_over_is_the_requests(opened: Open, part: object) -> None:
+    content: Any = [part, {"type": "text", "text": "x"}]
+    async with opened() as (generator, _):
+        with pytest.raises(InvalidInput):
+            await generator.generate(ask(messages=[{"role": "user", "content": content}]))
+
+
 async def test_models(opened: Open) -> None:
     async with opened() as (generator, simulated):
         assert await generator.models() == [ModelCard("tiny", 512, 1)]

@@ -97,11 +97,8 @@ class Status:
 
     def _said(self) -> list[tuple[str, str]]:
         progress = self.word.progress if self.word else RunProgress()
-        return [
-            ("of these committed", str(self.done.rows)),
-            ("in flight", str(progress.in_flight)),
-            ("retries", str(progress.retries)),
-        ]
+        in_flight = [] if self.word and self.word.ended else [("in flight", str(progress.in_flight))]
+        return [("of these committed", str(self.done.rows)), *in_flight, ("retries", str(progress.retries))]
 
     def _quarantined(self) -> str:
         progress = self.word.progress if self.word else RunProgress()
@@ -117,6 +114,8 @@ class Status:
             age = f"last commit {duration(max(0.0, time.time() - self.committed_at))} ago"
         if self.word is None:
             return age if self.committed_at is None else f"not finished, {age}"
+        if self.word.ended:
+            return f"ended: {self.word.ended}"
         silent_s = max(0.0, time.time() - self.word.told_at)
         if silent_s > SILENT_S:
             return f"stopped, last heard of {duration(silent_s)} ago; its own command resumes it"

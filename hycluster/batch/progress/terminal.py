@@ -85,7 +85,7 @@ class Reporter:
         self._earlier = earlier
         self._poll = poll
         self._console = console
-        self._begun_s = time.monotonic()
+        self._in_work_since_s: float | None = None
         self._stop = threading.Event()
         show = self._bar if console.is_terminal else self._lines
         self._thread = threading.Thread(target=show, name="batch-report", daemon=True)
@@ -99,6 +99,11 @@ class Reporter:
     ) -> None:
         self._stop.set()
         self._thread.join()
+
+    @property
+    def in_work_s(self) -> float:
+        """Seconds since the first row went to the engines: what rates are of, here and in the report."""
+        return time.monotonic() - self._in_work_since_s if self._in_work_since_s is not None else 0.0
 
     def _bar(self) -> None:
         columns = (
@@ -118,14 +123,20 @@ class Reporter:
                     return
 
     def _lines(self) -> None:
-        while not self._stop.wait(LINE_EVERY_S):
+        told_s = time.monotonic()
+        while not self._stop.wait(min(BAR_EVERY_S, LINE_EVERY_S)):
             rows, rates = self._state()
+            if time.monotonic() - told_s < LINE_EVERY_S:
+                continue
+            told_s = time.monotonic()
             self._console.print(f"{self._name}: {rows}/{self._rows} rows, {rates}", highlight=False, soft_wrap=True)
 
     def _state(self) -> tuple[int, str]:
         progress = self._poll()
         now = progress.done
-        seconds = time.monotonic() - self._begun_s
+        if self._in_work_since_s is None and (progress.in_flight or now.rows):
+            self._in_work_since_s = time.monotonic()
+        seconds = max(self.in_work_s, BAR_EVERY_S)
         # A shard that was done twice was counted twice; the bar must not pass its end.
         rows = min(self._rows, self._earlier + now.rows)
         rate = now.rows / seconds
@@ -137,12 +148,14 @@ class Reporter:
         return rows, f"{rates}{quarantined}{retries}{waiting}"
 
 
-def print_totals(console: Console, title: str, all_time: Totals, this_run: Totals, seconds: float) -> None:
-    """Print the final table. Rates are of this run; counts are of the whole output."""
+def print_totals(
+    console: Console, title: str, all_time: Totals, this_run: Totals, seconds: float, in_work_s: float
+) -> None:
+    """Print the final table. Rates are of this run, while rows were in work; counts are of the whole output."""
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column()
     table.add_column(justify="right")
-    seconds = max(seconds, 1e-9)
+    in_work_s = max(in_work_s, 1e-9)
     for label, value in (
         ("rows", f"{all_time.rows}"),
         ("of these quarantined", f"{all_time.quarantined}"),
@@ -150,8 +163,9 @@ def print_totals(console: Console, title: str, all_time: Totals, this_run: Total
         ("prompt tokens", f"{all_time.prompt_tokens}"),
         ("completion tokens", f"{all_time.completion_tokens}"),
         ("seconds", f"{seconds:.1f}"),
-        ("rows/s", f"{this_run.rows / seconds:.2f}"),
-        ("tokens/s", f"{this_run.completion_tokens / seconds:.1f}"),
+        ("of these in work", f"{in_work_s:.1f}"),
+        ("rows/s", f"{this_run.rows / in_work_s:.2f}" if this_run.rows else "-"),
+        ("tokens/s", f"{this_run.completion_tokens / in_work_s:.1f}" if this_run.rows else "-"),
     ):
         table.add_row(label, value)
     console.print(table)

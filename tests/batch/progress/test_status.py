@@ -12,7 +12,7 @@ from rich.console import Console
 
 from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.record import Totals
-from hycluster.batch.progress.progress_file import Teller
+from hycluster.batch.progress.progress_file import Teller, tell_end
 from hycluster.batch.progress.status import Status, Watcher, _Recent, recent_rates, show_status
 from hycluster.batch.progress.terminal import RunProgress
 from hycluster.errors import SettingsError
@@ -78,6 +78,11 @@ def test_what_the_job_said_last(make_job: MakeJob, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("hycluster.batch.progress.status.time", SimpleNamespace(time=lambda: later))
     assert "state stopped, last heard of 1:00:00 ago; its own command resumes it" in Watcher(at(out)).look().line()
 
+    tell_end(at(out).writable(), edition, "too much was lost")
+    line = Watcher(at(out)).look().line()
+    assert "state ended: too much was lost, shards" in line
+    assert "retries 2" in line
+    assert "in flight" not in line
     for unbelievable in (json.dumps({"edition": "another"}), "{", json.dumps({"edition": edition, "progress": 1})):
         (out / "_progress.json").write_text(unbelievable)
         assert Watcher(at(out)).look().word is None

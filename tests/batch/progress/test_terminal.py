@@ -55,7 +55,7 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_table_counts_all_and_rates_this_run() -> None:
     text = io.StringIO()
-    print_totals(Console(file=text, width=80), "t", Totals(100, 3, 1000, 500), Totals(60, 0, 600, 300), 2.0)
+    print_totals(Console(file=text, width=80), "t", Totals(100, 3, 1000, 500), Totals(60, 0, 600, 300), 9.0, 2.0)
     cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.getvalue().splitlines()]
     for row in (
         ["rows", "100"],
