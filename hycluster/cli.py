@@ -30,6 +30,7 @@ from hycluster.serving.running import choose
 from hycluster.settings.cli import app as settings_app
 from hycluster.settings.read import DEFAULT_SETTINGS, load_settings
 from hycluster.settings.settings import Settings
+from hycluster.simulate.cli import simulate
 from hycluster.submit.cli import cancel, jobs, logs, show_submitted, submit
 from hycluster.summarize.cli import summarize
 from hycluster.terminal import INTERRUPTED_EXIT, PrintableFormatter, echo
@@ -80,6 +81,7 @@ app.add_typer(settings_app, name="settings", context_settings={"obj": Job})
 app.command("summarize")(summarize)
 app.command("chaos")(chaos)
 app.command("plan")(plan)
+app.command("simulate")(simulate)
 app.command("tiny-model")(tiny_model)
 
 SetOption = Annotated[

@@ -16,9 +16,8 @@ from hycluster.imports import without_collector
 from hycluster.terminal import echo
 
 if TYPE_CHECKING:
-    from hycluster.batch.ask import RowBackend
     from hycluster.batch.job import Job
-    from hycluster.batch.task import Connect
+    from hycluster.batch.task import Connect, JobBackend
     from hycluster.serving.running import Chosen
     from hycluster.settings.settings import Settings
 
@@ -67,7 +66,7 @@ def _say_where(joined: Chosen | None) -> None:
     echo(f"the job runs on the Ray cluster {where}", err=True)
 
 
-def _open_generator(directory: str, model: str) -> AbstractAsyncContextManager[RowBackend]:
+def _open_generator(directory: str, model: str) -> AbstractAsyncContextManager[JobBackend]:
     """Runs where the rows are; the driver has no need of vLLM."""
     with without_collector():
         from hycluster.gateway.generation import open_generator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -66,14 +67,17 @@ class Asker:
 
     Args:
         retry_s: seconds for which calls are tried again while no engine answers any of them.
+        alive_s: tells when, on the monotonic clock, engines last were seen to compute for these calls, or to have no
+            time for them. A row may lie there for hours while online requests go first, and that is no failure.
 
     Attributes:
         retries: calls made again because an engine failed.
     """
 
-    def __init__(self, retry_s: float) -> None:
+    def __init__(self, retry_s: float, alive_s: Callable[[], float] = lambda: -math.inf) -> None:
         self.retries = 0
         self._retry_s = retry_s
+        self._alive_s = alive_s
         self._answers = 0
         self._failing_since_s: float | None = None
 
@@ -132,6 +136,7 @@ class Asker:
         now_s = time.monotonic()
         if self._failing_since_s is None:
             self._failing_since_s = now_s
+        self._failing_since_s = max(self._failing_since_s, self._alive_s())
         if now_s - self._failing_since_s >= self._retry_s:
             raise JobFailed(f"row {name}: no engine could serve it for {self._retry_s:g} s: {_told(error)}") from None
 

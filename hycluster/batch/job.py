@@ -96,7 +96,8 @@ class Job(Strict):
         engine: ``shared`` joins the running cluster at low priority; ``dedicated`` starts engines of its own.
         max_quarantined_fraction: fraction of all rows that may be quarantined; above it the job ends with exit code 3.
         shard_rows: most rows of a shard; a shard is committed as one, and generated again as one after a crash.
-        rows_in_flight: most rows of the job that the engines hold at any moment.
+        rows_in_flight: most rows of the job that the engines hold at any moment; by default as many as
+            they can use of what online requests leave, or 256 where they do not say.
         generate_processes: processes that feed the engines; each has a gateway of its own.
         retry_s: seconds for which rows are tried again while no engine answers any of them; then the job fails.
     """
@@ -114,7 +115,7 @@ class Job(Strict):
     engine: Engine = "shared"
     max_quarantined_fraction: float = Field(0.01, ge=0, le=1)
     shard_rows: int = Field(256, ge=1, le=100_000)
-    rows_in_flight: int = Field(256, ge=1, le=100_000)
+    rows_in_flight: int | None = Field(None, ge=1, le=100_000)
     generate_processes: int = Field(1, ge=1, le=256)
     retry_s: float = Field(300, ge=0)
 

@@ -86,11 +86,7 @@ def _records(
     records = blocks.map_batches(
         Generate,
         fn_constructor_args=(output, partial(open_task, job, connect), partial(_report, progress)),
-        fn_constructor_kwargs={
-            "name": job.name,
-            "slots": max(1, job.rows_in_flight // job.generate_processes),
-            "keep": True,
-        },
+        fn_constructor_kwargs={"name": job.name, "keep": True},
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=0,

@@ -8,8 +8,11 @@ engine can serve, or that online traffic fills them, is never the line's fault: 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,6 +26,7 @@ from hycluster.batch_api.in_process import InProcessAnswer, post
 from hycluster.batch_api.requests import BODY
 from hycluster.core import Priority
 from hycluster.errors import HyclusterError, InvalidInput, KillsReplicas, Overloaded, Unavailable
+from hycluster.gateway.bulk import BulkLane
 from hycluster.ingress.errors import KIND_HEADER, error_body
 from hycluster.retries import AsyncRetryingCaller
 
@@ -35,6 +39,8 @@ SERVER_ERROR = 500
 ATTEMPTS = 3
 # What the quarantine says of a line that was not asked.
 NOT_RUN = "not run"
+# Where the endpoints have their prompts.
+PROMPTS = ("messages", "prompt", "input")
 # Columns beside the usual ones.
 EXTRA = ("cached_tokens", "reasoning_tokens")
 
@@ -52,12 +58,27 @@ class NotRun(InvalidInput):
         super().__init__(NOT_RUN)
 
 
+@dataclass(frozen=True, slots=True)
+class BatchEngines:
+    """What lines are asked of.
+
+    Attributes:
+        app: the API's app over all models.
+        lane: by model and batch, the places that the batch's lines have in the model's engines; None if there is no
+            such model.
+    """
+
+    app: ASGIApp
+    lane: Callable[[str, str], BulkLane | None]
+
+
 class LinesTask:
     """The task of a batch, as ``hycluster/batch/generate.py`` runs it.
 
     Args:
-        app: the API's app over all models.
-        in_flight: what lines of all batches hold while they are asked.
+        batch: its id.
+        in_flight: what lines of all batches hold while they are asked; None where nothing but the engines bounds them.
+        open_lines: lines that are asked, or wait for a place in the engines.
 
     Attributes:
         completed, failed: lines that were answered with 200, and with anything else.
@@ -66,15 +87,40 @@ class LinesTask:
     columns: tuple[str, ...] = (BODY,)
     extra_columns: tuple[str, ...] = EXTRA
 
-    def __init__(self, app: ASGIApp, endpoint: str, in_flight: asyncio.Semaphore) -> None:
+    def __init__(
+        self, engines: BatchEngines, batch: str, endpoint: str, in_flight: asyncio.Semaphore | None, open_lines: int
+    ) -> None:
+        self._engines = engines
+        self._batch = batch
         self._endpoint = endpoint
-        self._in_flight = in_flight
-        self._app = app
+        self._in_flight = in_flight or contextlib.nullcontext()
+        self._urgent_at: float | None = None
+        # By model.
+        self._lanes: dict[str, BulkLane] = {}
+        self.slots = asyncio.Semaphore(open_lines)
         # The batch's window bounds how long it is tried.
         self.ask = Asker(retry_s=float("inf"))
         self._asking: set[asyncio.Task[Answer]] = set()
         self._stopped = False
         self.completed = self.failed = 0
+
+    @property
+    def starved(self) -> bool:
+        """No engine that has lines of this batch has time for them: online requests need it."""
+        held = [lane for lane in self._lanes.values() if lane.held]
+        return bool(held) and all(lane.starved for lane in held)
+
+    def hurry(self, urgent_at: float | None) -> None:
+        """The batch would miss this deadline, its own, at its pace; None: it would not."""
+        self._urgent_at = urgent_at
+        for lane in self._lanes.values():
+            lane.urgent_at = urgent_at
+
+    def prefix(self, row: Row) -> str:
+        """What the line's prompt begins with, behind its model."""
+        body = json.loads(row[BODY])
+        prompt = next((body[key] for key in PROMPTS if body.get(key)), "")
+        return f"{body.get('model')}\0{json.dumps([body.get('instructions'), prompt], ensure_ascii=False)}"
 
     def stop(self) -> None:
         """Answer no more: requests in flight are aborted, all lines left are ``NotRun``."""
@@ -126,6 +172,18 @@ class LinesTask:
             raise failed(status, answer)
         return _answered(answer)
 
+    def _lane(self, model: Any) -> BulkLane | None:
+        if not isinstance(model, str):
+            # Whatever it is, it is refused.
+            return None
+        if model not in self._lanes:
+            lane = self._engines.lane(model, self._batch)
+            if lane is None:
+                return None
+            lane.urgent_at = self._urgent_at
+            self._lanes[model] = lane
+        return self._lanes[model]
+
     async def _post(self, body: dict[str, Any], request_id: str) -> tuple[int, Any]:
         """One attempt; status and body of the response.
 
@@ -134,9 +192,9 @@ class LinesTask:
             KillsReplicas: and don't come back with this.
         """
         # Only now: those that wait for one model's engines must not stand in the way of another's.
-        async with self._in_flight:
-            headers = HEADERS | {"X-Request-Id": request_hash(request_id)}
-            response = await post(self._app, self._endpoint, json.dumps(body).encode(), headers)
+        headers = HEADERS | {"X-Request-Id": request_hash(request_id)}
+        async with self._lane(body.get("model")) or contextlib.nullcontext(), self._in_flight:
+            response = await post(self._engines.app, self._endpoint, json.dumps(body).encode(), headers)
         try:
             answer = json.loads(response.body)
         except ValueError:

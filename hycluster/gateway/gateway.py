@@ -40,10 +40,12 @@ from hycluster.engine.arguments import model_files
 from hycluster.engine.vllm import engine_config
 from hycluster.errors import HyclusterError, InvalidInput, KillsReplicas, Overloaded, ReplicaLost, Unavailable, shown
 from hycluster.gateway.admission import Gate, check_id, check_priority, check_sampling
+from hycluster.gateway.bulk import BulkLanes
 from hycluster.gateway.coldstart import ColdStart
 from hycluster.gateway.grammars import GrammarCheck
 from hycluster.gateway.pool import PoolClient
 from hycluster.gateway.router import make_policy
+from hycluster.observe.colocation import colocation_metrics
 from hycluster.observe.experts import expert_metrics
 from hycluster.observe.failover import failover_metrics
 from hycluster.observe.metrics import stat_logger
@@ -102,6 +104,7 @@ class Gateway(AsyncLLM):
 
     Attributes:
         cold_start: who comes while there is no replica.
+        bulk: the places in the engines that jobs of this process have.
         lora_requests: by name, what a request to an adapter of this model carries. Changes in place.
     """
 
@@ -149,6 +152,7 @@ class Gateway(AsyncLLM):
             tracing_enabled=False,
         )
         gateway_id = secrets.token_hex(8)
+        self.bulk = BulkLanes(gateway_id)
         self.engine_core = PoolClient(
             model.name,
             make_policy(router.policy, gateway_id, session_slack_tokens=router.session_slack_tokens),
@@ -162,6 +166,7 @@ class Gateway(AsyncLLM):
         self.logger_manager = stat_logger(config, model.engines) if metrics else None
         if metrics:
             expert_metrics.watch(model.name, self.engine_core)
+            colocation_metrics.watch(model.name, self.engine_core)
             failover_metrics.watch(model.name, self.engine_core)
             if model.replicas.vary:
                 scaling_metrics.watch(model.name, self)
@@ -311,6 +316,7 @@ class Gateway(AsyncLLM):
             try:
                 view = await self._next_word(directory)
                 await self.engine_core.update(view.replicas)
+                self.bulk.hear(self.engine_core.rooms, view.bulk, self.engine_core.progress_s)
                 self._look_around()
                 if not self._learned and self.engine_core.infos:
                     self.learn()
@@ -344,6 +350,7 @@ class Gateway(AsyncLLM):
                 self.engine_core.outstanding,
                 self._adapters.words,
                 self._demand() if self.model.replicas.vary else None,
+                self.bulk.demands,
             )
         self._take_over(view.adapters)
         self.cold_start.hear(view.scaling, view.trouble)

@@ -51,6 +51,7 @@ from hycluster.errors import (
     one_line,
     shown,
 )
+from hycluster.gateway.bulk import FIXED_ROWS, BulkLane
 from hycluster.gateway.gateway import Gateway, open_gateway, until_one_can_serve
 from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
@@ -159,6 +160,14 @@ class Generator:
         if name not in self._counters:
             self._counters[name] = token_counter(self._gateway(name)[0].renderer.get_tokenizer())
         return self._counters[name]
+
+    def lane(self, model: str, job: str, most: int | None = None, fixed: int = FIXED_ROWS) -> BulkLane:
+        """The places of one job in the engines of a model; see :class:`hycluster.gateway.bulk.BulkLanes`.
+
+        Raises:
+            UnknownModel
+        """
+        return self._gateway(model)[0].bulk.lane(job, most, fixed)
 
     async def count_tokens(self, model: str, texts: Sequence[str]) -> list[int]:
         """How many tokens each text has, special ones aside. Streams go on meanwhile: a thread counts.

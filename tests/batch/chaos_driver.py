@@ -144,7 +144,7 @@ def _generate_here(log: Path) -> Callable[..., float]:
         pending = [shard for shard in corpus.shards() if shard.number not in done]
         log.write_text("".join(f"{shard.number}\n" for shard in pending))
         opened = partial(open_task, job, connect)
-        actor = Generate(output, opened, lambda *_: None, name=job.name, slots=job.rows_in_flight)
+        actor = Generate(output, opened, lambda *_: None, name=job.name)
 
         async def work() -> None:
             for span in spans(pending, SPAN_BYTES):

@@ -94,7 +94,7 @@ class Engines:
 
 def generate_here(job: Job, corpus: ShardPlan, output: OutputFolder, connect: Any, *_: Any) -> float:
     """The job's middle without Ray."""
-    actor = Generate(output, partial(open_task, job, connect), lambda *_: None, name=job.name, slots=job.rows_in_flight)
+    actor = Generate(output, partial(open_task, job, connect), lambda *_: None, name=job.name)
 
     async def work() -> None:
         async with connect.opened() as generator:

@@ -22,7 +22,7 @@ from hycluster.batch.output.record import Totals
 from hycluster.batch.progress.terminal import RunProgress
 from hycluster.batch.prompts import TemplatePrompt, prompt_of
 from hycluster.batch.task import open_task
-from hycluster.core import Generation, GenerationRequest
+from hycluster.core import ColocationLoad, Generation, GenerationRequest, ReplicaLoad
 from hycluster.errors import (
     HyclusterError,
     JobFailed,
@@ -32,6 +32,7 @@ from hycluster.errors import (
     Unavailable,
     UnknownModel,
 )
+from hycluster.gateway.bulk import RESERVE_ROWS, BulkLanes, EngineRoom
 from tests.batch.conftest import MakeJob, broken_utf8
 from tests.batch.stand_in import StandInGenerator
 from tests.located import at
@@ -74,7 +75,6 @@ class Run:
             partial(open_task, job, connect),
             lambda process, progress: self.reports.append(progress),
             name=job.name,
-            slots=job.rows_in_flight,
             keep=True,
         )
 
@@ -102,6 +102,9 @@ class Failing:
     def __init__(self, *errors: Exception) -> None:
         self.errors = list(errors)
         self.calls = 0
+        self.lanes = BulkLanes()
+
+    lane = StandInGenerator.lane
 
     async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
         self.calls += 1
@@ -403,3 +406,69 @@ async def test_a_context_too_small_for_the_job_ends_it(make_job: MakeJob, tmp_pa
     run = Run(make_job, Watched(), tmp_path / "out", summary={"part_tokens": 500}, **SUMMARIZE)
     with pytest.raises(SettingsError, match=r"^summary.part_tokens: 500 is not allowed; must be at most 1\d\d"):
         await run(block([LONG]))
+
+
+class Recording(StandInGenerator):
+    """Keeps the order of the requests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order: list[str] = []
+
+    async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
+        assert request.request_id is not None
+        self.order.append(request.request_id.rpartition("#")[2])
+        return await super().generate(request)
+
+
+async def test_rows_about_one_document_are_asked_together_and_written_in_their_order(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "ORDERED_ROWS", 6)
+    generator = Recording()
+    run = Run(make_job, generator, tmp_path / "out", rows_in_flight=1)
+    documents = [f"{letter} " * 400 for letter in "ab"]
+    texts: list[str | None] = [f"{documents[n % 2]} question {n}" for n in range(12)]
+    texts[3] = None
+    records = await run(block(texts, shard_rows=3))
+    # Six rows are looked at together. The one that can't be asked has no beginning.
+    assert generator.order == ["0", "2", "4", "1", "5", "6", "8", "10", "7", "9", "11"]
+    assert [row["id"] for row in run.rows(records)] == [n for n in range(12) if n != 3]
+    assert [row["text"] for row in run.rows(records)] == [text for text in texts if text]
+    assert [record["shard"] for record in records] == [0, 1, 2, 3]
+
+
+async def test_rows_that_have_nothing_in_common_are_asked_in_their_order(make_job: MakeJob, tmp_path: Path) -> None:
+    generator = Recording()
+    run = Run(make_job, generator, tmp_path / "out", rows_in_flight=1)
+    await run(block([f"row {n}" for n in range(9, 0, -1)]))
+    assert generator.order == [str(n) for n in range(9)]
+
+
+async def test_rows_in_flight_follow_what_the_engines_have_room_for(make_job: MakeJob, tmp_path: Path) -> None:
+    generator = StandInGenerator()
+    engine = EngineRoom()
+    slots = ColocationLoad(bulk_running=3)
+    engine.note(ReplicaLoad(running=3, most_running=3, colocation=slots), 0, 0.0)
+    generator.lanes.hear([engine], {})
+    run = Run(make_job, generator, tmp_path / "out")
+    await run(block([f"row {n}" for n in range(60)]))
+    assert generator.most_in_flight == 3 + RESERVE_ROWS
+
+
+async def test_a_job_that_the_engines_have_no_time_for_says_so(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "REPORT_EVERY_S", 0.005)
+
+    class Busy(StandInGenerator):
+        async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
+            self.lanes.starved = True
+            await asyncio.sleep(0.05)
+            self.lanes.starved = False
+            return await super().generate(request)
+
+    run = Run(make_job, Busy(), tmp_path / "out", rows_in_flight=2)
+    await run(block(["a", "b", "c"]))
+    assert any(said.waiting and said.parked == said.in_flight == 2 for said in run.reports)
+    assert not run.reports[-1].waiting

@@ -273,7 +273,7 @@ async def test_batch_quarantines_what_the_model_refuses(opened: Open, tmp_path: 
         async def connect() -> AsyncIterator[Any]:
             yield generator
 
-        async with open_task(Job.model_validate(settings), connect, asyncio.Semaphore(4)) as task:
+        async with open_task(Job.model_validate(settings), connect) as task:
 
             async def reason(content: Any) -> str:
                 try:

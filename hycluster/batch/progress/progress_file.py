@@ -85,7 +85,9 @@ def last_word(output: Folder, edition: str) -> ProgressEntry | None:
         if data is None or data["edition"] != edition:
             return None
         said = data["progress"]
-        progress = RunProgress(Totals(**said["done"]), said["in_flight"], said["retries"], dict(said["reasons"]))
+        progress = RunProgress(
+            Totals(**said["done"]), said["in_flight"], said["retries"], dict(said["reasons"]), said.get("parked", 0)
+        )
         return ProgressEntry(float(data["told_at"]), int(data["earlier_rows"]), progress, data.get("ended"))
     except (OSError, ValueError, KeyError, TypeError):
         # Half written, or by another version: the records are what counts.

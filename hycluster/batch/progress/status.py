@@ -24,7 +24,7 @@ from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.record import ShardRecord, Totals
 from hycluster.batch.output.shard_set import ShardSet
 from hycluster.batch.progress.progress_file import SILENT_S, ProgressEntry, last_word
-from hycluster.batch.progress.terminal import LINE_EVERY_S, RunProgress, duration
+from hycluster.batch.progress.terminal import LINE_EVERY_S, WAITING, RunProgress, duration
 from hycluster.errors import SettingsError
 from hycluster.storage import Folder, masked_line
 
@@ -70,8 +70,14 @@ class Status:
         # A shard that was done twice was counted twice.
         return min(self.rows, max(self.done.rows, said))
 
+    @property
+    def waiting(self) -> bool:
+        """It runs, and the engines have no time for it."""
+        alive = self.word is not None and time.time() - self.word.told_at <= SILENT_S
+        return alive and self.word is not None and self.word.progress.waiting
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "waiting": "online traffic" if self.waiting else None}
 
     def cells(self) -> list[tuple[str, str]]:
         """Label and value pairs for those who read."""
@@ -113,7 +119,7 @@ class Status:
         silent_s = max(0.0, time.time() - self.word.told_at)
         if silent_s > SILENT_S:
             return f"stopped, last heard of {duration(silent_s)} ago; its own command resumes it"
-        return f"running, {age}"
+        return f"running, {WAITING}, {age}" if self.waiting else f"running, {age}"
 
     def line(self) -> str:
         return ", ".join(f"{label} {value}" for label, value in self.cells())

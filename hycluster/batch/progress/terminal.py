@@ -20,6 +20,8 @@ from hycluster.terminal import printable
 
 LINE_EVERY_S = 5.0
 BAR_EVERY_S = 0.5
+# What a job says that the engines have no time for. It has not failed, and goes on by itself.
+WAITING = "waiting: online traffic"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,7 @@ class RunProgress:
     Attributes:
         done: rows that are through, and their tokens.
         in_flight: rows in the engines now.
+        parked: those of them for which the engines have no time, because they serve online requests.
         retries: calls made again because an engine failed.
         reasons: quarantined rows by ``error_type``.
     """
@@ -37,6 +40,12 @@ class RunProgress:
     in_flight: int = 0
     retries: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
+    parked: int = 0
+
+    @property
+    def waiting(self) -> bool:
+        """It gets nothing of the engines' time now: online requests need it."""
+        return 0 < self.parked == self.in_flight
 
     def __add__(self, other: RunProgress) -> RunProgress:
         return RunProgress(
@@ -44,6 +53,7 @@ class RunProgress:
             self.in_flight + other.in_flight,
             self.retries + other.retries,
             dict(Counter(self.reasons) + Counter(other.reasons)),
+            self.parked + other.parked,
         )
 
 
@@ -137,7 +147,8 @@ class Reporter:
         quarantined = f", {now.quarantined} quarantined" if now.quarantined else ""
         retries = f", {progress.retries} retries" if progress.retries else ""
         rates = f"{rate:.1f} rows/s, {now.completion_tokens / seconds:.1f} tokens/s, ETA {eta}"
-        return rows, f"{rates}{quarantined}{retries}"
+        waiting = f", {WAITING}" if progress.waiting else ""
+        return rows, f"{rates}{quarantined}{retries}{waiting}"
 
 
 def print_totals(

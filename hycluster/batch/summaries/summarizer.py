@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -51,7 +52,7 @@ class Summarizer:
     def __init__(
         self,
         generator: RowBackend,
-        slots: asyncio.Semaphore,
+        slots: AbstractAsyncContextManager[Any],
         ask: Asker,
         *,
         model: str,

@@ -90,6 +90,26 @@ def test_what_the_job_said_last(make_job: MakeJob, monkeypatch: pytest.MonkeyPat
     assert not (out / "_progress.json").exists()
 
 
+def test_a_job_that_the_engines_have_no_time_for_says_so(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = commit_all(make_job(), first=2, finish=False)
+    edition = OutputFolder(at(out)).edition()
+    Teller(at(out), edition, 0).tell(RunProgress(Totals(5, 0, 0, 0), in_flight=3, parked=3))
+    status = Watcher(at(out)).look()
+    assert "state running, waiting: online traffic, last commit " in status.line()
+    assert json.loads(json.dumps(status.to_dict()))["waiting"] == "online traffic"
+    # One that has stopped waits for nobody.
+    later = time.time() + 3600
+    monkeypatch.setattr("hycluster.batch.progress.status.time", SimpleNamespace(time=lambda: later))
+    status = Watcher(at(out)).look()
+    assert "waiting" not in status.line()
+    assert status.to_dict()["waiting"] is None
+    # What an earlier version wrote.
+    word = json.loads((out / "_progress.json").read_text())
+    del word["progress"]["parked"]
+    (out / "_progress.json").write_text(json.dumps(word))
+    assert Watcher(at(out)).look().word is not None
+
+
 def test_a_store_that_takes_no_word_does_not_end_the_job(make_job: MakeJob) -> None:
     out = commit_all(make_job(), first=1, finish=False)
     shutil.rmtree(out)

@@ -15,9 +15,11 @@ def test_processes_say_totals_so_a_word_lost_or_said_twice_does_no_harm() -> Non
     progress = JobProgress()
     progress.report("a", RunProgress(Totals(1, 0, 10, 5), 4, 1))
     progress.report("a", RunProgress(Totals(3, 1, 30, 15), 4, 2, {"NullValue": 1}))
-    progress.report("a", RunProgress(Totals(3, 1, 30, 15), 4, 2, {"NullValue": 1}))
+    progress.report("a", RunProgress(Totals(3, 1, 30, 15), 4, 2, {"NullValue": 1}, parked=4))
     progress.report("b", RunProgress(Totals(2, 1, 20, 10), 3, 0, {"NullValue": 1}))
-    assert progress.total() == RunProgress(Totals(5, 2, 50, 25), 7, 2, {"NullValue": 2})
+    assert progress.total() == RunProgress(Totals(5, 2, 50, 25), 7, 2, {"NullValue": 2}, parked=4)
+    # The other process has time for its rows.
+    assert not progress.total().waiting
 
 
 BUSY = RunProgress(Totals(10, 2, 0, 50), retries=3)
@@ -47,6 +49,12 @@ def test_before_the_first_row_is_asked_the_stage_is_told(monkeypatch: pytest.Mon
     text = shown(terminal, monkeypatch, RunProgress())
     assert "starting: opening a gateway" in text
     assert "rows/s" not in text
+
+
+def test_a_job_that_the_engines_have_no_time_for_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for parked, waits in ((4, True), (3, False)):
+        said = RunProgress(Totals(10, 2, 0, 50), 4, retries=3, parked=parked)
+        assert ("waiting: online traffic" in shown(False, monkeypatch, said)) == waits
 
 
 def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
