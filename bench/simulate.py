@@ -44,9 +44,9 @@ MODELS: dict[str, tuple[str, str, str, list[str]]] = {
     ),
 }  # fmt: skip
 SIDES: dict[str, tuple[Colocation, int | None]] = {
-    "hycluster": (Colocation(), None),
-    "vllm priority": (Colocation(enabled=False), None),
-    "vllm, bound of 16": (Colocation(enabled=False), 16),
+    "colocation": (Colocation(), None),
+    "priority": (Colocation(enabled=False), None),
+    "bound of 16": (Colocation(enabled=False), 16),
 }
 
 
@@ -163,7 +163,7 @@ def gpu(arguments: argparse.Namespace) -> None:
         model = load_settings(ROOT / deployment, assignments).models[0]
         for gpu_name in arguments.gpus.split(","):
             machine = machine_of(model, OnGpu(gpu_name, ROOT / shape, weights))
-            vllm = Simulation(machine, SIDES["vllm priority"][0], seed=arguments.seed)
+            vllm = Simulation(machine, SIDES["priority"][0], seed=arguments.seed)
             begun = time.monotonic()
             scale = vllm.scale_for(trace, arguments.load)
             requests = scaled(trace, scale, arguments.seed)
