@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import httpx
 from starlette.types import ASGIApp
 
 from hycluster import errors
 from hycluster.batch.ask import FIRST_BACKOFF_S, Asker
 from hycluster.batch.prompts import Row
 from hycluster.batch.task import Answer
+from hycluster.batch_api.in_process import InProcessAnswer, post
 from hycluster.batch_api.requests import BODY
 from hycluster.core import Priority
 from hycluster.errors import HyclusterError, InvalidInput, KillsReplicas, Overloaded, Unavailable
@@ -98,8 +98,6 @@ class LinesTask:
         # By model.
         self._lanes: dict[str, BulkLane] = {}
         self.slots = asyncio.Semaphore(open_lines)
-        transport = httpx.ASGITransport(engines.app, raise_app_exceptions=False)
-        self._client = httpx.AsyncClient(transport=transport, base_url="http://batch", timeout=None, trust_env=False)
         # The batch's window bounds how long it is tried.
         self.ask = Asker(retry_s=float("inf"))
         self._asking: set[asyncio.Task[Answer]] = set()
@@ -195,19 +193,18 @@ class LinesTask:
         """
         # Only now: those that wait for one model's engines must not stand in the way of another's.
         async with self._lane(body.get("model")) or contextlib.nullcontext(), self._in_flight:
-            response = await self._client.post(
-                self._endpoint, content=json.dumps(body), headers=HEADERS | {"X-Request-Id": request_hash(request_id)}
-            )
+            headers = HEADERS | {"X-Request-Id": request_hash(request_id)}
+            response = await post(self._engines.app, self._endpoint, json.dumps(body).encode(), headers)
         try:
-            answer = response.json()
+            answer = json.loads(response.body)
         except ValueError:
-            message = response.text[:500] or f"the server answered {response.status_code}"
-            answer = error_body(response.status_code, message, HyclusterError.openai_type)
+            message = response.body[:500].decode(errors="replace") or f"the server answered {response.status}"
+            answer = error_body(response.status, message, HyclusterError.openai_type)
         if response.headers.get(KIND_HEADER) == KillsReplicas.__name__:
             raise KillsReplicas(_message(answer))
-        if response.status_code in COME_BACK:
+        if response.status in COME_BACK:
             raise _kind(response)(_message(answer), retry_after_s=_retry_after_s(response))
-        return response.status_code, answer
+        return response.status, answer
 
 
 def request_hash(request_id: str) -> str:
@@ -241,10 +238,10 @@ def _answered(answer: dict[str, Any]) -> Answer:
     )
 
 
-def _kind(response: httpx.Response) -> type[HyclusterError]:
+def _kind(response: InProcessAnswer) -> type[HyclusterError]:
     """The error that the app answered with; it may say more than the status."""
     kind = getattr(errors, response.headers.get(KIND_HEADER, ""), None)
-    plain = COME_BACK[response.status_code]
+    plain = COME_BACK[response.status]
     return kind if isinstance(kind, type) and issubclass(kind, plain) else plain
 
 
@@ -253,6 +250,6 @@ def _message(answer: Any) -> str:
     return str(error.get("message")) if isinstance(error, dict) else str(answer)
 
 
-def _retry_after_s(response: httpx.Response) -> float | None:
+def _retry_after_s(response: InProcessAnswer) -> float | None:
     given = response.headers.get("retry-after", "")
     return float(given) if given.isdigit() else None

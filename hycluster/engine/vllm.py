@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import threading
 import time
 from collections.abc import Generator, Sequence
@@ -90,6 +91,7 @@ def engine_config(model: Model, model_path: str, place: GroupRank | None = None)
     except (ValueError, TypeError, OSError, NotImplementedError) as error:
         raise SettingsError(f"models: {model.name}: {_first_lines(error)}") from error
     check_platform(model, config.model_config.quantization)
+    check_media(model.name, config.model_config)
     use_colocation(config, model.colocation)
     parallel = config.parallel_config
     patch_executor(parallel)
@@ -99,6 +101,24 @@ def engine_config(model: Model, model_path: str, place: GroupRank | None = None)
         # Ports are agreed upon over this store; those that vLLM has drawn in this process no other rank knows.
         parallel._coord_store_port = place.port
     return config
+
+
+def check_media(name: str, config: Any) -> None:
+    """Refuse a model that would fetch whatever address its callers name, within this network too.
+
+    Raises:
+        SettingsError: names the field and what is allowed.
+    """
+    if not config.supports_multimodal_inputs:
+        return
+    # For vLLM, none of them is all of them.
+    if not config.allowed_media_domains:
+        raise SettingsError(
+            f"models: {name}: engine.allowed_media_domains: must be set for a model that takes media: the hosts that it"
+            " may be sent to for them, at least one; data: URLs need none"
+        )
+    # Where an allowed host sends it on to is not looked at.
+    os.environ.setdefault("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0")
 
 
 def _check_experts(model: Model, config: ModelConfig) -> None:

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -37,12 +37,12 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 from hycluster.adapters import AdapterEntry, AdapterTable, adapter_id
 from hycluster.directory.directory import FORGET_AFTER_S, REPORT_EVERY_S, Demand, PoolView
 from hycluster.engine.arguments import model_files
-from hycluster.engine.protocol import MIGRATED
 from hycluster.engine.vllm import engine_config
 from hycluster.errors import HyclusterError, InvalidInput, KillsReplicas, Overloaded, ReplicaLost, Unavailable, shown
-from hycluster.gateway.admission import Gate, check_id
+from hycluster.gateway.admission import Gate, check_id, check_priority, check_sampling
 from hycluster.gateway.bulk import BulkLanes
 from hycluster.gateway.coldstart import ColdStart
+from hycluster.gateway.grammars import GrammarCheck
 from hycluster.gateway.pool import PoolClient
 from hycluster.gateway.router import make_policy
 from hycluster.observe.colocation import colocation_metrics
@@ -139,6 +139,9 @@ class Gateway(AsyncLLM):
         self.observability_config = config.observability_config
         self.renderer = renderer_from_config(config)
         self.input_processor = InputProcessor(config, self.renderer)
+        # None is how vLLM says that there is nothing to validate: ``add_request`` has it done.
+        self.input_processor.structured_outputs_config = None  # type: ignore[assignment]
+        self.grammars = GrammarCheck(admission, self._tokenizer_file)
         self.admission_stats = None
         self.log_requests = False
         self.log_stats = metrics
@@ -212,13 +215,33 @@ class Gateway(AsyncLLM):
         try:
             check_id("request_id", request_id)
             check_id("session_id", named.get("session_id"))
+            check_priority(named.get("priority", 0))
             if isinstance(params, SamplingParams):
-                if MIGRATED in (params.extra_args or {}):
-                    raise InvalidInput(f"vllm_xargs: {MIGRATED!r} is not allowed; it is how gateways migrate requests")
-                check_grammar(params, self.admission.max_grammar_kib)
+                check_sampling(params.extra_args or {}, params.bad_words or ())
+                await self._check_outputs(params)
             return await super().add_request(request_id, prompt, params, *rest, **named)
         except InvalidInput as error:
             raise PoolInvalidInput(error.message) from None
+
+    async def _check_outputs(self, params: SamplingParams) -> None:
+        if params.structured_outputs is None:
+            return
+        try:
+            await self.grammars.check(params.structured_outputs, partial(self._validate_outputs, params))
+        except Overloaded as shed:
+            raise PoolOverloaded(shed.message, shed.retry_after_s) from None
+        except Unavailable as error:
+            raise PoolUnavailable(error.message) from None
+
+    def _validate_outputs(self, params: SamplingParams) -> None:
+        """What vLLM does with a request as it takes it; here not in the event loop."""
+        params._validate_structured_outputs(
+            self.model_config, self.vllm_config.structured_outputs_config, self.input_processor.tokenizer
+        )
+
+    def _tokenizer_file(self) -> str | None:
+        fast: Any = getattr(self.input_processor.tokenizer, "backend_tokenizer", None)
+        return None if fast is None else fast.to_str()
 
     @property
     def able(self) -> bool:
@@ -424,22 +447,6 @@ class Gateway(AsyncLLM):
         await asyncio.sleep(2 * REPORT_EVERY_S)
 
 
-def check_grammar(params: SamplingParams, max_kib: int) -> None:
-    """Refuse a grammar that an engine would compile for minutes; none can be stopped once it has begun.
-
-    Raises:
-        InvalidInput: it is over ``max_kib`` KiB, as JSON where it is not text.
-    """
-    asked = params.structured_outputs
-    if asked is None:
-        return
-    for name in ("json", "regex", "choice", "grammar", "structural_tag"):
-        value = getattr(asked, name)
-        size = 0 if value is None else len(value if isinstance(value, str) else json.dumps(value))
-        if size > max_kib << 10:
-            raise InvalidInput(f"structured_outputs.{name}: is {size} bytes; at most {max_kib << 10} are allowed")
-
-
 @contextlib.asynccontextmanager
 async def open_gateway(
     model: Model,
@@ -473,6 +480,7 @@ async def open_gateway(
         if gateway.output_handler is not None:
             gateway.output_handler.cancel()
         await gateway.engine_core.close()
+        await asyncio.to_thread(gateway.grammars.close)
         gateway.renderer.shutdown()
 
 

@@ -45,6 +45,8 @@ class Http(Strict):
         stalled_client_timeout_s: how long a client may stall: send nothing more of a request that it has begun, or read
             nothing of its answer. Then its connection is closed and its request aborted; likewise when its machine has
             disappeared.
+        keep_alive_timeout_s: how long a connection on which nothing is asked any more is kept open. Longer than clients
+            and load balancers keep theirs, or one may be closed just when they use it again.
     """
 
     host: str = "127.0.0.1"
@@ -55,6 +57,7 @@ class Http(Strict):
     max_body_mib: int = Field(default=32, ge=1, le=1024)
     max_bodies_mib: int = Field(default=512, ge=1)
     stalled_client_timeout_s: float = Field(default=60, gt=0)
+    keep_alive_timeout_s: float = Field(default=75, gt=0)
 
 
 class Grpc(Strict):

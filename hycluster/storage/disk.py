@@ -140,7 +140,7 @@ def _walk(folder: bytes, shown: str, recursive: bool, within: list[tuple[int, in
                 # A link to nothing, or to itself; or it is gone.
                 continue
             if S_ISREG(stat.st_mode):
-                yield pafs.FileInfo(path, pafs.FileType.File, size=stat.st_size)
+                yield pafs.FileInfo(path, pafs.FileType.File, size=stat.st_size, mtime_ns=stat.st_mtime_ns)
             elif S_ISDIR(stat.st_mode):
                 yield pafs.FileInfo(path, pafs.FileType.Directory)
                 here = (stat.st_dev, stat.st_ino)
