@@ -40,6 +40,7 @@ from hycluster.engine.arguments import model_files
 from hycluster.engine.vllm import engine_config
 from hycluster.errors import HyclusterError, InvalidInput, KillsReplicas, Overloaded, ReplicaLost, Unavailable, shown
 from hycluster.gateway.admission import Gate, check_id, check_priority, check_sampling
+from hycluster.gateway.chat import chat_params
 from hycluster.gateway.coldstart import ColdStart
 from hycluster.gateway.grammars import GrammarCheck
 from hycluster.gateway.pool import PoolClient
@@ -138,6 +139,7 @@ class Gateway(AsyncLLM):
         self.input_processor = InputProcessor(config, self.renderer)
         # None is how vLLM says that there is nothing to validate: ``add_request`` has it done.
         self.input_processor.structured_outputs_config = None  # type: ignore[assignment]
+        self.chat = chat_params(model)
         self.grammars = GrammarCheck(admission, self._tokenizer_file)
         self.admission_stats = None
         self.log_requests = False
