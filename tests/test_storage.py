@@ -145,6 +145,12 @@ def test_a_folder_is_what_it_is_wherever_it_is(folder: WritableFolder) -> None:
     assert sorted(folder.names("a")) == sorted(folder.below("a").names()) == ["b", "c", "d"]
     assert [info.base_name for info in folder.entries()] == ["a"]
     assert {info.path for info in folder.entries(recursive=True)} >= {folder.at("a/b"), folder.at("a/c")}
+    # What they are goes with them: a sweep deletes by their age.
+    for info in folder.entries(recursive=True):
+        if info.type == pafs.FileType.File:
+            there = folder.info(info.path.removeprefix(folder.at("")).removeprefix("/"))
+            assert (info.size, info.mtime_ns) == (there.size, there.mtime_ns)
+            assert info.mtime_ns
     assert folder.read_json("a/b") == {"n": 1}
     assert (folder.read_whole("a/d"), folder.info("a/c").size) == (b"12", 11 << 20)
     with folder.open_stream("a/d") as stream:
