@@ -17,13 +17,11 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
-from http import HTTPStatus
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 from vllm.config import VllmConfig
-from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.lora.request import LoRARequest
 from vllm.pooling_params import PoolingParams
 from vllm.renderers import renderer_from_config
@@ -38,12 +36,14 @@ from hycluster.adapters import AdapterEntry, AdapterTable, adapter_id
 from hycluster.directory.directory import FORGET_AFTER_S, REPORT_EVERY_S, Demand, PoolView
 from hycluster.engine.arguments import model_files
 from hycluster.engine.vllm import engine_config
-from hycluster.errors import HyclusterError, InvalidInput, KillsReplicas, Overloaded, ReplicaLost, Unavailable, shown
+from hycluster.errors import HyclusterError, InvalidInput, Overloaded, Unavailable, shown
 from hycluster.gateway.admission import Gate, check_id, check_priority, check_sampling
 from hycluster.gateway.bulk import BulkLanes
+from hycluster.gateway.chat import chat_params
 from hycluster.gateway.coldstart import ColdStart
 from hycluster.gateway.grammars import GrammarCheck
 from hycluster.gateway.pool import PoolClient
+from hycluster.gateway.pool_errors import LOST, PoolInvalidInput, PoolOverloaded, PoolUnavailable
 from hycluster.gateway.router import make_policy
 from hycluster.observe.colocation import colocation_metrics
 from hycluster.observe.experts import expert_metrics
@@ -57,41 +57,6 @@ logger = logging.getLogger(__name__)
 
 # A replica that died is named by the directory for a while, and nobody reaches it.
 CUT_OFF_AFTER_S = FORGET_AFTER_S + 5.0
-
-
-class PoolOverloaded(Overloaded, GracefulHTTPError):  # type: ignore[misc]  # both have an http_status, the same
-    """:class:`Overloaded` in a form that vLLM's own code passes on unchanged."""
-
-    def __init__(self, message: str, retry_after_s: float | None) -> None:
-        GracefulHTTPError.__init__(self, message, HTTPStatus(Overloaded.http_status))
-        self.retry_after_s = retry_after_s
-
-
-class PoolInvalidInput(InvalidInput, VLLMClientError):
-    """:class:`InvalidInput` in a form that vLLM's own code passes on unchanged."""
-
-
-class PoolUnavailable(Unavailable, GracefulHTTPError):  # type: ignore[misc]  # as above
-    """:class:`Unavailable` in a form that vLLM's own code passes on unchanged."""
-
-    def __init__(self, message: str, retry_after_s: float | None = 1.0) -> None:
-        GracefulHTTPError.__init__(self, message, HTTPStatus(Unavailable.http_status))
-        self.retry_after_s = retry_after_s
-
-
-class PoolReplicaLost(ReplicaLost, PoolUnavailable):  # type: ignore[misc]  # as above
-    """:class:`ReplicaLost` in a form that vLLM's own code passes on unchanged."""
-
-
-class PoolKillsReplicas(KillsReplicas, GracefulHTTPError):  # type: ignore[misc]  # as above
-    """:class:`KillsReplicas` in a form that vLLM's own code passes on unchanged."""
-
-    def __init__(self, message: str) -> None:
-        GracefulHTTPError.__init__(self, message, HTTPStatus(KillsReplicas.http_status))
-        self.retry_after_s = None
-
-
-LOST = {ReplicaLost: PoolReplicaLost, Unavailable: PoolUnavailable, KillsReplicas: PoolKillsReplicas}
 
 
 class Gateway(AsyncLLM):
@@ -141,6 +106,7 @@ class Gateway(AsyncLLM):
         self.input_processor = InputProcessor(config, self.renderer)
         # None is how vLLM says that there is nothing to validate: ``add_request`` has it done.
         self.input_processor.structured_outputs_config = None  # type: ignore[assignment]
+        self.chat = chat_params(model)
         self.grammars = GrammarCheck(admission, self._tokenizer_file)
         self.admission_stats = None
         self.log_requests = False

@@ -22,7 +22,6 @@ from vllm.inputs import EngineInput, split_enc_dec_input
 from vllm.logprobs import Logprob
 from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, RequestOutput
-from vllm.renderers import ChatParams
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.tokenizers import TokenizerLike
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -264,7 +263,7 @@ class Generator:
             if messages is not None:
                 _, (engine_input,) = await renderer.render_chat_async(
                     [messages],  # type: ignore[list-item]
-                    ChatParams(chat_template_kwargs={"add_generation_prompt": True}),
+                    gateway.chat,
                     renderer.default_chat_tok_params,
                 )
                 return engine_input

@@ -28,6 +28,7 @@ from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.exceptions import GenerationError
+from vllm.tool_parsers import ToolParserManager
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from hycluster.engine.patches.completion_prompts import patch_completions
@@ -102,7 +103,7 @@ async def serve_http(
         around: puts routes that are not a model's beside the app of all models; bounds their bodies itself.
 
     Raises:
-        SettingsError: the port is in use, or a model's ``api`` argument is unknown.
+        SettingsError: the port is in use, or there is no such tool parser.
     """
     apps = await model_apps(generator, settings)
     app: ASGIApp = BodyLimit(
@@ -228,7 +229,7 @@ def api_arguments(gateway: Gateway, settings: Http) -> Namespace:
     """Arguments of vLLM's API server: its defaults, the model's own, the settings' ``api``.
 
     Raises:
-        SettingsError: an unknown ``api`` argument.
+        SettingsError: there is no such parser.
     """
     arguments: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     model = gateway.model
@@ -239,13 +240,17 @@ def api_arguments(gateway: Gateway, settings: Http) -> Namespace:
     # What a prompt found in the KV cache, as OpenAI's own API tells it.
     arguments.enable_prompt_tokens_details = True
     for name, value in model.api.items():
-        if not hasattr(arguments, name):
-            near = get_close_matches(name, vars(arguments), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise SettingsError(f"models: {model.name}: api.{name}: vLLM's API server has no such argument{hint}")
         setattr(arguments, name, value)
-    if reasoning_parser := model.api.get("reasoning_parser"):
-        arguments.structured_outputs_config.reasoning_parser = reasoning_parser
+    if plugin := arguments.tool_parser_plugin:
+        ToolParserManager.import_tool_parser(plugin)
+    if arguments.tool_call_parser and "enable_auto_tool_choice" not in model.api:
+        arguments.enable_auto_tool_choice = True
+    if arguments.tool_call_parser and arguments.tool_call_parser not in ToolParserManager.list_registered():
+        near = get_close_matches(arguments.tool_call_parser, ToolParserManager.list_registered(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise SettingsError(
+            f"models: {model.name}: api.tool_call_parser: vLLM has no parser {arguments.tool_call_parser!r}{hint}"
+        )
     return arguments
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from hycluster.settings.api import check_api
 from hycluster.settings.base import Name, Strict
 from hycluster.settings.parallel import Parallel
 from hycluster.settings.pool import Autoscaling, Hardware, Health, Replicas
@@ -77,8 +78,9 @@ class Model(Strict):
         name: the ``model`` of a request.
         source: a path, a hub id, or ``package:NAME`` for weights that a Python package ships.
         engine: any argument of vLLM's engine, by its Python name.
-        api: any argument of vLLM's API server that belongs to the model (``tool_call_parser``,
-            ``reasoning_parser``, ``chat_template``, ...), by its Python name.
+        api: arguments of vLLM's API server that belong to the model (``tool_call_parser``, ``reasoning_parser``,
+            ``chat_template``, ...), by their Python names. Templates and reasoning parsers act at every entrance,
+            the others over HTTP. What belongs to the server as a whole is refused.
         adapters: LoRA adapters, each served under its own name beside the model.
         routing: how a mixture-of-experts model chooses its experts.
         colocation: how online and bulk work share its engines.
@@ -100,6 +102,13 @@ class Model(Strict):
     health: Health = Health()
     autoscaling: Autoscaling = Autoscaling()
     simulated: Simulated | None = None
+
+    @model_validator(mode="after")
+    def _api_acts(self) -> Model:
+        check_api(self.api)
+        if "reasoning_parser" in self.api and "reasoning_parser" in self.engine:
+            raise ValueError("engine.reasoning_parser: is set by 'api.reasoning_parser'; remove it here")
+        return self
 
     @model_validator(mode="after")
     def _simulated_has_no_adapters(self) -> Model:

@@ -111,3 +111,11 @@ def test_a_model_that_takes_media_is_told_where_from(monkeypatch: pytest.MonkeyP
 def test_what_a_model_takes_is_where_it_is_looked_for(eight_experts: Path) -> None:
     model_config = config(eight_experts, Parallel()).model_config
     assert (model_config.supports_multimodal_inputs, model_config.allowed_media_domains) == (False, None)
+
+
+def test_a_reasoning_parser_reaches_the_engine(eight_experts: Path) -> None:
+    """Else what an output is to look like is asked of the reasoning, and there is no answer behind it."""
+    from hycluster.engine.vllm import engine_config
+
+    model = Model(name="m", source=str(eight_experts), api={"reasoning_parser": "qwen3"}, engine={"max_model_len": 256})
+    assert engine_config(model, str(eight_experts)).structured_outputs_config.reasoning_parser == "qwen3"

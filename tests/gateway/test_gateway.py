@@ -454,9 +454,9 @@ async def test_opening_waits_for_a_replica(tiny_model: Path) -> None:
 def test_errors_that_are_vllms_as_well_are_told_by_grpc(kind: str) -> None:
     import grpc
 
-    from hycluster.gateway import gateway
+    from hycluster.gateway import pool_errors
     from hycluster.ingress.status import rich_status
 
-    error = getattr(gateway, kind)("why", *([2.0] if kind == "PoolOverloaded" else []))
+    error = getattr(pool_errors, kind)("why", *([2.0] if kind == "PoolOverloaded" else []))
     status = rich_status(error)
     assert (status.message, status.code) == ("why", grpc.StatusCode[error.grpc_status].value[0])
