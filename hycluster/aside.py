@@ -40,8 +40,11 @@ def in_a_command(tell: Callable[[str], None]) -> None:
 
 
 def set_aside() -> None:
-    """From now on what is written past Python to standard error goes to a log; does nothing but in a command."""
-    if not _tell:
+    """From now on what is written past Python to standard error goes to a log; does nothing but in a command.
+
+    Nor where a caller within this process has put something else in standard error's place.
+    """
+    if not _tell or not _is_standard(sys.stderr):
         return
     tell = _tell.pop()
     path = logs_folder() / f"ray-{os.getpid()}.log"
@@ -65,6 +68,14 @@ def set_aside() -> None:
 
 def logs_folder() -> Path:
     return home() / "state" / "logs"
+
+
+def _is_standard(stream: TextIO) -> bool:
+    try:
+        return stream.fileno() == _STDERR
+    except OSError:
+        # In memory.
+        return False
 
 
 def _own_stderr() -> TextIO:

@@ -85,3 +85,12 @@ def test_ctrl_c_exits_130_with_a_word(tmp_path: Path) -> None:
         _, said = process.communicate(timeout=30)
     assert process.returncode == 130
     assert said == "stopped by Ctrl-C before it was done\n"
+
+
+def test_standard_error_that_a_caller_has_replaced_is_left_alone() -> None:
+    """typer's test runner found its own closed."""
+    replaced = COMMAND.replace("aside.set_aside()", "aside.set_aside(); assert sys.stderr is own", 1)
+    code = f"import io, sys; own = sys.stderr = io.StringIO()\n{replaced}\nsys.__stdout__.write(own.getvalue())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr == "before\nfrom C++\n"
+    assert "WARNING:root:ours\nlast\n" in done.stdout

@@ -220,7 +220,7 @@ async def test_bulk_waits_on_all_ranks_for_online_work_on_one(deployed: Deployed
     rows = [[(5 * step + 3 * number) % 256 for step in range(20 + number)] for number in range(12)]
 
     def bulk(gateway: Any) -> list[asyncio.Future[list[int]]]:
-        return [asyncio.ensure_future(tokens(gateway, row, 120, priority=Priority.BATCH)) for row in rows]
+        return [asyncio.ensure_future(tokens(gateway, row, 400, priority=Priority.BATCH)) for row in rows]
 
     parked: set[str] = set()
     async with deployed.gateway(name) as gateway:
