@@ -24,7 +24,7 @@ from hycluster.settings.base import home, private_home
 RAYS_THREAD = "ray_listen_error_messages"
 # Logs of commands that ended longer ago go.
 KEPT_S = 7 * 86400.0
-_STDERR = 2
+STDERR = 2
 
 # Of a command that has not come to Ray yet.
 _tell: list[Callable[[str], None]] = []
@@ -62,7 +62,7 @@ def set_aside() -> None:
             handler.setStream(own)
     sys.stderr = own
     sys.stdout = cast(TextIO, _WithoutRays(sys.stdout, log))
-    os.dup2(log.fileno(), _STDERR)
+    os.dup2(log.fileno(), STDERR)
     tell(f"what Ray says for itself: {path}")
 
 
@@ -72,7 +72,7 @@ def logs_folder() -> Path:
 
 def _is_standard(stream: TextIO) -> bool:
     try:
-        return stream.fileno() == _STDERR
+        return stream.fileno() == STDERR
     except OSError:
         # In memory.
         return False
@@ -81,7 +81,7 @@ def _is_standard(stream: TextIO) -> bool:
 def _own_stderr() -> TextIO:
     """Standard error as it is now, by a descriptor that nobody else knows."""
     encoding, errors = sys.stderr.encoding, sys.stderr.errors
-    return os.fdopen(os.dup(_STDERR), "w", buffering=1, encoding=encoding, errors=errors)
+    return os.fdopen(os.dup(STDERR), "w", buffering=1, encoding=encoding, errors=errors)
 
 
 def _sweep(folder: Path) -> None:

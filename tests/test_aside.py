@@ -94,3 +94,12 @@ def test_standard_error_that_a_caller_has_replaced_is_left_alone() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stderr == "before\nfrom C++\n"
     assert "WARNING:root:ours\nlast\n" in done.stdout
+
+
+def test_the_last_words_of_who_watches_ray_are_not_rays(tmp_path: Path) -> None:
+    """They went to the log, and nobody read why the command ended."""
+    code = f"{COMMAND}\nfrom hycluster.serving import cluster_watch\ncluster_watch._quiet_ray()\n"
+    code += 'print("lost: Ray", file=sys.stderr)'
+    env = {**os.environ, "HYCLUSTER_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, env=env)
+    assert done.stderr.endswith("last\nlost: Ray\n")
