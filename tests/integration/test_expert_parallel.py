@@ -218,7 +218,7 @@ async def test_both_data_ranks_serve(deployed: Deployed) -> None:
     "name",
     [
         TENSOR,
-        pytest.param(DATA, marks=pytest.mark.xfail(reason="seen in 1 run of 3: parked rows of ranks, cause not found")),
+        pytest.param(DATA, marks=pytest.mark.xfail(reason="seen in 1 run of 3, cause not found", strict=False)),
     ],
 )
 async def test_bulk_waits_on_all_ranks_for_online_work_on_one(deployed: Deployed, name: str) -> None:
