@@ -23,7 +23,7 @@ def line(**changed: Any) -> str:
 def put(folder: Path, content: str | bytes, packed: bool = False) -> Path:
     path = folder / "trace"
     data = content.encode() if isinstance(content, str) else content
-    path.write_bytes(gzip.compress(data) if packed else data)
+    path.write_bytes(gzip.compress(data, mtime=0) if packed else data)
     return path
 
 
