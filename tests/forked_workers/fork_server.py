@@ -2,8 +2,8 @@
 
 Raylet starts a worker as ever. At the start of its Python (``sitecustomize.py``) that one hands its arguments,
 variables and standard files over to the fork server, whose fork is the worker; itself, it ends. There is a server for
-every raylet and every environment of workers, so what is read at an import is what the worker would have read. Like a
-worker's, the server's and the forks' parent is the raylet. Nothing else runs in the server: no thread, no event loop.
+every raylet and every set of those variables that are read while modules are imported. Like a worker's, the server's
+and the forks' parent is the raylet. Nothing else runs in the server: no thread, no event loop.
 
 For tests alone; those of starts and of what is deployed have workers that import vLLM themselves.
 """
@@ -23,6 +23,7 @@ import signal
 import socket
 import sys
 import time
+import warnings
 from pathlib import Path
 
 IMPORTED = (
@@ -34,15 +35,20 @@ IMPORTED = (
     "hycluster.gateway.generation",
     "hycluster.ingress.http",
 )
-# Of a worker's own, not of its kind.
-_OWN = ("RAY_JOB_ID", "RAY_WORKER_ID", "PWD", "OLDPWD", "SHLVL", "_")
+# Of one worker, or read when an engine is made and not at an import.
+_LATE = ("RAY_JOB_ID", "RAY_WORKER_ID", "PWD", "OLDPWD", "SHLVL", "_", "TOKENIZERS_PARALLELISM")
+_LATE_BEGINNINGS = ("HYCLUSTER_", "VLLM_CPU_", "VLLM_RAY_")
 _CLONE_PARENT, _SYS_CLONE = 0x8000, {"x86_64": 56, "aarch64": 220}
 
 
 def hand_over() -> None:
     """Have the server fork the worker that this process was to be, and end."""
     raylet = os.getppid()
-    kind = {name: value for name, value in os.environ.items() if name not in _OWN}
+    kind = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _LATE and not name.startswith(_LATE_BEGINNINGS)
+    }
     key = hashlib.sha256(json.dumps([raylet, sorted(kind.items())]).encode()).hexdigest()[:24]
     told = json.dumps([sys.orig_argv[1:], dict(os.environ), os.getcwd()]).encode()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
@@ -90,7 +96,9 @@ def serve(address: str, raylet: int) -> None:
         except OSError:
             return  # Another worker's was first.
         listening.listen(64)
+        before = dict(os.environ)
         _import()
+        added = {name: value for name, value in os.environ.items() if name not in before}
         while os.getppid() == raylet:
             if not select.select([listening], [], [], 0.2)[0]:
                 continue
@@ -98,22 +106,25 @@ def serve(address: str, raylet: int) -> None:
             with asked:
                 head, ancillary, _, _ = asked.recvmsg(8, socket.CMSG_LEN(3 * 4))
                 files = array.array("i", ancillary[0][2])
-                told = json.loads(asked.recv(int.from_bytes(head, "big"), socket.MSG_WAITALL))
-                forked = _clone_beside()
-                if forked:
+                arguments, environment, folder = json.loads(
+                    asked.recv(int.from_bytes(head, "big"), socket.MSG_WAITALL)
+                )
+                if forked := _clone_beside():
                     asked.sendall(str(forked).encode())
                     for file in files:
                         os.close(file)
                     continue
             listening.close()
-            _become(*told, files)
+            _become(arguments, {**added, **environment}, folder, files)
             return
 
 
 def _import() -> None:
     gc.disable()
-    for name in IMPORTED:
-        importlib.import_module(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in IMPORTED:
+            importlib.import_module(name)
     gc.enable()
     gc.freeze()
     running = os.listdir("/proc/self/task")
