@@ -32,6 +32,7 @@ class RunProgress:
         done: rows that are through, and their tokens.
         in_flight: rows in the engines now.
         parked: those of them for which the engines have no time, because they serve online requests.
+        processes: those that feed the engines and have begun.
         retries: calls made again because an engine failed.
         reasons: quarantined rows by ``error_type``.
     """
@@ -41,6 +42,7 @@ class RunProgress:
     retries: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     parked: int = 0
+    processes: int = 0
 
     @property
     def waiting(self) -> bool:
@@ -54,6 +56,7 @@ class RunProgress:
             self.retries + other.retries,
             dict(Counter(self.reasons) + Counter(other.reasons)),
             self.parked + other.parked,
+            self.processes + other.processes,
         )
 
 
@@ -140,8 +143,9 @@ class Reporter:
         # A shard that was done twice was counted twice; the bar must not pass its end.
         rows = min(self._rows, self._earlier + now.rows)
         if self._in_work_since_s is None:
-            # Most of a small job's time; a rate of nothing would look like a job that hangs.
-            return rows, "starting: opening a gateway, no row has reached an engine yet"
+            # A rate of nothing would look like a job that hangs.
+            stage = "opening a gateway" if progress.processes else "a process for the job's rows"
+            return rows, f"starting: {stage}, no row has reached an engine yet"
         rate = now.rows / seconds
         eta = duration((self._rows - rows) / rate) if rate else "?"
         quarantined = f", {now.quarantined} quarantined" if now.quarantined else ""

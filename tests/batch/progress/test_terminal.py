@@ -46,7 +46,8 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_before_the_first_row_is_asked_the_stage_is_told(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
-    text = shown(terminal, monkeypatch, RunProgress())
+    assert "starting: a process" in shown(terminal, monkeypatch, RunProgress())
+    text = shown(terminal, monkeypatch, RunProgress(processes=1))
     assert "starting: opening a gateway" in text
     assert "rows/s" not in text
 
