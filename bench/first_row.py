@@ -2,16 +2,16 @@
 
     python -m bench.first_row --jobs 3 --sides .,/path/to/another/worktree
 
-Each side is a work tree: its service is started and warmed up, then the same small job is run there some times, one
-after the other, in processes of their own, as a user does it. What is measured from the command's start: until the
-first shard's record is there (ten rows are one shard), and until the command ends. The model has next to no size, so
-what is left is all that is around the engine; the figures are medians. A side whose job has a gateway of its own from
-the beginning imports vLLM within that time.
+Each side is a work tree: its service is started and stays up, and the same small job is run there some times, in
+processes of its own, as a user does it; sides take turns, so that a machine's ups and downs hit all alike. What is
+measured from the command's start: until the first shard's record is there (ten rows are one shard), and until the
+command ends. The model has next to no size, so what is left is all that is around the engine; the figures are medians.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -19,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import pyarrow as pa
@@ -60,8 +62,9 @@ def run(job_file: Path, out: Path, env: dict[str, str], tree: str) -> tuple[floa
     return first_s, time.monotonic() - begun_s
 
 
-def measure(tree: str, jobs: int, work: Path, model: Path) -> list[tuple[float, float]]:
-    """One side: its service, and the jobs beside it."""
+@contextlib.contextmanager
+def served(tree: str, work: Path, model: Path) -> Iterator[Callable[[], tuple[float, float]]]:
+    """One side's service, warm; yields what runs a job beside it."""
     work.mkdir(parents=True)
     settings = {
         "data_plane": {"host": "127.0.0.1"},
@@ -81,25 +84,30 @@ def measure(tree: str, jobs: int, work: Path, model: Path) -> list[tuple[float, 
     ports = ["--http-port", str(port), "--grpc-port", str(free_port())]
     with running([*command, *ports], env, work / "serve.log", tree) as service:
         wait_until_served(f"http://127.0.0.1:{port}", service)
-        job_file = job(work)
-        found = []
-        for number in range(jobs):
-            found.append(run(job_file, work / f"out-{number}", {**os.environ, **env}, tree))
-            print(f"{tree}: job {number + 1}: first row {found[-1][0]:.1f} s, end {found[-1][1]:.1f} s", flush=True)
-        return found
+        job_file, numbers = job(work), count()
+        yield lambda: run(job_file, work / f"out-{next(numbers)}", {**os.environ, **env}, tree)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--jobs", type=int, default=3)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=3, help="of each side, in turn")
     parser.add_argument("--sides", default=".", help="work trees, with commas between them")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    times: dict[str, list[tuple[float, float]]] = {side: [] for side in args.sides.split(",")}
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         model = tiny_llama.make(Path(folder) / "model")
-        for number, side in enumerate(args.sides.split(",")):
-            times = measure(str(Path(side).resolve()), args.jobs, Path(folder) / f"side-{number}", model)
-            first, end = (statistics.median(kind) for kind in zip(*times, strict=True))
-            print(f"{side}: median of {args.jobs} jobs: first row after {first:.1f} s, end after {end:.1f} s")
+        jobs = {
+            side: stack.enter_context(served(str(Path(side).resolve()), Path(folder) / f"side-{number}", model))
+            for number, side in enumerate(times)
+        }
+        for turn in range(args.jobs):
+            for side in list(times)[:: 1 if turn % 2 else -1]:
+                first, end = jobs[side]()
+                times[side].append((first, end))
+                print(f"turn {turn + 1}: {side}: first row after {first:.1f} s, end after {end:.1f} s", flush=True)
+    for side, found in times.items():
+        first, end = (statistics.median(kind) for kind in zip(*found, strict=True))
+        print(f"{side}: medians of {args.jobs}: first row after {first:.1f} s, end after {end:.1f} s")
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ class Reporter:
 
     @property
     def in_work_s(self) -> float:
-        """Seconds since the first row went to the engines: what rates are of, here and in the report."""
+        """Seconds since the first row was seen in the engines: what rates are of while the job runs."""
         return time.monotonic() - self._in_work_since_s if self._in_work_since_s is not None else 0.0
 
     def _bar(self) -> None:
@@ -162,7 +162,7 @@ def print_totals(
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column()
     table.add_column(justify="right")
-    in_work_s = max(in_work_s, 1e-9)
+    rated = this_run.rows and in_work_s
     for label, value in (
         ("rows", f"{all_time.rows}"),
         ("of these quarantined", f"{all_time.quarantined}"),
@@ -171,8 +171,8 @@ def print_totals(
         ("completion tokens", f"{all_time.completion_tokens}"),
         ("seconds", f"{seconds:.1f}"),
         ("of these in work", f"{in_work_s:.1f}"),
-        ("rows/s", f"{this_run.rows / in_work_s:.2f}" if this_run.rows else "-"),
-        ("tokens/s", f"{this_run.completion_tokens / in_work_s:.1f}" if this_run.rows else "-"),
+        ("rows/s", f"{this_run.rows / in_work_s:.2f}" if rated else "-"),
+        ("tokens/s", f"{this_run.completion_tokens / in_work_s:.1f}" if rated else "-"),
     ):
         table.add_row(label, value)
     console.print(table)

@@ -64,6 +64,12 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "━" in text
 
 
+def test_what_took_no_time_has_no_rate() -> None:
+    text = io.StringIO()
+    print_totals(Console(file=text, width=80), "t", Totals(2, 2), Totals(2, 2), 9.0, 0.0)
+    assert "rows/s │ -" in " ".join(text.getvalue().split()).replace("│ rows/s", "rows/s")
+
+
 def test_the_table_counts_all_and_rates_this_run() -> None:
     text = io.StringIO()
     print_totals(Console(file=text, width=80), "t", Totals(100, 3, 1000, 500), Totals(60, 0, 600, 300), 9.0, 2.0)
