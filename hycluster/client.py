@@ -74,6 +74,8 @@ class Ask(SamplingFields, total=False):
 
     Exactly one of ``prompt`` (text), ``messages`` (chat, OpenAI's form) and ``token_ids``. Sampling is either
     ``sampling`` or its fields one by one. ``timeout_s`` is the deadline of the whole call in seconds; None is none.
+    ``job`` names the bulk job that a request at batch priority belongs to: the ingress then has as many of a job's
+    requests in the engines as these have room for, and lets the others wait.
     """
 
     prompt: str | None
@@ -83,6 +85,7 @@ class Ask(SamplingFields, total=False):
     priority: Priority
     request_id: str | None
     session_id: str | None
+    job: str | None
     timeout_s: float | None
 
 

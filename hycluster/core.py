@@ -122,6 +122,10 @@ class GenerationRequest:
     """One request in the house's own words, whichever ingress it came through: HTTP or gRPC.
 
     Exactly one of ``prompt`` (text), ``messages`` (chat, OpenAI's form) and ``token_ids`` is set.
+
+    Attributes:
+        job: at batch priority, whose places in the engines it takes one of; None: it is in no job, or its caller has
+            taken one for it.
     """
 
     model: str
@@ -132,6 +136,7 @@ class GenerationRequest:
     priority: Priority = Priority.ONLINE
     request_id: str | None = None
     session_id: str | None = None
+    job: str | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in ("prompt", "messages", "token_ids") if getattr(self, name) is not None]

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import gc
 import importlib
+import ipaddress
 import logging
 import threading
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from starlette.types import ASGIApp
 
 from hycluster import logs
 from hycluster.core import PoolHealth
-from hycluster.directory.directory import FORGET_AFTER_S, Overview, open_directory
+from hycluster.directory.directory import FORGET_AFTER_S, IngressReport, Overview, open_directory
 from hycluster.errors import HyclusterError, SettingsError, Unavailable, start_failure
 from hycluster.imports import without_collector
 from hycluster.ingress.grpc import serve_grpc
@@ -46,6 +47,18 @@ class IngressAddresses:
 
     http: str
     grpc: str
+
+
+def reached(host: str, port: int, node: str, node_ip: str) -> IngressReport:
+    """Where a port is reached from within the cluster that listens on ``host``."""
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(host)
+        if address.is_unspecified:
+            address = ipaddress.ip_address(node_ip)
+        host = f"[{address}]" if address.version == 6 else str(address)
+        return IngressReport(node, f"{host}:{port}", not address.is_loopback)
+    # "localhost", or a name that this machine has for one of its addresses.
+    return IngressReport(node, f"{host}:{port}", False)
 
 
 class IngressProcess:
@@ -147,9 +160,15 @@ class IngressProcess:
             self._opened.set_result(
                 IngressAddresses(f"http://{settings.http.host}:{http.port}", f"{settings.grpc.host}:{grpc.port}")
             )
+            directory: Any = open_directory(self._directory)
+            runtime = ray.get_runtime_context()
+            here = reached(settings.grpc.host, grpc.port, runtime.get_node_id(), ray.util.get_node_ip_address())
             while not self._stopping.is_set():
                 self._watchdog.beat()
                 self._able = await generator.ready()
+                if self._able:
+                    # No answer is waited for: it is said again.
+                    directory.open_ingress.remote(here)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stopping.wait(), 0.5)
             self._able = False

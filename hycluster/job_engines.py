@@ -18,6 +18,7 @@ from hycluster.terminal import echo
 if TYPE_CHECKING:
     from hycluster.batch.job import Job
     from hycluster.batch.task import Connect, JobBackend
+    from hycluster.directory.directory import IngressReport
     from hycluster.serving.running import Chosen
     from hycluster.settings.settings import Settings
 
@@ -48,7 +49,8 @@ def open_engines(job: Job, settings: Settings | None, address: str | None) -> It
         served: Any = ray.get(directory.models.remote())
         if job.model not in served:
             raise UnknownModel(job.model, sorted(served))
-        yield partial(_open_generator, SHARED_DIRECTORY, job.model)
+        found: Any = ray.get(directory.ingresses.remote())
+        yield partial(_open_soon, SHARED_DIRECTORY, job.model, found)
     else:
         from hycluster.dedicated import dedicated_pool
         from hycluster.engine.names import check_names
@@ -64,6 +66,20 @@ def open_engines(job: Job, settings: Settings | None, address: str | None) -> It
 def _say_where(joined: Chosen | None) -> None:
     where = joined or "of its own, which ends with it"
     echo(f"the job runs on the Ray cluster {where}", err=True)
+
+
+def _open_soon(directory: str, model: str, ingresses: list[IngressReport]) -> AbstractAsyncContextManager[JobBackend]:
+    """Runs where the rows are: there is an ingress that does the first of them, if one is reached from there."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    near = sorted((one for one in ingresses if one.everywhere or one.node == here), key=lambda one: one.node != here)
+    own = partial(_open_generator, directory, model)
+    if not near:
+        return own()
+    from hycluster.first_rows import open_first_rows
+
+    return open_first_rows(near[0].grpc, own)
 
 
 def _open_generator(directory: str, model: str) -> AbstractAsyncContextManager[JobBackend]:

@@ -97,6 +97,7 @@ class Generate:
             JobFailed: the engines can't serve; says why.
             SettingsError: they do not have the model.
         """
+        self._tell()
         telling = asyncio.create_task(self._tell_now_and_then())
         try:
             async with asyncio.TaskGroup() as group:
@@ -222,7 +223,8 @@ class Generate:
         self._reported_s = time.monotonic()
         retries = self._task.ask.retries if self._task else 0
         parked = self._in_flight if self._task and self._task.starved else 0
-        self._report(self._process, RunProgress(self._done, self._in_flight, retries, dict(self._reasons), parked))
+        said = RunProgress(self._done, self._in_flight, retries, dict(self._reasons), parked, processes=1)
+        self._report(self._process, said)
 
 
 def split_answers(

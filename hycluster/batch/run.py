@@ -8,6 +8,7 @@ Run again after any failure, it does the shards that have no record yet.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -192,14 +193,16 @@ def _generate(
         return said
 
     stream = stream_records(corpus, corpus.in_order(output.done()), job, output, connect, progress)
-    seen = earlier
+    seen, begun_at, ended_at = earlier, math.inf, -math.inf
     try:
-        with Reporter(job.name, corpus.rows, earlier.rows, so_far, console) as reporter:
+        with Reporter(job.name, corpus.rows, earlier.rows, so_far, console):
             for record in stream:
                 lease.check()
+                # What is through between two looks of the reporter was in work, too.
+                begun_at, ended_at = min(begun_at, record.begun_at), max(ended_at, record.committed_at)
                 seen += _totals(iter([record]))
                 check_quarantine(job, corpus, seen)
-        return reporter.in_work_s
+        return max(0.0, ended_at - begun_at)
     except RayTaskError as error:
         cause = error.cause
         log.debug("the job failed", exc_info=True)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import TracebackType
 from typing import Any, Protocol
 
 from hycluster.batch.ask import Asker, RowBackend
@@ -14,13 +15,39 @@ from hycluster.batch.job import Job, Summary
 from hycluster.batch.prompts import TREE, Prompt, Row, prompt_of
 from hycluster.batch.summaries.summarizer import Summarizer
 from hycluster.core import GenerationRequest, Priority
-from hycluster.gateway.bulk import FIXED_ROWS, BulkLane
+from hycluster.gateway.bulk import FIXED_ROWS
+
+
+class RowSlots(Protocol):
+    """A semaphore, as far as it is needed."""
+
+    async def acquire(self) -> Any: ...
+
+    def release(self) -> None: ...
+
+
+class Places(RowSlots, Protocol):
+    """A job's places in the engines; see :class:`hycluster.gateway.bulk.BulkLane`."""
+
+    @property
+    def starved(self) -> bool: ...
+
+    @property
+    def alive_s(self) -> float: ...
+
+    def take(self) -> None: ...
+
+    async def __aenter__(self) -> None: ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None: ...
 
 
 class JobBackend(RowBackend, Protocol):
     """What answers a job's requests, and says how many of them it has room for."""
 
-    def lane(self, model: str, job: str, most: int | None = None, fixed: int = FIXED_ROWS) -> BulkLane:
+    def lane(self, model: str, job: str, most: int | None = None, fixed: int = FIXED_ROWS) -> Places:
         """The places of one job's rows in the engines; see :class:`hycluster.gateway.bulk.BulkLanes`."""
 
 
@@ -36,14 +63,6 @@ class Answer:
     prompt_tokens: int
     completion_tokens: int
     extra: tuple[str | None, ...] = ()
-
-
-class RowSlots(Protocol):
-    """A semaphore, as far as it is needed."""
-
-    async def acquire(self) -> Any: ...
-
-    def release(self) -> None: ...
 
 
 class Task(Protocol):
@@ -96,7 +115,7 @@ async def open_task(job: Job, connect: Connect) -> AsyncIterator[Task]:
         yield LongText(job, chat) if job.task == "summarize" else chat
 
 
-def _lane(job: Job, generator: JobBackend) -> BulkLane:
+def _lane(job: Job, generator: JobBackend) -> Places:
     """This process' places. Jobs may have one name, but no two write to one output."""
     output = hashlib.blake2b(job.output.path.encode(), digest_size=8).hexdigest()
     most = None if job.rows_in_flight is None else max(1, job.rows_in_flight // job.generate_processes)
@@ -108,7 +127,7 @@ class Chat:
 
     extra_columns: tuple[str, ...] = ()
 
-    def __init__(self, job: Job, generator: RowBackend, slots: BulkLane) -> None:
+    def __init__(self, job: Job, generator: RowBackend, slots: Places) -> None:
         self.prompt: Prompt = prompt_of(job)
         self.columns = self.prompt.columns
         self.generator = generator

@@ -96,6 +96,21 @@ class Overview:
     asleep: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True, slots=True)
+class IngressReport:
+    """Where an ingress process is reached from within the cluster.
+
+    Attributes:
+        node: Ray's id of its node.
+        grpc: ``host:port`` of its gRPC ingress.
+        everywhere: from other nodes too.
+    """
+
+    node: str
+    grpc: str
+    everywhere: bool
+
+
 Words = TypeVar("Words")
 # When somebody said something, and what.
 _Said = tuple[float, Words]
@@ -118,6 +133,7 @@ class Directory:
 
     def __init__(self) -> None:
         self._pools: dict[str, _Pool] = {}
+        self._ingresses: dict[str, _Said[IngressReport]] = {}
         self._closing = False
 
     def report(self, model: Model, report: ReplicaReport) -> None:
@@ -181,6 +197,17 @@ class Directory:
             pool.bulk = _recent(pool.bulk, now)
             pool.reports = _recent(pool.reports, now)
         return self.view(model)
+
+    def open_ingress(self, report: IngressReport) -> None:
+        """An ingress process is open, and a request would succeed there."""
+        now = time.monotonic()
+        self._ingresses = _recent(self._ingresses, now)
+        # Those of one node share their ports.
+        self._ingresses[f"{report.node} {report.grpc}"] = (now, report)
+
+    def ingresses(self) -> list[IngressReport]:
+        """Those that have said so lately."""
+        return [report for _, report in _recent(self._ingresses, time.monotonic()).values()]
 
     def view(self, model: str) -> PoolView:
         """What is known of a model's pool, for whoever asks: looking changes nothing."""

@@ -167,6 +167,10 @@ class BulkLanes:
         """
         return BulkLane(self, job, most, fixed)
 
+    def shared_lane(self, job: str) -> BulkLane:
+        """The lane of a job whose rows come one by one: that of those that are here. Take a place of it at once."""
+        return self._lanes.get(job) or self.lane(job)
+
     @property
     def demands(self) -> dict[str, BulkDemand]:
         """What the other gateways have to know, by job."""

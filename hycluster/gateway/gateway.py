@@ -161,7 +161,8 @@ class Gateway(AsyncLLM):
         try:
             self._gate.check(
                 n,
-                in_flight=pool.requests_in_flight,
+                # Jobs' rows have bounds of their own, and must not shut out who waits for an answer.
+                in_flight=max(0, pool.requests_in_flight - self.bulk.held),
                 outstanding_tokens=pool.outstanding_tokens,
                 worked_off_tokens=pool.worked_off_tokens,
             )

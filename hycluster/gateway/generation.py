@@ -33,6 +33,7 @@ from hycluster.core import (
     ModelCard,
     Output,
     PoolHealth,
+    Priority,
     Sampling,
     TokenLogprob,
     Usage,
@@ -50,6 +51,7 @@ from hycluster.errors import (
     one_line,
     shown,
 )
+from hycluster.gateway.admission import check_id
 from hycluster.gateway.bulk import FIXED_ROWS, BulkLane
 from hycluster.gateway.gateway import Gateway, open_gateway, until_one_can_serve
 from hycluster.settings.load import Admission, Router
@@ -209,8 +211,27 @@ class Generator:
         self, request: GenerationRequest, kind: RequestOutputKind, deadline_s: float | None
     ) -> AsyncGenerator[RequestOutput, None]:
         gateway, lora_request = self._gateway(request.model)
-        gateway.check_admission(request.sampling.n)
         deadline = None if deadline_s is None else asyncio.get_running_loop().time() + deadline_s
+        async with contextlib.AsyncExitStack() as stack:
+            if request.job is not None and request.priority >= Priority.BATCH:
+                with _translated_errors():
+                    check_id("job", request.job)
+                    async with asyncio.timeout_at(deadline):
+                        await stack.enter_async_context(gateway.bulk.shared_lane(request.job))
+            gateway.check_admission(request.sampling.n)
+            outputs = self._admitted(gateway, lora_request, request, kind, deadline)
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    yield output
+
+    async def _admitted(
+        self,
+        gateway: Gateway,
+        lora_request: LoRARequest | None,
+        request: GenerationRequest,
+        kind: RequestOutputKind,
+        deadline: float | None,
+    ) -> AsyncGenerator[RequestOutput, None]:
         with _translated_errors():
             async with asyncio.timeout_at(deadline):
                 engine_input = await self._render(gateway, request.prompt, request.messages, request.token_ids)

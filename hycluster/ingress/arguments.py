@@ -46,6 +46,7 @@ KINDS: dict[str, Kind] = {
     ),
     "request_id": TEXT,
     "session_id": TEXT,
+    "job": TEXT,
     "timeout_s": SECONDS,
 }
 

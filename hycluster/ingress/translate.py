@@ -31,6 +31,7 @@ def request_from_pb(message: pb.GenerateRequest) -> GenerationRequest:
         priority=_priority_from_pb(message.priority),
         request_id=message.request_id or None,
         session_id=message.session_id or None,
+        job=message.job or None,
     )
 
 
@@ -46,6 +47,7 @@ def request_to_pb(request: GenerationRequest) -> pb.GenerateRequest:
         priority=pb.Priority.Value(request.priority.name),
         request_id=request.request_id or "",
         session_id=request.session_id or "",
+        job=request.job or "",
     )
     if request.prompt is not None:
         with _naming("prompt"):

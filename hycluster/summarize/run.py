@@ -15,10 +15,10 @@ from hycluster.batch.summaries.summarizer import Summarizer
 from hycluster.client import AsyncClient
 from hycluster.core import Priority, Sampling
 from hycluster.errors import DeadlineExceeded, InvalidInput, SettingsError, Unavailable, UnknownModel
+from hycluster.remote import Remote
 from hycluster.summarize.files import read_text
 from hycluster.summarize.output import Summarized
 from hycluster.summarize.progress import SummaryProgress
-from hycluster.summarize.remote import Remote
 
 CONNECT_TIMEOUT_S = 10.0
 

@@ -10,7 +10,7 @@ from hycluster.adapters import AdapterEntry
 from hycluster.core import BulkDemand, ReplicaAddress, ReplicaLoad
 from hycluster.directory import directory
 from hycluster.directory.autoscaling import PoolLoad, Scaling
-from hycluster.directory.directory import FORGET_AFTER_S, Demand, Directory, PoolView, ReplicaReport
+from hycluster.directory.directory import FORGET_AFTER_S, Demand, Directory, IngressReport, PoolView, ReplicaReport
 from hycluster.settings.model import Adapter, Model
 
 MODEL = Model(name="m", source="/m")
@@ -217,3 +217,15 @@ class TestPoolsThatFollowTheirLoad:
         there.report(MODEL, report("r"))
         there.sync("m", "old", {}, {}, Demand(self.STATIC))
         assert there.find("m") == MODEL
+
+
+def test_ingress_processes_are_found_while_they_say_so(clock: Clock) -> None:
+    there = Directory()
+    one, other = IngressReport("a", "10.0.0.1:9000", True), IngressReport("b", "127.0.0.1:9000", False)
+    for report in (one, other, one):
+        there.open_ingress(report)
+    assert there.ingresses() == [one, other]
+    clock.now += FORGET_AFTER_S / 2
+    there.open_ingress(one)
+    clock.now += FORGET_AFTER_S * 0.6
+    assert there.ingresses() == [one]

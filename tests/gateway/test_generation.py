@@ -376,6 +376,35 @@ async def test_admission_counts_every_sequence(opened: Open) -> None:
         await generator.generate(ask(sampling={"n": 2, "temperature": 1}))
 
 
+async def test_rows_of_a_job_take_its_places_and_nobody_elses(opened: Open) -> None:
+    async with opened(SLOW, admission=Admission(max_requests=2)) as (generator, simulated):
+        gateway = generator.gateways["tiny"]
+        bulk = [
+            asyncio.create_task(generator.generate(ask(200, priority=Priority.BATCH, job="mine"))) for _ in range(3)
+        ]
+        await asyncio.to_thread(eventually, lambda: simulated[0].requests == 3)
+        assert gateway.bulk.demands["mine"].rows == 3
+        # They have bounds of their own: online requests find all of theirs.
+        online = [asyncio.create_task(generator.generate(ask(20, job="mine"))) for _ in range(2)]
+        await asyncio.to_thread(eventually, lambda: simulated[0].requests == 5)
+        assert gateway.bulk.held == 3
+        with pytest.raises(Overloaded, match="2 requests in flight"):
+            await generator.generate(ask(1))
+        await asyncio.gather(*online)
+        for row in bulk:
+            row.cancel()
+        await asyncio.gather(*bulk, return_exceptions=True)
+        await asyncio.to_thread(eventually, lambda: simulated[0].requests == 0)
+        assert (gateway.bulk.held, gateway.bulk.demands) == (0, {})
+        gateway.bulk.lane("other").take()
+        gateway.bulk.lane("full").take()
+        gateway.bulk._places = 0
+        with pytest.raises(DeadlineExceeded):
+            await generator.generate(ask(1, priority=Priority.BATCH, job="full"), deadline_s=0)
+        with pytest.raises(InvalidInput, match=r"job: .* is too long"):
+            await generator.generate(ask(1, priority=Priority.BATCH, job="j" * 513))
+
+
 async def test_adapters_where_a_model_takes_none(opened: Open) -> None:
     async with opened() as (generator, _):
         for name, source, model, why in (

@@ -51,6 +51,7 @@ requests = st.builds(
     priority=st.sampled_from(Priority),
     request_id=maybe() | text,
     session_id=maybe() | text,
+    job=maybe() | text,
 )
 
 

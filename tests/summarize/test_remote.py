@@ -4,12 +4,12 @@ import asyncio
 
 import pytest
 
+from hycluster import remote
 from hycluster.batch.ask import Asker
 from hycluster.client import AsyncClient
 from hycluster.core import GenerationRequest, ModelCard, Priority, Sampling
 from hycluster.errors import Unavailable, UnknownModel
-from hycluster.summarize import remote
-from hycluster.summarize.remote import Remote
+from hycluster.remote import Remote
 from tests.ingress.stand_in import MODEL
 from tests.summarize.stand_in import CONTEXT_TOKENS, SummarizingGenerator
 

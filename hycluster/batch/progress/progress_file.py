@@ -86,7 +86,12 @@ def last_word(output: Folder, edition: str) -> ProgressEntry | None:
             return None
         said = data["progress"]
         progress = RunProgress(
-            Totals(**said["done"]), said["in_flight"], said["retries"], dict(said["reasons"]), said.get("parked", 0)
+            Totals(**said["done"]),
+            said["in_flight"],
+            said["retries"],
+            dict(said["reasons"]),
+            said.get("parked", 0),
+            said.get("processes", 0),
         )
         return ProgressEntry(float(data["told_at"]), int(data["earlier_rows"]), progress, data.get("ended"))
     except (OSError, ValueError, KeyError, TypeError):

@@ -32,6 +32,7 @@ class RunProgress:
         done: rows that are through, and their tokens.
         in_flight: rows in the engines now.
         parked: those of them for which the engines have no time, because they serve online requests.
+        processes: those that feed the engines and have begun.
         retries: calls made again because an engine failed.
         reasons: quarantined rows by ``error_type``.
     """
@@ -41,6 +42,7 @@ class RunProgress:
     retries: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     parked: int = 0
+    processes: int = 0
 
     @property
     def waiting(self) -> bool:
@@ -54,6 +56,7 @@ class RunProgress:
             self.retries + other.retries,
             dict(Counter(self.reasons) + Counter(other.reasons)),
             self.parked + other.parked,
+            self.processes + other.processes,
         )
 
 
@@ -102,7 +105,7 @@ class Reporter:
 
     @property
     def in_work_s(self) -> float:
-        """Seconds since the first row went to the engines: what rates are of, here and in the report."""
+        """Seconds since the first row was seen in the engines: what rates are of while the job runs."""
         return time.monotonic() - self._in_work_since_s if self._in_work_since_s is not None else 0.0
 
     def _bar(self) -> None:
@@ -140,8 +143,9 @@ class Reporter:
         # A shard that was done twice was counted twice; the bar must not pass its end.
         rows = min(self._rows, self._earlier + now.rows)
         if self._in_work_since_s is None:
-            # Most of a small job's time; a rate of nothing would look like a job that hangs.
-            return rows, "starting: opening a gateway, no row has reached an engine yet"
+            # A rate of nothing would look like a job that hangs.
+            stage = "opening a gateway" if progress.processes else "a process for the job's rows"
+            return rows, f"starting: {stage}, no row has reached an engine yet"
         rate = now.rows / seconds
         eta = duration((self._rows - rows) / rate) if rate else "?"
         quarantined = f", {now.quarantined} quarantined" if now.quarantined else ""
@@ -158,7 +162,7 @@ def print_totals(
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column()
     table.add_column(justify="right")
-    in_work_s = max(in_work_s, 1e-9)
+    rated = this_run.rows and in_work_s
     for label, value in (
         ("rows", f"{all_time.rows}"),
         ("of these quarantined", f"{all_time.quarantined}"),
@@ -167,8 +171,8 @@ def print_totals(
         ("completion tokens", f"{all_time.completion_tokens}"),
         ("seconds", f"{seconds:.1f}"),
         ("of these in work", f"{in_work_s:.1f}"),
-        ("rows/s", f"{this_run.rows / in_work_s:.2f}" if this_run.rows else "-"),
-        ("tokens/s", f"{this_run.completion_tokens / in_work_s:.1f}" if this_run.rows else "-"),
+        ("rows/s", f"{this_run.rows / in_work_s:.2f}" if rated else "-"),
+        ("tokens/s", f"{this_run.completion_tokens / in_work_s:.1f}" if rated else "-"),
     ):
         table.add_row(label, value)
     console.print(table)

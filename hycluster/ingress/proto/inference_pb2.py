@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'hycluster/ingress/proto/inference.proto\x12\x0chycluster.v1\"t\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x11\n\x04name\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x19\n\x0ctool_call_id\x18\x04 \x01(\tH\x01\x88\x01\x01\x42\x07\n\x05_nameB\x0f\n\r_tool_call_id\"7\n\x08Messages\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.hycluster.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xa4\x04\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x01H\x08\x88\x01\x01\x12\x11\n\x04seed\x18\n \x01(\x03H\t\x88\x01\x01\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x17\n\nignore_eos\x18\r \x01(\x08H\n\x88\x01\x01\x12\x0e\n\x01n\x18\x0e \x01(\x05H\x0b\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0f \x01(\x05H\x0c\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x04\n\x02_nB\x0b\n\t_logprobs\"\x90\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12*\n\x08messages\x18\x03 \x01(\x0b\x32\x16.hycluster.v1.MessagesH\x00\x12+\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x16.hycluster.v1.TokenIdsH\x00\x12(\n\x08sampling\x18\x05 \x01(\x0b\x32\x16.hycluster.v1.Sampling\x12(\n\x08priority\x18\x06 \x01(\x0e\x32\x16.hycluster.v1.Priority\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x12\n\nsession_id\x18\x08 \x01(\tB\x07\n\x05input\"@\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\"?\n\rTokenLogprobs\x12.\n\ncandidates\x18\x01 \x03(\x0b\x32\x1a.hycluster.v1.TokenLogprob\"~\n\x06Output\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12-\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1b.hycluster.v1.TokenLogprobs\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x80\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12%\n\x07outputs\x18\x03 \x03(\x0b\x32\x14.hycluster.v1.Output\x12\"\n\x05usage\x18\x04 \x01(\x0b\x32\x13.hycluster.v1.Usage\"\xbd\x01\n\rGenerateChunk\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x15\n\rfinish_reason\x18\x05 \x01(\t\x12-\n\x08logprobs\x18\x06 \x03(\x0b\x32\x1b.hycluster.v1.TokenLogprobs\x12\"\n\x05usage\x18\x07 \x01(\x0b\x32\x13.hycluster.v1.Usage\"g\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12*\n\x08messages\x18\x03 \x01(\x0b\x32\x16.hycluster.v1.MessagesH\x00\x42\x07\n\x05input\"K\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\"2\n\x12\x43ountTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\"%\n\x13\x43ountTokensResponse\x12\x0e\n\x06\x63ounts\x18\x01 \x03(\r\"\x13\n\x11ListModelsRequest\"D\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x16\n\x0eready_replicas\x18\x03 \x01(\r\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.hycluster.v1.Model*!\n\x08Priority\x12\n\n\x06ONLINE\x10\x00\x12\t\n\x05\x42\x41TCH\x10\x01\x32\x96\x03\n\tInference\x12I\n\x08Generate\x12\x1d.hycluster.v1.GenerateRequest\x1a\x1e.hycluster.v1.GenerateResponse\x12N\n\x0eGenerateStream\x12\x1d.hycluster.v1.GenerateRequest\x1a\x1b.hycluster.v1.GenerateChunk0\x01\x12I\n\x08Tokenize\x12\x1d.hycluster.v1.TokenizeRequest\x1a\x1e.hycluster.v1.TokenizeResponse\x12R\n\x0b\x43ountTokens\x12 .hycluster.v1.CountTokensRequest\x1a!.hycluster.v1.CountTokensResponse\x12O\n\nListModels\x12\x1f.hycluster.v1.ListModelsRequest\x1a .hycluster.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'hycluster/ingress/proto/inference.proto\x12\x0chycluster.v1\"t\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x11\n\x04name\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x19\n\x0ctool_call_id\x18\x04 \x01(\tH\x01\x88\x01\x01\x42\x07\n\x05_nameB\x0f\n\r_tool_call_id\"7\n\x08Messages\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.hycluster.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xa4\x04\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x01H\x08\x88\x01\x01\x12\x11\n\x04seed\x18\n \x01(\x03H\t\x88\x01\x01\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x17\n\nignore_eos\x18\r \x01(\x08H\n\x88\x01\x01\x12\x0e\n\x01n\x18\x0e \x01(\x05H\x0b\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0f \x01(\x05H\x0c\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x04\n\x02_nB\x0b\n\t_logprobs\"\x9d\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12*\n\x08messages\x18\x03 \x01(\x0b\x32\x16.hycluster.v1.MessagesH\x00\x12+\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x16.hycluster.v1.TokenIdsH\x00\x12(\n\x08sampling\x18\x05 \x01(\x0b\x32\x16.hycluster.v1.Sampling\x12(\n\x08priority\x18\x06 \x01(\x0e\x32\x16.hycluster.v1.Priority\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x12\n\nsession_id\x18\x08 \x01(\t\x12\x0b\n\x03job\x18\t \x01(\tB\x07\n\x05input\"@\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\"?\n\rTokenLogprobs\x12.\n\ncandidates\x18\x01 \x03(\x0b\x32\x1a.hycluster.v1.TokenLogprob\"~\n\x06Output\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12-\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1b.hycluster.v1.TokenLogprobs\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x80\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12%\n\x07outputs\x18\x03 \x03(\x0b\x32\x14.hycluster.v1.Output\x12\"\n\x05usage\x18\x04 \x01(\x0b\x32\x13.hycluster.v1.Usage\"\xbd\x01\n\rGenerateChunk\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x15\n\rfinish_reason\x18\x05 \x01(\t\x12-\n\x08logprobs\x18\x06 \x03(\x0b\x32\x1b.hycluster.v1.TokenLogprobs\x12\"\n\x05usage\x18\x07 \x01(\x0b\x32\x13.hycluster.v1.Usage\"g\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12*\n\x08messages\x18\x03 \x01(\x0b\x32\x16.hycluster.v1.MessagesH\x00\x42\x07\n\x05input\"K\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\"2\n\x12\x43ountTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\"%\n\x13\x43ountTokensResponse\x12\x0e\n\x06\x63ounts\x18\x01 \x03(\r\"\x13\n\x11ListModelsRequest\"D\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x16\n\x0eready_replicas\x18\x03 \x01(\r\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.hycluster.v1.Model*!\n\x08Priority\x12\n\n\x06ONLINE\x10\x00\x12\t\n\x05\x42\x41TCH\x10\x01\x32\x96\x03\n\tInference\x12I\n\x08Generate\x12\x1d.hycluster.v1.GenerateRequest\x1a\x1e.hycluster.v1.GenerateResponse\x12N\n\x0eGenerateStream\x12\x1d.hycluster.v1.GenerateRequest\x1a\x1b.hycluster.v1.GenerateChunk0\x01\x12I\n\x08Tokenize\x12\x1d.hycluster.v1.TokenizeRequest\x1a\x1e.hycluster.v1.TokenizeResponse\x12R\n\x0b\x43ountTokens\x12 .hycluster.v1.CountTokensRequest\x1a!.hycluster.v1.CountTokensResponse\x12O\n\nListModels\x12\x1f.hycluster.v1.ListModelsRequest\x1a .hycluster.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hycluster.ingress.proto.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PRIORITY']._serialized_start=2170
-  _globals['_PRIORITY']._serialized_end=2203
+  _globals['_PRIORITY']._serialized_start=2183
+  _globals['_PRIORITY']._serialized_end=2216
   _globals['_CHATMESSAGE']._serialized_start=57
   _globals['_CHATMESSAGE']._serialized_end=173
   _globals['_MESSAGES']._serialized_start=175
@@ -42,33 +42,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLING']._serialized_start=258
   _globals['_SAMPLING']._serialized_end=806
   _globals['_GENERATEREQUEST']._serialized_start=809
-  _globals['_GENERATEREQUEST']._serialized_end=1081
-  _globals['_TOKENLOGPROB']._serialized_start=1083
-  _globals['_TOKENLOGPROB']._serialized_end=1147
-  _globals['_TOKENLOGPROBS']._serialized_start=1149
-  _globals['_TOKENLOGPROBS']._serialized_end=1212
-  _globals['_OUTPUT']._serialized_start=1214
-  _globals['_OUTPUT']._serialized_end=1340
-  _globals['_USAGE']._serialized_start=1342
-  _globals['_USAGE']._serialized_end=1422
-  _globals['_GENERATERESPONSE']._serialized_start=1425
-  _globals['_GENERATERESPONSE']._serialized_end=1553
-  _globals['_GENERATECHUNK']._serialized_start=1556
-  _globals['_GENERATECHUNK']._serialized_end=1745
-  _globals['_TOKENIZEREQUEST']._serialized_start=1747
-  _globals['_TOKENIZEREQUEST']._serialized_end=1850
-  _globals['_TOKENIZERESPONSE']._serialized_start=1852
-  _globals['_TOKENIZERESPONSE']._serialized_end=1927
-  _globals['_COUNTTOKENSREQUEST']._serialized_start=1929
-  _globals['_COUNTTOKENSREQUEST']._serialized_end=1979
-  _globals['_COUNTTOKENSRESPONSE']._serialized_start=1981
-  _globals['_COUNTTOKENSRESPONSE']._serialized_end=2018
-  _globals['_LISTMODELSREQUEST']._serialized_start=2020
-  _globals['_LISTMODELSREQUEST']._serialized_end=2039
-  _globals['_MODEL']._serialized_start=2041
-  _globals['_MODEL']._serialized_end=2109
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2111
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2168
-  _globals['_INFERENCE']._serialized_start=2206
-  _globals['_INFERENCE']._serialized_end=2612
+  _globals['_GENERATEREQUEST']._serialized_end=1094
+  _globals['_TOKENLOGPROB']._serialized_start=1096
+  _globals['_TOKENLOGPROB']._serialized_end=1160
+  _globals['_TOKENLOGPROBS']._serialized_start=1162
+  _globals['_TOKENLOGPROBS']._serialized_end=1225
+  _globals['_OUTPUT']._serialized_start=1227
+  _globals['_OUTPUT']._serialized_end=1353
+  _globals['_USAGE']._serialized_start=1355
+  _globals['_USAGE']._serialized_end=1435
+  _globals['_GENERATERESPONSE']._serialized_start=1438
+  _globals['_GENERATERESPONSE']._serialized_end=1566
+  _globals['_GENERATECHUNK']._serialized_start=1569
+  _globals['_GENERATECHUNK']._serialized_end=1758
+  _globals['_TOKENIZEREQUEST']._serialized_start=1760
+  _globals['_TOKENIZEREQUEST']._serialized_end=1863
+  _globals['_TOKENIZERESPONSE']._serialized_start=1865
+  _globals['_TOKENIZERESPONSE']._serialized_end=1940
+  _globals['_COUNTTOKENSREQUEST']._serialized_start=1942
+  _globals['_COUNTTOKENSREQUEST']._serialized_end=1992
+  _globals['_COUNTTOKENSRESPONSE']._serialized_start=1994
+  _globals['_COUNTTOKENSRESPONSE']._serialized_end=2031
+  _globals['_LISTMODELSREQUEST']._serialized_start=2033
+  _globals['_LISTMODELSREQUEST']._serialized_end=2052
+  _globals['_MODEL']._serialized_start=2054
+  _globals['_MODEL']._serialized_end=2122
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2124
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2181
+  _globals['_INFERENCE']._serialized_start=2219
+  _globals['_INFERENCE']._serialized_end=2625
 # @@protoc_insertion_point(module_scope)

@@ -247,6 +247,7 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
+    JOB_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """A name that ListModels gives."""
     prompt: _builtins.str
@@ -255,6 +256,11 @@ class GenerateRequest(_message.Message):
     """Comes back in the answer; if empty, the server makes one."""
     session_id: _builtins.str
     """Requests with the same one share a prefix, such as a conversation's turns."""
+    job: _builtins.str
+    """Requests at BATCH with the same one are one bulk job's: as many of them are in the engines at a time as these can
+    use of what ONLINE requests leave, shared with other jobs; the rest wait for their turn here. At ONLINE it says
+    nothing.
+    """
     @_builtins.property
     def messages(self) -> Global___Messages:
         """Goes through the model's chat template."""
@@ -274,10 +280,11 @@ class GenerateRequest(_message.Message):
         priority: Global___Priority.ValueType = ...,
         request_id: _builtins.str = ...,
         session_id: _builtins.str = ...,
+        job: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "messages", b"messages", "prompt", b"prompt", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "messages", b"messages", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "job", b"job", "messages", b"messages", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "messages", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015

@@ -46,7 +46,8 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_before_the_first_row_is_asked_the_stage_is_told(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
-    text = shown(terminal, monkeypatch, RunProgress())
+    assert "starting: a process" in shown(terminal, monkeypatch, RunProgress())
+    text = shown(terminal, monkeypatch, RunProgress(processes=1))
     assert "starting: opening a gateway" in text
     assert "rows/s" not in text
 
@@ -61,6 +62,12 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     text = shown(True, monkeypatch)
     assert "50/100" in text
     assert "━" in text
+
+
+def test_what_took_no_time_has_no_rate() -> None:
+    text = io.StringIO()
+    print_totals(Console(file=text, width=80), "t", Totals(2, 2), Totals(2, 2), 9.0, 0.0)
+    assert "rows/s │ -" in " ".join(text.getvalue().split()).replace("│ rows/s", "rows/s")
 
 
 def test_the_table_counts_all_and_rates_this_run() -> None:

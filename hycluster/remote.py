@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-from hycluster.batch.ask import Asker, first_error
+from hycluster.batch.ask import first_error
 from hycluster.client import AsyncClient
 from hycluster.core import Generation, GenerationRequest, ModelCard
 
@@ -17,14 +17,23 @@ COUNTED_CHARACTERS = 250_000
 COUNTS_AT_ONCE = 2
 
 
+T = TypeVar("T")
+
+
+class CallMaker(Protocol):
+    """Makes a call that has a name; an :class:`hycluster.batch.ask.Asker` makes it again where it fails."""
+
+    async def __call__(self, name: str, call: Callable[[], Awaitable[T]]) -> T: ...
+
+
 class Remote:
-    """The ``Generator`` of ``hycluster/batch/ask.py`` over a connection. Make it in the event loop that uses it.
+    """The ``RowBackend`` of ``hycluster/batch/ask.py`` over a connection. Make it in the event loop that uses it.
 
     Args:
-        ask: makes the calls that count tokens, again where they fail; who generates brings retries along.
+        ask: makes the calls that count tokens; who generates brings retries along.
     """
 
-    def __init__(self, client: AsyncClient, ask: Asker) -> None:
+    def __init__(self, client: AsyncClient, ask: CallMaker) -> None:
         self._client = client
         self._ask = ask
         self._loop = asyncio.get_running_loop()
@@ -59,6 +68,7 @@ class Remote:
             priority=request.priority,
             request_id=request.request_id,
             session_id=request.session_id,
+            job=request.job,
             timeout_s=deadline_s,
         )
 
