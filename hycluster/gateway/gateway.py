@@ -35,6 +35,7 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 from hycluster.adapters import AdapterEntry, AdapterTable, adapter_id
 from hycluster.directory.directory import FORGET_AFTER_S, REPORT_EVERY_S, Demand, PoolView
 from hycluster.engine.arguments import model_files
+from hycluster.engine.parsers import with_parsers
 from hycluster.engine.vllm import engine_config
 from hycluster.errors import HyclusterError, InvalidInput, Overloaded, Unavailable, shown
 from hycluster.gateway.admission import Gate, check_id, check_priority, check_sampling
@@ -432,7 +433,7 @@ async def open_gateway(
     Raises:
         Unavailable: there is none after ``wait_s`` seconds.
     """
-    config = await asyncio.to_thread(lambda: engine_config(model, model_files(model)))
+    model, config = await asyncio.to_thread(_configured, model)
     gateway = Gateway(model, config, router, admission, metrics=metrics, patient=patient)
     follower = asyncio.create_task(gateway.follow(directory))
     try:
@@ -448,6 +449,12 @@ async def open_gateway(
         await gateway.engine_core.close()
         await asyncio.to_thread(gateway.grammars.close)
         gateway.renderer.shutdown()
+
+
+def _configured(model: Model) -> tuple[Model, VllmConfig]:
+    path = model_files(model)
+    model = with_parsers(model, path)
+    return model, engine_config(model, path)
 
 
 async def until_one_can_serve(gateways: Sequence[Gateway], wait_s: float | None) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import socket
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -32,6 +33,7 @@ from vllm.tool_parsers import ToolParserManager
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from hycluster.engine.patches.completion_prompts import patch_completions
+from hycluster.engine.patches.unread_tools import patch_tools
 from hycluster.errors import HyclusterError, SettingsError
 from hycluster.gateway.gateway import Gateway
 from hycluster.gateway.generation import Generator
@@ -41,6 +43,8 @@ from hycluster.ingress.connection import protocol
 from hycluster.ingress.errors import answer_error, answer_generation_error, answer_http_error, answer_unreadable
 from hycluster.ingress.health import WithHealth
 from hycluster.ingress.ports import bind, notice_lost_callers
+from hycluster.ingress.wording import InOurWords
+from hycluster.settings.api import check_environment
 from hycluster.settings.ingress import Http
 
 # What a caller may use. Everything else of vLLM's app (scaling, raw token routes, rendering for
@@ -92,6 +96,7 @@ async def serve_http(
     settings: Http,
     *,
     around: Callable[[ASGIApp], ASGIApp] = lambda app: app,
+    before_models: Callable[[ASGIApp], ASGIApp] = lambda app: app,
     reuse_port: bool = False,
     drain_timeout_s: float = 60.0,
     sock: socket.socket | None = None,
@@ -100,6 +105,7 @@ async def serve_http(
 
     Args:
         sock: listens already; None opens the settings' port.
+        before_models: puts a layer before the app of all models.
         around: puts routes that are not a model's beside the app of all models; bounds their bodies itself.
 
     Raises:
@@ -107,7 +113,7 @@ async def serve_http(
     """
     apps = await model_apps(generator, settings)
     app: ASGIApp = BodyLimit(
-        over_all_models(apps, generator),
+        before_models(over_all_models(apps, generator)),
         settings.max_body_mib << 20,
         max_total_bytes=settings.max_bodies_mib << 20,
         stall_s=settings.stalled_client_timeout_s,
@@ -137,7 +143,12 @@ async def serve_http(
 
 
 async def model_apps(generator: Generator, settings: Http) -> dict[str, ModelApp]:
-    """vLLM's API app of each model, by its name."""
+    """vLLM's API app of each model, by its name.
+
+    Raises:
+        SettingsError: vLLM would take from the environment what is no setting here.
+    """
+    check_environment(os.environ)
     apps = {name: ModelApp(gateway, settings, generator) for name, gateway in generator.gateways.items()}
     for app in apps.values():
         if app.can_build:
@@ -185,7 +196,7 @@ class ModelApp:
         app: ASGIApp | None = self._app
         if app is None:
             app = await self.build() if self.can_build else await answer_error(None, self._gateway.refusal())
-        await app(scope, receive, send)
+        await InOurWords(app)(scope, receive, send)
 
 
 def over_all_models(apps: Mapping[str, ASGIApp], generator: Generator) -> ASGIApp:
@@ -208,6 +219,8 @@ async def model_app(gateway: Gateway, settings: Http) -> FastAPI:
     await init_app_state(gateway, app.state, arguments, tasks)
     if (completions := app.state.openai_serving_completion) is not None:
         patch_completions(completions, gateway.check_admission)
+    if (responses := app.state.openai_serving_responses) is not None:
+        patch_tools(responses, gateway.model.name)
     # vLLM's app asks this mapping for a name that is no model's.
     app.state.openai_serving_models.lora_requests = gateway.lora_requests
     # Told to exit when an engine is lost for good; what serves without one of its own needs not.
