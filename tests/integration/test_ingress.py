@@ -20,6 +20,7 @@ from hycluster.client import AsyncClient, Client
 from hycluster.core import Priority, Sampling
 from tests.integration.conftest import (
     ALL_MODELS,
+    HUNYUAN,
     MODEL,
     SIMULATED,
     TINY,
@@ -144,6 +145,39 @@ class TestOpenAI:
             model=MODEL, input="What is the capital of France?", temperature=0, max_output_tokens=20
         )
         assert "Paris" in answer.output_text
+
+    def test_a_response_is_gone_on_from_with_any_model(self, client: openai.OpenAI) -> None:
+        one = client.responses.create(model=MODEL, input="Say hello.", temperature=0, max_output_tokens=8)
+        two = client.responses.create(
+            model=HUNYUAN, input="Again.", previous_response_id=one.id, temperature=0, max_output_tokens=4
+        )
+        assert (two.previous_response_id, two.model) == (one.id, HUNYUAN)
+        assert one.usage
+        assert two.usage
+        # All that was said before, in the next one's prompt.
+        said = client.responses.create(model=HUNYUAN, input="Again.", temperature=0, max_output_tokens=4).usage
+        assert said
+        assert two.usage.input_tokens > said.input_tokens + 8
+        assert client.responses.retrieve(one.id).output_text == one.output_text
+
+    def test_a_response_in_the_background(self, client: openai.OpenAI) -> None:
+        begun = client.responses.create(
+            model=SIMULATED, input="hello", background=True, max_output_tokens=30, extra_body={"ignore_eos": True}
+        )
+        assert begun.status == "in_progress"
+
+        def look() -> Any:
+            now = client.responses.retrieve(begun.id)
+            return now if now.status in ("completed", "incomplete", "failed") else None
+
+        ended = eventually(look, 60, "it has ended")
+        assert ended.usage.output_tokens == 30
+        long = client.responses.create(
+            model=SIMULATED, input="hello", background=True, max_output_tokens=1500, extra_body={"ignore_eos": True}
+        )
+        assert client.responses.cancel(long.id).status == "cancelled"
+        assert client.responses.retrieve(long.id).status == "cancelled"
+        eventually(lambda: idle(SIMULATED), 30, "the engine has been told")
 
     def test_models_are_told_apart(self, client: openai.OpenAI) -> None:
         answer = client.completions.create(model=TINY, prompt="hello", max_tokens=3, temperature=0)
