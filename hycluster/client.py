@@ -21,7 +21,7 @@ import grpc
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from hycluster.core import Generation, GenerationRequest, ModelCard, Priority, Sampling
+from hycluster.core import Generation, GenerationRequest, ModelCard, Priority, Sampling, StructuredOutput
 from hycluster.errors import (
     BY_REASON,
     DeadlineExceeded,
@@ -74,6 +74,8 @@ class Ask(SamplingFields, total=False):
 
     Exactly one of ``prompt`` (text), ``messages`` (chat, OpenAI's form) and ``token_ids``. Sampling is either
     ``sampling`` or its fields one by one. ``timeout_s`` is the deadline of the whole call in seconds; None is none.
+    The others are those of :class:`hycluster.core.GenerationRequest`: tools, tool calls and the pieces of a message are
+    in OpenAI's form, as they are over HTTP.
     """
 
     prompt: str | None
@@ -83,6 +85,13 @@ class Ask(SamplingFields, total=False):
     priority: Priority
     request_id: str | None
     session_id: str | None
+    structured_output: StructuredOutput | None
+    tools: Sequence[dict[str, Any]] | None
+    tool_choice: str | dict[str, Any] | None
+    parallel_tool_calls: bool
+    include_reasoning: bool
+    reasoning_effort: str | None
+    chat_template_kwargs: dict[str, Any] | None
     timeout_s: float | None
 
 
@@ -317,6 +326,8 @@ def _request(model: str, ask: Ask) -> pb.GenerateRequest:
         given["token_ids"] = arguments.token_ids(given["token_ids"])
     if "messages" in given:
         given["messages"] = list(given["messages"])
+    if "tools" in given:
+        given["tools"] = list(given["tools"])
     return translate.request_to_pb(GenerationRequest(model=model, **given))
 
 

@@ -14,7 +14,6 @@ import math
 import socket
 from argparse import Namespace
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,12 +25,11 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.exceptions import GenerationError
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from hycluster.engine.patches.completion_prompts import patch_completions
-from hycluster.errors import HyclusterError, SettingsError
+from hycluster.errors import HyclusterError
+from hycluster.gateway.api_arguments import model_arguments
 from hycluster.gateway.gateway import Gateway
 from hycluster.gateway.generation import Generator
 from hycluster.ingress.adapters import adapter_routes
@@ -230,22 +228,10 @@ def api_arguments(gateway: Gateway, settings: Http) -> Namespace:
     Raises:
         SettingsError: an unknown ``api`` argument.
     """
-    arguments: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
-    model = gateway.model
-    arguments.model = model.source
-    arguments.served_model_name = [model.name]
+    arguments = model_arguments(gateway)
     arguments.allowed_origins = list(settings.allowed_origins)
-    arguments.structured_outputs_config = gateway.vllm_config.structured_outputs_config
     # What a prompt found in the KV cache, as OpenAI's own API tells it.
     arguments.enable_prompt_tokens_details = True
-    for name, value in model.api.items():
-        if not hasattr(arguments, name):
-            near = get_close_matches(name, vars(arguments), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise SettingsError(f"models: {model.name}: api.{name}: vLLM's API server has no such argument{hint}")
-        setattr(arguments, name, value)
-    if reasoning_parser := model.api.get("reasoning_parser"):
-        arguments.structured_outputs_config.reasoning_parser = reasoning_parser
     return arguments
 
 
