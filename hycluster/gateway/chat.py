@@ -104,13 +104,8 @@ class Chat:
             return
         if parser is None or parser.tool_parser_cls is None:
             raise InvalidInput(
-                f"tools: model {self.name!r} has no parser for tool calls: its setting api.tool_call_parser is not set;"
-                ' without one, tool_choice must be "none"'
-            )
-        if asked.tool_choice == "auto" and not self.auto_tools:
-            raise InvalidInput(
-                f'tool_choice: "auto" is not allowed; model {self.name!r} takes "none", "required" or a function\'s'
-                " name, for its setting api.enable_auto_tool_choice is not set"
+                f"tools: model {self.name!r} has no parser for tool calls, for its settings api.tool_call_parser and"
+                ' api.enable_auto_tool_choice are not both set; without one, tool_choice must be "none"'
             )
 
 
@@ -280,6 +275,8 @@ def _asked(model: str, request: GenerationRequest) -> ChatCompletionRequest:
             model=model,
             messages=request.messages,
             n=request.sampling.n,
+            # Sampling is the gateway's, which cuts max_tokens to what is left. Unset, an older field is read.
+            max_completion_tokens=0,
             parallel_tool_calls=request.parallel_tool_calls,
             include_reasoning=request.include_reasoning,
             structured_outputs=structured_outputs(request.structured_output),

@@ -20,7 +20,6 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
-from grpc_reflection.v1alpha import reflection
 
 from hycluster.core import Generation, GenerationRequest, ModelCard
 from hycluster.errors import DeadlineExceeded, HyclusterError, SettingsError, Unavailable, UnknownModel
@@ -28,6 +27,7 @@ from hycluster.ingress import translate
 from hycluster.ingress.malformed import RefuseMalformed
 from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto import inference_pb2_grpc
+from hycluster.ingress.reflection import enable_reflection
 from hycluster.ingress.status import abort
 from hycluster.settings.ingress import Grpc
 
@@ -250,9 +250,7 @@ async def serve_grpc(
     )
     inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
     add_HealthServicer_to_server(health, server)
-    reflection.enable_server_reflection(
-        (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME), server
-    )
+    enable_reflection((SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name), server)
     port = _bind(server, settings, reuse_port)
     # The first caller must find the truth, so look once before the ingress opens.
     await _report_readiness(generator, health)
