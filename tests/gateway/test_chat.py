@@ -23,9 +23,6 @@ from hycluster.settings.model import Model
 from hycluster.settings.simulated import Simulated
 from tests.simulated_pool import SimulatedPool
 
-if TYPE_CHECKING:
-    pass
-
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), pytest.mark.usefixtures("vllm_imported")]
 
 ENGINE = Simulated(vocab_size=256, max_model_len=2048, realtime=False)
@@ -300,6 +297,6 @@ async def test_what_can_not_be_is_refused_by_name(doors: Any) -> None:
             with pytest.raises(InvalidInput, match=says):
                 await ask(script, request)
     async with doors({}) as ask:
-        with pytest.raises(InvalidInput, match="^tools: model 'm' has no parser .* its settings api.tool_call_parser"):
+        with pytest.raises(InvalidInput, match=r"^tools: model 'm' has no parser .* api\.tool_call_parser"):
             await ask(script, chat(tools=[WEATHER]))
     assert not script.heard
