@@ -34,6 +34,7 @@ import pyarrow.parquet as pq
 from hycluster.batch.job import Job
 from hycluster.batch.task import Connect
 from hycluster.core import Generation, GenerationRequest, ModelCard, Output, Usage
+from hycluster.gateway.bulk import FIXED_ROWS, BulkLane, BulkLanes
 
 MODEL = "simulated"
 FILE_ROWS = 250_000
@@ -43,6 +44,12 @@ MIB = 1 << 20
 
 class SimulatedGenerator:
     """Answers at once, always the same."""
+
+    def __init__(self) -> None:
+        self._lanes = BulkLanes()
+
+    def lane(self, model: str, job: str, most: int | None = None, fixed: int = FIXED_ROWS) -> BulkLane:
+        return self._lanes.lane(job, most, fixed)
 
     async def models(self) -> list[ModelCard]:
         return [ModelCard(MODEL, 4096, 1)]

@@ -17,6 +17,9 @@ def main() -> None:
         if (error.name or "hycluster").partition(".")[0] == "hycluster":
             raise
         _missing(f"the hycluster command needs more than the client (no {error.name!r} here)", "'hycluster[serve]'")
+    except KeyboardInterrupt:
+        # Nothing has begun.
+        sys.exit(130)
     try:
         run()
     except ModuleNotFoundError as error:

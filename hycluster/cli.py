@@ -10,11 +10,12 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from hycluster import __version__
+from hycluster import __version__, aside
 from hycluster.batch import cli as batch
 from hycluster.batch.job import Job
 from hycluster.chaos.cli import chaos
@@ -23,19 +24,36 @@ from hycluster.errors import HyclusterError
 from hycluster.job_engines import open_engines
 from hycluster.k8s.cli import app as k8s_app
 from hycluster.models.cli import tiny_model
+from hycluster.planning.asked import asked_settings
 from hycluster.planning.cli import plan
 from hycluster.serving.running import choose
 from hycluster.settings.cli import app as settings_app
 from hycluster.settings.read import DEFAULT_SETTINGS, load_settings
+from hycluster.settings.settings import Settings
+from hycluster.simulate.cli import simulate
 from hycluster.submit.cli import cancel, jobs, logs, show_submitted, submit
 from hycluster.summarize.cli import summarize
-from hycluster.terminal import PrintableFormatter, echo
+from hycluster.terminal import INTERRUPTED_EXIT, PrintableFormatter, echo
+
+
+class Commands(TyperGroup):
+    """Ctrl-C ends a command with a word and the exit code that shells have for it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            echo("stopped by Ctrl-C before it was done", err=True)
+            raise typer.Exit(INTERRUPTED_EXIT) from None
+
 
 app = typer.Typer(
     name="hycluster",
+    cls=Commands,
     help="Serve large mixture-of-experts models on Ray and vLLM, and run bulk jobs with the same engines.",
     no_args_is_help=True,
-    add_completion=False,
+    # Inherited by every command.
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 batch_app = typer.Typer(
@@ -63,6 +81,7 @@ app.add_typer(settings_app, name="settings", context_settings={"obj": Job})
 app.command("summarize")(summarize)
 app.command("chaos")(chaos)
 app.command("plan")(plan)
+app.command("simulate")(simulate)
 app.command("tiny-model")(tiny_model)
 
 SetOption = Annotated[
@@ -95,7 +114,14 @@ def _root(
 
 @app.command()
 def serve(
-    config: Annotated[Path, typer.Argument(help="Settings file.")] = DEFAULT_SETTINGS,
+    what: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[CONFIG|MODEL]",
+            help="Settings file; or a model's folder or hub id (org/name), with settings for the hardware that is here."
+            f" Default: {DEFAULT_SETTINGS}, or the embedded model.",
+        ),
+    ] = None,
     http_port: Annotated[
         str | None, typer.Option(metavar="PORT", help="Port of the HTTP ingress; 0 takes a free one.")
     ] = None,
@@ -103,25 +129,27 @@ def serve(
         str | None, typer.Option(metavar="PORT", help="Port of the gRPC ingress; 0 takes a free one.")
     ] = None,
     assignments: SetOption = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With a MODEL: write the settings that were made for it.")
+    ] = None,
 ) -> None:
-    """Serve the models of CONFIG in the foreground, on the Ray cluster in RAY_ADDRESS or on one of its own.
+    """Serve the models of CONFIG, or a MODEL, in the foreground, on the Ray cluster in RAY_ADDRESS or one of its own.
 
     Prints one line beginning "ready" once a request would succeed, and on standard error a line for whatever is lost
-    and for its return. SIGTERM or Ctrl-C drains, then exits 0. Exits 4 if Ray itself is lost: start it again.
+    and for its return. SIGTERM or Ctrl-C drains, then exits 0; Ctrl-C once more ends it at once, with 130. Exits 4 if
+    Ray itself is lost: start it again.
     """
     ports = [
         f"{ingress}.port={port}" for ingress, port in (("http", http_port), ("grpc", grpc_port)) if port is not None
     ]
-    settings = load_settings(config, [*(assignments or []), *ports])
+    settings = asked_settings(what, [*(assignments or []), *ports], save, say)
     stopping = threading.Event()
 
     begun = time.monotonic()
     echo(f"starting {', '.join(model.name for model in settings.models)} ...", err=True)
-    from hycluster.engine.arguments import engine_arguments, model_files
     from hycluster.ingress.ports import check_port
 
-    for model in settings.models:
-        engine_arguments(model, model_files(model))
+    _check_models(settings)
     if not os.environ.get("RAY_ADDRESS"):
         # The ingress processes will be on this machine: better known now than after the engines have started.
         check_port(settings.http.host, settings.http.port, "http.port")
@@ -135,9 +163,15 @@ def serve(
 
     started_ray = cluster.start()
     running.remember_models([model.name for model in settings.models])
+
+    def stop(number: int, _frame: object) -> None:
+        if stopping.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stopping.set()
+
     # After Ray's own handlers, which would end this process at once.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopping.set())
+        signal.signal(number, stop)
     address = ray.get_runtime_context().gcs_address
     service = Service(settings, say, own=started_ray)
     try:
@@ -150,14 +184,27 @@ def serve(
             )
             sys.stdout.flush()
             service.attend(stopping)
-        say("draining ...")
+        say("draining ... (Ctrl-C again cuts off what is in flight)")
         deploy.stop(settings.drain_timeout_s)
         say("stopped")
+    except KeyboardInterrupt:
+        say("stopped at once; the requests that were in flight are lost")
+        raise typer.Exit(INTERRUPTED_EXIT) from None
     finally:
         service.close()
         # A cluster of our own ends with this, whatever became of the application.
         running.forget()
         ray.shutdown()
+
+
+def _check_models(settings: Settings) -> None:
+    """Refuse what no engine could start with, before anything starts."""
+    from hycluster.engine.arguments import engine_arguments, model_files
+    from hycluster.engine.names import check_names
+
+    for model in settings.models:
+        check_names(model)
+        engine_arguments(model, model_files(model))
 
 
 def say(line: str) -> None:
@@ -167,7 +214,9 @@ def say(line: str) -> None:
 
 @app.command()
 def upgrade(
-    config: Annotated[Path, typer.Argument(help="Settings file.")] = DEFAULT_SETTINGS,
+    config: Annotated[
+        Path | None, typer.Argument(help=f"Settings file; default: {DEFAULT_SETTINGS}, or the embedded model.")
+    ] = None,
     assignments: SetOption = None,
     address: AddressOption = None,
     yes: Yes = False,
@@ -181,10 +230,7 @@ def upgrade(
     # Before anything is looked at: whose cluster it is.
     choose(address)
     begun = time.monotonic()
-    from hycluster.engine.arguments import engine_arguments, model_files
-
-    for model in settings.models:
-        engine_arguments(model, model_files(model))
+    _check_models(settings)
 
     import ray
 
@@ -195,9 +241,9 @@ def upgrade(
     found = running_service.find_service(cluster.join_cluster(address))
     try:
         names = ", ".join(model.name for model in settings.models)
+        of = f"{config} ({names})" if config is not None else names
         ask(
-            f"{found}\nevery replica and every ingress process of it is replaced, by the settings of {config}"
-            f" ({names})",
+            f"{found}\nevery replica and every ingress process of it is replaced, by the settings of {of}",
             yes=yes,
         )
         stopping = threading.Event()
@@ -257,6 +303,7 @@ def main() -> None:
     lines = logging.StreamHandler()
     lines.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[lines])
+    aside.in_a_command(say)
     try:
         app()
     except HyclusterError as error:

@@ -1,6 +1,7 @@
 """The Ray cluster that a command acts on: join it, or start one on this machine.
 
-Pinned to Ray 2.60.0: ``enable_token_auth_by_default`` is Ray's own and private.
+Pinned to Ray 2.60.0: ``enable_token_auth_by_default`` and ``ensure_token_if_auth_enabled`` are Ray's
+own and private.
 """
 
 from __future__ import annotations
@@ -9,15 +10,21 @@ import contextlib
 import logging
 import os
 import socket
+from pathlib import Path
 
 import psutil
 import ray
-from ray._private.authentication.authentication_token_setup import enable_token_auth_by_default
+from ray._private.authentication.authentication_token_setup import (
+    enable_token_auth_by_default,
+    ensure_token_if_auth_enabled,
+)
 
+from hycluster.aside import set_aside
 from hycluster.directory.directory import NAMESPACE
 from hycluster.errors import SettingsError, one_line
 from hycluster.memory import MONITOR_VARIABLE, MemoryGuard
 from hycluster.serving.running import Chosen, choose, remember, started_here
+from hycluster.settings.base import keep_private, private_home
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +66,7 @@ def _check_reachable(address: str) -> None:
 
 def _quiet() -> None:
     """Ray's own notices are for Ray's developers; its log files keep them all."""
+    set_aside()
     for name in ("ray", "ray.serve", "ray._private"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -77,6 +85,8 @@ def start(*, remembered: bool = True) -> bool:
         join_cluster()
         return False
     _quiet()
+    private_home()
+    _private_token()
     # Ray gives its workers a nice value of 15; engines and ingress processes are what this machine is for.
     os.environ.setdefault("RAY_worker_niceness", "0")
     # Ray's monitor kills the directory and Serve's controller for what others have; a guard of ours is in its place.
@@ -88,6 +98,20 @@ def start(*, remembered: bool = True) -> bool:
     if remembered:
         remember(ray.get_runtime_context().gcs_address)
     return True
+
+
+def _private_token() -> None:
+    """Ray makes the token that keeps others out if there is none, and would let everybody on this machine read it."""
+    before = os.umask(0o077)
+    try:
+        # As ``ray.init`` does a moment later.
+        enable_token_auth_by_default()
+        ensure_token_if_auth_enabled()
+    finally:
+        os.umask(before)
+    token = Path.home() / ".ray" / "auth_token"
+    if token.is_file():
+        keep_private(token)
 
 
 def _start_node() -> None:

@@ -367,6 +367,32 @@ class ExpertLoad:
 
 
 @dataclass(frozen=True, slots=True)
+class ColocationLoad:
+    """How an engine shares its steps between online and bulk work.
+
+    Attributes:
+        parked: bulk rows that held their KV blocks through the last step and got no token in it.
+        given_up: bulk rows that gave their slot and blocks to online work, since the engine started.
+        bulk_tokens, online_tokens: tokens computed, prompts' too, since the engine started.
+        predicted_step_s, real_step_s: of the last step.
+        bulk_running: bulk rows that have a slot and KV blocks; the parked ones are among them.
+        bulk_waiting: bulk rows that have none.
+        step_time_s: what it has learned of its steps: base, a token of prefill, a sequence, a token of KV cache read;
+            all 0 while it knows nothing yet.
+    """
+
+    parked: int = 0
+    given_up: int = 0
+    bulk_tokens: int = 0
+    online_tokens: int = 0
+    predicted_step_s: float = 0.0
+    real_step_s: float = 0.0
+    bulk_running: int = 0
+    bulk_waiting: int = 0
+    step_time_s: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaLoad:
     """What a replica last said of itself.
 
@@ -377,6 +403,7 @@ class ReplicaLoad:
         kv_usage: share of the KV cache in use, 0 to 1.
         outstanding_tokens: by gateway id, tokens still to prefill or decode for it.
         experts: None unless the settings ask for it (``routing.expert_metrics``).
+        colocation: None where the engine schedules as vLLM does by itself.
     """
 
     running: int = 0
@@ -385,6 +412,22 @@ class ReplicaLoad:
     kv_usage: float = 0.0
     outstanding_tokens: dict[str, int] = field(default_factory=dict)
     experts: ExpertLoad | None = None
+    colocation: ColocationLoad | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BulkDemand:
+    """What one job has, and wants, of a pool through one gateway.
+
+    Attributes:
+        rows: places that it has in the engines.
+        more: it wants more of them.
+        urgent_at: seconds since the epoch: the deadline that it would miss at its pace; None if it is not late.
+    """
+
+    rows: int
+    more: bool = False
+    urgent_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

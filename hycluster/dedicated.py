@@ -21,7 +21,7 @@ from hycluster.replica.placement import actor_options, bundles, reserved, strate
 from hycluster.replica.rank import DrainTimes
 from hycluster.replica.replica import Replica
 from hycluster.serving.resources import check_resources
-from hycluster.settings.model import Model
+from hycluster.settings.model import Colocation, Model
 from hycluster.settings.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,8 @@ def dedicated_pool(settings: Settings, model_name: str) -> Iterator[str]:
         SettingsError: no such model, or the cluster is too small.
         EngineStartFailed: an engine could not start.
     """
-    model = settings.model(model_name)
+    # Nobody is online there, and long steps are cheap ones.
+    model = settings.model(model_name).model_copy(update={"colocation": Colocation(enabled=False)})
     check_resources((model,))
     name = f"{SHARED_DIRECTORY}-{secrets.token_hex(6)}"
     directory = open_directory(name)

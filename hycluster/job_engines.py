@@ -16,9 +16,8 @@ from hycluster.imports import without_collector
 from hycluster.terminal import echo
 
 if TYPE_CHECKING:
-    from hycluster.batch.ask import RowBackend
     from hycluster.batch.job import Job
-    from hycluster.batch.task import Connect
+    from hycluster.batch.task import Connect, JobBackend
     from hycluster.serving.running import Chosen
     from hycluster.settings.settings import Settings
 
@@ -52,9 +51,11 @@ def open_engines(job: Job, settings: Settings | None, address: str | None) -> It
         yield partial(_open_generator, SHARED_DIRECTORY, job.model)
     else:
         from hycluster.dedicated import dedicated_pool
+        from hycluster.engine.names import check_names
 
         if settings is None:
             raise SettingsError("engine: 'dedicated' needs the settings of a deployment (--config)")
+        check_names(settings.model(job.model))
         _say_where(cluster.join_or_start(address))
         with dedicated_pool(settings, job.model) as name:
             yield partial(_open_generator, name, job.model)
@@ -65,7 +66,7 @@ def _say_where(joined: Chosen | None) -> None:
     echo(f"the job runs on the Ray cluster {where}", err=True)
 
 
-def _open_generator(directory: str, model: str) -> AbstractAsyncContextManager[RowBackend]:
+def _open_generator(directory: str, model: str) -> AbstractAsyncContextManager[JobBackend]:
     """Runs where the rows are; the driver has no need of vLLM."""
     with without_collector():
         from hycluster.gateway.generation import open_generator

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+# What a command exits with that Ctrl-C has ended, as shells have it.
+INTERRUPTED_EXIT = 130
+
 # Control characters other than newline and tab, what turns the direction of text around, and halves of surrogate pairs.
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 

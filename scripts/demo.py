@@ -184,7 +184,7 @@ def check(texts: pa.Table, output: Path) -> dict[str, dict[str, Any]]:
     shards = json.loads((output / "_manifest.json").read_text())["shards"]
     quarantined = sum(shard["quarantine"]["rows"] for shard in shards if shard["quarantine"])
     if quarantined:
-        raise DemoFailed(f"batch: {quarantined} rows were quarantined; see {output / 'quarantine'}")
+        raise DemoFailed(f"batch: {quarantined} rows were quarantined; see {output / '_quarantine'}")
     parts = [output / shard["part"]["path"] for shard in shards if shard["part"]]
     rows = [row for part in parts for row in pq.read_table(part).to_pylist()]
     names = sorted(row["name"] for row in rows)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 PROMPT = [1, 2, 3]
 
 
-def ask(request_id: str, max_tokens: int = 5) -> EngineCoreRequest:
+def ask(request_id: str, max_tokens: int = 5, priority: int = 0) -> EngineCoreRequest:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
 
@@ -25,4 +25,5 @@ def ask(request_id: str, max_tokens: int = 5) -> EngineCoreRequest:
         lora_request=None,
         cache_salt=None,
         data_parallel_rank=None,
+        priority=priority,
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace, TracebackType
 from typing import Any, Self
 
 from hycluster.adapters import AdapterEntry
-from hycluster.core import ReplicaAddress
+from hycluster.core import BulkDemand, ColocationLoad, Priority, ReplicaAddress, ReplicaLoad
 from hycluster.directory.directory import Demand, Directory, ReplicaReport
 from hycluster.engine import messages
 from hycluster.engine.simulated import SimulatedEngine
@@ -19,6 +20,26 @@ from hycluster.settings.model import Model
 from hycluster.settings.simulated import Simulated
 
 LOOPBACK = DataPlane(host="127.0.0.1")
+
+
+class ColocatedEngine(SimulatedEngine):
+    """Says of its bulk rows what a real engine does, though it schedules as before.
+
+    Attributes:
+        parked: how many of its running bulk rows it says are parked.
+    """
+
+    parked = 0
+
+    def load(self) -> ReplicaLoad:
+        with self._changed:
+            scheduler = self._scheduler
+            running, waiting = (
+                sum(stream.order[0] >= Priority.BATCH for stream in streams)
+                for streams in (scheduler._running, scheduler._waiting)
+            )
+            said = ColocationLoad(parked=min(self.parked, running), bulk_running=running, bulk_waiting=waiting)
+            return replace(scheduler.load(), colocation=said)
 
 
 class SimulatedReplica:
@@ -99,10 +120,11 @@ class SimulatedPool:
             outstanding: dict[str, int],
             adapters: dict[str, AdapterEntry],
             demand: Demand | None,
+            bulk: dict[str, BulkDemand],
         ) -> Any:
             for report in self.reports:
                 directory.report(model, report)
-            return directory.sync(name, gateway_id, outstanding, adapters, demand)
+            return directory.sync(name, gateway_id, outstanding, adapters, demand, bulk)
 
         return SimpleNamespace(sync=SimpleNamespace(remote=sync), known=directory)
 

@@ -40,7 +40,7 @@ def run(*arguments: str, home: Path) -> tuple[subprocess.CompletedProcess[str], 
     ("arguments", "says"),
     [
         ((), ["serve", "batch", "--version"]),
-        (("serve",), ["CONFIG", "--http-port", "--grpc-port", "--set"]),
+        (("serve",), ["CONFIG|MODEL", "--http-port", "--grpc-port", "--set", "--save"]),
         (("batch",), ["run"]),
         (("summarize",), ["FILE", "--address", "--model", "--together"]),
         (("plan",), ["MODEL_CONFIG", "--gpu", "--context-tokens", "--concurrency", "--json", "--write"]),
@@ -132,3 +132,11 @@ def test_no_ray_at_the_address_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "error: RAY_ADDRESS: no Ray cluster at '127.0.0.1:1'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_serve_of_a_misspelt_file_tells_the_near_one(tmp_path: Path) -> None:
+    (tmp_path / "local.yaml").touch()
+    done, imported = run("serve", str(tmp_path / "locl.yaml"), home=tmp_path)
+    assert done.returncode == 2
+    assert f"locl.yaml: no such file (did you mean '{tmp_path / 'local.yaml'}'?)" in done.stderr
+    assert not {"ray", "vllm", "torch"} & imported

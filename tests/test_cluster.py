@@ -6,11 +6,13 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import ray
 
 from hycluster import cluster
+from hycluster.aside import RAYS_THREAD
 from hycluster.errors import SettingsError
 
 
@@ -83,3 +85,37 @@ def test_a_token_is_asked_for_as_ray_does_by_itself() -> None:
     assert "enable_token_auth_by_default()" in joining[2]
     assert joining[2].count("enable_token_auth_by_default") == 1
     assert "enable_token_auth_by_default" not in joining[0]
+
+
+def test_the_thread_that_prints_has_its_name() -> None:
+    """Ray 2.60.0; hycluster/aside.py knows it by that name."""
+    source = inspect.getsource(ray._private.worker)
+    assert f'name="{RAYS_THREAD}"' in source
+
+
+def test_what_is_kept_is_for_nobody_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Before Ray starts: its token, and the home with all that it holds."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HYCLUSTER_HOME", str(tmp_path / "state" / "home"))
+    token = tmp_path / ".ray" / "auth_token"
+    modes: list[int] = []
+
+    def start() -> None:
+        modes.extend(path.stat().st_mode & 0o777 for path in (tmp_path / "state" / "home", token))
+        raise InterruptedError
+
+    def make(**_: object) -> None:
+        token.parent.mkdir(exist_ok=True)
+        token.write_text("secret")
+
+    monkeypatch.setattr(cluster, "enable_token_auth_by_default", lambda: None)
+    monkeypatch.setattr(cluster, "ensure_token_if_auth_enabled", make)
+    monkeypatch.setattr(cluster, "_start_node", start)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for _ in range(2):
+        with pytest.raises(InterruptedError):
+            cluster.start()
+        # As they are from before.
+        token.chmod(0o644)
+        (tmp_path / "state" / "home").chmod(0o755)
+    assert modes == [0o700, 0o600] * 2

@@ -17,11 +17,12 @@ from hycluster.settings.model import Model
 from hycluster.settings.read import load_settings
 
 ROOT = Path(__file__).parent.parent
-H20_GIB = gpu("H20").memory_gib
-
-
-def hunyuan(size: str) -> Architecture:
-    return architecture(json.loads((ROOT / "hycluster" / "models" / f"hunyuan_{size}.json").read_text()))
+# The configurations of what deployments' names begin with.
+CONFIGS = {
+    "hunyuan-large": ROOT / "hycluster" / "models" / "hunyuan_large.json",
+    "hunyuan-a13b": ROOT / "hycluster" / "models" / "hunyuan_a13b.json",
+    "qwen3-8b": ROOT / "tests" / "planning" / "published" / "qwen3-8b.json",
+}
 
 
 def only_model(path: Path) -> Model:
@@ -29,12 +30,23 @@ def only_model(path: Path) -> Model:
     return model
 
 
-ON_GPUS = sorted((ROOT / "deployments").glob("hunyuan-*h20.yaml"))
+ON_GPUS = sorted((ROOT / "deployments").glob("*-[0-9]*x*.yaml"))
 on_gpus = pytest.mark.parametrize("path", ON_GPUS, ids=lambda path: path.name)
 
 
 def shape_of(path: Path) -> Architecture:
-    return hunyuan("large" if "large" in path.name else "a13b")
+    (config,) = [config for name, config in CONFIGS.items() if path.name.startswith(f"{name}-")]
+    return architecture(json.loads(config.read_text()))
+
+
+def memory_gib(path: Path) -> float:
+    accelerator = only_model(path).hardware.accelerator
+    assert accelerator is not None
+    return gpu(accelerator).memory_gib
+
+
+def test_the_names_of_deployments_are_understood() -> None:
+    assert {path.name.rpartition("-")[2] for path in ON_GPUS} >= {"1xl40s.yaml", "16xh20.yaml"}
 
 
 def kv_dtype(model: Model) -> str:
@@ -63,20 +75,19 @@ def test_figures_in_comments(path: Path) -> None:
         "weights": round(share.weights_bytes / GIB, 1),
         "kv on a GPU": share.kv_bytes_per_token / KIB,
         "kv in all": kv_bytes_per_token(shape_of(path), kv_dtype(only_model(path))) / KIB,
-        "room": round(share.kv_tokens(H20_GIB) / 1e6, 1),
+        "room": round(share.kv_tokens(memory_gib(path)) / 1e6, 1),
     }
 
 
 @on_gpus
 def test_as_many_devices_as_the_name_says(path: Path) -> None:
     model = only_model(path)
-    assert f"-{model.parallel.devices}xh20." in path.name
-    assert model.hardware.accelerator == "H20"
+    assert path.name.endswith(f"-{model.parallel.devices}x{str(model.hardware.accelerator).lower()}.yaml")
 
 
 @on_gpus
 def test_the_longest_prompt_fits_many_times(path: Path) -> None:
-    assert share_of(path).kv_tokens(H20_GIB) > 10 * only_model(path).engine["max_model_len"]
+    assert share_of(path).kv_tokens(memory_gib(path)) > 10 * only_model(path).engine["max_model_len"]
 
 
 def test_the_tiny_one_is_walked_with_two_commands() -> None:

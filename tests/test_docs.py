@@ -19,7 +19,7 @@ from hycluster.settings.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 CHART = ROOT / "k8s/chart/README.md"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", CHART, *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "README.zh.md", ROOT / "CONTRIBUTING.md", CHART, *sorted(ROOT.glob("docs/*.md"))]
 FOLDERS = ("hycluster", "tests", "docs", "bench", "scripts", "deployments", "jobs", "k8s", "requirements")
 # Annotations and labels of Kubernetes' objects look like paths.
 ANNOTATION = re.compile(r"hycluster/(settings|egress|clients|role|authenticated-by|pod-security)\b")
@@ -159,6 +159,16 @@ def test_the_readme_names_the_routes_that_are_open() -> None:
     # What belongs to a route that is named: a page of the schema, one response.
     beside = {route for route in opened if "{" in route} | {"/openapi.json", "/docs/oauth2-redirect", "/redoc"}
     assert named == opened - beside
+
+
+def test_the_chinese_readme_has_the_commands_and_figures_of_the_english_one() -> None:
+    english, chinese = (ROOT / "README.md").read_text(), (ROOT / "README.zh.md").read_text()
+    # What it has beside the English one is for Chinese readers: a corpus of theirs.
+    for line in re.findall(r"^(\.venv/bin/hycluster [^#\n]*?) *(?:#.*)?$", chinese, re.MULTILINE):
+        assert line in english or "corpus-zh" in line
+    # Decimals are measurements and versions.
+    assert set(re.findall(r"\b\d+\.\d+\b", chinese)) <= set(re.findall(r"\b\d+\.\d+\b", english))
+    assert "README.zh.md" in english
 
 
 def test_the_page_of_errors_is_as_the_code_is() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -115,6 +116,18 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     assert list(at(tmp_path).names("none")) == []
 
 
+def test_a_full_disk_is_named_and_leaves_nothing_torn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    for attempt in (at(tmp_path).write, at(tmp_path).create, at(tmp_path).replace):
+        with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/\.?part") as caught:
+            attempt("part", b"x")
+        assert caught.value.errno == errno.ENOSPC
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_is_what_it_is_wherever_it_is(folder: WritableFolder) -> None:
     """Disk and bucket answer alike, and so does what is handed on to another process."""
     folder = pickle.loads(pickle.dumps(folder))
@@ -132,6 +145,12 @@ def test_a_folder_is_what_it_is_wherever_it_is(folder: WritableFolder) -> None:
     assert sorted(folder.names("a")) == sorted(folder.below("a").names()) == ["b", "c", "d"]
     assert [info.base_name for info in folder.entries()] == ["a"]
     assert {info.path for info in folder.entries(recursive=True)} >= {folder.at("a/b"), folder.at("a/c")}
+    # What they are goes with them: a sweep deletes by their age.
+    for info in folder.entries(recursive=True):
+        if info.type == pafs.FileType.File:
+            there = folder.info(info.path.removeprefix(folder.at("")).removeprefix("/"))
+            assert (info.size, info.mtime_ns) == (there.size, there.mtime_ns)
+            assert info.mtime_ns
     assert folder.read_json("a/b") == {"n": 1}
     assert (folder.read_whole("a/d"), folder.info("a/c").size) == (b"12", 11 << 20)
     with folder.open_stream("a/d") as stream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 15.0
 # Times that engines may end one request with an error, while they answer others, before it is refused.
 MOST_FAILURES = 3
-ASKED_AGAIN = (HyclusterError, ConnectionError, TimeoutError)
+# What says that an engine is away or has failed; anything else may be what this one request makes of our own code.
+AWAY = (HyclusterError, ConnectionError, TimeoutError)
 FINAL = (InvalidInput, UnknownModel, Unauthenticated, JobFailed)
 
 T = TypeVar("T")
@@ -65,14 +67,17 @@ class Asker:
 
     Args:
         retry_s: seconds for which calls are tried again while no engine answers any of them.
+        alive_s: tells when, on the monotonic clock, engines last were seen to compute for these calls, or to have no
+            time for them. A row may lie there for hours while online requests go first, and that is no failure.
 
     Attributes:
         retries: calls made again because an engine failed.
     """
 
-    def __init__(self, retry_s: float) -> None:
+    def __init__(self, retry_s: float, alive_s: Callable[[], float] = lambda: -math.inf) -> None:
         self.retries = 0
         self._retry_s = retry_s
+        self._alive_s = alive_s
         self._answers = 0
         self._failing_since_s: float | None = None
 
@@ -109,8 +114,8 @@ class Asker:
             # Being told to wait is no failure: online traffic goes first, for as long as it takes.
             self._failing_since_s = None
             raise
-        except ASKED_AGAIN as error:
-            if isinstance(error, RequestFailed):
+        except Exception as error:
+            if isinstance(error, RequestFailed) or not isinstance(error, AWAY):
                 self._refuse_after(row, error)
             self._give_up_after(row.name, error)
             self.retries += 1
@@ -119,25 +124,30 @@ class Asker:
         self._failing_since_s = None
         return answer
 
-    def _refuse_after(self, row: _Row, error: RequestFailed) -> None:
+    def _refuse_after(self, row: _Row, error: Exception) -> None:
         if not row.failures:
             row.answers_before = self._answers
         row.failures += 1
         # An engine that fails everything is not this row's fault.
         if row.failures >= MOST_FAILURES and self._answers > row.answers_before:
-            raise RowRefused(Reason.REFUSED, f"{error}, {row.failures} times") from None
+            raise RowRefused(Reason.REFUSED, f"{_told(error)}, {row.failures} times") from None
 
     def _give_up_after(self, name: str, error: Exception) -> None:
         now_s = time.monotonic()
         if self._failing_since_s is None:
             self._failing_since_s = now_s
+        self._failing_since_s = max(self._failing_since_s, self._alive_s())
         if now_s - self._failing_since_s >= self._retry_s:
-            why = str(error) or type(error).__name__
-            raise JobFailed(f"row {name}: no engine could serve it for {self._retry_s:g} s: {why}") from None
+            raise JobFailed(f"row {name}: no engine could serve it for {self._retry_s:g} s: {_told(error)}") from None
 
 
-def _comes_again(error: Exception) -> float | bool:
-    return isinstance(error, ASKED_AGAIN) and not isinstance(error, FINAL) and as_told(error)
+def _comes_again(error: BaseException) -> float | bool:
+    # A cancellation is no Exception; stamina asks about it all the same.
+    return isinstance(error, Exception) and not isinstance(error, FINAL) and as_told(error)
+
+
+def _told(error: Exception) -> str:
+    return error.message if isinstance(error, HyclusterError) else f"{type(error).__name__}: {error}"
 
 
 def first_error(errors: BaseException) -> BaseException:

@@ -14,7 +14,7 @@ import typer
 from hycluster.consent import Yes, ask
 from hycluster.errors import HyclusterError, SettingsError
 from hycluster.settings.read import DEFAULT_SETTINGS, load_settings
-from hycluster.terminal import echo
+from hycluster.terminal import INTERRUPTED_EXIT, echo
 
 if TYPE_CHECKING:
     from hycluster.batch.job import Job
@@ -60,7 +60,10 @@ def run(
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: sampling.max_tokens=8.")
     ] = None,
-    config: Annotated[Path, typer.Option(help="Settings file for dedicated engines.")] = DEFAULT_SETTINGS,
+    config: Annotated[
+        Path | None,
+        typer.Option(help=f"Settings file for dedicated engines; default: {DEFAULT_SETTINGS}, or the embedded model."),
+    ] = None,
     address: Annotated[
         str | None,
         typer.Option(
@@ -74,9 +77,11 @@ def run(
 ) -> None:
     """Run a job, or resume it: the same command goes on where it stopped.
 
-    Exit codes: 0 committed; 1 failed, run it again; 2 settings or input refused; 3 too many rows quarantined.
+    Exit codes: 0 committed; 1 failed, run it again; 2 settings or input refused; 3 too many rows quarantined; 130
+    stopped by Ctrl-C.
     """
     # Settings first: they are checked in a moment, Ray takes seconds to import.
+    job: Job | None = None
     try:
         from hycluster.batch.job import load_job
 
@@ -95,10 +100,29 @@ def run(
     except HyclusterError as error:
         echo(f"error: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
-    except (KeyboardInterrupt, SystemExit):
-        # The second is what Ray makes of SIGTERM, by which it cancels a job.
+    except SystemExit:
+        # What Ray makes of SIGTERM, by which it cancels a job.
         echo("stopped; the same command goes on from here", err=True)
         raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        echo(_stopped(job) if job is not None else "stopped; nothing had begun", err=True)
+        raise typer.Exit(INTERRUPTED_EXIT) from None
+
+
+def _stopped(job: Job) -> str:
+    """What there is of a job that was stopped, and what is lost."""
+    from hycluster.batch.progress.status import Watcher
+    from hycluster.storage import locate
+
+    try:
+        status = Watcher(locate(job.output.path, "output.path")).look()
+    except (HyclusterError, OSError):
+        return "stopped; nothing was committed and nothing is lost, the same command begins anew"
+    more = status.rows_through - status.done.rows
+    return (
+        f"stopped; {status.done.rows} of {status.rows} rows are committed, {more} more were answered: those of the last"
+        " half minute, and what was in flight, are lost and will be asked for again; the same command goes on from here"
+    )
 
 
 def verify(
@@ -147,7 +171,7 @@ def job_status(
 def report(
     output_path: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or s3:// URI of a job.")],
 ) -> None:
-    """Write report.html and report.json into an output, of what is committed there. A finished job has them."""
+    """Write _report.html and _report.json into an output, of what is committed there. A finished job has them."""
     with _one_line_errors():
         from hycluster.batch.progress.figures import REPORT_HTML, write_report
         from hycluster.storage import locate

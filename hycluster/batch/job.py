@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -36,10 +35,14 @@ class Input(Strict):
     """Where the rows come from.
 
     Attributes:
-        path: a Parquet file, a folder, a glob or an ``s3://`` URI.
+        path: a Parquet file, a folder, a glob or an ``s3://`` URI. The folder may be a table of Delta Lake or Apache
+            Iceberg.
+        snapshot: of that table: Delta's version, Iceberg's snapshot id. By default the latest when the job begins; it
+            is part of the job, and a table that has moved on is another input.
     """
 
     path: str = Field(min_length=1)
+    snapshot: int | None = Field(default=None, ge=0)
     columns: Columns = Columns()
 
 
@@ -48,9 +51,12 @@ class JobOutput(Strict):
 
     Attributes:
         path: a folder or an ``s3://`` URI; it holds one job and nothing else.
+        columns_suffix: what the names of the columns that the job adds end with. By default nothing; where the input
+            has one of these names ``_2``, or ``_3`` and so on: the output of a job is the input of the next.
     """
 
     path: str = Field(min_length=1)
+    columns_suffix: str | None = Field(default=None, max_length=40, pattern=r"^[A-Za-z0-9_.-]*$")
 
 
 class Summary(Strict):
@@ -83,13 +89,15 @@ class Job(Strict):
         model: name of the model that is asked, or of one of its adapters.
         task: a preset, or ``generate``.
         prompt: ``generate`` only: a template with ``{column}`` placeholders; ``{{`` and ``}}`` are braces.
+        constant_prompt: the prompt is meant to name no column, so that every row is asked the same.
         question: ``ask`` only: one question for all rows.
         summary: ``summarize`` only: texts that are longer than the context.
         sampling: how tokens are chosen; one output for each row (``n`` is 1), no ``logprobs``.
         engine: ``shared`` joins the running cluster at low priority; ``dedicated`` starts engines of its own.
         max_quarantined_fraction: fraction of all rows that may be quarantined; above it the job ends with exit code 3.
         shard_rows: most rows of a shard; a shard is committed as one, and generated again as one after a crash.
-        rows_in_flight: most rows of the job that the engines hold at any moment.
+        rows_in_flight: most rows of the job that the engines hold at any moment; by default as many as
+            they can use of what online requests leave, or 256 where they do not say.
         generate_processes: processes that feed the engines; each has a gateway of its own.
         retry_s: seconds for which rows are tried again while no engine answers any of them; then the job fails.
     """
@@ -98,6 +106,7 @@ class Job(Strict):
     model: str = Field(min_length=1)
     task: Task
     prompt: str | None = Field(default=None, min_length=1)
+    constant_prompt: bool = False
     question: str | None = Field(default=None, min_length=1)
     input: Input
     output: JobOutput
@@ -106,7 +115,7 @@ class Job(Strict):
     engine: Engine = "shared"
     max_quarantined_fraction: float = Field(0.01, ge=0, le=1)
     shard_rows: int = Field(256, ge=1, le=100_000)
-    rows_in_flight: int = Field(256, ge=1, le=100_000)
+    rows_in_flight: int | None = Field(None, ge=1, le=100_000)
     generate_processes: int = Field(1, ge=1, le=256)
     retry_s: float = Field(300, ge=0)
 
@@ -151,13 +160,12 @@ def load_job(
     Raises:
         SettingsError: names the file, the field, the value and what is allowed.
     """
-    # JSON is YAML, so a path with YAML's special characters survives.
     options = [
-        f"{key}={json.dumps(value)}"
+        f"{key}={value}"
         for key, value in (("input.path", input_path), ("output.path", output_path), ("engine", engine))
         if value is not None
     ]
-    data = override(load_yaml(path), [*assignments, *options])
+    data = override(load_yaml(path), [*assignments, *options], Job)
     for section, option in (("input", "--input"), ("output", "--output")):
         held: Any = data.setdefault(section, {})
         if isinstance(held, dict) and held.get("path") is None:

@@ -18,14 +18,14 @@ import pyarrow.types as pat
 
 from hycluster.batch.job import Job
 from hycluster.batch.refusal import ColumnRefused, Reason, RowRefused
-from hycluster.errors import SettingsError
+from hycluster.errors import SettingsError, shown
 
 Messages = list[dict[str, Any]]
 Row = Mapping[str, Any]
 Language = Literal["en", "zh"]
 
 # Part of a job's fingerprint: raise it when a preset's words change.
-VERSION = 2
+VERSION = 3
 
 PRESETS = {
     "summarize": "Summarize the following text in a few sentences. Keep names and numbers.\n\nText:\n{text}",
@@ -34,6 +34,16 @@ PRESETS = {
     "ask": "Answer the question from the text.\n\nText:\n{text}\n\nQuestion: {question}",
     "math": "Solve the problem step by step. Put the final answer in \\boxed{{}}.\n\nProblem:\n{text}",
     "code": "Write code that does what is asked. Answer with the code only.\n\nTask:\n{text}",
+}
+
+# The same for a Chinese text: asked in English, models answer many of them in English.
+PRESETS_ZH = {
+    "summarize": "请用几句话概括下面的文字。保留人名、地名和数字。\n\n文字：\n{text}",
+    "rewrite": "请用简单明白的话改写下面的文字。保留所有事实。\n\n文字：\n{text}",
+    "outline": "请为下面的文字写一份提纲，用标题和简短的要点。\n\n文字：\n{text}",
+    "ask": "请根据下面的文字回答问题。\n\n文字：\n{text}\n\n问题：{question}",
+    "math": "请一步一步解答下面的题目。把最后的答案写在 \\boxed{{}} 里。\n\n题目：\n{text}",
+    "code": "请按要求编写代码。只回答代码。\n\n任务：\n{text}",
 }
 
 # For texts that are longer than the context (``hycluster/batch/summaries/summarizer.py``).
@@ -99,10 +109,24 @@ def prompt_of(job: Job) -> Prompt:
     if columns.messages is not None:
         return ChatPrompt(columns.messages)
     template = job.prompt or PRESETS.get(job.task, "{text}")
+    chinese = PRESETS_ZH.get(job.task) if job.prompt is None else None
+    if job.prompt is not None and not job.constant_prompt and not any(name for _, name in _parse(template)):
+        raise SettingsError(
+            f"prompt: {shown(template)} names no column, so every row would be asked the same; write a column as"
+            " '{text}', or say constant_prompt: true if that is meant"
+        )
     aliases = {"text": columns.text, "question": columns.question}
     constants = {"question": job.question} if job.question is not None else {}
-    reserved = (TREE,) if job.summary is not None and job.summary.keep_tree else ()
-    return TemplatePrompt(template, {k: v for k, v in aliases.items() if v is not None}, constants, reserved)
+    named = {k: v for k, v in aliases.items() if v is not None}
+    if chinese is not None:
+        return PresetPrompt({"en": template, "zh": chinese}, named, constants)
+    return TemplatePrompt(template, named, constants)
+
+
+def summary_messages(text: str) -> Messages:
+    """Ask for the summary of a text that is one part."""
+    presets = PRESETS_ZH if language_of(text) == "zh" else PRESETS
+    return [{"role": "user", "content": presets["summarize"].format(text=text)}]
 
 
 def language_of(text: str) -> Language:
@@ -130,17 +154,9 @@ class TemplatePrompt:
     Args:
         aliases: placeholders that stand for another column.
         constants: placeholders that stand for a text.
-        reserved: columns that the input must not have.
     """
 
-    def __init__(
-        self,
-        template: str,
-        aliases: Mapping[str, str],
-        constants: Mapping[str, str],
-        reserved: Sequence[str] = (),
-    ) -> None:
-        self._reserved = reserved
+    def __init__(self, template: str, aliases: Mapping[str, str], constants: Mapping[str, str]) -> None:
         self._parts: list[tuple[str, str | None]] = []
         named = []
         for literal, name in _parse(template):
@@ -172,17 +188,43 @@ class TemplatePrompt:
         return [{"role": "user", "content": content}]
 
     def check(self, schema: pa.Schema, where: str) -> None:
-        for column in self._reserved:
-            if column in schema.names:
-                raise SettingsError(f"{where}: column {column!r} has a name that the output uses; rename it")
         for column in self.columns:
             kind = column_type(schema, column, where)
             if column in self._strings and not _is_string(kind):
                 raise ColumnRefused(Reason.WRONG_TYPE, f"{where}: column {column!r} is {kind}; must be string")
-            if pat.is_nested(kind) or pat.is_binary(kind) or pat.is_large_binary(kind):
+            if pat.is_nested(kind) or _is_bytes(kind):
                 raise ColumnRefused(
                     Reason.WRONG_TYPE, f"{where}: column {column!r} is {kind}; a template takes text, numbers and dates"
                 )
+            if pat.is_timestamp(kind) and kind.tz is not None and not _is_known_zone(kind.tz):
+                raise ColumnRefused(
+                    Reason.WRONG_TYPE, f"{where}: column {column!r} is {kind}; there is no time zone {kind.tz!r} here"
+                )
+
+
+class PresetPrompt:
+    """One user message from a preset, in the language of the row's text.
+
+    Args:
+        templates: of the same placeholders, ``{text}`` among them.
+        aliases, constants: as for :class:`TemplatePrompt`.
+    """
+
+    def __init__(
+        self, templates: Mapping[Language, str], aliases: Mapping[str, str], constants: Mapping[str, str]
+    ) -> None:
+        self._prompts = {
+            language: TemplatePrompt(template, aliases, constants) for language, template in templates.items()
+        }
+        self._text = aliases.get("text", "text")
+        self.columns = self._prompts["en"].columns
+
+    def messages(self, row: Row) -> Messages:
+        text = row[self._text]
+        return self._prompts[language_of(text) if isinstance(text, str) else "en"].messages(row)
+
+    def check(self, schema: pa.Schema, where: str) -> None:
+        self._prompts["en"].check(schema, where)
 
 
 class ChatPrompt:
@@ -193,7 +235,7 @@ class ChatPrompt:
 
     def messages(self, row: Row) -> Messages:
         (column,) = self.columns
-        value = row[column]
+        value = _said(row[column])
         if value is None:
             raise RowRefused(Reason.NULL_VALUE, f"{column}: is null")
         if isinstance(value, str):
@@ -208,9 +250,9 @@ class ChatPrompt:
                 raise RowRefused(
                     Reason.INVALID_MESSAGES, f"{column}: message {position} must have a role and a content"
                 )
-            if message.get("content") is None:
+            # An assistant that calls tools need not say anything, as with OpenAI.
+            if message.get("content") is None and not message.get("tool_calls"):
                 raise RowRefused(Reason.INVALID_MESSAGES, f"{column}: message {position} has no content")
-        # A struct column gives every message every field; those left null were never said.
         return [{key: item for key, item in message.items() if item is not None} for message in value]
 
     def check(self, schema: pa.Schema, where: str) -> None:
@@ -218,8 +260,7 @@ class ChatPrompt:
         kind = column_type(schema, column, where)
         if _is_string(kind):
             return
-        is_list = pat.is_list(kind) or pat.is_large_list(kind)
-        if not is_list or not pat.is_struct(kind.value_type) or _lacks(kind.value_type, "role", "content"):
+        if not _is_list(kind) or not pat.is_struct(kind.value_type) or _lacks(kind.value_type, "role", "content"):
             raise ColumnRefused(
                 Reason.WRONG_TYPE,
                 f"{where}: column {column!r} is {kind}; must be list<struct<role, content>> or JSON text",
@@ -227,20 +268,31 @@ class ChatPrompt:
 
 
 def column_type(schema: pa.Schema, column: str, where: str) -> pa.DataType:
-    """Type of a column of the input; a dictionary column has the type of its values.
+    """Type of a column of the input; a dictionary column has the type of its values, JSON is text.
 
     Raises:
-        ColumnRefused: there is none.
-        SettingsError: there are two.
+        ColumnRefused: there is none, or there are several.
     """
     found = schema.get_all_field_indices(column)
     if not found:
         there = ", ".join(schema.names) or "none"
         raise ColumnRefused(Reason.MISSING_COLUMN, f"{where}: no column {column!r}; there are {there}")
     if len(found) > 1:
-        raise SettingsError(f"{where}: {len(found)} columns named {column!r}; there are {', '.join(schema.names)}")
+        there = ", ".join(schema.names)
+        raise ColumnRefused(Reason.WRONG_TYPE, f"{where}: {len(found)} columns named {column!r}; there are {there}")
     kind = schema.field(found[0]).type
+    if isinstance(kind, pa.JsonType | pa.FixedShapeTensorType):
+        kind = kind.storage_type
     return kind.value_type if pat.is_dictionary(kind) else kind
+
+
+def _said(value: Any) -> Any:
+    """A struct column gives every message, and all within it, every field; those left null were never said."""
+    if isinstance(value, list):
+        return [_said(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _said(item) for key, item in value.items() if item is not None}
+    return value
 
 
 def _parse(template: str) -> list[tuple[str, str | None]]:
@@ -261,6 +313,25 @@ def _parse(template: str) -> list[tuple[str, str | None]]:
 
 def _is_string(kind: pa.DataType) -> bool:
     return bool(pat.is_string(kind) or pat.is_large_string(kind) or pat.is_string_view(kind))
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    is_any = (pat.is_binary, pat.is_large_binary, pat.is_binary_view, pat.is_fixed_size_binary)
+    return any(is_one(kind) for is_one in is_any)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    is_any = (pat.is_list, pat.is_large_list, pat.is_fixed_size_list, pat.is_list_view, pat.is_large_list_view)
+    return any(is_one(kind) for is_one in is_any)
+
+
+def _is_known_zone(name: str) -> bool:
+    try:
+        pa.scalar(0, pa.timestamp("s", tz=name)).as_py()
+    except Exception:
+        # Of whatever kind: that depends on which package looks for it.
+        return False
+    return True
 
 
 def _lacks(struct: pa.DataType, *names: str) -> bool:

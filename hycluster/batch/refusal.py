@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from hycluster.errors import InvalidInput, PromptTooLong, SettingsError
+from hycluster.errors import InvalidInput, PromptTooLong, SettingsError, one_line
 
 
 class Reason(StrEnum):
@@ -72,11 +72,13 @@ class ColumnRefused(SettingsError):
         return type(self), (self.reason, self.message)
 
 
-def refusal_of(error: InvalidInput | UnicodeError) -> Refusal:
-    """What to write of a row that raised this."""
+def refusal_of(error: Exception) -> Refusal:
+    """What to write of a row that raised this, whatever it is: a row that trips something over ends no job."""
     if isinstance(error, RowRefused):
         return Refusal(error.reason.value, error.message)
     if isinstance(error, UnicodeError):
         return Refusal(Reason.INVALID_UTF8.value, str(error))
+    if not isinstance(error, InvalidInput):
+        return Refusal(Reason.REFUSED.value, f"{type(error).__name__}: {one_line(error)}")
     reason = Reason.PROMPT_TOO_LONG if isinstance(error, PromptTooLong) else Reason.REFUSED
     return Refusal(reason.value, error.message)

@@ -17,19 +17,20 @@ from typing import Any
 from rich.console import Console
 
 from hycluster import terminal
+from hycluster.batch.input.apart import footers_apart
 from hycluster.batch.input.corpus import ShardPlan, plan_shards
 from hycluster.batch.job import Job
 from hycluster.batch.output.commit import OutputFolder
-from hycluster.batch.output.identity import Identity, identity
+from hycluster.batch.output.identity import Identity, identity, suffix_in
 from hycluster.batch.output.lease import Lease
 from hycluster.batch.output.record import ShardRecord, Totals
 from hycluster.batch.progress.figures import write_report
-from hycluster.batch.progress.progress_file import Teller
+from hycluster.batch.progress.progress_file import Teller, tell_end
 from hycluster.batch.progress.terminal import JobProgress, Reporter, RunProgress, print_totals
 from hycluster.batch.prompts import prompt_of
 from hycluster.batch.quarantine_limit import check_quarantine
 from hycluster.batch.task import Connect
-from hycluster.errors import HyclusterError, JobFailed, SettingsError
+from hycluster.errors import HyclusterError, JobFailed, SettingsError, TooManyQuarantined
 from hycluster.storage import locate, masked_line
 
 # What a job generates with, while the block lasts.
@@ -63,12 +64,20 @@ def run_job(
     console = terminal.console()
     begun_s = time.monotonic()
     prompt = prompt_of(job)
-    corpus = plan_shards(locate(job.input.path, "input.path"), shard_rows=job.shard_rows, check=prompt.check)
+    corpus = plan_shards(
+        locate(job.input.path, "input.path"),
+        shard_rows=job.shard_rows,
+        check=prompt.check,
+        read_footers=footers_apart,
+        snapshot=job.input.snapshot,
+    )
     _say_faults(corpus, console)
     output = OutputFolder(locate(job.output.path, "output.path"))
     if output.is_input(corpus):
         raise SettingsError(f"output.path: {output.folder.masked!r} lies within the input; give a folder outside of it")
     mine = identity(job, corpus)
+    if suffix_in(mine):
+        console.print(f"the columns of this job end with {suffix_in(mine)!r}: output{suffix_in(mine)}, ...", **PLAIN)
     replaces = overwrite and output.foreign(mine)
     if replaces:
         consent(_to_be_deleted(job, output))
@@ -78,6 +87,7 @@ def run_job(
     earlier = Totals() if replaces else _totals(output.records())
     check_quarantine(job, corpus, earlier)
     output.check_store()
+    in_work_s = 0.0
     with Lease(output.folder) as lease:
         # Now, so that nobody waits for engines in vain; taken only when there is something to write.
         lease.look()
@@ -87,7 +97,7 @@ def run_job(
                     if _claim(output, mine, lease, replaces):
                         _say_done(job, output, console)
                         return
-                    _generate(job, corpus, output, connect, earlier, lease, console)
+                    in_work_s = _generate(job, corpus, output, connect, earlier, lease, console)
             elif _claim(output, mine, lease, replaces):
                 _say_done(job, output, console)
                 return
@@ -95,18 +105,26 @@ def run_job(
             if committed.rows != corpus.rows:
                 raise JobFailed(f"{committed.rows} of {corpus.rows} rows are committed; run the same command again")
             check_quarantine(job, corpus, committed)
+            Teller(output.folder, output.edition(), 0).end()
             write_report(output.folder)
             lease.renew()
             lease.check()
-            Teller(output.folder, output.edition(), 0).end()
             output.finish(mine, asdict(committed))
-        except HyclusterError:
+        except HyclusterError as error:
+            _say_ended(output, lease, error)
             raise
         except Exception as error:
             log.debug("the job failed", exc_info=True)
-            raise JobFailed(f"{type(error).__name__}: {masked_line(error)}") from error
+            failed = JobFailed(f"{type(error).__name__}: {masked_line(error)}")
+            _say_ended(output, lease, failed)
+            raise failed from error
+        except (KeyboardInterrupt, SystemExit):
+            _say_ended(output, lease, JobFailed("stopped; its own command resumes it"))
+            raise
     this_run = Totals(*(getattr(committed, name) - getattr(earlier, name) for name in asdict(earlier)))
-    print_totals(console, f"{job.name} -> {output.folder.masked}", committed, this_run, time.monotonic() - begun_s)
+    print_totals(
+        console, f"{job.name} -> {output.folder.masked}", committed, this_run, time.monotonic() - begun_s, in_work_s
+    )
 
 
 def _to_be_deleted(job: Job, output: OutputFolder) -> str:
@@ -130,11 +148,25 @@ def _claim(output: OutputFolder, mine: Identity, lease: Lease, overwrite: bool) 
 
 
 def _say_faults(corpus: ShardPlan, console: Console) -> None:
+    for line in corpus.left_out:
+        console.print(f"left out: {line}", **PLAIN)
     faults = [file.fault for file in corpus.files if file.fault]
     for fault in faults[:MOST_FAULTS]:
         console.print(f"quarantined: {fault.error_type}: {fault.error_message}", **PLAIN)
     if len(faults) > MOST_FAULTS:
         console.print(f"and {len(faults) - MOST_FAULTS} more files", **PLAIN)
+
+
+def _say_ended(output: OutputFolder, lease: Lease, error: HyclusterError) -> None:
+    """Leave word of it in the output, where it is this run's, and a report where somebody has to decide by it."""
+    if not lease.held:
+        return
+    tell_end(output.folder, output.edition(), error.message)
+    if isinstance(error, TooManyQuarantined):
+        try:
+            write_report(output.folder)
+        except (OSError, HyclusterError) as away:
+            log.debug("no report: %s", masked_line(away))
 
 
 def _say_done(job: Job, output: OutputFolder, console: Console) -> None:
@@ -143,8 +175,8 @@ def _say_done(job: Job, output: OutputFolder, console: Console) -> None:
 
 def _generate(
     job: Job, corpus: ShardPlan, output: OutputFolder, connect: Connect, earlier: Totals, lease: Lease, console: Console
-) -> None:
-    """Read, generate and commit all shards that have no record."""
+) -> float:
+    """Read, generate and commit all shards that have no record. Returns for how many seconds rows were in work."""
     import ray
     from ray.exceptions import RayTaskError
 
@@ -162,11 +194,12 @@ def _generate(
     stream = stream_records(corpus, corpus.in_order(output.done()), job, output, connect, progress)
     seen = earlier
     try:
-        with Reporter(job.name, corpus.rows, earlier.rows, so_far, console):
+        with Reporter(job.name, corpus.rows, earlier.rows, so_far, console) as reporter:
             for record in stream:
                 lease.check()
                 seen += _totals(iter([record]))
                 check_quarantine(job, corpus, seen)
+        return reporter.in_work_s
     except RayTaskError as error:
         cause = error.cause
         log.debug("the job failed", exc_info=True)

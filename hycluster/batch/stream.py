@@ -1,7 +1,7 @@
 """The job as a Ray Data pipeline: read spans of shards, generate, stream the shard records back.
 
 Ray moves input blocks from readers to the generate processes and holds back readers that are
-ahead; that is all that is in its object store. One read brings one block that holds whole shards.
+ahead; that is all that is in its object store. A row of a block is a whole shard.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ray.data.datasource import ReadTask
 
 from hycluster.batch.generate import BLOCKS_AT_ONCE, Generate
 from hycluster.batch.input.corpus import SPAN_BYTES, Shard, ShardPlan, Span, read_shards, spans
+from hycluster.batch.input.tables import pack
 from hycluster.batch.job import Job
 from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.record import ShardRecord
@@ -65,8 +66,8 @@ def stream_records(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
-    # A read's output stays the one block it is: a shard must not be cut.
-    context.target_max_block_size = None
+    # By what is in them, whatever the plan took it for: values that a dictionary holds once weigh nothing in a file.
+    context.target_max_block_size = SPAN_BYTES
     with DataContext.current(context):
         yield from _records(plan, shards, job, output, connect, progress)
 
@@ -85,7 +86,7 @@ def _records(
     records = blocks.map_batches(
         Generate,
         fn_constructor_args=(output, partial(open_task, job, connect), partial(_report, progress)),
-        fn_constructor_kwargs={"name": job.name, "slots": max(1, job.rows_in_flight // job.generate_processes)},
+        fn_constructor_kwargs={"name": job.name, "keep": True},
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=0,
@@ -100,13 +101,13 @@ def _records(
             yield ShardRecord.from_dict(json.loads(text))
 
 
-def _read(folder: Folder, span: Span) -> list[pa.Table]:
-    # Shards with rows that can't be asked have a column more.
-    return [pa.concat_tables(read_shards(folder, span), promote_options="default")]
+def _read(folder: Folder, span: Span) -> Iterator[pa.Table]:
+    """A row a shard: Ray need not know the types that are in it, and may cut between any two."""
+    return map(pack, read_shards(folder, span))
 
 
 def _metadata(span: Span) -> BlockMetadata:
-    return BlockMetadata(num_rows=span.rows, size_bytes=span.bytes, input_files=None, exec_stats=None)
+    return BlockMetadata(num_rows=len(span), size_bytes=span.bytes, input_files=None, exec_stats=None)
 
 
 def _report(progress: Any, process: str, said: RunProgress) -> None:

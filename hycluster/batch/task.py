@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
+import hashlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from hycluster.batch.ask import Asker, RowBackend
 from hycluster.batch.job import Job, Summary
 from hycluster.batch.prompts import TREE, Prompt, Row, prompt_of
 from hycluster.batch.summaries.summarizer import Summarizer
 from hycluster.core import GenerationRequest, Priority
+from hycluster.gateway.bulk import FIXED_ROWS, BulkLane
 
-Connect = Callable[[], AbstractAsyncContextManager[RowBackend]]
+
+class JobBackend(RowBackend, Protocol):
+    """What answers a job's requests, and says how many of them it has room for."""
+
+    def lane(self, model: str, job: str, most: int | None = None, fixed: int = FIXED_ROWS) -> BulkLane:
+        """The places of one job's rows in the engines; see :class:`hycluster.gateway.bulk.BulkLanes`."""
+
+
+Connect = Callable[[], AbstractAsyncContextManager[JobBackend]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +36,14 @@ class Answer:
     prompt_tokens: int
     completion_tokens: int
     extra: tuple[str | None, ...] = ()
+
+
+class RowSlots(Protocol):
+    """A semaphore, as far as it is needed."""
+
+    async def acquire(self) -> Any: ...
+
+    def release(self) -> None: ...
 
 
 class Task(Protocol):
@@ -42,6 +59,21 @@ class Task(Protocol):
     extra_columns: tuple[str, ...]
     ask: Asker
 
+    @property
+    def slots(self) -> RowSlots:
+        """A row holds one while it is answered; they bound what is open at a time."""
+
+    @property
+    def starved(self) -> bool:
+        """The engines have no time for any of its rows: they serve online requests."""
+
+    def prefix(self, row: Row) -> str:
+        """What its request begins with, given the values of ``columns``: rows with equal ones are asked together.
+
+        Raises:
+            InvalidInput: this row can't be asked.
+        """
+
     async def answer(self, row: Row, request_id: str) -> Answer:
         """Answer one row, given the values of ``columns``. The row holds a slot meanwhile.
 
@@ -52,16 +84,23 @@ class Task(Protocol):
         """
 
 
-# Opens a task for a process, given the slots that its rows hold while they are answered.
-OpenTask = Callable[[asyncio.Semaphore], AbstractAsyncContextManager[Task]]
+# Opens a task for a process.
+OpenTask = Callable[[], AbstractAsyncContextManager[Task]]
 
 
 @asynccontextmanager
-async def open_task(job: Job, connect: Connect, slots: asyncio.Semaphore) -> AsyncIterator[Task]:
+async def open_task(job: Job, connect: Connect) -> AsyncIterator[Task]:
     """What a job file asks for, over a generator that ``connect`` opens."""
     async with connect() as generator:
-        chat = Chat(job, generator, Asker(job.retry_s))
-        yield LongText(job, chat, slots) if job.task == "summarize" else chat
+        chat = Chat(job, generator, _lane(job, generator))
+        yield LongText(job, chat) if job.task == "summarize" else chat
+
+
+def _lane(job: Job, generator: JobBackend) -> BulkLane:
+    """This process' places. Jobs may have one name, but no two write to one output."""
+    output = hashlib.blake2b(job.output.path.encode(), digest_size=8).hexdigest()
+    most = None if job.rows_in_flight is None else max(1, job.rows_in_flight // job.generate_processes)
+    return generator.lane(job.model, f"{job.name}-{output}", most, max(1, FIXED_ROWS // job.generate_processes))
 
 
 class Chat:
@@ -69,12 +108,20 @@ class Chat:
 
     extra_columns: tuple[str, ...] = ()
 
-    def __init__(self, job: Job, generator: RowBackend, ask: Asker) -> None:
+    def __init__(self, job: Job, generator: RowBackend, slots: BulkLane) -> None:
         self.prompt: Prompt = prompt_of(job)
         self.columns = self.prompt.columns
         self.generator = generator
-        self.ask = ask
+        self.slots = slots
+        self.ask = Asker(job.retry_s, lambda: slots.alive_s)
         self._job = job
+
+    @property
+    def starved(self) -> bool:
+        return self.slots.starved
+
+    def prefix(self, row: Row) -> str:
+        return "\0".join(f"{message['role']}\0{message['content']}" for message in self.prompt.messages(row))
 
     async def answer(self, row: Row, request_id: str) -> Answer:
         request = GenerationRequest(
@@ -97,23 +144,30 @@ class Chat:
 class LongText:
     """A summary of a text of any length: one request where it fits into the context, else a tree of them."""
 
-    def __init__(self, job: Job, chat: Chat, slots: asyncio.Semaphore) -> None:
+    def __init__(self, job: Job, chat: Chat) -> None:
         settings = job.summary or Summary()
         (column,) = chat.columns
         self.columns: tuple[str, ...] = chat.columns
         self.extra_columns: tuple[str, ...] = (TREE,) if settings.keep_tree else ()
         self.ask = chat.ask
+        self.slots = chat.slots
         self._chat = chat
-        self._slots = slots
         self._summarizer = Summarizer(
             chat.generator,
-            slots,
+            chat.slots,
             chat.ask,
             model=job.model,
             sampling=job.sampling,
             settings=settings,
             whole=lambda text: chat.prompt.messages({column: text}),
         )
+
+    @property
+    def starved(self) -> bool:
+        return self.slots.starved
+
+    def prefix(self, row: Row) -> str:
+        return self._chat.prefix(row)
 
     async def answer(self, row: Row, request_id: str) -> Answer:
         (column,) = self.columns
@@ -122,11 +176,12 @@ class LongText:
         if await self._summarizer.fits(row[column]):
             return await self._chat.answer(row, request_id)
         # The tree's calls take slots themselves, the one that the row holds among them.
-        self._slots.release()
+        self.slots.release()
         try:
             tree = await self._summarizer.summarize(row[column], request_id)
         finally:
-            await self._slots.acquire()
+            # It has nothing to ask any more, and is about to give it back.
+            self.slots.take()
         return Answer(
             tree.root.summary,
             tree.root.finish_reason,

@@ -14,12 +14,12 @@ import threading
 import time
 from typing import Self
 
-from starlette.types import ASGIApp
-
 from hycluster import logs
+from hycluster.batch_api.lines import BatchEngines
 from hycluster.batch_api.runner import Runner
 from hycluster.batch_api.store import Store
 from hycluster.directory.directory import open_directory
+from hycluster.gateway.bulk import BulkLane
 from hycluster.imports import without_collector
 from hycluster.settings.load import Admission
 from hycluster.settings.settings import Settings
@@ -63,8 +63,7 @@ class BatchExecutor:
         self._loop, self._main = asyncio.get_running_loop(), asyncio.current_task()
         store = Store(self._batches)
         async with _Api(self._settings, self._directory) as api:
-            in_flight = asyncio.Semaphore(self._batches.lines_in_flight)
-            runner = Runner(store, self._batches, api.app, in_flight)
+            runner = Runner(store, self._batches, api.engines)
             await StoreWatch(store, runner, self._batches.concurrent_batches, self._batches.poll_s).run()
 
     def check_health(self) -> None:
@@ -138,7 +137,7 @@ class _Api:
         self._settings = settings
         self._directory = directory
         self._opening = asyncio.Lock()
-        self._app: ASGIApp | None = None
+        self._engines: BatchEngines | None = None
         self._stack = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -147,18 +146,18 @@ class _Api:
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
 
-    async def app(self) -> ASGIApp:
-        """The app that an ingress process would have.
+    async def engines(self) -> BatchEngines:
+        """The app that an ingress process would have, and what bounds the lines that are sent to it.
 
         Raises:
             Unavailable: a model has no replica that can serve.
         """
         async with self._opening:
-            if self._app is None:
-                self._app = await self._open()
-        return self._app
+            if self._engines is None:
+                self._engines = await self._open()
+        return self._engines
 
-    async def _open(self) -> ASGIApp:
+    async def _open(self) -> BatchEngines:
         # Half a minute and half a gigabyte.
         await asyncio.to_thread(_import_vllm)
         from hycluster.gateway.generation import open_generators
@@ -171,7 +170,7 @@ class _Api:
                     self._directory,
                     settings.models,
                     router=settings.router,
-                    # What bounds batches is ``lines_in_flight``.
+                    # What bounds batches are their lanes, and ``lines_in_flight``.
                     admission=Admission(max_requests=None),
                     wait_s=settings.start_timeout_s,
                     metrics=False,
@@ -180,7 +179,12 @@ class _Api:
             )
             apps = await model_apps(generator, settings.http)
             self._stack.push_async_exit(stack.pop_all())
-        return over_all_models(apps, generator)
+
+        def lane(model: str, batch: str) -> BulkLane | None:
+            known = generator.model_of(model)
+            return generator.lane(known, batch) if known is not None else None
+
+        return BatchEngines(over_all_models(apps, generator), lane)
 
 
 def _import_vllm() -> None:

@@ -8,21 +8,25 @@ engine can serve, or that online traffic fills them, is never the line's fault: 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import httpx
 from starlette.types import ASGIApp
 
 from hycluster import errors
 from hycluster.batch.ask import FIRST_BACKOFF_S, Asker
 from hycluster.batch.prompts import Row
 from hycluster.batch.task import Answer
+from hycluster.batch_api.in_process import InProcessAnswer, post
 from hycluster.batch_api.requests import BODY
 from hycluster.core import Priority
 from hycluster.errors import HyclusterError, InvalidInput, KillsReplicas, Overloaded, Unavailable
+from hycluster.gateway.bulk import BulkLane
 from hycluster.ingress.errors import KIND_HEADER, error_body
 from hycluster.retries import AsyncRetryingCaller
 
@@ -35,6 +39,8 @@ SERVER_ERROR = 500
 ATTEMPTS = 3
 # What the quarantine says of a line that was not asked.
 NOT_RUN = "not run"
+# Where the endpoints have their prompts.
+PROMPTS = ("messages", "prompt", "input")
 # Columns beside the usual ones.
 EXTRA = ("cached_tokens", "reasoning_tokens")
 
@@ -52,12 +58,27 @@ class NotRun(InvalidInput):
         super().__init__(NOT_RUN)
 
 
+@dataclass(frozen=True, slots=True)
+class BatchEngines:
+    """What lines are asked of.
+
+    Attributes:
+        app: the API's app over all models.
+        lane: by model and batch, the places that the batch's lines have in the model's engines; None if there is no
+            such model.
+    """
+
+    app: ASGIApp
+    lane: Callable[[str, str], BulkLane | None]
+
+
 class LinesTask:
     """The task of a batch, as ``hycluster/batch/generate.py`` runs it.
 
     Args:
-        app: the API's app over all models.
-        in_flight: what lines of all batches hold while they are asked.
+        batch: its id.
+        in_flight: what lines of all batches hold while they are asked; None where nothing but the engines bounds them.
+        open_lines: lines that are asked, or wait for a place in the engines.
 
     Attributes:
         completed, failed: lines that were answered with 200, and with anything else.
@@ -66,16 +87,40 @@ class LinesTask:
     columns: tuple[str, ...] = (BODY,)
     extra_columns: tuple[str, ...] = EXTRA
 
-    def __init__(self, app: ASGIApp, endpoint: str, in_flight: asyncio.Semaphore) -> None:
+    def __init__(
+        self, engines: BatchEngines, batch: str, endpoint: str, in_flight: asyncio.Semaphore | None, open_lines: int
+    ) -> None:
+        self._engines = engines
+        self._batch = batch
         self._endpoint = endpoint
-        self._in_flight = in_flight
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        self._client = httpx.AsyncClient(transport=transport, base_url="http://batch", timeout=None, trust_env=False)
+        self._in_flight = in_flight or contextlib.nullcontext()
+        self._urgent_at: float | None = None
+        # By model.
+        self._lanes: dict[str, BulkLane] = {}
+        self.slots = asyncio.Semaphore(open_lines)
         # The batch's window bounds how long it is tried.
         self.ask = Asker(retry_s=float("inf"))
         self._asking: set[asyncio.Task[Answer]] = set()
         self._stopped = False
         self.completed = self.failed = 0
+
+    @property
+    def starved(self) -> bool:
+        """No engine that has lines of this batch has time for them: online requests need it."""
+        held = [lane for lane in self._lanes.values() if lane.held]
+        return bool(held) and all(lane.starved for lane in held)
+
+    def hurry(self, urgent_at: float | None) -> None:
+        """The batch would miss this deadline, its own, at its pace; None: it would not."""
+        self._urgent_at = urgent_at
+        for lane in self._lanes.values():
+            lane.urgent_at = urgent_at
+
+    def prefix(self, row: Row) -> str:
+        """What the line's prompt begins with, behind its model."""
+        body = json.loads(row[BODY])
+        prompt = next((body[key] for key in PROMPTS if body.get(key)), "")
+        return f"{body.get('model')}\0{json.dumps([body.get('instructions'), prompt], ensure_ascii=False)}"
 
     def stop(self) -> None:
         """Answer no more: requests in flight are aborted, all lines left are ``NotRun``."""
@@ -127,6 +172,18 @@ class LinesTask:
             raise failed(status, answer)
         return _answered(answer)
 
+    def _lane(self, model: Any) -> BulkLane | None:
+        if not isinstance(model, str):
+            # Whatever it is, it is refused.
+            return None
+        if model not in self._lanes:
+            lane = self._engines.lane(model, self._batch)
+            if lane is None:
+                return None
+            lane.urgent_at = self._urgent_at
+            self._lanes[model] = lane
+        return self._lanes[model]
+
     async def _post(self, body: dict[str, Any], request_id: str) -> tuple[int, Any]:
         """One attempt; status and body of the response.
 
@@ -135,20 +192,19 @@ class LinesTask:
             KillsReplicas: and don't come back with this.
         """
         # Only now: those that wait for one model's engines must not stand in the way of another's.
-        async with self._in_flight:
-            response = await self._client.post(
-                self._endpoint, content=json.dumps(body), headers=HEADERS | {"X-Request-Id": request_hash(request_id)}
-            )
+        headers = HEADERS | {"X-Request-Id": request_hash(request_id)}
+        async with self._lane(body.get("model")) or contextlib.nullcontext(), self._in_flight:
+            response = await post(self._engines.app, self._endpoint, json.dumps(body).encode(), headers)
         try:
-            answer = response.json()
+            answer = json.loads(response.body)
         except ValueError:
-            message = response.text[:500] or f"the server answered {response.status_code}"
-            answer = error_body(response.status_code, message, HyclusterError.openai_type)
+            message = response.body[:500].decode(errors="replace") or f"the server answered {response.status}"
+            answer = error_body(response.status, message, HyclusterError.openai_type)
         if response.headers.get(KIND_HEADER) == KillsReplicas.__name__:
             raise KillsReplicas(_message(answer))
-        if response.status_code in COME_BACK:
+        if response.status in COME_BACK:
             raise _kind(response)(_message(answer), retry_after_s=_retry_after_s(response))
-        return response.status_code, answer
+        return response.status, answer
 
 
 def request_hash(request_id: str) -> str:
@@ -182,10 +238,10 @@ def _answered(answer: dict[str, Any]) -> Answer:
     )
 
 
-def _kind(response: httpx.Response) -> type[HyclusterError]:
+def _kind(response: InProcessAnswer) -> type[HyclusterError]:
     """The error that the app answered with; it may say more than the status."""
     kind = getattr(errors, response.headers.get(KIND_HEADER, ""), None)
-    plain = COME_BACK[response.status_code]
+    plain = COME_BACK[response.status]
     return kind if isinstance(kind, type) and issubclass(kind, plain) else plain
 
 
@@ -194,6 +250,6 @@ def _message(answer: Any) -> str:
     return str(error.get("message")) if isinstance(error, dict) else str(answer)
 
 
-def _retry_after_s(response: httpx.Response) -> float | None:
+def _retry_after_s(response: InProcessAnswer) -> float | None:
     given = response.headers.get("retry-after", "")
     return float(given) if given.isdigit() else None

@@ -137,6 +137,7 @@ class State(Record):
             those that have lines.
         ended_at: when it got its final status.
         shard_lines: how its input is cut; settings may change while it runs.
+        waiting: the engines have no time for it, because they serve online requests.
     """
 
     status: Status = "validating"
@@ -153,6 +154,7 @@ class State(Record):
     model: str | None = None
     usage: BatchUsage | None = None
     shard_lines: int = 64
+    waiting: bool = False
 
 
 def batch_object(batch: Batch, state: State, cancelling_at: int | None) -> dict[str, Any]:
@@ -166,7 +168,7 @@ def batch_object(batch: Batch, state: State, cancelling_at: int | None) -> dict[
     def ended(how: Status) -> int | None:
         return state.ended_at if status == how else None
 
-    return {
+    told = {
         "id": batch.id,
         "object": "batch",
         "endpoint": batch.endpoint,
@@ -190,6 +192,10 @@ def batch_object(batch: Batch, state: State, cancelling_at: int | None) -> dict[
         "usage": state.usage.shown() if state.usage else None,
         "metadata": batch.metadata,
     }
+    if state.waiting and not final:
+        # Beyond OpenAI's shape, and only when there is something to say.
+        told["waiting"] = "online traffic"
+    return told
 
 
 def new_record_id(prefix: Literal["file-", "batch_"]) -> str:

@@ -16,15 +16,16 @@ from itertools import islice
 from typing import Any
 
 import pyarrow as pa
-from starlette.types import ASGIApp
 
 from hycluster.batch.ask import first_error
 from hycluster.batch.generate import Generate
 from hycluster.batch.input import corpus
 from hycluster.batch.input.corpus import Shard, ShardPlan
+from hycluster.batch.input.tables import pack
 from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.lease import Lease
-from hycluster.batch_api.lines import LinesTask
+from hycluster.batch_api.lateness import Lateness
+from hycluster.batch_api.lines import BatchEngines, LinesTask
 from hycluster.batch_api.records import FINAL, Batch, Ending, LineError, State, new_record_id
 from hycluster.batch_api.requests import Refused, convert
 from hycluster.batch_api.results import Results
@@ -36,24 +37,23 @@ from hycluster.storage import WritableFolder, masked_line
 log = logging.getLogger(__name__)
 
 # Opens the API's app over all models, once there is something to ask.
-Connect = Callable[[], Awaitable[ASGIApp]]
-# What one read brings in, and how many reads are in the engines' queue.
+Connect = Callable[[], Awaitable[BatchEngines]]
+# What one read brings in, and how many reads of a batch are in the engines' queue: more if they are small.
 BLOCK_SHARDS = 4
-BLOCKS_AT_ONCE = 2
+BLOCKS_AT_ONCE, BYTES_AT_ONCE = 2, 32 << 20
+# Most lines of a batch that wait for the engines or are there, where the settings leave it to the engines.
+OPEN_LINES = 4096
 
 
 class Runner:
-    """Runs batches, any number side by side.
+    """Runs batches, any number side by side."""
 
-    Args:
-        in_flight: held by each line while it is asked, over all batches.
-    """
-
-    def __init__(self, store: Store, settings: Batches, connect: Connect, in_flight: asyncio.Semaphore) -> None:
+    def __init__(self, store: Store, settings: Batches, connect: Connect) -> None:
         self._store = store
         self._settings = settings
         self._connect = connect
-        self._in_flight = in_flight
+        # Held by each line while it is asked, over all batches.
+        self._in_flight = asyncio.Semaphore(most) if (most := settings.lines_in_flight) is not None else None
 
     async def run(self, batch_id: str) -> None:
         """Bring a batch to its end.
@@ -153,7 +153,9 @@ class Runner:
         if ending is not None:
             return ending
         earlier = await asyncio.to_thread(_committed, output)
-        feed = _Feed(self._connect, batch, plan, output, self._in_flight, self._settings.lines_in_flight)
+        open_lines = self._settings.lines_in_flight or OPEN_LINES
+        feed = _Feed(self._connect, batch, plan, output, self._in_flight, open_lines)
+        lateness = Lateness(batch.expires_at - time.time(), batch.expires_at)
         feeding = asyncio.create_task(feed.run())
         try:
             while True:
@@ -164,7 +166,9 @@ class Runner:
                     return ending or "completed"
                 lease.check()
                 if ending is None:
-                    state = await self._show_progress(batch, state, earlier, feed.counts)
+                    left = state.total - sum(earlier) - sum(feed.counts)
+                    feed.hurry(batch.expires_at if lateness.late(sum(feed.counts), left, time.time()) else None)
+                    state = await self._show_progress(batch, state, feed.starved, earlier, feed.counts)
                     ending = await self._to_end_now(batch)
                     if ending is not None and not feed.stop():
                         feeding.cancel()
@@ -172,9 +176,9 @@ class Runner:
             feeding.cancel()
             await asyncio.gather(feeding, return_exceptions=True)
 
-    async def _show_progress(self, batch: Batch, state: State, *counts: tuple[int, int]) -> State:
+    async def _show_progress(self, batch: Batch, state: State, waiting: bool, *counts: tuple[int, int]) -> State:
         completed, failed = (sum(part) for part in zip(*counts, strict=True))
-        now = state.model_copy(update={"completed": completed, "failed": failed})
+        now = state.model_copy(update={"completed": completed, "failed": failed, "waiting": waiting})
         if now != state:
             await self._save(batch.id, now)
         return now
@@ -223,15 +227,15 @@ class _Feed:
         batch: Batch,
         plan: ShardPlan,
         output: OutputFolder,
-        in_flight: asyncio.Semaphore,
-        slots: int,
+        in_flight: asyncio.Semaphore | None,
+        open_lines: int,
     ) -> None:
         self._connect = connect
         self._batch = batch
         self._plan = plan
         self._output = output
         self._in_flight = in_flight
-        self._slots = slots
+        self._open_lines = open_lines
         self._lines: LinesTask | None = None
         self._stopped = False
 
@@ -239,6 +243,15 @@ class _Feed:
     def counts(self) -> tuple[int, int]:
         """Lines completed and failed so far, committed or not."""
         return (self._lines.completed, self._lines.failed) if self._lines else (0, 0)
+
+    @property
+    def starved(self) -> bool:
+        return self._lines is not None and self._lines.starved
+
+    def hurry(self, urgent_at: float | None) -> None:
+        """See ``LinesTask``."""
+        if self._lines is not None:
+            self._lines.hurry(urgent_at)
 
     def stop(self) -> bool:
         """Ask no more, commit what is answered; False if nothing was asked yet."""
@@ -256,31 +269,53 @@ class _Feed:
         """
         done = await asyncio.to_thread(self._output.done)
         pending = (shard for shard in self._plan.shards() if shard.number not in done)
-        lines = LinesTask(await self._connect(), self._batch.endpoint, self._in_flight)
-        self._lines = lines
-        generate = Generate(
-            self._output, lambda _: nullcontext(lines), lambda *_: None, name=self._batch.id, slots=self._slots
+        lines = LinesTask(
+            await self._connect(), self._batch.id, self._batch.endpoint, self._in_flight, self._open_lines
         )
-        gate = asyncio.Semaphore(BLOCKS_AT_ONCE)
+        self._lines = lines
+        generate = Generate(self._output, lambda: nullcontext(lines), lambda *_: None, name=self._batch.id)
+        ahead = _ReadAhead()
 
-        async def commit(block: pa.Table) -> None:
+        async def commit(block: pa.Table, size: int) -> None:
             try:
                 await generate(block)
             finally:
-                gate.release()
+                ahead.done(size)
 
         try:
             async with asyncio.TaskGroup() as group:
                 for block in _blocks(pending):
-                    await gate.acquire()
+                    size = sum(shard.bytes for shard in block)
+                    await ahead.begin(size)
                     if self._stopped:
                         break
-                    group.create_task(commit(await asyncio.to_thread(self._read, block)))
+                    group.create_task(commit(await asyncio.to_thread(self._read, block), size))
         except* Exception as errors:
             raise first_error(errors) from None
 
     def _read(self, shards: list[Shard]) -> pa.Table:
-        return pa.concat_tables(corpus.read_shards(self._plan.folder, shards))
+        return pa.concat_tables(map(pack, corpus.read_shards(self._plan.folder, shards)))
+
+
+class _ReadAhead:
+    """How much of a batch is in memory: a few blocks, or as many as are small."""
+
+    def __init__(self) -> None:
+        self._blocks = self._bytes = 0
+        self._fewer = asyncio.Event()
+
+    async def begin(self, size: int) -> None:
+        """Wait until a block of so many bytes may be read."""
+        while self._blocks >= BLOCKS_AT_ONCE and self._bytes + size > BYTES_AT_ONCE:
+            self._fewer.clear()
+            await self._fewer.wait()
+        self._blocks += 1
+        self._bytes += size
+
+    def done(self, size: int) -> None:
+        self._blocks -= 1
+        self._bytes -= size
+        self._fewer.set()
 
 
 def _blocks(shards: Iterator[Shard]) -> Iterator[list[Shard]]:

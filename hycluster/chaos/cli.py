@@ -11,9 +11,8 @@ import typer
 from hycluster.consent import Yes, ask
 from hycluster.errors import SettingsError, shown
 from hycluster.serving.running import choose
-from hycluster.terminal import console, echo
+from hycluster.terminal import INTERRUPTED_EXIT, console, echo
 
-INTERRUPTED = 130
 FEATURES = "n, logprobs, stop"
 
 
@@ -130,7 +129,7 @@ def chaos(
         found = run_chaos(plan, lambda line: echo(line, err=True), partial(ask, yes=yes))
     except KeyboardInterrupt:
         echo("stopped; what was held up runs on", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED_EXIT) from None
     if as_json:
         echo(json.dumps(found.as_json(), indent=2))
     else:

@@ -19,7 +19,7 @@ import ray
 from ray.actor import ActorHandle
 
 from hycluster.adapters import AdapterEntry, AdapterTable
-from hycluster.core import ReplicaAddress, ReplicaLoad, StartTrouble
+from hycluster.core import BulkDemand, ReplicaAddress, ReplicaLoad, StartTrouble
 from hycluster.directory.autoscaling import PoolLoad, Scaling
 from hycluster.directory.starts import Starts
 from hycluster.settings.model import Model
@@ -66,6 +66,7 @@ class PoolView:
     """What there is to know of one model's pool. Loads carry the outstanding tokens of all gateways.
 
     Attributes:
+        bulk: by gateway, what each of its jobs has and wants.
         scaling: what its scaler last decided; None if it has said nothing, or the pool's size is fixed.
         trouble: why replicas do not start, if they don't.
     """
@@ -75,6 +76,7 @@ class PoolView:
     adapters: dict[str, AdapterEntry] = field(default_factory=dict)
     scaling: Scaling | None = None
     trouble: StartTrouble | None = None
+    bulk: dict[str, dict[str, BulkDemand]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,7 @@ class _Pool:
     outstanding: dict[str, _Said[dict[str, int]]] = field(default_factory=dict)
     adapters: AdapterTable = field(default_factory=AdapterTable)
     demands: dict[str, _Said[Demand]] = field(default_factory=dict)
+    bulk: dict[str, _Said[dict[str, BulkDemand]]] = field(default_factory=dict)
     scaling: _Said[Scaling] | None = None
     starts: Starts = field(default_factory=Starts)
 
@@ -158,11 +161,13 @@ class Directory:
         outstanding: dict[str, int],
         adapters: dict[str, AdapterEntry] | None = None,
         demand: Demand | None = None,
+        bulk: dict[str, BulkDemand] | None = None,
     ) -> PoolView:
         """A gateway says what it has outstanding on each replica and which adapters it knows, and hears of the pool.
 
         Args:
             demand: None for a pool of fixed size.
+            bulk: by job, what it has and wants of the pool by this gateway.
         """
         now = time.monotonic()
         if demand is not None:
@@ -172,6 +177,8 @@ class Directory:
             pool.adapters.merge(adapters or {})
             pool.outstanding[gateway_id] = (now, outstanding)
             pool.outstanding = _recent(pool.outstanding, now)
+            pool.bulk[gateway_id] = (now, bulk or {})
+            pool.bulk = _recent(pool.bulk, now)
             pool.reports = _recent(pool.reports, now)
         return self.view(model)
 
@@ -184,7 +191,8 @@ class Directory:
         outstanding = _recent(pool.outstanding, now)
         reports = [_with_outstanding(report, outstanding) for _, report in _recent(pool.reports, now).values()]
         scaling = pool.scaling[1] if pool.scaling and _is_recent(pool.scaling, now) else None
-        return PoolView(pool.model, reports, pool.adapters.words, scaling, pool.starts.trouble)
+        bulk = {gateway: jobs for gateway, (_, jobs) in _recent(pool.bulk, now).items() if jobs}
+        return PoolView(pool.model, reports, pool.adapters.words, scaling, pool.starts.trouble, bulk)
 
     def _want(self, gateway_id: str, demand: Demand, now: float) -> None:
         pool = self._pools.setdefault(demand.model.name, _Pool())

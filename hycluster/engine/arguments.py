@@ -79,7 +79,9 @@ def engine_arguments(model: Model, model_path: str, place: GroupRank | None = No
         if model.parallel.pipeline > 1:
             arguments["worker_cls"] = "hycluster.engine.patches.cpu_pipeline.PipelineWorker"
     arguments |= _eplb(model, place)
-    return arguments | adapter_arguments(model) | _kv_offload(model) | model.engine | _routing(model)
+    # An output whose form is given begins behind the reasoning, and who knows where that ends is the engine.
+    parsers = {name: model.api[name] for name in ("reasoning_parser", "reasoning_parser_plugin") if name in model.api}
+    return arguments | parsers | adapter_arguments(model) | _kv_offload(model) | model.engine | _routing(model)
 
 
 def executor(model: Model) -> str:

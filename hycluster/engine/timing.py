@@ -162,13 +162,14 @@ class SimulatedScheduler:
         """Run one engine step that begins at ``now`` (seconds)."""
         scheduled, preempted = self._schedule()
         outputs: dict[int, list[EngineCoreOutput]] = {}
-        prefill_tokens = decode_tokens = 0
+        prefill_tokens = decode_tokens = kv_tokens = 0
         for stream, count in scheduled.items():
             if stream.computed < stream.prefill:
                 prefill_tokens += count
             else:
                 decode_tokens += count
             stream.computed += count
+            kv_tokens += stream.computed
             if stream.computed == stream.tokens:
                 outputs.setdefault(stream.client, []).append(self._sample(stream))
         settings = self.settings
@@ -176,6 +177,7 @@ class SimulatedScheduler:
         if scheduled:
             duration = settings.step_base_s
             duration += settings.prefill_token_s * prefill_tokens + settings.decode_token_s * decode_tokens
+            duration += settings.kv_token_s * kv_tokens
         return StepResult(
             end_s=now + duration,
             duration_s=duration,

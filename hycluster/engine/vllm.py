@@ -9,13 +9,15 @@ Pinned to vLLM 0.32.0, into whose internals it reaches (``docs/reaches.md`` list
   ``(client index, EngineCoreOutputs)``, one a step and client.
 - The ranks of a data-parallel group step together while one of them has work. ``DPEngineCoreProc`` asks for
   a start, by ``start_wave`` to client -1, when it gets a request for a wave that is over, and is told of one by
-  ``START_DP_WAVE``. vLLM has a process in between, the coordinator; here the ranks tell each other.
+  ``START_DP_WAVE``. vLLM has a process in between, the coordinator; here the ranks tell each other, and with it what
+  work they have (:mod:`hycluster.engine.rank_work`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import threading
 import time
 from collections.abc import Generator, Sequence
@@ -40,7 +42,7 @@ from vllm.v1.request import Request
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from hycluster.adapters import adapter_id
-from hycluster.core import ReplicaLoad
+from hycluster.core import Priority, ReplicaLoad
 from hycluster.engine.arguments import check_platform, engine_arguments
 from hycluster.engine.expert_load import expert_load_meter
 from hycluster.engine.migrated import take_over, tokens_of
@@ -49,6 +51,8 @@ from hycluster.engine.patches.cpu_executor import patch_executor
 from hycluster.engine.patches.migrated_grammar import patch_grammars
 from hycluster.engine.patches.migrated_state import patch_states
 from hycluster.engine.protocol import NOBODY, SIBLINGS, EngineInfo, Frame, GroupRank
+from hycluster.engine.rank_work import RankWork, Siblings
+from hycluster.engine.scheduler import ColocationScheduler, colocation_load, use_colocation, why_not_colocated
 from hycluster.engine.scratch import Scratch
 from hycluster.errors import EngineStartFailed, SettingsError
 from hycluster.models.routing import layer_counts
@@ -87,6 +91,8 @@ def engine_config(model: Model, model_path: str, place: GroupRank | None = None)
     except (ValueError, TypeError, OSError, NotImplementedError) as error:
         raise SettingsError(f"models: {model.name}: {_first_lines(error)}") from error
     check_platform(model, config.model_config.quantization)
+    check_media(model.name, config.model_config)
+    use_colocation(config, model.colocation)
     parallel = config.parallel_config
     patch_executor(parallel)
     if place is not None:
@@ -95,6 +101,24 @@ def engine_config(model: Model, model_path: str, place: GroupRank | None = None)
         # Ports are agreed upon over this store; those that vLLM has drawn in this process no other rank knows.
         parallel._coord_store_port = place.port
     return config
+
+
+def check_media(name: str, config: Any) -> None:
+    """Refuse a model that would fetch whatever address its callers name, within this network too.
+
+    Raises:
+        SettingsError: names the field and what is allowed.
+    """
+    if not config.supports_multimodal_inputs:
+        return
+    # For vLLM, none of them is all of them.
+    if not config.allowed_media_domains:
+        raise SettingsError(
+            f"models: {name}: engine.allowed_media_domains: must be set for a model that takes media: the hosts that it"
+            " may be sent to for them, at least one; data: URLs need none"
+        )
+    # Where an allowed host sends it on to is not looked at.
+    os.environ.setdefault("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0")
 
 
 def _check_experts(model: Model, config: ModelConfig) -> None:
@@ -125,6 +149,14 @@ def _check_experts(model: Model, config: ModelConfig) -> None:
         )
 
 
+class _Told(msgspec.Struct, array_like=True):
+    """From one rank of a data-parallel group to another: a wave that begins, or what it computes now."""
+
+    rank: int
+    wave: int | None = None
+    work: RankWork | None = None
+
+
 class VllmEngine:
     """A started vLLM engine. Implements :class:`hycluster.engine.protocol.Engine`.
 
@@ -138,6 +170,13 @@ class VllmEngine:
 
     def __init__(self, model: Model, model_path: str, place: GroupRank | None = None) -> None:
         config = engine_config(model, model_path, place)
+        if model.colocation.enabled and not issubclass(
+            config.scheduler_config.get_scheduler_cls(), ColocationScheduler
+        ):
+            logger.warning(
+                "models: %s: colocation is not possible: %s; online callers wait for batch requests",
+                model.name, why_not_colocated(config),
+            )  # fmt: skip
         self._scratch = Scratch()
         started: Future[_EngineCore] = Future()
         self._error: BaseException | None = None
@@ -252,6 +291,8 @@ class VllmEngine:
             self._core._send_error_outputs_to_client([request.request_id], client)
             return
         take_over(prepared[0])
+        if self._core.siblings and request.priority < Priority.BATCH:
+            self._core.siblings.tell_arrival()
         self._queue(EngineCoreRequestType.ADD, prepared)
 
     def abort(self, client: int, request_ids: list[str]) -> None:
@@ -277,14 +318,19 @@ class VllmEngine:
             if isinstance(item, bytes):
                 return None
             client, outputs = item
+            if client == SIBLINGS:
+                return SIBLINGS, [msgspec.msgpack.encode(outputs)]
             if client != NOBODY:
                 return client, cast("Sequence[Frame]", self._outputs.encode(outputs))
             if outputs.start_wave is not None:
-                return SIBLINGS, [msgspec.msgpack.encode((outputs.start_wave, self._core.engine_index))]
+                return SIBLINGS, [msgspec.msgpack.encode(_Told(self._core.engine_index, wave=outputs.start_wave))]
 
     def hear(self, frames: Sequence[Frame]) -> None:
-        wave: tuple[int, int] = msgspec.msgpack.decode(frames[0], type=tuple[int, int])
-        self._queue(EngineCoreRequestType.START_DP_WAVE, wave)
+        told = msgspec.msgpack.decode(frames[0], type=_Told)
+        if told.wave is not None:
+            self._queue(EngineCoreRequestType.START_DP_WAVE, (told.wave, told.rank))
+        if told.work is not None:
+            self._core.siblings.hear(told.rank, told.work)
 
     def load(self) -> ReplicaLoad:
         running, waiting = self._core.scheduler.get_request_counts()
@@ -295,6 +341,7 @@ class VllmEngine:
             most_running=self._most_running,
             kv_usage=self._core.scheduler.get_kv_cache_usage(),
             experts=self._core.experts.load if self._core.experts is not None else None,
+            colocation=colocation_load(self._core.scheduler),
         )
 
     def _read_expert_load(self) -> None:
@@ -327,6 +374,7 @@ class _EngineCore(AdaptersFirst):
 
     def __init__(self, config: VllmConfig) -> None:
         self.stepped_at = time.monotonic()
+        self.siblings = Siblings()
         super().__init__(
             config,
             local_client=True,
@@ -387,6 +435,22 @@ class _RankCore(_EngineCore, DPEngineCoreProc):
     def _perform_handshakes(self, *_: Any, **__: Any) -> Generator[EngineZmqAddresses, None, None]:
         # That there is an address of a coordinator makes the rank ask for waves to be started.
         yield EngineZmqAddresses(inputs=[], outputs=[], coordinator_input="", coordinator_output="")
+
+    def __init__(self, config: VllmConfig) -> None:
+        super().__init__(config)
+        if isinstance(self.scheduler, ColocationScheduler):
+            self.siblings = self.scheduler.siblings
+            self.siblings.send = self._tell
+
+    def _tell(self, work: RankWork) -> None:
+        self.output_queue.put_nowait((SIBLINGS, _Told(self.engine_index, work=work)))  # type: ignore[arg-type]
+
+    def _process_engine_step(self) -> bool:
+        executed = super()._process_engine_step()
+        if not self.scheduler.has_requests():
+            # The scheduler, which says what it has, is not asked then.
+            self.siblings.tell(RankWork())
+        return executed
 
     def add_request(self, request: Request, request_wave: int = 0) -> None:
         # Gateways do not keep count of waves. To one that is over, an idle rank says that it starts the next.

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+from hycluster.core import Priority
+from hycluster.engine.protocol import MIGRATED
 from hycluster.errors import InvalidInput, Overloaded, shown
 from hycluster.settings.load import Admission
 
@@ -17,6 +20,10 @@ from hycluster.settings.load import Admission
 MAX_ID_CHARACTERS = 512
 # What is told at least; also what is told before there is a pace.
 LEAST_RETRY_AFTER_S = 1.0
+# Lower goes first; what is behind a batch job may be told apart.
+MAX_PRIORITY = 2**31 - 1
+# How engines hand caches on to each other; told by the engines' own side, with addresses in it.
+ENGINES_OWN = ("kv_transfer_params", "ec_transfer_params")
 PACE_WINDOW_S = 15.0
 PACE_SAMPLE_S = 0.5
 
@@ -111,7 +118,44 @@ def check_id(field: str, value: str | None) -> None:
     """
     if value is None:
         return
-    if not value.isprintable() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise InvalidInput(f"{field}: {shown(value)} is not allowed; must be text that UTF-8 can hold")
+    check_text(field, value)
     if len(value) > MAX_ID_CHARACTERS:
         raise InvalidInput(f"{field}: {shown(value)} is too long; at most {MAX_ID_CHARACTERS} characters are allowed")
+
+
+def check_text(field: str, value: str) -> None:
+    """Refuse what is no text: JSON can say half a surrogate pair, of which tokenizers make errors of any kind.
+
+    Raises:
+        InvalidInput: names the field.
+    """
+    if not value.isprintable() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise InvalidInput(f"{field}: {shown(value)} is not allowed; must be text that UTF-8 can hold")
+
+
+def check_priority(priority: int) -> None:
+    """Nobody goes before those who wait for their answers.
+
+    Raises:
+        InvalidInput
+    """
+    if not Priority.ONLINE <= priority <= MAX_PRIORITY:
+        raise InvalidInput(
+            f"priority: {shown(priority)} is not allowed; must be {int(Priority.ONLINE)} (the default, goes first)"
+            f" to {MAX_PRIORITY}"
+        )
+
+
+def check_sampling(extra: Mapping[str, Any], bad_words: Sequence[str]) -> None:
+    """Refuse what passes between gateways and engines, and what tokenizers break on.
+
+    Raises:
+        InvalidInput: names the field.
+    """
+    if MIGRATED in extra:
+        raise InvalidInput(f"vllm_xargs: {MIGRATED!r} is not allowed; it is how gateways migrate requests")
+    for name in ENGINES_OWN:
+        if extra.get(name) is not None:
+            raise InvalidInput(f"{name}: is not allowed, nor in vllm_xargs; it is how engines pass caches on")
+    for place, word in enumerate(bad_words):
+        check_text(f"bad_words[{place}]", word)

@@ -6,6 +6,7 @@ from argparse import Namespace
 from difflib import get_close_matches
 
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.tool_parsers import ToolParserManager
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from hycluster.errors import SettingsError
@@ -16,7 +17,7 @@ def model_arguments(gateway: Gateway) -> Namespace:
     """Arguments of vLLM's API server: its defaults and the model's own, the settings' ``api``.
 
     Raises:
-        SettingsError: an unknown ``api`` argument.
+        SettingsError: there is no such parser.
     """
     arguments: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     model = gateway.model
@@ -24,11 +25,17 @@ def model_arguments(gateway: Gateway) -> Namespace:
     arguments.served_model_name = [model.name]
     arguments.structured_outputs_config = gateway.vllm_config.structured_outputs_config
     for name, value in model.api.items():
-        if not hasattr(arguments, name):
-            near = get_close_matches(name, vars(arguments), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise SettingsError(f"models: {model.name}: api.{name}: vLLM's API server has no such argument{hint}")
         setattr(arguments, name, value)
     if reasoning_parser := model.api.get("reasoning_parser"):
         arguments.structured_outputs_config.reasoning_parser = reasoning_parser
+    if plugin := arguments.tool_parser_plugin:
+        ToolParserManager.import_tool_parser(plugin)
+    if arguments.tool_call_parser and "enable_auto_tool_choice" not in model.api:
+        arguments.enable_auto_tool_choice = True
+    if arguments.tool_call_parser and arguments.tool_call_parser not in ToolParserManager.list_registered():
+        near = get_close_matches(arguments.tool_call_parser, ToolParserManager.list_registered(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise SettingsError(
+            f"models: {model.name}: api.tool_call_parser: vLLM has no parser {arguments.tool_call_parser!r}{hint}"
+        )
     return arguments

@@ -26,9 +26,10 @@ from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.sampling_params import StructuredOutputsParams
 
 from hycluster.core import GenerationRequest, Output, StructuredOutput, ToolCall
-from hycluster.errors import InvalidInput
+from hycluster.errors import InvalidInput, SettingsError
 from hycluster.gateway.api_arguments import model_arguments
 from hycluster.gateway.gateway import Gateway
+from hycluster.settings.model import Model
 
 # By our word for what is asked: vLLM's.
 _STRUCTURED = {field.name: field.name for field in fields(StructuredOutput)} | {"json_schema": "json"}
@@ -57,7 +58,7 @@ class Chat:
             model_config=gateway.model_config,
             renderer=gateway.renderer,
             request_logger=None,
-            chat_template=load_chat_template(told.chat_template),
+            chat_template=_template(gateway.model),
             chat_template_content_format=told.chat_template_content_format,
             enable_auto_tools=told.enable_auto_tool_choice,
             exclude_tools_when_tool_choice_none=told.exclude_tools_when_tool_choice_none,
@@ -86,7 +87,7 @@ class Chat:
     def _check_messages(self, messages: Sequence[Mapping[str, Any]]) -> None:
         for number, message in enumerate(messages):
             # vLLM's own API server checks this before it renders.
-            if not message.get("role"):
+            if not isinstance(message, dict) or not message.get("role"):
                 raise InvalidInput(f"messages[{number}].role: must be set")
             content = message.get("content")
             if not isinstance(content, list) or self.model_config.is_multimodal_model:
@@ -245,6 +246,18 @@ class Turn:
         )
         tells = read.text or read.reasoning or calls or read.token_ids or finish
         return read if tells else None
+
+
+def _template(model: Model) -> str | None:
+    """The ``api.chat_template`` of a model's settings.
+
+    Raises:
+        SettingsError: there is no such template.
+    """
+    try:
+        return load_chat_template(model.api.get("chat_template"))
+    except (VLLMValidationError, ValueError, OSError) as error:
+        raise SettingsError(f"models: {model.name}: api.chat_template: {error}") from error
 
 
 def _calls(calls: Sequence[FunctionCall]) -> tuple[ToolCall, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from hycluster.core import Priority
 from hycluster.errors import HyclusterError, KillsReplicas, ReplicaLost, Unavailable
 
 if TYPE_CHECKING:
@@ -58,6 +59,11 @@ class Flight:
     def engine_id(self) -> str:
         """What engines know it by: another name on each, as one that was taken for lost may have it still."""
         return f"{self.request_id}~{self.moves}" if self.moves else self.request_id
+
+    @property
+    def bulk(self) -> bool:
+        """It has to make room for others."""
+        return self.request.priority >= Priority.BATCH
 
     @property
     def prompt_tokens(self) -> int:

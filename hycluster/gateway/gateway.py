@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from http import HTTPStatus
+from functools import partial
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 from vllm.config import VllmConfig
-from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.lora.request import LoRARequest
 from vllm.pooling_params import PoolingParams
 from vllm.renderers import renderer_from_config
@@ -37,13 +35,16 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 from hycluster.adapters import AdapterEntry, AdapterTable, adapter_id
 from hycluster.directory.directory import FORGET_AFTER_S, REPORT_EVERY_S, Demand, PoolView
 from hycluster.engine.arguments import model_files
-from hycluster.engine.protocol import MIGRATED
 from hycluster.engine.vllm import engine_config
-from hycluster.errors import HyclusterError, InvalidInput, KillsReplicas, Overloaded, ReplicaLost, Unavailable, shown
-from hycluster.gateway.admission import Gate, check_id
+from hycluster.errors import HyclusterError, InvalidInput, Overloaded, Unavailable, shown
+from hycluster.gateway.admission import Gate, check_id, check_priority, check_sampling
+from hycluster.gateway.bulk import BulkLanes
 from hycluster.gateway.coldstart import ColdStart
+from hycluster.gateway.grammars import GrammarCheck
 from hycluster.gateway.pool import PoolClient
+from hycluster.gateway.pool_errors import LOST, PoolInvalidInput, PoolOverloaded, PoolUnavailable
 from hycluster.gateway.router import make_policy
+from hycluster.observe.colocation import colocation_metrics
 from hycluster.observe.experts import expert_metrics
 from hycluster.observe.failover import failover_metrics
 from hycluster.observe.metrics import stat_logger
@@ -57,41 +58,6 @@ logger = logging.getLogger(__name__)
 CUT_OFF_AFTER_S = FORGET_AFTER_S + 5.0
 
 
-class PoolOverloaded(Overloaded, GracefulHTTPError):  # type: ignore[misc]  # both have an http_status, the same
-    """:class:`Overloaded` in a form that vLLM's own code passes on unchanged."""
-
-    def __init__(self, message: str, retry_after_s: float | None) -> None:
-        GracefulHTTPError.__init__(self, message, HTTPStatus(Overloaded.http_status))
-        self.retry_after_s = retry_after_s
-
-
-class PoolInvalidInput(InvalidInput, VLLMClientError):
-    """:class:`InvalidInput` in a form that vLLM's own code passes on unchanged."""
-
-
-class PoolUnavailable(Unavailable, GracefulHTTPError):  # type: ignore[misc]  # as above
-    """:class:`Unavailable` in a form that vLLM's own code passes on unchanged."""
-
-    def __init__(self, message: str, retry_after_s: float | None = 1.0) -> None:
-        GracefulHTTPError.__init__(self, message, HTTPStatus(Unavailable.http_status))
-        self.retry_after_s = retry_after_s
-
-
-class PoolReplicaLost(ReplicaLost, PoolUnavailable):  # type: ignore[misc]  # as above
-    """:class:`ReplicaLost` in a form that vLLM's own code passes on unchanged."""
-
-
-class PoolKillsReplicas(KillsReplicas, GracefulHTTPError):  # type: ignore[misc]  # as above
-    """:class:`KillsReplicas` in a form that vLLM's own code passes on unchanged."""
-
-    def __init__(self, message: str) -> None:
-        GracefulHTTPError.__init__(self, message, HTTPStatus(KillsReplicas.http_status))
-        self.retry_after_s = None
-
-
-LOST = {ReplicaLost: PoolReplicaLost, Unavailable: PoolUnavailable, KillsReplicas: PoolKillsReplicas}
-
-
 class Gateway(AsyncLLM):
     """A vLLM engine client whose engine is every replica of one model.
 
@@ -102,6 +68,7 @@ class Gateway(AsyncLLM):
 
     Attributes:
         cold_start: who comes while there is no replica.
+        bulk: the places in the engines that jobs of this process have.
         lora_requests: by name, what a request to an adapter of this model carries. Changes in place.
     """
 
@@ -136,6 +103,9 @@ class Gateway(AsyncLLM):
         self.observability_config = config.observability_config
         self.renderer = renderer_from_config(config)
         self.input_processor = InputProcessor(config, self.renderer)
+        # None is how vLLM says that there is nothing to validate: ``add_request`` has it done.
+        self.input_processor.structured_outputs_config = None  # type: ignore[assignment]
+        self.grammars = GrammarCheck(admission, self._tokenizer_file)
         self.admission_stats = None
         self.log_requests = False
         self.log_stats = metrics
@@ -146,6 +116,7 @@ class Gateway(AsyncLLM):
             tracing_enabled=False,
         )
         gateway_id = secrets.token_hex(8)
+        self.bulk = BulkLanes(gateway_id)
         self.engine_core = PoolClient(
             model.name,
             make_policy(router.policy, gateway_id, session_slack_tokens=router.session_slack_tokens),
@@ -159,6 +130,7 @@ class Gateway(AsyncLLM):
         self.logger_manager = stat_logger(config, model.engines) if metrics else None
         if metrics:
             expert_metrics.watch(model.name, self.engine_core)
+            colocation_metrics.watch(model.name, self.engine_core)
             failover_metrics.watch(model.name, self.engine_core)
             if model.replicas.vary:
                 scaling_metrics.watch(model.name, self)
@@ -207,13 +179,33 @@ class Gateway(AsyncLLM):
         try:
             check_id("request_id", request_id)
             check_id("session_id", named.get("session_id"))
+            check_priority(named.get("priority", 0))
             if isinstance(params, SamplingParams):
-                if MIGRATED in (params.extra_args or {}):
-                    raise InvalidInput(f"vllm_xargs: {MIGRATED!r} is not allowed; it is how gateways migrate requests")
-                check_grammar(params, self.admission.max_grammar_kib)
+                check_sampling(params.extra_args or {}, params.bad_words or ())
+                await self._check_outputs(params)
             return await super().add_request(request_id, prompt, params, *rest, **named)
         except InvalidInput as error:
             raise PoolInvalidInput(error.message) from None
+
+    async def _check_outputs(self, params: SamplingParams) -> None:
+        if params.structured_outputs is None:
+            return
+        try:
+            await self.grammars.check(params.structured_outputs, partial(self._validate_outputs, params))
+        except Overloaded as shed:
+            raise PoolOverloaded(shed.message, shed.retry_after_s) from None
+        except Unavailable as error:
+            raise PoolUnavailable(error.message) from None
+
+    def _validate_outputs(self, params: SamplingParams) -> None:
+        """What vLLM does with a request as it takes it; here not in the event loop."""
+        params._validate_structured_outputs(
+            self.model_config, self.vllm_config.structured_outputs_config, self.input_processor.tokenizer
+        )
+
+    def _tokenizer_file(self) -> str | None:
+        fast: Any = getattr(self.input_processor.tokenizer, "backend_tokenizer", None)
+        return None if fast is None else fast.to_str()
 
     @property
     def able(self) -> bool:
@@ -288,6 +280,7 @@ class Gateway(AsyncLLM):
             try:
                 view = await self._next_word(directory)
                 await self.engine_core.update(view.replicas)
+                self.bulk.hear(self.engine_core.rooms, view.bulk, self.engine_core.progress_s)
                 self._look_around()
                 if not self._learned and self.engine_core.infos:
                     self.learn()
@@ -321,6 +314,7 @@ class Gateway(AsyncLLM):
                 self.engine_core.outstanding,
                 self._adapters.words,
                 self._demand() if self.model.replicas.vary else None,
+                self.bulk.demands,
             )
         self._take_over(view.adapters)
         self.cold_start.hear(view.scaling, view.trouble)
@@ -417,22 +411,6 @@ class Gateway(AsyncLLM):
         await asyncio.sleep(2 * REPORT_EVERY_S)
 
 
-def check_grammar(params: SamplingParams, max_kib: int) -> None:
-    """Refuse a grammar that an engine would compile for minutes; none can be stopped once it has begun.
-
-    Raises:
-        InvalidInput: it is over ``max_kib`` KiB, as JSON where it is not text.
-    """
-    asked = params.structured_outputs
-    if asked is None:
-        return
-    for name in ("json", "regex", "choice", "grammar", "structural_tag"):
-        value = getattr(asked, name)
-        size = 0 if value is None else len(value if isinstance(value, str) else json.dumps(value))
-        if size > max_kib << 10:
-            raise InvalidInput(f"structured_outputs.{name}: is {size} bytes; at most {max_kib << 10} are allowed")
-
-
 @contextlib.asynccontextmanager
 async def open_gateway(
     model: Model,
@@ -466,6 +444,7 @@ async def open_gateway(
         if gateway.output_handler is not None:
             gateway.output_handler.cancel()
         await gateway.engine_core.close()
+        await asyncio.to_thread(gateway.grammars.close)
         gateway.renderer.shutdown()
 
 

@@ -12,7 +12,7 @@ import gc
 import math
 import secrets
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ray.actor import ActorHandle
@@ -47,8 +47,10 @@ from hycluster.errors import (
     RequestFailed,
     Unavailable,
     UnknownModel,
+    one_line,
     shown,
 )
+from hycluster.gateway.bulk import FIXED_ROWS, BulkLane
 from hycluster.gateway.chat import Chat, Turn, structured_outputs
 from hycluster.gateway.gateway import Gateway, open_gateway, until_one_can_serve
 from hycluster.settings.load import Admission, Router
@@ -161,6 +163,14 @@ class Generator:
             self._counters[name] = token_counter(self._gateway(name)[0].renderer.get_tokenizer())
         return self._counters[name]
 
+    def lane(self, model: str, job: str, most: int | None = None, fixed: int = FIXED_ROWS) -> BulkLane:
+        """The places of one job in the engines of a model; see :class:`hycluster.gateway.bulk.BulkLanes`.
+
+        Raises:
+            UnknownModel
+        """
+        return self._gateway(model)[0].bulk.lane(job, most, fixed)
+
     async def count_tokens(self, model: str, texts: Sequence[str]) -> list[int]:
         """How many tokens each text has, special ones aside. Streams go on meanwhile: a thread counts.
 
@@ -250,13 +260,15 @@ class Generator:
     async def _render(self, gateway: Gateway, request: GenerationRequest) -> tuple[EngineInput, Turn | None]:
         """The prompt, and in a chat how the answer is to be read."""
         if request.messages is not None:
-            turn = await self._chat(gateway).render(request)
+            with _blamed_on_the_request():
+                turn = await self._chat(gateway).render(request)
             return turn.engine_input, turn
         renderer = gateway.renderer
         prompt, token_ids = request.prompt, request.token_ids
         text_or_ids: Any = {"prompt": prompt} if prompt is not None else {"prompt_token_ids": list(token_ids or ())}
         engine_input: EngineInput
-        (engine_input,) = await renderer.render_cmpl_async([text_or_ids], renderer.default_cmpl_tok_params)
+        with _blamed_on_the_request():
+            (engine_input,) = await renderer.render_cmpl_async([text_or_ids], renderer.default_cmpl_tok_params)
         return engine_input, None
 
     def _chat(self, gateway: Gateway) -> Chat:
@@ -352,6 +364,21 @@ def _translated_errors() -> Any:
         raise Unavailable(f"the engine failed this request: {error.__cause__ or error}") from error
     except (VLLMClientError, ValueError, TypeError) as error:
         raise InvalidInput(str(error)) from error
+
+
+@contextlib.contextmanager
+def _blamed_on_the_request() -> Iterator[None]:
+    """Whatever rendering trips over is the request's: a template's, a parser's or a fetched image's error of any kind.
+
+    Nothing of an engine is asked there, so nothing else can be at fault, and asking again would not help.
+    """
+    try:
+        yield
+    except (HyclusterError, VLLMClientError, GracefulHTTPError, ValueError, TypeError):
+        # Translated with those of the other steps.
+        raise
+    except Exception as error:
+        raise InvalidInput(f"prompt: can't be rendered: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _prompt_ids(engine_input: EngineInput) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from zmq.utils.monitor import recv_monitor_message
 from hycluster.core import ReplicaLoad
 from hycluster.engine.protocol import EngineInfo
 from hycluster.errors import Unavailable
+from hycluster.gateway.bulk import EngineRoom
 from hycluster.gateway.connection import ReplicaConnection
 from hycluster.gateway.failover import Failover
 from hycluster.gateway.flight import Flight
@@ -41,10 +43,13 @@ class Link:
     Attributes:
         slot: the number by which metrics tell replicas apart.
         accepting: it takes new requests.
-        load: as its last report says.
+        load: as its last report says; take one by :meth:`note`.
+        room: how many rows of bulk it can use, by its reports.
+        bulk_rows: requests of bulk priority that it has of this gateway.
         outstanding_tokens: to prefill or decode there for this gateway.
         worked_off_tokens: how much less that is for what the replica did, or because requests ended; only grows.
         heard_s: on the monotonic clock, its last word, or when it was first expected to say one.
+        progress_s: the same of the last tokens that came; before any, minus infinity.
         flights: by the id that its engine knows them by.
     """
 
@@ -59,9 +64,12 @@ class Link:
         self.slot = slot
         self.accepting = True
         self.load: ReplicaLoad | None = None
+        self.room = EngineRoom()
+        self.bulk_rows = 0
         self.outstanding_tokens = 0
         self.worked_off_tokens = 0
         self.heard_s = time.monotonic()
+        self.progress_s = -math.inf
         self.flights: dict[str, Flight] = {}
         self._connection = connection
         self._arrived = arrived
@@ -100,6 +108,7 @@ class Link:
         flight.sent(self.replica_id)
         self.flights[flight.engine_id] = flight
         self.outstanding_tokens += flight.tokens_left
+        self.bulk_rows += flight.bulk
         if flight.deaths:
             await self._send_carefully(flight, message)
         else:
@@ -139,9 +148,15 @@ class Link:
 
     # -- the books ----------------------------------------------------------------------------------
 
+    def note(self, load: ReplicaLoad) -> None:
+        """Take a report of the replica's."""
+        self.load = load
+        self.room.note(load, self.bulk_rows, time.monotonic())
+
     def drop(self, flight: Flight) -> None:
         """It is not here any more."""
         del self.flights[flight.engine_id]
+        self.bulk_rows -= flight.bulk
         self._work_off(flight.tokens_left)
 
     def _work_off(self, tokens: int) -> None:
@@ -193,6 +208,8 @@ class Link:
             spent += flight.take(output.new_token_ids)
             if flight.deaths and not flight.suspected:
                 failover.wake()
+        if spent:
+            self.progress_s = self.heard_s
         self._work_off(spent)
         return heard
 

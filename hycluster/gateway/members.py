@@ -62,7 +62,8 @@ class Members:
             if link is not None:
                 if report.accepting and not link.accepting:
                     self._failover.wake()
-                link.load, link.accepting = report.load, report.accepting
+                link.accepting = report.accepting
+                link.note(report.load)
 
     async def join(self, reports: Iterable[ReplicaReport]) -> None:
         """Connect to replicas that are new and take requests; leaves what is connected as it is."""

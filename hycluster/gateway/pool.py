@@ -7,6 +7,7 @@ Sends each request to the replica that the router chooses, over a link to each (
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +15,12 @@ from typing import Any
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackEncoder
 
-from hycluster.core import ExpertLoad
+from hycluster.core import ColocationLoad, ExpertLoad
 from hycluster.directory.directory import ReplicaReport
 from hycluster.engine.migrated import migrate
 from hycluster.engine.protocol import EngineInfo
 from hycluster.errors import InvalidInput, Unavailable
+from hycluster.gateway.bulk import EngineRoom
 from hycluster.gateway.control_calls import ControlCalls
 from hycluster.gateway.failover import Failover, Tell
 from hycluster.gateway.flight import Flight
@@ -106,6 +108,22 @@ class PoolClient(ControlCalls):
         return {replica_id: load.experts for replica_id, load in loads.items() if load and load.experts}
 
     @property
+    def colocation_loads(self) -> dict[str, ColocationLoad]:
+        """By replica id, how online and bulk work share its steps, where it says so."""
+        loads = {replica_id: link.load for replica_id, link in self._members.links.items()}
+        return {replica_id: load.colocation for replica_id, load in loads.items() if load and load.colocation}
+
+    @property
+    def rooms(self) -> list[EngineRoom]:
+        """Of the replicas that take requests and have reported, how many rows of bulk each can use."""
+        return [link.room for link in self._members.links.values() if link.accepting and link.load is not None]
+
+    @property
+    def progress_s(self) -> float:
+        """On the monotonic clock, when the last tokens came; minus infinity before any."""
+        return max((link.progress_s for link in self._members.links.values()), default=-math.inf)
+
+    @property
     def infos(self) -> list[EngineInfo]:
         return [link.info for link in self._members.links.values()]
 
@@ -187,10 +205,11 @@ class PoolClient(ControlCalls):
                 own_tokens=link.outstanding_tokens,
                 own_requests=len(link.flights),
                 load=link.load,
+                spare_rows=link.room.spare(link.bulk_rows) if flight.bulk else None,
             )
             for link in links
         ]
-        route = RouteRequest(tokens=flight.tokens_to_compute, session_id=flight.request.session_id)
+        route = RouteRequest(tokens=flight.tokens_to_compute, session_id=flight.request.session_id, bulk=flight.bulk)
         return self._members.links[self._policy.choose(candidates, route)]
 
     def _no_replica(self) -> Unavailable:

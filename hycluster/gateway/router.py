@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from hycluster.core import Priority, ReplicaLoad
+from hycluster.core import ReplicaLoad
 from hycluster.errors import SettingsError, Unavailable
 
 
@@ -24,12 +24,14 @@ class Candidate:
         own_tokens: tokens that this gateway has outstanding there: still to prefill or to decode. Always fresh.
         own_requests: requests that this gateway has outstanding there.
         load: what the replica last said of itself, a moment old; None if it has not spoken yet.
+        spare_rows: how many more rows of bulk it can use; None if it does not say enough to tell.
     """
 
     replica_id: str
     own_tokens: int = 0
     own_requests: int = 0
     load: ReplicaLoad | None = None
+    spare_rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +41,12 @@ class RouteRequest:
     Attributes:
         tokens: prompt tokens plus expected output tokens.
         session_id: the caller's name for a conversation, None if it gave none.
+        bulk: it has to make room for online requests.
     """
 
     tokens: int
     session_id: str | None = None
-    priority: Priority = Priority.ONLINE
+    bulk: bool = False
 
 
 class Policy(Protocol):
@@ -104,6 +107,23 @@ class PowerOfTwoChoices:
         return max(candidate.own_requests, reported)
 
 
+class LeftOverCapacity:
+    """Bulk rows go where online work leaves most room for them; another policy chooses for all others.
+
+    That one also chooses where a replica does not say enough to tell: it must not look empty, nor full.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    def choose(self, candidates: Sequence[Candidate], request: RouteRequest) -> str:
+        spare = [candidate.spare_rows for candidate in candidates]
+        if not request.bulk or not candidates or None in spare:
+            return self._policy.choose(candidates, request)
+        most = max(rows for rows in spare if rows is not None)
+        return self._policy.choose([c for c in candidates if c.spare_rows == most], request)
+
+
 class SessionAffinity:
     """Another policy, but the turns of one conversation go to the replica that has the earlier ones in its KV cache.
 
@@ -162,7 +182,7 @@ def make_policy(
     """
     if name not in POLICIES:
         raise SettingsError(f"router.policy: {name!r} is not allowed; must be one of {', '.join(POLICIES)}")
-    policy = POLICIES[name](gateway_id, seed)
+    policy: Policy = LeftOverCapacity(POLICIES[name](gateway_id, seed))
     return policy if session_slack_tokens is None else SessionAffinity(policy, gateway_id, session_slack_tokens)
 
 

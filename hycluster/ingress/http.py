@@ -100,7 +100,7 @@ async def serve_http(
         around: puts routes that are not a model's beside the app of all models; bounds their bodies itself.
 
     Raises:
-        SettingsError: the port is in use, or a model's ``api`` argument is unknown.
+        SettingsError: the port is in use, or there is no such tool parser.
     """
     apps = await model_apps(generator, settings)
     app: ASGIApp = BodyLimit(
@@ -226,7 +226,7 @@ def api_arguments(gateway: Gateway, settings: Http) -> Namespace:
     """Arguments of vLLM's API server: its defaults, the model's own, the settings' ``api``.
 
     Raises:
-        SettingsError: an unknown ``api`` argument.
+        SettingsError: there is no such parser.
     """
     arguments = model_arguments(gateway)
     arguments.allowed_origins = list(settings.allowed_origins)

@@ -18,6 +18,7 @@ import uvicorn
 
 from hycluster.core import Generation, GenerationRequest, ModelCard
 from hycluster.ingress import health
+from hycluster.ingress.connection import protocol
 from hycluster.ingress.grpc import GrpcBackend, GrpcIngress, serve_grpc
 from hycluster.ingress.ports import bind, check_port
 from hycluster.settings.settings import Settings
@@ -119,6 +120,8 @@ async def starting_ingress(settings: Settings, pools: health.Pools) -> AsyncIter
     server = uvicorn.Server(
         uvicorn.Config(
             health.WithHealth(None, pools),
+            # What comes next on a connection is for the ingress that serves.
+            http=protocol(settings.http, keep_alive=False),
             log_config=None,
             access_log=False,
             lifespan="off",

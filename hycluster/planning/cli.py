@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -17,10 +16,24 @@ PRECISIONS = "bfloat16|float16|float32|fp8|int8|int4|mxfp4|nvfp4"
 
 
 def plan(
-    config: Annotated[Path, typer.Argument(metavar="MODEL_CONFIG", help="A model's config.json, or its folder.")],
-    gpu: Annotated[
-        str, typer.Option(metavar="NAME", help="GPU: H20, H100, H200, A100-80GB, L4, ...; an unknown name lists all.")
+    config: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL_CONFIG",
+            help="A model's config.json, its folder or its hub id (org/name); or a deployment, deployments/x.yaml.",
+        ),
     ],
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="GPU: H20, H100, H200, A100-80GB, L4, ...; an unknown name lists all. Default: the deployment's, or"
+            " this machine's.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With a deployment of several models: which one.")
+    ] = None,
     context_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Prompt and output tokens of a sequence; default: the model's context length."),
@@ -67,8 +80,8 @@ def plan(
 
     Arithmetic on the configuration; nothing is loaded, no GPU is needed. docs/planning.md tells what is counted.
     """
-    from hycluster.planning.families import architecture, read_config
-    from hycluster.planning.gpus import gpu as gpu_named
+    from hycluster.planning.deployment import what_to_plan
+    from hycluster.planning.families import architecture
     from hycluster.planning.layouts import Pinned, Workload
     from hycluster.planning.plan import as_json as plan_json
     from hycluster.planning.plan import make_plan
@@ -78,26 +91,31 @@ def plan(
     for option, value in (("--name", name), ("--source", source), ("--overwrite", overwrite or None)):
         if write is None and value is not None:
             raise SettingsError(f"{option}: is for the file that --write makes; give --write too, or leave it out")
-    chosen, said = gpu_named(gpu), read_config(config)
+    asked = what_to_plan(config, model, gpu)
+    chosen, said = asked.gpu, asked.config
+    context_tokens = context_tokens or asked.context_tokens
+    weights, kv = weights or asked.weights, asked.kv if kv == "auto" else kv
     positions = architecture(said).positions
     if context_tokens is None and not positions:
         raise SettingsError("max_position_embeddings: is not in this configuration; say --context-tokens")
     demand = Workload(
         context_tokens=context_tokens or positions,
         concurrency=concurrency,
-        utilization=UTILIZATION if utilization is None else utilization,
+        utilization=utilization or asked.utilization or UTILIZATION,
         reserve_gib=RESERVE_GIB if reserve_gib is None else reserve_gib,
-        per_node=gpus_per_node or chosen.per_node,
+        per_node=gpus_per_node or asked.per_node,
         most_gpus=max_gpus,
     )
-    made = make_plan(said, precision_of(said, weights, kv), chosen, demand, Pinned(tensor, pipeline, data, expert))
+    layout = (tensor, pipeline, data, expert)
+    pinned = asked.pinned if all(part is None for part in layout) else Pinned(*layout)
+    made = make_plan(said, precision_of(said, weights, kv), chosen, demand, pinned)
     if write is not None:
         from hycluster.planning.write import settings_text
         from hycluster.planning.write import write_settings_file as write_file
 
-        command = shlex.join(["hycluster", "plan", str(config), "--gpu", chosen.name])
+        command = shlex.join(["hycluster", "plan", config, "--gpu", chosen.name])
         command += f" --context-tokens {demand.context_tokens} --concurrency {concurrency}"
-        text = settings_text(made, name or _name(config, made.model.kind), source or _source(config), command)
+        text = settings_text(made, name or asked.name or made.model.kind, source or asked.source, command)
         write_file(write, text, overwrite)
     if as_json:
         echo(json.dumps(plan_json(made), indent=2))
@@ -107,21 +125,3 @@ def plan(
     show_plan(made, console())
     if write is not None:
         echo(f"written: {write}")
-
-
-def _folder(config: Path) -> Path | None:
-    """The model's folder, if MODEL_CONFIG is one or lies in one."""
-    if config.is_dir():
-        return config.resolve()
-    return config.resolve().parent if config.name == "config.json" else None
-
-
-def _name(config: Path, kind: str) -> str:
-    folder = _folder(config)
-    found = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name if folder is not None else config.stem).strip("-._")
-    return found.lower().replace("_", "-") or kind
-
-
-def _source(config: Path) -> str:
-    folder = _folder(config)
-    return str(folder) if folder is not None else f"/models/{config.stem}"

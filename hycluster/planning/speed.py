@@ -119,13 +119,16 @@ def prefill_s(
     narrow = precision.kept if precision.experts_only else precision.weights
     experts = counted.active_experts / gpu.tflops(precision.weights) / (parallel.expert_ranks * parallel.pipeline)
     dense = (counted.attention + counted.mlp) / gpu.tflops(narrow) / ranks
-    # Scores and their product with the values, on half of all pairs.
-    width = model.heads * model.head_size * 2
-    if model.latent is not None:
-        width = model.heads * (model.latent.key_size + model.latent.rope_size + model.latent.value_size)
     pairs = sum(_pairs(tokens, layer.window) for layer in model.layers)
-    scores = 2 * width * pairs / gpu.tflops_16 / ranks
+    scores = pair_flops(model) * pairs / gpu.tflops_16 / ranks
     return (2 * tokens * (experts + dense) + scores) / 1e12
+
+
+def pair_flops(model: Architecture) -> int:
+    """Operations for a query and a key in one layer: the score, and its product with the value."""
+    if model.latent is not None:
+        return 2 * model.heads * (model.latent.key_size + model.latent.rope_size + model.latent.value_size)
+    return 2 * model.heads * model.head_size * 2
 
 
 def _pairs(tokens: int, window: int | None) -> float:

@@ -21,7 +21,7 @@ MAX_NUM_SEQS = 256
 MAX_REQUESTS = 1024
 
 
-class _Dumper(yaml.SafeDumper):
+class IndentedDumper(yaml.SafeDumper):
     """Lists indented below their key, as in the other settings files."""
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
@@ -41,12 +41,15 @@ def settings_text(plan: Plan, name: str, source: str, command: str) -> str:
     """
     settings = _settings(plan, name, source)
     validate(Settings, settings, "--write")
-    body = yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    body = yaml.dump(settings, Dumper=IndentedDumper, sort_keys=False, allow_unicode=True, width=100)
     return "".join(f"# {line}".rstrip() + "\n" for line in _head(plan, command)) + body
 
 
-def write_settings_file(path: Path, text: str, overwrite: bool) -> None:
+def write_settings_file(path: Path, text: str, overwrite: bool, option: str = "--write") -> None:
     """Write the file.
+
+    Args:
+        option: the one that named it, for errors.
 
     Raises:
         SettingsError: it is there already, or can't be written.
@@ -55,9 +58,10 @@ def write_settings_file(path: Path, text: str, overwrite: bool) -> None:
         with path.open("w" if overwrite else "x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise SettingsError(f"--write: {path} is there already; --overwrite replaces it") from None
+        remedy = "--overwrite replaces it" if option == "--write" else "remove it, or name another"
+        raise SettingsError(f"{option}: {path} is there already; {remedy}") from None
     except OSError as error:
-        raise SettingsError(f"--write: {path}: can't be written: {error.strerror}") from error
+        raise SettingsError(f"{option}: {path}: can't be written: {error.strerror}") from error
 
 
 def _settings(plan: Plan, name: str, source: str) -> dict[str, Any]:

@@ -26,6 +26,12 @@ logger = logging.getLogger(__name__)
 _RAYS_OWN = ("auto", "local")
 
 
+# A file is written in a moment.
+_WRITING_S = 60.0
+# Word of another machine's cluster that does not answer; it may be out of reach for a while.
+_ELSEWHERE_S = 86400.0
+
+
 @dataclass(frozen=True, slots=True)
 class Started:
     """A Ray cluster that a process of this home started, and that ends with it.
@@ -67,6 +73,7 @@ class Chosen:
 
 def remember(address: str) -> None:
     """Leave word of a cluster that this process has started, for other commands of this home."""
+    tidy()
     _write(Started(address, os.getpid(), _begun(os.getpid()) or "", socket.gethostname(), time.time()))
 
 
@@ -80,6 +87,29 @@ def forget() -> None:
     """The cluster of this process ends."""
     with contextlib.suppress(OSError):
         _file(os.getpid()).unlink(missing_ok=True)
+
+
+def tidy() -> None:
+    """Remove word of clusters that are no more, and what a process left that was killed as it wrote."""
+    started_here()
+    for file in _folder().glob("*"):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            old_s = time.time() - file.stat().st_mtime
+            written = file.suffix == ".json"
+            if (not written and old_s > _WRITING_S) or (
+                written and old_s > _ELSEWHERE_S and not _answers(_read(file).address)
+            ):
+                file.unlink()
+
+
+def _answers(address: str) -> bool:
+    """Whether somebody listens there; of a cluster on another machine no more is known here."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=1).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def started_here() -> list[Started]:
@@ -135,7 +165,8 @@ def _folder() -> Path:
 
 
 def _file(pid: int) -> Path:
-    return _folder() / f"{pid}.json"
+    # Containers on one home have the same numbers.
+    return _folder() / f"{socket.gethostname()}-{pid}.json"
 
 
 def _read(file: Path) -> Started:

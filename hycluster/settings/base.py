@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +23,23 @@ LabelValue = Annotated[str, Field(pattern=LABEL_VALUE)]
 def home() -> Path:
     """Where prepared models and state live: ``$HYCLUSTER_HOME``, by default ``~/.cache/hycluster``."""
     return Path(os.environ.get("HYCLUSTER_HOME") or Path.home() / ".cache" / "hycluster").expanduser()
+
+
+def private_home() -> Path:
+    """:func:`home`, made if it is not there: for nobody but its user. Prompts and answers lie in it."""
+    folder = home()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    keep_private(folder)
+    return folder
+
+
+def keep_private(path: Path) -> None:
+    """Take away what others may do with it, if it is this user's."""
+    found = path.stat()
+    if found.st_uid == os.getuid() and found.st_mode & 0o077:
+        # A volume may not have it; then whoever mounts it says who may.
+        with contextlib.suppress(OSError):
+            path.chmod(stat.S_IMODE(found.st_mode) & ~0o077)
 
 
 class Strict(BaseModel):

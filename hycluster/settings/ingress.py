@@ -45,6 +45,8 @@ class Http(Strict):
         stalled_client_timeout_s: how long a client may stall: send nothing more of a request that it has begun, or read
             nothing of its answer. Then its connection is closed and its request aborted; likewise when its machine has
             disappeared.
+        keep_alive_timeout_s: how long a connection on which nothing is asked any more is kept open. Longer than clients
+            and load balancers keep theirs, or one may be closed just when they use it again.
     """
 
     host: str = "127.0.0.1"
@@ -55,6 +57,7 @@ class Http(Strict):
     max_body_mib: int = Field(default=32, ge=1, le=1024)
     max_bodies_mib: int = Field(default=512, ge=1)
     stalled_client_timeout_s: float = Field(default=60, gt=0)
+    keep_alive_timeout_s: float = Field(default=75, gt=0)
 
 
 class Grpc(Strict):
@@ -88,7 +91,8 @@ class Batches(Strict):
             ``HYCLUSTER_HOME``, which is enough for one machine.
         max_file_mib: largest upload.
         max_lines: most requests of a batch. Checking that their ids differ takes about 100 bytes of memory each.
-        lines_in_flight: most requests in the engines at a time, of all batches together.
+        lines_in_flight: most requests in the engines at a time, of all batches together. None: as many as they can use
+            of what online requests leave, or 256 for each model where they don't say.
         shard_lines: requests of a shard, which is committed as one, and run again as one if the process dies.
         concurrent_batches: batches that run side by side; the others wait.
         poll_s: interval at which the store is searched for new and for cancelled batches.
@@ -100,7 +104,7 @@ class Batches(Strict):
     store: str | None = Field(default=None, min_length=1)
     max_file_mib: int = Field(default=512, ge=1, le=1 << 20)
     max_lines: int = Field(default=200_000, ge=1, le=50_000_000)
-    lines_in_flight: int = Field(default=256, ge=1, le=100_000)
+    lines_in_flight: int | None = Field(default=None, ge=1, le=100_000)
     shard_lines: int = Field(default=64, ge=1, le=100_000)
     concurrent_batches: int = Field(default=8, ge=1, le=1000)
     poll_s: float = Field(default=1.0, gt=0, le=60)

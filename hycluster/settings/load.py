@@ -17,12 +17,18 @@ class Admission(Strict):
         max_outstanding_tokens: prompt tokens not yet prefilled plus output tokens that may still come.
         max_retry_after_s: upper bound of the ``Retry-After`` of a refusal.
         max_grammar_kib: largest JSON schema, regex, grammar or list of choices for structured output.
+        max_grammar_repeats: largest count in one of them (``minItems``, ``maxLength``, ``{n,m}``, ...).
+        grammar_timeout_s: CPU time that one of them may take to be checked, in a process of its own.
+        grammar_memory_mib: memory that it may take there.
     """
 
     max_requests: int | None = Field(default=1024, ge=1)
     max_outstanding_tokens: int | None = Field(default=None, ge=1)
     max_retry_after_s: float = Field(default=60, ge=1)
     max_grammar_kib: int = Field(default=64, ge=1)
+    max_grammar_repeats: int = Field(default=100_000, ge=1)
+    grammar_timeout_s: float = Field(default=2, gt=0, le=60)
+    grammar_memory_mib: int = Field(default=512, ge=64)
 
 
 class Router(Strict):

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from hycluster.settings.api import check_api
 from hycluster.settings.base import Name, Strict
 from hycluster.settings.parallel import Parallel
 from hycluster.settings.pool import Autoscaling, Hardware, Health, Replicas
@@ -52,6 +53,24 @@ class Routing(Strict):
     expert_metrics: bool = False
 
 
+class Colocation(Strict):
+    """How online and bulk work share an engine: online work first, bulk in what it leaves.
+
+    Attributes:
+        enabled: False leaves the engine's own scheduler, which lets online callers wait for bulk rows.
+        max_step_s: what an online arrival may have to wait for: steps without online work are cut to it. Longer steps
+            give bulk work more throughput where a step's time grows with its rows.
+        max_slowdown: share by which bulk rows may lengthen a step with online work in it; 0 keeps them out.
+        min_batch_share: share of the engine's time that bulk work gets even where online work never pauses. It
+            lengthens online steps, also beyond ``max_slowdown``; 0 lets bulk work wait for as long as it takes.
+    """
+
+    enabled: bool = True
+    max_step_s: float = Field(default=0.25, gt=0, le=60)
+    max_slowdown: float = Field(default=0.1, ge=0, le=10)
+    min_batch_share: float = Field(default=0.0, ge=0, lt=1)
+
+
 class Model(Strict):
     """One model and its pool.
 
@@ -59,10 +78,12 @@ class Model(Strict):
         name: the ``model`` of a request.
         source: a path, a hub id, or ``package:NAME`` for weights that a Python package ships.
         engine: any argument of vLLM's engine, by its Python name.
-        api: any argument of vLLM's API server that belongs to the model (``tool_call_parser``,
-            ``reasoning_parser``, ``chat_template``, ...), by its Python name.
+        api: arguments of vLLM's API server that belong to the model (``tool_call_parser``, ``reasoning_parser``,
+            ``chat_template``, ...), by their Python names. Templates and reasoning parsers act at every entrance,
+            the others over HTTP. What belongs to the server as a whole is refused.
         adapters: LoRA adapters, each served under its own name beside the model.
         routing: how a mixture-of-experts model chooses its experts.
+        colocation: how online and bulk work share its engines.
         health: when a replica counts as unhealthy and is replaced.
         autoscaling: when replicas are added and removed.
         simulated: replaces the engine by a timing model, for tests and simulation.
@@ -77,9 +98,17 @@ class Model(Strict):
     replicas: Replicas = Replicas()
     adapters: tuple[Adapter, ...] = ()
     routing: Routing = Routing()
+    colocation: Colocation = Colocation()
     health: Health = Health()
     autoscaling: Autoscaling = Autoscaling()
     simulated: Simulated | None = None
+
+    @model_validator(mode="after")
+    def _api_acts(self) -> Model:
+        check_api(self.api)
+        if "reasoning_parser" in self.api and "reasoning_parser" in self.engine:
+            raise ValueError("engine.reasoning_parser: is set by 'api.reasoning_parser'; remove it here")
+        return self
 
     @model_validator(mode="after")
     def _simulated_has_no_adapters(self) -> Model:

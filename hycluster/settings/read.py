@@ -12,7 +12,9 @@ from pydantic import BaseModel, ValidationError
 
 from hycluster.errors import SettingsError, shown
 from hycluster.explain import explain
+from hycluster.settings.embedded import embedded_settings
 from hycluster.settings.settings import Settings
+from hycluster.settings.texts import takes_text
 from hycluster.settings.unique_keys import TwiceError, read_yaml
 
 DEFAULT_SETTINGS = Path("deployments/local.yaml")
@@ -45,21 +47,22 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """Apply ``--set a.b.c=VALUE`` (VALUE is YAML) to a copy of ``data``.
+def override(data: dict[str, Any], assignments: Sequence[str], kind: type[BaseModel] | None = None) -> dict[str, Any]:
+    """Apply ``--set a.b.c=VALUE`` to a copy of ``data``.
 
+    VALUE is YAML, but where the setting is a text: then it is the text as it stands, and ``null`` only is none.
     Numbers index into lists: ``models.0.name=x``.
+
+    Args:
+        kind: the settings class of ``data``, which knows what is a text; without it all is YAML.
     """
     result: dict[str, Any] = copy.deepcopy(data)
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
             raise SettingsError(f"--set: {shown(assignment)} must be of the form KEY=VALUE")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
-        *parents, last = key.split(".")
+        *parents, last = path = key.split(".")
+        value = _value(text, as_it_stands=kind is not None and takes_text(kind, path))
         target: Any = result
         try:
             for part in parents:
@@ -68,6 +71,15 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
         except (TypeError, ValueError, IndexError, AttributeError):
             raise SettingsError(f"--set: {shown(key)} names no place in the settings") from None
     return result
+
+
+def _value(text: str, *, as_it_stands: bool) -> Any:
+    if as_it_stands:
+        return None if text == "null" else text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def validate(kind: type[M], data: dict[str, Any], where: str) -> M:
@@ -82,10 +94,16 @@ def validate(kind: type[M], data: dict[str, Any], where: str) -> M:
         raise SettingsError("\n".join(explain(kind, error, where))) from None
 
 
-def load_settings(path: str | Path = DEFAULT_SETTINGS, assignments: Sequence[str] = ()) -> Settings:
+def load_settings(path: str | Path | None = None, assignments: Sequence[str] = ()) -> Settings:
     """Read and check a deployment's settings.
+
+    Args:
+        path: None is deployments/local.yaml where there is one, else the embedded model's settings.
 
     Raises:
         SettingsError: names the file, the field, the value and what is allowed.
     """
-    return validate(Settings, override(load_yaml(path), assignments), str(path))
+    if path is None and not DEFAULT_SETTINGS.exists():
+        return validate(Settings, override(embedded_settings(), assignments, Settings), "the embedded model's settings")
+    path = path or DEFAULT_SETTINGS
+    return validate(Settings, override(load_yaml(path), assignments, Settings), str(path))

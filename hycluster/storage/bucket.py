@@ -94,12 +94,24 @@ class BucketFolder(WritableFolder):
     def _key(self, path: str) -> str:
         return self.at(path).partition("/")[2]
 
+    def object_store(self) -> tuple[str, dict[str, str]]:
+        config = {name: str(value).lower() if value is True else str(value) for name, value in self._config.items()}
+        return f"s3://{self.root}", {**{f"aws_{name}": value for name, value in config.items()}, "allow_http": "true"}
+
     @property
     def _store(self) -> S3Store:
+        return _open(self._bucket, tuple(self._config.items()))
+
+    @property
+    def _config(self) -> dict[str, Any]:
         # Pickling is the one way in which pyarrow tells all options of a file system.
-        _, (options,) = self.filesystem.__reduce__()
-        wanted = (*_OPTIONS.values(), "scheme", "endpoint_override")
-        return _open(self._bucket, tuple((name, options[name]) for name in wanted if options[name]))
+        _, (given,) = self.filesystem.__reduce__()
+        config = {ours: given[theirs] for ours, theirs in _OPTIONS.items() if given[theirs]}
+        if given["endpoint_override"]:
+            endpoint = given["endpoint_override"]
+            # That of AWS_ENDPOINT_URL comes with its scheme.
+            config["endpoint"] = endpoint if "://" in endpoint else f"{given['scheme']}://{endpoint}"
+        return config
 
 
 @contextmanager
@@ -112,12 +124,6 @@ def _os_errors() -> Iterator[None]:
 
 
 @lru_cache(maxsize=16)
-def _open(bucket: str, options: tuple[tuple[str, Any], ...]) -> S3Store:
-    given = dict(options)
-    config: dict[str, Any] = {ours: given[theirs] for ours, theirs in _OPTIONS.items() if theirs in given}
-    if "endpoint_override" in given:
-        endpoint = given["endpoint_override"]
-        # That of AWS_ENDPOINT_URL comes with its scheme.
-        config["endpoint"] = endpoint if "://" in endpoint else f"{given['scheme']}://{endpoint}"
+def _open(bucket: str, config: tuple[tuple[str, Any], ...]) -> S3Store:
     # Plain HTTP is asked for by the URI or by AWS_ENDPOINT_URL, as with pyarrow.
-    return S3Store(bucket, config=config, client_options={"allow_http": True})  # type: ignore[arg-type]
+    return S3Store(bucket, config=dict(config), client_options={"allow_http": True})  # type: ignore[arg-type]

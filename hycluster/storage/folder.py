@@ -43,6 +43,10 @@ class Folder:
         """A path inside the file system."""
         return f"{self.root}/{path}" if path else self.root
 
+    def real(self, path: str = "") -> str:
+        """The one path of all that lead to the same place, through links or ``..``."""
+        return self.at(path)
+
     def below(self, path: str) -> Self:
         """A folder, or a file, in this one."""
         base, question, query = self.masked.partition("?") if "://" in self.masked else (self.masked, "", "")
@@ -58,6 +62,15 @@ class Folder:
             f"output.path: {self.masked!r} is on {self.filesystem.type_name!r}, which can't create a file only if it "
             "is absent; must be a local path or an s3:// URI"
         )
+
+    def object_store(self) -> tuple[str, dict[str, str]]:
+        """This folder's URI, and the options with which libraries over Rust's object_store open it.
+
+        Raises:
+            SettingsError: they can't.
+        """
+        kind = self.filesystem.type_name
+        raise SettingsError(f"{self.masked!r} is a table on {kind!r}; must be on a local path or an s3:// URI")
 
     def info(self, path: str = "") -> pafs.FileInfo:
         """What is there: a file, a folder or nothing."""

@@ -25,6 +25,9 @@ def locate(path: str, field: str) -> Folder:
         return DiskFolder(pafs.LocalFileSystem(), str(Path(path).expanduser().absolute()), path)
     try:
         filesystem, root = pafs.FileSystem.from_uri(path)
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        # Of whatever kind: some file systems are libraries of their own, which ask their hub first.
         raise SettingsError(f"{field}: {masked(path)!r} can't be used: {masked_line(error)}") from None
+    if "//" in root.rstrip("/"):
+        raise SettingsError(f"{field}: {masked(path)!r} has an empty name between two slashes; must have none")
     return KINDS.get(filesystem.type_name, Folder)(filesystem, root.rstrip("/"), masked(path))

@@ -12,7 +12,7 @@ from hycluster.consent import Yes, ask
 from hycluster.errors import SettingsError
 from hycluster.settings.read import DEFAULT_SETTINGS, load_settings
 from hycluster.submit.target import KubernetesTarget
-from hycluster.terminal import echo
+from hycluster.terminal import INTERRUPTED_EXIT, echo
 
 if TYPE_CHECKING:
     from hycluster.batch.job import Job
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from hycluster.submit.submission import Submission
     from hycluster.submit.submitted import Submitted
 
-INTERRUPTED = 130
 KUBERNETES = "On Kubernetes"
 Address = Annotated[str, typer.Option(metavar="URL", help="Ray's dashboard on that cluster, http://HOST:8265.")]
 JobId = Annotated[str, typer.Argument(metavar="JOB_ID", help="What 'batch submit' printed.")]
@@ -49,8 +48,12 @@ def submit(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: sampling.max_tokens=8.")
     ] = None,
     config: Annotated[
-        Path, typer.Option(help="Settings file for dedicated engines; sent along with the job.")
-    ] = DEFAULT_SETTINGS,
+        Path | None,
+        typer.Option(
+            help="Settings file for dedicated engines; sent along with the job."
+            f" Default: {DEFAULT_SETTINGS}, or the embedded model."
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete the output if it is another job's or another input's; asks.")
     ] = False,
@@ -213,8 +216,8 @@ def _on_engines_of(target: KubernetesTarget, job: Job) -> Job:
 
 
 def _to_kubernetes(sent: Submission, job: Job, settings: Settings | None, target: KubernetesTarget) -> None:
+    from hycluster.settings.as_yaml import as_yaml
     from hycluster.submit.rayjob import apply, ray_job
-    from hycluster.submit.submission import as_yaml
 
     manifest, notes = ray_job(sent, job, settings, target)
     for note in notes:
@@ -243,7 +246,7 @@ def _to_ray(sent: Submission, address: str, wait: bool) -> int:
         ended = api.follow(sent.id, lambda text: echo(text, nl=False, err=True))
     except KeyboardInterrupt:
         _note(f"the job goes on; hycluster batch cancel {sent.id} --address {address} stops it")
-        return INTERRUPTED
+        return INTERRUPTED_EXIT
     _note(f"{sent.id}: {ended.meaning}")
     return ended.exit_code
 

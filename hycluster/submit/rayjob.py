@@ -21,9 +21,10 @@ from hycluster import __version__
 from hycluster.batch.job import Job
 from hycluster.errors import SettingsError, Unavailable, shown
 from hycluster.replica.placement import bundles, on_gpus, reserved, strategy
+from hycluster.settings.as_yaml import as_yaml
 from hycluster.settings.model import Model
 from hycluster.settings.settings import Settings
-from hycluster.submit.submission import Submission, as_yaml
+from hycluster.submit.submission import Submission
 from hycluster.submit.target import KubernetesTarget
 
 Manifest = dict[str, Any]

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hycluster.batch.job import Job
 from hycluster.errors import SettingsError
+from hycluster.settings.as_yaml import as_yaml
 from hycluster.settings.settings import Settings
 
 # Metadata of a job in Ray's job API, by which the commands know theirs.
@@ -47,28 +46,6 @@ class Submission:
     command: str
     metadata: dict[str, str]
     notes: tuple[str, ...]
-
-
-class _Yaml(yaml.SafeDumper):
-    """Texts of several lines are written as they read, and nothing by reference."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-    def represent_text(self, text: str) -> yaml.ScalarNode:
-        # YAML's other line ends come back as another one, or not at all, unless they are escaped.
-        escaped = any(end in text for end in "\x85\u2028\u2029")
-        return self.represent_scalar(
-            "tag:yaml.org,2002:str", text, style='"' if escaped else "|" if "\n" in text else None
-        )
-
-
-_Yaml.add_representer(str, _Yaml.represent_text)
-
-
-def as_yaml(data: dict[str, Any]) -> str:
-    """A YAML document that people can read."""
-    return str(yaml.dump(data, Dumper=_Yaml, sort_keys=False, allow_unicode=True, width=100))
 
 
 def submission(job: Job, settings: Settings | None, *, overwrite: bool = False) -> Submission:

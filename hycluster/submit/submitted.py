@@ -26,7 +26,7 @@ _RESUMES = "the same submit goes on where it stopped"
 _MEANINGS = {
     JobFailed.exit_code: f"failed; {_RESUMES}",
     SettingsError.exit_code: "refused: job, input or output; nothing was done",
-    TooManyQuarantined.exit_code: "more rows quarantined than max_quarantined_fraction; see quarantine/ in the output",
+    TooManyQuarantined.exit_code: "more rows quarantined than max_quarantined_fraction; see _quarantine/ in the output",
     127: "the cluster's image has no 'hycluster' command on its PATH",
 }
 

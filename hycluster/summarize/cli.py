@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from hycluster.errors import SettingsError
-from hycluster.terminal import console, echo
+from hycluster.terminal import INTERRUPTED_EXIT, console, echo
 
 if TYPE_CHECKING:
     from hycluster.summarize.output import Summarized, SummaryOutput
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 # As of ``hycluster.client``, which is not imported for --help.
 ADDRESS = "127.0.0.1:9000"
-INTERRUPTED = 130
 
 
 def summarize(
@@ -85,7 +84,7 @@ def summarize(
             failed = asyncio.run(_show(found, wish, address, out))
     except KeyboardInterrupt:
         echo("stopped", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED_EXIT) from None
     raise typer.Exit(1 if failed else 0)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from hycluster.batch.ask import Asker, first_error
 from hycluster.batch.job import Summary
-from hycluster.batch.prompts import PRESETS, Messages
+from hycluster.batch.prompts import summary_messages
 from hycluster.batch.summaries.summarizer import Summarizer
 from hycluster.client import AsyncClient
 from hycluster.core import Priority, Sampling
@@ -71,7 +71,7 @@ async def summarize_files(
             model=model,
             sampling=wish.sampling,
             settings=wish.settings,
-            whole=_whole,
+            whole=summary_messages,
             priority=wish.priority,
         )
         run = _Run(summarizer, model, wish.calls_at_once, progress)
@@ -150,7 +150,3 @@ async def _model(client: AsyncClient, wanted: str | None, address: str) -> str:
     if wanted is not None and wanted not in served:
         raise UnknownModel(wanted, served)
     return wanted or served[0]
-
-
-def _whole(text: str) -> Messages:
-    return [{"role": "user", "content": PRESETS["summarize"].format(text=text)}]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -17,6 +18,7 @@ import pyarrow as pa
 from hycluster.batch import run
 from hycluster.batch.generate import Generate
 from hycluster.batch.input.corpus import ShardPlan, read_shards, spans
+from hycluster.batch.input.tables import pack
 from hycluster.batch.job import Job
 from hycluster.batch.output import commit
 from hycluster.batch.output.record import ShardRecord
@@ -28,7 +30,7 @@ from tests.batch.stand_in import stand_in
 
 SPAN_BYTES = 30_000
 # The writes of a run, by what they write. The n-th of a kind is the one that kills.
-WRITES = ("_coordinator/", "_job.json", "part", "quarantine/", "_shards/", "_manifest.json", "_SUCCESS")
+WRITES = ("_coordinator/", "_job.json", "part", "_quarantine/", "_shards/", "_manifest.json", "_SUCCESS")
 WHEN = ("before", "amid", "after")
 # Not a write; the n-th file that --overwrite or the clean-up deletes.
 DELETION = "deletion"
@@ -61,7 +63,7 @@ def arm(kind: str, when: str, nth: int) -> None:
     def struck(path: str) -> bool:
         nonlocal seen
         folder, name = path.split("/")[-2:]
-        seen += f"{folder}/".startswith(kind) or (name.startswith(kind) and folder != "quarantine")
+        seen += f"{folder}/".startswith(kind) or (name.startswith(kind) and folder != "_quarantine")
         return seen == nth
 
     def wrapped(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -136,18 +138,20 @@ def _arm_manifest(when: str) -> None:
     patch.object(commit.OutputFolder, "finish", armed).start()
 
 
-def _generate_here(log: Path) -> Callable[..., None]:
-    def generate(job: Job, corpus: ShardPlan, output: commit.OutputFolder, connect: Any, *_: Any) -> None:
+def _generate_here(log: Path) -> Callable[..., float]:
+    def generate(job: Job, corpus: ShardPlan, output: commit.OutputFolder, connect: Any, *_: Any) -> float:
         done = output.done()
         pending = [shard for shard in corpus.shards() if shard.number not in done]
         log.write_text("".join(f"{shard.number}\n" for shard in pending))
         opened = partial(open_task, job, connect)
-        actor = Generate(output, opened, lambda *_: None, name=job.name, slots=job.rows_in_flight)
+        actor = Generate(output, opened, lambda *_: None, name=job.name)
 
         async def work() -> None:
             for span in spans(pending, SPAN_BYTES):
-                await actor(pa.concat_tables(read_shards(corpus.folder, span), promote_options="default"))
+                await actor(pa.concat_tables(map(pack, read_shards(corpus.folder, span))))
 
+        begun_s = time.monotonic()
         asyncio.run(work())
+        return time.monotonic() - begun_s
 
     return generate

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hycluster.batch.generate import split_answers
+from hycluster.batch.input.apart import footers_apart
 from hycluster.batch.input.corpus import REFUSAL, SHARD, Shard, plan_shards, read_shards, spans
 from hycluster.batch.job import Job
 from hycluster.batch.output.commit import OutputFolder
@@ -32,7 +33,13 @@ def answered(text: str | None) -> Answer | Refusal:
 
 def commit_all(job: Job, *, first: int | None = None, finish: bool = True, begun_at: float = 1000.0) -> Path:
     """Commit the first shards of a job, or all; shard n takes from ``begun_at + n`` to this moment."""
-    corpus = plan_shards(at(job.input.path), shard_rows=job.shard_rows, check=prompt_of(job).check)
+    corpus = plan_shards(
+        at(job.input.path),
+        shard_rows=job.shard_rows,
+        check=prompt_of(job).check,
+        read_footers=footers_apart,
+        snapshot=job.input.snapshot,
+    )
     output = OutputFolder(at(job.output.path))
     mine = identity(job, corpus)
     output.claim(mine)
@@ -41,7 +48,7 @@ def commit_all(job: Job, *, first: int | None = None, finish: bool = True, begun
     for span in spans(shards):
         for shard, table in zip(span, read_shards(corpus.folder, span), strict=True):
             marks = table[REFUSAL].to_pylist() if REFUSAL in table.schema.names else [None] * table.num_rows
-            texts = table["text"].to_pylist() if "text" in table.schema.names else [None] * table.num_rows
+            texts = table["text"].to_pylist() if table.schema.names.count("text") == 1 else [None] * table.num_rows
             answers = [Refusal(**mark) if mark else answered(text) for mark, text in zip(marks, texts, strict=True)]
             results, refused = split_answers(table.drop_columns([SHARD]), answers)
             row_id = f"{shard.file.path}#{shard.first_row}"

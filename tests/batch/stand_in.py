@@ -14,6 +14,7 @@ from typing import Any
 from hycluster.batch.task import Connect
 from hycluster.core import Generation, GenerationRequest, ModelCard, Output, Priority, Usage
 from hycluster.errors import InvalidInput, KillsReplicas, PromptTooLong, Unavailable
+from hycluster.gateway.bulk import FIXED_ROWS, BulkLane, BulkLanes
 
 
 class StandInGenerator:
@@ -29,6 +30,10 @@ class StandInGenerator:
         self.in_flight = 0
         self.most_in_flight = 0
         self.log = log
+        self.lanes = BulkLanes()
+
+    def lane(self, model: str, job: str, most: int | None = None, fixed: int = FIXED_ROWS) -> BulkLane:
+        return self.lanes.lane(job, most, fixed)
 
     async def models(self) -> list[ModelCard]:
         return [ModelCard("stand-in", self.context_tokens, 1)]

@@ -122,3 +122,47 @@ async def test_rows_that_failed_together_come_back_one_by_one_and_not_before_the
     await asyncio.gather(*(ask("x", told_to_wait(0.4)) for _ in range(20)))
     assert min(back_s) >= 0.1
     assert max(back_s) - min(back_s) > 0.15
+
+
+async def test_time_in_which_engines_were_busy_for_others_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s, parked_until_s = 0.0, -1.0
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now_s))
+    ask = Asker(retry_s=10, alive_s=lambda: parked_until_s)
+    calls = 0
+
+    async def parked_and_lost() -> str:
+        """Lost, an hour behind online requests on another replica, lost there too, and answered by the third."""
+        nonlocal now_s, calls, parked_until_s
+        calls += 1
+        if calls == 2:
+            now_s += 3600
+            parked_until_s = now_s - 1
+        if calls < 3:
+            raise ReplicaLost("lost")
+        return "fine"
+
+    assert await ask("row", parked_and_lost) == "fine"
+
+    async def gone() -> str:
+        nonlocal now_s
+        now_s += 6
+        raise Unavailable("down")
+
+    with pytest.raises(JobFailed, match="no engine could serve it for 10 s"):
+        await ask("row", gone)
+
+
+async def test_a_call_that_is_cancelled_is_not_made_again() -> None:
+    calls = 0
+
+    async def hangs() -> None:
+        nonlocal calls
+        calls += 1
+        await asyncio.Event().wait()
+
+    asking = asyncio.create_task(Asker(60)("x", hangs))
+    await asyncio.sleep(0.01)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(asking, 5)
+    assert calls == 1

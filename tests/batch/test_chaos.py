@@ -95,7 +95,7 @@ def contents(output: str) -> tuple[list[Any], list[Any]]:
     files = listing(output)
     assert files["_SUCCESS"] == b""
     manifest = json.loads(files["_manifest.json"])
-    expected = {"_SUCCESS", "_manifest.json", "_job.json", "report.json", "report.html"}
+    expected = {"_SUCCESS", "_manifest.json", "_job.json", "_report.json", "_report.html"}
     rows: tuple[list[Any], list[Any]] = ([], [])
     edition = json.loads(files["_job.json"])["edition"]
     for position, shard in enumerate(manifest["shards"]):
@@ -129,7 +129,7 @@ def drop_lease(output: Path) -> None:
 
 
 def crash_and_resume(drivers: Drivers, job: Job, kind: str, when: str) -> None:
-    nth = 9 if kind in ("part", "quarantine/", "_shards/") else 1
+    nth = 9 if kind in ("part", "_quarantine/", "_shards/") else 1
     begun = drivers.run(job, kind, when, nth)
     files = listing(job.output.path)
     assert ("_SUCCESS" in files) == ((kind, when) == ("_SUCCESS", "after"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
@@ -16,6 +17,7 @@ import pytest
 from hycluster.batch import run
 from hycluster.batch.generate import Generate
 from hycluster.batch.input.corpus import ShardPlan, read_shards, spans
+from hycluster.batch.input.tables import pack
 from hycluster.batch.job import Job
 from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.verify import verify_output
@@ -90,18 +92,20 @@ class Engines:
             replica.close()
 
 
-def generate_here(job: Job, corpus: ShardPlan, output: OutputFolder, connect: Any, *_: Any) -> None:
+def generate_here(job: Job, corpus: ShardPlan, output: OutputFolder, connect: Any, *_: Any) -> float:
     """The job's middle without Ray."""
-    actor = Generate(output, partial(open_task, job, connect), lambda *_: None, name=job.name, slots=job.rows_in_flight)
+    actor = Generate(output, partial(open_task, job, connect), lambda *_: None, name=job.name)
 
     async def work() -> None:
         async with connect.opened() as generator:
             connect.generator = generator
             async with asyncio.TaskGroup() as group:
                 for span in spans(corpus.shards(), 60_000):
-                    group.create_task(actor(pa.concat_tables(read_shards(corpus.folder, span))))
+                    group.create_task(actor(pa.concat_tables(map(pack, read_shards(corpus.folder, span)))))
 
+    begun_s = time.monotonic()
     asyncio.run(work())
+    return time.monotonic() - begun_s
 
 
 class Connection:

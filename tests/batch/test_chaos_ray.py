@@ -17,7 +17,7 @@ __all__ = ["processes", "texts", "undisturbed"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
-AT_EVERY_WRITE = [(kind, when) for kind in ("part", "quarantine/", "_shards/") for when in ("before", "amid", "after")]
+AT_EVERY_WRITE = [(kind, when) for kind in ("part", "_quarantine/", "_shards/") for when in ("before", "amid", "after")]
 
 
 class Cluster:
@@ -119,7 +119,7 @@ def test_workers_and_drivers_killed_in_turn(cluster: Cluster, texts: Path, undis
     # Two workers die, then the driver while the third one is at work; Ray ends that one in its own time.
     cluster.run(job, (HEARD, "", 1))
     # Begins at once, whoever is still there.
-    cluster.kill_workers(("_shards/", "before", 1), ("quarantine/", "after", 1))
+    cluster.kill_workers(("_shards/", "before", 1), ("_quarantine/", "after", 1))
     cluster.run(job, ("_manifest.json", "amid", 1))
     cluster.run(job, ("_SUCCESS", "before", 1))
     cluster.run(job)

@@ -116,6 +116,18 @@ def test_errors_become_exit_codes(monkeypatch: pytest.MonkeyPatch, error: Hyclus
     assert result.stderr == "error: x\n"
 
 
+def test_ctrl_c_says_what_is_lost(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(job: Job, **_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "run_job", interrupted)
+    out = commit_all(make_job(), first=2, finish=False)
+    begun, new = invoke(JOB, "--input", "i", "--output", str(out)), invoke(JOB, "--input", "i", "--output", "o")
+    assert (begun.exit_code, new.exit_code) == (130, 130)
+    assert begun.stderr.startswith("stopped; 4 of 12 rows are committed, 0 more were answered: those of the last half")
+    assert new.stderr == "stopped; nothing was committed and nothing is lost, the same command begins anew\n"
+
+
 def test_verify_says_one_line_or_a_line_a_fault(make_job: MakeJob, corpus: Path, tmp_path: Path) -> None:
     out = commit_all(make_job())
     right = CliRunner().invoke(app, ["verify", str(out), "--input", str(corpus)])
@@ -138,13 +150,13 @@ def test_status_and_report_read_an_output(make_job: MakeJob, tmp_path: Path) -> 
     for args, code, said in (
         (["status", str(out)], 0, "shards 2/7, rows 4/12"),
         (["status", str(out), "--json"], 0, '"shards_done": 2'),
-        (["report", str(out)], 0, f"{out}/report.html\n"),
+        (["report", str(out)], 0, f"{out}/_report.html\n"),
         (["status", str(tmp_path / "no")], 2, "holds no output of a job"),
         (["report", str(tmp_path / "no")], 2, "holds no output of a job"),
     ):
         result = CliRunner().invoke(app, args)
         assert (result.exit_code, said in result.output) == (code, True), result.output
-    assert (out / "report.json").exists()
+    assert (out / "_report.json").exists()
 
 
 @pytest.mark.parametrize("command", [["verify", "--input", "in"], ["status"]])

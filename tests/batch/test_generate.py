@@ -13,15 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from hycluster.batch import ask as module
-from hycluster.batch import generate
+from hycluster.batch import generate, kept
 from hycluster.batch.generate import Generate
 from hycluster.batch.input.corpus import REFUSAL, REFUSAL_TYPE, ROW_ID, SHARD
+from hycluster.batch.input.tables import pack
 from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.record import Totals
 from hycluster.batch.progress.terminal import RunProgress
-from hycluster.batch.prompts import prompt_of
+from hycluster.batch.prompts import TemplatePrompt, prompt_of
 from hycluster.batch.task import open_task
-from hycluster.core import Generation, GenerationRequest
+from hycluster.core import ColocationLoad, Generation, GenerationRequest, ReplicaLoad
 from hycluster.errors import (
     HyclusterError,
     JobFailed,
@@ -31,6 +32,7 @@ from hycluster.errors import (
     Unavailable,
     UnknownModel,
 )
+from hycluster.gateway.bulk import RESERVE_ROWS, BulkLanes, EngineRoom
 from tests.batch.conftest import MakeJob, broken_utf8
 from tests.batch.stand_in import StandInGenerator
 from tests.located import at
@@ -73,12 +75,21 @@ class Run:
             partial(open_task, job, connect),
             lambda process, progress: self.reports.append(progress),
             name=job.name,
-            slots=job.rows_in_flight,
+            keep=True,
         )
 
     async def __call__(self, table: pa.Table) -> list[dict[str, Any]]:
-        records = await self.stage(table)
+        numbers = table.column(SHARD).to_pylist()
+        starts = [row for row in range(len(numbers)) if not row or numbers[row] != numbers[row - 1]]
+        ends = [*starts[1:], len(numbers)]
+        block = pa.concat_tables(pack(table.slice(a, b - a)) for a, b in zip(starts, ends, strict=True))
+        records = await self.stage(block)
         return [json.loads(text) for text in records.column("record").to_pylist()]
+
+    async def close(self) -> None:
+        """What the end of its process does for it: whose task is collected within another's loop is heard of there."""
+        if self.stage._opened is not None:
+            await self.stage._opened.__aexit__(None, None, None)
 
     def rows(self, records: list[dict[str, Any]], kind: str = "part") -> list[dict[str, Any]]:
         tables = [pq.read_table(self.folder / record[kind]["path"]) for record in records if record[kind]]
@@ -91,6 +102,9 @@ class Failing:
     def __init__(self, *errors: Exception) -> None:
         self.errors = list(errors)
         self.calls = 0
+        self.lanes = BulkLanes()
+
+    lane = StandInGenerator.lane
 
     async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
         self.calls += 1
@@ -213,7 +227,7 @@ async def test_shedding_is_waited_out_for_as_long_as_it_takes(make_job: MakeJob,
         (Unavailable("down"), JobFailed, "row test-f.parquet#0: no engine could serve it for 0 s: down"),
         (UnknownModel("m", ["other"]), SettingsError, "model: 'm' is not served here"),
         (Unauthenticated("who?"), SettingsError, "who?"),
-        (KeyError("bug"), JobFailed, "KeyError: 'bug'"),
+        (KeyError("bug"), JobFailed, "no engine could serve it for 0 s: KeyError: 'bug'"),
     ],
 )
 async def test_other_failures_end_the_job_and_commit_nothing(
@@ -225,6 +239,64 @@ async def test_other_failures_end_the_job_and_commit_nothing(
     assert not list((tmp_path / "out").rglob("*.parquet"))
 
 
+class Tripped(StandInGenerator):
+    """Trips over one text, each time that it is asked; with an error that says nothing of whose it is."""
+
+    async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
+        assert request.messages is not None
+        if "odd" in request.messages[-1]["content"]:
+            raise AssertionError("unexpected")
+        await asyncio.sleep(0.01)
+        return await super().generate(request)
+
+
+async def test_a_row_that_trips_the_engines_front_up_is_quarantined_while_others_are_answered(
+    make_job: MakeJob, tmp_path: Path
+) -> None:
+    run = Run(make_job, Tripped(), tmp_path / "out", retry_s=60, rows_in_flight=2)
+    records = await run(block(["odd", *["fine"] * 30], shard_rows=31))
+    assert len(run.rows(records)) == 30
+    (row,) = run.rows(records, "quarantine")
+    assert (row["id"], row["error_type"]) == (0, "Refused")
+    assert row["error_message"].startswith("AssertionError: unexpected, ")
+
+
+@pytest.mark.parametrize("error", [AssertionError("no such part"), KeyError("role"), RecursionError("deep")])
+async def test_a_row_whose_question_cannot_be_made_is_quarantined(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    run = Run(make_job, StandInGenerator(), tmp_path / "out")
+    made = TemplatePrompt.messages
+
+    def trips(self: TemplatePrompt, row: Any) -> Any:
+        if row["text"] == "odd":
+            raise error
+        return made(self, row)
+
+    monkeypatch.setattr(TemplatePrompt, "messages", trips)
+    records = await run(block(["odd", "fine"]))
+    assert [row["output"] for row in run.rows(records)] == ["FINE"]
+    (row,) = run.rows(records, "quarantine")
+    assert row["error_message"] == f"{type(error).__name__}: {error}"
+
+
+async def test_numbers_read_as_short_as_their_type_makes_them(make_job: MakeJob, tmp_path: Path) -> None:
+    run = Run(make_job, StandInGenerator(), tmp_path / "out", prompt="{n} {f}", input={"path": "x"})
+    table = block(["a", "b"]).append_column("f", pa.array([0.1, 3e20], pa.float32()))
+    table = table.append_column("n", pa.array([0.1, 2.5], pa.float64()))
+    assert [row["output"] for row in run.rows(await run(table))] == ["0.1 0.1", "2.5 3E+20"]
+
+
+async def test_a_time_zone_that_nobody_knows_is_the_rows_fault(make_job: MakeJob, tmp_path: Path) -> None:
+    run = Run(make_job, StandInGenerator(), tmp_path / "out", prompt="{when}", input={"path": "x"})
+    table = block(["a"]).append_column("when", pa.array([0], pa.timestamp("us", tz="Mars/Olympus")))
+    (record,) = await run(table)
+    kept = pq.read_table(tmp_path / "out" / record["quarantine"]["path"], columns=["error_type", "error_message"])
+    ((kind, message),) = [tuple(row.values()) for row in kept.to_pylist()]
+    assert kind == "WrongType"
+    assert "Mars/Olympus" in message
+
+
 async def test_a_shard_that_is_committed_is_not_generated_again(make_job: MakeJob, tmp_path: Path) -> None:
     generator = Failing()
     run = Run(make_job, generator, tmp_path / "out")
@@ -234,16 +306,61 @@ async def test_a_shard_that_is_committed_is_not_generated_again(make_job: MakeJo
     assert generator.calls == 4
 
 
+async def test_what_was_answered_is_not_asked_again_after_a_failure(make_job: MakeJob, tmp_path: Path) -> None:
+    texts: list[str | None] = [*(f"row {n}" for n in range(20)), "refuse", f"die {tmp_path}"]
+    # Long enough for all others to be answered before the job gives up.
+    run = Run(make_job, first := Watched(), tmp_path / "out", rows_in_flight=30, retry_s=0.3)
+    with pytest.raises(JobFailed, match="the stand-in is down"):
+        await run(block(texts, shard_rows=22))
+    await run.close()
+    assert len(list((tmp_path / "out" / "_answers").iterdir())) == 1
+    texts[-1] = f"die {tmp_path / 'up again'}"
+    again = Run(make_job, second := Watched(), tmp_path / "out", rows_in_flight=30)
+    records = await again(block(texts, shard_rows=22))
+    assert [row["id"] for row in again.rows(records)] == [*range(20), 21]
+    assert [row["error_type"] for row in again.rows(records, "quarantine")] == ["Refused"]
+    answered = first.answered - {"test-f.parquet#21"}
+    assert len(answered) == 20
+    assert not answered & second.asked.keys()
+    OutputFolder(at(tmp_path / "out")).finish({}, {})
+    assert list((tmp_path / "out" / "_answers").iterdir()) == []
+
+
+async def test_answers_are_kept_while_a_shard_is_in_work(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "REPORT_EVERY_S", 0.005)
+    monkeypatch.setattr(kept, "KEEP_EVERY_S", 0.01)
+    down = tmp_path / "down"
+    down.touch()
+    run = Run(make_job, StandInGenerator(), tmp_path / "out", retry_s=60)
+    running = asyncio.create_task(run(block(["one", f"die {down}", "two"], shard_rows=3)))
+    async with asyncio.timeout(20):
+        while not (found := list((tmp_path / "out").glob("_answers/*.json"))):  # noqa: ASYNC110 - looks from outside
+            await asyncio.sleep(0.01)
+    assert not list((tmp_path / "out").glob("part-*"))
+    held = json.loads(found[0].read_text())
+    assert held.keys() <= {"f.parquet#0", "f.parquet#2"}
+    down.unlink()
+    await running
+    found[0].write_text("{")
+    # What is damaged is asked again.
+    assert len(await Run(make_job, StandInGenerator(), tmp_path / "out")(block(["one"]).slice(0, 1))) == 1
+
+
 class Watched(StandInGenerator):
     """Keeps the requests by their id."""
 
     def __init__(self) -> None:
         super().__init__(context_tokens=200)
         self.asked: dict[str | None, GenerationRequest] = {}
+        self.answered: set[str | None] = set()
 
     async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
         self.asked[request.request_id] = request
-        return await super().generate(request)
+        answer = await super().generate(request)
+        self.answered.add(request.request_id)
+        return answer
 
 
 LONG = " ".join(f"word{n}." for n in range(2000))
@@ -289,3 +406,69 @@ async def test_a_context_too_small_for_the_job_ends_it(make_job: MakeJob, tmp_pa
     run = Run(make_job, Watched(), tmp_path / "out", summary={"part_tokens": 500}, **SUMMARIZE)
     with pytest.raises(SettingsError, match=r"^summary.part_tokens: 500 is not allowed; must be at most 1\d\d"):
         await run(block([LONG]))
+
+
+class Recording(StandInGenerator):
+    """Keeps the order of the requests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order: list[str] = []
+
+    async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
+        assert request.request_id is not None
+        self.order.append(request.request_id.rpartition("#")[2])
+        return await super().generate(request)
+
+
+async def test_rows_about_one_document_are_asked_together_and_written_in_their_order(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "ORDERED_ROWS", 6)
+    generator = Recording()
+    run = Run(make_job, generator, tmp_path / "out", rows_in_flight=1)
+    documents = [f"{letter} " * 400 for letter in "ab"]
+    texts: list[str | None] = [f"{documents[n % 2]} question {n}" for n in range(12)]
+    texts[3] = None
+    records = await run(block(texts, shard_rows=3))
+    # Six rows are looked at together. The one that can't be asked has no beginning.
+    assert generator.order == ["0", "2", "4", "1", "5", "6", "8", "10", "7", "9", "11"]
+    assert [row["id"] for row in run.rows(records)] == [n for n in range(12) if n != 3]
+    assert [row["text"] for row in run.rows(records)] == [text for text in texts if text]
+    assert [record["shard"] for record in records] == [0, 1, 2, 3]
+
+
+async def test_rows_that_have_nothing_in_common_are_asked_in_their_order(make_job: MakeJob, tmp_path: Path) -> None:
+    generator = Recording()
+    run = Run(make_job, generator, tmp_path / "out", rows_in_flight=1)
+    await run(block([f"row {n}" for n in range(9, 0, -1)]))
+    assert generator.order == [str(n) for n in range(9)]
+
+
+async def test_rows_in_flight_follow_what_the_engines_have_room_for(make_job: MakeJob, tmp_path: Path) -> None:
+    generator = StandInGenerator()
+    engine = EngineRoom()
+    slots = ColocationLoad(bulk_running=3)
+    engine.note(ReplicaLoad(running=3, most_running=3, colocation=slots), 0, 0.0)
+    generator.lanes.hear([engine], {})
+    run = Run(make_job, generator, tmp_path / "out")
+    await run(block([f"row {n}" for n in range(60)]))
+    assert generator.most_in_flight == 3 + RESERVE_ROWS
+
+
+async def test_a_job_that_the_engines_have_no_time_for_says_so(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "REPORT_EVERY_S", 0.005)
+
+    class Busy(StandInGenerator):
+        async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
+            self.lanes.starved = True
+            await asyncio.sleep(0.05)
+            self.lanes.starved = False
+            return await super().generate(request)
+
+    run = Run(make_job, Busy(), tmp_path / "out", rows_in_flight=2)
+    await run(block(["a", "b", "c"]))
+    assert any(said.waiting and said.parked == said.in_flight == 2 for said in run.reports)
+    assert not run.reports[-1].waiting

@@ -50,6 +50,15 @@ def test_options_replace_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "prompt", ["Answer with a C # program: {text}", "two\nlines {text}", "{text}", "Question: {text}", "'{text}' 😀"]
+)
+def test_a_prompt_is_set_as_it_stands(tmp_path: Path, prompt: str) -> None:
+    path = write_job(tmp_path, task="generate", prompt="'{text}'")
+    job = load_job(path, [f"prompt={prompt}", "model=1.0", "sampling.stop=['# no']"], input_path="in/😀 # 1")
+    assert (job.prompt, job.model, job.input.path, job.sampling.stop) == (prompt, "1.0", "in/😀 # 1", ("# no",))
+
+
+@pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"shards": "3"}, "shards: unknown key.*shard_rows"),

@@ -194,12 +194,16 @@ def test_an_output_that_nobody_agrees_to_lose_stays(make_job: MakeJob) -> None:
 def test_too_many_quarantined_rows_end_the_job_until_the_limit_is_raised(make_job: MakeJob, corpus: Path) -> None:
     write_texts(corpus / "c.parquet", ["fine", None, "refuse"])
     job = make_job(max_quarantined_fraction=0.1)
-    with pytest.raises(TooManyQuarantined, match=r"2 of 15 rows are quarantined, more than 0.1 .*/out/quarantine$"):
+    said = r"2 of 15 rows .* more than 0.1 of them; see .*/out/_quarantine\. .* --set max_quarantined_fraction=0\.\d+$"
+    with pytest.raises(TooManyQuarantined, match=said):
         run_job(job, engines=engines())
     assert not (Path(job.output.path) / "_SUCCESS").exists()
+    assert "state ended: max_quarantined_fraction: 2 of 15 rows" in Watcher(at(job.output.path)).look().line()
+    report = json.loads((Path(job.output.path) / "_report.json").read_text())
+    assert report["quarantine_reasons"] == {"NullValue": 1, "Refused": 1}
     job = make_job(max_quarantined_fraction=0.2)
     run_job(job, engines=engines())
-    quarantined = pq.read_table(Path(job.output.path) / "quarantine").to_pylist()
+    quarantined = pq.read_table(Path(job.output.path) / "_quarantine").to_pylist()
     assert {row["row_id"]: row["error_message"] for row in quarantined} == {
         "c.parquet#1": "text: is null",
         "c.parquet#2": "prompt: refused by the stand-in",
@@ -250,7 +254,7 @@ def test_every_kind_of_bad_row_and_file_is_quarantined_with_its_reason(
     run_job(make_job(retry_s=30, max_quarantined_fraction=lost / rows), engines=engines())
 
     found: dict[str, Any] = {}
-    for path in (out / "quarantine").glob("*.parquet"):
+    for path in (out / "_quarantine").glob("*.parquet"):
         table = pq.read_table(path)
         if "text" in table.schema.names and pa.types.is_string(table.schema.field("text").type):
             table = table.set_column(table.schema.get_field_index("text"), "text", table["text"].cast(pa.binary()))
@@ -267,7 +271,7 @@ def test_every_kind_of_bad_row_and_file_is_quarantined_with_its_reason(
     assert not (out / "_progress.json").exists()
     assert verify_output(at(job.output.path), at(job.input.path)).faults == []
     reasons = Counter(bad.values())
-    assert json.loads((out / "report.json").read_text())["quarantine_reasons"] == reasons
+    assert json.loads((out / "_report.json").read_text())["quarantine_reasons"] == reasons
     write_texts(corpus / "0-broken.parquet", ["readable now"])
     (fault,) = verify_output(at(job.output.path), at(job.input.path)).faults
     assert "is not what the job ran on" in fault
@@ -279,7 +283,7 @@ def test_a_large_file_that_cannot_be_read_ends_the_job(make_job: MakeJob, corpus
     with pytest.raises(TooManyQuarantined, match=r"such as z.parquet"):
         run_job(job, engines=engines())
     out = Path(job.output.path)
-    (kept,) = (out / "quarantine").glob("*.parquet")
+    (kept,) = (out / "_quarantine").glob("*.parquet")
     assert pq.read_table(kept).column("row_id").to_pylist() == ["z.parquet"]
     assert not (out / "_SUCCESS").exists()
 
@@ -384,12 +388,12 @@ def test_a_finished_job_has_its_report_and_can_be_verified(make_job: MakeJob, co
     run_job(job, engines=engines())
     assert verify_output(at(job.output.path), at(job.input.path)).faults == []
     out = Path(job.output.path)
-    report = json.loads((out / "report.json").read_text())
+    report = json.loads((out / "_report.json").read_text())
     assert report["totals"] == json.loads((out / "_manifest.json").read_text())["totals"]
     assert report["quarantine_reasons"] == {"NullValue": 1, "Refused": 1}
     assert report["busy_s"] > 0
-    assert "Rows over time" in (out / "report.html").read_text()
-    assert (out / "report.html").stat().st_mtime_ns <= (out / "_SUCCESS").stat().st_mtime_ns
+    assert "Rows over time" in (out / "_report.html").read_text()
+    assert (out / "_report.html").stat().st_mtime_ns <= (out / "_SUCCESS").stat().st_mtime_ns
 
 
 def test_fifty_long_documents_become_a_summary_each(make_job: MakeJob, tmp_path: Path) -> None:

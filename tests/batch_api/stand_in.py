@@ -14,9 +14,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from hycluster.batch_api.lines import BatchEngines
 from hycluster.batch_api.records import Batch, new_record_id
 from hycluster.batch_api.store import Store
 from hycluster.errors import HyclusterError, KillsReplicas
+from hycluster.gateway.bulk import BulkLanes
 from hycluster.ingress.errors import answer_error
 
 ENDPOINT = "/v1/chat/completions"
@@ -69,13 +71,14 @@ class StandIn:
         self.delay_s = 0.0
         self.aborted: set[str] = set()
         self.most_at_once = self._now = 0
+        self.lanes = BulkLanes()
         self.app = Starlette(
             routes=[Route(ENDPOINT, self._answer, methods=["POST"])],
             exception_handlers={HyclusterError: answer_error},
         )
 
-    async def connect(self) -> Starlette:
-        return self.app
+    async def connect(self) -> BatchEngines:
+        return BatchEngines(self.app, lambda model, batch: self.lanes.lane(batch))
 
     async def _answer(self, request: Request) -> Response:
         body = await request.json()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 from collections.abc import AsyncIterator
@@ -63,7 +62,7 @@ async def test_a_batch_from_upload_to_download(client: openai.AsyncOpenAI, store
     batch = await created(client, jsonl(6), metadata={"team": "a"})
     assert (batch.status, batch.object, batch.metadata) == ("validating", "batch", {"team": "a"})
     assert batch.expires_at == batch.created_at + 86400
-    await Runner(store, settings, api.connect, asyncio.Semaphore(8)).run(batch.id)
+    await Runner(store, settings, api.connect).run(batch.id)
     done = await client.batches.retrieve(batch.id)
     assert (done.status, done.model) == ("completed", "m")
     assert done.request_counts is not None

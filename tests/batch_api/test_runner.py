@@ -11,17 +11,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from starlette.types import ASGIApp
 
 from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.lease import Lease
 from hycluster.batch_api import runner as runner_module
 from hycluster.batch_api.executor import StoreWatch
-from hycluster.batch_api.records import Batch, State
+from hycluster.batch_api.lines import BatchEngines
+from hycluster.batch_api.records import Batch, State, batch_object
 from hycluster.batch_api.runner import Runner
 from hycluster.batch_api.store import Store
-from hycluster.core import Priority
+from hycluster.core import ColocationLoad, Priority, ReplicaLoad
 from hycluster.errors import JobFailed, NotFound
+from hycluster.gateway.bulk import FIXED_ROWS, RESERVE_ROWS, EngineRoom
 from hycluster.settings.ingress import Batches
 from tests.batch_api.stand_in import StandIn, jsonl, line, lines_of, submit
 from tests.object_store import ObjectStore
@@ -35,7 +36,7 @@ def api() -> StandIn:
 
 
 def runner(store: Store, settings: Batches, api: StandIn) -> Runner:
-    return Runner(store, settings, api.connect, asyncio.Semaphore(settings.lines_in_flight))
+    return Runner(store, settings, api.connect)
 
 
 async def until(check: Any, timeout_s: float = 10) -> None:
@@ -76,7 +77,7 @@ async def test_all_lines_are_answered_in_order(store: Store, settings: Batches, 
     # Nothing of the work is left.
     assert store.open_batches() == []
     assert not worked(store, batch)
-    assert api.most_at_once <= settings.lines_in_flight
+    assert api.most_at_once <= (settings.lines_in_flight or 0)
 
 
 async def test_a_line_can_not_raise_its_priority(store: Store, settings: Batches, api: StandIn) -> None:
@@ -173,13 +174,97 @@ async def test_cancel_keeps_what_is_answered(store: Store, settings: Batches, ap
     assert set(api.asked) - set(api.aborted) <= {f"p{name[1:]}" for name in ids(out)}
 
 
+def reported(api: StandIn, running: int, slots: int) -> EngineRoom:
+    """An engine that has said this of itself."""
+    engine = EngineRoom()
+    load = ReplicaLoad(running=running, most_running=slots, colocation=ColocationLoad(bulk_running=running))
+    engine.note(load, running, 0.0)
+    api.lanes.hear([engine], {})
+    return engine
+
+
+@pytest.fixture
+def followed(settings: Batches) -> Batches:
+    """Lines in flight are what engines have room for."""
+    return settings.model_copy(update={"lines_in_flight": None})
+
+
+async def test_lines_in_flight_follow_what_the_engines_have_room_for(
+    store: Store, followed: Batches, api: StandIn
+) -> None:
+    reported(api, 10, 10)
+    batch = submit(store, jsonl(100))
+    await runner(store, followed, api).run(batch.id)
+    assert (store.state(batch.id).completed, api.most_at_once) == (100, 10 + RESERVE_ROWS)
+
+
+async def test_without_reports_they_are_as_many_as_ever(store: Store, followed: Batches, api: StandIn) -> None:
+    api.held = {f"p{n}" for n in range(600)}
+    batch = submit(store, jsonl(600))
+    running = asyncio.create_task(runner(store, followed, api).run(batch.id))
+    await until(lambda: len(api.asked) == FIXED_ROWS)
+    await asyncio.sleep(0.1)
+    assert len(api.asked) == FIXED_ROWS
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+
+
+async def test_batches_share_what_the_engines_have_room_for(store: Store, followed: Batches, api: StandIn) -> None:
+    reported(api, 8, 8)
+    api.delay_s = 0.02
+    first, second = submit(store, jsonl(400)), submit(store, jsonl(400, user="second"))
+    one = runner(store, followed, api)
+    running = [asyncio.create_task(one.run(batch.id)) for batch in (first, second)]
+    await until(lambda: all(store.state(batch.id).completed > 60 for batch in (first, second)), 30)
+    done = [store.state(batch.id).completed for batch in (first, second)]
+    assert abs(done[0] - done[1]) < 100
+    for each in running:
+        each.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+
+
+async def test_a_batch_that_would_miss_its_window_goes_first(
+    store: Store, followed: Batches, api: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported(api, 8, 8)
+    api.delay_s = 0.02
+    monkeypatch.setattr("hycluster.batch_api.lateness.LEAST_S", 0.1)
+    calm, hurried = submit(store, jsonl(1000)), submit(store, jsonl(1000, user="hurried"), window_s=4)
+    one = runner(store, followed, api)
+    running = [asyncio.create_task(one.run(batch.id)) for batch in (calm, hurried)]
+    await until(lambda: store.state(hurried.id).completed > 200, 30)
+    done = [store.state(batch.id).completed for batch in (calm, hurried)]
+    assert done[0] < done[1] / 3, done
+    for each in running:
+        each.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+
+
+async def test_a_batch_that_the_engines_have_no_time_for_says_so(store: Store, settings: Batches, api: StandIn) -> None:
+    api.held = {"p1"}
+    batch = submit(store, jsonl(4))
+    running = asyncio.create_task(runner(store, settings, api).run(batch.id))
+    await until(lambda: api.asked["p1"])
+    api.lanes.starved = True
+    await until(lambda: store.state(batch.id).waiting)
+    told = batch_object(batch, store.state(batch.id), None)
+    assert (told["status"], told["waiting"]) == ("in_progress", "online traffic")
+    api.lanes.starved = False
+    await until(lambda: not store.state(batch.id).waiting)
+    assert "waiting" not in batch_object(batch, store.state(batch.id), None)
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+
+
 async def test_cancel_needs_no_engine(store: Store, settings: Batches, api: StandIn) -> None:
-    async def never() -> ASGIApp:
+    async def never() -> BatchEngines:
         await asyncio.sleep(3600)
-        return api.app
+        return await api.connect()
 
     batch = submit(store, jsonl(10))
-    waiting = Runner(store, settings, never, asyncio.Semaphore(8))
+    waiting = Runner(store, settings, never)
     running = asyncio.create_task(waiting.run(batch.id))
     await until(lambda: store.state(batch.id).status == "in_progress")
     store.cancel(batch.id)

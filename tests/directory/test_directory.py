@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from hycluster.adapters import AdapterEntry
-from hycluster.core import ReplicaAddress, ReplicaLoad
+from hycluster.core import BulkDemand, ReplicaAddress, ReplicaLoad
 from hycluster.directory import directory
 from hycluster.directory.autoscaling import PoolLoad, Scaling
 from hycluster.directory.directory import FORGET_AFTER_S, Demand, Directory, PoolView, ReplicaReport
@@ -117,6 +117,16 @@ def test_what_a_silent_gateway_had_outstanding_is_forgotten(clock: Clock) -> Non
     there.report(MODEL, report("a"))
     (only,) = there.sync(MODEL.name, "g", {"a": 1}).replicas
     assert only.load.outstanding_tokens == {"g": 1}
+
+
+def test_what_jobs_want_is_told_to_all_gateways_for_as_long_as_they_say_it(clock: Clock) -> None:
+    there = Directory()
+    there.report(MODEL, report("a"))
+    wants = {"job": BulkDemand(3, more=True)}
+    assert there.sync("m", "g", {}, bulk=wants).bulk == {"g": wants}
+    assert there.sync("m", "h", {}).bulk == {"g": wants}
+    clock.now += FORGET_AFTER_S + 0.1
+    assert there.sync("m", "h", {}).bulk == {}
 
 
 def test_who_looks_sees_what_gateways_hear_and_is_none_of_them(clock: Clock) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,3 +92,30 @@ def test_models_without_experts(tiny_model: Path, parallel: Parallel, place: Gro
     with pytest.raises(SettingsError) as caught:
         config(tiny_model, parallel, place)
     assert caught.value.message == f"models: m: {says}"
+
+
+def test_a_model_that_takes_media_is_told_where_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By stand-ins for vLLM's ``ModelConfig``: there is no such model that is small; the last is a real one."""
+    from hycluster.engine.vllm import check_media
+
+    monkeypatch.delenv("VLLM_MEDIA_URL_ALLOW_REDIRECTS", raising=False)
+    nothing: tuple[list[str] | None, ...] = (None, [])
+    for none in nothing:
+        asked = SimpleNamespace(supports_multimodal_inputs=True, allowed_media_domains=none)
+        with pytest.raises(SettingsError, match=r"^models: m: engine\.allowed_media_domains: must be set"):
+            check_media("m", asked)
+    check_media("m", SimpleNamespace(supports_multimodal_inputs=True, allowed_media_domains=["media.example.org"]))
+    assert os.environ["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "0"
+
+
+def test_what_a_model_takes_is_where_it_is_looked_for(eight_experts: Path) -> None:
+    model_config = config(eight_experts, Parallel()).model_config
+    assert (model_config.supports_multimodal_inputs, model_config.allowed_media_domains) == (False, None)
+
+
+def test_a_reasoning_parser_reaches_the_engine(eight_experts: Path) -> None:
+    """Else what an output is to look like is asked of the reasoning, and there is no answer behind it."""
+    from hycluster.engine.vllm import engine_config
+
+    model = Model(name="m", source=str(eight_experts), api={"reasoning_parser": "qwen3"}, engine={"max_model_len": 256})
+    assert engine_config(model, str(eight_experts)).structured_outputs_config.reasoning_parser == "qwen3"

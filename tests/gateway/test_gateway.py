@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+import resource
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,13 +40,15 @@ class Served:
         self.gateway = gateway
         self.replicas = replicas
 
-    async def generate(self, request_id: str = "r", **sampling: Any) -> AsyncGenerator[RequestOutput, None]:
+    async def generate(
+        self, request_id: str = "r", priority: int = 0, **sampling: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Every output of one request; end of sequence is ignored, as ``predicted`` does."""
         from vllm.sampling_params import SamplingParams
 
         params = SamplingParams(**({"max_tokens": 20, "ignore_eos": True, "temperature": 0} | sampling))
         (prompt,) = await self.gateway.renderer.render_cmpl_async([{"prompt_token_ids": PROMPT}])
-        async with contextlib.aclosing(self.gateway.generate(prompt, params, request_id)) as outputs:
+        async with contextlib.aclosing(self.gateway.generate(prompt, params, request_id, priority=priority)) as outputs:
             async for output in outputs:
                 yield output
 
@@ -209,6 +212,11 @@ async def test_retry_after_is_true(opened: Open) -> None:
         ({"n": 4}, "at most 3"),
         ({"stop": ["\ud800"]}, "can't be sent to an engine"),
         ({"extra_args": {"hycluster_migrated": [1]}}, "hycluster_migrated"),
+        ({"extra_args": {"kv_transfer_params": "x"}}, r"^kv_transfer_params: is not allowed"),
+        ({"extra_args": {"ec_transfer_params": {"host": "x"}}}, r"^ec_transfer_params: is not allowed"),
+        ({"bad_words": ["a", "\ud800"]}, r"^bad_words\[1\]: .* is not allowed; must be text"),
+        ({"priority": -(2**63)}, r"^priority: -9223372036854775808 is not allowed; must be 0"),
+        ({"priority": 2**63}, r"^priority: "),
         ({"structured_outputs": {"choice": ["a" * 100] * 1000}}, r"structured_outputs\.choice: is 104000 bytes"),
     ],
 )
@@ -225,6 +233,64 @@ async def test_what_is_refused_leaves_nothing_behind(opened: Open, n: int, sampl
         assert served.gateway.engine_core.outstanding == {"r0": 0}
         assert not served.gateway.output_processor.has_unfinished_requests()
         assert (await served.last()).finished
+
+
+HOSTILE_OUTPUTS: list[dict[str, Any]] = [
+    # 150 bytes that took 12 GB, and the event loop.
+    {"json": {"type": "array", "minItems": 1_000_000_000}},
+    {"json": {"properties": {f"k{n}": {"type": "string", "pattern": f"^a{{1,{n + 1}}}$"} for n in range(1000)}}},
+    {"json": {"$ref": "#"}},
+    {"regex": "(a{1000000000})"},
+    {"grammar": 'root ::= "a"{1000000000}'},
+]
+
+
+@contextlib.contextmanager
+def memory_limit(gib: int) -> Iterator[None]:
+    """This process can't take more than that on top of what it has."""
+    with open("/proc/self/statm") as file:
+        now = int(file.read().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + (gib << 30), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.parametrize("hostile", HOSTILE_OUTPUTS)
+async def test_outputs_that_would_cost_gigabytes_are_refused_beside_streams(
+    opened: Open, hostile: dict[str, Any]
+) -> None:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    async with opened(SLOW) as served:
+        with memory_limit(1):
+            streams = [asyncio.create_task(served.last(str(number), max_tokens=60)) for number in range(8)]
+            await served.running(8)
+            with pytest.raises(InvalidInput, match=r"^structured_outputs\.") as caught:
+                await served.last(structured_outputs=StructuredOutputsParams(**hostile))
+            assert caught.value.http_status == 400
+            answers = await asyncio.gather(*streams)
+    assert {tuple(answer.outputs[0].token_ids) for answer in answers} == {tuple(predicted(PROMPT, 60, SLOW))}
+
+
+@pytest.mark.parametrize(
+    ("ordinary", "backend"),
+    [({"json": {"type": "object"}}, "xgrammar"), ({"json": {"type": "array", "uniqueItems": True}}, "refused")],
+)
+async def test_outputs_are_validated_as_vllm_does(opened: Open, ordinary: dict[str, Any], backend: str) -> None:
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import StructuredOutputsParams
+
+    asked = StructuredOutputsParams(**ordinary)
+    async with opened(FAST) as served:
+        if backend == "refused":
+            with pytest.raises(VLLMValidationError, match="uniqueItems"):
+                await served.last(structured_outputs=asked)
+        else:
+            assert (await served.last(structured_outputs=asked)).finished
+            assert asked._backend == backend
 
 
 async def test_what_is_not_fetched_is_one_output_of_the_requests_own(opened: Open) -> None:
@@ -388,9 +454,9 @@ async def test_opening_waits_for_a_replica(tiny_model: Path) -> None:
 def test_errors_that_are_vllms_as_well_are_told_by_grpc(kind: str) -> None:
     import grpc
 
-    from hycluster.gateway import gateway
+    from hycluster.gateway import pool_errors
     from hycluster.ingress.status import rich_status
 
-    error = getattr(gateway, kind)("why", *([2.0] if kind == "PoolOverloaded" else []))
+    error = getattr(pool_errors, kind)("why", *([2.0] if kind == "PoolOverloaded" else []))
     status = rich_status(error)
     assert (status.message, status.code) == ("why", grpc.StatusCode[error.grpc_status].value[0])

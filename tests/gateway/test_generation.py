@@ -18,6 +18,7 @@ from hycluster.errors import (
     PromptTooLong,
     ReplicaLost,
     RequestFailed,
+    SettingsError,
     Unavailable,
     UnknownModel,
 )
@@ -51,6 +52,7 @@ def opened(tiny_model: Path) -> Open:
             source=str(tiny_model),
             simulated=settings,
             engine={"max_model_len": 1024} | changes.pop("engine", {}),
+            api=changes.pop("api", {}),
         )
         with SimulatedPool(settings, changes.pop("replicas", 1)) as simulated:
             async with open_gateway(
@@ -114,6 +116,31 @@ async def test_text_and_chat_are_tokenized_by_the_model(opened: Open) -> None:
             assert answer.outputs[0].token_ids == predicted(ids, 8, FAST)
             assert answer.usage is not None
             assert answer.usage.prompt_tokens == len(ids)
+
+
+@pytest.mark.parametrize("part", [None, 1, True, ["a"]])
+async def test_whatever_rendering_trips_over_is_the_requests(opened: Open, part: object) -> None:
+    content: Any = [part, {"type": "text", "text": "x"}]
+    async with opened() as (generator, _):
+        with pytest.raises(InvalidInput):
+            await generator.generate(ask(messages=[{"role": "user", "content": content}]))
+
+
+async def test_the_models_template_is_everybodys(opened: Open, tmp_path: Path) -> None:
+    """Not HTTP's alone: else one model had another prompt for each way to ask it."""
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ mood }} {{ messages[0]['content'] }}!")
+    api = {"chat_template": str(template), "default_chat_template_kwargs": {"mood": "oh"}}
+    async with opened(api=api) as (generator, _):
+        chat = await generator.tokenize("tiny", messages=[{"role": "user", "content": "hi"}])
+        tokenizer: Any = generator.gateways["tiny"].renderer.tokenizer
+        assert tokenizer.decode(chat) == "oh hi!"
+
+
+async def test_a_template_that_is_not_there(opened: Open) -> None:
+    with pytest.raises(SettingsError, match=r"^models: tiny: api\.chat_template: .*nowhere"):
+        async with opened(api={"chat_template": "nowhere.jinja"}):
+            pass
 
 
 async def test_models(opened: Open) -> None:
@@ -265,7 +292,7 @@ async def test_batch_quarantines_what_the_model_refuses(opened: Open, tmp_path: 
         async def connect() -> AsyncIterator[Any]:
             yield generator
 
-        async with open_task(Job.model_validate(settings), connect, asyncio.Semaphore(4)) as task:
+        async with open_task(Job.model_validate(settings), connect) as task:
 
             async def reason(content: Any) -> str:
                 try:

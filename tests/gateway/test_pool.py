@@ -15,8 +15,9 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from hycluster.core import ReplicaAddress, ReplicaLoad
+from hycluster.core import Priority, ReplicaAddress, ReplicaLoad
 from hycluster.directory.directory import ReplicaReport
+from hycluster.engine.simulated import SimulatedEngine
 from hycluster.errors import HyclusterError, Unavailable
 from hycluster.gateway.router import make_policy
 from hycluster.replica.peers import Credentials
@@ -24,7 +25,7 @@ from hycluster.replica.wire import READY, encode_info
 from hycluster.settings.load import DataPlane
 from hycluster.settings.simulated import Simulated
 from tests.engine_requests import PROMPT, ask
-from tests.simulated_pool import SimulatedPool, SimulatedReplica, eventually, predicted
+from tests.simulated_pool import ColocatedEngine, SimulatedPool, SimulatedReplica, eventually, predicted
 
 if TYPE_CHECKING:
     from hycluster.gateway.flight import Flight
@@ -70,7 +71,9 @@ class Pool:
 
 
 @asynccontextmanager
-async def opened(settings: Simulated, replicas: int = 2, wait_s: float = 5.0) -> AsyncIterator[Pool]:
+async def opened(
+    settings: Simulated, replicas: int = 2, wait_s: float = 5.0, kind: type[SimulatedEngine] = SimulatedEngine
+) -> AsyncIterator[Pool]:
     from hycluster.gateway.pool import PoolClient
 
     lost: dict[str, str] = {}
@@ -78,7 +81,7 @@ async def opened(settings: Simulated, replicas: int = 2, wait_s: float = 5.0) ->
     async def on_lost(request_id: str, error: HyclusterError) -> None:
         lost[request_id] = f"{type(error).__name__}: {error.message}"
 
-    with SimulatedPool(settings, replicas) as simulated:
+    with SimulatedPool(settings, replicas, kind) as simulated:
         policy = make_policy("least_outstanding_tokens", "me", seed=0)
         client = PoolClient("tiny", policy, "me", replicas=replicas, wait_s=wait_s, on_lost=on_lost)
         try:
@@ -528,3 +531,39 @@ async def test_outputs_are_labelled_by_replica() -> None:
             await pool.client.add_request_async(ask(name))
         labels = {(await pool.client.get_output_async()).engine_index for _ in range(10)}
         assert labels == {0, 1}
+
+
+async def test_bulk_rows_go_where_online_requests_leave_room() -> None:
+    async with opened(SLOW, kind=ColocatedEngine) as pool:
+        for number in range(12):
+            await pool.client.add_request_async(ask(f"online-{number}", max_tokens=100))
+        await pool.running(6, 6)
+        # The first serves its online requests only.
+        pool.replicas[0].engine.parked = 99  # type: ignore[attr-defined]
+        for number in range(4):
+            await pool.client.add_request_async(ask(f"bulk-{number}", max_tokens=100, priority=Priority.BATCH))
+        await asyncio.to_thread(eventually, lambda: all(r.load.running == 8 for r in pool.replicas.reports))
+        for link in pool.links.values():
+            # As if what was before were long ago.
+            link.room._used.clear()
+        await pool.client.update(pool.replicas.reports)
+        rows = [room.rows for room in pool.client.rooms]
+        assert rows == [0 + 8, 64 - 6 + 8]
+        for number in range(4, 40):
+            await pool.client.add_request_async(ask(f"bulk-{number}", max_tokens=100, priority=Priority.BATCH))
+        await pool.running(8, 44)
+        # It dies, and they go on at the other.
+        pool.replicas[1].die()
+        await until(lambda: len(pool.links) == 1)
+        await until(lambda: pool.links["r0"].bulk_rows == 40)
+
+
+async def test_bulk_rows_are_counted_to_none() -> None:
+    async with opened(SLOW, kind=ColocatedEngine) as pool:
+        for number in range(4):
+            await pool.client.add_request_async(ask(f"bulk-{number}", priority=Priority.BATCH))
+        assert sum(link.bulk_rows for link in pool.links.values()) == 4
+        await pool.client.abort_requests_async(["bulk-3"])
+        await pool.finish(3)
+        assert [link.bulk_rows for link in pool.links.values()] == [0, 0]
+        assert 0 < time.monotonic() - pool.client.progress_s < 5

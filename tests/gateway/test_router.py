@@ -17,6 +17,7 @@ from hycluster.gateway.router import (
     Policy,
     PowerOfTwoChoices,
     RouteRequest,
+    SessionAffinity,
     make_policy,
 )
 from hycluster.settings.load import Router
@@ -190,8 +191,43 @@ class TestSessionAffinity:
         assert {self.policy().choose(candidates, REQUEST) for _ in range(20)} == {"b"}
 
     def test_none_turns_it_off(self) -> None:
-        assert isinstance(make_policy("least_outstanding_tokens", "me"), LeastOutstandingTokens)
+        assert not isinstance(make_policy("least_outstanding_tokens", "me"), SessionAffinity)
 
     def test_no_candidates(self) -> None:
         with pytest.raises(Unavailable):
             self.policy().choose([], RouteRequest(tokens=1, session_id="s"))
+
+
+class TestBulk:
+    """Bulk rows, by what online work leaves."""
+
+    def policy(self) -> Policy:
+        return make_policy("least_outstanding_tokens", "me", seed=0, session_slack_tokens=100)
+
+    def candidates(self, *spare: int | None) -> list[Candidate]:
+        return [
+            Candidate(replica_id=str(number), own_tokens=number, spare_rows=rows) for number, rows in enumerate(spare)
+        ]
+
+    @pytest.mark.parametrize(
+        ("spare", "chosen"),
+        [
+            ((0, 7, 3), "1"),
+            # Also where there is none: it waits where it waits least.
+            ((-9, -4, -7), "1"),
+            ((5, 5, 5), "0"),
+            ((0, None, 3), "0"),
+        ],
+    )
+    def test_they_go_where_there_is_most_room(self, spare: tuple[int | None, ...], chosen: str) -> None:
+        request = RouteRequest(tokens=10, bulk=True)
+        assert self.policy().choose(self.candidates(*spare), request) == chosen
+
+    def test_online_requests_do_not_look_at_it(self) -> None:
+        assert self.policy().choose(self.candidates(0, 7, 3), REQUEST) == "0"
+
+    def test_a_session_of_bulk_keeps_its_home(self) -> None:
+        request = RouteRequest(tokens=10, session_id="s", bulk=True)
+        home = self.policy().choose(self.candidates(0, 0, 0), request)
+        spare = [0 if str(number) == home else 9 for number in range(3)]
+        assert self.policy().choose(self.candidates(*spare), request) == home

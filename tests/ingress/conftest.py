@@ -1,14 +1,23 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
 
 import grpc
 import pytest
 import pytest_asyncio
+import uvloop
 
 from hycluster.ingress.grpc import GrpcIngress
 from hycluster.ingress.proto import inference_pb2_grpc
 from tests.ingress.stand_in import StandInGenerator, open_ingress
+
+# What they test are the transports of an ingress process, which runs on this loop.
+ON_UVLOOP = {"test_connection", "test_keep_alive", "test_odd_bytes"}
+
+
+def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    return {"loop": uvloop.new_event_loop if item.path.stem in ON_UVLOOP else asyncio.new_event_loop}
 
 
 @pytest.fixture

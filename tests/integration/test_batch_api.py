@@ -15,7 +15,7 @@ import psutil
 import pytest
 from openai.types import Batch
 
-from tests.integration.conftest import MAX_TOKENS, MODEL, PROMPTS, SIMULATED, Served, eventually
+from tests.integration.conftest import MAX_TOKENS, MODEL, PROMPTS, SIMULATED, Served, eventually, replicas
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -135,6 +135,8 @@ def test_cancel(client: openai.OpenAI) -> None:
     asked_s = time.monotonic()
     assert client.batches.cancel(batch.id).status == "cancelling"
     end = ended(client, batch, 30)
+    # Nor does an engine go on with any of them.
+    eventually(lambda: not any(one.load.running + one.load.waiting for one in replicas(SIMULATED)), 2, "all is idle")
     assert time.monotonic() - asked_s < 15
     assert (end.status, end.cancelled_at is not None) == ("cancelled", True)
     assert end.request_counts is not None

@@ -11,18 +11,24 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
 
+from hycluster.batch.progress.status import Watcher
 from tests.batch.conftest import write_texts
 from tests.integration.conftest import TINY, Served, eventually, replicas
+from tests.located import at
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -175,3 +181,41 @@ def test_whatever_is_killed_its_output_is_that_of_a_quiet_run(runs: Runs, served
     assert runs.rows("disturbed") == undisturbed
     # For the tests after this one.
     eventually(lambda: any(replica.accepting for replica in replicas(TINY)), 120, "the engine is back")
+
+
+@contextmanager
+def flood(served: Served) -> Iterator[None]:
+    """More online requests than the engine has slots, without a pause."""
+    over = threading.Event()
+    body = {"model": TINY, "prompt": "on and on", "max_tokens": 200, "ignore_eos": True}
+
+    def ask() -> None:
+        while not over.is_set():
+            httpx.post(f"{served.http}/v1/completions", json=body, timeout=120).raise_for_status()
+
+    with ThreadPoolExecutor(6) as callers:
+        asking = [callers.submit(ask) for _ in range(6)]
+        try:
+            yield
+        finally:
+            over.set()
+    for each in asking:
+        each.result()
+
+
+def test_online_requests_that_leave_nothing(runs: Runs, served: Served, undisturbed: Rows) -> None:
+    with runs.begun("beside") as run:
+        runs.reach("beside", 3)
+        with flood(served):
+            watcher = Watcher(at(runs.output("beside")))
+            status = eventually(
+                lambda: status if (status := watcher.look()).waiting else None, 120, "the job says that it waits"
+            )
+            assert ", waiting: online traffic, " in status.line()
+            before = len(runs.committed("beside"))
+            time.sleep(3)
+            # A shard that was through but for its commit.
+            assert len(runs.committed("beside")) <= before + 1
+        printed = runs.finish(run)
+    assert "waiting: online traffic" in printed
+    assert runs.rows("beside") == undisturbed

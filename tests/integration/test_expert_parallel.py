@@ -23,11 +23,12 @@ import ray
 from ray import serve
 
 from hycluster.app import replicas
+from hycluster.core import Priority
 from hycluster.directory.directory import NAMESPACE, ReplicaReport, open_directory
 from hycluster.engine.scratch import folders
 from hycluster.models.tiny import TinyShape, write_checkpoint
 from hycluster.settings.load import Admission, DataPlane, Router
-from hycluster.settings.model import Model
+from hycluster.settings.model import Colocation, Model
 from hycluster.settings.parallel import Parallel
 from hycluster.settings.pool import Hardware
 from hycluster.settings.settings import Settings
@@ -137,6 +138,8 @@ def deployed(checkpoint: Path) -> Iterator[Deployed]:
             engine={"max_model_len": 512, "max_num_seqs": 8},
             parallel=parallel,
             hardware=Hardware(cpus=0.1, kv_cache_gib=0.05),
+            # What waits for online work then shows it.
+            colocation=Colocation(max_slowdown=0.0),
         )
         for name, parallel in CUTS.items()
     }
@@ -170,12 +173,16 @@ def sampling(max_tokens: int = MAX_TOKENS) -> Any:
 
 
 async def tokens(
-    gateway: Any, prompt: list[int], max_tokens: int = MAX_TOKENS, so_far: dict[str, int] | None = None
+    gateway: Any,
+    prompt: list[int],
+    max_tokens: int = MAX_TOKENS,
+    so_far: dict[str, int] | None = None,
+    priority: Priority = Priority.ONLINE,
 ) -> list[int]:
     """Args: so_far: how many there are, by request; changes as they come."""
     name, params = secrets.token_hex(8), sampling(max_tokens)
     got: list[int] = []
-    async for chunk in gateway.generate({"prompt_token_ids": prompt}, params, name):
+    async for chunk in gateway.generate({"prompt_token_ids": prompt}, params, name, priority=int(priority)):
         got = list(chunk.outputs[0].token_ids)
         if so_far is not None:
             so_far[name] = len(got)
@@ -205,6 +212,31 @@ async def test_both_data_ranks_serve(deployed: Deployed) -> None:
             await asyncio.sleep(0.02)
         assert len({tuple(call.result()) for call in calls}) == 1
     assert seen == {one.address.replica_id, other.address.replica_id}
+
+
+@pytest.mark.parametrize("name", list(CUTS))
+async def test_bulk_waits_on_all_ranks_for_online_work_on_one(deployed: Deployed, name: str) -> None:
+    """Ranks step together: those without online work of their own would make the one that has some wait for them."""
+    rows = [[(5 * step + 3 * number) % 256 for step in range(20 + number)] for number in range(12)]
+
+    def bulk(gateway: Any) -> list[asyncio.Future[list[int]]]:
+        return [asyncio.ensure_future(tokens(gateway, row, 120, priority=Priority.BATCH)) for row in rows]
+
+    parked: set[str] = set()
+    async with deployed.gateway(name) as gateway:
+        online_alone, bulk_alone = await tokens(gateway, PROMPTS[3], LONG), await asyncio.gather(*bulk(gateway))
+        beside = bulk(gateway)
+        async with asyncio.timeout(30):
+            while min(report.load.running for report in deployed.reports(name)) < 4:  # noqa: ASYNC110 - as above
+                await asyncio.sleep(0.05)
+        online = asyncio.ensure_future(tokens(gateway, PROMPTS[3], LONG))
+        while not online.done():
+            loads = {report.address.replica_id: report.load.colocation for report in deployed.reports(name)}
+            parked |= {replica_id for replica_id, load in loads.items() if load and load.parked}
+            await asyncio.sleep(0.05)
+        assert await online == online_alone
+        assert await asyncio.gather(*beside) == bulk_alone
+    assert parked == loads.keys()
 
 
 async def test_cancelling_frees_the_rank_that_ran_it(deployed: Deployed) -> None:

@@ -97,7 +97,7 @@ async def gateway_to(replica: Replica, model: Model) -> AsyncIterator[Gateway]:
     directory = Directory()
 
     async def sync(
-        name: str, gateway_id: str, outstanding: dict[str, int], adapters: dict[str, AdapterEntry], _: Any
+        name: str, gateway_id: str, outstanding: dict[str, int], adapters: dict[str, AdapterEntry], *_: Any
     ) -> Any:
         directory.report(model, replica.report)
         return directory.sync(name, gateway_id, outstanding, adapters)

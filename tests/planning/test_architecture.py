@@ -27,6 +27,7 @@ TOTAL_AND_ACTIVE = {
     "qwen2.5-72b": ("72.7", None),
     "qwen3-235b-a22b": ("235", "22"),
     "qwen3-30b-a3b": ("30.5", "3.3"),
+    "qwen3-8b": ("8.2", None),
 }
 # Makers differ in whether the embedding is active beside the head; Tencent counts a tied one twice.
 EMBEDDINGS_ACTIVE = {

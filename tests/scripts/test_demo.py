@@ -34,7 +34,7 @@ def summaries(folder: Path, rows: list[tuple[str, str]], quarantined: int = 0) -
         parts.append({"path": path, "rows": 1})
     shards = [{"part": part, "quarantine": None} for part in parts]
     if quarantined:
-        shards.append({"part": None, "quarantine": {"path": "quarantine/q.parquet", "rows": quarantined}})
+        shards.append({"part": None, "quarantine": {"path": "_quarantine/q.parquet", "rows": quarantined}})
     # Written by an attempt that did not count.
     pq.write_table(pa.table({"name": ["a"], "output": ["twice"]}), folder / "part-lost.parquet")
     (folder / "_manifest.json").write_text(json.dumps({"shards": shards}))

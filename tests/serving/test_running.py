@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,3 +124,35 @@ def test_a_home_that_cannot_be_written_is_no_reason_to_fail(
     monkeypatch.setenv("HYCLUSTER_HOME", str(tmp_path / "file"))
     remember(MINE)
     assert "give them --address: [Errno 20] Not a directory" in caplog.text
+
+
+def test_word_of_clusters_that_are_no_more_goes_when_another_starts(folder: Path, other: int) -> None:
+    long_ago = time.time() - 2 * 86400
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        lives_elsewhere = known(1, address, folder, host="elsewhere")
+        gone = [
+            known(2**22 + 1, MINE, folder, begun="long ago"),
+            known(2, "127.0.0.1:1", folder, host="elsewhere"),
+            folder / "3.tmp",
+        ]
+        new_elsewhere = known(4, "127.0.0.1:1", folder, host="elsewhere")
+        gone[-1].touch()
+        for file in (lives_elsewhere, *gone):
+            os.utime(file, (long_ago, long_ago))
+        mine = known(other, MINE, folder)
+        remember("127.0.0.1:9")
+    assert not any(file.exists() for file in gone)
+    assert lives_elsewhere.exists()
+    assert new_elsewhere.exists()
+    assert mine.exists()
+    assert len(started_here()) == 2
+
+
+def test_machines_with_the_same_numbers_do_not_overwrite_each_other(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remember(MINE)
+    monkeypatch.setattr(socket, "gethostname", lambda: "another")
+    remember("127.0.0.1:9")
+    assert len(list(folder.glob("*.json"))) == 2

@@ -14,6 +14,7 @@ from hycluster.settings.base import Strict, home
 from hycluster.settings.ingress import Batches
 from hycluster.settings.read import DEFAULT_SETTINGS, load_settings, load_yaml, override, validate
 from hycluster.settings.settings import Settings
+from hycluster.settings.texts import takes_text
 
 ROOT = Path(__file__).parents[2]
 MODEL = {"name": "m", "source": "models/m"}
@@ -301,6 +302,33 @@ def test_override_needs_a_key_and_a_value(assignment: str) -> None:
 def test_override_of_a_place_that_is_not_there(assignment: str) -> None:
     with pytest.raises(SettingsError, match=r"--set: '.*' names no place in the settings"):
         override({"a": 1, "l": [1], "none": None, "s": "text"}, [assignment])
+
+
+@pytest.mark.parametrize("text", ["C # program", "a\nb", "{x}", "Q: {x}", "1.0", "yes", "[1", "", "😀", " x ", '"q"'])
+def test_texts_are_taken_as_they_stand(text: str) -> None:
+    assignments = [f"models.0.name={text}", f"http.host={text}", f"models.0.hardware.node_selector.zone={text}"]
+    data = override({"models": [{}]}, [*assignments, "data_plane.host=null", "http.port=1"], Settings)
+    assert data["models"] == [{"name": text, "hardware": {"node_selector": {"zone": text}}}]
+    assert data["http"] == {"host": text, "port": 1}
+    assert data["data_plane"] == {"host": None}
+
+
+@pytest.mark.parametrize(
+    ("key", "is_text"),
+    [
+        ("models.0.source", True),
+        ("models.0.adapters.1.name", True),
+        ("router.policy", True),
+        ("data_plane.host", True),
+        ("models.0.engine.dtype", False),
+        ("models.0.replicas.min", False),
+        ("models.0", False),
+        ("models.0.adapters", False),
+        ("no.such.key", False),
+    ],
+)
+def test_which_settings_are_texts(key: str, is_text: bool) -> None:
+    assert takes_text(Settings, key.split(".")) == is_text
 
 
 @given(

@@ -10,10 +10,11 @@ import yaml
 
 from hycluster.batch.job import Job
 from hycluster.errors import SettingsError, Unavailable
+from hycluster.settings.as_yaml import as_yaml
 from hycluster.settings.read import load_settings
 from hycluster.settings.settings import Settings
 from hycluster.submit import rayjob
-from hycluster.submit.submission import Submission, as_yaml, submission
+from hycluster.submit.submission import Submission, submission
 from hycluster.submit.target import KubernetesTarget
 
 ROOT = Path(__file__).parents[2]

@@ -10,19 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Container, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import accumulate, groupby
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from hycluster.batch.input.footers import Footer, ReadFooters, footers, row_groups_of
 from hycluster.batch.input.listing import Listing, list_files, wanted
-from hycluster.batch.input.row_groups import Rows, decode, patiently
+from hycluster.batch.input.row_groups import Rows, decode, open_parquet, patiently
+from hycluster.batch.input.tables import put_together
 from hycluster.batch.refusal import ColumnRefused, Reason, Refusal
 from hycluster.errors import JobFailed, SettingsError
-from hycluster.retries import RetryingCaller
 from hycluster.storage import Folder, masked_line
 
 ROW_ID = "row_id"
@@ -33,14 +32,16 @@ REFUSAL = "__hycluster_refusal"
 REFUSAL_TYPE = pa.struct([("error_type", pa.string()), ("error_message", pa.string())])
 RESULT_COLUMNS = ("output", "finish_reason", "prompt_tokens", "completion_tokens")
 REFUSAL_COLUMNS = ("error_type", "error_message")
-RESERVED = (ROW_ID, *RESULT_COLUMNS, *REFUSAL_COLUMNS, SHARD, REFUSAL)
+# What a job adds to the columns of its input.
+ADDED = (ROW_ID, *RESULT_COLUMNS, *REFUSAL_COLUMNS)
+RESERVED = (SHARD, REFUSAL)
 # Wide rows make smaller shards, so that what is in memory is bounded in bytes too.
 SHARD_BYTES = 16 << 20
+# The same for values that a dictionary holds once: what a shard comes to if every row has all of them.
+DECODED_BYTES = 256 << 20
 # What one read brings in. A row group that is larger is decoded once a span, so spans are not small.
 SPAN_BYTES = 64 << 20
 SPAN_SHARDS = 64
-FOOTER_READERS = 16
-FOOTER_PATIENCE = RetryingCaller(attempts=4, timeout=None, wait_initial=0.2, wait_max=0.8, wait_jitter=0.2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,9 @@ class File:
         data_bytes: uncompressed size of all row groups.
         schema: digest of the schema; equal schemas have equal digests.
         fault: why none of its rows can be asked. A file that can't be read at all counts as one row.
+        int96_unit: of its timestamps of 96 bits; see there.
+        repeated_bytes: what a row may come to beside its share of ``data_bytes``; see there.
+        partition: columns that its path tells, after those of the file; their names are not among these.
     """
 
     path: str
@@ -62,6 +66,9 @@ class File:
     data_bytes: int
     schema: str
     fault: Refusal | None = None
+    int96_unit: str | None = None
+    repeated_bytes: int = 0
+    partition: tuple[tuple[str, str | None], ...] = ()
 
     @property
     def rows(self) -> int:
@@ -98,12 +105,18 @@ class ShardPlan:
     Attributes:
         folder: that all paths are relative to.
         pattern: what was looked for below it, a glob a folder.
+        left_out: what was found there and is no part of it, and why, a line each.
+        taken: the names of columns that some file has.
+        snapshot: of the table that the input is: Delta's version, Iceberg's snapshot id.
     """
 
     folder: Folder
     pattern: tuple[str, ...]
     files: tuple[File, ...]
     shard_rows: int
+    left_out: tuple[str, ...] = ()
+    taken: frozenset[str] = frozenset()
+    snapshot: int | None = None
 
     @property
     def rows(self) -> int:
@@ -137,16 +150,22 @@ class ShardPlan:
 
     def takes(self, folder: Folder, path: str) -> bool:
         """Whether a file of that path in another folder would be part of this input."""
-        root, path = f"{self.folder.root}/", folder.at(path)
-        if type(folder) is not type(self.folder) or not path.startswith(root):
+        if type(folder) is not type(self.folder):
             return False
-        return wanted(path.removeprefix(root), self.pattern)
+        root, place = f"{self.folder.real()}/", folder.real(path)
+        if place.startswith(root) and wanted(place.removeprefix(root), self.pattern):
+            return True
+        # The way in may be a link.
+        there = f"{folder.real()}/"
+        return any(self.folder.real(file.path).startswith(there) for file in self.files)
 
     def digest(self) -> str:
         """A name for exactly this input, cut in exactly this way."""
         digest = hashlib.sha256(json.dumps([self.shard_rows, SHARD_BYTES]).encode())
         for file in self.files:
-            digest.update(json.dumps([file.path, file.bytes, file.row_groups, file.schema]).encode())
+            # Only where it counts, so that outputs from before it was looked at are still known.
+            most = [self._most_rows(file)] if self._most_rows(file) < self.shard_rows else []
+            digest.update(json.dumps([file.path, file.bytes, file.row_groups, file.schema, *most]).encode())
         return digest.hexdigest()
 
     def _numbered(self) -> Iterator[tuple[int, File]]:
@@ -163,16 +182,29 @@ class ShardPlan:
 
     def _rows_a_shard(self, file: File) -> int:
         row_bytes = file.data_bytes // max(1, file.rows)
-        return max(1, min(self.shard_rows, SHARD_BYTES // max(1, row_bytes)))
+        return max(1, min(self.shard_rows, SHARD_BYTES // max(1, row_bytes), self._most_rows(file)))
+
+    def _most_rows(self, file: File) -> int:
+        """Rows that a shard may have at most, should each of them be as large as any may be."""
+        return DECODED_BYTES // max(1, file.repeated_bytes)
 
 
-def plan_shards(place: Folder, *, shard_rows: int, check: Callable[[pa.Schema, str], None]) -> ShardPlan:
-    """Look at the input: list it, read all footers, check all schemas. No row is read.
+def plan_shards(
+    place: Folder,
+    *,
+    shard_rows: int,
+    check: Callable[[pa.Schema, str], None],
+    read_footers: ReadFooters = footers,
+    snapshot: int | None = None,
+) -> ShardPlan:
+    """Look at the input: list it, read all footers, check all schemas. No text is read.
 
     Args:
         place: a Parquet file, a folder (searched for ``*.parquet`` at any depth; names that begin
             with ``.`` or ``_`` are skipped), or a glob (``**`` is any depth).
         check: raises ``ColumnRefused``, given a schema and the file's name, if its rows can't be asked.
+        read_footers: in this process or, where nobody knows who wrote the files, in another one.
+        snapshot: of the table that ``place`` is; the latest by default.
 
     Files that can't be read, and those whose columns ``check`` refuses, are part of the plan with their fault.
 
@@ -180,14 +212,18 @@ def plan_shards(place: Folder, *, shard_rows: int, check: Callable[[pa.Schema, s
         SettingsError: nothing there, no file that can be read, columns refused in every one, or a schema that no
             file may have.
     """
-    listing = list_files(place)
-    with ThreadPoolExecutor(FOOTER_READERS) as readers:
-        # In order: the first file that is wrong is the one that is named.
-        files = tuple(readers.map(partial(_inspect, listing, check), listing.sizes))
+    listing = list_files(place, snapshot)
+    told = read_footers(listing.folder, list(listing.sizes))
+    taken: set[str] = set()
+    # In order: the first file that is wrong is the one that is named.
+    files = tuple(
+        _planned(check, taken, listing, path, footer) for path, footer in zip(listing.sizes, told, strict=True)
+    )
     faults = [file.fault for file in files if file.fault]
     if len(faults) == len(files):
         raise SettingsError(faults[0].error_message)
-    return ShardPlan(listing.folder, listing.pattern, files, shard_rows)
+    number = listing.snapshot.number if listing.snapshot else None
+    return ShardPlan(listing.folder, listing.pattern, files, shard_rows, listing.left_out, frozenset(taken), number)
 
 
 class Span:
@@ -266,9 +302,9 @@ def read_shards(folder: Folder, shards: Iterable[Shard]) -> Iterator[pa.Table]:
 def _read_file(folder: Folder, file: File, shards: list[Shard]) -> Iterator[pa.Table]:
     with (
         patiently(partial(folder.open_file, file.path)) as handle,
-        pq.ParquetFile(handle, page_checksum_verification=True) as parquet,
+        open_parquet(handle, file.int96_unit) as parquet,
     ):
-        if handle.size() != file.bytes or _row_groups(parquet.metadata) != file.row_groups:
+        if handle.size() != file.bytes or row_groups_of(parquet.metadata) != file.row_groups:
             raise JobFailed(f"input: {file.path}: has changed since the job was planned")
         ends = list(accumulate(file.row_groups))
         first, last = shards[0].first_row, shards[-1].first_row + shards[-1].rows
@@ -297,8 +333,10 @@ def _read_file(folder: Folder, file: File, shards: list[Shard]) -> Iterator[pa.T
 def _named(pieces: list[Rows], shard: Shard) -> pa.Table:
     ids = pa.array([shard.row_id(row) for row in range(shard.rows)], pa.string())
     if pieces:
-        # Batches of nulls are nullable throughout, the others need not be.
-        table = pa.concat_tables([pa.Table.from_batches([rows.batch]) for rows in pieces], promote_options="default")
+        # Batches of nulls may be nullable where the others are not.
+        table = put_together([pa.Table.from_batches([rows.batch]) for rows in pieces])
+        for name, value in shard.file.partition:
+            table = table.append_column(name, pa.repeat(pa.scalar(value, pa.string()), shard.rows))
         table = table.append_column(ROW_ID, ids)
     else:
         table = pa.table({ROW_ID: ids})
@@ -312,30 +350,35 @@ def _named(pieces: list[Rows], shard: Shard) -> pa.Table:
     return table.append_column(REFUSAL, pa.array(marks, REFUSAL_TYPE))
 
 
-def _row_groups(metadata: pq.FileMetaData) -> tuple[int, ...]:
-    return tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
-
-
-def _inspect(listing: Listing, check: Callable[[pa.Schema, str], None], path: str) -> File:
-    try:
-        size, schema, metadata = patiently(partial(_footer, listing.folder, path), FOOTER_PATIENCE)
-    except (OSError, pa.ArrowException) as error:
-        message = f"input: {path}: is not a readable Parquet file: {masked_line(error)}"
+def _planned(
+    check: Callable[[pa.Schema, str], None], taken: set[str], listing: Listing, path: str, footer: Footer | str
+) -> File:
+    where = f"input: {path}"
+    if isinstance(footer, str):
         # One row, which stands for however many there are.
-        return File(path, listing.sizes[path], (1,), 0, "", Refusal(Reason.UNREADABLE_FILE.value, message))
+        return File(path, listing.sizes[path], (1,), 0, "", Refusal(Reason.UNREADABLE_FILE.value, f"{where}: {footer}"))
+    schema = footer.schema
+    partition = tuple((name, value) for name, value in listing.partition(path) if name not in schema.names)
+    for name, _ in partition:
+        schema = schema.append(pa.field(name, pa.string()))
     for column in schema.names:
         if column in RESERVED:
-            raise SettingsError(f"input: {path}: column {column!r} has a name that the output uses; rename it")
+            raise SettingsError(f"{where}: column {column!r} has a name that jobs use within; rename it")
+    taken.update(schema.names)
     fault = None
     try:
-        check(schema, f"input: {path}")
+        check(schema, where)
     except ColumnRefused as refused:
         fault = Refusal(refused.reason.value, refused.message)
-    data_bytes = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
     digest = hashlib.sha256(schema.serialize().to_pybytes()).hexdigest()[:16]
-    return File(path, size, _row_groups(metadata), data_bytes, digest, fault)
-
-
-def _footer(folder: Folder, path: str) -> tuple[int, pa.Schema, pq.FileMetaData]:
-    with folder.open_file(path) as handle, pq.ParquetFile(handle) as parquet:
-        return handle.size(), parquet.schema_arrow, parquet.metadata
+    return File(
+        path,
+        footer.size,
+        footer.row_groups,
+        footer.data_bytes,
+        digest,
+        fault,
+        footer.int96_unit,
+        footer.repeated_bytes,
+        partition,
+    )

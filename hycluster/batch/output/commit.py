@@ -4,12 +4,15 @@ Layout:
     _coordinator/<n>.json                       who is at work here, see lease.py; gone at the end
     _job.json                                   whose output this is, and which edition
     part-<shard>-<attempt>.parquet              results of one attempt at one shard
-    quarantine/part-<shard>-<attempt>.parquet   rows of that attempt that got no result
+    _quarantine/part-<shard>-<attempt>.parquet  rows of that attempt that got no result
     _shards/<shard>-<edition>.json              the attempt that counts: created once, first finisher wins
+    _answers/<process>-<edition>.json           answers of shards in work, see kept.py; gone at the end
     _progress.json                              what a running job says of itself, see progress.py
-    report.html, report.json                    what it all came to, see page.py and figures.py
+    _report.html, _report.json                  what it all came to, see page.py and figures.py
     _manifest.json                              all parts that count, written when all shards are done
     _SUCCESS                                    last
+
+All but the parts begins with ``_``, which readers of a folder pass by: they see the parts and nothing else.
 
 Attempt files have unique names and are never changed, so any number of attempts at a shard may
 run and die; the shard's record picks one. Generation is at least once, commit exactly once.
@@ -21,7 +24,6 @@ may not know yet that they are to stop, write records of the old edition, which 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 import time
@@ -31,18 +33,24 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
-from hycluster.batch.input.corpus import ShardPlan
-from hycluster.batch.output.identity import Identity, identity_differences
+from hycluster.batch.input.corpus import ROW_ID, ShardPlan
+from hycluster.batch.input.tables import as_parquet, last
+from hycluster.batch.output.identity import Identity, identity_differences, suffix_in
 from hycluster.batch.output.record import DAMAGE, ShardRecord, Written
 from hycluster.batch.output.shard_set import PartNames, ShardSet
 from hycluster.errors import JobFailed, SettingsError
 from hycluster.storage import Folder, leftover_of, masked_line
 
 # What is made from the records, beside _job.json, which says whose they are.
-DERIVED = ("_SUCCESS", "_manifest.json", "report.html", "report.json", "_progress.json")
+DERIVED = ("_SUCCESS", "_manifest.json", "_report.html", "_report.json", "_progress.json")
+QUARANTINE = "_quarantine"
+ANSWERS = "_answers"
+# The same as they were called before readers were thought of. Outputs that have them are still resumed and verified.
+OLD_QUARANTINE = "quarantine"
+OLD_DERIVED = ("report.html", "report.json")
 _ATTEMPT = re.compile(r"part-\d{8}-[0-9a-f]{12}\.parquet")
+_KEPT = re.compile(r"[0-9a-f]{12}-[0-9a-f]{12}\.json")
 _RECORD = re.compile(r"\d{8}-[0-9a-f]{12}\.json")
 
 
@@ -56,6 +64,7 @@ class OutputFolder:
     def __init__(self, folder: Folder) -> None:
         self.folder = folder.writable()
         self._edition: str | None = None
+        self._suffix = ""
 
     def check_store(self) -> None:
         """Raise SettingsError where two attempts at a shard could both come to count, or if it can't be written."""
@@ -93,7 +102,7 @@ class OutputFolder:
         """
         self.folder.delete(["_SUCCESS"])
         # Records before what they point to.
-        for folder in ("_shards", "", "quarantine"):
+        for folder in (ANSWERS, "_shards", "", QUARANTINE, OLD_QUARANTINE):
             found = [name for name in self.folder.names(folder) if _is_output(folder, name)]
             self.folder.delete(_join(folder, name) for name in found)
         # In one step, so that there is no moment at which the folder is nobody's.
@@ -110,7 +119,7 @@ class OutputFolder:
             SettingsError: it can't be written, or another job was faster.
         """
         try:
-            for folder in ("", "quarantine", "_shards"):
+            for folder in ("", QUARANTINE, "_shards"):
                 self.folder.make(folder)
             self.folder.create("_job.json", _job_file(mine))
         except OSError as error:
@@ -127,7 +136,13 @@ class OutputFolder:
             if owner is None:
                 return ""
             self._edition = str(owner.get("edition", ""))
+            self._suffix = suffix_in(owner)
         return self._edition
+
+    def suffix(self) -> str:
+        """What the names of the columns that the job adds end with."""
+        self.edition()
+        return self._suffix
 
     def done(self) -> ShardSet:
         """Numbers of the shards that are committed."""
@@ -159,6 +174,8 @@ class OutputFolder:
         Returns:
             The record that counts: this attempt's, or that of an attempt that finished first.
         """
+        tokens = [_total(results, name) for name in ("prompt_tokens", "completion_tokens")]
+        results, quarantined = self._named(results), self._named(quarantined)
         attempt = uuid.uuid4().hex[:12]
         input_file, _, first_row = row_id.rpartition("#")
         name = f"part-{shard:08d}-{attempt}.parquet"
@@ -168,9 +185,9 @@ class OutputFolder:
             first_row=int(first_row),
             rows=results.num_rows + quarantined.num_rows,
             part=self._write(name, results),
-            quarantine=self._write(f"quarantine/{name}", quarantined),
-            prompt_tokens=_total(results, "prompt_tokens"),
-            completion_tokens=_total(results, "completion_tokens"),
+            quarantine=self._write(f"{QUARANTINE}/{name}", quarantined),
+            prompt_tokens=tokens[0],
+            completion_tokens=tokens[1],
             begun_at=begun_at,
             committed_at=time.time(),
         )
@@ -190,12 +207,15 @@ class OutputFolder:
                 if record.part:
                     parts.add(record.part.path)
                 if record.quarantine:
-                    quarantine.add(record.quarantine.path.removeprefix("quarantine/"))
+                    quarantine.add(record.quarantine.path.rpartition("/")[2])
             stream.write(b"\n]}\n")
-        for folder, counted in (("", parts), ("quarantine", quarantine), ("_shards", None)):
+        for folder, counted in (
+            ("", parts), (QUARANTINE, quarantine), (OLD_QUARANTINE, quarantine), ("_shards", None)
+        ):  # fmt: skip
             found = self.folder.names(folder)
             # Listed to the end before the first is deleted.
             self.folder.delete([_join(folder, name) for name in found if self._is_orphan(folder, name, counted)])
+        self.folder.delete([_join(ANSWERS, name) for name in self.folder.names(ANSWERS) if _is_output(ANSWERS, name)])
         self.folder.write("_SUCCESS", b"")
 
     def is_input(self, plan: ShardPlan) -> bool:
@@ -236,19 +256,23 @@ class OutputFolder:
     def _not_writable(self, error: OSError) -> SettingsError:
         return SettingsError(f"output.path: {self.folder.masked!r} can't be written: {masked_line(error)}")
 
+    def _named(self, table: pa.Table) -> pa.Table:
+        """With our columns' names as the job has them, from the row's id on."""
+        begin = table.schema.get_all_field_indices(ROW_ID)[-1]
+        names = table.schema.names
+        return table.rename_columns([*names[:begin], *(f"{name}{self.suffix()}" for name in names[begin:])])
+
     def _write(self, relative: str, table: pa.Table) -> Written | None:
         if not table.num_rows:
             return None
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer)
-        data = buffer.getbuffer()
+        data = as_parquet(table)
         self.folder.write(relative, data)
         return Written(relative, table.num_rows, len(data), hashlib.sha256(data).hexdigest())
 
     def _refuse_foreign(self) -> None:
         held = sorted(found.base_name for found in self.folder.entries())
         # An earlier start may have died between making the folders and saying whose they are.
-        ours = ("quarantine", "_shards", "_coordinator")
+        ours = (QUARANTINE, OLD_QUARANTINE, ANSWERS, "_shards", "_coordinator")
         foreign = [name for name in held if name not in ours and leftover_of(name) != "_job.json"]
         if foreign:
             raise SettingsError(
@@ -272,10 +296,12 @@ def _join(folder: str, name: str) -> str:
 def _is_output(folder: str, name: str) -> bool:
     """Whether a file was written by a job of hycluster, or is what is left of such a write."""
     name = leftover_of(name) or name
+    if folder == ANSWERS:
+        return bool(_KEPT.fullmatch(name))
     if folder == "_shards":
         return bool(_RECORD.fullmatch(name))
-    return bool(_ATTEMPT.fullmatch(name)) or (not folder and name in DERIVED)
+    return bool(_ATTEMPT.fullmatch(name)) or (not folder and name in DERIVED + OLD_DERIVED)
 
 
 def _total(table: pa.Table, column: str) -> int:
-    return sum(table.column(column).to_pylist())
+    return sum(last(table, column).to_pylist())

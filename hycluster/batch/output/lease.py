@@ -66,6 +66,11 @@ class Lease:
         self._folder.delete(_name(number) for number in sorted(mine, reverse=True))
         self._folder.delete([name for name in self._folder.names() if leftover_of(name)])
 
+    @property
+    def held(self) -> bool:
+        """Whether this process has it, and nobody has taken over."""
+        return self._renewer.ident is not None and self._successor is None
+
     def look(self) -> None:
         """Return if nobody holds the lease; may watch a silent holder for ``expire_s``. Writes nothing.
 

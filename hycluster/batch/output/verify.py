@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hycluster.batch.input.apart import footers_apart
 from hycluster.batch.input.corpus import (
     REFUSAL_COLUMNS,
     RESULT_COLUMNS,
@@ -30,7 +31,7 @@ from hycluster.batch.input.corpus import (
     read_shards,
     spans,
 )
-from hycluster.batch.output.commit import OutputFolder
+from hycluster.batch.output.commit import OLD_QUARANTINE, QUARANTINE, OutputFolder
 from hycluster.batch.output.compare import MOST_ROWS, miscounted, row_differences
 from hycluster.batch.output.manifest import read_manifest
 from hycluster.batch.output.record import DAMAGE, ShardRecord, Totals, Written
@@ -41,9 +42,11 @@ from hycluster.storage import Folder, masked_line
 # Faults that are told one by one; the rest is counted.
 MOST_FAULTS = 20
 # Where parts are; the path of one begins with it.
-FOLDERS = ("", "quarantine/")
+FOLDERS = ("", f"{QUARANTINE}/", f"{OLD_QUARANTINE}/")
 # Shards whose files are fetched at once.
 READERS = 8
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -129,7 +132,13 @@ class _Verification:
         except DAMAGE as error:
             self._say(f"_job.json: can't be understood: {type(error).__name__}: {masked_line(error)}")
             return None
-        corpus = plan_shards(self._input_folder, shard_rows=shard_rows, check=lambda schema, where: None)
+        corpus = plan_shards(
+            self._input_folder,
+            shard_rows=shard_rows,
+            check=lambda schema, where: None,
+            read_footers=footers_apart,
+            snapshot=told.get("snapshot"),
+        )
         found = {"files": len(corpus.files), "rows": corpus.rows, "digest": corpus.digest()}
         for key, value in found.items():
             if told.get(key) != value:
@@ -150,9 +159,8 @@ class _Verification:
             for span in spans(corpus.shards()):
                 pairs = [(shard, in_order.take(shard.number)) for shard in span]
                 tables = read_shards(corpus.folder, span)
-                for (shard, record), (read_bytes, faults) in zip(
-                    pairs, readers.map(self._check, pairs, tables), strict=True
-                ):
+                checked = _few_at_once(readers, self._check, zip(pairs, tables, strict=True))
+                for (shard, record), (read_bytes, faults) in zip(pairs, checked, strict=True):
                     for fault in faults:
                         self._say(f"shard {shard.number}: {fault}")
                     if record is None:
@@ -202,6 +210,7 @@ class _Verification:
             )
         seen: Counter[int] = Counter()
         read_bytes = 0
+        suffix = self._output.suffix()
         for written, columns in ((record.part, RESULT_COLUMNS), (record.quarantine, REFUSAL_COLUMNS)):
             if written is None:
                 if columns is RESULT_COLUMNS and (record.prompt_tokens or record.completion_tokens):
@@ -211,9 +220,9 @@ class _Verification:
             part = self._read(written, faults)
             if part is None:
                 continue
-            faults.extend(f"{written.path}: {fault}" for fault in row_differences(part, columns, table, seen))
+            faults.extend(f"{written.path}: {fault}" for fault in row_differences(part, columns, suffix, table, seen))
             if columns is RESULT_COLUMNS:
-                faults.extend(f"{written.path}: {fault}" for fault in miscounted(part, record))
+                faults.extend(f"{written.path}: {fault}" for fault in miscounted(part, record, suffix))
         wrong = {"missing": [r for r in range(shard.rows) if not seen[r]], "doubled": [r for r in seen if seen[r] > 1]}
         for what, rows in wrong.items():
             if rows:
@@ -238,7 +247,8 @@ class _Verification:
         elif hashlib.sha256(data).hexdigest() != written.sha256:
             faults.append(f"{written.path}: its sha256 is not the manifest's: the content was changed")
         try:
-            part = pq.read_table(pa.BufferReader(data))
+            # Not as a dataset, which can't read columns that share a name.
+            part = pq.ParquetFile(pa.BufferReader(data)).read()
         except (OSError, pa.ArrowException) as error:
             faults.append(f"{written.path}: is not a readable Parquet file: {masked_line(error)}")
             return None
@@ -252,6 +262,17 @@ class _Verification:
         except (OSError, ValueError):
             # Told by the caller: for a proof, a file that can't be read is a file that is missing.
             return None
+
+
+def _few_at_once(readers: Executor, call: Callable[..., T], arguments: Iterator[tuple[Any, ...]]) -> Iterator[T]:
+    """What ``map`` does, which would take in all arguments first."""
+    waiting: deque[Future[T]] = deque()
+    for some in arguments:
+        waiting.append(readers.submit(call, *some))
+        if len(waiting) == READERS:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 class _InOrder:

@@ -1,4 +1,4 @@
-"""What a job came to, in figures: ``report.json``, and the data of ``report.html``.
+"""What a job came to, in figures: ``_report.json``, and the data of ``_report.html``.
 
 Read from the shards' records and from single columns of their files. In memory are counts, and a few numbers a
 shard; not rows.
@@ -23,14 +23,18 @@ import pyarrow.parquet as pq
 from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.record import ShardRecord, Totals, Written
 from hycluster.batch.progress.page import render_page
+from hycluster.batch.progress.progress_file import last_word
 from hycluster.errors import SettingsError
 from hycluster.storage import Folder
 
-REPORT_JSON, REPORT_HTML = "report.json", "report.html"
+REPORT_JSON, REPORT_HTML = "_report.json", "_report.html"
 # Most bars of a plot.
 TIMES = 120
 LENGTHS = 40
 SLOWEST = 10
+# Rows that are shown, and how much of each value.
+SAMPLES = 5
+SAMPLE_CHARACTERS = 600
 READERS = 16
 # Shards whose files are read at once.
 WINDOW = 256
@@ -63,11 +67,28 @@ class _Slow:
     completion_tokens: int
 
 
+class _Samples:
+    """The first rows, by some of their columns."""
+
+    def __init__(self, suffix: str, *columns: str) -> None:
+        self._columns = [f"{name}{suffix}" for name in ("row_id", *columns)]
+        self.rows: list[dict[str, Any]] = []
+
+    def look(self, folder: Folder, written: Written | None) -> None:
+        if written is None or len(self.rows) >= SAMPLES:
+            return
+        with folder.open_file(written.path) as handle, pq.ParquetFile(handle) as parquet:
+            batch = next(parquet.iter_batches(SAMPLES - len(self.rows), columns=self._columns))
+        self.rows += [
+            {name: str(value)[:SAMPLE_CHARACTERS] for name, value in row.items()} for row in batch.to_pylist()
+        ]
+
+
 def write_report(folder: Folder) -> dict[str, Any]:
-    """Write ``report.json`` and ``report.html`` into the output, of what is committed there.
+    """Write ``_report.json`` and ``_report.html`` into the output, of what is committed there.
 
     Returns:
-        What ``report.json`` holds; see ``figures``.
+        What ``_report.json`` holds; see ``figures``.
 
     Raises:
         SettingsError: there is no job's output in it.
@@ -78,22 +99,27 @@ def write_report(folder: Folder) -> dict[str, Any]:
         raise SettingsError(f"OUTPUT: {folder.masked!r} holds no output of a job (there is no _job.json)")
     # The path without what a URI may carry along, such as keys.
     found = {"version": 1, "output": folder.root, "job": job["job"], "input": job["input"]}
+    word = last_word(folder, str(job.get("edition", "")))
+    found["ended"] = word.ended if word else None
     output = OutputFolder(folder)
-    found |= figures(folder, output.records())
+    found |= figures(folder, output.records(), output.suffix())
     output.folder.replace(REPORT_JSON, json.dumps(found, indent=1).encode())
     output.folder.replace(REPORT_HTML, render_page(found).encode())
     return found
 
 
-def figures(folder: Folder, records: Iterator[ShardRecord]) -> dict[str, Any]:
+def figures(folder: Folder, records: Iterator[ShardRecord], suffix: str = "") -> dict[str, Any]:
     """Figures of the given shards.
+
+    Args:
+        suffix: what the names of the job's columns end with.
 
     Returns:
         ``totals`` and ``shards`` (how many); ``begun_at`` and ``committed_at`` of the first and the last, seconds
         since the epoch; ``busy_s``, the seconds in which any shard was worked on, and ``rows_per_s`` and
         ``tokens_per_s`` over these; ``throughput``, a list of times (``from_s`` after the beginning) with their
         rates; ``completion_tokens`` with percentiles and a histogram; ``finish_reasons`` and
-        ``quarantine_reasons``, rows each; ``slowest_shards``.
+        ``quarantine_reasons``, rows each; ``slowest_shards``; ``samples`` and ``quarantine_samples``, a few rows each.
     """
     totals = Totals()
     spans = Spans()
@@ -101,9 +127,13 @@ def figures(folder: Folder, records: Iterator[ShardRecord]) -> dict[str, Any]:
     lengths: Counter[int] = Counter()
     finish_reasons: Counter[str] = Counter()
     quarantine_reasons: Counter[str] = Counter()
+    samples = _Samples(suffix, "output", "finish_reason"), _Samples(suffix, "error_type", "error_message")
     with ThreadPoolExecutor(READERS) as readers:
         while some := list(islice(records, WINDOW)):
-            for record, columns in zip(some, readers.map(partial(_columns, folder), some), strict=True):
+            for record in some:
+                samples[0].look(folder, record.part)
+                samples[1].look(folder, record.quarantine)
+            for record, columns in zip(some, readers.map(partial(_columns, folder, suffix), some), strict=True):
                 totals += Totals(record.rows, record.quarantined, record.prompt_tokens, record.completion_tokens)
                 spans.add(record.begun_at, record.committed_at, record.rows, record.completion_tokens)
                 slow = _Slow(
@@ -132,6 +162,8 @@ def figures(folder: Folder, records: Iterator[ShardRecord]) -> dict[str, Any]:
         "finish_reasons": dict(finish_reasons.most_common()),
         "quarantine_reasons": dict(quarantine_reasons.most_common()),
         "slowest_shards": [asdict(slow) for slow in sorted(slowest, reverse=True)],
+        "samples": samples[0].rows,
+        "quarantine_samples": samples[1].rows,
     }
 
 
@@ -188,18 +220,18 @@ def length_figures(lengths: Counter[int]) -> dict[str, Any]:
     return found
 
 
-def _columns(folder: Folder, record: ShardRecord) -> tuple[Counter[int], Counter[str], Counter[str]]:
+def _columns(folder: Folder, suffix: str, record: ShardRecord) -> tuple[Counter[int], Counter[str], Counter[str]]:
     """How often each output length, finish reason and quarantine reason occurs in one shard."""
-    lengths, finish_reasons = _counts(folder, record.part, "completion_tokens", "finish_reason")
-    (quarantine_reasons,) = _counts(folder, record.quarantine, "error_type")
+    lengths, finish_reasons = _counts(folder, record.part, f"completion_tokens{suffix}", f"finish_reason{suffix}")
+    (quarantine_reasons,) = _counts(folder, record.quarantine, f"error_type{suffix}")
     return lengths, finish_reasons, quarantine_reasons
 
 
 def _counts(folder: Folder, written: Written | None, *columns: str) -> list[Counter[Any]]:
     if written is None:
         return [Counter() for _ in columns]
-    with folder.open_file(written.path) as handle:
-        table = pq.read_table(handle, columns=list(columns))
+    with folder.open_file(written.path) as handle, pq.ParquetFile(handle) as parquet:
+        table = parquet.read(columns=list(columns))
     return [
         Counter({"none" if value is None else value: number for value, number in _pairs(table, name)})
         for name in columns

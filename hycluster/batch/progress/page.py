@@ -1,21 +1,24 @@
-"""``report.html``: the figures of a job on one page that needs nothing else, neither network nor scripts."""
+"""``_report.html``: the figures of a job on one page that needs nothing else, neither network nor scripts."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hycluster.batch.progress.terminal import duration
+from hycluster.settings.as_yaml import as_yaml
 
 # Of a plot, in the units of its SVG.
 WIDTH, HEIGHT = 720, 160
+# More outputs than that which were cut off are told on top.
+CUT_OFF_SHARE = 0.1
 
 
 def render_page(figures: dict[str, Any]) -> str:
-    """The page, from what ``report.json`` holds."""
+    """The page, from what ``_report.json`` holds."""
     environment = Environment(
         loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -23,13 +26,17 @@ def render_page(figures: dict[str, Any]) -> str:
     at = [duration(time["from_s"]) for time in times]
     return environment.get_template("report.html.jinja").render(
         output=figures["output"],
-        job=figures["job"],
+        verdict=_verdict(figures),
+        warnings=list(_warnings(figures)),
+        job=as_yaml({key: value for key, value in figures["job"].items() if value is not None}),
         summary=_summary(figures),
+        samples=figures["samples"],
+        quarantine_samples=figures["quarantine_samples"],
         rows_over_time=_bars([time["rows_per_s"] for time in times], at),
         tokens_over_time=_bars([time["tokens_per_s"] for time in times], at),
-        end=duration((figures["committed_at"] or 0) - (figures["begun_at"] or 0)),
+        times=[duration(part / 4 * ((figures["committed_at"] or 0) - (figures["begun_at"] or 0))) for part in range(5)],
         lengths=_bars([some["rows"] for some in lengths], [f"from {some['from_tokens']} tokens" for some in lengths]),
-        longest=figures["completion_tokens"]["max"],
+        lengths_at=[f"{round(part / 4 * (figures['completion_tokens']['max'] or 0))} tokens" for part in range(5)],
         finish_reasons=figures["finish_reasons"],
         quarantine_reasons=figures["quarantine_reasons"],
         slowest=figures["slowest_shards"],
@@ -37,6 +44,29 @@ def render_page(figures: dict[str, Any]) -> str:
         height=HEIGHT,
         number=_number,
     )
+
+
+def _verdict(figures: dict[str, Any]) -> tuple[str, str]:
+    """What came of the job, in one line, and how bad that is: ``good``, ``fair`` or ``bad``."""
+    totals, rows = figures["totals"], figures["input"]["rows"]
+    if figures["ended"]:
+        return "bad", f"ended without a result: {figures['ended']}"
+    if totals["rows"] < rows:
+        return "bad", f"not finished: {totals['rows']} of {rows} rows are committed"
+    lost = totals["quarantined"]
+    if lost:
+        return "fair", f"done: {rows - lost} of {rows} rows, {lost} are in the quarantine"
+    return "good", f"done: all {rows} rows"
+
+
+def _warnings(figures: dict[str, Any]) -> Iterator[str]:
+    reasons = figures["finish_reasons"]
+    cut, rows = reasons.get("length", 0), sum(reasons.values())
+    if rows and cut / rows >= CUT_OFF_SHARE:
+        yield (
+            f"{100 * cut / rows:.0f} % of the outputs were cut off (finish reason 'length'): sampling.max_tokens, or"
+            " what the model's context left, was too little for them"
+        )
 
 
 def _summary(figures: dict[str, Any]) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from hycluster.batch.output.record import Totals
 from hycluster.batch.progress.terminal import RunProgress
@@ -30,11 +30,13 @@ class ProgressEntry:
         told_at: seconds since the epoch, by the clock of the machine that runs the job.
         earlier_rows: committed before this run began.
         progress: of this run.
+        ended: why the run has ended, if it has.
     """
 
     told_at: float
     earlier_rows: int
     progress: RunProgress
+    ended: str | None = None
 
 
 class Teller:
@@ -56,15 +58,24 @@ class Teller:
         if time.monotonic() - self._told_s < TELL_EVERY_S:
             return
         self._told_s = time.monotonic()
-        word = {"edition": self._edition, **asdict(ProgressEntry(time.time(), self._earlier_rows, progress))}
-        try:
-            self._output.replace(PROGRESS, json.dumps(word).encode())
-        except OSError as error:
-            log.debug("%s: can't be written: %s", PROGRESS, masked_line(error))
+        _write(self._output, self._edition, ProgressEntry(time.time(), self._earlier_rows, progress))
 
     def end(self) -> None:
         """The run is over and needs nobody to know how far it is."""
         self._output.delete([PROGRESS])
+
+
+def tell_end(output: WritableFolder, edition: str, why: str) -> None:
+    """Say why a run has ended before its job was done, so that nobody waits until it has been silent for long."""
+    said = last_word(output, edition) or ProgressEntry(0.0, 0, RunProgress())
+    _write(output, edition, replace(said, told_at=time.time(), ended=why))
+
+
+def _write(output: WritableFolder, edition: str, entry: ProgressEntry) -> None:
+    try:
+        output.replace(PROGRESS, json.dumps({"edition": edition, **asdict(entry)}).encode())
+    except OSError as error:
+        log.debug("%s: can't be written: %s", PROGRESS, masked_line(error))
 
 
 def last_word(output: Folder, edition: str) -> ProgressEntry | None:
@@ -74,8 +85,10 @@ def last_word(output: Folder, edition: str) -> ProgressEntry | None:
         if data is None or data["edition"] != edition:
             return None
         said = data["progress"]
-        progress = RunProgress(Totals(**said["done"]), said["in_flight"], said["retries"], dict(said["reasons"]))
-        return ProgressEntry(float(data["told_at"]), int(data["earlier_rows"]), progress)
+        progress = RunProgress(
+            Totals(**said["done"]), said["in_flight"], said["retries"], dict(said["reasons"]), said.get("parked", 0)
+        )
+        return ProgressEntry(float(data["told_at"]), int(data["earlier_rows"]), progress, data.get("ended"))
     except (OSError, ValueError, KeyError, TypeError):
         # Half written, or by another version: the records are what counts.
         return None

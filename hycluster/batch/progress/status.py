@@ -24,7 +24,7 @@ from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.record import ShardRecord, Totals
 from hycluster.batch.output.shard_set import ShardSet
 from hycluster.batch.progress.progress_file import SILENT_S, ProgressEntry, last_word
-from hycluster.batch.progress.terminal import LINE_EVERY_S, RunProgress, duration
+from hycluster.batch.progress.terminal import LINE_EVERY_S, WAITING, RunProgress, duration
 from hycluster.errors import SettingsError
 from hycluster.storage import Folder, masked_line
 
@@ -70,8 +70,14 @@ class Status:
         # A shard that was done twice was counted twice.
         return min(self.rows, max(self.done.rows, said))
 
+    @property
+    def waiting(self) -> bool:
+        """It runs, and the engines have no time for it."""
+        alive = self.word is not None and time.time() - self.word.told_at <= SILENT_S
+        return alive and self.word is not None and self.word.progress.waiting
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "waiting": "online traffic" if self.waiting else None}
 
     def cells(self) -> list[tuple[str, str]]:
         """Label and value pairs for those who read."""
@@ -91,11 +97,8 @@ class Status:
 
     def _said(self) -> list[tuple[str, str]]:
         progress = self.word.progress if self.word else RunProgress()
-        return [
-            ("of these committed", str(self.done.rows)),
-            ("in flight", str(progress.in_flight)),
-            ("retries", str(progress.retries)),
-        ]
+        in_flight = [] if self.word and self.word.ended else [("in flight", str(progress.in_flight))]
+        return [("of these committed", str(self.done.rows)), *in_flight, ("retries", str(progress.retries))]
 
     def _quarantined(self) -> str:
         progress = self.word.progress if self.word else RunProgress()
@@ -111,10 +114,12 @@ class Status:
             age = f"last commit {duration(max(0.0, time.time() - self.committed_at))} ago"
         if self.word is None:
             return age if self.committed_at is None else f"not finished, {age}"
+        if self.word.ended:
+            return f"ended: {self.word.ended}"
         silent_s = max(0.0, time.time() - self.word.told_at)
         if silent_s > SILENT_S:
             return f"stopped, last heard of {duration(silent_s)} ago; its own command resumes it"
-        return f"running, {age}"
+        return f"running, {WAITING}, {age}" if self.waiting else f"running, {age}"
 
     def line(self) -> str:
         return ", ".join(f"{label} {value}" for label, value in self.cells())

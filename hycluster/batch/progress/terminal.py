@@ -20,6 +20,8 @@ from hycluster.terminal import printable
 
 LINE_EVERY_S = 5.0
 BAR_EVERY_S = 0.5
+# What a job says that the engines have no time for. It has not failed, and goes on by itself.
+WAITING = "waiting: online traffic"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,7 @@ class RunProgress:
     Attributes:
         done: rows that are through, and their tokens.
         in_flight: rows in the engines now.
+        parked: those of them for which the engines have no time, because they serve online requests.
         retries: calls made again because an engine failed.
         reasons: quarantined rows by ``error_type``.
     """
@@ -37,6 +40,12 @@ class RunProgress:
     in_flight: int = 0
     retries: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
+    parked: int = 0
+
+    @property
+    def waiting(self) -> bool:
+        """It gets nothing of the engines' time now: online requests need it."""
+        return 0 < self.parked == self.in_flight
 
     def __add__(self, other: RunProgress) -> RunProgress:
         return RunProgress(
@@ -44,6 +53,7 @@ class RunProgress:
             self.in_flight + other.in_flight,
             self.retries + other.retries,
             dict(Counter(self.reasons) + Counter(other.reasons)),
+            self.parked + other.parked,
         )
 
 
@@ -75,7 +85,7 @@ class Reporter:
         self._earlier = earlier
         self._poll = poll
         self._console = console
-        self._begun_s = time.monotonic()
+        self._in_work_since_s: float | None = None
         self._stop = threading.Event()
         show = self._bar if console.is_terminal else self._lines
         self._thread = threading.Thread(target=show, name="batch-report", daemon=True)
@@ -89,6 +99,11 @@ class Reporter:
     ) -> None:
         self._stop.set()
         self._thread.join()
+
+    @property
+    def in_work_s(self) -> float:
+        """Seconds since the first row went to the engines: what rates are of, here and in the report."""
+        return time.monotonic() - self._in_work_since_s if self._in_work_since_s is not None else 0.0
 
     def _bar(self) -> None:
         columns = (
@@ -108,30 +123,42 @@ class Reporter:
                     return
 
     def _lines(self) -> None:
-        while not self._stop.wait(LINE_EVERY_S):
+        told_s = time.monotonic()
+        while not self._stop.wait(min(BAR_EVERY_S, LINE_EVERY_S)):
             rows, rates = self._state()
+            if time.monotonic() - told_s < LINE_EVERY_S:
+                continue
+            told_s = time.monotonic()
             self._console.print(f"{self._name}: {rows}/{self._rows} rows, {rates}", highlight=False, soft_wrap=True)
 
     def _state(self) -> tuple[int, str]:
         progress = self._poll()
         now = progress.done
-        seconds = time.monotonic() - self._begun_s
+        if self._in_work_since_s is None and (progress.in_flight or now.rows):
+            self._in_work_since_s = time.monotonic()
+        seconds = max(self.in_work_s, BAR_EVERY_S)
         # A shard that was done twice was counted twice; the bar must not pass its end.
         rows = min(self._rows, self._earlier + now.rows)
+        if self._in_work_since_s is None:
+            # Most of a small job's time; a rate of nothing would look like a job that hangs.
+            return rows, "starting: opening a gateway, no row has reached an engine yet"
         rate = now.rows / seconds
         eta = duration((self._rows - rows) / rate) if rate else "?"
         quarantined = f", {now.quarantined} quarantined" if now.quarantined else ""
         retries = f", {progress.retries} retries" if progress.retries else ""
         rates = f"{rate:.1f} rows/s, {now.completion_tokens / seconds:.1f} tokens/s, ETA {eta}"
-        return rows, f"{rates}{quarantined}{retries}"
+        waiting = f", {WAITING}" if progress.waiting else ""
+        return rows, f"{rates}{quarantined}{retries}{waiting}"
 
 
-def print_totals(console: Console, title: str, all_time: Totals, this_run: Totals, seconds: float) -> None:
-    """Print the final table. Rates are of this run; counts are of the whole output."""
+def print_totals(
+    console: Console, title: str, all_time: Totals, this_run: Totals, seconds: float, in_work_s: float
+) -> None:
+    """Print the final table. Rates are of this run, while rows were in work; counts are of the whole output."""
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column()
     table.add_column(justify="right")
-    seconds = max(seconds, 1e-9)
+    in_work_s = max(in_work_s, 1e-9)
     for label, value in (
         ("rows", f"{all_time.rows}"),
         ("of these quarantined", f"{all_time.quarantined}"),
@@ -139,8 +166,9 @@ def print_totals(console: Console, title: str, all_time: Totals, this_run: Total
         ("prompt tokens", f"{all_time.prompt_tokens}"),
         ("completion tokens", f"{all_time.completion_tokens}"),
         ("seconds", f"{seconds:.1f}"),
-        ("rows/s", f"{this_run.rows / seconds:.2f}"),
-        ("tokens/s", f"{this_run.completion_tokens / seconds:.1f}"),
+        ("of these in work", f"{in_work_s:.1f}"),
+        ("rows/s", f"{this_run.rows / in_work_s:.2f}" if this_run.rows else "-"),
+        ("tokens/s", f"{this_run.completion_tokens / in_work_s:.1f}" if this_run.rows else "-"),
     ):
         table.add_row(label, value)
     console.print(table)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,6 +26,8 @@ from hycluster.errors import InvalidInput, UnknownModel
 MOST_CHARACTERS_A_TOKEN = 8
 # A number of parts for measuring the prompt, with more digits than any real one.
 MANY = 9_999_999
+# A text for measuring the preset, which is chosen by its language.
+_SHORT: dict[Language, str] = {"en": "x", "zh": "文"}
 
 
 class TreeWatch:
@@ -49,7 +52,7 @@ class Summarizer:
     def __init__(
         self,
         generator: RowBackend,
-        slots: asyncio.Semaphore,
+        slots: AbstractAsyncContextManager[Any],
         ask: Asker,
         *,
         model: str,
@@ -189,7 +192,7 @@ class Summarizer:
             whole, part, merge = [
                 len(await self._generator.tokenize(self._model, messages=messages))
                 for messages in (
-                    self._whole("x"),
+                    self._whole(_SHORT[language]),
                     part_messages("x", MANY, MANY, language),
                     merge_messages(["x"], language),
                 )

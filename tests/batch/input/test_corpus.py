@@ -268,13 +268,7 @@ def test_a_store_that_goes_away_amid_a_file_is_no_damage(corpus: Path, monkeypat
         list(read_shards(whole.folder, list(whole.shards())))
 
 
-def test_a_column_that_the_output_needs_is_refused(corpus: Path) -> None:
-    pq.write_table(pa.table({"text": ["x"], "output": ["y"]}), corpus / "c.parquet")
-    with pytest.raises(SettingsError, match=r"^input: c.parquet: column 'output' .* rename it"):
-        planned(corpus)
-
-
-def test_a_column_that_the_output_needs_is_refused_in_any_file(corpus: Path) -> None:
+def test_a_column_that_jobs_use_within_is_refused_in_any_file(corpus: Path) -> None:
     check = TemplatePrompt("{text}", {}, {}).check
     pq.write_table(pa.table({"text": [1], "__hycluster_refusal": ["y"]}), corpus / "c.parquet")
     with pytest.raises(SettingsError, match=r"^input: c.parquet: column '__hycluster_refusal'"):

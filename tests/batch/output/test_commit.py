@@ -137,7 +137,7 @@ def test_another_job_takes_over_a_cleared_output(tmp_path: Path, make_job: MakeJ
     old.claim(before)
     old.commit(0, "f#0", results("old"), results("old"), begun_at=1.0)
     old.finish(before, {"rows": 2})
-    notes = tmp_path / "out" / "quarantine" / "notes.txt"
+    notes = tmp_path / "out" / "_quarantine" / "notes.txt"
     notes.write_text("mine")
     assert not new.foreign(before)
     assert new.foreign(after)

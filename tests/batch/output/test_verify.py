@@ -92,7 +92,7 @@ def test_a_doubled_row(out: Path, corpus: Path) -> None:
 
 def test_a_row_in_the_output_and_in_the_quarantine(out: Path, corpus: Path) -> None:
     part = pq.read_table(parts(out)[7])
-    (quarantine,) = (out / "quarantine").glob("*.parquet")
+    (quarantine,) = (out / "_quarantine").glob("*.parquet")
     refused = pq.read_table(quarantine)
     extra = pa.table({name: (refused if name in refused.schema.names else part)[name] for name in part.schema.names})
     forge(out, 7, pa.concat_tables([part, extra.cast(part.schema)]))
@@ -209,9 +209,9 @@ def test_an_unfinished_job(make_job: MakeJob, corpus: Path) -> None:
 def test_files_that_nobody_names(out: Path, corpus: Path) -> None:
     shutil.copy(parts(out)[0], out / "part-00000000-again.parquet")
     assert only(out, corpus).startswith("part-00000000-again.parquet: is not in the manifest")
-    (out / "part-00000000-again.parquet").rename(out / "quarantine" / "part-x.parquet")
-    assert only(out, corpus).startswith("quarantine/part-x.parquet: is not in the manifest")
-    (out / "quarantine" / "part-x.parquet").rename(out / "notes.txt")
+    (out / "part-00000000-again.parquet").rename(out / "_quarantine" / "part-x.parquet")
+    assert only(out, corpus).startswith("_quarantine/part-x.parquet: is not in the manifest")
+    (out / "_quarantine" / "part-x.parquet").rename(out / "notes.txt")
     assert verify_output(at(out), at(corpus)).fault_count == 0
 
 
@@ -225,7 +225,7 @@ def test_an_output_on_an_object_store(make_job: MakeJob, corpus: Path, store: Ob
     status = Watcher(at(job.output.path)).look()
     assert (status.finished, status.output, status.done.rows) == (True, f"{BUCKET}/verified", 12)
     folder = at(job.output.path)
-    assert {"report.html", "report.json"} < set(folder.names())
+    assert {"_report.html", "_report.json"} < set(folder.names())
     folder.delete([next(n for n in sorted(folder.names()) if n.startswith("part-"))])
     assert verify_output(at(job.output.path), at(corpus)).fault_count == 2
 

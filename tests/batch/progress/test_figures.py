@@ -18,7 +18,7 @@ def test_a_report_of_what_is_committed(make_job: MakeJob, corpus: Path) -> None:
     out = commit_all(make_job())
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     report = write_report(at(out))
-    assert json.loads((out / "report.json").read_text()) == report
+    assert json.loads((out / "_report.json").read_text()) == report
     assert report["totals"] == {"rows": 16, "quarantined": 1, "prompt_tokens": 43, "completion_tokens": 28}
     assert report["shards"] == 9
     assert report["finish_reasons"] == {"stop": 14, "length": 1}
@@ -42,7 +42,7 @@ def test_a_report_of_nothing(make_job: MakeJob, tmp_path: Path) -> None:
     out = commit_all(make_job(), first=0, finish=False)
     report = write_report(at(out))
     assert (report["shards"], report["throughput"], report["rows_per_s"]) == (0, [], None)
-    assert "0 of 12" in (out / "report.html").read_text()
+    assert "0 of 12" in (out / "_report.html").read_text()
     with pytest.raises(SettingsError, match=r"^OUTPUT: '.*' holds no output of a job"):
         write_report(at(tmp_path))
 

@@ -45,10 +45,44 @@ def test_the_page_is_complete_in_itself(make_job: MakeJob, corpus: Path) -> None
         "Finish reasons",
         "Quarantine reasons",
         "Slowest shards",
+        "done: 13 of 14 rows, 1 are in the quarantine",
+        "The first rows",
+        "DEEP 0",
+        "The first quarantined rows",
+        "text: is null",
+        "Settings",
+        "task: generate",
         "14 of 14",
         "c.parquet#0",
     ):
         assert what in page.text, what
+
+
+def test_a_job_that_failed_does_not_look_like_one_that_is_done(make_job: MakeJob, corpus: Path) -> None:
+    found = figures(make_job, corpus)
+    page = render_page({**found, "ended": "max_quarantined_fraction: 1 of 14 rows"})
+    assert '<p class="verdict bad">ended without a result: max_quarantined_fraction: 1 of 14 rows</p>' in page
+    page = render_page({**found, "totals": {**found["totals"], "rows": 9}})
+    assert '<p class="verdict bad">not finished: 9 of 14 rows are committed</p>' in page
+    page = render_page({**found, "totals": {**found["totals"], "quarantined": 0}})
+    assert '<p class="verdict good">done: all 14 rows</p>' in page
+
+
+def test_outputs_that_were_cut_off_are_told_on_top(make_job: MakeJob, corpus: Path) -> None:
+    found = figures(make_job, corpus)
+    assert "were cut off" not in render_page(found)
+    page = render_page({**found, "finish_reasons": {"length": 13, "stop": 1}})
+    assert "93 % of the outputs were cut off (finish reason &#39;length&#39;): sampling.max_tokens" in page
+
+
+def test_plots_have_axes_with_ticks(make_job: MakeJob, corpus: Path) -> None:
+    page = Tags(render_page(figures(make_job, corpus))).text
+    assert "0 tokens1 tokens2 tokens2 tokens3 tokens" in page.replace("\n", "")
+
+
+def test_settings_are_yaml(make_job: MakeJob, corpus: Path) -> None:
+    page = render_page(figures(make_job, corpus, prompt="Say\n{text}"))
+    assert "prompt: |-\n  Say\n  {text}\n" in page
 
 
 def test_plots_are_drawn_within_their_frame(make_job: MakeJob, corpus: Path) -> None:

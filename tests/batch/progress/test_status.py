@@ -12,7 +12,7 @@ from rich.console import Console
 
 from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.record import Totals
-from hycluster.batch.progress.progress_file import Teller
+from hycluster.batch.progress.progress_file import Teller, tell_end
 from hycluster.batch.progress.status import Status, Watcher, _Recent, recent_rates, show_status
 from hycluster.batch.progress.terminal import RunProgress
 from hycluster.errors import SettingsError
@@ -78,11 +78,36 @@ def test_what_the_job_said_last(make_job: MakeJob, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("hycluster.batch.progress.status.time", SimpleNamespace(time=lambda: later))
     assert "state stopped, last heard of 1:00:00 ago; its own command resumes it" in Watcher(at(out)).look().line()
 
+    tell_end(at(out).writable(), edition, "too much was lost")
+    line = Watcher(at(out)).look().line()
+    assert "state ended: too much was lost, shards" in line
+    assert "retries 2" in line
+    assert "in flight" not in line
     for unbelievable in (json.dumps({"edition": "another"}), "{", json.dumps({"edition": edition, "progress": 1})):
         (out / "_progress.json").write_text(unbelievable)
         assert Watcher(at(out)).look().word is None
     teller.end()
     assert not (out / "_progress.json").exists()
+
+
+def test_a_job_that_the_engines_have_no_time_for_says_so(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = commit_all(make_job(), first=2, finish=False)
+    edition = OutputFolder(at(out)).edition()
+    Teller(at(out), edition, 0).tell(RunProgress(Totals(5, 0, 0, 0), in_flight=3, parked=3))
+    status = Watcher(at(out)).look()
+    assert "state running, waiting: online traffic, last commit " in status.line()
+    assert json.loads(json.dumps(status.to_dict()))["waiting"] == "online traffic"
+    # One that has stopped waits for nobody.
+    later = time.time() + 3600
+    monkeypatch.setattr("hycluster.batch.progress.status.time", SimpleNamespace(time=lambda: later))
+    status = Watcher(at(out)).look()
+    assert "waiting" not in status.line()
+    assert status.to_dict()["waiting"] is None
+    # What an earlier version wrote.
+    word = json.loads((out / "_progress.json").read_text())
+    del word["progress"]["parked"]
+    (out / "_progress.json").write_text(json.dumps(word))
+    assert Watcher(at(out)).look().word is not None
 
 
 def test_a_store_that_takes_no_word_does_not_end_the_job(make_job: MakeJob) -> None:

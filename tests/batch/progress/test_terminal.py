@@ -15,17 +15,22 @@ def test_processes_say_totals_so_a_word_lost_or_said_twice_does_no_harm() -> Non
     progress = JobProgress()
     progress.report("a", RunProgress(Totals(1, 0, 10, 5), 4, 1))
     progress.report("a", RunProgress(Totals(3, 1, 30, 15), 4, 2, {"NullValue": 1}))
-    progress.report("a", RunProgress(Totals(3, 1, 30, 15), 4, 2, {"NullValue": 1}))
+    progress.report("a", RunProgress(Totals(3, 1, 30, 15), 4, 2, {"NullValue": 1}, parked=4))
     progress.report("b", RunProgress(Totals(2, 1, 20, 10), 3, 0, {"NullValue": 1}))
-    assert progress.total() == RunProgress(Totals(5, 2, 50, 25), 7, 2, {"NullValue": 2})
+    assert progress.total() == RunProgress(Totals(5, 2, 50, 25), 7, 2, {"NullValue": 2}, parked=4)
+    # The other process has time for its rows.
+    assert not progress.total().waiting
 
 
-def shown(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> str:
+BUSY = RunProgress(Totals(10, 2, 0, 50), retries=3)
+
+
+def shown(terminal: bool, monkeypatch: pytest.MonkeyPatch, said: RunProgress = BUSY) -> str:
     monkeypatch.setattr(report, "LINE_EVERY_S", 0.02)
     monkeypatch.setattr(report, "BAR_EVERY_S", 0.02)
     text = io.StringIO()
     console = Console(file=text, force_terminal=terminal, width=160)
-    with Reporter("job", 100, 40, lambda: RunProgress(Totals(10, 2, 0, 50), retries=3), console):
+    with Reporter("job", 100, 40, lambda: said, console):
         time.sleep(0.2)
     return text.getvalue()
 
@@ -39,6 +44,19 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch)
     assert "\x1b" not in "".join(lines)
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_before_the_first_row_is_asked_the_stage_is_told(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    text = shown(terminal, monkeypatch, RunProgress())
+    assert "starting: opening a gateway" in text
+    assert "rows/s" not in text
+
+
+def test_a_job_that_the_engines_have_no_time_for_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for parked, waits in ((4, True), (3, False)):
+        said = RunProgress(Totals(10, 2, 0, 50), 4, retries=3, parked=parked)
+        assert ("waiting: online traffic" in shown(False, monkeypatch, said)) == waits
+
+
 def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     text = shown(True, monkeypatch)
     assert "50/100" in text
@@ -47,7 +65,7 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_table_counts_all_and_rates_this_run() -> None:
     text = io.StringIO()
-    print_totals(Console(file=text, width=80), "t", Totals(100, 3, 1000, 500), Totals(60, 0, 600, 300), 2.0)
+    print_totals(Console(file=text, width=80), "t", Totals(100, 3, 1000, 500), Totals(60, 0, 600, 300), 9.0, 2.0)
     cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.getvalue().splitlines()]
     for row in (
         ["rows", "100"],

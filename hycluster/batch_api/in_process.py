@@ -1,0 +1,110 @@
+"""A request to an ASGI app in this process, of which one who asks can take leave as a caller by HTTP does.
+
+Cancelling the call is not enough: vLLM's handlers run in tasks of their own, which go on without it, and so do their
+requests in the engines. They end when they hear that the caller has gone, which is what they are told here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp
+
+logger = logging.getLogger(__name__)
+
+# For an app that listens, to end what it has begun.
+WINDS_UP_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class InProcessAnswer:
+    """What the app said."""
+
+    status: int
+    headers: Headers
+    body: bytes
+
+
+async def post(app: ASGIApp, path: str, body: bytes, headers: Mapping[str, str]) -> InProcessAnswer:
+    """Ask the app. Cancelled, it ends when the app has ended what it had begun, and returns what had been answered by
+    then all the same. An app that breaks answers 500."""
+    call = _Call(app, path, body, headers)
+    running = asyncio.create_task(call.run())
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        if not running.done():
+            await call.leave(running)
+            raise
+        return running.result()
+
+
+class _Call:
+    def __init__(self, app: ASGIApp, path: str, body: bytes, headers: Mapping[str, str]) -> None:
+        self._app = app
+        self._scope: MutableMapping[str, Any] = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": path,
+            "raw_path": path.encode(),
+            "root_path": "",
+            "query_string": b"",
+            "headers": [
+                (b"host", b"batch"),
+                (b"content-length", b"%d" % len(body)),
+                *((name.lower().encode(), value.encode()) for name, value in headers.items()),
+            ],
+            "client": ("127.0.0.1", 0),
+            "server": ("batch", 80),
+        }
+        self._body: bytes | None = body
+        self._over = asyncio.Event()
+        self._listening = 0
+        self._status = 500
+        self._headers = Headers()
+        self._answer = bytearray()
+
+    async def run(self) -> InProcessAnswer:
+        try:
+            await self._app(self._scope, self._receive, self._send)
+        except Exception:
+            logger.warning("%s: the app broke", self._scope["path"], exc_info=True)
+        finally:
+            self._over.set()
+        return InProcessAnswer(self._status, self._headers, bytes(self._answer))
+
+    async def leave(self, running: asyncio.Task[InProcessAnswer]) -> None:
+        self._over.set()
+        if self._listening:
+            # Cancelled as well, it would leave at once, and what it has begun would not.
+            await asyncio.wait({running}, timeout=WINDS_UP_S)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+    async def _receive(self) -> MutableMapping[str, Any]:
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        self._listening += 1
+        try:
+            await self._over.wait()
+        finally:
+            self._listening -= 1
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            self._headers = Headers(raw=list(message.get("headers", ())))
+        elif message["type"] == "http.response.body":
+            self._answer += message.get("body", b"")
+            if not message.get("more_body"):
+                self._over.set()

@@ -1,0 +1,364 @@
+"""Online and bulk work in one engine: a scheduler in vLLM's place, by vLLM's own ``scheduler_cls``.
+
+vLLM's priority policy orders its waiting queue and nothing else: what runs is served in the order of admission, and a
+waiting request takes no place of a running one. Here a row of bulk priority
+
+- is *parked* while online work needs the step: it keeps its KV blocks and gets no token in it. It joins a step with
+  online work only as far as that lengthens the step by ``max_slowdown``;
+- is *given up* where an online request needs its slot or its blocks: it waits again, and what the prefix cache (or the
+  host, with offload on) still has of it need not be computed again. The ones with the least to recompute go first;
+- in steps without online work takes as much as fits ``max_step_s``, since a request that arrives has to wait for the
+  end of a step. Where the engine is a rank of a data-parallel group, that is without online work in any of its ranks:
+  they step together.
+
+How long a step takes is learned from the engine's own steps (:mod:`hycluster.engine.step_time`); what it leaves to bulk
+rows is counted in :mod:`hycluster.engine.step_room`.
+
+Pinned to vLLM 0.32.0; ``tests/engine/test_scheduler.py`` runs it on vLLM's own scheduler. It relies on:
+
+- ``schedule`` asks ``_reserve_prefill_lookahead`` last how many tokens a row gets, running rows first, in the order of
+  ``running``; 0 passes a running row over, and ends the admission of waiting ones;
+- ``schedule`` admits from ``kv_holding_waiting``, then from ``waiting``, while they are true;
+- both get their blocks from ``kv_cache_manager.allocate_slots``, which changes nothing where it returns None;
+- ``_preempt_request`` may be called between two steps, and within one for a row that is not in it;
+- all rows that are in a step, and no more, count for ``max_loras``.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import PriorityRequestQueue, SchedulingPolicy
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+
+from hycluster.core import ColocationLoad, Priority
+from hycluster.engine.rank_work import RankWork, Siblings
+from hycluster.engine.step_room import BulkRow, StepRoom
+from hycluster.engine.step_time import StepTime, StepWork
+from hycluster.settings.model import Colocation
+
+logger = logging.getLogger(__name__)
+
+# Where the settings lie on vLLM's scheduler configuration. Not in ``additional_config``: what is in there counts for
+# the cache of compiled models, and a bound on waiting would have them compiled anew.
+_SETTINGS = "hycluster_colocation"
+# A step of one row has to be longer than its bound by so much, and steps to be predicted this well, to be told of;
+# which is once an engine.
+_TOO_LONG, _SURE = 1.5, 0.2
+# With nobody to make room for, a step in so many is enough to follow the machine.
+_LEARN_EVERY = 8
+
+
+def use_colocation(config: VllmConfig, colocation: Colocation) -> None:
+    """Have an engine of this configuration schedule with this module, if it can; see :func:`why_not_colocated`."""
+    if not colocation.enabled or why_not_colocated(config) is not None:
+        return
+    scheduler = config.scheduler_config
+    scheduler.scheduler_cls = AsyncColocationScheduler if scheduler.async_scheduling else ColocationScheduler
+    setattr(scheduler, _SETTINGS, colocation)
+
+
+def why_not_colocated(config: VllmConfig) -> str | None:
+    """What an engine of this configuration has instead of this module's scheduler, if it can't have that."""
+    scheduler = config.scheduler_config
+    if scheduler.scheduler_cls is not None:
+        name = scheduler.scheduler_cls
+        return f"its scheduler is {name if isinstance(name, str) else name.__name__}"
+    if scheduler.policy != "priority":
+        return f"engine.scheduling_policy is {scheduler.policy!r}, which knows no batch requests"
+    return None
+
+
+def colocation_load(scheduler: object) -> ColocationLoad | None:
+    """What an engine's scheduler has to say; None if it is not one of these. May be called by any thread."""
+    return scheduler.load() if isinstance(scheduler, ColocationScheduler) else None
+
+
+def is_bulk(request: Request) -> bool:
+    """Whether a request has to make room for others."""
+    return request.priority >= Priority.BATCH
+
+
+class _Queue(PriorityRequestQueue):
+    """vLLM's queue with a gate: while it is closed, bulk requests are there but not to be admitted."""
+
+    def __init__(self, requests: Iterable[Request] = ()) -> None:
+        super().__init__()
+        self.closed = False
+        for request in requests:
+            self.add_request(request)
+
+    def __bool__(self) -> bool:
+        return bool(self._heap) and not (self.closed and is_bulk(self._heap[0]))
+
+    def online(self) -> list[Request]:
+        """Those that do not wait for bulk. Cheap where there are none: the heap's top is the most urgent."""
+        if not self._heap or is_bulk(self._heap[0]):
+            return []
+        return [request for request in self._heap if not is_bulk(request)]
+
+
+class ColocationScheduler(Scheduler):
+    """For engines that schedule a step when the one before is over.
+
+    Attributes:
+        clock: seconds; replaced where time is virtual.
+        siblings: the other ranks of its data-parallel group, if it is in one; see :class:`Siblings`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.colocation: Colocation = getattr(self.scheduler_config, _SETTINGS, Colocation())
+        assert self.policy == SchedulingPolicy.PRIORITY, "colocation needs vLLM's priority policy"
+        # Under names of their own too: vLLM's are declared for any queue.
+        self.waiting = self._waiting = _Queue(self.waiting)
+        self.kv_holding_waiting = self._kv_holding = _Queue(self.kv_holding_waiting)
+        self.clock: Callable[[], float] = time.monotonic
+        self.step_time = StepTime()
+        self.siblings = Siblings()
+        # Those that may not have ended yet.
+        self._bulk: set[str] = set()
+        self._room = StepRoom()
+        # In flight: when it was scheduled, what is in it.
+        self._begun: dict[int, tuple[float, StepWork]] = {}
+        self._last_end = 0.0
+        # Whether online work was there for the last step and got nothing in it: it waits for something else than bulk.
+        self._stalled = False
+        self._told_too_long = False
+        self._parked = self._given_up = 0
+        self._online_tokens = self._bulk_tokens = 0
+        self._predicted_s = self._real_s = 0.0
+        # Time that ``min_batch_share`` owes to bulk rows.
+        self._credit_s = 0.0
+        # Cutting a chunk anew would cut where the state of such a model can't be kept, or what it needs at once.
+        self._whole_chunks = (
+            self.need_mamba_block_aligned_split
+            or not self.scheduler_config.enable_chunked_prefill
+            or self.vllm_config.model_config.runner_type != "generate"
+        )
+        self._allocate = self.kv_cache_manager.allocate_slots
+        self.kv_cache_manager.allocate_slots = self._allocate_or_take  # type: ignore[method-assign]
+
+    def add_request(self, request: Request) -> None:
+        if is_bulk(request):
+            self._bulk.add(request.request_id)
+        super().add_request(request)
+
+    # What a step is given.
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        begun = self.clock()
+        if self._bulk:
+            self._bulk &= self.requests.keys()
+        if not self._bulk:
+            return self._schedule_online(begun, throttle_prefills)
+        online = [request for request in self.running if not is_bulk(request)]
+        waiting = self._online_waiting()
+        starting = [request for request in waiting if not self._is_blocked_waiting_status(request.status)]
+        if (online or starting) and not self._stalled:
+            self._room = self._beside(online, starting)
+        else:
+            self._room = self._bulk_only()
+        self._room.loras = {lora_of(request) for request in (*online, *starting)} - {0}
+        self._room.max_loras = self.lora_config.max_loras if self.lora_config else 0
+        if len(online) < len(self.running):
+            # vLLM serves what runs in this order.
+            self.running = online + [request for request in self.running if is_bulk(request)]
+            self._make_room(len(waiting))
+        # Nothing that waits with KV blocks in hand may end the admission before online requests had their turn.
+        self._kv_holding.closed = bool(starting)
+        try:
+            output = super().schedule(throttle_prefills)
+        finally:
+            self._kv_holding.closed = self._waiting.closed = False
+        self._count(output, begun)
+        self._stalled = bool(online or starting) and len(output.num_scheduled_tokens) == len(self._room.taken)
+        return output
+
+    def _schedule_online(self, begun: float, throttle_prefills: bool) -> SchedulerOutput:
+        """A step with nobody to make room."""
+        self._room, self._parked, self._stalled = StepRoom(), 0, False
+        output = super().schedule(throttle_prefills)
+        if self.step_time.known and self.current_step % _LEARN_EVERY and not self.siblings:
+            self._online_tokens += output.total_num_scheduled_tokens
+        else:
+            self._count(output, begun)
+        return output
+
+    def _online_waiting(self) -> list[Request]:
+        if self.pause_state != PauseState.UNPAUSED:
+            return []
+        return [*self._waiting.online(), *self._kv_holding.online()]
+
+    def _beside(self, online: list[Request], waiting: list[Request]) -> StepRoom:
+        """A step with online work: bulk may lengthen it by a share."""
+        if not self.step_time.known or self._short_of_blocks(waiting):
+            return StepRoom(bulk_s=0.0, others=True)
+        work = self._online_work(online, waiting)
+        may_add = max(self.colocation.max_slowdown * self.step_time.predict(work), self._credit_s)
+        return StepRoom.of(may_add, self.step_time, work)
+
+    def _short_of_blocks(self, waiting: list[Request]) -> bool:
+        """Whether there are too few for online requests that wait: then bulk rows get none of them in this step.
+
+        One that did not get its block would have another one preempted, and a step with preemptions admits nobody.
+        """
+        rows = len(self.running) + len(waiting)
+        wanted = rows + sum(-(-request.num_tokens // self.block_size) for request in waiting)
+        return bool(waiting) and wanted > self.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    def _online_work(self, online: list[Request], waiting: list[Request]) -> StepWork:
+        left = self.max_num_scheduled_tokens
+        prefill = kv = 0
+        for request in (*online, *waiting):
+            tokens = max(1, min(left, request.num_tokens - request.num_computed_tokens))
+            prefill += tokens - 1
+            kv += request.num_computed_tokens
+            left -= tokens
+            if left <= 0:
+                break
+        return StepWork(prefill, len(online) + len(waiting), kv)
+
+    def _bulk_only(self) -> StepRoom:
+        """Nobody waits; somebody may come, and then waits for the steps that are in flight."""
+        cost, colocation = self.step_time, self.colocation
+        beside = self.siblings.online_work
+        if beside is not None:
+            # A rank's step is over when those of all others are: what the longest of them needs anyhow is free.
+            return StepRoom.of((1 + colocation.max_slowdown) * cost.predict(beside) - cost.base_s, cost)
+        bound = colocation.max_step_s / max(1, self.vllm_config.max_concurrent_batches)
+        shortest = cost.base_s + cost.sequence_s
+        if cost.error < _SURE and shortest > _TOO_LONG * bound and not self._told_too_long:
+            self._told_too_long = True
+            logger.warning(
+                "colocation.max_step_s: a step of one row takes %.3f s here, more than the bound leaves (%.3f s):"
+                " batch requests get little", shortest, bound,
+            )  # fmt: skip
+        # Where even the shortest step is over the bound, an arrival waits for it in any case.
+        return StepRoom.of(max(bound - cost.base_s, cost.sequence_s + colocation.max_slowdown * shortest), cost)
+
+    # What a row is given.
+
+    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        if not tokens or not is_bulk(request):
+            self._room.others |= tokens > 0
+            return tokens
+        whole = self._whole_chunks or request.has_encoder_inputs or request.num_tokens - num_computed_tokens <= 1
+        row = BulkRow(request.request_id, num_computed_tokens, tokens, not whole, lora_of(request))
+        return self._room.grant(row, self.step_time)
+
+    # Slots and blocks.
+
+    def _make_room(self, waiting: int) -> None:
+        """Slots for the online requests that wait: bulk rows give up theirs, and get no new ones instead."""
+        over = len(self.running) + self.num_waiting_for_streaming_input + waiting - self.max_num_active_reqs
+        while over > 0 and (victim := self._cheapest()) is not None:
+            self._give_up(victim)
+            over -= 1
+        # Also what is not ready yet, as while its grammar is compiled, finds its slot free.
+        self._waiting.closed |= waiting > 0 and over == 0
+
+    def _allocate_or_take(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """Blocks for a row; for an online one those of bulk rows, if there are no others."""
+        while (blocks := self._allocate(request, *args, **kwargs)) is None and self._bulk and not is_bulk(request):
+            victim = self._cheapest()
+            if victim is None:
+                return None
+            self._give_up(victim)
+        return blocks
+
+    def _cheapest(self) -> Request | None:
+        """The bulk row with the least to compute again, of those that are not in this step."""
+        rows = [
+            request
+            for request in self.running
+            if is_bulk(request)
+            and request.request_id not in self._room.taken
+            and self._request_blocks_can_be_freed(request)
+        ]
+        return min(rows, key=lambda r: (r.num_computed_tokens, -r.arrival_time), default=None)
+
+    def _give_up(self, request: Request) -> None:
+        self.running.remove(request)
+        self._preempt_request(request, time.monotonic(), drop_stale_output=self.requires_kv_delivery)
+        self._given_up += 1
+        # It was made to leave; it must not come back in the same step.
+        self._waiting.closed = True
+
+    # What is known afterwards.
+
+    def _count(self, output: SchedulerOutput, begun: float) -> None:
+        taken = self._room.taken
+        rows = output.num_scheduled_tokens
+        requests = self.requests
+        total = output.total_num_scheduled_tokens
+        work = StepWork(total - len(rows), len(rows), sum([requests[one].num_computed_tokens for one in rows]))
+        bulk = sum([rows.get(one, 0) for one in taken])
+        self._bulk_tokens += bulk
+        self._online_tokens += total - bulk
+        if self._bulk:
+            self._parked = sum(map(self._was_parked, self.running))
+        self._credit_s = min(max(0.0, self._credit_s - self._room.used_s), self.colocation.max_step_s)
+        self._begun[id(output)] = begun, work
+        if self.siblings:
+            self.siblings.tell(RankWork.of(work, self._online_rows(rows, taken)))
+
+    def _online_rows(self, rows: Iterable[str], taken: set[str]) -> StepWork | None:
+        online = [self.requests[one].num_computed_tokens for one in rows if one not in taken]
+        return StepWork(0, len(online), sum(online)) if online else None
+
+    def _was_parked(self, request: Request) -> bool:
+        """A bulk row that could have had a token; with pipeline stages some have theirs in a step before this one."""
+        left = request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens
+        return is_bulk(request) and request.request_id not in self._room.taken and left > 0
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        now = self.clock()
+        begun, work = self._begun.pop(id(scheduler_output), (now, StepWork()))
+        if work.sequences:
+            # Steps in flight together: this one's time began when the one before it was over.
+            real = now - max(begun, self._last_end)
+            work = self.siblings.longest(work)
+            self._predicted_s, self._real_s = self.step_time.predict(work), real
+            self.step_time.learn(work, real)
+            self._credit_s += self.colocation.min_batch_share * real
+        self._last_end = now
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def load(self) -> ColocationLoad:
+        """As it stands; may be called by any thread."""
+        running = sum(map(is_bulk, self.running.copy()))
+        return ColocationLoad(
+            # Of the last step; rows have ended since.
+            parked=min(self._parked, running),
+            given_up=self._given_up,
+            bulk_tokens=self._bulk_tokens,
+            online_tokens=self._online_tokens,
+            predicted_step_s=self._predicted_s,
+            real_step_s=self._real_s,
+            bulk_running=running,
+            bulk_waiting=max(0, len(self._bulk) - running),
+            step_time_s=self.step_time.coefficients_s,
+        )
+
+
+class AsyncColocationScheduler(ColocationScheduler, AsyncScheduler):
+    """For engines that schedule a step while the one before is computed."""
+
+
+def lora_of(request: Request) -> int:
+    """Number of a request's adapter; 0 is none."""
+    return request.lora_request.lora_int_id if request.lora_request else 0

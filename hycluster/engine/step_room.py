@@ -1,0 +1,122 @@
+"""What one step of an engine leaves to bulk rows, and what they take of it. Pure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from hycluster.engine.step_time import StepTime, StepWork
+
+# A chunk of a prompt has at least so many tokens, or as many as cost what its row does if these are fewer; unless the
+# step has nothing else.
+LEAST_CHUNK_TOKENS = 16
+# A step may be so many times as large as any before it: beyond that its predicted time is a guess.
+GROWTH = 2
+# And at first has this many sequences and tokens of prompts.
+FIRST_SEQUENCES, FIRST_TOKENS = 4, 64
+
+
+@dataclass(frozen=True, slots=True)
+class BulkRow:
+    """A bulk row that could have ``tokens`` in a step.
+
+    Attributes:
+        computed: tokens that it has in the KV cache.
+        divisible: whether a part of them would do; of a prompt, mostly.
+        lora: number of its adapter; 0 is none.
+    """
+
+    request_id: str
+    computed: int
+    tokens: int
+    divisible: bool = False
+    lora: int = 0
+
+
+@dataclass(slots=True)
+class StepRoom:
+    """What one step leaves to bulk rows.
+
+    Attributes:
+        bulk_s: time that they may add to it.
+        sequences, prefill_tokens: most rows, and most tokens of prompts, for all of the step.
+        free_tokens: tokens that add no time, whoever takes them first; see :class:`StepTime`.
+        least_chunk: tokens of a prompt below which a row waits for a step with more room.
+        others: whether anything else is in it, so that it need not be a bulk row.
+        loras: numbers of the adapters in it, or to come into it.
+        max_loras: most of them in one step.
+        used_s: time that bulk rows add to it, as predicted.
+        taken: ids of the bulk rows in it.
+    """
+
+    bulk_s: float = math.inf
+    sequences: float = math.inf
+    prefill_tokens: float = math.inf
+    free_tokens: int = 0
+    least_chunk: int = LEAST_CHUNK_TOKENS
+    others: bool = False
+    loras: set[int] = field(default_factory=set)
+    max_loras: float = math.inf
+    used_s: float = 0.0
+    taken: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, bulk_s: float, cost: StepTime, others: StepWork | None = None) -> StepRoom:
+        """For so much time, as far as the model of the step time can be trusted.
+
+        Args:
+            others: what is in the step anyhow.
+        """
+        used = others.prefill_tokens + others.sequences if others is not None else 0
+        least = LEAST_CHUNK_TOKENS
+        if cost.prefill_token_s > 0:
+            # A chunk that costs less than its row does is not worth the row.
+            least = max(1, min(least, math.ceil(cost.sequence_s / cost.prefill_token_s)))
+        return cls(
+            bulk_s=bulk_s,
+            sequences=max(GROWTH * cost.most_sequences, FIRST_SEQUENCES),
+            prefill_tokens=max(GROWTH * cost.most_prefill_tokens, FIRST_TOKENS),
+            free_tokens=max(0, cost.free_tokens - used),
+            least_chunk=least,
+            others=others is not None,
+        )
+
+    def grant(self, row: BulkRow, cost: StepTime) -> int:
+        """How many of its tokens the row gets, which is noted: all, fewer if it is divisible, or none."""
+        # Something has to be in a step, or the engine would turn in a circle.
+        needed = not self.others and not self.taken
+        if not needed and (self.sequences < 1 or self.bulk_s <= 0):
+            return 0
+        if row.lora and row.lora not in self.loras and len(self.loras) >= self.max_loras:
+            return 0
+        row_s = cost.sequence_s + cost.kv_token_s * row.computed
+        # What a row's last token costs is its row's.
+        more = row.tokens - 1
+        fits = min(self.prefill_tokens, self._fitting(row_s, cost))
+        if fits < more:
+            least = min(more, self.least_chunk) if row.divisible else more
+            if fits < least and not needed:
+                return 0
+            more = max(least, int(fits))
+        more = min(more, row.tokens - 1)
+        # Where some are free, a row's last token is one like the others.
+        tokens = more + 1 if cost.free_tokens else more
+        free = min(tokens, self.free_tokens)
+        takes = row_s + cost.prefill_token_s * (tokens - free)
+        self.free_tokens -= free
+        self.bulk_s -= takes
+        self.used_s += takes
+        self.sequences -= 1
+        self.prefill_tokens -= more
+        self.taken.add(row.request_id)
+        if row.lora:
+            self.loras.add(row.lora)
+        return more + 1
+
+    def _fitting(self, row_s: float, cost: StepTime) -> float:
+        """Tokens beside its last one for which there is time; negative if there is none for the row itself."""
+        left = self.bulk_s - row_s
+        if left < 0:
+            return -1
+        fits = left / cost.prefill_token_s if cost.prefill_token_s > 0 else math.inf
+        return fits + self.free_tokens - 1 if cost.free_tokens else fits

@@ -1,0 +1,177 @@
+"""How long an engine's step takes, learned from its own steps while it runs. Pure; numpy only.
+
+    seconds = base + sequence x sequences + kv_token x tokens of KV cache read
+                   + prefill_token x tokens of prefill
+    or, from so many tokens on, in place of the last: prefill_token x (tokens of the step - free tokens)
+
+A step reads all weights once (base), has work by the row (sampling, bookkeeping), reads each row's KV cache, and
+computes in proportion to its tokens. On a CPU that comes on top, from the first token. On a GPU it is hidden behind the
+reading of the weights until there are some hundred tokens: so many are free. Coefficients and knee differ by orders of
+magnitude between a laptop and a GPU, so nothing is assumed but that none of them is negative: each of a few knees is
+fitted, and the one that explains the steps best is taken, of equal ones the smallest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+# What a step weighs after so many further steps is 1/e: the coefficients follow a machine that gets slower or faster.
+MEMORY_STEPS = 200
+# Steps seen before the coefficients are worth more than the first guess.
+ENOUGH_STEPS = 4
+# The normal equations take every step in; they are solved at each of the first ones, then at every few.
+_SOLVE_ALL, _SOLVE_EVERY = 32, 8
+# Pull towards the coefficients as they are, in steps: what the last steps say nothing about does not drift.
+_INERTIA = 0.05
+# A step so many times as long as was thought (a collection, a compilation, a neighbour) counts as one at this bound.
+_OUTLIER = 3.0
+_KV_UNIT = 1024.0
+# Tokens that may be free.
+KNEES = (0, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+# A knee has to leave so much less unexplained than a smaller one; to leave less than this (of the square) is no merit.
+_BETTER, _EXACT = 0.8, 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """What a step computes.
+
+    Attributes:
+        prefill_tokens: of prompts, whole or in chunks, without each row's last token.
+        sequences: rows in the step.
+        kv_tokens: of the KV cache that they read, summed over rows.
+    """
+
+    prefill_tokens: int = 0
+    sequences: int = 0
+    kv_tokens: int = 0
+
+
+class StepTime:
+    """Predicts the time of a step; learns from each that is over.
+
+    Attributes:
+        free_tokens: of a step's tokens, how many cost nothing but what their rows do.
+        error: mean relative error of the predictions, lately; 1 before there are any.
+        most_sequences, most_prefill_tokens: largest step seen so far. Beyond twice that a prediction is a guess.
+    """
+
+    def __init__(self) -> None:
+        self._seen = 0
+        self._best = 0
+        # Steps that count still, the last one most.
+        self._weight = 0.0
+        self._normal: NDArray[np.float64] = np.zeros((len(KNEES), 4, 4))
+        self._right: NDArray[np.float64] = np.zeros((len(KNEES), 4))
+        self._found: NDArray[np.float64] = np.zeros((len(KNEES), 4))
+        self._parts = (0.0, 0.0, 0.0, 0.0)
+        self.error = 1.0
+        self.most_sequences = self.most_prefill_tokens = 0
+
+    @property
+    def known(self) -> bool:
+        """Whether enough steps were seen for a prediction to be worth something."""
+        return self._seen >= ENOUGH_STEPS
+
+    @property
+    def free_tokens(self) -> int:
+        return KNEES[self._best]
+
+    @property
+    def base_s(self) -> float:
+        return self._parts[0]
+
+    @property
+    def prefill_token_s(self) -> float:
+        return self._parts[1]
+
+    @property
+    def sequence_s(self) -> float:
+        return self._parts[2]
+
+    @property
+    def kv_token_s(self) -> float:
+        return self._parts[3]
+
+    @property
+    def coefficients_s(self) -> tuple[float, float, float, float]:
+        """Base, a token of prefill, a sequence, a token of KV cache; all of them as if no token were free."""
+        base, prefill, sequence, kv = self._found[0].tolist()
+        return base, prefill, sequence, kv / _KV_UNIT
+
+    def predict(self, work: StepWork) -> float:
+        """Seconds that a step of this work takes; 0 before any was seen."""
+        base, prefill, sequence, kv = self._parts
+        return base + prefill * _paid(work, KNEES[self._best]) + sequence * work.sequences + kv * work.kv_tokens
+
+    def learn(self, work: StepWork, real_s: float) -> None:
+        """Take note of a step that took ``real_s`` seconds."""
+        if real_s <= 0 or not work.sequences:
+            return
+        predicted = self.predict(work)
+        if self._seen == 0:
+            self._guess(work, real_s)
+        elif self.known and predicted > 0:
+            self.error += (min(abs(real_s / predicted - 1), 1.0) - self.error) / 20
+            real_s = min(real_s, _OUTLIER * predicted)
+        self._seen += 1
+        self.most_sequences = max(self.most_sequences, work.sequences)
+        self.most_prefill_tokens = max(self.most_prefill_tokens, work.prefill_tokens)
+        # By the relative error: a short step is worth as much as a long one.
+        features = np.empty((len(KNEES), 4))
+        features[:] = 1.0, 0.0, work.sequences, work.kv_tokens / _KV_UNIT
+        features[:, 1] = [_paid(work, knee) for knee in KNEES]
+        features /= real_s
+        keep = 1 - 1 / MEMORY_STEPS
+        self._weight = keep * self._weight + 1
+        self._normal = keep * self._normal + features[:, :, None] * features[:, None, :]
+        self._right = keep * self._right + features
+        if self._seen <= _SOLVE_ALL or self._seen % _SOLVE_EVERY == 0:
+            self._solve_all()
+
+    def _guess(self, work: StepWork, real_s: float) -> None:
+        """Half of the first step's time for its being a step, half for its tokens."""
+        each = real_s / 2 / (work.prefill_tokens + work.sequences)
+        self._found[:] = real_s / 2, each, each, 0.0
+
+    def _solve_all(self) -> None:
+        """Fit each knee, and choose."""
+        left = np.empty(len(KNEES))
+        for knee, (normal, right) in enumerate(zip(self._normal, self._right, strict=True)):
+            found = self._found[knee] = self._solve(normal, right, self._found[knee])
+            left[knee] = max(self._weight - 2 * found @ right + found @ normal @ found, _EXACT * self._weight)
+        best = 0
+        for knee in range(1, len(KNEES)):
+            if left[knee] < _BETTER * left[best]:
+                best = knee
+        self._best = best
+        base, prefill, sequence, kv = self._found[best].tolist()
+        self._parts = base, prefill, sequence, kv / _KV_UNIT
+
+    def _solve(
+        self, normal: NDArray[np.float64], right: NDArray[np.float64], before: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Least squares without negative coefficients: those that would be are left out, and the rest solved again."""
+        diagonal = np.diag(normal)
+        inertia = _INERTIA / max(1, self._seen)
+        pull = np.maximum(inertia * diagonal, 1e-9 * diagonal.max() * inertia)
+        normal = normal + np.diag(pull)
+        right = right + pull * before
+        free = np.ones(4, dtype=bool)
+        found = np.zeros(4)
+        while free.any():
+            found = np.zeros(4)
+            found[free] = np.linalg.solve(normal[np.ix_(free, free)], right[free])
+            negative = found < 0
+            if not negative.any():
+                break
+            free &= ~negative
+        return np.maximum(found, 0)
+
+
+def _paid(work: StepWork, knee: int) -> int:
+    """Tokens that cost time of their own: those of prompts, or all that are over the knee."""
+    return max(0, work.prefill_tokens + work.sequences - knee) if knee else work.prefill_tokens

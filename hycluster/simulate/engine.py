@@ -1,0 +1,189 @@
+"""An engine without a model: vLLM's own scheduler and KV cache manager on a virtual clock.
+
+Which rows are in a step, with how many tokens, which blocks they hold and who is preempted is what vLLM decides, with
+its own code and whichever scheduler class is configured. Only the model runner is replaced: a step takes as long as a
+function of its work says, and tokens come out of nowhere. Nothing else in it knows of time, so the same trace gives
+the same outcome. Where the configuration has the next step scheduled while one is computed (async scheduling), so does
+this: a request that comes waits for the step that runs and for the one behind it.
+
+Pinned to vLLM 0.32.0: it builds a scheduler as ``EngineCore.__init__`` does, and steps it as ``step`` and
+``step_with_batch_queue`` do.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from vllm.config import VllmConfig
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from hycluster.engine.scheduler import ColocationScheduler
+from hycluster.simulate.step_work import VirtualWork
+
+# What comes out; no token of a prompt that a trace's hash makes.
+TOKEN = -1
+# So many steps one after the other that compute nothing, with requests there, are a request that can never run.
+_STUCK_STEPS = 100
+
+
+class StuckEngine(RuntimeError):
+    """No request that an engine has can ever run."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenAt:
+    """One token of a request.
+
+    Attributes:
+        at_s: when its step was over.
+        last: nothing comes after it.
+        cached: of a request's first token, how many of the prompt's were in the prefix cache.
+    """
+
+    request_id: str
+    at_s: float
+    last: bool
+    cached: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step that is being computed, or waits for the one before it."""
+
+    output: SchedulerOutput
+    sampled: list[list[int]]
+    end_s: float
+
+
+class VirtualEngine:
+    """One engine; whoever calls ``step`` owns the time.
+
+    Args:
+        config: vLLM's configuration; its scheduler class is the one that is run.
+        kv_blocks: how many blocks the KV cache has.
+        step_time: seconds that a step of this work takes.
+
+    Attributes:
+        now_s: the virtual clock; set it to move on while the engine is idle.
+        steps, busy_s: how many steps have been computed, and for how long.
+    """
+
+    def __init__(self, config: VllmConfig, kv_blocks: int, step_time: Callable[[VirtualWork], float]) -> None:
+        cache = config.cache_config
+        cache.num_gpu_blocks = kv_blocks
+        self.now_s = self.busy_s = 0.0
+        self.steps = self._idle_steps = 0
+        self._step_time = step_time
+        self._flights: deque[_Flight] = deque()
+        self._most_flights = config.max_concurrent_batches
+        spec = FullAttentionSpec(block_size=cache.block_size, num_kv_heads=1, head_size=1, dtype=torch.float32)
+        self.scheduler: Scheduler = config.scheduler_config.get_scheduler_cls()(  # type: ignore[call-arg, assignment]
+            vllm_config=config,
+            kv_cache_config=KVCacheConfig(kv_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
+            structured_output_manager=StructuredOutputManager(config),
+            block_size=cache.block_size,
+            log_stats=True,
+        )
+        if isinstance(self.scheduler, ColocationScheduler):
+            self.scheduler.clock = lambda: self.now_s
+        hash_fn = get_hash_fn_by_name(cache.prefix_caching_hash_algo)
+        init_none_hash(hash_fn)
+        self._hasher = get_request_block_hasher(cache.block_size, hash_fn)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._flights) or self.scheduler.has_requests()
+
+    def add(
+        self, request_id: str, prompt: Sequence[int], max_tokens: int, priority: int, arrival_s: float | None = None
+    ) -> None:
+        """Queue a request.
+
+        Args:
+            arrival_s: when it came, if that was within the step that is over now.
+        """
+        params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+        self.scheduler.add_request(
+            Request(
+                request_id=request_id,
+                prompt_token_ids=list(prompt),
+                sampling_params=params,
+                pooling_params=None,
+                arrival_time=self.now_s if arrival_s is None else arrival_s,
+                priority=priority,
+                block_hasher=self._hasher,
+            )
+        )
+
+    def step(self) -> list[TokenAt]:
+        """Compute one step to its end, where the clock then stands; those behind it are scheduled before."""
+        while len(self._flights) < self._most_flights and self.scheduler.has_requests():
+            self._schedule()
+        flight = self._flights.popleft()
+        self.now_s = flight.end_s
+        ids = list(flight.output.num_scheduled_tokens)
+        self._watch(bool(ids))
+        done = self.scheduler.update_from_output(
+            flight.output,
+            ModelRunnerOutput(
+                req_ids=ids,
+                req_id_to_index={one: index for index, one in enumerate(ids)},
+                sampled_token_ids=flight.sampled,
+            ),
+        )
+        return [
+            TokenAt(
+                each.request_id,
+                self.now_s,
+                each.finish_reason is not None,
+                each.prefill_stats.num_cached_tokens if each.prefill_stats is not None else 0,
+            )
+            for outputs in done.values()
+            for each in outputs.outputs
+        ]
+
+    def _schedule(self) -> None:
+        output = self.scheduler.schedule()
+        begin_s = max(self.now_s, self._flights[-1].end_s) if self._flights else self.now_s
+        requests, rows = self.scheduler.requests, output.num_scheduled_tokens
+        duration_s = 0.0
+        if rows:
+            duration_s = self._step_time(self._work(output))
+            self.steps += 1
+            self.busy_s += duration_s
+        # As it is now: the next step may be scheduled before this one is over.
+        sampled = [[] if requests[one].is_prefill_chunk else [TOKEN] for one in rows]
+        self._flights.append(_Flight(output, sampled, begin_s + duration_s))
+
+    def _work(self, output: SchedulerOutput) -> VirtualWork:
+        """After ``schedule``, which has counted this step's tokens as computed already."""
+        requests, rows = self.scheduler.requests, output.num_scheduled_tokens
+        kv = pairs = 0
+        for one, tokens in rows.items():
+            computed = requests[one].num_computed_tokens
+            kv += computed
+            if tokens > 1:
+                pairs += tokens * (computed - tokens) + tokens * (tokens + 1) // 2
+        return VirtualWork(
+            prefill_tokens=output.total_num_scheduled_tokens - len(rows),
+            sequences=len(rows),
+            kv_tokens=kv,
+            prefill_pairs=pairs,
+        )
+
+    def _watch(self, computed: bool) -> None:
+        self._idle_steps = 0 if computed or not self.scheduler.has_unfinished_requests() else self._idle_steps + 1
+        if self._idle_steps >= _STUCK_STEPS:
+            waiting = self.scheduler.get_request_counts()[1]
+            raise StuckEngine(f"{waiting} requests wait, none of them runs, and none can: is the KV cache too small?")

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+from hycluster.engine.step_room import FIRST_SEQUENCES, FIRST_TOKENS, BulkRow, StepRoom
+from hycluster.engine.step_time import StepTime, StepWork
+
+
+def learned() -> StepTime:
+    """100 ms a step, 10 ms a row, 1 ms a token of a prompt."""
+    cost = StepTime()
+    for _ in range(30):
+        for work in (StepWork(0, 1), StepWork(0, 20), StepWork(200, 2), StepWork(10, 5)):
+            cost.learn(work, 0.1 + 0.01 * work.sequences + 0.001 * work.prefill_tokens)
+    return cost
+
+
+def decode(number: int, lora: int = 0) -> BulkRow:
+    return BulkRow(f"row-{number}", computed=50, tokens=1, lora=lora)
+
+
+def test_rows_come_in_as_long_as_there_is_time() -> None:
+    cost, room = learned(), StepRoom.of(0.0555, learned())
+    assert [room.grant(decode(number), cost) for number in range(7)] == [1] * 5 + [0] * 2
+    assert len(room.taken) == 5
+    assert 0.049 < room.used_s < 0.051
+
+
+def test_a_prompt_is_cut_to_what_is_left() -> None:
+    cost, room = learned(), StepRoom.of(0.0605, learned())
+    assert room.grant(BulkRow("prompt", 0, 200, divisible=True), cost) == 51
+    assert room.grant(BulkRow("next", 0, 200, divisible=True), cost) == 0
+
+
+def test_a_chunk_not_worth_its_row_waits() -> None:
+    cost, room = learned(), StepRoom.of(0.0155, learned())
+    room.others = True
+    assert room.least_chunk == 10
+    assert room.grant(BulkRow("prompt", 0, 200, divisible=True), cost) == 0, "5 tokens beside its last one"
+    assert room.grant(BulkRow("short", 0, 5, divisible=True), cost) == 5
+
+
+def test_what_cannot_be_cut_comes_whole_or_not() -> None:
+    cost, room = learned(), StepRoom.of(0.0605, learned())
+    room.others = True
+    assert room.grant(BulkRow("prompt", 0, 200), cost) == 0
+    assert room.grant(BulkRow("short", 0, 40), cost) == 40
+
+
+def test_a_step_is_never_empty() -> None:
+    cost = learned()
+    for row in (decode(1), BulkRow("whole", 0, 200), BulkRow("prompt", 0, 200, divisible=True)):
+        room = StepRoom.of(0.0, cost)
+        assert room.grant(row, cost) == {"row-1": 1, "whole": 200, "prompt": 11}[row.request_id]
+        assert room.grant(decode(2), cost) == 0
+    beside = StepRoom(bulk_s=0.0, others=True)
+    assert beside.grant(decode(1), cost) == 0
+
+
+def test_it_does_not_go_far_beyond_what_it_knows() -> None:
+    nothing = StepTime()
+    room = StepRoom.of(math.inf, nothing)
+    assert room.grant(BulkRow("prompt", 0, 500, divisible=True), nothing) == FIRST_TOKENS + 1
+    assert sum(room.grant(decode(number), nothing) for number in range(20)) == FIRST_SEQUENCES - 1
+
+
+def test_adapters() -> None:
+    cost, room = learned(), StepRoom.of(1.0, learned())
+    room.loras, room.max_loras = {7}, 2
+    assert [room.grant(decode(number, lora), cost) for number, lora in enumerate((1, 2, 7, 0, 1))] == [1, 0, 1, 1, 1]
+
+
+def test_tokens_that_are_free_come_on_top_of_what_there_is_time_for() -> None:
+    """16 ms a step of up to 256 tokens, 60 us each beyond."""
+    cost = StepTime()
+    for tokens, rows in itertools.product((10, 60, 120, 250, 500, 1000, 2000), (1, 4, 9) * 7):
+        cost.learn(StepWork(tokens - rows, rows), max(0.016, 6.25e-5 * tokens))
+    assert cost.free_tokens == 256
+    room = StepRoom.of(0.0016, cost, StepWork(0, 100))
+    assert room.others
+    assert abs(room.grant(BulkRow("prompt", 0, 2000, divisible=True), cost) - (256 - 100 + 0.0016 / 6.25e-5)) < 5
+    room = StepRoom.of(0.0016, cost, StepWork(1900, 100))
+    assert room.grant(BulkRow("prompt", 0, 2000, divisible=True), cost) <= 0.0016 / 6.25e-5 + 1

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from hycluster.engine.step_time import StepTime, StepWork
+
+LAPTOP, GPU = (0.07, 0.003, 0.012, 1e-6), (0.012, 3e-5, 2e-5, 1.5e-8)
+
+
+def real_s(machine: tuple[float, float, float, float], work: StepWork) -> float:
+    base, prefill, sequence, kv = machine
+    return base + prefill * work.prefill_tokens + sequence * work.sequences + kv * work.kv_tokens
+
+
+def some_work(random_: random.Random) -> StepWork:
+    rows = random_.randint(1, 64)
+    return StepWork(random_.choice([0, 0, 0, 50, 300]), rows, rows * random_.randint(50, 800))
+
+
+@pytest.mark.parametrize("machine", [LAPTOP, GPU], ids=["laptop", "GPU"])
+def test_it_learns_a_machine_through_noise_and_outliers(machine: tuple[float, float, float, float]) -> None:
+    step_time, random_ = StepTime(), random.Random(1)
+    for _ in range(400):
+        work = some_work(random_)
+        noise = random_.lognormvariate(0, 0.1) * (10 if random_.random() < 0.02 else 1)
+        step_time.learn(work, noise * real_s(machine, work))
+    for work in (StepWork(0, 1, 100), StepWork(0, 64, 20000), StepWork(300, 1, 300), StepWork(300, 30, 9000)):
+        assert step_time.predict(work) == pytest.approx(real_s(machine, work), rel=0.15)
+    assert step_time.error < 0.2
+
+
+def test_it_follows_a_machine_that_gets_slower() -> None:
+    step_time, random_ = StepTime(), random.Random(2)
+    for factor in (1, 2):
+        for _ in range(600):
+            work = some_work(random_)
+            step_time.learn(work, factor * real_s(GPU, work))
+        work = StepWork(0, 32, 10000)
+        assert step_time.predict(work) == pytest.approx(factor * real_s(GPU, work), rel=0.1)
+
+
+def test_nothing_takes_less_than_no_time() -> None:
+    step_time = StepTime()
+    for rows in range(1, 30):
+        step_time.learn(StepWork(0, rows, 100), 0.1 / rows)
+    parts = step_time.base_s, step_time.prefill_token_s, step_time.sequence_s, step_time.kv_token_s
+    assert min(parts) >= 0
+
+
+def test_what_it_has_not_seen_it_does_not_pretend_to_know() -> None:
+    step_time = StepTime()
+    assert (step_time.known, step_time.error, step_time.predict(StepWork(0, 5, 5))) == (False, 1.0, 0.0)
+    step_time.learn(StepWork(15, 1, 16), 0.3)
+    step_time.learn(StepWork(0, 1, 17), 0.1)
+    assert not step_time.known
+    assert (step_time.most_sequences, step_time.most_prefill_tokens) == (1, 15)
+
+
+def roofline_s(work: StepWork) -> float:
+    """16 ms for the weights, or 60 us a token if that is more; and the KV cache."""
+    return max(0.016, 6e-5 * (work.prefill_tokens + work.sequences)) + 2e-9 * work.kv_tokens
+
+
+def test_it_finds_the_tokens_that_are_free() -> None:
+    step_time, random_ = StepTime(), random.Random(3)
+    assert step_time.free_tokens == 0
+    for _ in range(400):
+        rows = random_.randint(5, 120)
+        work = StepWork(random_.choice([0, 0, 0, 100, 400, 1900]), rows, rows * random_.randint(50, 4000))
+        step_time.learn(work, random_.lognormvariate(0, 0.05) * roofline_s(work))
+    assert step_time.free_tokens in (192, 256, 384)
+    for work in (StepWork(0, 20, 2000), StepWork(150, 20, 2000), StepWork(1000, 20, 2000)):
+        assert step_time.predict(work) == pytest.approx(roofline_s(work), rel=0.12)
+
+
+def test_on_a_laptop_no_token_is_free() -> None:
+    step_time, random_ = StepTime(), random.Random(4)
+    for _ in range(1000):
+        work = some_work(random_)
+        step_time.learn(work, random_.lognormvariate(0, 0.2) * real_s(LAPTOP, work))
+        assert step_time.free_tokens == 0
