@@ -24,7 +24,7 @@ from hycluster.settings.base import home, private_home
 RAYS_THREAD = "ray_listen_error_messages"
 # Logs of commands that ended longer ago go.
 KEPT_S = 7 * 86400.0
-_STDERR = 2
+STDERR = 2
 
 # Of a command that has not come to Ray yet.
 _tell: list[Callable[[str], None]] = []
@@ -40,8 +40,11 @@ def in_a_command(tell: Callable[[str], None]) -> None:
 
 
 def set_aside() -> None:
-    """From now on what is written past Python to standard error goes to a log; does nothing but in a command."""
-    if not _tell:
+    """From now on what is written past Python to standard error goes to a log; does nothing but in a command.
+
+    Nor where a caller within this process has put something else in standard error's place.
+    """
+    if not _tell or not _is_standard(sys.stderr):
         return
     tell = _tell.pop()
     path = logs_folder() / f"ray-{os.getpid()}.log"
@@ -59,7 +62,7 @@ def set_aside() -> None:
             handler.setStream(own)
     sys.stderr = own
     sys.stdout = cast(TextIO, _WithoutRays(sys.stdout, log))
-    os.dup2(log.fileno(), _STDERR)
+    os.dup2(log.fileno(), STDERR)
     tell(f"what Ray says for itself: {path}")
 
 
@@ -67,10 +70,18 @@ def logs_folder() -> Path:
     return home() / "state" / "logs"
 
 
+def _is_standard(stream: TextIO) -> bool:
+    try:
+        return stream.fileno() == STDERR
+    except OSError:
+        # In memory.
+        return False
+
+
 def _own_stderr() -> TextIO:
     """Standard error as it is now, by a descriptor that nobody else knows."""
     encoding, errors = sys.stderr.encoding, sys.stderr.errors
-    return os.fdopen(os.dup(_STDERR), "w", buffering=1, encoding=encoding, errors=errors)
+    return os.fdopen(os.dup(STDERR), "w", buffering=1, encoding=encoding, errors=errors)
 
 
 def _sweep(folder: Path) -> None:

@@ -6,6 +6,7 @@ import gc
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,10 @@ hypothesis.settings.load_profile("house")
 # Each client reads all of the machine's certificates, 35 ms of CPU time, and tests ask by plain HTTP, many of them
 # again and again while something starts.
 vars(httpx_transports)["create_ssl_context"] = functools.cache(httpx.create_ssl_context)
+
+# A shell lets what it starts in the background ignore Ctrl-C, and all that comes of it too.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _MACHINE = "depends on the machine"
 # On two cores, which both are busy: its processes have limits in which they must start, answer and end.

@@ -85,3 +85,21 @@ def test_ctrl_c_exits_130_with_a_word(tmp_path: Path) -> None:
         _, said = process.communicate(timeout=30)
     assert process.returncode == 130
     assert said == "stopped by Ctrl-C before it was done\n"
+
+
+def test_standard_error_that_a_caller_has_replaced_is_left_alone() -> None:
+    """typer's test runner found its own closed."""
+    replaced = COMMAND.replace("aside.set_aside()", "aside.set_aside(); assert sys.stderr is own", 1)
+    code = f"import io, sys; own = sys.stderr = io.StringIO()\n{replaced}\nsys.__stdout__.write(own.getvalue())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr == "before\nfrom C++\n"
+    assert "WARNING:root:ours\nlast\n" in done.stdout
+
+
+def test_the_last_words_of_who_watches_ray_are_not_rays(tmp_path: Path) -> None:
+    """They went to the log, and nobody read why the command ended."""
+    code = f"{COMMAND}\nfrom hycluster.serving import cluster_watch\ncluster_watch._quiet_ray()\n"
+    code += 'print("lost: Ray", file=sys.stderr)'
+    env = {**os.environ, "HYCLUSTER_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, env=env)
+    assert done.stderr.endswith("last\nlost: Ray\n")

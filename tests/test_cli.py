@@ -21,13 +21,13 @@ main()
 """
 
 
-def run(*arguments: str, home: Path) -> tuple[subprocess.CompletedProcess[str], set[str]]:
+def run(*arguments: str, home: Path, timeout_s: float = 60) -> tuple[subprocess.CompletedProcess[str], set[str]]:
     """The finished process, and the top-level modules that it had imported; its standard error without them."""
     done = subprocess.run(
         [sys.executable, "-c", SPY, *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=timeout_s,
         check=False,
         env={**os.environ, "HYCLUSTER_HOME": str(home), "COLUMNS": "120", "RAY_ADDRESS": "127.0.0.1:1"},
     )

@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 
+from hycluster.aside import STDERR
 from hycluster.errors import ClusterLost
 from hycluster.serving import ray_state
 
@@ -200,9 +201,12 @@ class ClusterWatch:
 def _quiet_ray() -> None:
     """Keep what Ray's C++ writes while Ray falls apart off the terminal: this module's words are to be read."""
     sys.stderr.flush()
-    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    if sys.stderr.fileno() != STDERR:
+        # Set aside already; a copy of that descriptor is Ray's log.
+        return
+    sys.stderr = os.fdopen(os.dup(STDERR), "w", buffering=1)
     with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
+        os.dup2(nowhere.fileno(), STDERR)
 
 
 def _connect(host: str, port: int) -> socket.socket | None:

@@ -24,6 +24,7 @@ from hycluster.errors import EngineStartFailed, SettingsError, one_line, shown
 from hycluster.observe.colocation import STEP_TERMS
 from hycluster.settings.model import Model
 from hycluster.settings.simulated import Simulated
+from hycluster.terminal import echo
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -152,8 +153,8 @@ def main() -> None:
         fitted = measure(engine)
     finally:
         engine.close()
-    print(f"{len(engine.notes.steps)} steps, mean error {fitted.error:.1%}", file=sys.stderr)
-    print(_SAYS + fitted_settings(fitted, engine.config).model_dump_json(), flush=True)
+    echo(f"{len(engine.notes.steps)} steps, mean error {fitted.error:.1%}", err=True)
+    echo(_SAYS + fitted_settings(fitted, engine.config).model_dump_json())
 
 
 if __name__ == "__main__":

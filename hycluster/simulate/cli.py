@@ -14,6 +14,7 @@ import typer
 
 from hycluster.errors import SettingsError, shown
 from hycluster.settings.read import DEFAULT_SETTINGS, load_settings
+from hycluster.terminal import echo
 
 if TYPE_CHECKING:
     from hycluster.settings.model import Model
@@ -152,14 +153,14 @@ def simulate(
         found |= simulation.compare(requests, job)
     found |= {"scale": times, "seed": seed, "scheduler": chosen, "policy": routing}
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        echo(json.dumps(found, indent=2))
         return
     from hycluster.simulate.report import report_lines
 
     for line in report_lines(found):
-        typer.echo(line)
+        echo(line)
     wall = time.monotonic() - begun
-    typer.echo(f"simulated {outcome.end_s:.0f} s in {wall:.1f} s", err=True)
+    echo(f"simulated {outcome.end_s:.0f} s in {wall:.1f} s", err=True)
 
 
 _NEEDS = {
@@ -202,8 +203,8 @@ def _say_fit(model: Model, fitted: Simulated, as_json: bool, alone: bool) -> Non
     said: dict[str, Any] = fitted.model_dump(exclude_defaults=False)
     if as_json:
         if alone:
-            typer.echo(json.dumps({"simulated": said}, indent=2))
+            echo(json.dumps({"simulated": said}, indent=2))
         return
-    typer.echo(f"# models: {model.name}:\nsimulated:", err=not alone)
+    echo(f"# models: {model.name}:\nsimulated:", err=not alone)
     for key, value in said.items():
-        typer.echo(f"  {key}: {json.dumps(value)}", err=not alone)
+        echo(f"  {key}: {json.dumps(value)}", err=not alone)

@@ -29,7 +29,6 @@ def check(**fields: Any) -> None:
         ({"engine": {"enforce_eager": "yes please"}}, r"engine\.enforce_eager: .* must be of type bool"),
         ({"engine": {"max_num_seqs": True}}, r"engine\.max_num_seqs: True is not allowed"),
         ({"engine": {"kv_cache_dtype": "fp8_e4m4"}}, r"'fp8_e4m4' is not allowed; did you mean 'fp8_e4m3'\?"),
-        ({"api": {"tool_cal_parser": "hermes"}}, r"api\.tool_cal_parser: .*; did you mean 'tool_call_parser'\?"),
         ({"api": {"tool_call_parser": "hermse"}}, r"'hermse' is no parser of vLLM's; did you mean 'hermes'\?"),
         ({"api": {"reasoning_parser": "qwen"}}, r"'qwen' is no parser of vLLM's; did you mean 'qwen3'\?"),
     ],

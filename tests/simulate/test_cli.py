@@ -25,6 +25,10 @@ SETTINGS = {
 }
 
 
+# vLLM's import, beside whatever else the machine does, and the simulation.
+VLLM_S = 240
+
+
 @pytest.fixture
 def settings(tmp_path: Path) -> str:
     path = tmp_path / "settings.yaml"
@@ -45,7 +49,19 @@ def trace(tmp_path: Path) -> str:
 
 @pytest.mark.slow
 def test_a_trace_beside_a_job_as_json(tmp_path: Path, settings: str, trace: str) -> None:
-    done, _ = run("simulate", settings, "--trace", trace, "--bulk", "200:30", "--seed", "3", "--json", home=tmp_path)
+    done, _ = run(
+        "simulate",
+        settings,
+        "--trace",
+        trace,
+        "--bulk",
+        "200:30",
+        "--seed",
+        "3",
+        "--json",
+        home=tmp_path,
+        timeout_s=VLLM_S,
+    )
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     assert (found["requests"], found["failed"], found["prompt_tokens"]) == (60, 0, 72000)
@@ -90,7 +106,9 @@ def test_refuses_in_one_line(settings: str, trace: str, arguments: tuple[str, ..
 
 
 def test_refuses_before_anything_heavy(tmp_path: Path, settings: str, trace: str) -> None:
-    done, imported = run("simulate", settings, "--trace", trace, "--gpu", "H20", "--bulk", "9:9", home=tmp_path)
+    done, imported = run(
+        "simulate", settings, "--trace", trace, "--gpu", "H20", "--bulk", "9:9", home=tmp_path, timeout_s=VLLM_S
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: nowhere: no such file; must be a model's config.json, or the folder that has it\n"
     assert not HEAVY & imported

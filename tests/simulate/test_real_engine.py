@@ -25,14 +25,14 @@ def test_an_engine_is_measured_and_stands_in_virtual_time(tiny_model: Path) -> N
     from hycluster.simulate.run import Simulation
     from hycluster.simulate.traces import TraceRequest
 
-    engine_settings = {"max_num_seqs": 8, "max_model_len": 512, "block_size": 16}
+    engine_settings = {"max_num_seqs": 8, "max_model_len": 512, "block_size": 32}
     hardware = {"kv_cache_gib": 0.05}
     model = Model.model_validate(
         {"name": "m", "source": str(tiny_model), "engine": engine_settings, "hardware": hardware}
     )
     engine = RealEngine(model, str(tiny_model))
     try:
-        fitted = measure(engine, limit_s=3)
+        fitted = measure(engine, limit_s=10)
         assert len(engine.notes.steps) > 20
         assert fitted.base_s > 0
         engine.ask("one", range(100), 5)
@@ -41,8 +41,8 @@ def test_an_engine_is_measured_and_stands_in_virtual_time(tiny_model: Path) -> N
         found = fitted_settings(fitted, engine.config)
     finally:
         engine.close()
-    assert (found.max_num_seqs, found.max_model_len, found.block_size_tokens) == (8, 512, 16)
-    assert found.kv_blocks * 16 > 512
+    assert (found.max_num_seqs, found.max_model_len, found.block_size_tokens) == (8, 512, 32)
+    assert found.kv_blocks * 32 > 512
     outcome, _ = Simulation(simulated_machine(model, found, "fitted"), Colocation()).serve(
         [TraceRequest(0, 100, 5)], None
     )
