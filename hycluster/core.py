@@ -8,7 +8,7 @@ import math
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypedDict
 
 from hycluster.errors import InvalidInput, shown
 
@@ -226,6 +226,15 @@ class GenerationRequest:
             raise InvalidInput(
                 f"structured_output: can't go with tool_choice {shown(self.tool_choice)}, which forces a call"
             )
+
+
+class ChatFields(TypedDict, total=False):
+    """What a chat's prompt depends on beside its messages; see :class:`GenerationRequest`."""
+
+    tools: list[dict[str, Any]] | None
+    tool_choice: str | dict[str, Any] | None
+    reasoning_effort: str | None
+    chat_template_kwargs: dict[str, Any] | None
 
 
 _OF_A_CHAT = (

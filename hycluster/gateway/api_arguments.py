@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from argparse import Namespace
 from difflib import get_close_matches
 
+from vllm.config import VllmConfig
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.exceptions import VLLMValidationError
+from vllm.renderers.chat_utils import load_chat_template
 from vllm.tool_parsers import ToolParserManager
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from hycluster.errors import SettingsError
-from hycluster.gateway.gateway import Gateway
+from hycluster.settings.model import Model
 
 
-def model_arguments(gateway: Gateway) -> Namespace:
+def model_arguments(model: Model, config: VllmConfig) -> Namespace:
     """Arguments of vLLM's API server: its defaults and the model's own, the settings' ``api``.
 
     Raises:
-        SettingsError: there is no such parser.
+        SettingsError: there is no such parser or template.
     """
-    arguments: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
-    model = gateway.model
+    arguments = copy.deepcopy(_defaults())
     arguments.model = model.source
     arguments.served_model_name = [model.name]
-    arguments.structured_outputs_config = gateway.vllm_config.structured_outputs_config
+    arguments.structured_outputs_config = config.structured_outputs_config
     for name, value in model.api.items():
         setattr(arguments, name, value)
     if reasoning_parser := model.api.get("reasoning_parser"):
@@ -38,4 +42,24 @@ def model_arguments(gateway: Gateway) -> Namespace:
         raise SettingsError(
             f"models: {model.name}: api.tool_call_parser: vLLM has no parser {arguments.tool_call_parser!r}{hint}"
         )
+    chat_template(model)
+    return arguments
+
+
+def chat_template(model: Model) -> str | None:
+    """The ``api.chat_template`` of a model's settings, which is a text or a file's path.
+
+    Raises:
+        SettingsError: there is no such template.
+    """
+    try:
+        return load_chat_template(model.api.get("chat_template"))
+    except (VLLMValidationError, ValueError, OSError) as error:
+        raise SettingsError(f"models: {model.name}: api.chat_template: {error}") from error
+
+
+@functools.cache
+def _defaults() -> Namespace:
+    # The parser knows all that an engine can be told, too, and takes its time to be made.
+    arguments: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     return arguments

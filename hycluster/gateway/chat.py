@@ -21,15 +21,14 @@ from vllm.exceptions import VLLMValidationError
 from vllm.inputs import EngineInput
 from vllm.outputs import RequestOutput
 from vllm.parser import Parser
-from vllm.renderers.chat_utils import load_chat_template, make_tool_call_id
+from vllm.renderers.chat_utils import make_tool_call_id
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.sampling_params import StructuredOutputsParams
 
 from hycluster.core import GenerationRequest, Output, StructuredOutput, ToolCall
-from hycluster.errors import InvalidInput, SettingsError
-from hycluster.gateway.api_arguments import model_arguments
+from hycluster.errors import InvalidInput
+from hycluster.gateway.api_arguments import chat_template
 from hycluster.gateway.gateway import Gateway
-from hycluster.settings.model import Model
 
 # By our word for what is asked: vLLM's.
 _STRUCTURED = {field.name: field.name for field in fields(StructuredOutput)} | {"json_schema": "json"}
@@ -49,7 +48,7 @@ class Chat:
     """How one model is talked to."""
 
     def __init__(self, gateway: Gateway) -> None:
-        told = model_arguments(gateway)
+        told = gateway.api
         self.name = gateway.model.name
         self.model_config = gateway.model_config
         self.tokenizer = gateway.renderer.tokenizer
@@ -58,7 +57,7 @@ class Chat:
             model_config=gateway.model_config,
             renderer=gateway.renderer,
             request_logger=None,
-            chat_template=_template(gateway.model),
+            chat_template=chat_template(gateway.model),
             chat_template_content_format=told.chat_template_content_format,
             enable_auto_tools=told.enable_auto_tool_choice,
             exclude_tools_when_tool_choice_none=told.exclude_tools_when_tool_choice_none,
@@ -105,8 +104,8 @@ class Chat:
             return
         if parser is None or parser.tool_parser_cls is None:
             raise InvalidInput(
-                f"tools: model {self.name!r} has no parser for tool calls, for its settings api.tool_call_parser and"
-                ' api.enable_auto_tool_choice are not both set; without one, tool_choice must be "none"'
+                f"tools: model {self.name!r} has no parser for tool calls: its settings have no"
+                ' api.tool_call_parser, or api.enable_auto_tool_choice is false; tool_choice must be "none"'
             )
 
 
@@ -246,18 +245,6 @@ class Turn:
         )
         tells = read.text or read.reasoning or calls or read.token_ids or finish
         return read if tells else None
-
-
-def _template(model: Model) -> str | None:
-    """The ``api.chat_template`` of a model's settings.
-
-    Raises:
-        SettingsError: there is no such template.
-    """
-    try:
-        return load_chat_template(model.api.get("chat_template"))
-    except (VLLMValidationError, ValueError, OSError) as error:
-        raise SettingsError(f"models: {model.name}: api.chat_template: {error}") from error
 
 
 def _calls(calls: Sequence[FunctionCall]) -> tuple[ToolCall, ...]:

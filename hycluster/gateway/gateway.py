@@ -38,6 +38,7 @@ from hycluster.engine.arguments import model_files
 from hycluster.engine.vllm import engine_config
 from hycluster.errors import HyclusterError, InvalidInput, Overloaded, Unavailable, shown
 from hycluster.gateway.admission import Gate, check_id, check_priority, check_sampling
+from hycluster.gateway.api_arguments import model_arguments
 from hycluster.gateway.bulk import BulkLanes
 from hycluster.gateway.coldstart import ColdStart
 from hycluster.gateway.grammars import GrammarCheck
@@ -66,7 +67,11 @@ class Gateway(AsyncLLM):
     Args:
         patient: a request that finds no replica waits for one, if one can be started for it, whatever the settings say.
 
+    Raises:
+        SettingsError: there is no such parser or template as the model's ``api`` names.
+
     Attributes:
+        api: what vLLM's API is told of the model.
         cold_start: who comes while there is no replica.
         bulk: the places in the engines that jobs of this process have.
         lora_requests: by name, what a request to an adapter of this model carries. Changes in place.
@@ -86,6 +91,7 @@ class Gateway(AsyncLLM):
     ) -> None:
         maybe_register_config_serialize_by_value()
         self.model = model
+        self.api = model_arguments(model, config)
         self.cold_start = ColdStart(model, patient=patient)
         self.admission = admission
         self._gate = Gate(model.name, admission)

@@ -13,7 +13,7 @@ import math
 import secrets
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from ray.actor import ActorHandle
 from tokenizers import Tokenizer
@@ -28,6 +28,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from hycluster.adapters import check_name
 from hycluster.core import (
+    ChatFields,
     Generation,
     GenerationRequest,
     ModelCard,
@@ -147,12 +148,17 @@ class Generator:
         }
 
     async def tokenize(
-        self, model: str, *, prompt: str | None = None, messages: list[dict[str, Any]] | None = None
+        self,
+        model: str,
+        *,
+        prompt: str | None = None,
+        messages: list[dict[str, Any]] | None = None,
+        **chat: Unpack[ChatFields],
     ) -> list[int]:
         """Token ids of a prompt, or of messages under the model's chat template."""
         gateway, _ = self._gateway(model)
         with _translated_errors():
-            request = GenerationRequest(model=model, prompt=prompt, messages=messages)
+            request = GenerationRequest(model=model, prompt=prompt, messages=messages, **chat)
             engine_input, _ = await self._render(gateway, request)
         return _prompt_ids(engine_input)
 

@@ -13,7 +13,7 @@ import resource
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, Unpack
 
 import grpc
 from google.protobuf.message import Message
@@ -21,7 +21,7 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
-from hycluster.core import Generation, GenerationRequest, ModelCard
+from hycluster.core import ChatFields, Generation, GenerationRequest, ModelCard
 from hycluster.errors import DeadlineExceeded, HyclusterError, SettingsError, Unavailable, UnknownModel
 from hycluster.ingress import translate
 from hycluster.ingress.malformed import RefuseMalformed
@@ -64,7 +64,12 @@ class GrpcBackend(Protocol):
         """The whole answer. Cancelling the call aborts the request in the engine."""
 
     async def tokenize(
-        self, model: str, *, prompt: str | None = None, messages: list[dict[str, Any]] | None = None
+        self,
+        model: str,
+        *,
+        prompt: str | None = None,
+        messages: list[dict[str, Any]] | None = None,
+        **chat: Unpack[ChatFields],
     ) -> list[int]:
         """The token ids of a text or of a chat. With neither it raises ``InvalidInput``."""
 
@@ -158,6 +163,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             request.model,
             prompt=request.prompt if given == "prompt" else None,
             messages=translate.messages_from_pb(request.messages) if given == "messages" else None,
+            **translate.chat_fields_from_pb(request),
         )
         return pb.TokenizeResponse(token_ids=ids, count=len(ids), max_model_len=cards[request.model].max_model_len)
 

@@ -9,6 +9,7 @@ in OpenAI's form that vLLM gives. The ingress process listens itself: measured a
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import math
 import socket
@@ -29,7 +30,6 @@ from vllm.exceptions import GenerationError
 
 from hycluster.engine.patches.completion_prompts import patch_completions
 from hycluster.errors import HyclusterError
-from hycluster.gateway.api_arguments import model_arguments
 from hycluster.gateway.gateway import Gateway
 from hycluster.gateway.generation import Generator
 from hycluster.ingress.adapters import adapter_routes
@@ -100,7 +100,7 @@ async def serve_http(
         around: puts routes that are not a model's beside the app of all models; bounds their bodies itself.
 
     Raises:
-        SettingsError: the port is in use, or there is no such tool parser.
+        SettingsError: the port is in use.
     """
     apps = await model_apps(generator, settings)
     app: ASGIApp = BodyLimit(
@@ -223,12 +223,8 @@ async def model_app(gateway: Gateway, settings: Http) -> FastAPI:
 
 
 def api_arguments(gateway: Gateway, settings: Http) -> Namespace:
-    """Arguments of vLLM's API server: its defaults, the model's own, the settings' ``api``.
-
-    Raises:
-        SettingsError: there is no such parser.
-    """
-    arguments = model_arguments(gateway)
+    """Arguments of vLLM's API server: its defaults, the model's own, the settings' ``api``."""
+    arguments = copy.copy(gateway.api)
     arguments.allowed_origins = list(settings.allowed_origins)
     # What a prompt found in the KV cache, as OpenAI's own API tells it.
     arguments.enable_prompt_tokens_details = True

@@ -9,7 +9,17 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 
-from hycluster.core import Generation, GenerationRequest, ModelCard, Output, Priority, Sampling, TokenLogprob, Usage
+from hycluster.core import (
+    ChatFields,
+    Generation,
+    GenerationRequest,
+    ModelCard,
+    Output,
+    Priority,
+    Sampling,
+    TokenLogprob,
+    Usage,
+)
 from hycluster.errors import InvalidInput
 from hycluster.ingress.chats import (
     calls_from_pb,
@@ -45,10 +55,22 @@ def request_from_pb(message: pb.GenerateRequest) -> GenerationRequest:
         request_id=message.request_id or None,
         session_id=message.session_id or None,
         structured_output=structured_from_pb(message.structured_output) if has("structured_output") else None,
-        tools=tools_from_pb(message.tools),
-        tool_choice=choice_from_pb(message.tool_choice) if has("tool_choice") else None,
         parallel_tool_calls=message.parallel_tool_calls if has("parallel_tool_calls") else True,
         include_reasoning=message.include_reasoning if has("include_reasoning") else True,
+        **chat_fields_from_pb(message),
+    )
+
+
+def chat_fields_from_pb(message: pb.GenerateRequest | pb.TokenizeRequest) -> ChatFields:
+    """What the prompt of a chat depends on beside its messages.
+
+    Raises:
+        InvalidInput: names the field, the value and what is allowed.
+    """
+    has = message.HasField
+    return ChatFields(
+        tools=tools_from_pb(message.tools),
+        tool_choice=choice_from_pb(message.tool_choice) if has("tool_choice") else None,
         reasoning_effort=message.reasoning_effort if has("reasoning_effort") else None,
         chat_template_kwargs=kwargs_from_pb(message.chat_template_kwargs) if has("chat_template_kwargs") else None,
     )
@@ -67,30 +89,41 @@ def request_to_pb(request: GenerationRequest) -> pb.GenerateRequest:
         request_id=request.request_id or "",
         session_id=request.session_id or "",
     )
-    if request.prompt is not None:
-        with naming("prompt"):
-            message.prompt = request.prompt
-    if request.messages is not None:
-        message.messages.CopyFrom(messages_to_pb(request.messages))
+    _prompt_to_pb(request, message)
     if request.token_ids is not None:
         with naming("token_ids"):
             message.token_ids.ids.extend(request.token_ids)
     if request.structured_output is not None:
         message.structured_output.CopyFrom(structured_to_pb(request.structured_output))
-    _chat_to_pb(request, message)
+    for name in ("parallel_tool_calls", "include_reasoning"):
+        with naming(name):
+            # Unset is true.
+            if getattr(request, name) is not True:
+                setattr(message, name, getattr(request, name))
     return message
 
 
-def _chat_to_pb(request: GenerationRequest, message: pb.GenerateRequest) -> None:
-    """What goes with messages only; what is as if it were not given stays unset."""
+def tokenize_to_pb(request: GenerationRequest) -> pb.TokenizeRequest:
+    """The message for the prompt of a request, which is a text's or a chat's.
+
+    Raises:
+        InvalidInput: a value that the message can't hold; names the field.
+    """
+    message = pb.TokenizeRequest(model=request.model)
+    _prompt_to_pb(request, message)
+    return message
+
+
+def _prompt_to_pb(request: GenerationRequest, message: pb.GenerateRequest | pb.TokenizeRequest) -> None:
+    if request.prompt is not None:
+        with naming("prompt"):
+            message.prompt = request.prompt
+    if request.messages is not None:
+        message.messages.CopyFrom(messages_to_pb(request.messages))
     if request.tools is not None:
         message.tools.extend(tools_to_pb(request.tools))
     if request.tool_choice is not None:
         message.tool_choice.CopyFrom(choice_to_pb(request.tool_choice))
-    for name in ("parallel_tool_calls", "include_reasoning"):
-        with naming(name):
-            if getattr(request, name) is not True:
-                setattr(message, name, getattr(request, name))
     with naming("reasoning_effort"):
         if request.reasoning_effort is not None:
             message.reasoning_effort = request.reasoning_effort

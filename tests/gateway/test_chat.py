@@ -1,26 +1,30 @@
-"""A chat by way of the generator, beside the same one by way of vLLM's HTTP app, over one gateway.
+"""A chat by way of the gRPC ingress, beside the same one by way of vLLM's HTTP app, over one gateway.
 
-What the model says is scripted (``said``), and so is no engine asked; renderer, parsers, tokenizer and app are vLLM's.
+What the model says is scripted (``Script``), and so is no engine asked; client, ingress and socket are real, and
+renderer, parsers, tokenizer and app are vLLM's.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from hycluster.core import GenerationRequest, Output, Sampling, StructuredOutput, ToolCall
+from hycluster.client import AsyncClient
+from hycluster.core import ChatFields, GenerationRequest, Output, Sampling, StructuredOutput, ToolCall
 from hycluster.errors import InvalidInput
 from hycluster.settings.ingress import Http
 from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
 from hycluster.settings.simulated import Simulated
+from tests.ingress.stand_in import open_ingress
 from tests.simulated_pool import SimulatedPool
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), pytest.mark.usefixtures("vllm_imported")]
@@ -33,7 +37,8 @@ TEMPLATE = (
     "{% endfor %}assistant:"
 )
 TALKING = {"tool_call_parser": "hermes", "enable_auto_tool_choice": True, "chat_template": TEMPLATE}
-REASONING = TALKING | {"reasoning_parser": "olmo3"}
+REASONING = TALKING | {"reasoning_parser": "deepseek_r1"}
+MARKS = ["<think>", "</think>"]
 WEATHER = {
     "type": "function",
     "function": {
@@ -74,15 +79,16 @@ class Script:
         async def generate(prompt: Any, params: Any, request_id: str, **named: Any) -> AsyncIterator[RequestOutput]:
             ids = list(prompt["prompt_token_ids"])
             self.heard.append((ids, params, named))
-            step = 3 if params.output_kind is RequestOutputKind.DELTA else len(self.text)
-            pieces = [self.text[at : at + step] for at in range(0, len(self.text), step)]
+            pieces = [tokenizer.encode(self.text, add_special_tokens=False)]
+            if params.output_kind is RequestOutputKind.DELTA:
+                pieces = cut(pieces[0], set(tokenizer.convert_tokens_to_ids(MARKS)))
             for number, piece in enumerate(pieces):
                 last = number + 1 == len(pieces)
                 outputs = [
                     CompletionOutput(
                         index=index,
-                        text=piece,
-                        token_ids=tokenizer.encode(piece, add_special_tokens=False),
+                        text=tokenizer.decode(piece, clean_up_tokenization_spaces=False),
+                        token_ids=piece,
                         cumulative_logprob=None,
                         logprobs=None,
                         finish_reason=self.finish if last else None,
@@ -94,12 +100,34 @@ class Script:
         return generate
 
 
+def cut(ids: Iterable[int], alone: set[int]) -> list[list[int]]:
+    """In threes, as if a slow caller had let deltas grow; parsers read marks that come alone, as they mostly do."""
+    pieces: list[list[int]] = []
+    for token in ids:
+        if not pieces or len(pieces[-1]) == 3 or alone & {token, pieces[-1][-1]}:
+            pieces.append([])
+        pieces[-1].append(token)
+    return pieces
+
+
 Ask = Callable[[Script, GenerationRequest], Awaitable[dict[str, Any]]]
 
 
+@pytest.fixture(scope="module")
+def marking_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with tokens for the marks around reasoning."""
+    from transformers import AutoTokenizer
+
+    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("marking") / "model")
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(MARKS)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def doors(tiny_model: Path) -> Callable[..., contextlib.AbstractAsyncContextManager[Ask]]:
-    """By the model's ``api``: a generator and vLLM's app over one gateway."""
+def doors(marking_model: Path) -> Callable[..., contextlib.AbstractAsyncContextManager[Ask]]:
+    """By the model's ``api``: the gRPC ingress and vLLM's app over one gateway."""
 
     @contextlib.asynccontextmanager
     async def opened(api: dict[str, Any]) -> AsyncIterator[Ask]:
@@ -107,19 +135,25 @@ def doors(tiny_model: Path) -> Callable[..., contextlib.AbstractAsyncContextMana
         from hycluster.gateway.generation import Generator
         from hycluster.ingress.http import model_app
 
-        model = Model(name="m", source=str(tiny_model), simulated=ENGINE, engine={"max_model_len": 2048}, api=api)
+        model = Model(name="m", source=str(marking_model), simulated=ENGINE, engine={"max_model_len": 2048}, api=api)
         with SimulatedPool(ENGINE, 1) as simulated:
             async with open_gateway(
                 model, simulated.directory(model), router=Router(), admission=Admission(), wait_s=10
             ) as gateway:
-                generator, transport = Generator({"m": gateway}), httpx.ASGITransport(await model_app(gateway, Http()))
-                async with httpx.AsyncClient(transport=transport, base_url="http://door") as caller:
+                transport = httpx.ASGITransport(await model_app(gateway, Http()))
+                async with (
+                    open_ingress(Generator({"m": gateway})) as ingress,
+                    AsyncClient(f"127.0.0.1:{ingress.port}") as client,
+                    httpx.AsyncClient(transport=transport, base_url="http://door") as caller,
+                ):
 
                     async def ask(script: Script, request: GenerationRequest) -> dict[str, Any]:
                         gateway.generate = script.play(gateway.renderer.tokenizer)  # type: ignore[method-assign]
+                        asked: Any = {field.name: getattr(request, field.name) for field in fields(request)}
                         told: dict[str, Any] = {
-                            "whole": await generator.generate(request),
-                            "deltas": [delta async for delta in generator.stream(request)],
+                            "whole": await client.generate(**asked),
+                            "deltas": [delta async for delta in client.stream(**asked)],
+                            "ids": await client.tokenize("m", **{name: asked[name] for name in OF_A_PROMPT}),
                         }
                         whole = await caller.post(PATH, json=over_http(request))
                         stream = await caller.post(PATH, json=over_http(request) | {"stream": True})
@@ -134,6 +168,7 @@ def doors(tiny_model: Path) -> Callable[..., contextlib.AbstractAsyncContextMana
 
 PATH = "/v1/chat/completions"
 MAX_TOKENS = 100
+OF_A_PROMPT = ("messages", *ChatFields.__annotations__)
 
 
 def over_http(request: GenerationRequest) -> dict[str, Any]:
@@ -146,7 +181,9 @@ def over_http(request: GenerationRequest) -> dict[str, Any]:
             body[name] = value
     body |= {"parallel_tool_calls": request.parallel_tool_calls, "include_reasoning": request.include_reasoning}
     if (form := request.structured_output) is not None:
-        given = {"json": form.json_schema, "regex": form.regex, "choice": form.choice and list(form.choice)}
+        given: dict[str, Any] = {"regex": form.regex, "choice": form.choice and list(form.choice)}
+        # As text, in which it travels over gRPC.
+        given["json"] = form.json_schema and json.dumps(form.json_schema)
         body["structured_outputs"] = {name: value for name, value in given.items() if value is not None}
     return body
 
@@ -232,6 +269,7 @@ async def test_both_doors_say_the_same(doors: Any, api: dict[str, Any]) -> None:
 def compare(told: dict[str, Any], script: Script, request: GenerationRequest) -> None:
     # The same for the engine ...
     whole, delta, http_whole, http_delta = script.heard
+    assert told["ids"] == whole[0]
     for ours, theirs in ((whole, http_whole), (delta, http_delta)):
         assert ours[0] == theirs[0]
         assert repr(ours[1]) == repr(theirs[1])
