@@ -39,8 +39,8 @@ from hycluster.engine.parsers import with_parsers
 from hycluster.engine.vllm import engine_config
 from hycluster.errors import HyclusterError, InvalidInput, Overloaded, Unavailable, shown
 from hycluster.gateway.admission import Gate, check_id, check_priority, check_sampling
+from hycluster.gateway.api_arguments import model_arguments
 from hycluster.gateway.bulk import BulkLanes
-from hycluster.gateway.chat import chat_params
 from hycluster.gateway.coldstart import ColdStart
 from hycluster.gateway.grammars import GrammarCheck
 from hycluster.gateway.pool import PoolClient
@@ -68,7 +68,11 @@ class Gateway(AsyncLLM):
     Args:
         patient: a request that finds no replica waits for one, if one can be started for it, whatever the settings say.
 
+    Raises:
+        SettingsError: there is no such parser or template as the model's ``api`` names.
+
     Attributes:
+        api: what vLLM's API is told of the model.
         cold_start: who comes while there is no replica.
         bulk: the places in the engines that jobs of this process have.
         lora_requests: by name, what a request to an adapter of this model carries. Changes in place.
@@ -88,6 +92,7 @@ class Gateway(AsyncLLM):
     ) -> None:
         maybe_register_config_serialize_by_value()
         self.model = model
+        self.api = model_arguments(model, config)
         self.cold_start = ColdStart(model, patient=patient)
         self.admission = admission
         self._gate = Gate(model.name, admission)
@@ -107,7 +112,6 @@ class Gateway(AsyncLLM):
         self.input_processor = InputProcessor(config, self.renderer)
         # None is how vLLM says that there is nothing to validate: ``add_request`` has it done.
         self.input_processor.structured_outputs_config = None  # type: ignore[assignment]
-        self.chat = chat_params(model)
         self.grammars = GrammarCheck(admission, self._tokenizer_file)
         self.admission_stats = None
         self.log_requests = False

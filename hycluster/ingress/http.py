@@ -9,13 +9,13 @@ in OpenAI's form that vLLM gives. The ingress process listens itself: measured a
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import math
 import os
 import socket
 from argparse import Namespace
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,14 +27,11 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.exceptions import GenerationError
-from vllm.tool_parsers import ToolParserManager
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from hycluster.engine.patches.completion_prompts import patch_completions
 from hycluster.engine.patches.unread_tools import patch_tools
-from hycluster.errors import HyclusterError, SettingsError
+from hycluster.errors import HyclusterError
 from hycluster.gateway.gateway import Gateway
 from hycluster.gateway.generation import Generator
 from hycluster.ingress.adapters import adapter_routes
@@ -109,7 +106,7 @@ async def serve_http(
         around: puts routes that are not a model's beside the app of all models; bounds their bodies itself.
 
     Raises:
-        SettingsError: the port is in use, or there is no such tool parser.
+        SettingsError: the port is in use.
     """
     apps = await model_apps(generator, settings)
     app: ASGIApp = BodyLimit(
@@ -239,31 +236,11 @@ async def model_app(gateway: Gateway, settings: Http) -> FastAPI:
 
 
 def api_arguments(gateway: Gateway, settings: Http) -> Namespace:
-    """Arguments of vLLM's API server: its defaults, the model's own, the settings' ``api``.
-
-    Raises:
-        SettingsError: there is no such parser.
-    """
-    arguments: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
-    model = gateway.model
-    arguments.model = model.source
-    arguments.served_model_name = [model.name]
+    """Arguments of vLLM's API server: its defaults, the model's own, the settings' ``api``."""
+    arguments = copy.copy(gateway.api)
     arguments.allowed_origins = list(settings.allowed_origins)
-    arguments.structured_outputs_config = gateway.vllm_config.structured_outputs_config
     # What a prompt found in the KV cache, as OpenAI's own API tells it.
     arguments.enable_prompt_tokens_details = True
-    for name, value in model.api.items():
-        setattr(arguments, name, value)
-    if plugin := arguments.tool_parser_plugin:
-        ToolParserManager.import_tool_parser(plugin)
-    if arguments.tool_call_parser and "enable_auto_tool_choice" not in model.api:
-        arguments.enable_auto_tool_choice = True
-    if arguments.tool_call_parser and arguments.tool_call_parser not in ToolParserManager.list_registered():
-        near = get_close_matches(arguments.tool_call_parser, ToolParserManager.list_registered(), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise SettingsError(
-            f"models: {model.name}: api.tool_call_parser: vLLM has no parser {arguments.tool_call_parser!r}{hint}"
-        )
     return arguments
 
 

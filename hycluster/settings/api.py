@@ -14,19 +14,19 @@ from hycluster.errors import SettingsError
 # How messages become a prompt, and what an output is made of: at both ingresses, in batch jobs, and in the engine.
 EVERYWHERE = frozenset(
     {
-        "chat_template", "chat_template_content_format", "default_chat_template_kwargs", "reasoning_parser",
-        "reasoning_parser_plugin",
+        "chat_template", "chat_template_content_format", "default_chat_template_kwargs", "enable_auto_tool_choice",
+        "exclude_tools_when_tool_choice_none", "reasoning_parser", "reasoning_parser_plugin", "tool_call_parser",
+        "tool_parser_plugin", "tool_strict_level",
     }
 )  # fmt: skip
 # Of answers that only HTTP has, or has in this form.
 OVER_HTTP = frozenset(
     {
-        "anthropic_disabled_thinking_effort", "cohere_format", "cohere_is_reasoning_model", "enable_auto_tool_choice",
+        "anthropic_disabled_thinking_effort", "cohere_format", "cohere_is_reasoning_model",
         "enable_force_include_usage", "enable_log_deltas", "enable_log_outputs", "enable_log_requests",
         "enable_per_request_metrics", "enable_prompt_tokens_details", "enable_tokenizer_info_endpoint",
-        "exclude_tools_when_tool_choice_none", "fingerprint_mode", "fingerprint_value", "log_error_stack",
-        "max_log_len", "response_role", "return_tokens_as_token_ids", "sse_keep_alive_interval", "tool_call_parser",
-        "tool_parser_plugin", "tool_server", "tool_strict_level", "trust_request_chat_template",
+        "fingerprint_mode", "fingerprint_value", "log_error_stack", "max_log_len", "response_role",
+        "return_tokens_as_token_ids", "sse_keep_alive_interval", "tool_server", "trust_request_chat_template",
         "trust_request_mm_kwargs",
     }
 )  # fmt: skip

@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from hycluster import errors
 from hycluster.client import AsyncClient, Client
-from hycluster.core import Priority, Sampling
+from hycluster.core import Priority, Sampling, StructuredOutput
 from tests.integration.conftest import (
     ALL_MODELS,
     HUNYUAN,
@@ -279,6 +279,27 @@ class TestGrpc:
             assert len(output.logprobs) == len(output.token_ids)
         assert answer.usage is not None
         assert answer.usage.completion_tokens == sum(len(output.token_ids) for output in answer.outputs)
+
+    async def test_tool_calls_and_structured_output(self, served: Served) -> None:
+        city = {
+            "type": "object",
+            "properties": {"city": {"enum": ["Paris"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        }
+        weather = {"type": "function", "function": {"name": "weather", "parameters": city}}
+        greedy = Sampling(temperature=0, max_tokens=40)
+        async with AsyncClient(served.grpc) as caller:
+            called, formed = await asyncio.gather(
+                caller.generate(MODEL, messages=QUESTION, tools=[weather], tool_choice="required", sampling=greedy),
+                caller.generate(
+                    MODEL, prompt="In JSON:", structured_output=StructuredOutput(json_schema=city), sampling=greedy
+                ),
+            )
+        (call,) = called.tool_calls
+        assert (call.name, json.loads(call.arguments), called.text) == ("weather", {"city": "Paris"}, "")
+        assert called.outputs[0].finish_reason == "tool_calls"
+        assert json.loads(formed.text) == {"city": "Paris"}
 
     @pytest.mark.parametrize(
         ("kwargs", "error", "says"),
