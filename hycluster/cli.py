@@ -201,7 +201,9 @@ def _check_models(settings: Settings) -> None:
     """Refuse what no engine could start with, before anything starts."""
     from hycluster.engine.arguments import engine_arguments, model_files
     from hycluster.engine.names import check_names
+    from hycluster.settings.api import check_environment
 
+    check_environment(os.environ)
     for model in settings.models:
         check_names(model)
         engine_arguments(model, model_files(model))

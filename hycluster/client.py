@@ -21,7 +21,7 @@ import grpc
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from hycluster.core import Generation, GenerationRequest, ModelCard, Priority, Sampling
+from hycluster.core import ChatFields, Generation, GenerationRequest, ModelCard, Priority, Sampling, StructuredOutput
 from hycluster.errors import (
     BY_REASON,
     DeadlineExceeded,
@@ -74,6 +74,8 @@ class Ask(SamplingFields, total=False):
 
     Exactly one of ``prompt`` (text), ``messages`` (chat, OpenAI's form) and ``token_ids``. Sampling is either
     ``sampling`` or its fields one by one. ``timeout_s`` is the deadline of the whole call in seconds; None is none.
+    The others are those of :class:`hycluster.core.GenerationRequest`: tools, tool calls and the pieces of a message are
+    in OpenAI's form, as they are over HTTP.
     ``job`` names the bulk job that a request at batch priority belongs to: the ingress then has as many of a job's
     requests in the engines as these have room for, and lets the others wait.
     """
@@ -85,6 +87,13 @@ class Ask(SamplingFields, total=False):
     priority: Priority
     request_id: str | None
     session_id: str | None
+    structured_output: StructuredOutput | None
+    tools: Sequence[dict[str, Any]] | None
+    tool_choice: str | dict[str, Any] | None
+    parallel_tool_calls: bool
+    include_reasoning: bool
+    reasoning_effort: str | None
+    chat_template_kwargs: dict[str, Any] | None
     job: str | None
     timeout_s: float | None
 
@@ -173,11 +182,14 @@ class Client(_Connection):
         prompt: str | None = None,
         messages: Sequence[dict[str, Any]] | None = None,
         timeout_s: float | None = None,
+        **chat: Unpack[ChatFields],
     ) -> list[int]:
-        """The token ids of a text, or of a chat by way of the model's template."""
+        """The token ids of a text, or of a chat by way of the model's template, which may depend on its tools."""
         with _own_errors():
             answer = self._inference.Tokenize(
-                _tokenize_request(model, prompt, messages, timeout_s), timeout=timeout_s, metadata=self._metadata
+                _tokenize_request(model, prompt, messages, timeout_s, chat),
+                timeout=timeout_s,
+                metadata=self._metadata,
             )
         return list(answer.token_ids)
 
@@ -267,11 +279,14 @@ class AsyncClient(_Connection):
         prompt: str | None = None,
         messages: Sequence[dict[str, Any]] | None = None,
         timeout_s: float | None = None,
+        **chat: Unpack[ChatFields],
     ) -> list[int]:
-        """The token ids of a text, or of a chat by way of the model's template."""
+        """The token ids of a text, or of a chat by way of the model's template, which may depend on its tools."""
         with _own_errors():
             answer = await self._inference.Tokenize(
-                _tokenize_request(model, prompt, messages, timeout_s), timeout=timeout_s, metadata=self._metadata
+                _tokenize_request(model, prompt, messages, timeout_s, chat),
+                timeout=timeout_s,
+                metadata=self._metadata,
             )
         return list(answer.token_ids)
 
@@ -304,6 +319,10 @@ class AsyncClient(_Connection):
 
 
 def _request(model: str, ask: Ask) -> pb.GenerateRequest:
+    return translate.request_to_pb(_wanted(model, ask))
+
+
+def _wanted(model: str, ask: Ask) -> GenerationRequest:
     arguments.check_argument_names(ask, Ask.__annotations__)
     # What is None is as if it were not given.
     given: dict[str, Any] = {name: value for name, value in ask.items() if value is not None}
@@ -320,17 +339,23 @@ def _request(model: str, ask: Ask) -> pb.GenerateRequest:
         given["token_ids"] = arguments.token_ids(given["token_ids"])
     if "messages" in given:
         given["messages"] = list(given["messages"])
-    return translate.request_to_pb(GenerationRequest(model=model, **given))
+    if "tools" in given:
+        given["tools"] = list(given["tools"])
+    return GenerationRequest(model=model, **given)
 
 
 def _tokenize_request(
-    model: str, prompt: str | None, messages: Sequence[dict[str, Any]] | None, timeout_s: float | None
+    model: str,
+    prompt: str | None,
+    messages: Sequence[dict[str, Any]] | None,
+    timeout_s: float | None,
+    chat: ChatFields,
 ) -> pb.TokenizeRequest:
+    arguments.check_argument_names(chat, ("prompt", "messages", "timeout_s", *ChatFields.__annotations__))
     # The request of Generate has the same rules, so let it judge.
-    wanted = _request(model, {"prompt": prompt, "messages": messages, "timeout_s": timeout_s})
-    if messages is not None:
-        return pb.TokenizeRequest(model=model, messages=wanted.messages)
-    return pb.TokenizeRequest(model=model, prompt=wanted.prompt)
+    return translate.tokenize_to_pb(
+        _wanted(model, {"prompt": prompt, "messages": messages, "timeout_s": timeout_s, **chat})
+    )
 
 
 def _count_request(model: str, texts: Sequence[str], timeout_s: float | None) -> pb.CountTokensRequest:

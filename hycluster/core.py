@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import enum
+import json
 import math
 import numbers
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, TypedDict
 
 from hycluster.errors import InvalidInput, shown
 
@@ -118,12 +119,74 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutput:
+    """What form the output must have. Exactly one is set.
+
+    Attributes:
+        json_schema: a JSON schema, as an object or as its text.
+        json_object: any JSON object.
+        regex: the whole text matches it.
+        choice: the text is one of these.
+        grammar: EBNF, as xgrammar or llguidance read it.
+
+    Raises:
+        InvalidInput: names the field, the value and what is allowed.
+    """
+
+    json_schema: str | dict[str, Any] | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: tuple[str, ...] | None = None
+    grammar: str | None = None
+
+    def __post_init__(self) -> None:
+        def check(name: str, ok: bool, allowed: str) -> None:
+            if not ok:
+                raise InvalidInput(
+                    f"structured_output.{name}: {shown(getattr(self, name))} is not allowed; must be {allowed}"
+                )
+
+        check("json_object", isinstance(self.json_object, bool), "true or false")
+        given = [name.name for name in fields(self) if getattr(self, name.name) not in (None, False)]
+        if len(given) != 1:
+            allowed = ", ".join(name.name for name in fields(self))
+            raise InvalidInput(
+                f"structured_output: exactly one of {allowed} must be set; set are {', '.join(given) or 'none'}"
+            )
+        check("json_schema", self.json_schema is None or _is_schema(self.json_schema), "a JSON schema: an object")
+        for name in ("regex", "grammar"):
+            value = getattr(self, name)
+            check(name, value is None or (isinstance(value, str) and bool(value)), "a string that is not empty")
+        choice = self.choice
+        is_list = isinstance(choice, (tuple, list)) and bool(choice)
+        check("choice", choice is None or (is_list and all(isinstance(one, str) for one in choice)), "some strings")
+
+
+def _is_schema(value: object) -> bool:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return False
+    return isinstance(value, dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     """One request in the house's own words, whichever ingress it came through: HTTP or gRPC.
 
-    Exactly one of ``prompt`` (text), ``messages`` (chat, OpenAI's form) and ``token_ids`` is set.
+    Exactly one of ``prompt`` (text), ``messages`` (chat, OpenAI's form) and ``token_ids`` is set. What follows is
+    OpenAI's too.
 
     Attributes:
+        structured_output: the form that the output must have.
+        tools: what the model may call; with ``messages`` only, as are all below.
+        tool_choice: "auto" (the default), "none", "required", or ``{"type": "function", "function": {"name": ...}}``.
+        parallel_tool_calls: False is one call at the most.
+        include_reasoning: False leaves out what a model with a reasoning parser thinks, and with it token ids and
+            logprobs.
+        reasoning_effort: "none", "minimal", "low", "medium", "high", "xhigh" or "max", where the template knows it.
+        chat_template_kwargs: for the model's chat template, such as ``{"enable_thinking": False}``.
         job: at batch priority, whose places in the engines it takes one of; None: it is in no job, or its caller has
             taken one for it.
     """
@@ -136,6 +199,13 @@ class GenerationRequest:
     priority: Priority = Priority.ONLINE
     request_id: str | None = None
     session_id: str | None = None
+    structured_output: StructuredOutput | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool = True
+    include_reasoning: bool = True
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     job: str | None = None
 
     def __post_init__(self) -> None:
@@ -146,6 +216,50 @@ class GenerationRequest:
             )
         if not getattr(self, given[0]):
             raise InvalidInput(f"{given[0]}: must not be empty")
+        if self.messages is None:
+            unset = {name.name: name.default for name in fields(GenerationRequest)}
+            for name in _OF_A_CHAT:
+                if getattr(self, name) != unset[name]:
+                    raise InvalidInput(f"{name}: goes with messages only; given is {given[0]}")
+        if self.tools is None and self.tool_choice not in (None, "none"):
+            raise InvalidInput(f"tool_choice: {shown(self.tool_choice)} is not allowed without tools")
+        if self.tools is not None and not self.tools:
+            raise InvalidInput("tools: must not be empty; leave it out instead")
+        if self.structured_output is not None and self.tool_choice not in (None, "none", "auto"):
+            raise InvalidInput(
+                f"structured_output: can't go with tool_choice {shown(self.tool_choice)}, which forces a call"
+            )
+
+
+class ChatFields(TypedDict, total=False):
+    """What a chat's prompt depends on beside its messages; see :class:`GenerationRequest`."""
+
+    tools: list[dict[str, Any]] | None
+    tool_choice: str | dict[str, Any] | None
+    reasoning_effort: str | None
+    chat_template_kwargs: dict[str, Any] | None
+
+
+_OF_A_CHAT = (
+    "tools", "tool_choice", "parallel_tool_calls", "include_reasoning", "reasoning_effort", "chat_template_kwargs",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool that the model wants, or in a stream what is new of it.
+
+    Attributes:
+        index: which of the output's calls, from 0.
+        id: what a message of role "tool" names as the call that it answers; in a stream in the call's first delta.
+        name: the function's; in a stream in the call's first delta.
+        arguments: JSON as the model wrote it, which need not fit the schema; in a stream the next piece.
+    """
+
+    index: int
+    id: str
+    name: str
+    arguments: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +277,11 @@ class Output:
 
     Attributes:
         index: which of the ``n``.
-        finish_reason: ``stop`` or ``length``; ``None`` while it goes on.
+        text: without what is in the two last ones.
+        finish_reason: ``stop``, ``length`` or ``tool_calls``; ``None`` while it goes on.
         logprobs: one list a token, the sampled token first; ``None`` if not asked for.
+        reasoning: what the model thought before, if it has a reasoning parser.
+        tool_calls: what it wants called.
     """
 
     index: int
@@ -172,6 +289,8 @@ class Output:
     token_ids: list[int]
     finish_reason: str | None = None
     logprobs: list[list[TokenLogprob]] | None = None
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +315,16 @@ class Generation:
     def text(self) -> str:
         """Of the first sequence, which is all of them unless ``n`` asked for more; empty in a delta without any."""
         return "".join(output.text for output in self.outputs if output.index == 0)
+
+    @property
+    def reasoning(self) -> str:
+        """Of the first sequence, as ``text``."""
+        return "".join(output.reasoning for output in self.outputs if output.index == 0)
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """Of the first sequence, as ``text``."""
+        return tuple(call for output in self.outputs if output.index == 0 for call in output.tool_calls)
 
 
 @dataclass(frozen=True, slots=True)

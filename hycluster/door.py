@@ -133,8 +133,9 @@ class IngressProcess:
             await asyncio.to_thread(importlib.import_module, "hycluster.ingress.http")
         from hycluster.gateway.generation import open_generators
         from hycluster.ingress.http import serve_http
+        from hycluster.responses.process import ServedResponses
 
-        settings = self._settings
+        settings, responses = self._settings, ServedResponses(self._settings)
         assert self._stopping is not None
         async with open_generators(
             self._directory,
@@ -148,6 +149,7 @@ class IngressProcess:
                 generator,
                 settings.http,
                 around=self._batch_api(),
+                before_models=responses.before,
                 reuse_port=True,
                 drain_timeout_s=settings.drain_timeout_s + LAST_WORDS_S,
                 sock=await starting.hand_over(generator) if starting else None,
@@ -180,6 +182,8 @@ class IngressProcess:
             closing = asyncio.gather(
                 http.stop(),
                 grpc.stop(settings.drain_timeout_s + LAST_WORDS_S),
+                # What is left is given to other ingress processes before its answer is ended here.
+                responses.close(max(0.0, settings.drain_timeout_s - LAST_WORDS_S)),
                 # Until both have closed their sockets, somebody may still come.
                 let_in(ports, TURNED_AWAY_AFTER_S),
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import pickle
 import typing
 from collections.abc import AsyncIterator, Callable
@@ -18,7 +19,17 @@ from google.rpc.status_pb2 import Status
 
 from hycluster import errors
 from hycluster.client import SERVICE, AsyncClient, Client, SamplingFields
-from hycluster.core import Generation, GenerationRequest, Output, Priority, Sampling, TokenLogprob, Usage
+from hycluster.core import (
+    Generation,
+    GenerationRequest,
+    Output,
+    Priority,
+    Sampling,
+    StructuredOutput,
+    TokenLogprob,
+    ToolCall,
+    Usage,
+)
 from hycluster.ingress.grpc import GrpcIngress
 from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto import inference_pb2_grpc
@@ -114,12 +125,37 @@ async def test_logprobs(client: Both) -> None:
     assert answer.outputs[0].logprobs == [[TokenLogprob(0, "w0", -0.1), TokenLogprob(1, "w1", -0.2)]]
 
 
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}, "strict": True}}
+CHAT: dict[str, Any] = {
+    "tools": [WEATHER],
+    "tool_choice": {"type": "function", "function": {"name": "weather"}},
+    "reasoning_effort": "low",
+    "chat_template_kwargs": {"mood": "glad"},
+}
+
+
 @pytest.mark.parametrize(
     "wanted",
     [
         {"prompt": "a b"},
         {"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "", "tool_call_id": "c"}]},
         {"token_ids": [3, 0, 5]},
+        {"prompt": "a b", "structured_output": StructuredOutput(choice=("yes", "no"))},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "a"}]},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "reasoning": "hm",
+                    "tool_calls": [{"id": "c", "type": "function", "function": {"name": "weather", "arguments": "{}"}}],
+                },
+                {"role": "tool", "content": "sunny", "tool_call_id": "c"},
+            ],
+            **CHAT,
+            "parallel_tool_calls": False,
+            "include_reasoning": False,
+        },
     ],
 )
 @pytest.mark.parametrize("method", ["generate", "stream"])
@@ -140,6 +176,29 @@ async def test_a_lone_stop_string_is_one_string(client: Both, stand_in: StandInG
     assert stand_in.requests[0][0].sampling.stop == ("END",)
 
 
+SAYS = [
+    Output(0, "", [1], reasoning="It is "),
+    Output(0, "", [2], reasoning="a city."),
+    Output(0, "Let me see.", [3, 4]),
+    Output(0, "", [5], tool_calls=(ToolCall(0, "c1", "weather", ""),)),
+    Output(0, "", [6], tool_calls=(ToolCall(0, "", "", '{"city": '), ToolCall(1, "c2", "time", "{}"))),
+    Output(0, "", [7], "tool_calls", tool_calls=(ToolCall(0, "", "", '"Paris"}'),)),
+]
+
+
+async def test_reasoning_and_tool_calls_come_apart_from_the_text(client: Both, stand_in: StandInGenerator) -> None:
+    stand_in.says = SAYS
+    ask: dict[str, Any] = {"messages": [{"role": "user", "content": "a"}], "tools": [WEATHER]}
+    deltas = await client.stream(MODEL, **ask)
+    assert [delta.outputs for delta in deltas] == [[output] for output in SAYS]
+    for answer in (await client.call("generate", MODEL, **ask), join(deltas)):
+        assert (answer.text, answer.reasoning) == ("Let me see.", "It is a city.")
+        weather, time = answer.tool_calls
+        assert (weather.id, weather.name, json.loads(weather.arguments)) == ("c1", "weather", {"city": "Paris"})
+        assert time == ToolCall(1, "c2", "time", "{}")
+        assert answer.outputs[0].finish_reason == "tool_calls"
+
+
 @pytest.mark.parametrize(
     ("wanted", "names"),
     [
@@ -148,6 +207,12 @@ async def test_a_lone_stop_string_is_one_string(client: Both, stand_in: StandInG
         ({"prompt": "a", "max_tokens": 0}, "sampling.max_tokens: 0"),
         ({"prompt": "a", "sampling": Sampling(), "seed": 3}, "sampling: .*seed"),
         ({"token_ids": [-1]}, r"token_ids\[0\]: -1 "),
+        ({"prompt": "a", "tool_choic": "auto"}, "^tool_choic: unknown argument; did you mean 'tool_choice'"),
+        ({"prompt": "a", "tools": [WEATHER]}, "^tools: goes with messages only; given is prompt"),
+        ({"prompt": "a", "tools": "weather"}, "^tools: 'weather' is not allowed; must be a list of tools"),
+        ({"prompt": "a", "structured_output": {"regex": "a"}}, "^structured_output: .*StructuredOutput"),
+        ({"messages": [{"role": "user", "content": "a"}], "tool_choice": "auto"}, "^tool_choice: .* without tools"),
+        ({"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"a": {1}}}, "^chat_template_kwargs"),
     ],
 )
 async def test_wrong_arguments_are_refused_before_any_call(
@@ -160,9 +225,16 @@ async def test_wrong_arguments_are_refused_before_any_call(
         nowhere.client.stream(MODEL, **wanted)
 
 
-async def test_tokenize(client: Both) -> None:
+async def test_tokenize(client: Both, stand_in: StandInGenerator) -> None:
     assert await client.call("tokenize", MODEL, prompt="a bb") == [1, 2]
     assert await client.call("tokenize", MODEL, messages=[{"role": "user", "content": "ccc"}]) == [3]
+    assert await client.call("tokenize", MODEL, messages=[{"role": "user", "content": "ccc"}], **CHAT) == [3]
+    nothing = dict.fromkeys(CHAT)
+    assert stand_in.chats == [nothing, nothing, CHAT]
+    with pytest.raises(errors.InvalidInput, match=r"^tool_choise: unknown argument; did you mean 'tool_choice'"):
+        await client.call("tokenize", MODEL, prompt="a", tool_choise="auto")
+    with pytest.raises(errors.InvalidInput, match=r"^tools: goes with messages only"):
+        await client.call("tokenize", MODEL, prompt="a", tools=[WEATHER])
     with pytest.raises(errors.InvalidInput, match="prompt, messages"):
         await client.call("tokenize", MODEL)
     with pytest.raises(errors.UnknownModel, match="'other' is not served here"):

@@ -162,6 +162,8 @@ class _Api:
         await asyncio.to_thread(_import_vllm)
         from hycluster.gateway.generation import open_generators
         from hycluster.ingress.http import model_apps, over_all_models
+        from hycluster.responses.app import WithResponses
+        from hycluster.responses.process import response_store
 
         settings = self._settings
         async with contextlib.AsyncExitStack() as stack:
@@ -184,7 +186,9 @@ class _Api:
             known = generator.model_of(model)
             return generator.lane(known, batch) if known is not None else None
 
-        return BatchEngines(over_all_models(apps, generator), lane)
+        # A line may go on from a stored response; what it is answered is in the batch's output, and kept nowhere else.
+        app = WithResponses(over_all_models(apps, generator), response_store(settings), None, settings.http)
+        return BatchEngines(app, lane)
 
 
 def _import_vllm() -> None:

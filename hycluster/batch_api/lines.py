@@ -22,12 +22,12 @@ from hycluster import errors
 from hycluster.batch.ask import FIRST_BACKOFF_S, Asker
 from hycluster.batch.prompts import Row
 from hycluster.batch.task import Answer
-from hycluster.batch_api.in_process import InProcessAnswer, post
 from hycluster.batch_api.requests import BODY
 from hycluster.core import Priority
 from hycluster.errors import HyclusterError, InvalidInput, KillsReplicas, Overloaded, Unavailable
 from hycluster.gateway.bulk import BulkLane
 from hycluster.ingress.errors import KIND_HEADER, error_body
+from hycluster.ingress.in_process import InProcessAnswer, post
 from hycluster.retries import AsyncRetryingCaller
 
 OK = 200

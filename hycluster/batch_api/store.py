@@ -8,6 +8,7 @@ Layout:
     cancel/<batch>.json   the wish to cancel
     state/<batch>.json    how far it is
     jobs/<batch>/         input and output of the batch as a job, see runner.py; gone when it has ended
+    responses/            not of batches: see hycluster/responses/store.py
 
 Records are written in one step. No two processes write the same one, so ingress processes and executor need no lock;
 ids sort by time, so lists read only the records that they show.
@@ -27,7 +28,6 @@ import pyarrow.fs as pafs
 
 from hycluster.batch_api.records import BATCH_ID, FILE_ID, Batch, Record, State, StoredFile, new_record_id
 from hycluster.errors import InvalidInput, NotFound, shown
-from hycluster.settings.base import home
 from hycluster.settings.ingress import Batches
 from hycluster.storage import WritableFolder, leftover_of, locate
 
@@ -44,8 +44,7 @@ class Store:
 
     def __init__(self, settings: Batches) -> None:
         self._keep_s = None if settings.keep_days is None else round(settings.keep_days * 86400)
-        place = (settings.store or str(home() / "batches")).rstrip("/")
-        self.folder = locate(place, "batches.store").writable()
+        self.folder = locate(settings.place, "batches.store").writable()
 
     # -- files --------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from hycluster.engine.parsers import AUTO
 from hycluster.errors import SettingsError, shown
 from hycluster.settings.model import Model
 
@@ -45,7 +46,7 @@ def check_names(model: Model) -> None:
     for name, value in model.api.items():
         _known(f"{where}.{name}", name, api, "vLLM's API server has no such argument")
         file, table, plugin = _PARSERS.get(name, ("", "", ""))
-        if file and value is not None and not model.api.get(plugin):
+        if file and value not in (None, AUTO) and not model.api.get(plugin):
             _known(f"{where}.{name}", str(value), _keys(file, table), f"{shown(value)} is no parser of vLLM's")
 
 

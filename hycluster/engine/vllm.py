@@ -46,6 +46,7 @@ from hycluster.core import Priority, ReplicaLoad
 from hycluster.engine.arguments import check_platform, engine_arguments
 from hycluster.engine.expert_load import expert_load_meter
 from hycluster.engine.migrated import take_over, tokens_of
+from hycluster.engine.parsers import with_parsers
 from hycluster.engine.patches.adapter_loading import AdaptersFirst
 from hycluster.engine.patches.cpu_executor import patch_executor
 from hycluster.engine.patches.migrated_grammar import patch_grammars
@@ -75,6 +76,7 @@ def engine_config(model: Model, model_path: str, place: GroupRank | None = None)
         SettingsError: vLLM refuses an argument or the model; the message is vLLM's.
     """
     check_platform(model, None)
+    model = with_parsers(model, model_path)
     arguments = engine_arguments(model, model_path, place)
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
     for name in arguments.keys() - known:

@@ -35,11 +35,12 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 from hycluster.adapters import AdapterEntry, AdapterTable, adapter_id
 from hycluster.directory.directory import FORGET_AFTER_S, REPORT_EVERY_S, Demand, PoolView
 from hycluster.engine.arguments import model_files
+from hycluster.engine.parsers import with_parsers
 from hycluster.engine.vllm import engine_config
 from hycluster.errors import HyclusterError, InvalidInput, Overloaded, Unavailable, shown
 from hycluster.gateway.admission import Gate, check_id, check_priority, check_sampling
+from hycluster.gateway.api_arguments import model_arguments
 from hycluster.gateway.bulk import BulkLanes
-from hycluster.gateway.chat import chat_params
 from hycluster.gateway.coldstart import ColdStart
 from hycluster.gateway.grammars import GrammarCheck
 from hycluster.gateway.pool import PoolClient
@@ -67,7 +68,11 @@ class Gateway(AsyncLLM):
     Args:
         patient: a request that finds no replica waits for one, if one can be started for it, whatever the settings say.
 
+    Raises:
+        SettingsError: there is no such parser or template as the model's ``api`` names.
+
     Attributes:
+        api: what vLLM's API is told of the model.
         cold_start: who comes while there is no replica.
         bulk: the places in the engines that jobs of this process have.
         lora_requests: by name, what a request to an adapter of this model carries. Changes in place.
@@ -87,6 +92,7 @@ class Gateway(AsyncLLM):
     ) -> None:
         maybe_register_config_serialize_by_value()
         self.model = model
+        self.api = model_arguments(model, config)
         self.cold_start = ColdStart(model, patient=patient)
         self.admission = admission
         self._gate = Gate(model.name, admission)
@@ -106,7 +112,6 @@ class Gateway(AsyncLLM):
         self.input_processor = InputProcessor(config, self.renderer)
         # None is how vLLM says that there is nothing to validate: ``add_request`` has it done.
         self.input_processor.structured_outputs_config = None  # type: ignore[assignment]
-        self.chat = chat_params(model)
         self.grammars = GrammarCheck(admission, self._tokenizer_file)
         self.admission_stats = None
         self.log_requests = False
@@ -433,7 +438,7 @@ async def open_gateway(
     Raises:
         Unavailable: there is none after ``wait_s`` seconds.
     """
-    config = await asyncio.to_thread(lambda: engine_config(model, model_files(model)))
+    model, config = await asyncio.to_thread(_configured, model)
     gateway = Gateway(model, config, router, admission, metrics=metrics, patient=patient)
     follower = asyncio.create_task(gateway.follow(directory))
     try:
@@ -449,6 +454,12 @@ async def open_gateway(
         await gateway.engine_core.close()
         await asyncio.to_thread(gateway.grammars.close)
         gateway.renderer.shutdown()
+
+
+def _configured(model: Model) -> tuple[Model, VllmConfig]:
+    path = model_files(model)
+    model = with_parsers(model, path)
+    return model, engine_config(model, path)
 
 
 async def until_one_can_serve(gateways: Sequence[Gateway], wait_s: float | None) -> None:

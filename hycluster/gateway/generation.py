@@ -13,7 +13,7 @@ import math
 import secrets
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from ray.actor import ActorHandle
 from tokenizers import Tokenizer
@@ -28,6 +28,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from hycluster.adapters import check_name
 from hycluster.core import (
+    ChatFields,
     Generation,
     GenerationRequest,
     ModelCard,
@@ -53,6 +54,7 @@ from hycluster.errors import (
 )
 from hycluster.gateway.admission import check_id
 from hycluster.gateway.bulk import FIXED_ROWS, BulkLane
+from hycluster.gateway.chat import Chat, Turn, structured_outputs
 from hycluster.gateway.gateway import Gateway, open_gateway, until_one_can_serve
 from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
@@ -67,6 +69,7 @@ class Generator:
     def __init__(self, gateways: Mapping[str, Gateway]) -> None:
         self.gateways = dict(gateways)
         self._counters: dict[str, Callable[[Sequence[str]], list[int]]] = {}
+        self._chats: dict[str, Chat] = {}
 
     async def models(self) -> list[ModelCard]:
         """What is served, adapters after their model, and by how many replicas now."""
@@ -147,12 +150,18 @@ class Generator:
         }
 
     async def tokenize(
-        self, model: str, *, prompt: str | None = None, messages: list[dict[str, Any]] | None = None
+        self,
+        model: str,
+        *,
+        prompt: str | None = None,
+        messages: list[dict[str, Any]] | None = None,
+        **chat: Unpack[ChatFields],
     ) -> list[int]:
         """Token ids of a prompt, or of messages under the model's chat template."""
         gateway, _ = self._gateway(model)
         with _translated_errors():
-            engine_input = await self._render(gateway, prompt, messages, None)
+            request = GenerationRequest(model=model, prompt=prompt, messages=messages, **chat)
+            engine_input, _ = await self._render(gateway, request)
         return _prompt_ids(engine_input)
 
     def token_counter(self, model: str) -> Callable[[Sequence[str]], list[int]]:
@@ -186,14 +195,16 @@ class Generator:
             DeadlineExceeded
         """
         last: RequestOutput | None = None
+        turn: Turn | None = None
         async with contextlib.aclosing(self._run(request, RequestOutputKind.FINAL_ONLY, deadline_s)) as outputs:
-            async for output in outputs:
-                last = output
+            async for output, read_by in outputs:
+                last, turn = output, read_by
         if last is None:
             raise Unavailable("the engine ended this request without an output")
-        return Generation(
-            last.request_id, request.model, [_output(o) for o in last.outputs], _usage(last, _lengths(last))
-        )
+        said = [_output(o) for o in last.outputs]
+        if turn is not None:
+            said = turn.whole(last, said)
+        return Generation(last.request_id, request.model, said, _usage(last, _lengths(last)))
 
     async def stream(
         self, request: GenerationRequest, *, deadline_s: float | None = None
@@ -201,15 +212,20 @@ class Generator:
         """What is new, as it comes; the last one carries the usage. Closing the iterator aborts the request."""
         lengths: dict[int, int] = {}
         async with contextlib.aclosing(self._run(request, RequestOutputKind.DELTA, deadline_s)) as outputs:
-            async for delta in outputs:
+            async for delta, turn in outputs:
                 for output in delta.outputs:
                     lengths[output.index] = lengths.get(output.index, 0) + len(output.token_ids)
                 usage = _usage(delta, lengths) if delta.finished else None
-                yield Generation(delta.request_id, request.model, [_output(o) for o in delta.outputs], usage)
+                said = [_output(o) for o in delta.outputs]
+                if turn is not None:
+                    said = turn.deltas(delta, said)
+                    if not said and usage is None:
+                        continue
+                yield Generation(delta.request_id, request.model, said, usage)
 
     async def _run(
         self, request: GenerationRequest, kind: RequestOutputKind, deadline_s: float | None
-    ) -> AsyncGenerator[RequestOutput, None]:
+    ) -> AsyncGenerator[tuple[RequestOutput, Turn | None], None]:
         gateway, lora_request = self._gateway(request.model)
         deadline = None if deadline_s is None else asyncio.get_running_loop().time() + deadline_s
         async with contextlib.AsyncExitStack() as stack:
@@ -234,15 +250,16 @@ class Generator:
     ) -> AsyncGenerator[RequestOutput, None]:
         with _translated_errors():
             async with asyncio.timeout_at(deadline):
-                engine_input = await self._render(gateway, request.prompt, request.messages, request.token_ids)
+                engine_input, turn = await self._render(gateway, request)
             room = gateway.model_config.max_model_len - len(_prompt_ids(engine_input))
             outputs = gateway.generate(
                 engine_input,
-                sampling_params(gateway, request.sampling, room, kind),
+                _in_form(sampling_params(gateway, request.sampling, room, kind), request, turn),
                 request.request_id or f"gen-{secrets.token_hex(12)}",
                 lora_request=lora_request,
                 priority=int(request.priority),
                 session_id=request.session_id,
+                **(turn.engine_arguments if turn is not None else {}),
             )
             async with contextlib.aclosing(outputs):
                 while True:
@@ -256,7 +273,7 @@ class Generator:
                         if sequence.finish_reason in ("error", "abort"):
                             kind_of = RequestFailed if sequence.finish_reason == "error" else Unavailable
                             raise kind_of(f"the engine ended this request early ({sequence.finish_reason})")
-                    yield output
+                    yield output, turn
 
     def _gateway(self, name: str) -> tuple[Gateway, LoRARequest | None]:
         """The gateway for a name, and the adapter that the name stands for, if it is one's."""
@@ -267,30 +284,25 @@ class Generator:
         gateway = self.gateways[model]
         return gateway, gateway.lora_requests.get(name) if name != model else None
 
-    @staticmethod
-    async def _render(
-        gateway: Gateway,
-        prompt: str | None,
-        messages: list[dict[str, Any]] | None,
-        token_ids: Sequence[int] | None,
-    ) -> EngineInput:
+    async def _render(self, gateway: Gateway, request: GenerationRequest) -> tuple[EngineInput, Turn | None]:
+        """The prompt, and in a chat how the answer is to be read."""
+        if request.messages is not None:
+            with _blamed_on_the_request():
+                turn = await self._chat(gateway).render(request)
+            return turn.engine_input, turn
         renderer = gateway.renderer
+        prompt, token_ids = request.prompt, request.token_ids
+        text_or_ids: Any = {"prompt": prompt} if prompt is not None else {"prompt_token_ids": list(token_ids or ())}
         engine_input: EngineInput
-        for number, message in enumerate(messages or ()):
-            # vLLM's own API server checks this before it renders.
-            if not isinstance(message, dict) or not message.get("role"):
-                raise InvalidInput(f"messages[{number}].role: must be set")
         with _blamed_on_the_request():
-            if messages is not None:
-                _, (engine_input,) = await renderer.render_chat_async(
-                    [messages],  # type: ignore[list-item]
-                    gateway.chat,
-                    renderer.default_chat_tok_params,
-                )
-                return engine_input
-            text_or_ids: Any = {"prompt": prompt} if prompt is not None else {"prompt_token_ids": list(token_ids or ())}
             (engine_input,) = await renderer.render_cmpl_async([text_or_ids], renderer.default_cmpl_tok_params)
-            return engine_input
+        return engine_input, None
+
+    def _chat(self, gateway: Gateway) -> Chat:
+        name = gateway.model.name
+        if name not in self._chats:
+            self._chats[name] = Chat(gateway)
+        return self._chats[name]
 
 
 def token_counter(tokenizer: TokenizerLike) -> Callable[[Sequence[str]], list[int]]:
@@ -348,6 +360,15 @@ def sampling_params(gateway: Gateway, sampling: Sampling, room: int, kind: Reque
         output_kind=kind,
         **chosen,
     )
+
+
+def _in_form(params: SamplingParams, request: GenerationRequest, turn: Turn | None) -> SamplingParams:
+    if turn is None:
+        params.structured_outputs = structured_outputs(request.structured_output)
+    else:
+        params.structured_outputs = turn.structured
+        params.skip_special_tokens = turn.skip_special_tokens
+    return params
 
 
 @contextlib.contextmanager

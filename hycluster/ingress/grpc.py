@@ -13,21 +13,21 @@ import resource
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, Unpack
 
 import grpc
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
-from grpc_reflection.v1alpha import reflection
 
-from hycluster.core import Generation, GenerationRequest, ModelCard
+from hycluster.core import ChatFields, Generation, GenerationRequest, ModelCard
 from hycluster.errors import DeadlineExceeded, HyclusterError, SettingsError, Unavailable, UnknownModel
 from hycluster.ingress import translate
 from hycluster.ingress.malformed import RefuseMalformed
 from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto import inference_pb2_grpc
+from hycluster.ingress.reflection import enable_reflection
 from hycluster.ingress.status import abort
 from hycluster.settings.ingress import Grpc
 
@@ -64,7 +64,12 @@ class GrpcBackend(Protocol):
         """The whole answer. Cancelling the call aborts the request in the engine."""
 
     async def tokenize(
-        self, model: str, *, prompt: str | None = None, messages: list[dict[str, Any]] | None = None
+        self,
+        model: str,
+        *,
+        prompt: str | None = None,
+        messages: list[dict[str, Any]] | None = None,
+        **chat: Unpack[ChatFields],
     ) -> list[int]:
         """The token ids of a text or of a chat. With neither it raises ``InvalidInput``."""
 
@@ -158,6 +163,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             request.model,
             prompt=request.prompt if given == "prompt" else None,
             messages=translate.messages_from_pb(request.messages) if given == "messages" else None,
+            **translate.chat_fields_from_pb(request),
         )
         return pb.TokenizeResponse(token_ids=ids, count=len(ids), max_model_len=cards[request.model].max_model_len)
 
@@ -250,9 +256,7 @@ async def serve_grpc(
     )
     inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
     add_HealthServicer_to_server(health, server)
-    reflection.enable_server_reflection(
-        (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME), server
-    )
+    enable_reflection((SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name), server)
     port = _bind(server, settings, reuse_port)
     # The first caller must find the truth, so look once before the ingress opens.
     await _report_readiness(generator, health)

@@ -9,12 +9,13 @@ in OpenAI's form that vLLM gives. The ingress process listens itself: measured a
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import math
+import os
 import socket
 from argparse import Namespace
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,13 +27,11 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.exceptions import GenerationError
-from vllm.tool_parsers import ToolParserManager
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from hycluster.engine.patches.completion_prompts import patch_completions
-from hycluster.errors import HyclusterError, SettingsError
+from hycluster.engine.patches.unread_tools import patch_tools
+from hycluster.errors import HyclusterError
 from hycluster.gateway.gateway import Gateway
 from hycluster.gateway.generation import Generator
 from hycluster.ingress.adapters import adapter_routes
@@ -41,6 +40,8 @@ from hycluster.ingress.connection import protocol
 from hycluster.ingress.errors import answer_error, answer_generation_error, answer_http_error, answer_unreadable
 from hycluster.ingress.health import WithHealth
 from hycluster.ingress.ports import bind, notice_lost_callers
+from hycluster.ingress.wording import InOurWords
+from hycluster.settings.api import check_environment
 from hycluster.settings.ingress import Http
 
 # What a caller may use. Everything else of vLLM's app (scaling, raw token routes, rendering for
@@ -92,6 +93,7 @@ async def serve_http(
     settings: Http,
     *,
     around: Callable[[ASGIApp], ASGIApp] = lambda app: app,
+    before_models: Callable[[ASGIApp], ASGIApp] = lambda app: app,
     reuse_port: bool = False,
     drain_timeout_s: float = 60.0,
     sock: socket.socket | None = None,
@@ -100,14 +102,15 @@ async def serve_http(
 
     Args:
         sock: listens already; None opens the settings' port.
+        before_models: puts a layer before the app of all models.
         around: puts routes that are not a model's beside the app of all models; bounds their bodies itself.
 
     Raises:
-        SettingsError: the port is in use, or there is no such tool parser.
+        SettingsError: the port is in use.
     """
     apps = await model_apps(generator, settings)
     app: ASGIApp = BodyLimit(
-        over_all_models(apps, generator),
+        before_models(over_all_models(apps, generator)),
         settings.max_body_mib << 20,
         max_total_bytes=settings.max_bodies_mib << 20,
         stall_s=settings.stalled_client_timeout_s,
@@ -137,7 +140,12 @@ async def serve_http(
 
 
 async def model_apps(generator: Generator, settings: Http) -> dict[str, ModelApp]:
-    """vLLM's API app of each model, by its name."""
+    """vLLM's API app of each model, by its name.
+
+    Raises:
+        SettingsError: vLLM would take from the environment what is no setting here.
+    """
+    check_environment(os.environ)
     apps = {name: ModelApp(gateway, settings, generator) for name, gateway in generator.gateways.items()}
     for app in apps.values():
         if app.can_build:
@@ -185,7 +193,7 @@ class ModelApp:
         app: ASGIApp | None = self._app
         if app is None:
             app = await self.build() if self.can_build else await answer_error(None, self._gateway.refusal())
-        await app(scope, receive, send)
+        await InOurWords(app)(scope, receive, send)
 
 
 def over_all_models(apps: Mapping[str, ASGIApp], generator: Generator) -> ASGIApp:
@@ -208,6 +216,8 @@ async def model_app(gateway: Gateway, settings: Http) -> FastAPI:
     await init_app_state(gateway, app.state, arguments, tasks)
     if (completions := app.state.openai_serving_completion) is not None:
         patch_completions(completions, gateway.check_admission)
+    if (responses := app.state.openai_serving_responses) is not None:
+        patch_tools(responses, gateway.model.name)
     # vLLM's app asks this mapping for a name that is no model's.
     app.state.openai_serving_models.lora_requests = gateway.lora_requests
     # Told to exit when an engine is lost for good; what serves without one of its own needs not.
@@ -226,31 +236,11 @@ async def model_app(gateway: Gateway, settings: Http) -> FastAPI:
 
 
 def api_arguments(gateway: Gateway, settings: Http) -> Namespace:
-    """Arguments of vLLM's API server: its defaults, the model's own, the settings' ``api``.
-
-    Raises:
-        SettingsError: there is no such parser.
-    """
-    arguments: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
-    model = gateway.model
-    arguments.model = model.source
-    arguments.served_model_name = [model.name]
+    """Arguments of vLLM's API server: its defaults, the model's own, the settings' ``api``."""
+    arguments = copy.copy(gateway.api)
     arguments.allowed_origins = list(settings.allowed_origins)
-    arguments.structured_outputs_config = gateway.vllm_config.structured_outputs_config
     # What a prompt found in the KV cache, as OpenAI's own API tells it.
     arguments.enable_prompt_tokens_details = True
-    for name, value in model.api.items():
-        setattr(arguments, name, value)
-    if plugin := arguments.tool_parser_plugin:
-        ToolParserManager.import_tool_parser(plugin)
-    if arguments.tool_call_parser and "enable_auto_tool_choice" not in model.api:
-        arguments.enable_auto_tool_choice = True
-    if arguments.tool_call_parser and arguments.tool_call_parser not in ToolParserManager.list_registered():
-        near = get_close_matches(arguments.tool_call_parser, ToolParserManager.list_registered(), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise SettingsError(
-            f"models: {model.name}: api.tool_call_parser: vLLM has no parser {arguments.tool_call_parser!r}{hint}"
-        )
     return arguments
 
 

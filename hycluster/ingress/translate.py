@@ -5,13 +5,36 @@ The gRPC ingress and the client share it, so that the two can't drift apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from typing import Any
 
-from hycluster.core import Generation, GenerationRequest, ModelCard, Output, Priority, Sampling, TokenLogprob, Usage
+from hycluster.core import (
+    ChatFields,
+    Generation,
+    GenerationRequest,
+    ModelCard,
+    Output,
+    Priority,
+    Sampling,
+    TokenLogprob,
+    Usage,
+)
 from hycluster.errors import InvalidInput
+from hycluster.ingress.chats import (
+    calls_from_pb,
+    calls_to_pb,
+    choice_from_pb,
+    choice_to_pb,
+    kwargs_from_pb,
+    messages_from_pb,
+    messages_to_pb,
+    naming,
+    structured_from_pb,
+    structured_to_pb,
+    tools_from_pb,
+    tools_to_pb,
+)
 from hycluster.ingress.proto import inference_pb2 as pb
 
 
@@ -21,7 +44,7 @@ def request_from_pb(message: pb.GenerateRequest) -> GenerationRequest:
     Raises:
         InvalidInput: names the field, the value and what is allowed.
     """
-    given = message.WhichOneof("input")
+    given, has = message.WhichOneof("input"), message.HasField
     return GenerationRequest(
         model=message.model,
         prompt=message.prompt if given == "prompt" else None,
@@ -32,6 +55,25 @@ def request_from_pb(message: pb.GenerateRequest) -> GenerationRequest:
         request_id=message.request_id or None,
         session_id=message.session_id or None,
         job=message.job or None,
+        structured_output=structured_from_pb(message.structured_output) if has("structured_output") else None,
+        parallel_tool_calls=message.parallel_tool_calls if has("parallel_tool_calls") else True,
+        include_reasoning=message.include_reasoning if has("include_reasoning") else True,
+        **chat_fields_from_pb(message),
+    )
+
+
+def chat_fields_from_pb(message: pb.GenerateRequest | pb.TokenizeRequest) -> ChatFields:
+    """What the prompt of a chat depends on beside its messages.
+
+    Raises:
+        InvalidInput: names the field, the value and what is allowed.
+    """
+    has = message.HasField
+    return ChatFields(
+        tools=tools_from_pb(message.tools),
+        tool_choice=choice_from_pb(message.tool_choice) if has("tool_choice") else None,
+        reasoning_effort=message.reasoning_effort if has("reasoning_effort") else None,
+        chat_template_kwargs=kwargs_from_pb(message.chat_template_kwargs) if has("chat_template_kwargs") else None,
     )
 
 
@@ -49,46 +91,47 @@ def request_to_pb(request: GenerationRequest) -> pb.GenerateRequest:
         session_id=request.session_id or "",
         job=request.job or "",
     )
+    _prompt_to_pb(request, message)
+    if request.token_ids is not None:
+        with naming("token_ids"):
+            message.token_ids.ids.extend(request.token_ids)
+    if request.structured_output is not None:
+        message.structured_output.CopyFrom(structured_to_pb(request.structured_output))
+    for name in ("parallel_tool_calls", "include_reasoning"):
+        with naming(name):
+            # Unset is true.
+            if getattr(request, name) is not True:
+                setattr(message, name, getattr(request, name))
+    return message
+
+
+def tokenize_to_pb(request: GenerationRequest) -> pb.TokenizeRequest:
+    """The message for the prompt of a request, which is a text's or a chat's.
+
+    Raises:
+        InvalidInput: a value that the message can't hold; names the field.
+    """
+    message = pb.TokenizeRequest(model=request.model)
+    _prompt_to_pb(request, message)
+    return message
+
+
+def _prompt_to_pb(request: GenerationRequest, message: pb.GenerateRequest | pb.TokenizeRequest) -> None:
     if request.prompt is not None:
-        with _naming("prompt"):
+        with naming("prompt"):
             message.prompt = request.prompt
     if request.messages is not None:
         message.messages.CopyFrom(messages_to_pb(request.messages))
-    if request.token_ids is not None:
-        with _naming("token_ids"):
-            message.token_ids.ids.extend(request.token_ids)
-    return message
-
-
-def messages_from_pb(message: pb.Messages) -> list[dict[str, Any]]:
-    """A chat in OpenAI's form.
-
-    Raises:
-        InvalidInput: a message without a role.
-    """
-    chat: list[dict[str, Any]] = []
-    for place, turn in enumerate(message.messages):
-        if not turn.role:
-            raise InvalidInput(f"messages[{place}].role: must not be empty")
-        chat.append({"role": turn.role, "content": turn.content})
-        if turn.HasField("name"):
-            chat[-1]["name"] = turn.name
-        if turn.HasField("tool_call_id"):
-            chat[-1]["tool_call_id"] = turn.tool_call_id
-    return chat
-
-
-def messages_to_pb(chat: Iterable[dict[str, Any]]) -> pb.Messages:
-    """The message for a chat in OpenAI's form.
-
-    Raises:
-        InvalidInput: a key or a value that the gRPC ingress doesn't take; names the message.
-    """
-    message = pb.Messages()
-    for place, turn in enumerate(chat):
-        with _naming(f"messages[{place}]"):
-            message.messages.add(**turn)
-    return message
+    if request.tools is not None:
+        message.tools.extend(tools_to_pb(request.tools))
+    if request.tool_choice is not None:
+        message.tool_choice.CopyFrom(choice_to_pb(request.tool_choice))
+    with naming("reasoning_effort"):
+        if request.reasoning_effort is not None:
+            message.reasoning_effort = request.reasoning_effort
+    with naming("chat_template_kwargs"):
+        if request.chat_template_kwargs is not None:
+            message.chat_template_kwargs = json.dumps(request.chat_template_kwargs, ensure_ascii=False)
 
 
 def response_to_pb(generation: Generation) -> pb.GenerateResponse:
@@ -103,6 +146,8 @@ def response_to_pb(generation: Generation) -> pb.GenerateResponse:
                 token_ids=output.token_ids,
                 finish_reason=output.finish_reason or "",
                 logprobs=_logprobs_to_pb(output.logprobs),
+                reasoning=output.reasoning,
+                tool_calls=calls_to_pb(output.tool_calls),
             )
             for output in generation.outputs
         ],
@@ -130,6 +175,8 @@ def chunks_to_pb(generation: Generation) -> list[pb.GenerateChunk]:
             token_ids=output.token_ids,
             finish_reason=output.finish_reason or "",
             logprobs=_logprobs_to_pb(output.logprobs),
+            reasoning=output.reasoning,
+            tool_calls=calls_to_pb(output.tool_calls),
         )
         for output in generation.outputs
     ]
@@ -141,7 +188,9 @@ def chunks_to_pb(generation: Generation) -> list[pb.GenerateChunk]:
 
 def chunk_from_pb(model: str, message: pb.GenerateChunk) -> Generation:
     """One delta; it has no output if it brings nothing but the usage."""
-    brings_output = message.text or message.token_ids or message.finish_reason
+    brings_output = (
+        message.text or message.token_ids or message.finish_reason or message.reasoning or message.tool_calls
+    )
     return Generation(
         request_id=message.request_id,
         model=model,
@@ -180,7 +229,7 @@ def _sampling_to_pb(sampling: Sampling) -> pb.Sampling:
     message = pb.Sampling()
     for field in fields(sampling):
         value = getattr(sampling, field.name)
-        with _naming(f"sampling.{field.name}"):
+        with naming(f"sampling.{field.name}"):
             if isinstance(value, (tuple, list)):
                 getattr(message, field.name).extend(value)
             elif value is not None:
@@ -216,6 +265,8 @@ def _output_from_pb(message: pb.Output | pb.GenerateChunk) -> Output:
             for position in message.logprobs
         ]
         or None,
+        reasoning=message.reasoning,
+        tool_calls=calls_from_pb(message.tool_calls),
     )
 
 
@@ -233,12 +284,3 @@ def _usage_from_pb(message: pb.Usage) -> Usage:
         completion_tokens=message.completion_tokens,
         cached_tokens=message.cached_tokens,
     )
-
-
-@contextmanager
-def _naming(field: str) -> Iterator[None]:
-    """Give protobuf's refusals, which name no field, the field's name."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise InvalidInput(f"{field}: {error}") from None

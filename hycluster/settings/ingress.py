@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from hycluster.errors import shown
-from hycluster.settings.base import Port, Strict
+from hycluster.settings.base import Port, Strict, home
 
 URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/|s3:", re.IGNORECASE)
 BUCKET = re.compile(r"s3://([^/@\s]+@)?[A-Za-z0-9]")
@@ -83,12 +83,37 @@ class Grpc(Strict):
     stalled_client_timeout_s: float = Field(default=60, gt=0)
 
 
+class Responses(Strict):
+    """Responses that can be asked for again, continued (``previous_response_id``) and answered in the background, at
+    every ingress process. They lie in ``batches.store``, for all to read who can reach an ingress process and know
+    their ids.
+
+    Attributes:
+        keep_days: age at which they are deleted.
+        max_stored: most that are kept; the oldest go first. Ingress processes look after every 1/16 of it that they
+            have stored.
+        max_stored_gib: most that they take together, likewise.
+        max_background: most that one ingress process answers in the background at a time; others are shed with 429.
+        lease_s: how long an ingress process may show no sign of life before another one answers in its place what it
+            had in the background.
+        poll_s: interval at which the store is searched for those that have lost their ingress process or were
+            cancelled at another one.
+    """
+
+    keep_days: float = Field(default=30, gt=0, le=36500)
+    max_stored: int = Field(default=100_000, ge=1, le=100_000_000)
+    max_stored_gib: float = Field(default=8, gt=0)
+    max_background: int = Field(default=256, ge=1, le=100_000)
+    lease_s: float = Field(default=15, gt=0, le=3600)
+    poll_s: float = Field(default=1, gt=0, le=60)
+
+
 class Batches(Strict):
     """OpenAI's Batch API at the HTTP ingress; see ``hycluster/batch_api``.
 
     Attributes:
-        store: folder or ``s3://`` URI for files and batches, the same for all nodes; None is ``batches`` in
-            ``HYCLUSTER_HOME``, which is enough for one machine.
+        store: folder or ``s3://`` URI for files, batches and stored responses, the same for all nodes; None is
+            ``batches`` in ``HYCLUSTER_HOME``, which is enough for one machine.
         max_file_mib: largest upload.
         max_lines: most requests of a batch. Checking that their ids differ takes about 100 bytes of memory each.
         lines_in_flight: most requests in the engines at a time, of all batches together. None: as many as they can use
@@ -119,3 +144,8 @@ class Batches(Strict):
             told = re.sub(r"//[^/@]*@", "//...@", store)
             raise ValueError(f"{shown(told)} is not allowed; must be s3://BUCKET, with a path or without, or a folder")
         return store
+
+    @property
+    def place(self) -> str:
+        """The folder or URI that the store is."""
+        return (self.store or str(home() / "batches")).rstrip("/")

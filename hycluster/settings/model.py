@@ -79,8 +79,9 @@ class Model(Strict):
         source: a path, a hub id, or ``package:NAME`` for weights that a Python package ships.
         engine: any argument of vLLM's engine, by its Python name.
         api: arguments of vLLM's API server that belong to the model (``tool_call_parser``, ``reasoning_parser``,
-            ``chat_template``, ...), by their Python names. Templates and reasoning parsers act at every entrance,
-            the others over HTTP. What belongs to the server as a whole is refused.
+            ``chat_template``, ...), by their Python names. Templates and parsers act at every entrance, the others
+            over HTTP. What belongs to the server as a whole is refused. The two parsers are found by themselves
+            (``auto``) for models whose chat template or type tells their form; null is none.
         adapters: LoRA adapters, each served under its own name beside the model.
         routing: how a mixture-of-experts model chooses its experts.
         colocation: how online and bulk work share its engines.
@@ -106,7 +107,7 @@ class Model(Strict):
     @model_validator(mode="after")
     def _api_acts(self) -> Model:
         check_api(self.api)
-        if "reasoning_parser" in self.api and "reasoning_parser" in self.engine:
+        if self.api.get("reasoning_parser") is not None and "reasoning_parser" in self.engine:
             raise ValueError("engine.reasoning_parser: is set by 'api.reasoning_parser'; remove it here")
         return self
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from hycluster.errors import SettingsError, shown
 from hycluster.explain import explain
+from hycluster.settings.api import PATHS
 from hycluster.settings.embedded import embedded_settings
 from hycluster.settings.settings import Settings
 from hycluster.settings.texts import takes_text
@@ -105,5 +106,21 @@ def load_settings(path: str | Path | None = None, assignments: Sequence[str] = (
     """
     if path is None and not DEFAULT_SETTINGS.exists():
         return validate(Settings, override(embedded_settings(), assignments, Settings), "the embedded model's settings")
-    path = path or DEFAULT_SETTINGS
-    return validate(Settings, override(load_yaml(path), assignments, Settings), str(path))
+    path = Path(path or DEFAULT_SETTINGS)
+    data = override(load_yaml(path), assignments, Settings)
+    _resolve_paths(data, path.parent)
+    return validate(Settings, data, str(path))
+
+
+def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
+    """Files that ``api`` names relative to the settings file: processes of the service run elsewhere."""
+    models = data.get("models")
+    for model in models if isinstance(models, list) else ():
+        api = model.get("api") if isinstance(model, dict) else None
+        if not isinstance(api, dict):
+            continue
+        for name in PATHS:
+            given = api.get(name)
+            # A template may be there itself.
+            if isinstance(given, str) and not set("{}\n") & set(given) and (found := folder / given).is_file():
+                api[name] = str(found.absolute())

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from hycluster.errors import SettingsError, shown
 from hycluster.settings.base import Strict
-from hycluster.settings.ingress import Batches, Grpc, Http, Ingress
+from hycluster.settings.ingress import Batches, Grpc, Http, Ingress, Responses
 from hycluster.settings.load import Admission, DataPlane, Router
 from hycluster.settings.model import Model
 
@@ -19,7 +19,8 @@ class Settings(Strict):
 
     Attributes:
         models: what is served; each model has a pool of replicas of its own.
-        batches: OpenAI's Batch API at the HTTP ingress; null switches it off.
+        batches: OpenAI's Batch API at the HTTP ingress; null switches it off, and no response is stored then.
+        responses: the keeping of responses; null switches it off.
         start_timeout_s: how long the engines of a pool may take to start.
         drain_timeout_s: how long requests in flight may go on where they are after a shutdown or replacement began.
         hand_over_after_s: how long a draining replica keeps its requests before they are migrated to other replicas, if
@@ -34,6 +35,7 @@ class Settings(Strict):
     admission: Admission = Admission()
     data_plane: DataPlane = DataPlane()
     batches: Batches | None = Batches()
+    responses: Responses | None = Responses()
     start_timeout_s: float = Field(default=600, gt=0)
     drain_timeout_s: float = Field(default=60, gt=0, le=MAX_DRAIN_S)
     hand_over_after_s: float = Field(default=10, ge=0)

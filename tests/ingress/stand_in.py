@@ -5,11 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, Unpack
 
-from hycluster.core import Generation, GenerationRequest, ModelCard, Output, TokenLogprob, Usage
+from hycluster.core import (
+    ChatFields,
+    Generation,
+    GenerationRequest,
+    ModelCard,
+    Output,
+    TokenLogprob,
+    ToolCall,
+    Usage,
+)
 from hycluster.errors import InvalidInput, UnknownModel
-from hycluster.ingress.grpc import GrpcIngress, serve_grpc
+from hycluster.ingress.grpc import GrpcBackend, GrpcIngress, serve_grpc
 from hycluster.settings.ingress import Grpc
 
 MODEL = "stand-in"
@@ -25,6 +35,8 @@ class StandInGenerator:
         failures_left: how many times more ``error`` is raised, other than by ``ready``; None is always.
         pause_s: seconds before each word.
         running: number of requests now being answered.
+        chats: what came with what it was to tokenize.
+        says: in the place of words, the outputs of a request's deltas.
     """
 
     def __init__(self) -> None:
@@ -34,6 +46,8 @@ class StandInGenerator:
         self.failures_left: int | None = None
         self.pause_s = 0.0
         self.running = 0
+        self.chats: list[ChatFields] = []
+        self.says: list[Output] = []
         self.is_ready = True
 
     async def models(self) -> list[ModelCard]:
@@ -46,7 +60,7 @@ class StandInGenerator:
         self.requests.append((request, deadline_s))
         if request.model != MODEL:
             raise UnknownModel(request.model, [MODEL])
-        words, n = request.sampling.max_tokens or 3, request.sampling.n
+        words, n = len(self.says) or request.sampling.max_tokens or 3, request.sampling.n
         self.running += 1
         try:
             for step in range(words):
@@ -68,8 +82,14 @@ class StandInGenerator:
             return join([delta async for delta in deltas])
 
     async def tokenize(
-        self, model: str, *, prompt: str | None = None, messages: list[dict[str, Any]] | None = None
+        self,
+        model: str,
+        *,
+        prompt: str | None = None,
+        messages: list[dict[str, Any]] | None = None,
+        **chat: Unpack[ChatFields],
     ) -> list[int]:
+        self.chats.append(chat)
         if prompt is None and messages is None:
             raise InvalidInput("prompt, messages: exactly one must be set; set are none")
         text = prompt if prompt is not None else " ".join(m["content"] for m in messages or [])
@@ -87,6 +107,8 @@ class StandInGenerator:
         return self.is_ready
 
     def _output(self, request: GenerationRequest, index: int, step: int, last: bool) -> Output:
+        if self.says:
+            return replace(self.says[step], index=index)
         candidates = request.sampling.logprobs
         return Output(
             index=index,
@@ -136,6 +158,8 @@ def join(deltas: list[Generation]) -> Generation:
                 token_ids=[token for part in parts for token in part.token_ids],
                 finish_reason=parts[-1].finish_reason,
                 logprobs=[position for part in parts for position in part.logprobs or []] or None,
+                reasoning="".join(part.reasoning for part in parts),
+                tool_calls=join_calls([call for part in parts for call in part.tool_calls]),
             )
             for index, parts in sorted(outputs.items())
         ],
@@ -143,8 +167,19 @@ def join(deltas: list[Generation]) -> Generation:
     )
 
 
+def join_calls(pieces: list[ToolCall]) -> tuple[ToolCall, ...]:
+    """The calls that the pieces make up."""
+    calls: dict[int, ToolCall] = {}
+    for piece in pieces:
+        begun = calls.get(piece.index, ToolCall(piece.index, "", "", ""))
+        calls[piece.index] = ToolCall(
+            piece.index, begun.id or piece.id, begun.name or piece.name, begun.arguments + piece.arguments
+        )
+    return tuple(calls.values())
+
+
 @asynccontextmanager
-async def open_ingress(generator: StandInGenerator, **settings: Any) -> AsyncIterator[GrpcIngress]:
+async def open_ingress(generator: GrpcBackend, **settings: Any) -> AsyncIterator[GrpcIngress]:
     """A gRPC ingress on a free port, that looks at the generator's readiness every 20 ms."""
     ingress = await serve_grpc(generator, Grpc(port=0, **settings), ready_poll_s=0.02)
     try:
@@ -156,5 +191,5 @@ async def open_ingress(generator: StandInGenerator, **settings: Any) -> AsyncIte
 def _prompt_tokens(request: GenerationRequest) -> int:
     if request.token_ids is not None:
         return len(request.token_ids)
-    texts = [request.prompt] if request.prompt is not None else [m["content"] for m in request.messages or []]
+    texts = [request.prompt] if request.prompt is not None else [str(m["content"]) for m in request.messages or []]
     return sum(len(text.split()) for text in texts)

@@ -14,6 +14,7 @@ from hycluster.errors import InvalidInput
 from hycluster.ingress.proto import inference_pb2 as pb
 
 ALLOWED = "is not allowed; must be"
+CHAT = [{"role": "user", "content": "x"}]
 
 
 @pytest.fixture
@@ -34,6 +35,28 @@ def client() -> Any:
         ({"messages": [{"rol": "user"}]}, "messages[0].rol: unknown key; did you mean 'role'?"),
         ({"messages": [{"role": "user", "content": 5}]}, f"messages[0].content: 5 {ALLOWED} a string"),
         ({"messages": [{"content": "x"}]}, f"messages[0].role: None {ALLOWED} a string that is not empty"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
+            f"messages[0].content[0].type: 'video' {ALLOWED} 'text' or 'image_url'",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+            f"messages[0].content[0].image_url: 'x' {ALLOWED} a dict with 'url'",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"id": "c"}]}]},
+            f"messages[0].tool_calls[0]: {{'id': 'c'}} {ALLOWED} a dict with 'id' and 'function'",
+        ),
+        (
+            {"messages": CHAT, "tools": [{"function": {"name": ""}}]},
+            f"tools[0].function.name: '' {ALLOWED} a string that is not empty",
+        ),
+        (
+            {"messages": CHAT, "tools": [{"function": {"name": "f", "parameter": {}}}]},
+            "tools[0].function.parameter: unknown key; did you mean 'parameters'?",
+        ),
+        ({"messages": CHAT, "reasoning_effort": 5}, f"reasoning_effort: 5 {ALLOWED} a string"),
+        ({"messages": CHAT, "parallel_tool_calls": "no"}, f"parallel_tool_calls: 'no' {ALLOWED} true or false"),
         ({"token_ids": "abc"}, f"token_ids: 'abc' {ALLOWED} a list of token ids"),
         ({"token_ids": 5}, f"token_ids: 5 {ALLOWED} a list of token ids"),
         ({"token_ids": [1, 1.5]}, f"token_ids[1]: 1.5 {ALLOWED} a whole number from 0 to 4294967295"),

@@ -11,10 +11,12 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf import descriptor_pool, json_format, message_factory
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
+from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from grpc_status import rpc_status
 
@@ -409,6 +411,7 @@ async def test_a_client_that_does_not_read_for_too_long_is_cut_off(stand_in: Sta
         ("/grpc.health.v1.Health/Check", False),
         ("/grpc.health.v1.Health/Watch", True),
         ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", True),
+        ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", True),
     ],
 )
 async def test_what_is_no_message_is_the_callers_fault(channel: Any, method: str, streams: bool) -> None:
@@ -567,9 +570,37 @@ def call_by_reflection(port: int) -> tuple[set[str], dict[str, Any], list[dict[s
         return set(database.get_services()), as_dict[0], as_dict[1:]
 
 
+REFLECTIONS = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
+
+
+@pytest.mark.parametrize("version", REFLECTIONS)
+async def test_reflection_answers_in_both_versions(channel: Any, version: str) -> None:
+    asked = [
+        reflection_pb2.ServerReflectionRequest(list_services=""),
+        *(reflection_pb2.ServerReflectionRequest(file_containing_symbol=name) for name in (SERVICE, version)),
+    ]
+    call = channel.stream_stream(
+        f"/{version}/ServerReflectionInfo",
+        request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+        response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+    )(iter(asked))
+    listed, ours, itself = [answer async for answer in call]
+    assert set(REFLECTIONS) < {service.name for service in listed.list_services_response.service}
+    (file,) = map(FileDescriptorProto.FromString, ours.file_descriptor_response.file_descriptor_proto)
+    assert file.package == "hycluster.v1"
+    (file,) = map(FileDescriptorProto.FromString, itself.file_descriptor_response.file_descriptor_proto)
+    (service,) = file.service
+    (method,) = service.method
+    assert f"{file.package}.{service.name}" == version
+    # Else a client can't build what it asks for.
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    assert pool.FindMethodByName(f"{version}.{method.name}").input_type.full_name.startswith(file.package)
+
+
 async def test_a_client_that_knows_only_reflection(ingress: GrpcIngress) -> None:
     services, answer, chunks = await asyncio.to_thread(call_by_reflection, ingress.port)
-    assert services == {SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+    assert services == {SERVICE, "grpc.health.v1.Health", *REFLECTIONS}
     assert answer["outputs"] == [{"text": "w0 w1 ", "token_ids": [0, 1], "finish_reason": "length"}]
     assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 2, "cached_tokens": 1}
     assert "".join(chunk["text"] for chunk in chunks) == "w0 w1 "

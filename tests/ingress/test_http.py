@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from hycluster.errors import HyclusterError, Overloaded, SettingsError, UnknownModel
+from hycluster.errors import HyclusterError, Overloaded, UnknownModel
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -203,29 +203,3 @@ async def test_errors_in_openais_form(error: HyclusterError, status: int, kind: 
     assert answer.json() == {"error": {"message": error.message, "type": kind, "param": None, "code": status}}
     assert answer.headers.get("retry-after") == retry_after
     assert answer.headers["x-hycluster-error"] == type(error).__name__
-
-
-class TestModelsArguments:
-    """By a stand-in for the gateway, as far as it is looked at."""
-
-    def arguments(self, **api: Any) -> Namespace:
-        from types import SimpleNamespace
-
-        from hycluster.ingress.http import api_arguments
-        from hycluster.settings.ingress import Http
-        from hycluster.settings.model import Model
-
-        gateway: Any = SimpleNamespace(
-            model=Model(name="m", source="s", api=api),
-            vllm_config=SimpleNamespace(structured_outputs_config=SimpleNamespace(reasoning_parser="")),
-        )
-        return api_arguments(gateway, Http())
-
-    def test_a_tool_parser_is_enough_for_tools(self) -> None:
-        assert self.arguments(tool_call_parser="hermes").enable_auto_tool_choice
-        assert not self.arguments(tool_call_parser="hermes", enable_auto_tool_choice=False).enable_auto_tool_choice
-        assert not self.arguments().enable_auto_tool_choice
-
-    def test_a_tool_parser_that_is_none(self) -> None:
-        with pytest.raises(SettingsError, match=r"^models: m: api\.tool_call_parser: .*'herms'; did you mean 'hermes'"):
-            self.arguments(tool_call_parser="herms")

@@ -50,6 +50,12 @@ def test_sampling_has_the_fields_of_the_dataclass() -> None:
     assert [field.name for field in pb.Sampling.DESCRIPTOR.fields] == [field.name for field in fields(core.Sampling)]
 
 
+def test_a_request_has_the_fields_of_the_dataclass() -> None:
+    assert set(pb.GenerateRequest.DESCRIPTOR.fields_by_name) == {field.name for field in fields(core.GenerationRequest)}
+    (forms,) = pb.StructuredOutput.DESCRIPTOR.oneofs
+    assert {field.name for field in forms.fields} == {field.name for field in fields(core.StructuredOutput)}
+
+
 def test_sampling_tells_unset_from_zero() -> None:
     for field in pb.Sampling.DESCRIPTOR.fields:
         assert field.has_presence or field.is_repeated, field.name
@@ -73,5 +79,5 @@ def test_contract_names() -> None:
     assert {"model", "sampling", "priority", "request_id", "session_id"} < set(
         pb.GenerateRequest.DESCRIPTOR.fields_by_name
     )
-    assert {"index", "text", "token_ids", "finish_reason", "logprobs"} == set(pb.Output.DESCRIPTOR.fields_by_name)
+    assert {"index", "text", "token_ids", "finish_reason", "logprobs"} < set(pb.Output.DESCRIPTOR.fields_by_name)
     assert {"index", "text", "token_ids", "finish_reason", "usage"} < set(pb.GenerateChunk.DESCRIPTOR.fields_by_name)

@@ -1,12 +1,26 @@
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hycluster.core import Generation, GenerationRequest, ModelCard, Output, Priority, Sampling, TokenLogprob, Usage
+from hycluster.core import (
+    Generation,
+    GenerationRequest,
+    ModelCard,
+    Output,
+    Priority,
+    Sampling,
+    StructuredOutput,
+    TokenLogprob,
+    ToolCall,
+    Usage,
+)
 from hycluster.errors import InvalidInput
 from hycluster.ingress import translate
 from hycluster.ingress.proto import inference_pb2 as pb
@@ -32,15 +46,67 @@ samplings = st.builds(
     n=st.integers(1, 128),
     logprobs=maybe() | st.integers(0, 20),
 )
-chats = st.lists(
-    st.fixed_dictionaries(
-        {"role": text, "content": st.just("") | text}, optional={"name": text, "tool_call_id": st.just("") | text}
+objects = st.dictionaries(text, text | st.integers() | st.booleans(), max_size=3)
+parts = st.lists(
+    st.builds(lambda said: {"type": "text", "text": said}, text)
+    | st.builds(lambda url: {"type": "image_url", "image_url": {"url": url, "detail": "low"}}, text),
+    min_size=1,
+    max_size=3,
+)
+calls = st.lists(
+    st.builds(
+        lambda id_, name, given: {
+            "id": id_,
+            "type": "function",
+            "function": {"name": name, "arguments": json.dumps(given)},
+        },
+        text,
+        text,
+        objects,
     ),
     min_size=1,
+    max_size=3,
+)
+turns = st.fixed_dictionaries(
+    {"role": text, "content": st.just("") | text | parts},
+    optional={"name": text, "tool_call_id": st.just("") | text, "reasoning": text},
+) | st.fixed_dictionaries({"role": text, "content": st.none() | text | parts, "tool_calls": calls})
+chats = st.lists(turns, min_size=1, max_size=5)
+tools = st.lists(
+    st.builds(
+        lambda name, rest: {"type": "function", "function": {"name": name, **rest}},
+        text,
+        st.fixed_dictionaries({}, optional={"description": text, "parameters": objects, "strict": st.booleans()}),
+    ),
+    min_size=1,
+    max_size=3,
+)
+forms = st.one_of(
+    st.builds(lambda schema: StructuredOutput(json_schema=json.dumps(schema)), objects),
+    st.just(StructuredOutput(json_object=True)),
+    st.builds(lambda given: StructuredOutput(regex=given), text),
+    st.builds(lambda given: StructuredOutput(grammar=given), text),
+    st.builds(lambda given: StructuredOutput(choice=tuple(given)), st.lists(text, min_size=1, max_size=3)),
+)
+named = st.builds(lambda name: {"type": "function", "function": {"name": name}}, text)
+options = st.fixed_dictionaries(
+    {},
+    optional={
+        "parallel_tool_calls": st.booleans(),
+        "include_reasoning": st.booleans(),
+        "reasoning_effort": text,
+        "chat_template_kwargs": objects,
+    },
 )
 inputs = st.one_of(
     st.fixed_dictionaries({"prompt": text}),
-    st.fixed_dictionaries({"messages": chats}),
+    st.builds(lambda given, rest: given | rest, st.fixed_dictionaries({"messages": chats}), options),
+    st.fixed_dictionaries({"messages": chats, "structured_output": forms}),
+    st.fixed_dictionaries(
+        {"messages": chats, "tools": tools},
+        optional={"tool_choice": st.sampled_from(["auto", "none", "required"]) | named},
+    ),
+    st.fixed_dictionaries({"prompt": text, "structured_output": forms}),
     st.fixed_dictionaries({"token_ids": st.lists(ids, min_size=1)}),
 )
 requests = st.builds(
@@ -53,6 +119,11 @@ requests = st.builds(
     session_id=maybe() | text,
     job=maybe() | text,
 )
+
+
+def chat_pb(messages: Sequence[pb.ChatMessage] = (), **fields: Any) -> pb.GenerateRequest:
+    turns = messages or [pb.ChatMessage(role="user", content="hi")]
+    return pb.GenerateRequest(model="m", messages=pb.Messages(messages=turns), **fields)
 
 
 @given(requests)
@@ -84,6 +155,60 @@ def test_empty_sampling_is_the_defaults() -> None:
         (pb.GenerateRequest(model="m", prompt="p", sampling=pb.Sampling(n=0)), "sampling.n: 0 "),
         (pb.GenerateRequest(model="m", prompt="p", sampling=pb.Sampling(top_p=0)), "sampling.top_p: 0.0 "),
         (pb.GenerateRequest(model="m", prompt="p", sampling=pb.Sampling(stop=[""])), "sampling.stop: "),
+        (
+            chat_pb(messages=[pb.ChatMessage(role="user", content="a", parts=[pb.ContentPart(text="b")])]),
+            r"^messages\[0\]\.parts: can't go with content",
+        ),
+        (
+            chat_pb(messages=[pb.ChatMessage(role="user", parts=[pb.ContentPart()])]),
+            r"^messages\[0\]\.parts\[0\]: exac",
+        ),
+        (
+            chat_pb(messages=[pb.ChatMessage(role="user", parts=[pb.ContentPart(image_url=pb.ImageUrl())])]),
+            r"^messages\[0\]\.parts\[0\]\.image_url\.url: ",
+        ),
+        (
+            chat_pb(messages=[pb.ChatMessage(role="assistant", tool_calls=[pb.ToolCall(name="f")])]),
+            r"^messages\[0\]\.tool_calls\[0\]\.id: ",
+        ),
+        (
+            chat_pb(messages=[pb.ChatMessage(role="a", tool_calls=[pb.ToolCall(id="1", name="f", arguments="[1]")])]),
+            r"^messages\[0\]\.tool_calls\[0\]\.arguments: '\[1\]' .* must be a JSON object",
+        ),
+        (chat_pb(tools=[pb.Tool()]), r"^tools\[0\]\.function\.name: "),
+        (
+            chat_pb(tools=[pb.Tool(function=pb.Function(name="f", parameters="{"))]),
+            r"^tools\[0\]\.function\.parameters: '\{' is not allowed; must be a JSON object",
+        ),
+        (
+            chat_pb(tool_choice=pb.ToolChoice(mode=pb.ToolChoice.MODE_REQUIRED)),
+            "^tool_choice: 'required' is not allowed ",
+        ),
+        (
+            chat_pb(tool_choice=pb.ToolChoice(mode=pb.ToolChoice.Mode.ValueType(9))),
+            r"^tool_choice\.mode: 9 is not allowed; must be one of MODE_AUTO, MODE_NONE, MODE_REQUIRED",
+        ),
+        (chat_pb(chat_template_kwargs="3"), "^chat_template_kwargs: '3' "),
+        (chat_pb(structured_output=pb.StructuredOutput()), "^structured_output: exactly one of json_schema, "),
+        (chat_pb(structured_output=pb.StructuredOutput(json_object=False)), "^structured_output: exactly one of "),
+        (chat_pb(structured_output=pb.StructuredOutput(json_schema="[")), r"^structured_output\.json_schema: "),
+        (chat_pb(structured_output=pb.StructuredOutput(choice=pb.Choice())), r"^structured_output\.choice: "),
+        (
+            chat_pb(
+                structured_output=pb.StructuredOutput(regex="a"),
+                tools=[pb.Tool(function=pb.Function(name="f"))],
+                tool_choice=pb.ToolChoice(function="f"),
+            ),
+            "^structured_output: can't go with tool_choice ",
+        ),
+        (
+            pb.GenerateRequest(model="m", prompt="p", reasoning_effort="low"),
+            "^reasoning_effort: goes with messages only",
+        ),
+        (
+            pb.GenerateRequest(model="m", prompt="p", tools=[pb.Tool(function=pb.Function(name="f"))]),
+            "^tools: goes with messages only; given is prompt",
+        ),
     ],
 )
 def test_a_wrong_message_is_refused_by_name(message: pb.GenerateRequest, names: str) -> None:
@@ -97,7 +222,7 @@ def test_a_wrong_message_is_refused_by_name(message: pb.GenerateRequest, names: 
         (GenerationRequest(model="m", prompt="\ud800"), "^prompt: "),
         (GenerationRequest(model="m", token_ids=[1, -1]), "^token_ids: "),
         (GenerationRequest(model="m", token_ids=["a"]), "^token_ids: "),  # type: ignore[list-item]
-        (GenerationRequest(model="m", messages=[{"role": "user", "content": "x", "tool_calls": []}]), "tool_calls"),
+        (GenerationRequest(model="m", messages=[{"role": "user", "content": "x", "tool_cals": []}]), "tool_cals"),
         (GenerationRequest(model="m", messages=[{"role": "user", "content": [{"type": "text"}]}]), r"^messages\[0\]: "),
         (GenerationRequest(model="m", prompt="p", sampling=Sampling(max_tokens=2**31)), r"^sampling\.max_tokens: "),
         (GenerationRequest(model="m", prompt="p", sampling=Sampling(stop_token_ids=(-1,))), "^sampling.stop_token_ids"),
@@ -110,7 +235,9 @@ def test_what_a_message_cannot_hold_is_refused_by_name(request_: GenerationReque
 
 logprobs = [[TokenLogprob(7, "seven", -0.1), TokenLogprob(8, "é", float("-inf"))], [TokenLogprob(9, "", -2.5)]]
 first = Output(index=0, text="a b", token_ids=[7, 9], finish_reason="stop", logprobs=logprobs)
-second = Output(index=1, text="c", token_ids=[8])
+second = Output(
+    index=1, text="c", token_ids=[8], reasoning="hm", tool_calls=(ToolCall(0, "i", "f", "{"), ToolCall(1, "j", "g", ""))
+)
 usage = Usage(prompt_tokens=5, completion_tokens=3, cached_tokens=2)
 
 

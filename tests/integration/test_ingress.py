@@ -17,9 +17,10 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from hycluster import errors
 from hycluster.client import AsyncClient, Client
-from hycluster.core import Priority, Sampling
+from hycluster.core import Priority, Sampling, StructuredOutput
 from tests.integration.conftest import (
     ALL_MODELS,
+    HUNYUAN,
     MODEL,
     SIMULATED,
     TINY,
@@ -145,6 +146,39 @@ class TestOpenAI:
         )
         assert "Paris" in answer.output_text
 
+    def test_a_response_is_gone_on_from_with_any_model(self, client: openai.OpenAI) -> None:
+        one = client.responses.create(model=MODEL, input="Say hello.", temperature=0, max_output_tokens=8)
+        two = client.responses.create(
+            model=HUNYUAN, input="Again.", previous_response_id=one.id, temperature=0, max_output_tokens=4
+        )
+        assert (two.previous_response_id, two.model) == (one.id, HUNYUAN)
+        assert one.usage
+        assert two.usage
+        # All that was said before, in the next one's prompt.
+        said = client.responses.create(model=HUNYUAN, input="Again.", temperature=0, max_output_tokens=4).usage
+        assert said
+        assert two.usage.input_tokens > said.input_tokens + 8
+        assert client.responses.retrieve(one.id).output_text == one.output_text
+
+    def test_a_response_in_the_background(self, client: openai.OpenAI) -> None:
+        begun = client.responses.create(
+            model=SIMULATED, input="hello", background=True, max_output_tokens=30, extra_body={"ignore_eos": True}
+        )
+        assert begun.status == "in_progress"
+
+        def look() -> Any:
+            now = client.responses.retrieve(begun.id)
+            return now if now.status in ("completed", "incomplete", "failed") else None
+
+        ended = eventually(look, 60, "it has ended")
+        assert ended.usage.output_tokens == 30
+        long = client.responses.create(
+            model=SIMULATED, input="hello", background=True, max_output_tokens=1500, extra_body={"ignore_eos": True}
+        )
+        assert client.responses.cancel(long.id).status == "cancelled"
+        assert client.responses.retrieve(long.id).status == "cancelled"
+        eventually(lambda: idle(SIMULATED), 30, "the engine has been told")
+
     def test_models_are_told_apart(self, client: openai.OpenAI) -> None:
         answer = client.completions.create(model=TINY, prompt="hello", max_tokens=3, temperature=0)
         assert answer.model == TINY
@@ -245,6 +279,27 @@ class TestGrpc:
             assert len(output.logprobs) == len(output.token_ids)
         assert answer.usage is not None
         assert answer.usage.completion_tokens == sum(len(output.token_ids) for output in answer.outputs)
+
+    async def test_tool_calls_and_structured_output(self, served: Served) -> None:
+        city = {
+            "type": "object",
+            "properties": {"city": {"enum": ["Paris"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        }
+        weather = {"type": "function", "function": {"name": "weather", "parameters": city}}
+        greedy = Sampling(temperature=0, max_tokens=40)
+        async with AsyncClient(served.grpc) as caller:
+            called, formed = await asyncio.gather(
+                caller.generate(MODEL, messages=QUESTION, tools=[weather], tool_choice="required", sampling=greedy),
+                caller.generate(
+                    MODEL, prompt="In JSON:", structured_output=StructuredOutput(json_schema=city), sampling=greedy
+                ),
+            )
+        (call,) = called.tool_calls
+        assert (call.name, json.loads(call.arguments), called.text) == ("weather", {"city": "Paris"}, "")
+        assert called.outputs[0].finish_reason == "tool_calls"
+        assert json.loads(formed.text) == {"city": "Paris"}
 
     @pytest.mark.parametrize(
         ("kwargs", "error", "says"),

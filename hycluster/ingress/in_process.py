@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +30,21 @@ class InProcessAnswer:
     body: bytes
 
 
-async def post(app: ASGIApp, path: str, body: bytes, headers: Mapping[str, str]) -> InProcessAnswer:
+async def post(
+    app: ASGIApp,
+    path: str,
+    body: bytes,
+    headers: Mapping[str, str],
+    *,
+    heard: Callable[[MutableMapping[str, Any]], None] | None = None,
+) -> InProcessAnswer:
     """Ask the app. Cancelled, it ends when the app has ended what it had begun, and returns what had been answered by
-    then all the same. An app that breaks answers 500."""
-    call = _Call(app, path, body, headers)
+    then all the same. An app that breaks answers 500.
+
+    Args:
+        heard: is told each ASGI message of the answer as it comes; a body that it is told is not kept.
+    """
+    call = _Call(app, path, body, headers, heard)
     running = asyncio.create_task(call.run())
     try:
         return await asyncio.shield(running)
@@ -45,8 +56,16 @@ async def post(app: ASGIApp, path: str, body: bytes, headers: Mapping[str, str])
 
 
 class _Call:
-    def __init__(self, app: ASGIApp, path: str, body: bytes, headers: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        path: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        heard: Callable[[MutableMapping[str, Any]], None] | None,
+    ) -> None:
         self._app = app
+        self._heard = heard
         self._scope: MutableMapping[str, Any] = {
             "type": "http",
             "asgi": {"version": "3.0"},
@@ -101,10 +120,13 @@ class _Call:
         return {"type": "http.disconnect"}
 
     async def _send(self, message: MutableMapping[str, Any]) -> None:
+        if self._heard is not None:
+            self._heard(message)
         if message["type"] == "http.response.start":
             self._status = message["status"]
             self._headers = Headers(raw=list(message.get("headers", ())))
         elif message["type"] == "http.response.body":
-            self._answer += message.get("body", b"")
+            if self._heard is None:
+                self._answer += message.get("body", b"")
             if not message.get("more_body"):
                 self._over.set()

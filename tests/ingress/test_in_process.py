@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hycluster.batch_api.in_process import post
+from hycluster.ingress.in_process import post
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send

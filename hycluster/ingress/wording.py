@@ -1,0 +1,38 @@
+"""vLLM's errors by the names that its arguments have in the settings: its own flags are nowhere to be set here."""
+
+from __future__ import annotations
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from hycluster.settings.api import in_our_words
+
+# What is longer is no error that tells of a flag.
+MOST_BYTES = 64 << 10
+
+
+class InOurWords:
+    """ASGI middleware around vLLM's app."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun: Message | None = None
+
+        async def told(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                begun = message
+            elif begun is None:
+                await send(message)
+            else:
+                start, begun = begun, None
+                body = message.get("body", b"")
+                if b"--" in body and len(body) <= MOST_BYTES and not message.get("more_body"):
+                    body = in_our_words(body.decode(errors="replace")).encode()
+                    headers = [(k, v) for k, v in start.get("headers", ()) if k.lower() != b"content-length"]
+                    start = {**start, "headers": [*headers, (b"content-length", b"%d" % len(body))]}
+                await send(start)
+                await send({**message, "body": body})
+
+        await self._app(scope, receive, told)
