@@ -14,7 +14,7 @@ chance or in bursts (the gaps of `../shared/traces`, scaled, if that is there); 
   can do without the engine.
 
 The job's rate alone is measured just before, on the same service. What idle time would have allowed is that rate times
-the share of the time in which no online request was under way. The last lines compare with what issue 14 asks for.
+the share of the time in which no online request was under way. The last lines say which bounds hold.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ def cells(windows: list[Window]) -> list[float]:
 
 
 def verdict(alone: list[float], ours: list[float]) -> None:
-    """What issue 14 asks for, and what came out."""
+    """Bounds on what colocation may cost, by ``max_step_s``, and whether they hold."""
     step_ms = 1e3 * Colocation().max_step_s
     for name, value, bound in (
         ("TTFT p50 <= alone + max_step_s", ours[0], alone[0] + step_ms),

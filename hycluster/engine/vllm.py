@@ -20,7 +20,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -228,7 +228,7 @@ class VllmEngine:
 
         It also takes the first request's dear set-up (lazily made kernels, thread pools) off a caller's hands.
         """
-        self._ask(0, "warm-up", WARM_UP_TOKENS, max_tokens=2)
+        self.ask(0, "warm-up", range(WARM_UP_TOKENS), max_tokens=2)
         outputs = MsgpackDecoder(EngineCoreOutputs)
         while (message := self.next_output()) is not None:
             if message[0] == SIBLINGS:
@@ -241,12 +241,23 @@ class VllmEngine:
                     raise EngineStartFailed(f"models: {model.name}: the engine's first request failed; see its log")
         raise EngineStartFailed(f"models: {model.name}: the engine died at its first request: {self._error}")
 
-    def _ask(self, client: int, request_id: str, prompt_tokens: int, max_tokens: int) -> None:
-        """Queue a request of its own."""
+    def ask(
+        self,
+        client: int,
+        request_id: str,
+        prompt: Iterable[int],
+        max_tokens: int,
+        priority: Priority = Priority.ONLINE,
+    ) -> None:
+        """Queue a greedy request that comes from within the process.
+
+        Args:
+            prompt: numbers from which token ids are made.
+        """
         vocabulary = self._core.vllm_config.model_config.get_vocab_size()
         request = EngineCoreRequest(
             request_id=request_id,
-            prompt_token_ids=[i % vocabulary for i in range(prompt_tokens)],
+            prompt_token_ids=[number % vocabulary for number in prompt],
             mm_features=None,
             sampling_params=SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True),
             pooling_params=None,
@@ -254,6 +265,7 @@ class VllmEngine:
             lora_request=None,
             cache_salt=None,
             data_parallel_rank=None,
+            priority=int(priority),
         )
         self.add(client, cast("Sequence[Frame]", MsgpackEncoder().encode(request)))
 
@@ -261,7 +273,7 @@ class VllmEngine:
         # A prompt below a block's size: the prefix cache does not see it.
         if "generate" in self.info.supported_tasks and not self._core.is_sleeping():
             self._probes += 1
-            self._ask(NOBODY, f"probe-{self._probes}", prompt_tokens=1, max_tokens=1)
+            self.ask(NOBODY, f"probe-{self._probes}", range(1), max_tokens=1)
 
     def _run(self, config: VllmConfig, started: Future[_EngineCore]) -> None:
         try:

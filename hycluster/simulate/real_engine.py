@@ -9,14 +9,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from typing import cast
 
-from vllm.sampling_params import SamplingParams
-from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
-from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.serial_utils import MsgpackDecoder
 
 from hycluster.core import Priority
-from hycluster.engine.protocol import Frame
 from hycluster.engine.scheduler import ColocationScheduler
 from hycluster.engine.step_time import StepTime, StepWork
 from hycluster.engine.vllm import VllmEngine
@@ -53,7 +50,7 @@ class RealEngine:
         self._changed = threading.Condition()
         self._over: set[str] = set()
         self._ended = False
-        self._encoder, self._decoder = MsgpackEncoder(), MsgpackDecoder(EngineCoreOutputs)
+        self._decoder = MsgpackDecoder(EngineCoreOutputs)
         scheduler = self.engine._core.scheduler
         if not isinstance(scheduler, ColocationScheduler):
             self.close()
@@ -68,21 +65,8 @@ class RealEngine:
         self, request_id: str, prompt: Sequence[int], max_tokens: int, priority: Priority = Priority.ONLINE
     ) -> None:
         """Queue a request."""
-        vocabulary = self.config.model_config.get_vocab_size()
-        request = EngineCoreRequest(
-            request_id=request_id,
-            prompt_token_ids=[token % vocabulary for token in prompt],
-            mm_features=None,
-            sampling_params=SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True),
-            pooling_params=None,
-            arrival_time=time.time(),
-            lora_request=None,
-            cache_salt=None,
-            data_parallel_rank=None,
-            priority=priority,
-        )
         self.tokens[request_id] = []
-        self.engine.add(0, cast("Sequence[Frame]", self._encoder.encode(request)))
+        self.engine.ask(0, request_id, prompt, max_tokens, priority)
 
     def wait(self, *request_ids: str) -> None:
         """Until these are over.

@@ -184,8 +184,8 @@ def test_whatever_is_killed_its_output_is_that_of_a_quiet_run(runs: Runs, served
 
 
 @contextmanager
-def flood(served: Served) -> Iterator[None]:
-    """More online requests than the engine has slots, without a pause."""
+def flood(served: Served) -> Iterator[threading.Event]:
+    """More online requests than the engine has slots, without a pause, until the event is set."""
     over = threading.Event()
     body = {"model": TINY, "prompt": "on and on", "max_tokens": 200, "ignore_eos": True}
 
@@ -196,17 +196,40 @@ def flood(served: Served) -> Iterator[None]:
     with ThreadPoolExecutor(6) as callers:
         asking = [callers.submit(ask) for _ in range(6)]
         try:
-            yield
+            yield over
         finally:
             over.set()
     for each in asking:
         each.result()
 
 
-def test_online_requests_that_leave_nothing(runs: Runs, served: Served, undisturbed: Rows) -> None:
+@contextmanager
+def chaos(log: Path) -> Iterator[subprocess.Popen[str]]:
+    """``hycluster chaos`` in a process of its own: more online requests than slots, and the only replica is killed."""
+    command = [sys.executable, "-m", "hycluster", "chaos", "--model", TINY, "--json", "--yes", "--count", "1"]
+    command += ["--streams", "18", "--concurrency", "6", "--output-tokens", "32-128"]
+    env = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    with (
+        log.open("w") as said,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=env) as run,
+    ):
+        try:
+            yield run
+        finally:
+            run.kill()
+
+
+def given_up() -> int:
+    """Bulk rows that made room for online ones, as the replica last said."""
+    loads = [replica.load.colocation for replica in replicas(TINY)]
+    return sum(load.given_up for load in loads if load is not None)
+
+
+def test_online_requests_that_leave_nothing(runs: Runs, served: Served, undisturbed: Rows, tmp_path: Path) -> None:
+    """First in a flood, then while ``hycluster chaos`` asks, compares, and kills the engine."""
     with runs.begun("beside") as run:
         runs.reach("beside", 3)
-        with flood(served):
+        with flood(served) as over:
             watcher = Watcher(at(runs.output("beside")))
             status = eventually(
                 lambda: status if (status := watcher.look()).waiting else None, 120, "the job says that it waits"
@@ -216,6 +239,19 @@ def test_online_requests_that_leave_nothing(runs: Runs, served: Served, undistur
             time.sleep(3)
             # A shard that was through but for its commit.
             assert len(runs.committed("beside")) <= before + 1
+            assert given_up() > 0
+            # It needs some seconds until it asks; the job must not be over by then.
+            with chaos(tmp_path / "chaos.log") as hitting:
+                said = tmp_path / "chaos.log"
+                eventually(lambda: "undisturbed" in said.read_text(), 60, "hycluster chaos begins")
+                over.set()
+                eventually(lambda: "kill " in said.read_text(), 120, "it kills the engine")
+                assert not (runs.output("beside") / "_SUCCESS").exists(), "the job was over before"
+                answered, _ = hitting.communicate(timeout=240)
+        assert hitting.returncode == 0, answered + said.read_text()
         printed = runs.finish(run)
+    found = json.loads(answered)
+    assert (found["failures"], found["wrong"], found["faults"]) == ([], [], {"kill replica": 1})
+    assert found["exact_requests"] > 0
     assert "waiting: online traffic" in printed
     assert runs.rows("beside") == undisturbed

@@ -214,13 +214,7 @@ async def test_both_data_ranks_serve(deployed: Deployed) -> None:
     assert seen == {one.address.replica_id, other.address.replica_id}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        TENSOR,
-        pytest.param(DATA, marks=pytest.mark.xfail(reason="seen in 1 run of 3, cause not found", strict=False)),
-    ],
-)
+@pytest.mark.parametrize("name", list(CUTS))
 async def test_bulk_waits_on_all_ranks_for_online_work_on_one(deployed: Deployed, name: str) -> None:
     """Ranks step together: those without online work of their own would make the one that has some wait for them."""
     rows = [[(5 * step + 3 * number) % 256 for step in range(20 + number)] for number in range(12)]
@@ -228,21 +222,30 @@ async def test_bulk_waits_on_all_ranks_for_online_work_on_one(deployed: Deployed
     def bulk(gateway: Any) -> list[asyncio.Future[list[int]]]:
         return [asyncio.ensure_future(tokens(gateway, row, 240, priority=Priority.BATCH)) for row in rows]
 
-    parked: set[str] = set()
+    def running() -> list[int]:
+        return [report.load.running for report in deployed.reports(name)]
+
+    def parked() -> set[str]:
+        loads = {report.address.replica_id: report.load.colocation for report in deployed.reports(name)}
+        return {replica_id for replica_id, load in loads.items() if load and load.parked}
+
     async with deployed.gateway(name) as gateway:
         online_alone, bulk_alone = await tokens(gateway, PROMPTS[3], LONG), await asyncio.gather(*bulk(gateway))
+        # Reports are up to half a second old: of the rows before, not of those that come now. Online work that comes
+        # before the rows run has them wait without a slot, and what has none is not parked.
+        await asyncio.to_thread(eventually, lambda: not any(running()), 30, "no rank runs anything")
         beside = bulk(gateway)
-        async with asyncio.timeout(30):
-            while min(report.load.running for report in deployed.reports(name)) < 4:  # noqa: ASYNC110 - as above
-                await asyncio.sleep(0.05)
-        online = asyncio.ensure_future(tokens(gateway, PROMPTS[3], LONG))
-        while not online.done():
-            loads = {report.address.replica_id: report.load.colocation for report in deployed.reports(name)}
-            parked |= {replica_id for replica_id, load in loads.items() if load and load.parked}
-            await asyncio.sleep(0.05)
-        assert await online == online_alone
+        await asyncio.to_thread(eventually, lambda: min(running()) >= 4, 30, "all ranks run bulk rows")
+        seen: set[str] = set()
+        async with asyncio.timeout(60):
+            # As long as it takes to be reported: meanwhile hardly a row gets on.
+            while len(seen) < deployed.models[name].engines:
+                online = asyncio.ensure_future(tokens(gateway, PROMPTS[3], LONG))
+                while not online.done():
+                    seen |= parked()
+                    await asyncio.sleep(0.05)
+                assert await online == online_alone
         assert await asyncio.gather(*beside) == bulk_alone
-    assert parked == loads.keys()
 
 
 async def test_cancelling_frees_the_rank_that_ran_it(deployed: Deployed) -> None:
