@@ -45,9 +45,7 @@ def hand_over() -> None:
     """Have the server fork the worker that this process was to be, and end."""
     raylet = os.getppid()
     kind = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in _LATE and not name.startswith(_LATE_BEGINNINGS)
+        name: value for name, value in os.environ.items() if name not in _LATE and not name.startswith(_LATE_BEGINNINGS)
     }
     key = hashlib.sha256(json.dumps([raylet, sorted(kind.items())]).encode()).hexdigest()[:24]
     told = json.dumps([sys.orig_argv[1:], dict(os.environ), os.getcwd()]).encode()
@@ -106,9 +104,7 @@ def serve(address: str, raylet: int) -> None:
             with asked:
                 head, ancillary, _, _ = asked.recvmsg(8, socket.CMSG_LEN(3 * 4))
                 files = array.array("i", ancillary[0][2])
-                arguments, environment, folder = json.loads(
-                    asked.recv(int.from_bytes(head, "big"), socket.MSG_WAITALL)
-                )
+                arguments, environment, folder = json.loads(asked.recv(int.from_bytes(head, "big"), socket.MSG_WAITALL))
                 if forked := _clone_beside():
                     asked.sendall(str(forked).encode())
                     for file in files:
