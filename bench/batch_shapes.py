@@ -87,7 +87,7 @@ def sampled(peaks: dict[str, float]) -> Iterator[None]:
                 try:
                     title = " ".join(process.cmdline())
                     if title.startswith("ray::"):
-                        name = title.split("(")[0].removeprefix("ray::")
+                        name = title.split("(")[0].removeprefix("ray::").strip()
                         peaks[name] = max(peaks[name], own_mib(str(process.pid)))
                 except (psutil.Error, OSError, IndexError):
                     continue

@@ -35,7 +35,6 @@ import pyarrow.parquet as pq
 
 from bench.batch_scale import MODEL, SimulatedGenerator
 
-LIMIT_S = 120.0
 GOOD = pa.table({"good": ["a", None, "c"]})
 BAD = ("CHANGED", "FAULTS", "FAILED", "CRASHED", "SLOW")
 JOB = {"name": "strange", "model": MODEL, "task": "generate", "prompt": "Say something.", "constant_prompt": True}
@@ -139,7 +138,13 @@ def by_duckdb(odd: Path, parts: list[Path]) -> str | None:
     row_id = [name for name, *_ in db.execute(f"DESCRIBE SELECT * FROM read_parquet({listed})").fetchall()]
     id_name = next(name for name in reversed(row_id) if re.fullmatch(r"row_id(_\d+)?", name))
     after = f"(SELECT *, CAST(split_part(\"{id_name}\", '#', -1) AS BIGINT) AS n__ FROM read_parquet({listed}))"
-    for name, *_ in db.execute(f"DESCRIBE SELECT * FROM read_parquet('{odd}')").fetchall():
+    kinds: list[dict[str, str]] = [{}, {}]
+    for place, source in enumerate((f"'{odd}'", listed)):
+        kinds[place] = dict(row[:2] for row in db.execute(f"DESCRIBE SELECT * FROM read_parquet({source})").fetchall())
+    for name, kind in kinds[0].items():
+        if kind == "VARIANT" != kinds[1].get(name):
+            raise TypeError(f"{name}: VARIANT is what its bytes are stored as, for pyarrow")
+    for name in kinds[0]:
         quoted = '"' + name.replace('"', '""') + '"'
         differ = db.execute(
             f"SELECT count(*) FROM {before} a JOIN {after} b USING (n__) WHERE a.{quoted} IS DISTINCT FROM b.{quoted}"
@@ -187,7 +192,8 @@ def work_off(calls: Connection[Any, Any]) -> None:
 
 
 class Worker:
-    def __init__(self) -> None:
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
         spawn = multiprocessing.get_context("spawn")
         self._here, there = spawn.Pipe()
         self._process = spawn.Process(target=work_off, args=(there,), daemon=True)
@@ -198,13 +204,13 @@ class Worker:
         """What became of it, and whether the process lives."""
         self._here.send(str(file))
         try:
-            if self._here.poll(LIMIT_S):
+            if self._here.poll(self._limit_s):
                 return self._here.recv(), True
         except EOFError:
             self._process.join()
             return {"verdict": "CRASHED", "said": f"exit code {self._process.exitcode}"}, False
         self.end()
-        return {"verdict": "SLOW", "said": f"more than {LIMIT_S:g} s"}, False
+        return {"verdict": "SLOW", "said": f"more than {self._limit_s:g} s"}, False
 
     def end(self) -> None:
         self._process.kill()
@@ -215,17 +221,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--all", action="store_true", help="every file, whatever its name")
+    parser.add_argument("--limit-s", type=float, default=300, help="for a file; some have a million rows in 8 KB")
     parser.add_argument("--json", type=Path, help="write what was found here")
     args = parser.parse_args()
     found: dict[str, dict[str, Any]] = {}
-    worker, begun_s = Worker(), time.monotonic()
+    worker, begun_s = Worker(args.limit_s), time.monotonic()
     for folder in args.folders:
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         for file in files:
             if not args.all and ".parquet" not in file.name and file.suffix != ".parq":
                 continue
             found[str(file)], lives = worker.ask(file)
-            worker = worker if lives else Worker()
+            worker = worker if lives else Worker(args.limit_s)
             if found[str(file)]["verdict"] in BAD:
                 print(f"{file}: {found[str(file)]}", flush=True)
     worker.end()

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from hycluster import logs
 from hycluster.batch.ask import first_error
-from hycluster.batch.input.corpus import REFUSAL, ROW_ID, SHARD
+from hycluster.batch.input.corpus import REFUSAL, ROW_ID, SHARD, SHARD_BYTES
 from hycluster.batch.input.tables import last, pick, unpack
 from hycluster.batch.kept import KeptAnswers
 from hycluster.batch.order import by_prefix
@@ -87,6 +87,9 @@ class Generate:
         self._in_flight = 0
         self._reported_s = 0.0
         self._feeding = asyncio.Lock()
+        # Writing takes some seven times a shard's size. Of those with cells larger than shards are meant to be, one at
+        # a time.
+        self._writing = asyncio.Lock()
         self._opened: AbstractAsyncContextManager[Task] | None = None
         self._task: Task | None = None
 
@@ -177,6 +180,10 @@ class Generate:
 
     async def _commit(self, shard: _OpenShard) -> ShardRecord:
         answers = [await row if isinstance(row, asyncio.Task) else row for row in shard.rows]
+        async with self._writing if shard.table.get_total_buffer_size() > SHARD_BYTES else nullcontext():
+            return await self._write(shard, answers)
+
+    async def _write(self, shard: _OpenShard, answers: list[Answer | Refusal | None]) -> ShardRecord:
         known = [answer for answer in answers if answer is not None]
         extra_columns = self._task.extra_columns if self._task else ()
         results, quarantined = split_answers(shard.table, known, extra_columns)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -132,6 +133,31 @@ async def test_rows_keep_their_order_and_their_columns(make_job: MakeJob, tmp_pa
     assert run.opened == 1
     assert run.reports[0] == RunProgress(processes=1)
     assert run.reports[-1] == RunProgress(Totals(50, 0, 150, 100), processes=1)
+
+
+@pytest.mark.parametrize(("most_bytes", "at_once"), [(1, 1), (1 << 20, 3)])
+async def test_shards_of_very_large_cells_are_written_one_at_a_time(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_bytes: int, at_once: int
+) -> None:
+    """Writing one takes several times its size."""
+    monkeypatch.setattr(generate, "SHARD_BYTES", most_bytes)
+    commit, now, most, all_in = OutputFolder.commit, 0, 0, threading.Barrier(at_once)
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        all_in.wait(5)
+        record = commit(*arguments, **named)
+        now -= 1
+        return record
+
+    monkeypatch.setattr(OutputFolder, "commit", watched)
+    run = Run(make_job, StandInGenerator(), tmp_path / "out")
+    records = await run(block(["a", "b", "c"], shard_rows=1))
+    assert [row["output"] for row in run.rows(records)] == ["A", "B", "C"]
+    assert most == at_once
+    await run.close()
 
 
 async def test_rows_in_flight_are_bounded_across_blocks(make_job: MakeJob, tmp_path: Path) -> None:
