@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 from hycluster.batch.ask import Asker, first_error
 from hycluster.client import AsyncClient
-from hycluster.core import Generation, GenerationRequest, ModelCard
+from hycluster.core import ChatFields, Generation, GenerationRequest, ModelCard
 
 # Characters that are sent to be counted in one call: at most 1 MiB of UTF-8, which every ingress process takes.
 COUNTED_CHARACTERS = 250_000
@@ -34,9 +34,16 @@ class Remote:
         return await self._ask("models", self._client.list_models)
 
     async def tokenize(
-        self, model: str, *, prompt: str | None = None, messages: list[dict[str, Any]] | None = None
+        self,
+        model: str,
+        *,
+        prompt: str | None = None,
+        messages: list[dict[str, Any]] | None = None,
+        **chat: Unpack[ChatFields],
     ) -> list[int]:
-        return await self._ask("tokens", partial(self._client.tokenize, model, prompt=prompt, messages=messages))
+        return await self._ask(
+            "tokens", partial(self._client.tokenize, model, prompt=prompt, messages=messages, **chat)
+        )
 
     def token_counter(self, model: str) -> Callable[[Sequence[str]], list[int]]:
         """Counts many texts in few calls; for threads other than the event loop's.
