@@ -350,9 +350,8 @@ def _tokenize_request(
 ) -> pb.TokenizeRequest:
     arguments.check_argument_names(chat, ("prompt", "messages", "timeout_s", *ChatFields.__annotations__))
     # The request of Generate has the same rules, so let it judge.
-    return translate.tokenize_to_pb(
-        _wanted(model, {"prompt": prompt, "messages": messages, "timeout_s": timeout_s, **chat})
-    )
+    ask: Any = {"prompt": prompt, "messages": messages, "timeout_s": timeout_s, **chat}
+    return translate.tokenize_to_pb(_wanted(model, ask))
 
 
 def _count_request(model: str, texts: Sequence[str], timeout_s: float | None) -> pb.CountTokensRequest:

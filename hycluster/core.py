@@ -237,9 +237,7 @@ class ChatFields(TypedDict, total=False):
     chat_template_kwargs: dict[str, Any] | None
 
 
-_OF_A_CHAT = (
-    "tools", "tool_choice", "parallel_tool_calls", "include_reasoning", "reasoning_effort", "chat_template_kwargs",
-)  # fmt: skip
+_OF_A_CHAT = (*ChatFields.__annotations__, "parallel_tool_calls", "include_reasoning")
 
 
 @dataclass(frozen=True, slots=True)

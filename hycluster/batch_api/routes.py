@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.middleware.cors import CORSMiddleware
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -52,13 +51,13 @@ class WithBatches:
 
 def with_batches(batches: Batches, http: Http, others: ASGIApp) -> ASGIApp:
     """The Batch API of these settings beside an HTTP ingress's other routes."""
-    api = batch_api(Store(batches), allowed_origins=http.allowed_origins)
+    api = batch_api(Store(batches))
     # Multipart's own headers come on top of the file.
     limit = (batches.max_file_mib << 20) + MULTIPART_BYTES
     return WithBatches(BodyLimit(api, limit, stall_s=http.stalled_client_timeout_s), others)
 
 
-def batch_api(store: Store, *, allowed_origins: tuple[str, ...] = ()) -> FastAPI:
+def batch_api(store: Store) -> FastAPI:
     """The app of the Batch API."""
     app = FastAPI(title="hycluster", openapi_url=None, redirect_slashes=False)
     app.include_router(_files(store))
@@ -66,8 +65,6 @@ def batch_api(store: Store, *, allowed_origins: tuple[str, ...] = ()) -> FastAPI
     app.add_exception_handler(HyclusterError, answer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(RequestValidationError, _answer_wrong_query)
-    if allowed_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"])
     return app
 
 

@@ -26,10 +26,12 @@ from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.sampling_params import StructuredOutputsParams
 
 from hycluster.core import GenerationRequest, Output, StructuredOutput, ToolCall
+from hycluster.engine.patches.truncated_calls import patch_truncated_calls
 from hycluster.errors import InvalidInput
 from hycluster.gateway.api_arguments import chat_template
 from hycluster.gateway.gateway import Gateway
 
+patch_truncated_calls()
 # By our word for what is asked: vLLM's.
 _STRUCTURED = {field.name: field.name for field in fields(StructuredOutput)} | {"json_schema": "json"}
 
@@ -44,14 +46,14 @@ def structured_outputs(asked: StructuredOutput | None) -> StructuredOutputsParam
     return StructuredOutputsParams(**given)
 
 
-class Chat:
+class ModelChat:
     """How one model is talked to."""
 
     def __init__(self, gateway: Gateway) -> None:
         told = gateway.api
         self.name = gateway.model.name
         self.model_config = gateway.model_config
-        self.tokenizer = gateway.renderer.tokenizer
+        self.tokenizer = gateway.renderer.get_tokenizer()
         self.auto_tools = bool(told.enable_auto_tool_choice)
         self.renderer = OnlineRenderer(
             model_config=gateway.model_config,
@@ -122,7 +124,7 @@ class Turn:
         engine_arguments: what the engine has to know of reasoning, for the form of an output begins behind it.
     """
 
-    def __init__(self, chat: Chat, asked: ChatCompletionRequest, engine_input: EngineInput) -> None:
+    def __init__(self, chat: ModelChat, asked: ChatCompletionRequest, engine_input: EngineInput) -> None:
         self._chat = chat
         self._asked = asked
         self._choice = asked.tool_choice
@@ -149,9 +151,10 @@ class Turn:
         kind = self._chat.renderer.parser
         if kind is None:
             return None
+        tools: Any = self._asked.tools
         return kind(
             self._chat.tokenizer,
-            self._asked.tools,
+            tools,
             chat_template_kwargs=self._kwargs,
             model_config=self._chat.model_config,
         )
@@ -270,10 +273,11 @@ def _asked(model: str, request: GenerationRequest) -> ChatCompletionRequest:
         for name in ("tools", "tool_choice", "reasoning_effort", "chat_template_kwargs")
         if (value := getattr(request, name)) is not None
     }
+    messages: Any = request.messages
     try:
         return ChatCompletionRequest(
             model=model,
-            messages=request.messages,
+            messages=messages,
             n=request.sampling.n,
             # Sampling is the gateway's, which cuts max_tokens to what is left. Unset, an older field is read.
             max_completion_tokens=0,

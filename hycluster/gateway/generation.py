@@ -52,7 +52,7 @@ from hycluster.errors import (
     shown,
 )
 from hycluster.gateway.bulk import FIXED_ROWS, BulkLane
-from hycluster.gateway.chat import Chat, Turn, structured_outputs
+from hycluster.gateway.chat import ModelChat, Turn, structured_outputs
 from hycluster.gateway.gateway import Gateway, open_gateway, until_one_can_serve
 from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
@@ -67,7 +67,7 @@ class Generator:
     def __init__(self, gateways: Mapping[str, Gateway]) -> None:
         self.gateways = dict(gateways)
         self._counters: dict[str, Callable[[Sequence[str]], list[int]]] = {}
-        self._chats: dict[str, Chat] = {}
+        self._chats: dict[str, ModelChat] = {}
 
     async def models(self) -> list[ModelCard]:
         """What is served, adapters after their model, and by how many replicas now."""
@@ -76,6 +76,11 @@ class Generator:
             for model, gateway in self.gateways.items()
             for name in (model, *gateway.lora_requests)
         ]
+
+    @property
+    def served(self) -> list[str]:
+        """All names that a request may have: the models', and after each of them its adapters'."""
+        return [name for model, gateway in self.gateways.items() for name in (model, *gateway.lora_requests)]
 
     def model_of(self, name: str) -> str | None:
         """The model that a name stands for: its own, or one of its adapters'; None if nothing has that name."""
@@ -258,8 +263,7 @@ class Generator:
         """The gateway for a name, and the adapter that the name stands for, if it is one's."""
         model = self.model_of(name)
         if model is None:
-            served = [name for model, gateway in self.gateways.items() for name in (model, *gateway.lora_requests)]
-            raise UnknownModel(name, served)
+            raise UnknownModel(name, self.served)
         gateway = self.gateways[model]
         return gateway, gateway.lora_requests.get(name) if name != model else None
 
@@ -277,10 +281,10 @@ class Generator:
             (engine_input,) = await renderer.render_cmpl_async([text_or_ids], renderer.default_cmpl_tok_params)
         return engine_input, None
 
-    def _chat(self, gateway: Gateway) -> Chat:
+    def _chat(self, gateway: Gateway) -> ModelChat:
         name = gateway.model.name
         if name not in self._chats:
-            self._chats[name] = Chat(gateway)
+            self._chats[name] = ModelChat(gateway)
         return self._chats[name]
 
 

@@ -16,8 +16,9 @@ MODES = {
     "none": pb.ToolChoice.MODE_NONE,
     "required": pb.ToolChoice.MODE_REQUIRED,
 }
-_MODE_NAMES: dict[int, str] = {number: name for name, number in MODES.items()} | {
-    pb.ToolChoice.MODE_UNSPECIFIED: "auto"
+_MODE_NAMES: dict[int, str] = {
+    int(pb.ToolChoice.MODE_UNSPECIFIED): "auto",
+    **{int(number): name for name, number in MODES.items()},
 }
 
 
@@ -55,7 +56,7 @@ def _turn_from_pb(where: str, turn: pb.ChatMessage) -> dict[str, Any]:
             _call_from_pb(f"{where}.tool_calls[{place}]", call) for place, call in enumerate(turn.tool_calls)
         ]
     for name in ("name", "tool_call_id", "reasoning"):
-        if turn.HasField(name):  # type: ignore[arg-type]  # the three are optional
+        if turn.HasField(name):
             said[name] = getattr(turn, name)
     return said
 
@@ -206,8 +207,8 @@ def structured_from_pb(message: pb.StructuredOutput) -> StructuredOutput:
     form = message.WhichOneof("form")
     if form is None:
         return StructuredOutput()
-    value = tuple(message.choice.texts) if form == "choice" else getattr(message, form)
-    return StructuredOutput(**{form: value})
+    asked: dict[str, Any] = {form: tuple(message.choice.texts) if form == "choice" else getattr(message, form)}
+    return StructuredOutput(**asked)
 
 
 def structured_to_pb(asked: StructuredOutput) -> pb.StructuredOutput:

@@ -24,6 +24,7 @@ from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from hycluster.core import ChatFields, Generation, GenerationRequest, ModelCard
 from hycluster.errors import DeadlineExceeded, HyclusterError, SettingsError, Unavailable, UnknownModel
 from hycluster.ingress import translate
+from hycluster.ingress.chats import messages_from_pb
 from hycluster.ingress.malformed import RefuseMalformed
 from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto import inference_pb2_grpc
@@ -162,7 +163,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         ids = await self._generator.tokenize(
             request.model,
             prompt=request.prompt if given == "prompt" else None,
-            messages=translate.messages_from_pb(request.messages) if given == "messages" else None,
+            messages=messages_from_pb(request.messages) if given == "messages" else None,
             **translate.chat_fields_from_pb(request),
         )
         return pb.TokenizeResponse(token_ids=ids, count=len(ids), max_model_len=cards[request.model].max_model_len)

@@ -1,16 +1,13 @@
 """The HTTP ingress: vLLM's own API app over each model's gateway, behind an allowlist of routes.
 
-With one model the HTTP ingress is that app. With several, a small ASGI dispatcher looks into a request's body for
-its ``model`` (or adapter) and hands it to that model's app; an unknown one goes to the first, whose answer is the 404
-in OpenAI's form that vLLM gives. The ingress process listens itself: measured against Ray Serve's proxies in
-``docs/measurements.md``.
+Which model's app a request is for is found by :mod:`.dispatch`. The ingress process listens itself: measured against
+Ray Serve's proxies in ``docs/measurements.md``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import copy
-import json
 import math
 import os
 import socket
@@ -22,22 +19,26 @@ from typing import Any
 import fastapi
 import starlette.exceptions
 import uvicorn
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.routing import Match
+from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.exceptions import GenerationError
 
 from hycluster.engine.patches.completion_prompts import patch_completions
+from hycluster.engine.patches.truncated_responses import patch_responses
 from hycluster.engine.patches.unread_tools import patch_tools
-from hycluster.errors import HyclusterError
+from hycluster.errors import HyclusterError, UnknownModel
 from hycluster.gateway.gateway import Gateway
 from hycluster.gateway.generation import Generator
-from hycluster.ingress.adapters import adapter_routes
+from hycluster.ingress.adapters import LOAD, UNLOAD, adapter_routes
 from hycluster.ingress.body import TOKENIZED_PATHS, BodyLimit
 from hycluster.ingress.connection import protocol
+from hycluster.ingress.dispatch import MODELS, ModelDispatch
 from hycluster.ingress.errors import answer_error, answer_generation_error, answer_http_error, answer_unreadable
+from hycluster.ingress.forms import in_form
 from hycluster.ingress.health import WithHealth
 from hycluster.ingress.ports import bind, notice_lost_callers
 from hycluster.ingress.wording import InOurWords
@@ -54,8 +55,9 @@ OPEN_ROUTES = frozenset(
         "/openapi.json",
         "/docs",
         "/docs/oauth2-redirect",
-        "/redoc",
+        "/static",
         "/v1/models",
+        "/v1/models/{name:path}",
         "/v1/chat/completions",
         "/v1/completions",
         "/v1/responses",
@@ -72,6 +74,10 @@ OPEN_ROUTES = frozenset(
         "/detokenize",
     }
 )
+
+
+# Of control routes those that find their model by themselves.
+FOR_ALL_MODELS = frozenset({LOAD, UNLOAD})
 
 
 class HttpIngress:
@@ -116,7 +122,7 @@ async def serve_http(
         stall_s=settings.stalled_client_timeout_s,
         paths=TOKENIZED_PATHS,
     )
-    app = WithHealth(around(app), generator.pools)
+    app = in_form(WithHealth(around(app), generator.pools), settings.allowed_origins)
     sock = sock or bind(settings.host, settings.port, "http.port", reuse_port=reuse_port)
     notice_lost_callers(sock, settings.stalled_client_timeout_s)
     config = uvicorn.Config(
@@ -189,6 +195,14 @@ class ModelApp:
                 self._app = app
         return self._app
 
+    def controls(self, scope: Scope) -> bool:
+        """Whether a request is to a control route that acts on this model alone."""
+        routes = () if self._app is None else self._app.router.routes
+        return any(
+            getattr(route, "path", None) not in OPEN_ROUTES | FOR_ALL_MODELS and route.matches(scope)[0] is Match.FULL
+            for route in routes
+        )
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app: ASGIApp | None = self._app
         if app is None:
@@ -196,9 +210,13 @@ class ModelApp:
         await InOurWords(app)(scope, receive, send)
 
 
-def over_all_models(apps: Mapping[str, ASGIApp], generator: Generator) -> ASGIApp:
+def over_all_models(apps: Mapping[str, ModelApp], generator: Generator) -> ASGIApp:
     """One app for all of them."""
-    return next(iter(apps.values())) if len(apps) == 1 else ModelDispatch(apps, generator.model_of)
+
+    def controls(scope: Scope) -> bool:
+        return any(app.controls(scope) for app in apps.values())
+
+    return ModelDispatch(apps, generator.model_of, lambda: generator.served, controls)
 
 
 class _Server(uvicorn.Server):
@@ -209,7 +227,7 @@ class _Server(uvicorn.Server):
 
 async def model_app(gateway: Gateway, settings: Http) -> FastAPI:
     """vLLM's API app over one gateway, cut down to the open routes."""
-    arguments = api_arguments(gateway, settings)
+    arguments = api_arguments(gateway)
     tasks = await gateway.get_supported_tasks()
     app = build_app(arguments, tasks, gateway.model_config)
     app.title = "hycluster"
@@ -217,7 +235,9 @@ async def model_app(gateway: Gateway, settings: Http) -> FastAPI:
     if (completions := app.state.openai_serving_completion) is not None:
         patch_completions(completions, gateway.check_admission)
     if (responses := app.state.openai_serving_responses) is not None:
+        patch_responses(responses)
         patch_tools(responses, gateway.model.name)
+    app.include_router(_model_cards(app.state.openai_serving_models))
     # vLLM's app asks this mapping for a name that is no model's.
     app.state.openai_serving_models.lora_requests = gateway.lora_requests
     # Told to exit when an engine is lost for good; what serves without one of its own needs not.
@@ -235,88 +255,27 @@ async def model_app(gateway: Gateway, settings: Http) -> FastAPI:
     return app
 
 
-def api_arguments(gateway: Gateway, settings: Http) -> Namespace:
+def api_arguments(gateway: Gateway) -> Namespace:
     """Arguments of vLLM's API server: its defaults, the model's own, the settings' ``api``."""
     arguments = copy.copy(gateway.api)
-    arguments.allowed_origins = list(settings.allowed_origins)
+    # The whole ingress' affair; see ``in_form``.
+    arguments.allowed_origins = []
+    # The page's scripts come with vLLM, or it would be blank where there is no internet.
+    arguments.enable_offline_docs = True
     # What a prompt found in the KV cache, as OpenAI's own API tells it.
     arguments.enable_prompt_tokens_details = True
     return arguments
 
 
-class ModelDispatch:
-    """ASGI app: hands a request to the app of the model that its JSON body names.
+def _model_cards(models: Any) -> APIRouter:
+    """``GET /v1/models/NAME``, which vLLM has not: what ``/v1/models`` says of one, be it a model or an adapter."""
+    routes = APIRouter()
 
-    Args:
-        apps: by model name; the first one answers what names no model.
-        model_of: the model that a name stands for: its own, or one of its adapters'.
-    """
+    @routes.get(f"{MODELS}/{{name:path}}")
+    async def retrieve(name: str) -> JSONResponse:
+        cards = {card.id: card for card in (await models.show_available_models()).data}
+        if name not in cards:
+            raise UnknownModel(name, list(cards))
+        return JSONResponse(cards[name].model_dump())
 
-    def __init__(self, apps: Mapping[str, ASGIApp], model_of: Callable[[str], str | None]) -> None:
-        self.apps = dict(apps)
-        self._model_of = model_of
-        self.default = next(iter(self.apps.values()))
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
-            if scope["type"] == "http" and scope["method"] == "GET" and scope["path"] == "/v1/models":
-                await self._models_of_all(scope, receive, send)
-            else:
-                await self.default(scope, receive, send)
-            return
-        messages, body = [], b""
-        while True:
-            message = await receive()
-            messages.append(message)
-            if message["type"] != "http.request":
-                break
-            body += message.get("body", b"")
-            if not message.get("more_body"):
-                break
-        replay = iter(messages)
-
-        async def replayed() -> Message:
-            return next(replay, None) or await receive()
-
-        model = self._model_of(_name_in(body))
-        await (self.default if model is None else self.apps[model])(scope, replayed, send)
-
-    async def _models_of_all(self, scope: Scope, receive: Receive, send: Send) -> None:
-        statuses, listed = [], []
-        for app in self.apps.values():
-            code, body = await _ask(app, scope, receive)
-            statuses.append(code)
-            if body:
-                listed += json.loads(body).get("data", [])
-        # One that can't be asked yet leaves the others listed.
-        status = min(statuses)
-        await JSONResponse({"object": "list", "data": listed}, status_code=status)(scope, receive, send)
-
-
-def _name_in(body: bytes) -> str:
-    try:
-        model = json.loads(body).get("model")
-    except (ValueError, AttributeError, RecursionError):
-        # Whichever app is asked refuses it.
-        return ""
-    return model if isinstance(model, str) else ""
-
-
-async def _ask(app: ASGIApp, scope: Scope, receive: Receive) -> tuple[int, bytes]:
-    """Call an ASGI app without a body and keep its answer."""
-    status, body = 500, b""
-    asked = iter([{"type": "http.request", "body": b"", "more_body": False}])
-
-    async def empty() -> Message:
-        # The caller's own message can be had only once, and there are several apps to ask.
-        return next(asked, None) or await receive()
-
-    async def keep(message: Message) -> None:
-        nonlocal status, body
-        if message["type"] == "http.response.start":
-            status = message["status"]
-        else:
-            body += message.get("body", b"")
-
-    await app(dict(scope), empty, keep)
-    return status, body
+    return routes

@@ -19,6 +19,7 @@ import uvicorn
 from hycluster.core import ChatFields, Generation, GenerationRequest, ModelCard
 from hycluster.ingress import health
 from hycluster.ingress.connection import protocol
+from hycluster.ingress.forms import in_form
 from hycluster.ingress.grpc import GrpcBackend, GrpcIngress, serve_grpc
 from hycluster.ingress.ports import bind, check_port
 from hycluster.settings.settings import Settings
@@ -124,7 +125,7 @@ async def starting_ingress(settings: Settings, pools: health.Pools) -> AsyncIter
         raise
     server = uvicorn.Server(
         uvicorn.Config(
-            health.WithHealth(None, pools),
+            in_form(health.WithHealth(None, pools), settings.http.allowed_origins),
             # What comes next on a connection is for the ingress that serves.
             http=protocol(settings.http, keep_alive=False),
             log_config=None,

@@ -134,8 +134,9 @@ def _path(name: str, request: Message) -> str | None:
         known = sampling is not None and sampling.message_type and head in sampling.message_type.fields_by_name
         return f"sampling.{name}" if known else None
     # A list that may be left out is a message with nothing but the list.
-    wrapped = rest.startswith("[") and field.message_type and not field.is_repeated
-    inner = f".{field.message_type.fields[0].name}" if wrapped else ""
+    kind = field.message_type
+    wrapped = rest.startswith("[") and not field.is_repeated
+    inner = f".{kind.fields[0].name}" if wrapped and kind is not None else ""
     # OpenAI has a message's pieces in its content.
     return f"{head}{inner}{rest}".replace("].content[", "].parts[")
 

@@ -37,7 +37,8 @@ class Http(Strict):
     Attributes:
         host: address to listen on; 0.0.0.0 for all of the machine's.
         port: port to listen on; 0 takes a free one.
-        control_routes: also serve the routes that change an engine's state (sleep, LoRA loading, ...).
+        control_routes: also serve the routes that change an engine's state (profiling, LoRA loading, ...). With several
+            models each such request names its model, by the query parameter ``model`` or in its body.
         allowed_origins: origins that CORS allows.
         max_connections: open connections of one ingress process.
         max_body_mib: largest request body. 32 MiB hold a 256k-token prompt, as text or as ids, with room to spare.

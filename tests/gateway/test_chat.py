@@ -235,9 +235,11 @@ CASES: dict[str, tuple[dict[str, Any], GenerationRequest, Script]] = {
     "required": (
         TALKING,
         chat(tools=[WEATHER], tool_choice="required"),
-        Script('[{"name": "weather", "parameters": {"city": "Paris"}}]'),
+        Script(ONE_CALL),
     ),
-    "named": (TALKING, chat(tools=[WEATHER, TIME], tool_choice=NAMED), Script('{"city": "Paris"}')),
+    "named": (TALKING, chat(tools=[WEATHER, TIME], tool_choice=NAMED), Script(ONE_CALL)),
+    "forced, cut short": (TALKING, chat(tools=[WEATHER], tool_choice="required"), Script(ONE_CALL[:50], "length")),
+    "named, cut short": (TALKING, chat(tools=[WEATHER], tool_choice=NAMED), Script(ONE_CALL[:9], "length")),
     "answered": (TALKING, chat(USER, CALLED, ANSWERED, tools=[WEATHER]), Script("It is sunny.")),
     "a form": (
         TALKING,

@@ -1,112 +1,28 @@
-"""The HTTP ingress's own parts: dispatch over models, the body's bound, errors in OpenAI's form."""
+"""The HTTP ingress's own parts: the body's bound, errors in OpenAI's form."""
 
 from __future__ import annotations
 
 import json
 from argparse import Namespace
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
 
 from hycluster.errors import HyclusterError, Overloaded, UnknownModel
+from tests.ingress.echoing import dispatch, echo
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import ASGIApp
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60), pytest.mark.usefixtures("vllm_imported")]
-
-
-def echo(name: str) -> ASGIApp:
-    """An app that says who it is and what body it read; its ``/v1/models`` lists itself."""
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        from starlette.requests import Request
-        from starlette.responses import JSONResponse
-
-        body = (await Request(scope, receive).body()).decode()
-        said = {"data": [{"id": name}]} if scope["path"] == "/v1/models" else {"app": name, "body": body}
-        await JSONResponse(said)(scope, receive, send)
-
-    return app
 
 
 def client(app: ASGIApp) -> httpx.AsyncClient:
     return httpx.AsyncClient(
         transport=httpx.ASGITransport(app), base_url="http://ingress", headers={"content-type": "application/json"}
     )
-
-
-def model_of(name: str) -> str | None:
-    """Models a and b; b has the adapter c."""
-    return {"a": "a", "b": "b", "c": "b"}.get(name)
-
-
-class TestModelDispatch:
-    @pytest.fixture
-    def dispatch(self) -> ASGIApp:
-        from hycluster.ingress.http import ModelDispatch
-
-        return ModelDispatch({"a": echo("a"), "b": echo("b")}, model_of)
-
-    @pytest.mark.parametrize(
-        ("body", "app"),
-        [
-            ('{"model": "a", "prompt": "x"}', "a"),
-            ('{"prompt": "x", "model": "b"}', "b"),
-            ('{"prompt": "x", "model": "c"}', "b"),
-            ('{"model": "neither"}', "a"),
-            ('{"model": ["b"]}', "a"),
-            ('["b"]', "a"),
-            ("{}", "a"),
-            ("not json", "a"),
-            ("", "a"),
-        ],
-    )
-    async def test_the_model_in_the_body_decides(self, dispatch: ASGIApp, body: str, app: str) -> None:
-        async with client(dispatch) as http:
-            answer = await http.post("/v1/completions", content=body)
-        assert answer.json() == {"app": app, "body": body}
-
-    async def test_a_body_in_pieces(self, dispatch: ASGIApp) -> None:
-        whole = json.dumps({"prompt": "x" * 1000, "model": "b"})
-
-        async def pieces() -> AsyncIterator[bytes]:
-            for start in range(0, len(whole), 100):
-                yield whole[start : start + 100].encode()
-
-        async with client(dispatch) as http:
-            answer = await http.post("/v1/completions", content=pieces())
-        assert answer.json() == {"app": "b", "body": whole}
-
-    async def test_after_the_body_the_app_hears_the_client_leave(self) -> None:
-        from hycluster.ingress.http import ModelDispatch
-
-        heard: list[str] = []
-
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            heard.extend([(await receive())["type"], (await receive())["type"]])
-
-        messages = iter([{"type": "http.request", "body": b"{}"}, {"type": "http.disconnect"}])
-
-        async def receive() -> Any:
-            return next(messages)
-
-        async def send(_: Any) -> None: ...
-
-        scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
-        await ModelDispatch({"a": app}, model_of)(scope, receive, send)
-        assert heard == ["http.request", "http.disconnect"]
-
-    async def test_models_of_all(self, dispatch: ASGIApp) -> None:
-        async with client(dispatch) as http:
-            answer = await http.get("/v1/models")
-        assert answer.json() == {"object": "list", "data": [{"id": "a"}, {"id": "b"}]}
-
-    async def test_other_gets_go_to_the_first(self, dispatch: ASGIApp) -> None:
-        async with client(dispatch) as http:
-            assert (await http.get("/metrics")).json()["app"] == "a"
 
 
 class TestBodyLimit:
@@ -118,12 +34,11 @@ class TestBodyLimit:
         from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 
         from hycluster.ingress.body import BodyLimit
-        from hycluster.ingress.http import ModelDispatch
 
         if request.param == "one app":
             return BodyLimit(echo("a"), self.LIMIT)
         if request.param == "several":
-            return BodyLimit(ModelDispatch({"a": echo("a"), "b": echo("b")}, model_of), self.LIMIT)
+            return BodyLimit(dispatch(), self.LIMIT)
         api = FastAPI()
 
         @api.post("/v1/completions")

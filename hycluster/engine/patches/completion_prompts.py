@@ -33,6 +33,9 @@ def patch_completions(handler: Any, check_admission: Callable[[int], None]) -> N
     @functools.wraps(complete)
     async def admitted(request: CompletionRequest, *rest: Any) -> Any:
         prompt = request.prompt
+        # As in vLLM, first: who asks for a model that there is not is to hear so, even while nothing could be admitted.
+        if (unknown := await handler._check_model(request)) is not None:
+            return unknown
         lists = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
         check_admission((request.n or 1) * (len(prompt) if lists and prompt else 1))
         return await complete(request, *rest)

@@ -1,0 +1,128 @@
+"""Which model's app a request over HTTP is for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from urllib.parse import parse_qs
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from hycluster.errors import InvalidInput, UnknownModel
+from hycluster.ingress.errors import answer_error
+
+MODELS = "/v1/models"
+
+
+class ModelDispatch:
+    """ASGI app: hands a request to the app of the model that it names: in its JSON body, by the query parameter
+    ``model``, or in its path below ``/v1/models``.
+
+    Args:
+        apps: by model name; the first one answers what names no model.
+        model_of: the model that a name stands for: its own, or one of its adapters'.
+        served: all such names.
+        controls: whether a request acts on one model alone; where there are several, it has to name it.
+    """
+
+    def __init__(
+        self,
+        apps: Mapping[str, ASGIApp],
+        model_of: Callable[[str], str | None],
+        served: Callable[[], list[str]],
+        controls: Callable[[Scope], bool] = lambda _: False,
+    ) -> None:
+        self.apps = dict(apps)
+        self._model_of = model_of
+        self._served = served
+        self._controls = controls
+        self.default = next(iter(self.apps.values()))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.default(scope, receive, send)
+            return
+        several, method, path = len(self.apps) > 1, scope["method"], scope["path"]
+        if several and method == "GET" and path == MODELS:
+            await self._models_of_all(scope, receive, send)
+            return
+        name = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("model", [""])[0]
+        if method == "GET" and path.startswith(f"{MODELS}/"):
+            name = path.removeprefix(f"{MODELS}/")
+        if several and method == "POST":
+            body, receive = await _read_on(receive)
+            name = _name_in(body) or name
+        await (await self._app_of(name, scope))(scope, receive, send)
+
+    async def _app_of(self, name: str, scope: Scope) -> ASGIApp:
+        model = self._model_of(name) if name else None
+        if model is not None:
+            return self.apps[model]
+        if name:
+            return await answer_error(None, UnknownModel(name, self._served()))
+        if len(self.apps) > 1 and self._controls(scope):
+            served = ", ".join(map(repr, self.apps))
+            return await answer_error(
+                None, InvalidInput(f"model: must be named, by the query parameter 'model'; served are {served}")
+            )
+        return self.default
+
+    async def _models_of_all(self, scope: Scope, receive: Receive, send: Send) -> None:
+        statuses, listed = [], []
+        for app in self.apps.values():
+            code, body = await _ask(app, scope, receive)
+            statuses.append(code)
+            if body:
+                listed += json.loads(body).get("data", [])
+        # One that can't be asked yet leaves the others listed.
+        status = min(statuses)
+        await JSONResponse({"object": "list", "data": listed}, status_code=status)(scope, receive, send)
+
+
+async def _read_on(receive: Receive) -> tuple[bytes, Receive]:
+    """A request's body, and what lets the app read it again."""
+    messages, body = [], b""
+    while True:
+        message = await receive()
+        messages.append(message)
+        if message["type"] != "http.request":
+            break
+        body += message.get("body", b"")
+        if not message.get("more_body"):
+            break
+    replay = iter(messages)
+
+    async def replayed() -> Message:
+        return next(replay, None) or await receive()
+
+    return body, replayed
+
+
+def _name_in(body: bytes) -> str:
+    try:
+        model = json.loads(body).get("model")
+    except (ValueError, AttributeError, RecursionError):
+        # Whichever app is asked refuses it.
+        return ""
+    return model if isinstance(model, str) else ""
+
+
+async def _ask(app: ASGIApp, scope: Scope, receive: Receive) -> tuple[int, bytes]:
+    """Call an ASGI app without a body and keep its answer."""
+    status, body = 500, b""
+    asked = iter([{"type": "http.request", "body": b"", "more_body": False}])
+
+    async def empty() -> Message:
+        # The caller's own message can be had only once, and there are several apps to ask.
+        return next(asked, None) or await receive()
+
+    async def keep(message: Message) -> None:
+        nonlocal status, body
+        if message["type"] == "http.response.start":
+            status = message["status"]
+        else:
+            body += message.get("body", b"")
+
+    await app(dict(scope), empty, keep)
+    return status, body
