@@ -26,14 +26,14 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hycluster.batch.job import Job
 from hycluster.batch.task import Connect
-from hycluster.core import Generation, GenerationRequest, ModelCard, Output, Usage
+from hycluster.core import ChatFields, Generation, GenerationRequest, ModelCard, Output, Usage
 from hycluster.gateway.bulk import FIXED_ROWS, BulkLane, BulkLanes
 
 MODEL = "simulated"
@@ -55,7 +55,12 @@ class SimulatedGenerator:
         return [ModelCard(MODEL, 4096, 1)]
 
     async def tokenize(
-        self, model: str, *, prompt: str | None = None, messages: list[dict[str, Any]] | None = None
+        self,
+        model: str,
+        *,
+        prompt: str | None = None,
+        messages: list[dict[str, Any]] | None = None,
+        **chat: Unpack[ChatFields],
     ) -> list[int]:
         return [0]
 

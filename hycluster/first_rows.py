@@ -16,11 +16,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 from hycluster.batch.task import JobBackend, Places
 from hycluster.client import AsyncClient
-from hycluster.core import Generation, GenerationRequest, ModelCard
+from hycluster.core import ChatFields, Generation, GenerationRequest, ModelCard
 from hycluster.errors import (
     HyclusterError,
     InvalidInput,
@@ -121,11 +121,16 @@ class FirstRows:
         return await self._asked(self._early.models, lambda own: own.models())
 
     async def tokenize(
-        self, model: str, *, prompt: str | None = None, messages: list[dict[str, Any]] | None = None
+        self,
+        model: str,
+        *,
+        prompt: str | None = None,
+        messages: list[dict[str, Any]] | None = None,
+        **chat: Unpack[ChatFields],
     ) -> list[int]:
         return await self._asked(
-            lambda: self._early.tokenize(model, prompt=prompt, messages=messages),
-            lambda own: own.tokenize(model, prompt=prompt, messages=messages),
+            lambda: self._early.tokenize(model, prompt=prompt, messages=messages, **chat),
+            lambda own: own.tokenize(model, prompt=prompt, messages=messages, **chat),
         )
 
     def token_counter(self, model: str) -> Callable[[Sequence[str]], list[int]]:
@@ -232,7 +237,7 @@ async def _once(name: str, call: Callable[[], Awaitable[T]]) -> T:
 
 
 def _travels(request: GenerationRequest) -> bool:
-    """Whether gRPC carries it as it is: images, tool calls, parts of messages and a content of null it does not."""
+    """Whether gRPC carries it as it is: what a message of ours has no field for it does not."""
     try:
         arguments.check_arguments(messages=request.messages)
         translate.request_to_pb(request)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import fields
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, Unpack, cast
 
 from hycluster.batch.ask import first_error
-from hycluster.client import AsyncClient
-from hycluster.core import Generation, GenerationRequest, ModelCard
+from hycluster.client import Ask, AsyncClient
+from hycluster.core import ChatFields, Generation, GenerationRequest, ModelCard
 
 # Characters that are sent to be counted in one call: at most 1 MiB of UTF-8, which every ingress process takes.
 COUNTED_CHARACTERS = 250_000
@@ -43,9 +44,16 @@ class Remote:
         return await self._ask("models", self._client.list_models)
 
     async def tokenize(
-        self, model: str, *, prompt: str | None = None, messages: list[dict[str, Any]] | None = None
+        self,
+        model: str,
+        *,
+        prompt: str | None = None,
+        messages: list[dict[str, Any]] | None = None,
+        **chat: Unpack[ChatFields],
     ) -> list[int]:
-        return await self._ask("tokens", partial(self._client.tokenize, model, prompt=prompt, messages=messages))
+        return await self._ask(
+            "tokens", partial(self._client.tokenize, model, prompt=prompt, messages=messages, **chat)
+        )
 
     def token_counter(self, model: str) -> Callable[[Sequence[str]], list[int]]:
         """Counts many texts in few calls; for threads other than the event loop's.
@@ -59,18 +67,9 @@ class Remote:
         return count
 
     async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
-        return await self._client.generate(
-            request.model,
-            prompt=request.prompt,
-            messages=request.messages,
-            token_ids=request.token_ids,
-            sampling=request.sampling,
-            priority=request.priority,
-            request_id=request.request_id,
-            session_id=request.session_id,
-            job=request.job,
-            timeout_s=deadline_s,
-        )
+        # Every field, also those that come to be: a row must ask the same whichever way it goes.
+        asked = {of.name: getattr(request, of.name) for of in fields(request) if of.name != "model"}
+        return await self._client.generate(request.model, **cast(Ask, asked | {"timeout_s": deadline_s}))
 
     async def _counts(self, model: str, texts: Sequence[str]) -> list[int]:
         counts = [0] * len(texts)

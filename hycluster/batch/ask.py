@@ -6,10 +6,10 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, Unpack
 
 from hycluster.batch.refusal import Reason, RowRefused
-from hycluster.core import Generation, GenerationRequest, ModelCard
+from hycluster.core import ChatFields, Generation, GenerationRequest, ModelCard
 from hycluster.errors import (
     HyclusterError,
     InvalidInput,
@@ -42,7 +42,12 @@ class RowBackend(Protocol):
         """What is served, with each model's longest context."""
 
     async def tokenize(
-        self, model: str, *, prompt: str | None = None, messages: list[dict[str, Any]] | None = None
+        self,
+        model: str,
+        *,
+        prompt: str | None = None,
+        messages: list[dict[str, Any]] | None = None,
+        **chat: Unpack[ChatFields],
     ) -> list[int]:
         """Token ids of a prompt, or of messages under the model's chat template."""
 

@@ -235,7 +235,7 @@ class Generate:
 
 
 def split_answers(
-    shard: pa.Table, answers: list[Answer | Refusal], extra_columns: Sequence[str] = ()
+    shard: pa.Table, answers: list[Answer | Refusal], extra_columns: Sequence[pa.Field] = ()
 ) -> tuple[pa.Table, pa.Table]:
     """The finished rows and the quarantined ones, each in input order, input columns unchanged."""
     if REFUSAL in shard.schema.names:
@@ -249,9 +249,9 @@ def split_answers(
         ("completion_tokens", pa.int64()),
     ):
         results = results.append_column(name, pa.array([getattr(answer, name) for answer in finished], kind))
-    for place, name in enumerate(extra_columns):
+    for place, column in enumerate(extra_columns):
         values = [answer.extra[place] if answer.extra else None for answer in finished]
-        results = results.append_column(name, pa.array(values, pa.string()))
+        results = results.append_column(column.name, pa.array(values, column.type))
     quarantined = pick(shard, [place for place, answer in enumerate(answers) if isinstance(answer, Refusal)])
     for name in ("error_type", "error_message"):
         values = [getattr(answer, name) for answer in answers if isinstance(answer, Refusal)]

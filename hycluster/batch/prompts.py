@@ -67,8 +67,6 @@ MERGE = {
         "各部分摘要：\n{text}"
     ),
 }
-# Column of the tree, where the job keeps it.
-TREE = "tree"
 SEPARATOR = "\n\n"
 # How much of a text is looked at to tell its language.
 SAMPLE_CHARACTERS = 10_000
@@ -105,6 +103,11 @@ def prompt_of(job: Job) -> Prompt:
     Raises:
         SettingsError: the template is malformed.
     """
+    prompt, sampled = _asked(job), job.input.columns.sampling
+    return SampledPrompt(prompt, tuple(dict.fromkeys(sampled.values()))) if sampled else prompt
+
+
+def _asked(job: Job) -> Prompt:
     columns = job.input.columns
     if columns.messages is not None:
         return ChatPrompt(columns.messages)
@@ -265,6 +268,25 @@ class ChatPrompt:
                 Reason.WRONG_TYPE,
                 f"{where}: column {column!r} is {kind}; must be list<struct<role, content>> or JSON text",
             )
+
+
+class SampledPrompt:
+    """A prompt, and the columns that each row's own sampling is in."""
+
+    def __init__(self, prompt: Prompt, columns: tuple[str, ...]) -> None:
+        self._prompt = prompt
+        self._sampled = columns
+        self.columns: tuple[str, ...] = tuple(dict.fromkeys([*prompt.columns, *columns]))
+
+    def messages(self, row: Row) -> Messages:
+        return self._prompt.messages(row)
+
+    def check(self, schema: pa.Schema, where: str) -> None:
+        self._prompt.check(schema, where)
+        for column in self._sampled:
+            kind = column_type(schema, column, where)
+            if not (pat.is_integer(kind) or pat.is_floating(kind) or pat.is_null(kind)):
+                raise ColumnRefused(Reason.WRONG_TYPE, f"{where}: column {column!r} is {kind}; must be a number")
 
 
 def column_type(schema: pa.Schema, column: str, where: str) -> pa.DataType:

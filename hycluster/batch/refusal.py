@@ -21,6 +21,7 @@ class Reason(StrEnum):
         INVALID_UTF8: a text's bytes are not UTF-8.
         INVALID_MESSAGES: the value is not a chat.
         PROMPT_TOO_LONG: the prompt leaves no room for an output in the model's context.
+        INVALID_OUTPUT: the output is not the object whose fields are to be written into columns.
         REFUSED: the model's front end or its engine refuses this request; the message says why.
         POISON: replica after replica died soon after it got this row; see ``docs/failover.md``.
     """
@@ -34,6 +35,7 @@ class Reason(StrEnum):
     INVALID_UTF8 = "InvalidUtf8"
     INVALID_MESSAGES = "InvalidMessages"
     PROMPT_TOO_LONG = "PromptTooLong"
+    INVALID_OUTPUT = "InvalidOutput"
     REFUSED = "Refused"
     POISON = "Poison"
 

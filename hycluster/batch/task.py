@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
 
+import pyarrow as pa
+
+from hycluster.batch.added import added_columns, added_values
 from hycluster.batch.ask import Asker, RowBackend
 from hycluster.batch.job import Job, Summary
-from hycluster.batch.prompts import TREE, Prompt, Row, prompt_of
+from hycluster.batch.prompts import Prompt, Row, prompt_of
 from hycluster.batch.summaries.summarizer import Summarizer
-from hycluster.core import GenerationRequest, Priority
+from hycluster.core import GenerationRequest, Priority, Sampling
 from hycluster.gateway.bulk import FIXED_ROWS
 
 
@@ -51,6 +54,7 @@ class JobBackend(RowBackend, Protocol):
         """The places of one job's rows in the engines; see :class:`hycluster.gateway.bulk.BulkLanes`."""
 
 
+WHOLE_NUMBERS = ("max_tokens", "min_tokens", "top_k", "seed")
 Connect = Callable[[], AbstractAsyncContextManager[JobBackend]]
 
 
@@ -62,7 +66,7 @@ class Answer:
     finish_reason: str | None
     prompt_tokens: int
     completion_tokens: int
-    extra: tuple[str | None, ...] = ()
+    extra: tuple[Any, ...] = ()
 
 
 class Task(Protocol):
@@ -70,12 +74,12 @@ class Task(Protocol):
 
     Attributes:
         columns: the input columns that it reads.
-        extra_columns: string columns that it adds to the usual ones.
+        extra_columns: columns that it adds to the usual ones.
         ask: makes its calls.
     """
 
     columns: tuple[str, ...]
-    extra_columns: tuple[str, ...]
+    extra_columns: tuple[pa.Field, ...]
     ask: Asker
 
     @property
@@ -125,11 +129,10 @@ def _lane(job: Job, generator: JobBackend) -> Places:
 class Chat:
     """One request a row."""
 
-    extra_columns: tuple[str, ...] = ()
-
     def __init__(self, job: Job, generator: RowBackend, slots: Places) -> None:
         self.prompt: Prompt = prompt_of(job)
         self.columns = self.prompt.columns
+        self.extra_columns = added_columns(job)
         self.generator = generator
         self.slots = slots
         self.ask = Asker(job.retry_s, lambda: slots.alive_s)
@@ -143,21 +146,42 @@ class Chat:
         return "\0".join(f"{message['role']}\0{message['content']}" for message in self.prompt.messages(row))
 
     async def answer(self, row: Row, request_id: str) -> Answer:
+        job = self._job
         request = GenerationRequest(
-            model=self._job.model,
+            model=job.model,
             messages=self.prompt.messages(row),
-            sampling=self._job.sampling,
+            sampling=_sampling_of(job, row),
             priority=Priority.BATCH,
             request_id=request_id,
+            structured_output=job.structured_output.asked() if job.structured_output else None,
+            tools=list(job.tools) if job.tools else None,
+            tool_choice=job.tool_choice,
+            chat_template_kwargs=job.chat_template_kwargs,
         )
         generation = await self.ask(request_id, partial(self.generator.generate, request))
-        (output,), usage = generation.outputs, generation.usage
+        outputs, usage = sorted(generation.outputs, key=lambda output: output.index), generation.usage
+        output = outputs[0]
         return Answer(
             output.text,
             output.finish_reason,
             usage.prompt_tokens if usage else 0,
-            usage.completion_tokens if usage else len(output.token_ids),
+            usage.completion_tokens if usage else sum(len(each.token_ids) for each in outputs),
+            added_values(job, outputs) if job.task != "summarize" else (),
         )
+
+
+def _sampling_of(job: Job, row: Row) -> Sampling:
+    """The job's, with what the row has of its own.
+
+    Raises:
+        InvalidInput: names the field, the value and what is allowed.
+    """
+    own = {name: row[column] for name, column in job.input.columns.sampling.items() if row[column] is not None}
+    for name, value in own.items():
+        # Where a column of whole numbers has nulls, some tools make floats of it.
+        if isinstance(value, float) and value.is_integer() and name in WHOLE_NUMBERS:
+            own[name] = int(value)
+    return replace(job.sampling, **own) if own else job.sampling
 
 
 class LongText:
@@ -167,7 +191,7 @@ class LongText:
         settings = job.summary or Summary()
         (column,) = chat.columns
         self.columns: tuple[str, ...] = chat.columns
-        self.extra_columns: tuple[str, ...] = (TREE,) if settings.keep_tree else ()
+        self.extra_columns = chat.extra_columns
         self.ask = chat.ask
         self.slots = chat.slots
         self._chat = chat
@@ -177,6 +201,7 @@ class LongText:
             chat.ask,
             model=job.model,
             sampling=job.sampling,
+            template_kwargs=job.chat_template_kwargs,
             settings=settings,
             whole=lambda text: chat.prompt.messages({column: text}),
         )
@@ -193,7 +218,8 @@ class LongText:
         # Refuses what is no text before its tokens are counted.
         self._chat.prompt.messages(row)
         if await self._summarizer.fits(row[column]):
-            return await self._chat.answer(row, request_id)
+            answer = await self._chat.answer(row, request_id)
+            return replace(answer, extra=(None,) * len(self.extra_columns))
         # The tree's calls take slots themselves, the one that the row holds among them.
         self.slots.release()
         try:

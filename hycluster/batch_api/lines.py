@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pyarrow as pa
 from starlette.types import ASGIApp
 
 from hycluster import errors
@@ -42,7 +43,7 @@ NOT_RUN = "not run"
 # Where the endpoints have their prompts.
 PROMPTS = ("messages", "prompt", "input")
 # Columns beside the usual ones.
-EXTRA = ("cached_tokens", "reasoning_tokens")
+EXTRA = tuple(pa.field(name, pa.string()) for name in ("cached_tokens", "reasoning_tokens"))
 
 
 class LineFailed(InvalidInput):
@@ -85,7 +86,7 @@ class LinesTask:
     """
 
     columns: tuple[str, ...] = (BODY,)
-    extra_columns: tuple[str, ...] = EXTRA
+    extra_columns: tuple[pa.Field, ...] = EXTRA
 
     def __init__(
         self, engines: BatchEngines, batch: str, endpoint: str, in_flight: asyncio.Semaphore | None, open_lines: int

@@ -235,8 +235,8 @@ async def model_app(gateway: Gateway, settings: Http) -> FastAPI:
     if (completions := app.state.openai_serving_completion) is not None:
         patch_completions(completions, gateway.check_admission)
     if (responses := app.state.openai_serving_responses) is not None:
-        patch_tools(responses, gateway.model.name)
         patch_responses(responses)
+        patch_tools(responses, gateway.model.name)
     app.include_router(_model_cards(app.state.openai_serving_models))
     # vLLM's app asks this mapping for a name that is no model's.
     app.state.openai_serving_models.lora_requests = gateway.lora_requests

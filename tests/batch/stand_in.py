@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from hycluster.batch.task import Connect
-from hycluster.core import Generation, GenerationRequest, ModelCard, Output, Priority, Usage
+from hycluster.core import ChatFields, Generation, GenerationRequest, ModelCard, Output, Priority, Usage
 from hycluster.errors import InvalidInput, KillsReplicas, PromptTooLong, Unavailable
 from hycluster.gateway.bulk import FIXED_ROWS, BulkLane, BulkLanes
 
@@ -39,7 +39,12 @@ class StandInGenerator:
         return [ModelCard("stand-in", self.context_tokens, 1)]
 
     async def tokenize(
-        self, model: str, *, prompt: str | None = None, messages: list[dict[str, Any]] | None = None
+        self,
+        model: str,
+        *,
+        prompt: str | None = None,
+        messages: list[dict[str, Any]] | None = None,
+        **chat: Unpack[ChatFields],
     ) -> list[int]:
         text = prompt or " ".join(str(message["content"]) for message in messages or [])
         return list(range(len(text.split()) + 1))

@@ -146,6 +146,17 @@ class TestOpenAI:
         )
         assert "Paris" in answer.output_text
 
+    def test_tools_without_a_parser_are_refused_by_our_settings_name(self, client: openai.OpenAI) -> None:
+        function: Any = {"name": "f", "parameters": {"type": "object", "properties": {}}}
+        with pytest.raises(openai.BadRequestError, match=r"models\[\]\.api\.tool_call_parser"):
+            client.chat.completions.create(
+                model=HUNYUAN, messages=QUESTION, tools=[{"type": "function", "function": function}]
+            )
+        with pytest.raises(openai.BadRequestError, match=r"models\[\]\.api\.tool_call_parser"):
+            client.responses.create(
+                model=HUNYUAN, input="hello", tools=[{"type": "function", "strict": None} | function]
+            )
+
     def test_a_response_is_gone_on_from_with_any_model(self, client: openai.OpenAI) -> None:
         one = client.responses.create(model=MODEL, input="Say hello.", temperature=0, max_output_tokens=8)
         two = client.responses.create(

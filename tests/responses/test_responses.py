@@ -17,7 +17,6 @@ import pytest
 
 from hycluster.responses.app import WithResponses
 from hycluster.responses.background import Background
-from hycluster.responses.records import new_response_id
 from hycluster.responses.store import ResponseStore
 from hycluster.settings.ingress import Batches, Http, Responses
 from tests.responses.stand_in import StandInApp

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from itertools import chain, count
 from typing import Any
 
+from hycluster.batch.added import added_columns
 from hycluster.batch.input.corpus import ADDED, ShardPlan
 from hycluster.batch.job import Job
-from hycluster.batch.prompts import TREE, VERSION
+from hycluster.batch.prompts import VERSION
 from hycluster.errors import SettingsError
 
 Identity = dict[str, Any]
@@ -19,11 +20,18 @@ def identity(job: Job, plan: ShardPlan) -> Identity:
     """All that the output depends on: two runs with equal identities may work on one output."""
     fields = {"model", "task", "prompt", "question", "summary", "sampling", "shard_rows"}
     settings = job.model_dump(mode="json", include=fields)
+    # Only where they are set, so that outputs from before there were these are still known.
+    newer = {"structured_output", "tools", "tool_choice", "chat_template_kwargs"}
+    settings |= job.model_dump(mode="json", include=newer, exclude_none=True)
+    settings |= {f"output_{name}": True for name in ("fields", "reasoning") if getattr(job.output, name)}
+    columns = job.input.columns.model_dump()
+    if not columns["sampling"]:
+        del columns["sampling"]
     suffix = columns_suffix(job, plan)
     if suffix:
         settings[SUFFIX] = suffix
     return {
-        "job": {**settings, "columns": job.input.columns.model_dump(), "prompts_version": VERSION},
+        "job": {**settings, "columns": columns, "prompts_version": VERSION},
         "input": {
             "files": len(plan.files),
             "rows": plan.rows,
@@ -41,7 +49,7 @@ def columns_suffix(job: Job, plan: ShardPlan) -> str:
     Raises:
         SettingsError: with the ending that the job asks for, the input has one of these names.
     """
-    added = (*ADDED, TREE) if job.summary is not None and job.summary.keep_tree else ADDED
+    added = (*ADDED, *(column.name for column in added_columns(job)))
     wanted = job.output.columns_suffix
     if wanted is None:
         # The input may be the output of a job, or of a chain of them.

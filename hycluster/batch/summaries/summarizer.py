@@ -19,7 +19,7 @@ from hycluster.batch.job import Summary
 from hycluster.batch.prompts import Language, Messages, language_of, merge_messages, part_messages
 from hycluster.batch.summaries.splitter import CountTokens, Part, split_text
 from hycluster.batch.summaries.tree import SEAM_TOKENS, Budget, Node, Tree, budget, plan_merges
-from hycluster.core import Generation, GenerationRequest, Priority, Sampling
+from hycluster.core import ChatFields, Generation, GenerationRequest, Priority, Sampling
 from hycluster.errors import InvalidInput, UnknownModel
 
 # No tokenizer in use makes fewer tokens of ordinary text. Where a text does have fewer, it is counted whole.
@@ -46,6 +46,7 @@ class Summarizer:
     Args:
         whole: makes the messages that ask for the summary of a text that fits.
         ask: makes each of its calls.
+        template_kwargs: for the model's chat template.
         priority: of its calls in the engines' queues.
     """
 
@@ -58,6 +59,7 @@ class Summarizer:
         model: str,
         sampling: Sampling,
         settings: Summary,
+        template_kwargs: dict[str, Any] | None = None,
         whole: Callable[[str], Messages],
         priority: Priority = Priority.BATCH,
     ) -> None:
@@ -67,6 +69,7 @@ class Summarizer:
         self._model = model
         self._sampling = sampling
         self._settings = settings
+        self._template_kwargs = template_kwargs
         self._whole = whole
         self._priority = priority
         self._count: CountTokens = generator.token_counter(model)
@@ -180,6 +183,7 @@ class Summarizer:
             sampling=sampling,
             priority=self._priority,
             request_id=request_id,
+            chat_template_kwargs=self._template_kwargs,
         )
         return await self._asked(request_id, partial(self._generator.generate, request))
 
@@ -189,8 +193,9 @@ class Summarizer:
             cards = {card.name: card for card in await self._generator.models()}
             if self._model not in cards:
                 raise UnknownModel(self._model, sorted(cards))
+            chat: ChatFields = {"chat_template_kwargs": self._template_kwargs} if self._template_kwargs else {}
             whole, part, merge = [
-                len(await self._generator.tokenize(self._model, messages=messages))
+                len(await self._generator.tokenize(self._model, messages=messages, **chat))
                 for messages in (
                     self._whole(_SHORT[language]),
                     part_messages("x", MANY, MANY, language),
