@@ -3,8 +3,9 @@
 vLLM's priority policy orders its waiting queue and nothing else: what runs is served in the order of admission, and a
 waiting request takes no place of a running one. Here a row of bulk priority
 
-- is *parked* while online work needs the step: it keeps its KV blocks and gets no token in it. It joins a step with
-  online work only as far as that lengthens the step by ``max_slowdown``;
+- is *parked* while online work needs the step: it keeps its KV blocks and gets no token in it. It joins steps with
+  online work only as far as that lengthens them by ``max_slowdown``, and where some tokens of a step are free, as on
+  GPUs, with these alone;
 - is *given up* where an online request needs its slot or its blocks: it waits again, and what the prefix cache (or the
   host, with offload on) still has of it need not be computed again. The ones with the least to recompute go first;
 - in steps without online work takes as much as fits ``max_step_s``, since a request that arrives has to wait for the
