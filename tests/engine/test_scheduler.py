@@ -334,8 +334,12 @@ def test_bulk_alone_loses_little(tiny_model: Path) -> None:
 def test_where_tokens_are_free_bulk_rows_take_no_others(tiny_model: Path) -> None:
     """A step with an online prompt in it has none left, and is as long as without them; a step without one has many."""
 
+    from hycluster.engine.scheduler import ColocationScheduler
+
     def run(bulk: int) -> tuple[list[float], Case]:
         case = make_case(tiny_model, blocks=2000, seconds=on_gpu)
+        scheduler = case.engine.scheduler
+        assert isinstance(scheduler, ColocationScheduler)
         fill_with_bulk(case, bulk, tokens=60)
         case.until(5)
         case.add("online", 20, 400, Priority.ONLINE)
@@ -344,7 +348,7 @@ def test_where_tokens_are_free_bulk_rows_take_no_others(tiny_model: Path) -> Non
             while f"prompt-{number}" not in case.tokens:
                 begun = case.engine.now_s
                 case.step()
-                length, taken = case.engine.now_s - begun, case.engine.scheduler._room.taken
+                length, taken = case.engine.now_s - begun, scheduler._room.taken
                 assert not taken or length < 0.02, "beside a prompt"
             case.until(case.engine.now_s + 0.3)
         case.finish("online")
