@@ -181,7 +181,7 @@ def gpu(arguments: argparse.Namespace) -> None:
             machine = machine_of(model, OnGpu(gpu_name, ROOT / shape, weights))
             vllm = Simulation(machine, SIDES["priority"][0], seed=arguments.seed)
             begun = time.monotonic()
-            scale = vllm.scale_for(trace, arguments.load)
+            scale = arguments.scale or vllm.scale_for(trace, arguments.load)
             requests = scaled(trace, scale, arguments.seed)
             compared = vllm.compare(requests, BulkJob(*BULK_ON_GPU))
             left, alone = compared["left_over_tokens_per_s"], compared["alone"]
@@ -215,6 +215,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.5, help="real: online requests a second")
     parser.add_argument("--trace", type=Path, help="gpu: a file of requests")
     parser.add_argument("--load", type=float, default=0.6, help="gpu: share of the capacity")
+    parser.add_argument("--scale", type=float, help="gpu: of the trace, in place of --load")
     parser.add_argument("--gpus", default="H20,H200")
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--sides", default=",".join(SIDES))

@@ -3,8 +3,9 @@
 vLLM's priority policy orders its waiting queue and nothing else: what runs is served in the order of admission, and a
 waiting request takes no place of a running one. Here a row of bulk priority
 
-- is *parked* while online work needs the step: it keeps its KV blocks and gets no token in it. It joins a step with
-  online work only as far as that lengthens the step by ``max_slowdown``;
+- is *parked* while online work needs the step: it keeps its KV blocks and gets no token in it. It joins steps with
+  online work only as far as that lengthens them by ``max_slowdown``, and where some tokens of a step are free, as on
+  GPUs, with these alone;
 - is *given up* where an online request needs its slot or its blocks: it waits again, and what the prefix cache (or the
   host, with offload on) still has of it need not be computed again. The ones with the least to recompute go first;
 - in steps without online work takes as much as fits ``max_step_s``, since a request that arrives has to wait for the
@@ -43,7 +44,7 @@ from vllm.v1.request import Request
 
 from hycluster.core import ColocationLoad, Priority
 from hycluster.engine.rank_work import RankWork, Siblings
-from hycluster.engine.step_room import BulkRow, StepRoom
+from hycluster.engine.step_room import BulkRow, Slowdown, StepRoom
 from hycluster.engine.step_time import StepTime, StepWork
 from hycluster.settings.model import Colocation
 
@@ -125,6 +126,7 @@ class ColocationScheduler(Scheduler):
         self.kv_holding_waiting = self._kv_holding = _Queue(self.kv_holding_waiting)
         self.clock: Callable[[], float] = time.monotonic
         self.step_time = StepTime()
+        self._slowdown = Slowdown(self.colocation.max_slowdown)
         self.siblings = Siblings()
         # Those that may not have ended yet.
         self._bulk: set[str] = set()
@@ -204,9 +206,11 @@ class ColocationScheduler(Scheduler):
         """A step with online work: bulk may lengthen it by a share."""
         if not self.step_time.known or self._short_of_blocks(waiting):
             return StepRoom(bulk_s=0.0, others=True)
-        work = self._online_work(online, waiting)
-        may_add = max(self.colocation.max_slowdown * self.step_time.predict(work), self._credit_s)
-        return StepRoom.of(may_add, self.step_time, work)
+        work, cost = self._online_work(online, waiting), self.step_time
+        may_add = self._slowdown.may_add(work, cost)
+        if self._credit_s > may_add:
+            return StepRoom.of(self._credit_s, cost, work)
+        return StepRoom.of(may_add, cost, work, only_free=cost.free_tokens > 0)
 
     def _short_of_blocks(self, waiting: list[Request]) -> bool:
         """Whether there are too few for online requests that wait: then bulk rows get none of them in this step.
@@ -311,12 +315,13 @@ class ColocationScheduler(Scheduler):
             self._parked = sum(map(self._was_parked, self.running))
         self._credit_s = min(max(0.0, self._credit_s - self._room.used_s), self.colocation.max_step_s)
         self._begun[id(output)] = begun, work
+        if not self._bulk and not self.siblings:
+            return
+        online = [requests[one].num_computed_tokens for one in rows if one not in taken]
         if self.siblings:
-            self.siblings.tell(RankWork.of(work, self._online_rows(rows, taken)))
-
-    def _online_rows(self, rows: Iterable[str], taken: set[str]) -> StepWork | None:
-        online = [self.requests[one].num_computed_tokens for one in rows if one not in taken]
-        return StepWork(0, len(online), sum(online)) if online else None
+            self.siblings.tell(RankWork.of(work, StepWork(0, len(online), sum(online)) if online else None))
+        if online and self.step_time.known:
+            self._slowdown.note(StepWork(total - bulk - len(online), len(online), sum(online)), self.step_time)
 
     def _was_parked(self, request: Request) -> bool:
         """A bulk row that could have had a token; with pipeline stages some have theirs in a step before this one."""

@@ -14,6 +14,8 @@ LEAST_CHUNK_TOKENS = 16
 GROWTH = 2
 # And at first has this many sequences and tokens of prompts.
 FIRST_SEQUENCES, FIRST_TOKENS = 4, 64
+# Online steps of the past that count; one step may be lengthened by so many times the share.
+MEAN_STEPS, MOST_SHARES = 10_000, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ class StepRoom:
         max_loras: most of them in one step.
         used_s: time that bulk rows add to it, as predicted.
         taken: ids of the bulk rows in it.
+        only_free: bulk rows get no others; what they add is what their rows and their KV cache take.
     """
 
     bulk_s: float = math.inf
@@ -59,9 +62,10 @@ class StepRoom:
     max_loras: float = math.inf
     used_s: float = 0.0
     taken: set[str] = field(default_factory=set)
+    only_free: bool = False
 
     @classmethod
-    def of(cls, bulk_s: float, cost: StepTime, others: StepWork | None = None) -> StepRoom:
+    def of(cls, bulk_s: float, cost: StepTime, others: StepWork | None = None, only_free: bool = False) -> StepRoom:
         """For so much time, as far as the model of the step time can be trusted.
 
         Args:
@@ -79,6 +83,7 @@ class StepRoom:
             free_tokens=max(0, cost.free_tokens - used),
             least_chunk=least,
             others=others is not None,
+            only_free=only_free,
         )
 
     def grant(self, row: BulkRow, cost: StepTime) -> int:
@@ -119,4 +124,40 @@ class StepRoom:
         if left < 0:
             return -1
         fits = left / cost.prefill_token_s if cost.prefill_token_s > 0 else math.inf
+        if self.only_free:
+            fits = 0.0
         return fits + self.free_tokens - 1 if cost.free_tokens else fits
+
+
+class Slowdown:
+    """How much bulk rows may lengthen steps with online work in them: by a share of these steps' time.
+
+    Where no token is free, of each step. Where some are, on GPUs, bulk rows take only these: any other costs the same
+    whichever step it is in, and one that is free costs nothing. A long online prompt leaves none. So all of the share
+    is added to the steps without one, as far as that is not out of proportion: online callers wait for hundreds of
+    steps a request, and for the mean of them. What lengthens steps lets more online requests be there at once, which
+    lengthens them further; by the arithmetic alone, tokens come slower by more than the share when engines are full.
+    """
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._seen = 0
+        # Of the last steps: how long they were without bulk rows, and how many of them had free tokens.
+        self._mean_s = self._with_free = 0.0
+
+    def note(self, online: StepWork, cost: StepTime) -> None:
+        """Take note of the online work of a step."""
+        self._seen = min(self._seen + 1, MEAN_STEPS)
+        self._mean_s += (cost.predict(online) - self._mean_s) / self._seen
+        self._with_free += (_has_free(online, cost) - self._with_free) / self._seen
+
+    def may_add(self, online: StepWork, cost: StepTime) -> float:
+        """Seconds, to a step with this online work."""
+        own_s = cost.predict(online)
+        if not cost.free_tokens or not self._with_free:
+            return self._share * own_s
+        return self._share * min(max(own_s, self._mean_s / self._with_free), MOST_SHARES * own_s)
+
+
+def _has_free(work: StepWork, cost: StepTime) -> bool:
+    return work.prefill_tokens + work.sequences < cost.free_tokens

@@ -30,7 +30,7 @@ _INERTIA = 0.05
 _OUTLIER = 3.0
 _KV_UNIT = 1024.0
 # Tokens that may be free.
-KNEES = (0, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+KNEES = (0, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)
 # A knee has to leave so much less unexplained than a smaller one; to leave less than this (of the square) is no merit.
 _BETTER, _EXACT = 0.8, 1e-6
 

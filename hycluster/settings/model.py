@@ -60,7 +60,7 @@ class Colocation(Strict):
         enabled: False leaves the engine's own scheduler, which lets online callers wait for bulk rows.
         max_step_s: what an online arrival may have to wait for: steps without online work are cut to it. Longer steps
             give bulk work more throughput where a step's time grows with its rows.
-        max_slowdown: share by which bulk rows may lengthen a step with online work in it; 0 keeps them out.
+        max_slowdown: share by which bulk rows may lengthen the time of steps with online work; 0 keeps them out.
         min_batch_share: share of the engine's time that bulk work gets even where online work never pauses. It
             lengthens online steps, also beyond ``max_slowdown``; 0 lets bulk work wait for as long as it takes.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,11 @@ SLOTS, BLOCKS, BLOCK_TOKENS = 16, 256, 16
 
 def step_time(work: StepWork) -> float:
     return 0.07 + 0.003 * work.prefill_tokens + 0.012 * work.sequences
+
+
+def on_gpu(work: StepWork) -> float:
+    """16 ms for the weights, or 125 us a token from the 129th on; and the KV cache."""
+    return max(0.016, 1.25e-4 * (work.prefill_tokens + work.sequences)) + 2e-7 * work.kv_tokens
 
 
 @dataclass
@@ -85,6 +91,7 @@ def make_case(
     blocks: int = BLOCKS,
     asynchronous: bool = False,
     engine: dict[str, object] | None = None,
+    seconds: Callable[[StepWork], float] = step_time,
     **colocation: float | bool,
 ) -> Case:
     from hycluster.engine.scheduler import use_colocation
@@ -103,7 +110,7 @@ def make_case(
     if asynchronous:
         config.scheduler_config.async_scheduling, config.scheduler_config.scheduler_cls = True, None
         use_colocation(config, settings)
-    return Case(VirtualEngine(config, blocks, step_time))
+    return Case(VirtualEngine(config, blocks, seconds))
 
 
 def fill_with_bulk(case: Case, count: int = 64, tokens: int = 40) -> None:
@@ -322,6 +329,35 @@ def test_bulk_alone_loses_little(tiny_model: Path) -> None:
         return 64 * 40 / case.engine.now_s
 
     assert rate(max_step_s=10) >= 0.95 * rate(enabled=False)
+
+
+def test_where_tokens_are_free_bulk_rows_take_no_others(tiny_model: Path) -> None:
+    """A step with an online prompt in it has none left, and is as long as without them; a step without one has many."""
+
+    from hycluster.engine.scheduler import ColocationScheduler
+
+    def run(bulk: int) -> tuple[list[float], Case]:
+        case = make_case(tiny_model, blocks=2000, seconds=on_gpu)
+        scheduler = case.engine.scheduler
+        assert isinstance(scheduler, ColocationScheduler)
+        fill_with_bulk(case, bulk, tokens=60)
+        case.until(5)
+        case.add("online", 20, 400, Priority.ONLINE)
+        for number in range(20):
+            case.add(f"prompt-{number}", 400, 2, Priority.ONLINE)
+            while f"prompt-{number}" not in case.tokens:
+                begun = case.engine.now_s
+                case.step()
+                length, taken = case.engine.now_s - begun, scheduler._room.taken
+                assert not taken or length < 0.02, "beside a prompt"
+            case.until(case.engine.now_s + 0.3)
+        case.finish("online")
+        return case.itl("online"), case
+
+    (alone, _), (beside, case) = run(0), run(600)
+    assert sum(beside) <= 1.12 * sum(alone)
+    told = [at for name, times in case.tokens.items() if name.startswith("bulk") for at in times]
+    assert sum(case.come["online"] < at < case.over["online"] for at in told) > 10 * len(beside)
 
 
 def test_a_mixed_hour(tiny_model: Path) -> None:

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 
-from hycluster.engine.step_room import FIRST_SEQUENCES, FIRST_TOKENS, BulkRow, StepRoom
+from hycluster.engine.step_room import FIRST_SEQUENCES, FIRST_TOKENS, MOST_SHARES, BulkRow, Slowdown, StepRoom
 from hycluster.engine.step_time import StepTime, StepWork
 
 
@@ -71,6 +72,16 @@ def test_adapters() -> None:
     assert [room.grant(decode(number, lora), cost) for number, lora in enumerate((1, 2, 7, 0, 1))] == [1, 0, 1, 1, 1]
 
 
+def gpu() -> StepTime:
+    """16 ms a step of up to 256 tokens, 62.5 us each beyond; and 1 us a token of KV cache."""
+    cost, pick = StepTime(), random.Random(5)
+    for tokens, rows in itertools.product((10, 60, 120, 250, 500, 1000, 2000), (1, 4, 9) * 7):
+        kv = rows * pick.randrange(1000)
+        cost.learn(StepWork(tokens - rows, rows, kv), max(0.016, 6.25e-5 * tokens) + 1e-6 * kv)
+    assert cost.free_tokens == 256
+    return cost
+
+
 def test_tokens_that_are_free_come_on_top_of_what_there_is_time_for() -> None:
     """16 ms a step of up to 256 tokens, 60 us each beyond."""
     cost = StepTime()
@@ -82,3 +93,39 @@ def test_tokens_that_are_free_come_on_top_of_what_there_is_time_for() -> None:
     assert abs(room.grant(BulkRow("prompt", 0, 2000, divisible=True), cost) - (256 - 100 + 0.0016 / 6.25e-5)) < 5
     room = StepRoom.of(0.0016, cost, StepWork(1900, 100))
     assert room.grant(BulkRow("prompt", 0, 2000, divisible=True), cost) <= 0.0016 / 6.25e-5 + 1
+
+
+def test_beside_online_work_only_tokens_that_are_free() -> None:
+    cost = gpu()
+    room = StepRoom.of(0.0016, cost, StepWork(0, 100), only_free=True)
+    # Each reads 50 tokens of KV cache.
+    assert [room.grant(decode(number), cost) for number in range(5)] == [1] * 5
+    assert room.grant(BulkRow("prompt", 0, 2000, divisible=True), cost) == 256 - 105
+    assert room.grant(decode(5), cost) == 0, "there is time, but nothing is free"
+    assert 0.0002 < room.used_s < 0.0003
+    room = StepRoom.of(0.0016, cost, StepWork(1900, 100), only_free=True)
+    assert room.grant(decode(0), cost) == 0
+    assert not room.taken
+
+
+def test_what_rows_cost_where_their_tokens_are_free() -> None:
+    cost, long = gpu(), BulkRow("long", computed=1500, tokens=1)
+    room = StepRoom.of(0.0016, cost, StepWork(0, 1), only_free=True)
+    assert room.grant(long, cost) == 1
+    assert room.grant(long, cost) == 0, "1.5 ms for its KV cache, of 0.1"
+
+
+def test_the_share_of_steps_without_free_tokens_is_added_to_the_others() -> None:
+    cost, slowdown = gpu(), Slowdown(0.1)
+    short, prompt = StepWork(0, 10), StepWork(510, 2)
+    assert math.isclose(slowdown.may_add(short, cost), 0.1 * 0.016, rel_tol=0.01)
+    for _ in range(50):
+        for _ in range(4):
+            slowdown.note(short, cost)
+        slowdown.note(prompt, cost)
+    assert math.isclose(slowdown.may_add(short, cost), 0.1 * (0.016 + 0.032 / 4), rel_tol=0.01)
+    for _ in range(500):
+        slowdown.note(prompt, cost)
+    assert math.isclose(slowdown.may_add(short, cost), 0.1 * 0.016 * MOST_SHARES, rel_tol=0.01)
+    # Where no token is free, each step bears its own.
+    assert slowdown.may_add(short, learned()) == 0.1 * learned().predict(short)
