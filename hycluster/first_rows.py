@@ -237,11 +237,13 @@ async def _once(name: str, call: Callable[[], Awaitable[T]]) -> T:
 
 
 def _travels(request: GenerationRequest) -> bool:
-    """Whether gRPC carries it as it is: what a message of ours has no field for it does not."""
+    """Whether gRPC carries it as it is; else a row's prompt would depend on the way that it goes."""
     try:
         arguments.check_arguments(messages=request.messages)
-        translate.request_to_pb(request)
+        carried = translate.request_from_pb(translate.request_to_pb(request))
     except InvalidInput:
+        return False
+    if carried != request:
         return False
     texts = [request.prompt or "", *(str(turn.get("content", "")) for turn in request.messages or ())]
     return sum(map(len, texts)) <= MOST_CHARACTERS

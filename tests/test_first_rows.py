@@ -130,7 +130,8 @@ async def test_what_is_the_rows_own_stays_with_it(
 @pytest.mark.parametrize(
     "message",
     [
-        {"content": [{"type": "text", "text": "one two"}]},
+        {"content": [{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}]},
+        {"content": "one two", "mood": "good"},
         {"content": None, "tool_calls": [{"type": "function"}]},
         {"content": None},
         {"content": "x" * 1_000_001},
