@@ -19,9 +19,8 @@ from ray.actor import ActorHandle
 from tokenizers import Tokenizer
 from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMNotFoundError, VLLMValidationError
 from vllm.inputs import EngineInput, split_enc_dec_input
-from vllm.logprobs import Logprob
 from vllm.lora.request import LoRARequest
-from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.tokenizers import TokenizerLike
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -32,12 +31,9 @@ from hycluster.core import (
     Generation,
     GenerationRequest,
     ModelCard,
-    Output,
     PoolHealth,
     Priority,
     Sampling,
-    TokenLogprob,
-    Usage,
     able,
 )
 from hycluster.directory.directory import find_directory
@@ -56,6 +52,7 @@ from hycluster.gateway.admission import check_id
 from hycluster.gateway.bulk import FIXED_ROWS, BulkLane
 from hycluster.gateway.chat import ModelChat, Turn, structured_outputs
 from hycluster.gateway.gateway import Gateway, open_gateway, until_one_can_serve
+from hycluster.gateway.outputs import lengths_of, output_of, usage_of
 from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
 
@@ -206,10 +203,10 @@ class Generator:
                 last, turn = output, read_by
         if last is None:
             raise Unavailable("the engine ended this request without an output")
-        said = [_output(o) for o in last.outputs]
+        said = [output_of(o) for o in last.outputs]
         if turn is not None:
             said = turn.whole(last, said)
-        return Generation(last.request_id, request.model, said, _usage(last, _lengths(last)))
+        return Generation(last.request_id, request.model, said, usage_of(last, lengths_of(last)))
 
     async def stream(
         self, request: GenerationRequest, *, deadline_s: float | None = None
@@ -220,8 +217,8 @@ class Generator:
             async for delta, turn in outputs:
                 for output in delta.outputs:
                     lengths[output.index] = lengths.get(output.index, 0) + len(output.token_ids)
-                usage = _usage(delta, lengths) if delta.finished else None
-                said = [_output(o) for o in delta.outputs]
+                usage = usage_of(delta, lengths) if delta.finished else None
+                said = [output_of(o) for o in delta.outputs]
                 if turn is not None:
                     said = turn.deltas(delta, said)
                     if not said and usage is None:
@@ -252,7 +249,7 @@ class Generator:
         request: GenerationRequest,
         kind: RequestOutputKind,
         deadline: float | None,
-    ) -> AsyncGenerator[RequestOutput, None]:
+    ) -> AsyncGenerator[tuple[RequestOutput, Turn | None], None]:
         with _translated_errors():
             async with asyncio.timeout_at(deadline):
                 engine_input, turn = await self._render(gateway, request)
@@ -416,25 +413,6 @@ def _prompt_ids(engine_input: EngineInput) -> list[int]:
     """What takes room in the context: the decoder's side, where a model has two."""
     _, decoder_input = split_enc_dec_input(engine_input)
     return list(decoder_input["prompt_token_ids"])
-
-
-def _lengths(output: RequestOutput) -> dict[int, int]:
-    return {o.index: len(o.token_ids) for o in output.outputs}
-
-
-def _usage(output: RequestOutput, lengths: Mapping[int, int]) -> Usage:
-    return Usage(len(output.prompt_token_ids or ()), sum(lengths.values()), output.num_cached_tokens or 0)
-
-
-def _output(output: CompletionOutput) -> Output:
-    logprobs = None
-    if output.logprobs is not None:
-        logprobs = [[_logprob(token_id, entry) for token_id, entry in position.items()] for position in output.logprobs]
-    return Output(output.index, output.text, list(output.token_ids), output.finish_reason, logprobs)
-
-
-def _logprob(token_id: int, entry: Logprob) -> TokenLogprob:
-    return TokenLogprob(token_id, entry.decoded_token or "", entry.logprob)
 
 
 @contextlib.asynccontextmanager

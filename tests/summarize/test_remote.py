@@ -45,7 +45,11 @@ async def test_no_field_of_a_request_stays_behind(address: str, stand_in: Summar
         },
         {"structured_output": StructuredOutput(regex="[a-z]+"), "job": "nightly", "session_id": "s", "request_id": "r"},
     ]
-    chat = {"model": MODEL, "messages": [{"role": "user", "content": "a b"}], "priority": Priority.BATCH}
+    chat: dict[str, Any] = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "a b"}],
+        "priority": Priority.BATCH,
+    }
     requests = [GenerationRequest(**chat, sampling=Sampling(max_tokens=2, n=2), **more) for more in of_each_kind]
     unset = GenerationRequest(model=MODEL, messages=chat["messages"])
     said = {of.name for of in fields(unset) for asked in requests if getattr(asked, of.name) != getattr(unset, of.name)}
