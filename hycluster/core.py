@@ -142,17 +142,14 @@ class StructuredOutput:
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, allowed: str) -> None:
             if not ok:
-                raise InvalidInput(
-                    f"structured_output.{name}: {shown(getattr(self, name))} is not allowed; must be {allowed}"
-                )
+                value = shown(getattr(self, name))
+                raise InvalidInput(f"structured_output.{name}: {value} is not allowed; must be {allowed}")
 
         check("json_object", isinstance(self.json_object, bool), "true or false")
-        given = [name.name for name in fields(self) if getattr(self, name.name) not in (None, False)]
-        if len(given) != 1:
-            allowed = ", ".join(name.name for name in fields(self))
-            raise InvalidInput(
-                f"structured_output: exactly one of {allowed} must be set; set are {', '.join(given) or 'none'}"
-            )
+        names = [one.name for one in fields(self)]
+        given = ", ".join(name for name in names if getattr(self, name) not in (None, False)) or "none"
+        if given not in names:
+            raise InvalidInput(f"structured_output: exactly one of {', '.join(names)} must be set; set are {given}")
         check("json_schema", self.json_schema is None or _is_schema(self.json_schema), "a JSON schema: an object")
         for name in ("regex", "grammar"):
             value = getattr(self, name)
@@ -223,9 +220,7 @@ class GenerationRequest:
         if self.tools is not None and not self.tools:
             raise InvalidInput("tools: must not be empty; leave it out instead")
         if self.structured_output is not None and self.tool_choice not in (None, "none", "auto"):
-            raise InvalidInput(
-                f"structured_output: can't go with tool_choice {shown(self.tool_choice)}, which forces a call"
-            )
+            raise InvalidInput(f"structured_output: can't go with tool_choice {shown(self.tool_choice)}, a forced call")
 
 
 class ChatFields(TypedDict, total=False):

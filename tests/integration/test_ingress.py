@@ -298,11 +298,18 @@ class TestGrpc:
             "required": ["city"],
             "additionalProperties": False,
         }
-        weather = {"type": "function", "function": {"name": "weather", "parameters": city}}
-        greedy = Sampling(temperature=0, max_tokens=40)
+        weather = {"type": "function", "function": {"name": "weather", "parameters": city, "strict": True}}
+        greedy = Sampling(temperature=0, max_tokens=80)
         async with AsyncClient(served.grpc) as caller:
             called, formed = await asyncio.gather(
-                caller.generate(MODEL, messages=QUESTION, tools=[weather], tool_choice="required", sampling=greedy),
+                caller.generate(
+                    MODEL,
+                    messages=QUESTION,
+                    tools=[weather],
+                    tool_choice="required",
+                    parallel_tool_calls=False,
+                    sampling=greedy,
+                ),
                 caller.generate(
                     MODEL, prompt="In JSON:", structured_output=StructuredOutput(json_schema=city), sampling=greedy
                 ),
