@@ -257,3 +257,10 @@ def test_a_write_is_flushed_and_so_is_its_name_before_it_returns(
         assert [flushed[0], flushed[-1]] == [str(folder)] * 2
         assert Path(flushed[1]).name.startswith(name)
         assert len(flushed) == 3
+
+
+@pytest.mark.parametrize("name", ["数据/a b", "%E6%95%B0%E6%8D%AE/a%20b"])
+def test_names_of_any_alphabet_in_a_uri(name: str, tmp_path: Path) -> None:
+    nowhere = "endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1"
+    assert locate(f"s3://key:secret@bucket/{name}?{nowhere}", "input.path").root == "bucket/数据/a b"
+    assert locate(f"file://{tmp_path}/{name}", "input.path").root == f"{tmp_path}/数据/a b"

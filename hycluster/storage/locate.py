@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import string
 from pathlib import Path
+from urllib.parse import quote
 
 import pyarrow.fs as pafs
 
@@ -24,7 +26,8 @@ def locate(path: str, field: str) -> Folder:
     if "://" not in path:
         return DiskFolder(pafs.LocalFileSystem(), str(Path(path).expanduser().absolute()), path)
     try:
-        filesystem, root = pafs.FileSystem.from_uri(path)
+        # A URI holds neither spaces nor letters of other alphabets as they are, and people write them.
+        filesystem, root = pafs.FileSystem.from_uri(quote(path, safe=string.punctuation))
     except Exception as error:
         # Of whatever kind: some file systems are libraries of their own, which ask their hub first.
         raise SettingsError(f"{field}: {masked(path)!r} can't be used: {masked_line(error)}") from None
