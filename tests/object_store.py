@@ -53,7 +53,7 @@ def object_store() -> Iterator[ObjectStore]:
     """A running store with one empty bucket."""
     script = Path(__file__).with_name("object_store_server.py")
     with subprocess.Popen(
-        [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-P", str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as server:
         assert server.stdout is not None
         try:

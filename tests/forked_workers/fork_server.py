@@ -48,7 +48,7 @@ def hand_over() -> None:
         name: value for name, value in os.environ.items() if name not in _LATE and not name.startswith(_LATE_BEGINNINGS)
     }
     key = hashlib.sha256(json.dumps([raylet, sorted(kind.items())]).encode()).hexdigest()[:24]
-    told = json.dumps([sys.orig_argv[1:], dict(os.environ), os.getcwd()]).encode()
+    told = json.dumps([sys.orig_argv[1:], dict(os.environ), os.getcwd(), os.getpgrp()]).encode()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
         _connect(asking, f"hycluster-forks-{key}", raylet)
         files = array.array("i", [0, 1, 2])
@@ -94,6 +94,8 @@ def serve(address: str, raylet: int) -> None:
         except OSError:
             return  # Another worker's was first.
         listening.listen(64)
+        # Raylet kills a dead worker's group, and this process began as one's.
+        os.setpgid(0, 0)
         before = dict(os.environ)
         _import()
         added = {name: value for name, value in os.environ.items() if name not in before}
@@ -104,12 +106,15 @@ def serve(address: str, raylet: int) -> None:
             with asked:
                 head, ancillary, _, _ = asked.recvmsg(8, socket.CMSG_LEN(3 * 4))
                 files = array.array("i", ancillary[0][2])
-                arguments, environment, folder = json.loads(asked.recv(int.from_bytes(head, "big"), socket.MSG_WAITALL))
-                if forked := _clone_beside():
-                    asked.sendall(str(forked).encode())
+                told = json.loads(asked.recv(int.from_bytes(head, "big"), socket.MSG_WAITALL))
+                if _clone_beside():
                     for file in files:
                         os.close(file)
                     continue
+                arguments, environment, folder, group = told
+                # As long as the process that asks waits, its group is there to be joined.
+                os.setpgid(0, group)
+                asked.sendall(str(os.getpid()).encode())
             listening.close()
             _become(arguments, {**added, **environment}, folder, files)
             return
