@@ -5,7 +5,8 @@ variables and standard files over to the fork server, whose fork is the worker; 
 every raylet and every set of those variables that are read while modules are imported. Like a worker's, the server's
 and the forks' parent is the raylet. Nothing else runs in the server: no thread, no event loop.
 
-For tests alone; those of starts and of what is deployed have workers that import vLLM themselves.
+For tests alone. The rehearsal's machines (``tests/rehearsal.py``) have workers that import vLLM themselves, as all
+deployments have.
 """
 
 from __future__ import annotations
