@@ -12,6 +12,7 @@ deployments have.
 from __future__ import annotations
 
 import array
+import contextlib
 import ctypes
 import gc
 import hashlib
@@ -43,34 +44,41 @@ _CLONE_PARENT, _SYS_CLONE = 0x8000, {"x86_64": 56, "aarch64": 220}
 
 
 def hand_over() -> None:
-    """Have the server fork the worker that this process was to be, and end."""
+    """Have the server fork the worker that this process was to be, and end; go on as it if there is no server."""
     raylet = os.getppid()
     kind = {
         name: value for name, value in os.environ.items() if name not in _LATE and not name.startswith(_LATE_BEGINNINGS)
     }
     key = hashlib.sha256(json.dumps([raylet, sorted(kind.items())]).encode()).hexdigest()[:24]
     told = json.dumps([sys.orig_argv[1:], dict(os.environ), os.getcwd(), os.getpgrp()]).encode()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking, contextlib.suppress(OSError):
         _connect(asking, f"hycluster-forks-{key}", raylet)
         files = array.array("i", [0, 1, 2])
         asking.sendmsg([len(told).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
         asking.sendall(told)
-        forked = asking.recv(16)
-    os._exit(0 if forked else 1)
+        if asking.recv(16):
+            os._exit(0)
 
 
 def _connect(asking: socket.socket, address: str, raylet: int) -> None:
-    """To the server, which begins with the first worker."""
+    """To the server, which begins with the first worker.
+
+    Raises:
+        OSError: there is none.
+    """
     asked = False
-    while True:
+    for _ in range(200):
         try:
             asking.connect(f"\0{address}")
             return
         except (ConnectionRefusedError, FileNotFoundError):
             if not asked and not _clone_beside():
+                # Its threads would begin with numpy's import.
+                os.environ["OPENBLAS_NUM_THREADS"] = "1"
                 os.execv(sys.executable, [sys.executable, __file__, address, str(raylet)])
             asked = True
             time.sleep(0.05)
+    raise TimeoutError("the fork server does not begin")
 
 
 def _clone_beside() -> int:
