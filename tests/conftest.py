@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import logging
 import os
 import secrets
 import shutil
@@ -178,6 +179,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Lanes:
 def pytest_runtest_setup() -> None:
     # Left by a test that joined a cluster in this process; what others start must not inherit it.
     os.environ.pop("RAY_BACKEND_LOG_LEVEL", None)
+    # A library of vLLM's app sets both to ERROR (``hycluster/logs.py``), and a later test would see no warning.
+    logging.root.setLevel(logging.WARNING)
+    for handler in logging.root.handlers:
+        handler.setLevel(logging.NOTSET)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
