@@ -50,8 +50,6 @@ _MOST_AGAIN = 8
 _BEGAN = pytest.StashKey[tuple[float, float]]()
 # Ends the session's clusters that have been started, by the fixture's name.
 _ENDS: dict[str, Callable[[], None]] = {}
-# In its path, Python starts Ray's workers as forks of one that has imported vLLM.
-FORKED_WORKERS = Path(__file__).parent / "forked_workers"
 
 
 @pytest.fixture(scope="session")
@@ -99,9 +97,6 @@ def vllm_forks(ends_early: dict[str, Callable[[], None]]) -> VllmForks:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_BEGAN] = time.monotonic(), _busy_s()
-    path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    if str(FORKED_WORKERS) not in path:
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(FORKED_WORKERS), *filter(None, path)])
     if getattr(config.option, "testrunuid", "") is None:
         config.option.testrunuid = secrets.token_hex(16)
     if worker := os.environ.get("PYTEST_XDIST_WORKER"):

@@ -5,8 +5,7 @@ variables and standard files over to the fork server, whose fork is the worker; 
 every raylet and every set of those variables that are read while modules are imported. Like a worker's, the server's
 and the forks' parent is the raylet. Nothing else runs in the server: no thread, no event loop.
 
-For tests alone. The rehearsal's machines (``tests/rehearsal.py``) have workers that import vLLM themselves, as all
-deployments have.
+For the tests' ``served`` alone; all other clusters have workers that import vLLM themselves, as deployments have.
 """
 
 from __future__ import annotations

@@ -235,7 +235,7 @@ async def test_bulk_waits_on_all_ranks_for_online_work_on_one(deployed: Deployed
         # before the rows run has them wait without a slot, and what has none is not parked.
         await asyncio.to_thread(eventually, lambda: not any(running()), 30, "no rank runs anything")
         beside = bulk(gateway)
-        await asyncio.to_thread(eventually, lambda: min(running()) >= 4, 30, "all ranks run bulk rows")
+        await asyncio.to_thread(eventually, lambda: min(running()) >= 4, 90, "all ranks run bulk rows")
         seen: set[str] = set()
         async with asyncio.timeout(60):
             # As long as it takes to be reported: meanwhile hardly a row gets on.
