@@ -13,20 +13,23 @@ python=3.11
 compile() { # lock, options
   local lock="requirements/$1"
   shift
-  .venv/bin/uv pip compile pyproject.toml --python-version "$python" --generate-hashes \
-    --excludes requirements/left-out.txt "$@" \
+  .venv/bin/uv pip compile pyproject.toml --python-version "$python" --generate-hashes --excludes "$left_out" "$@" \
     ${UPGRADE:+--upgrade} --custom-compile-command "make lock" --quiet -o "$lock"
   echo "$lock: $(grep -c '^[a-z].*==' "$lock") packages"
 }
 
+left_out=requirements/left-out.txt
 cpu=(--universal --excludes requirements/left-out-cpu.txt --extra cpu --extra demo --no-emit-package torch)
 compile cpu.lock "${cpu[@]}"
 # The whole that tests need, less what is in cpu.lock already, in its versions.
 served="$(mktemp)"
-trap 'rm -f "$served"' EXIT
+called="$(mktemp)"
+trap 'rm -f "$served" "$called"' EXIT
 grep -oE '^[a-z0-9][a-z0-9.-]*==[^ ]+' requirements/cpu.lock >"$served"
 mapfile -t names < <(cut -d= -f1 "$served")
-compile dev.lock "${cpu[@]}" --extra dev --constraints "$served" "${names[@]/#/--no-emit-package=}"
+# What serving leaves out, and tests call it with.
+grep -vx anthropic "$left_out" >"$called"
+left_out="$called" compile dev.lock "${cpu[@]}" --extra dev --constraints "$served" "${names[@]/#/--no-emit-package=}"
 awk 'NR <= 2 || /^uv==/ { print; entry = /\\$/ } entry && /^ / { print; entry = /\\$/ }' requirements/dev.lock >requirements/uv.lock
 # Without [tool.uv]: its torch is the CPU's.
 compile gpu.lock --no-config --excludes requirements/left-out-gpu.txt --extra gpu --python-platform x86_64-manylinux_2_28
