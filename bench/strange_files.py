@@ -129,7 +129,7 @@ def compared(odd: Path, parts: list[Path]) -> tuple[str, str | None]:
 
 
 def by_duckdb(odd: Path, parts: list[Path]) -> str | None:
-    import duckdb  # type: ignore[import-not-found,unused-ignore]
+    import duckdb
 
     db = duckdb.connect()
     db.execute("SET threads=1; SET TimeZone='UTC'")
@@ -146,13 +146,13 @@ def by_duckdb(odd: Path, parts: list[Path]) -> str | None:
             raise TypeError(f"{name}: VARIANT is what its bytes are stored as, for pyarrow")
     for name in kinds[0]:
         quoted = '"' + name.replace('"', '""') + '"'
-        differ = db.execute(
+        ((differ,),) = db.execute(
             f"SELECT count(*) FROM {before} a JOIN {after} b USING (n__) WHERE a.{quoted} IS DISTINCT FROM b.{quoted}"
-        ).fetchone()
-        if differ[0]:
-            return f"{name}: {differ[0]} values"
-    both = db.execute(f"SELECT count(*) FROM {before} a JOIN {after} b USING (n__)").fetchone()[0]
-    out = db.execute(f"SELECT count(*) FROM {after}").fetchone()[0]
+        ).fetchall()
+        if differ:
+            return f"{name}: {differ} values"
+    ((both,),) = db.execute(f"SELECT count(*) FROM {before} a JOIN {after} b USING (n__)").fetchall()
+    ((out,),) = db.execute(f"SELECT count(*) FROM {after}").fetchall()
     return None if both == out else f"{out} rows, of which {both} are the input's"
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import datasets  # type: ignore[import-untyped]
+import duckdb
 import pandas as pd  # type: ignore[import-untyped]
+import polars as pl
 import pyarrow.dataset as ds
 import pytest
 
@@ -30,16 +33,13 @@ def test_pandas_and_pyarrow_read_the_folder(out: Path) -> None:
 
 
 def test_polars_reads_the_pattern(out: Path) -> None:
-    polars = pytest.importorskip("polars", reason="polars is not in the lock")
-    assert polars.read_parquet(out / "*.parquet").height == 13
+    assert pl.read_parquet(out / "*.parquet").height == 13
 
 
 def test_duckdb_reads_the_pattern(out: Path) -> None:
-    duckdb = pytest.importorskip("duckdb", reason="duckdb is not in the lock")
     assert duckdb.sql(f"select count(*) from read_parquet('{out}/*.parquet')").fetchall() == [(13,)]
 
 
 def test_datasets_reads_the_pattern(out: Path, tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets", reason="datasets is not in the lock")
     read = datasets.load_dataset("parquet", data_files=f"{out}/*.parquet", cache_dir=str(tmp_path / "cache"))
     assert read["train"].num_rows == 13

@@ -10,14 +10,14 @@ from importlib.metadata import distributions, packages_distributions
 from pathlib import Path
 
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from packaging.utils import NormalizedName, canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 REQUIREMENTS = ROOT / "requirements"
 FOLDERS = ("hycluster", "tests", "bench", "scripts")
 
 
-def locked() -> set[str]:
+def locked() -> set[NormalizedName]:
     """Names of the packages in the locks that `make setup` installs."""
     return {
         canonicalize_name(name)

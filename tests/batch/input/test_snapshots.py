@@ -13,9 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deltalake
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyiceberg.catalog.memory import InMemoryCatalog
 
 from hycluster.batch.input.corpus import ShardPlan, plan_shards
 from hycluster.batch.job import Job
@@ -33,7 +35,6 @@ MORE = pa.table({"text": ["d"], "country": ["de"]})
 
 def write_delta(uri: str, options: dict[str, str] | None = None) -> None:
     """Version 0 has a, b, c; 1 has d too; 2 has lost a."""
-    deltalake = pytest.importorskip("deltalake")
     deltalake.write_deltalake(uri, TEXTS, partition_by=["country"], storage_options=options)
     deltalake.write_deltalake(uri, MORE, mode="append", storage_options=options)
     deltalake.DeltaTable(uri, storage_options=options).delete("text = 'a'")
@@ -41,10 +42,6 @@ def write_delta(uri: str, options: dict[str, str] | None = None) -> None:
 
 def write_iceberg(folder: Path) -> list[int]:
     """The same; the ids of its snapshots."""
-    pytest.importorskip("pyiceberg")
-    pytest.importorskip("sqlalchemy")
-    from pyiceberg.catalog.memory import InMemoryCatalog
-
     catalog = InMemoryCatalog("test", warehouse=str(folder))
     catalog.create_namespace("n")
     table = catalog.create_table("n.t", schema=TEXTS.schema, location=str(folder / "t"))
