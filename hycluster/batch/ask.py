@@ -8,10 +8,10 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, Unpack
+from typing import Protocol, TypeVar, Unpack
 
 from hycluster.batch.refusal import Reason, RowRefused
-from hycluster.core import ChatFields, Generation, GenerationRequest, ModelCard
+from hycluster.core import Generation, GenerationRequest, ModelCard, PromptFields
 from hycluster.errors import (
     HyclusterError,
     InvalidInput,
@@ -43,14 +43,7 @@ class RowBackend(Protocol):
     async def models(self) -> list[ModelCard]:
         """What is served, with each model's longest context."""
 
-    async def tokenize(
-        self,
-        model: str,
-        *,
-        prompt: str | None = None,
-        messages: list[dict[str, Any]] | None = None,
-        **chat: Unpack[ChatFields],
-    ) -> list[int]:
+    async def tokenize(self, model: str, **asked: Unpack[PromptFields]) -> list[int]:
         """Token ids of a prompt, or of messages under the model's chat template."""
 
     def token_counter(self, model: str) -> Callable[[Sequence[str]], list[int]]:
