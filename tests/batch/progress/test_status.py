@@ -177,6 +177,22 @@ def test_follow_ends_with_the_job(make_job: MakeJob, monkeypatch: pytest.MonkeyP
     assert text.index("2/7") < text.index("7/7")
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_follow_ends_with_a_job_that_has_ended(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    out = commit_all(make_job(), first=2, finish=False)
+    looks: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        assert not looks, "it has ended"
+        looks.append(seconds)
+        tell_end(at(out), OutputFolder(at(out)).edition(), "stopped; its own command resumes it")
+
+    monkeypatch.setattr("hycluster.batch.progress.status.time.sleep", sleep)
+    assert "stopped; its own command" in " ".join(shown(out, terminal=terminal, follow=True).split())
+
+
 def test_where_no_job_is(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"^OUTPUT: '.*' holds no output of a job"):
         Watcher(at(tmp_path)).look()
