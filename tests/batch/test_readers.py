@@ -13,25 +13,37 @@ import pyarrow as pa
 import pyarrow.dataset
 import pytest
 
+from hycluster.batch.job import Job
 from hycluster.batch.progress.figures import write_report
 from hycluster.batch.progress.page import reader_lines
 from tests.batch.committed import commit_all
-from tests.batch.conftest import MakeJob, write_texts
+from tests.batch.conftest import write_texts
 from tests.located import at
 
 # The lines that the report shows are run as they are.
 READERS = {"datasets": datasets, "duckdb": duckdb, "pandas": pandas, "polars": polars, "pyarrow": pyarrow}
 
 
-@pytest.fixture
-def out(make_job: MakeJob, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """13 rows in the parts, one in the quarantine, and all files that a job leaves; its name needs quotes."""
+    folder = tmp_path_factory.mktemp("readers")
+    write_texts(folder / "in" / "a.parquet", [f"text {n}" for n in range(12)])
+    write_texts(folder / "in" / "b.parquet", ["fine", None])
+    return commit_all(job(folder / "in", folder / "what I've got"))
+
+
+def job(corpus: Path, output: Path) -> Job:
+    columns = {"path": str(corpus), "columns": {"text": "text"}}
+    settings = {"name": "test", "model": "m", "task": "generate", "shard_rows": 2, "input": columns}
+    return Job.model_validate({**settings, "output": {"path": str(output)}})
+
+
+@pytest.fixture
+def out(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    write_texts(corpus / "c.parquet", ["fine", None])
-    out = commit_all(make_job(output={"path": str(tmp_path / "what I've got")}))
-    (out / "_shards").mkdir(exist_ok=True)
-    write_report(at(out))
-    return out
+    write_report(at(written))
+    return written
 
 
 @pytest.mark.parametrize("who", sorted({*reader_lines("")} - {"Spark"}))
@@ -56,10 +68,10 @@ def _column(found: object, name: str) -> list[object]:
     return list(found[name])  # type: ignore[index]
 
 
-def test_the_report_shows_them_once_there_is_a_result(out: Path, make_job: MakeJob, tmp_path: Path) -> None:
+def test_the_report_shows_them_once_there_is_a_result(out: Path, tmp_path: Path) -> None:
     page = (out / "_report.html").read_text()
     assert f"pandas.read_parquet(&#34;{str(out).replace(chr(39), '&#39;')}&#34;)" in page
-    begun = commit_all(make_job(output={"path": str(tmp_path / "begun")}), first=2, finish=False)
+    begun = commit_all(job(out.parent / "in", tmp_path / "begun"), first=2, finish=False)
     write_report(at(begun))
     assert "pandas" not in (begun / "_report.html").read_text()
 
