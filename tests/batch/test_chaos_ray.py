@@ -63,13 +63,13 @@ class Cluster:
         )
         driver.start()
         if until is not None:
-            end_s = time.monotonic() + 120
+            end_s = time.monotonic() + 300
             while not until():
                 assert driver.is_alive(), said.read_text()
                 assert time.monotonic() < end_s, said.read_text()
                 time.sleep(0.1)
             os.kill(driver.pid, signal.SIGINT)
-        driver.join(120)
+        driver.join(300)
         return driver.exitcode, said.read_text().splitlines()[-1]
 
     @property
