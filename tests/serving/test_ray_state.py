@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -31,7 +32,7 @@ def test_what_the_controller_tells() -> None:
 
 def test_a_controller_that_has_just_begun_does_not_know_its_processes_yet() -> None:
     """It tells of each what it has read of its own state, and leaves the rest out."""
-    told = {"replica_id": "a", "start_time_s": 1.0}
+    told: dict[str, Any] = {"replica_id": "a", "start_time_s": 1.0}
     replicas = [
         ReplicaDetails(**told, state=ReplicaState.RECOVERING).model_dump(exclude_unset=True),
         ReplicaDetails(**{**told, "replica_id": "b"}, state=ReplicaState.STARTING).model_dump(exclude_unset=True),
