@@ -66,6 +66,9 @@ class WithResponses:
         app: vLLM's app over all models.
         store: None if there is none.
         background: None where nothing is answered in the background or kept: lines of a batch.
+
+    Attributes:
+        routes: what asks for one that is kept.
     """
 
     def __init__(self, app: ASGIApp, store: ResponseStore | None, background: Background | None, http: Http) -> None:
@@ -76,7 +79,7 @@ class WithResponses:
         self._most_bytes_together = http.max_bodies_mib << 20
         self._held = 0
         self._not_kept = NO_STORE if store is None else BATCH_LINE if background is None else None
-        self._routes = response_routes(store) if store is not None else None
+        self.routes = response_routes(store) if store is not None else None
         self._sweeping: asyncio.Future[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -85,7 +88,7 @@ class WithResponses:
         elif scope["path"] == PATH and scope["method"] == "POST":
             await self._create(scope, receive, send)
         elif scope["path"].startswith(f"{PATH}/") and scope["path"].count("/") > 2:
-            routes = self._routes or await answer_error(None, NotFound(f"response_id: {NO_STORE}"))
+            routes = self.routes or await answer_error(None, NotFound(f"response_id: {NO_STORE}"))
             await routes(scope, receive, send)
         else:
             await self._app(scope, receive, send)
