@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 NO_STORE = "no responses are stored here: 'responses' or 'batches' of the settings is null"
 BATCH_LINE = "it is a line of a batch; the batch's output file has what it is answered"
+# What stands for an item that OpenAI has stored: here whole responses are.
+REFERENCE = "item_reference"
 OK = 200
 
 
@@ -162,6 +164,12 @@ class WithResponses:
                 raise InvalidInput(f"request_id: {shown(given['request_id'])} is not allowed for what is stored")
         if given.get("conversation") is not None:
             raise InvalidInput("conversation: there are none here; use 'previous_response_id'")
+        for number, item in enumerate(given["input"] if isinstance(given.get("input"), list) else ()):
+            if isinstance(item, dict) and item.get("type") == REFERENCE:
+                raise InvalidInput(
+                    f"input[{number}].type: {REFERENCE!r} is not allowed; send the item itself, as clients do with "
+                    "'store': false, or go on from its response by 'previous_response_id'"
+                )
         if given.get("previous_response_id") is not None and given.get("previous_input_messages"):
             raise InvalidInput("previous_response_id, previous_input_messages: at most one may be set")
 

@@ -27,6 +27,7 @@ console.log((await generateText({ model, prompt: "Ada is 36.", output: Output.ob
 
 // Of the page, only what is above.
 import assert from "node:assert/strict";
+import { createOpenAI } from "@ai-sdk/openai";
 import { APICallError } from "ai";
 
 const told = await generateText(asked);
@@ -46,3 +47,12 @@ const [status, retryable, message] = await refused({ model: hycluster("none") })
 assert.deepEqual([status, retryable], [404, false]);
 assert.match(message, /'none' is not served here/);
 assert.deepEqual((await refused({ temperature: -1 })).slice(0, 2), [400, false]);
+
+// OpenAI's own provider, which asks /v1/responses unless it is told otherwise.
+const openai = createOpenAI({ baseURL: "http://127.0.0.1:8000/v1", apiKey: "none" });
+const whole = { providerOptions: { openai: { store: false } } };
+for (const [each, more] of [[openai("my-model"), whole], [openai.chat("my-model"), {}]]) {
+  assert.equal((await generateText({ ...asked, ...more, model: each })).text, told.text);
+  assert.deepEqual((await generateText({ ...formed, ...more, model: each })).output, { name: "Paris", age: 36 });
+}
+await assert.rejects(generateText({ ...asked, model: openai("my-model") }), /'item_reference' is not allowed/);
