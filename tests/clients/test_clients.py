@@ -60,6 +60,8 @@ def command(script: Path) -> tuple[list[str], Path]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
+# Of vLLM, which tells its own fields that they are old.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
 def test_what_a_client_relies_on(script: Path, ingress: str) -> None:
     words, folder = command(script)
