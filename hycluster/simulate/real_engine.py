@@ -14,6 +14,7 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.serial_utils import MsgpackDecoder
 
 from hycluster.core import Priority
+from hycluster.engine.routed_weights import RoutedWeights
 from hycluster.engine.scheduler import ColocationScheduler
 from hycluster.engine.step_time import StepTime, StepWork
 from hycluster.engine.vllm import VllmEngine
@@ -24,8 +25,8 @@ from hycluster.settings.model import Model
 class NotedSteps(StepTime):
     """Learns as a scheduler does, and keeps what it has learned from."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, experts: RoutedWeights | None = None) -> None:
+        super().__init__(experts)
         self.steps: list[tuple[StepWork, float]] = []
 
     def learn(self, work: StepWork, real_s: float) -> None:
@@ -58,7 +59,7 @@ class RealEngine:
                 f"models: {model.name}: colocation.enabled: must be true, and its scheduler hycluster's"
             )
         self.config = scheduler.vllm_config
-        self.notes = scheduler.step_time = NotedSteps()
+        self.notes = scheduler.step_time = NotedSteps(scheduler.step_time.experts)
         threading.Thread(target=self._read, name="tokens", daemon=True).start()
 
     def ask(
