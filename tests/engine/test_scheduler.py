@@ -397,14 +397,16 @@ def test_a_rank_does_not_have_experts_read_for_its_bulk_rows_in_each_of_its_sibl
     experts = RoutedWeights(16, 1, 8, 2, 0.9)
 
     def seconds(work: StepWork) -> float:
-        return 0.0016 + 0.0144 * experts.touched(work.routed_tokens) + 1e-5 * work.sequences
+        read_s = 0.0016 + 0.0144 * experts.touched(work.routed_tokens)
+        return max(read_s, 1.25e-4 * (work.prefill_tokens + work.sequences)) + 2e-8 * work.kv_tokens
 
-    case = make_case(tiny_model, blocks=4000, seconds=seconds, experts=experts, engine={"max_num_seqs": 64})
+    slots = {"max_num_seqs": 64, "max_num_batched_tokens": 512}
+    case = make_case(tiny_model, blocks=4000, seconds=seconds, experts=experts, engine=slots)
     assert isinstance(case.engine.scheduler, ColocationScheduler)
     siblings = case.engine.scheduler.siblings
     siblings.send = lambda _: None
-    fill_with_bulk(case, 200, tokens=60)
-    case.until(1)
+    fill_with_bulk(case, 400, tokens=60)
+    case.until(2)
     siblings.hear(0, RankWork(sequences=2, online_sequences=2))
     rows = []
     for _ in range(200):
@@ -413,7 +415,7 @@ def test_a_rank_does_not_have_experts_read_for_its_bulk_rows_in_each_of_its_sibl
     # In a step without any there would be a dummy row.
     assert min(rows) == 1
     assert 0.8 < rows.count(1) / len(rows) < 1, "saved for"
-    assert max(rows) > 30, "and spent at once"
+    assert max(rows) > 5, "and spent at once, as far as there is time for the rows themselves"
 
 
 def test_a_mixed_hour(tiny_model: Path) -> None:
