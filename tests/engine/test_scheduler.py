@@ -371,7 +371,7 @@ def test_few_tokens_of_a_model_with_experts_are_not_made_to_wait_for_many_to_be_
         return max(read_s, 1.25e-4 * (work.prefill_tokens + work.sequences)) + 2e-8 * work.kv_tokens
 
     def run(bulk: int, experts: RoutedWeights | None = experts) -> tuple[float, float]:
-        slots = {"max_num_seqs": 64, "max_num_batched_tokens": 512}
+        slots: dict[str, object] = {"max_num_seqs": 64, "max_num_batched_tokens": 512}
         case = make_case(tiny_model, blocks=4000, seconds=seconds, experts=experts, engine=slots)
         fill_with_bulk(case, bulk, tokens=60)
         case.until(2)
@@ -400,7 +400,7 @@ def test_a_rank_does_not_have_experts_read_for_its_bulk_rows_in_each_of_its_sibl
         read_s = 0.0016 + 0.0144 * experts.touched(work.routed_tokens)
         return max(read_s, 1.25e-4 * (work.prefill_tokens + work.sequences)) + 2e-8 * work.kv_tokens
 
-    slots = {"max_num_seqs": 64, "max_num_batched_tokens": 512}
+    slots: dict[str, object] = {"max_num_seqs": 64, "max_num_batched_tokens": 512}
     case = make_case(tiny_model, blocks=4000, seconds=seconds, experts=experts, engine=slots)
     assert isinstance(case.engine.scheduler, ColocationScheduler)
     siblings = case.engine.scheduler.siblings

@@ -59,7 +59,8 @@ def test_a_scheduler_is_told_of_the_experts_that_a_gpu_holds() -> None:
     assert cut is not None
     assert (whole.experts, whole.top_k, whole.held, whole.ranks) == (16, 1, 2, 8)
     assert whole.share == pytest.approx(SHARE.routed / (SHARE.routed + SHARE.read))
-    assert (cut.held, cut.ranks, cut.touched(1)) == (16, 1, pytest.approx(1 / 16))
+    assert (cut.held, cut.ranks) == (16, 1)
+    assert cut.touched(1) == pytest.approx(1 / 16)
     # With shared experts, and dense layers before; both are read in any case.
     shared = experts("deepseek-v3", PARALLEL)
     assert shared is not None
