@@ -53,7 +53,7 @@ def command(script: Path) -> tuple[list[str], Path]:
     # Not beside the scripts, which have the names of what they import.
     if script.name in OURS:
         return [sys.executable, "-"], ROOT
-    if not PYTHON.exists():
+    if not PYTHON.parents[1].joinpath(".stamp").exists():
         pytest.skip(MISSING)
     return [str(PYTHON), "-"], ROOT
 

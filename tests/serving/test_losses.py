@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from hycluster.core import StartTrouble
 from hycluster.directory.directory import Overview
+from hycluster.pool_health import StartTrouble
 from hycluster.serving.losses import LINES_A_MINUTE, Losses
 from hycluster.serving.ray_state import Deployment, Look, ServiceProcess
 
@@ -45,6 +45,13 @@ def told() -> Told:
 
 
 A, B, C = process("a"), process("b"), process("c")
+
+
+def test_what_a_new_controller_does_not_know_yet_stays_known(told: Told) -> None:
+    told.see(look(A, B))
+    unknown = replace(A, pid=None, node="", actor="")
+    assert told.see(look(unknown, B)) == []
+    assert told.see(look(B)) == [f"lost: replica of m (a, pid {GONE} on here); 1 of 2 there"]
 
 
 def test_a_start_is_no_loss(told: Told) -> None:
