@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -90,12 +89,8 @@ def test_the_page_shows_what_is_tested() -> None:
 
 
 def test_what_the_stand_in_says() -> None:
-    tool: dict[str, Any] = {
-        "type": "function",
-        "function": {"name": "f", "parameters": {"type": "object", "properties": {}}},
-    }
     asked = '{"role": "user", "content": "x"}\n'
-    tools = f'[{{"function": {{"name": "f", "parameters": {tool["function"]["parameters"]}}}}}]\n'.replace("'", '"')
+    tools = '[{"function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]\n'
     assert answer_to(f"{asked}assistant:", {}) == "Message 1, of the user: x"
     assert answer_to(f"{tools}{asked}assistant:", {}) == '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
     assert answer_to(f"{asked}assistant:", {"json": {"type": "integer"}}) == "36"
