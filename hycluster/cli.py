@@ -34,6 +34,7 @@ from hycluster.simulate.cli import simulate
 from hycluster.submit.cli import cancel, jobs, logs, show_submitted, submit
 from hycluster.summarize.cli import summarize
 from hycluster.terminal import INTERRUPTED_EXIT, PrintableFormatter, echo
+from hycluster.why import why
 
 
 class Commands(TyperGroup):
@@ -83,6 +84,7 @@ app.command("chaos")(chaos)
 app.command("plan")(plan)
 app.command("simulate")(simulate)
 app.command("tiny-model")(tiny_model)
+app.command("why")(why)
 
 SetOption = Annotated[
     list[str] | None,

@@ -51,8 +51,10 @@ from hycluster.observe.experts import expert_metrics
 from hycluster.observe.failover import failover_metrics
 from hycluster.observe.metrics import stat_logger
 from hycluster.observe.scaling import scaling_metrics
+from hycluster.observe.timelines import recorder
 from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
+from hycluster.timeline import current
 
 logger = logging.getLogger(__name__)
 
@@ -175,6 +177,8 @@ class Gateway(AsyncLLM):
             raise PoolOverloaded(shed.message, shed.retry_after_s) from None
         except InvalidInput as error:
             raise PoolInvalidInput(error.message) from None
+        if (timeline := current.get()) is not None:
+            timeline.admitted()
 
     async def add_request(
         self, request_id: str, prompt: Any, params: SamplingParams | PoolingParams, *rest: Any, **named: Any
@@ -184,6 +188,8 @@ class Gateway(AsyncLLM):
         Raises:
             PoolInvalidInput: a part of it is larger than its bound, or is not the caller's to set.
         """
+        # What the caller said is in its timeline; vLLM would say of it that tracing is off.
+        named.pop("trace_headers", None)
         try:
             check_id("request_id", request_id)
             check_id("session_id", named.get("session_id"))
@@ -214,6 +220,11 @@ class Gateway(AsyncLLM):
     def _tokenizer_file(self) -> str | None:
         fast: Any = getattr(self.input_processor.tokenizer, "backend_tokenizer", None)
         return None if fast is None else fast.to_str()
+
+    @property
+    def directory(self) -> ActorHandle[Any] | None:
+        """That it follows; None before it has begun to."""
+        return self._directory
 
     @property
     def able(self) -> bool:
@@ -327,6 +338,10 @@ class Gateway(AsyncLLM):
         self._take_over(view.adapters)
         self.cold_start.hear(view.scaling, view.trouble)
         self._view = view
+        for question in view.questions:
+            if (found := recorder.answer(question)) is not None:
+                # Who asked waits a moment for it, and nobody else.
+                directory.answer.remote(question.number, found)
         return view
 
     def _look_around(self) -> None:
