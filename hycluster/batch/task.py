@@ -19,6 +19,8 @@ from hycluster.batch.prompts import Prompt, Row, prompt_of
 from hycluster.batch.summaries.summarizer import Summarizer
 from hycluster.core import GenerationRequest, Priority, Sampling
 from hycluster.gateway.bulk import FIXED_ROWS
+from hycluster.observe.timelines import recorder
+from hycluster.trace_context import trace_context
 
 
 class RowSlots(Protocol):
@@ -147,6 +149,8 @@ class Chat:
 
     async def answer(self, row: Row, request_id: str) -> Answer:
         job = self._job
+        if (column := job.input.columns.traceparent) is not None and isinstance(row[column], str):
+            recorder.follow(trace_context({"traceparent": row[column]}))
         request = GenerationRequest(
             model=job.model,
             messages=self.prompt.messages(row),

@@ -95,6 +95,14 @@ class Recorder:
         self._running[id(timeline)] = timeline
         return timeline
 
+    def follow(self, parent: TraceContext | None) -> None:
+        """The request that is carried out here is a part of this trace, as is known only now: before any engine has
+        heard of it."""
+        timeline = current.get()
+        if timeline is not None and parent is not None and not timeline.tracks:
+            timeline.parent, timeline.trace_id = parent, parent.trace_id
+            timeline.sampled = self.samples(parent.trace_id, parent)
+
     def end(self, timeline: Timeline, status: str = "ok", error: str = "") -> None:
         """A request has ended. One that no engine was asked for is not kept: a flood of refusals must not push out
         what took time."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+
 import pytest
 
 from hycluster.errors import SettingsError
+from hycluster.observe import export as export_module
 from hycluster.observe.export import Export, endpoint_of, sampler_of
 from hycluster.observe.timelines import Recorder
 from hycluster.settings.observe import Tracing
@@ -59,14 +62,17 @@ def test_the_standard_variables_are_heeded(monkeypatch: pytest.MonkeyPatch) -> N
     assert collector.resources["mine"]["team"] == "search"
 
 
-def test_a_collector_that_is_away_holds_nobody_up(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_collector_that_is_away_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_module, "CLOSE_WITHIN_S", 0.2)
     recorder = Recorder()
     export = Export(recorder, Tracing(endpoint="http://127.0.0.1:9"), environment=NOWHERE)
     assert recorder.samples(1, None)
     timeline = usual()
     timeline.sampled = True
     recorder.end(timeline)
+    begun_s = time.monotonic()
     export.close()
+    assert time.monotonic() - begun_s < 2
     assert recorder.ended == []
     assert not recorder.samples(1, None)
 
