@@ -31,6 +31,7 @@ from hycluster.ingress.grpc import serve_grpc
 from hycluster.ingress.ports import TURNED_AWAY_AFTER_S, let_in, turn_away
 from hycluster.ingress.starting import StartingIngress, starting_ingress
 from hycluster.observe.export import Export
+from hycluster.observe.request_log import log_requests
 from hycluster.observe.timelines import recorder
 from hycluster.settings.settings import Settings
 from hycluster.watchdog import Watchdog
@@ -118,6 +119,7 @@ class IngressProcess:
                 attributes={"server.address": self._settings.http.host, "server.port": self._settings.http.port},
             )
             stack.push_async_callback(asyncio.to_thread, export.close)
+            log_requests(recorder, self._settings.logs)
             starting: StartingIngress | None = None
             # Where ingress processes share their ports, callers would come to one that can't serve in place of one that
             # can. A port in use is that of a predecessor; if it is somebody else's, opening it in the end says so.

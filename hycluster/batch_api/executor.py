@@ -22,6 +22,7 @@ from hycluster.directory.directory import open_directory
 from hycluster.gateway.bulk import BulkLane
 from hycluster.imports import without_collector
 from hycluster.observe.export import Export
+from hycluster.observe.request_log import log_requests
 from hycluster.observe.timelines import recorder
 from hycluster.settings.load import Admission
 from hycluster.settings.settings import Settings
@@ -65,6 +66,7 @@ class BatchExecutor:
         self._loop, self._main = asyncio.get_running_loop(), asyncio.current_task()
         store = Store(self._batches)
         export = Export(recorder, self._settings.tracing)
+        log_requests(recorder, self._settings.logs)
         try:
             async with _Api(self._settings, self._directory) as api:
                 runner = Runner(store, self._batches, api.engines)

@@ -52,6 +52,7 @@ from hycluster.observe.failover import failover_metrics
 from hycluster.observe.metrics import stat_logger
 from hycluster.observe.scaling import scaling_metrics
 from hycluster.observe.timelines import recorder
+from hycluster.replica.sparing_log import SparingLog
 from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
 from hycluster.timeline import current
@@ -106,6 +107,7 @@ class Gateway(AsyncLLM):
         # Since when no replica can be reached from here though the directory names some.
         self._cut_off_since_s: float | None = None
         self._learned = False
+        self._unanswered = SparingLog(logger, logging.WARNING)
         self.vllm_config = config
         self.model_config = config.model_config
         self.scheduler_config = config.scheduler_config
@@ -305,7 +307,7 @@ class Gateway(AsyncLLM):
                     self.learn()
             except Exception:
                 # The directory may be starting again; the pool stays as it is meanwhile.
-                logger.warning("the directory does not answer", exc_info=True)
+                self._unanswered.write("the directory does not answer", exc_info=True)
             await asyncio.sleep(REPORT_EVERY_S)
 
     async def _next_word(self, directory: ActorHandle[Any]) -> PoolView:
