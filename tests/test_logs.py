@@ -131,8 +131,7 @@ with Carried("r-1", "row") as timeline:
 serves.info("hello from Serve")
 print(json.dumps([f"{timeline.trace_id:032x}"]))
 """
-    logs = environment(Logs(format="auto"))
-    (trace_id,), text = run(tmp_path, SETTLE, spoken, **logs)
+    (trace_id,), text = run(tmp_path, SETTLE, spoken, **environment(Logs(format="auto")))
     look, broke, serves = map(json.loads, text.splitlines())
     assert look["time"].endswith("+00:00")
     assert {
@@ -150,14 +149,18 @@ print(json.dumps([f"{timeline.trace_id:032x}"]))
 
 
 def test_a_level_can_be_asked_for_and_text_names_the_request(tmp_path: Path) -> None:
-    spoken = """
+    script = """
+import logging
+from hycluster import logs
 from hycluster.observe.timelines import Carried
+logs.settle_below()
 with Carried("r-1", "row"):
     logging.getLogger("hycluster.some").info("asked for")
     logging.getLogger("vllm.some").debug("nobody asked")
-print("[0]")
 """
-    _, text = run(tmp_path, SETTLE, spoken, **environment(Logs(level="info", format="text")))
-    assert text.count("\n") == 1
-    assert "INFO" in text
-    assert text.endswith("-- hycluster.some: asked for request_id=r-1\n")
+    env = environment(Logs(level="info", format="text")) | {logs._BELOW: str(tmp_path / "replica_x")}
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, env=env)
+    (file,) = tmp_path.iterdir()
+    assert file.read_text().startswith("INFO ")
+    assert file.read_text().endswith("-- hycluster.some: asked for request_id=r-1\n")
+    assert file.read_text().count("\n") == 1
