@@ -108,7 +108,7 @@ def _settle(files: Path) -> None:
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
     logging.getLogger("hycluster").setLevel(os.environ.get(_LEVEL, "WARNING"))
     root.addHandler(_Lines(files.with_name(f"{files.name}.log")))
-    if as_json(os.environ.get(_FORMAT, "text")):
+    if wants_json(os.environ.get(_FORMAT, "text")):
         for handler in _serves_handlers():
             # What is behind its buffer writes the file.
             for each in {handler, getattr(handler, "target", None)} - {None}:
@@ -131,7 +131,7 @@ class _Lines(logging.Handler):
         # Opened by the first line.
         file = logging.handlers.RotatingFileHandler(path, maxBytes=_MAX_BYTES, backupCount=2, delay=True)
         self._own: list[logging.Handler] = [file, logging.StreamHandler()]
-        self._json = as_json(os.environ.get(_FORMAT, "text"))
+        self._json = wants_json(os.environ.get(_FORMAT, "text"))
         for handler in self._own:
             text = logging.Formatter("%(levelname)s %(asctime)s %(process)d -- %(message)s")
             handler.setFormatter(json_lines(path.with_suffix("")) if self._json else text)
@@ -154,7 +154,7 @@ class _Lines(logging.Handler):
             handler.handle(named)
 
 
-def as_json(form: str) -> bool:
+def wants_json(form: str) -> bool:
     """Whether lines are to be JSON: where it is asked for, or nobody reads them at a terminal."""
     return form == "json" or (form == "auto" and not sys.stderr.isatty())
 

@@ -59,7 +59,7 @@ class Stage:
         return self.start_s + self.duration_s
 
 
-def stages(timeline: Timeline) -> list[Stage]:
+def stages_of(timeline: Timeline) -> list[Stage]:
     """The request's whole time, from its arrival to its end, each moment in one stage.
 
     Of sequences that ran at the same time it is told which one the answer waited for: the one that ended last, and
@@ -140,7 +140,7 @@ def _parked_apart(found: list[Stage], tracks: Iterable[Track]) -> list[Stage]:
     return found
 
 
-def told(timeline: Timeline) -> dict[str, Any]:
+def timeline_json(timeline: Timeline) -> dict[str, Any]:
     """The timeline as JSON."""
     events = [*timeline.events, *(_of_track(track, event) for track in timeline.tracks for event in track.events)]
     return {
@@ -160,7 +160,7 @@ def told(timeline: Timeline) -> dict[str, Any]:
                 "duration_s": round(stage.duration_s, 6),
                 "attributes": dict(stage.attributes),
             }
-            for stage in stages(timeline)
+            for stage in stages_of(timeline)
         ],
         "events": [
             {
@@ -179,7 +179,7 @@ def _of_track(track: Track, event: Event) -> Event:
 
 def summed_up(timeline: Timeline) -> dict[str, Any]:
     """What a list of requests says of one."""
-    longest = max(stages(timeline), key=lambda stage: stage.duration_s, default=None)
+    longest = max(stages_of(timeline), key=lambda stage: stage.duration_s, default=None)
     return {
         "id": timeline.id,
         "model": timeline.model,

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from hycluster.stages import AFTER, MEANINGS, PARKED, Stage, stages, summed_up, told
+from hycluster.stages import AFTER, MEANINGS, PARKED, Stage, stages_of, summed_up, timeline_json
 from hycluster.timeline import Timeline
 from tests.timelines import (
     BEGAN_S,
@@ -24,7 +24,7 @@ from tests.timelines import (
 
 
 def times(timeline: Timeline) -> list[tuple[str, float]]:
-    return [(stage.name, round(stage.duration_s, 6)) for stage in stages(timeline)]
+    return [(stage.name, round(stage.duration_s, 6)) for stage in stages_of(timeline)]
 
 
 def add_up(found: list[Stage], timeline: Timeline) -> None:
@@ -36,7 +36,7 @@ def add_up(found: list[Stage], timeline: Timeline) -> None:
 
 def test_each_moment_of_a_request_is_in_one_stage() -> None:
     timeline = usual()
-    found = stages(timeline)
+    found = stages_of(timeline)
     assert times(timeline) == [
         ("receive", 0.1),
         ("prepare", 0.2),
@@ -65,8 +65,8 @@ def test_a_lost_replicas_pause_is_a_stage() -> None:
         ("prefill", 0.4),
         ("decode", 0.4),
     ]
-    add_up(stages(timeline), timeline)
-    assert [stage.attributes["replica"] for stage in stages(timeline) if stage.name == "decode"] == ["r0", "r1"]
+    add_up(stages_of(timeline), timeline)
+    assert [stage.attributes["replica"] for stage in stages_of(timeline) if stage.name == "decode"] == ["r0", "r1"]
 
 
 def test_waits_and_preemptions_are_stages() -> None:
@@ -91,18 +91,18 @@ def test_waits_and_preemptions_are_stages() -> None:
         ("prefill", 0.5),
         ("decode", 1.0),
     ]
-    add_up(stages(timeline), timeline)
-    assert stages(timeline)[2].attributes == {"reason": "model start"}
+    add_up(stages_of(timeline), timeline)
+    assert stages_of(timeline)[2].attributes == {"reason": "model start"}
 
 
 def test_what_a_row_was_parked_for_is_taken_out_of_its_decoding() -> None:
     timeline = usual()
     timeline.tracks[0].parked_s = 0.7
     assert times(timeline)[4:] == [("prefill", 0.3), (PARKED, 0.7), ("decode", 0.3), ("deliver", 0.2)]
-    add_up(stages(timeline), timeline)
+    add_up(stages_of(timeline), timeline)
     timeline.tracks[0].parked_s = 1.1
     assert times(timeline)[4:] == [(PARKED, 0.1), ("prefill", 0.2), (PARKED, 1.0), ("deliver", 0.2)]
-    add_up(stages(timeline), timeline)
+    add_up(stages_of(timeline), timeline)
 
 
 def test_of_sequences_beside_each_other_the_one_that_was_waited_for_is_told() -> None:
@@ -141,13 +141,13 @@ def test_sequences_one_after_the_other_are_all_told() -> None:
 def test_a_request_that_is_on_its_way_is_told_until_now() -> None:
     timeline = Timeline("r", "ingress", "row")
     timeline.begin_track("a", "tiny", 3).routed("r0", [], 0, None)
-    said = told(timeline)
+    said = timeline_json(timeline)
     assert said["status"] == "running"
     assert {span["name"] for span in said["spans"]} <= {"receive", "send"}
 
 
 def test_what_is_told_is_json_and_adds_up() -> None:
-    said = told(usual())
+    said = timeline_json(usual())
     assert {name: said[name] for name in ("id", "model", "status", "duration_s", "ttft_s", "slowest_stage")} == {
         "id": "r",
         "model": "tiny",

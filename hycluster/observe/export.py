@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from hycluster import __version__
 from hycluster.errors import SettingsError, shown
-from hycluster.observe.spans import SpanOf, spans
+from hycluster.observe.spans import SpanOf, spans_of
 from hycluster.observe.timelines import Recorder, Sampler, never
 from hycluster.settings.observe import Tracing
 from hycluster.timeline import Timeline
@@ -197,7 +197,7 @@ class _Writer:
     def write(self, timeline: Timeline) -> None:
         context = timeline.context
         with self._lock:
-            for span in spans(timeline):
+            for span in spans_of(timeline):
                 self._write(span, context)
 
     def _write(self, span: SpanOf, of: TraceContext) -> None:

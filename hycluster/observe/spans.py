@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hycluster.stages import Stage, sequence_stages, stages
+from hycluster.stages import Stage, sequence_stages, stages_of
 from hycluster.timeline import Event, Timeline, Track
 from hycluster.trace_context import new_span_id
 
@@ -59,13 +59,13 @@ def operation_of(timeline: Timeline) -> str:
     return OPERATIONS.get(timeline.operation, "chat" if timeline.operation == "row" else DEFAULT_OPERATION)
 
 
-def spans(timeline: Timeline) -> list[SpanOf]:
+def spans_of(timeline: Timeline) -> list[SpanOf]:
     """All spans of a request that has ended, each after its parent."""
     since = timeline.started - timeline.began_s
     found = [_root(timeline, since)]
     found += (
         _of_stage(stage, timeline.started, timeline.span_id)
-        for stage in stages(timeline)
+        for stage in stages_of(timeline)
         # What is on the way to an engine or in it is told by sequence.
         if stage.process != "engine" and stage.name not in ("send", "migrate")
     )

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hycluster.stages import summed_up, told
+from hycluster.stages import summed_up, timeline_json
 from hycluster.timeline import Timeline, current
 from hycluster.trace_context import TraceContext
 
@@ -146,7 +146,7 @@ class Recorder:
         known = list(self._known())
         exactly = (timeline for timeline in known if timeline.id == request_id)
         found = next(exactly, None) or next((timeline for timeline in known if timeline.known_as(request_id)), None)
-        return None if found is None else told(found)
+        return None if found is None else timeline_json(found)
 
     def slowest(self, most: int, model: str | None = None) -> list[dict[str, Any]]:
         """The requests that took longest, those on their way among them."""

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 
-from hycluster.observe.spans import SpanOf, operation_of, spans
+from hycluster.observe.spans import SpanOf, operation_of, spans_of
 from hycluster.timeline import Timeline
 from hycluster.trace_context import TraceContext
 from tests.timelines import begun, ended, migrated, usual
@@ -11,7 +11,7 @@ from tests.timelines import begun, ended, migrated, usual
 
 def tree(timeline: Timeline) -> dict[str, list[str]]:
     """By a span's name, those of its children."""
-    found = spans(timeline)
+    found = spans_of(timeline)
     names = {span.span_id: span.name for span in found}
     assert len(names) == len(found), "ids must differ"
     children: dict[str, list[str]] = {}
@@ -33,7 +33,7 @@ def whole(found: list[SpanOf]) -> None:
 
 def test_the_usual_request_is_one_tree() -> None:
     timeline = usual()
-    whole(spans(timeline))
+    whole(spans_of(timeline))
     assert tree(timeline) == {
         "": ["chat tiny"],
         "chat tiny": ["receive", "prepare", "deliver", "generate r0"],
@@ -43,7 +43,7 @@ def test_the_usual_request_is_one_tree() -> None:
 
 def test_a_migrated_one_has_a_span_for_each_replica_and_one_between() -> None:
     timeline = migrated()
-    found = spans(timeline)
+    found = spans_of(timeline)
     whole(found)
     assert tree(timeline)["chat tiny"] == ["receive", "prepare", "generate r0", "migrate", "generate r1"]
     first, second = (span for span in found if span.name.startswith("generate"))
@@ -56,9 +56,9 @@ def test_a_migrated_one_has_a_span_for_each_replica_and_one_between() -> None:
 
 
 def test_it_says_what_the_conventions_name() -> None:
-    root = spans(usual())[0]
+    root = spans_of(usual())[0]
     known = {value for name, value in vars(gen_ai_attributes).items() if name.isupper() and isinstance(value, str)}
-    for span in spans(usual()):
+    for span in spans_of(usual()):
         assert {name for name in span.attributes if name.startswith("gen_ai.")} <= known
     assert root.kind == "SERVER"
     assert {
@@ -76,8 +76,8 @@ def test_it_says_what_the_conventions_name() -> None:
 
 
 def test_it_is_a_part_of_its_callers_trace() -> None:
-    assert spans(ended(begun(parent=TraceContext(5, 6, True)), 1.0))[0].parent == 6
-    assert spans(ended(begun(), 1.0))[0].parent == 0
+    assert spans_of(ended(begun(parent=TraceContext(5, 6, True)), 1.0))[0].parent == 6
+    assert spans_of(ended(begun(), 1.0))[0].parent == 0
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_it_is_a_part_of_its_callers_trace() -> None:
     ],
 )
 def test_how_it_ended(status: str, error: str, said: str, kind: str | None) -> None:
-    root = spans(ended(begun(), 1.0, status, error))[0]
+    root = spans_of(ended(begun(), 1.0, status, error))[0]
     assert (root.error, root.attributes.get("error.type")) == (said, kind)
 
 
@@ -103,4 +103,4 @@ def test_what_was_asked_for() -> None:
     ):
         assert operation_of(Timeline("r", "ingress", operation)) == name
     called = ended(Timeline("r", "ingress", "grpc GenerateStream", model="tiny"), 1.0)
-    assert spans(called)[0].attributes["rpc.method"] == "hycluster.v1.Inference/GenerateStream"
+    assert spans_of(called)[0].attributes["rpc.method"] == "hycluster.v1.Inference/GenerateStream"
