@@ -22,7 +22,8 @@ Pinned to vLLM 0.32.0; ``tests/engine/test_scheduler.py`` runs it on vLLM's own 
 - ``schedule`` admits from ``kv_holding_waiting``, then from ``waiting``, while they are true;
 - both get their blocks from ``kv_cache_manager.allocate_slots``, which changes nothing where it returns None;
 - ``_preempt_request`` may be called between two steps, and within one for a row that is not in it;
-- all rows that are in a step, and no more, count for ``max_loras``.
+- all rows that are in a step, and no more, count for ``max_loras``;
+- a request's ``trace_headers`` come back with each of its outputs: by them a row tells what became of it here.
 """
 
 from __future__ import annotations

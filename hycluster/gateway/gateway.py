@@ -41,6 +41,7 @@ from hycluster.errors import HyclusterError, InvalidInput, Overloaded, Unavailab
 from hycluster.gateway.admission import Gate, check_id, check_priority, check_sampling
 from hycluster.gateway.api_arguments import model_arguments
 from hycluster.gateway.bulk import BulkLanes
+from hycluster.gateway.captured import capture
 from hycluster.gateway.coldstart import ColdStart
 from hycluster.gateway.grammars import GrammarCheck
 from hycluster.gateway.pool import PoolClient
@@ -199,9 +200,14 @@ class Gateway(AsyncLLM):
             if isinstance(params, SamplingParams):
                 check_sampling(params.extra_args or {}, params.bad_words or ())
                 await self._check_outputs(params)
-            return await super().add_request(request_id, prompt, params, *rest, **named)
+            collector = await super().add_request(request_id, prompt, params, *rest, **named)
         except InvalidInput as error:
             raise PoolInvalidInput(error.message) from None
+
+        timeline = current.get()
+        if recorder.captures and timeline is not None and timeline.sampled:
+            capture(timeline, prompt, collector, self.renderer.tokenizer)
+        return collector
 
     async def _check_outputs(self, params: SamplingParams) -> None:
         if params.structured_outputs is None:

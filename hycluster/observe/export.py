@@ -111,7 +111,7 @@ class Export:
             return
         samples = sampler_of(tracing, environment)
         self._writer = _Writer(_exporter(endpoint, tracing, environment), recorder.process, instance)
-        recorder.samples = samples
+        recorder.samples, recorder.captures = samples, tracing.capture_content
         recorder.ended.append(self._tell)
         recorder.flush = self._writer.flush
 
@@ -124,7 +124,7 @@ class Export:
         """Send what is left, but don't wait long for it. May be called from any thread."""
         if self.on:
             self.on = False
-            self._recorder.samples = never
+            self._recorder.samples, self._recorder.captures = never, False
             self._recorder.ended.remove(self._tell)
             self._recorder.flush = lambda: None
             self._writer.close()

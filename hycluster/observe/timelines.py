@@ -61,6 +61,7 @@ class Recorder:
     Attributes:
         process: ``ingress`` or ``batch``; where a request begins that nobody has begun a timeline for.
         samples: whether a new trace is recorded.
+        captures: prompts and outputs of those that are recorded are to be kept.
         ended: told of each timeline once it has ended.
         flush: has what was told of sent on; for who is about to end.
     """
@@ -68,6 +69,7 @@ class Recorder:
     def __init__(self, kept: int = KEPT_REQUESTS) -> None:
         self.process = "batch"
         self.samples: Sampler = never
+        self.captures = False
         self.ended: list[Callable[[Timeline], None]] = []
         self.flush: Callable[[], None] = _nothing
         self._running: OrderedDict[int, Timeline] = OrderedDict()

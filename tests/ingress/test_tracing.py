@@ -83,11 +83,11 @@ class Service:
         assert chunks >= TOKENS
         return answer.headers, time.monotonic() - begun_s
 
-    async def call(self, trace: int) -> tuple[Any, float]:
+    async def call(self, trace: int, max_tokens: int = TOKENS, n: int = 1) -> tuple[Any, float]:
         """The same by gRPC: what the call ended with."""
         async with grpc.aio.insecure_channel(f"127.0.0.1:{self.grpc.port}") as channel:
-            request = pb.GenerateRequest(model="tiny", prompt="hi", request_id="by-grpc")
-            request.sampling.max_tokens, request.sampling.ignore_eos = TOKENS, True
+            request = pb.GenerateRequest(model="tiny", prompt="hi", request_id="by-grpc" if n == 1 else "")
+            request.sampling.max_tokens, request.sampling.ignore_eos, request.sampling.n = max_tokens, True, n
             begun_s = time.monotonic()
             call = inference_pb2_grpc.InferenceStub(channel).Generate(  # type: ignore[no-untyped-call]
                 request, metadata=(("traceparent", traceparent(trace)),)
@@ -169,10 +169,29 @@ async def test_every_way_in_is_one_trace_and_one_timeline(tiny_model: Path, tmp_
                 await asyncio.to_thread(export.close)
             assert headers["x-request-id"] == "by-http"
             assert trailing["x-request-id"] == "by-grpc"
+            await contents_are_exported_if_asked_for(service)
             await timelines_add_up(service, http_s, grpc_s, moved["x-request-id"], moved_s)
             await lists_and_errors(service)
         traces = collector.traces(roots=4)
     whole(traces)
+
+
+async def contents_are_exported_if_asked_for(service: Service) -> None:
+    with Collector("grpc") as collector:
+        tracing = Tracing(endpoint=collector.endpoint, protocol="grpc", capture_content=True)
+        export = Export(recorder, tracing, environment={})
+        try:
+            await asyncio.gather(*(service.call(trace, max_tokens=3, n=2) for trace in (5, 6)))
+        finally:
+            await asyncio.to_thread(export.close)
+        traces = await asyncio.to_thread(collector.traces, roots=2)
+    for trace in (5, 6):
+        said = attributes_of(next(span for span in traces[f"{trace:032x}"] if span.kind == span.SPAN_KIND_SERVER))
+        (asked,) = json.loads(said["gen_ai.input.messages"])
+        assert (asked["role"], asked["parts"][0]["content"]) == ("user", "hi")
+        answered = json.loads(said["gen_ai.output.messages"])
+        assert [each["role"] for each in answered] == ["assistant", "assistant"]
+        assert said["gen_ai.usage.output_tokens"] == 6
 
 
 async def timelines_add_up(service: Service, http_s: float, grpc_s: float, moved: str, moved_s: float) -> None:
