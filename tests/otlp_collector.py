@@ -76,6 +76,16 @@ class Collector:
                 found.setdefault(span.trace_id.hex(), []).append(span)
             return found
 
+    def trace(self, trace_id: str, most_s: float = 20.0) -> list[Span]:
+        """Of one trace its spans, once its request has been told of."""
+        end_s = time.monotonic() + most_s
+        with self._came:
+            while True:
+                spans = [span for span in self._spans if span.trace_id.hex() == trace_id]
+                if any(span.kind == Span.SPAN_KIND_SERVER for span in spans):
+                    return spans
+                assert self._came.wait(end_s - time.monotonic()), f"nothing came of {trace_id}"
+
 
 def _handler(collector: Collector) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
