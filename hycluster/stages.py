@@ -120,7 +120,7 @@ def _cut(events: Iterable[Event], began_s: float, end_s: float, before: str | No
             yield Stage(name, process, at_s - began_s, now_s - at_s, attributes)
         (name, process), at_s = AFTER[event.name], now_s
         attributes = {} if event.name in ("finished", "went_on") else dict(event.attributes)
-    if end_s > at_s:
+    if end_s > at_s and name:
         yield Stage(name, process, at_s - began_s, end_s - at_s, attributes)
 
 

@@ -7,15 +7,19 @@ from typing import Any
 
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
-from hycluster.timeline import Timeline
+from hycluster.observe.timelines import recorder
+from hycluster.timeline import Timeline, current
 
 INPUT, OUTPUT = "gen_ai.input.messages", "gen_ai.output.messages"
 # Of each text; collectors refuse what is much longer.
 MOST_CHARACTERS = 1 << 16
 
 
-def capture(timeline: Timeline, prompt: Any, collector: RequestOutputCollector, tokenizer: Any) -> None:
-    """Keep what one sequence, or the ``n`` of one prompt, is asked, and what comes for them."""
+def capture(prompt: Any, collector: RequestOutputCollector, tokenizer: Any) -> None:
+    """Keep what one sequence, or the ``n`` of one prompt, is asked, and what comes for them, where that is wanted."""
+    timeline = current.get()
+    if not recorder.captures or timeline is None or not timeline.sampled:
+        return
     _add(timeline, INPUT, [_message("user", _text_of(prompt, tokenizer))])
     put, texts = collector.put, dict[int, str]()
 

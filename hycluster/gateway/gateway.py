@@ -40,6 +40,7 @@ from hycluster.engine.vllm import engine_config
 from hycluster.errors import HyclusterError, InvalidInput, Overloaded, Unavailable, shown
 from hycluster.gateway.admission import Gate, check_id, check_priority, check_sampling
 from hycluster.gateway.api_arguments import model_arguments
+from hycluster.gateway.asking import answer_questions
 from hycluster.gateway.bulk import BulkLanes
 from hycluster.gateway.captured import capture
 from hycluster.gateway.coldstart import ColdStart
@@ -52,7 +53,6 @@ from hycluster.observe.experts import expert_metrics
 from hycluster.observe.failover import failover_metrics
 from hycluster.observe.metrics import stat_logger
 from hycluster.observe.scaling import scaling_metrics
-from hycluster.observe.timelines import recorder
 from hycluster.replica.sparing_log import SparingLog
 from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
@@ -80,6 +80,7 @@ class Gateway(AsyncLLM):
         cold_start: who comes while there is no replica.
         bulk: the places in the engines that jobs of this process have.
         lora_requests: by name, what a request to an adapter of this model carries. Changes in place.
+        directory: that it follows; None before it has begun to.
     """
 
     engine_core: PoolClient
@@ -103,7 +104,7 @@ class Gateway(AsyncLLM):
         self._adapters = AdapterTable(model.adapters)
         self.lora_requests: dict[str, LoRARequest] = {}
         self._take_over({})
-        self._directory: ActorHandle[Any] | None = None
+        self.directory: ActorHandle[Any] | None = None
         self._view: PoolView | None = None
         # Since when no replica can be reached from here though the directory names some.
         self._cut_off_since_s: float | None = None
@@ -204,9 +205,7 @@ class Gateway(AsyncLLM):
         except InvalidInput as error:
             raise PoolInvalidInput(error.message) from None
 
-        timeline = current.get()
-        if recorder.captures and timeline is not None and timeline.sampled:
-            capture(timeline, prompt, collector, self.renderer.tokenizer)
+        capture(prompt, collector, self.renderer.tokenizer)
         return collector
 
     async def _check_outputs(self, params: SamplingParams) -> None:
@@ -228,11 +227,6 @@ class Gateway(AsyncLLM):
     def _tokenizer_file(self) -> str | None:
         fast: Any = getattr(self.input_processor.tokenizer, "backend_tokenizer", None)
         return None if fast is None else fast.to_str()
-
-    @property
-    def directory(self) -> ActorHandle[Any] | None:
-        """That it follows; None before it has begun to."""
-        return self._directory
 
     @property
     def able(self) -> bool:
@@ -302,7 +296,7 @@ class Gateway(AsyncLLM):
 
     async def follow(self, directory: ActorHandle[Any]) -> None:
         """Keep the pool's members, loads and adapters as the directory says; runs until cancelled."""
-        self._directory = directory
+        self.directory = directory
         while True:
             try:
                 view = await self._next_word(directory)
@@ -346,10 +340,7 @@ class Gateway(AsyncLLM):
         self._take_over(view.adapters)
         self.cold_start.hear(view.scaling, view.trouble)
         self._view = view
-        for question in view.questions:
-            if (found := recorder.answer(question)) is not None:
-                # Who asked waits a moment for it, and nobody else.
-                directory.answer.remote(question.number, found)
+        answer_questions(directory, view.questions)
         return view
 
     def _look_around(self) -> None:
@@ -434,10 +425,10 @@ class Gateway(AsyncLLM):
     async def _announce(self, name: str, source: str | None) -> None:
         self._adapters.say(name, source, self.engine_core.gateway_id)
         self._take_over({})
-        if self._directory is not None:
+        if self.directory is not None:
             # If the directory is away now, the next sync tells it.
             with contextlib.suppress(ray.exceptions.RayError):
-                await self._sync(self._directory)
+                await self._sync(self.directory)
         # The other ingress processes hear of it at their next sync.
         await asyncio.sleep(2 * REPORT_EVERY_S)
 

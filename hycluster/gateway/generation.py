@@ -49,7 +49,6 @@ from hycluster.errors import (
     shown,
 )
 from hycluster.gateway.admission import check_id
-from hycluster.gateway.asking import slowest, timeline_of
 from hycluster.gateway.bulk import FIXED_ROWS, BulkLane
 from hycluster.gateway.chat import ModelChat, Turn, structured_outputs
 from hycluster.gateway.gateway import Gateway, open_gateway, until_one_can_serve
@@ -153,19 +152,6 @@ class Generator:
             )
             for name, gateway in self.gateways.items()
         }
-
-    async def timeline(self, request_id: str) -> dict[str, Any] | None:
-        """What happened to a request, whichever process of the service carried it out; None if none knows it."""
-        return await timeline_of(self._directory, request_id)
-
-    async def slowest(self, most: int, model: str | None = None) -> list[dict[str, Any]]:
-        """The requests that took longest, of all processes of the service."""
-        return await slowest(self._directory, most, model)
-
-    @property
-    def _directory(self) -> ActorHandle[Any] | None:
-        """All gateways follow the same."""
-        return next((gateway.directory for gateway in self.gateways.values()), None)
 
     async def tokenize(
         self,

@@ -123,7 +123,8 @@ async def serve_http(
         stall_s=settings.stalled_client_timeout_s,
         paths=TOKENIZED_PATHS,
     )
-    app = RequestsRoute(around(app), generator.timeline, generator.slowest)
+    # All gateways follow the same directory, and have found it when somebody asks.
+    app = RequestsRoute(around(app), lambda: next((g.directory for g in generator.gateways.values()), None))
     app = in_form(WithHealth(app, generator.pools), settings.allowed_origins)
     sock = sock or bind(settings.host, settings.port, "http.port", reuse_port=reuse_port)
     notice_lost_callers(sock, settings.stalled_client_timeout_s)

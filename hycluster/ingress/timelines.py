@@ -7,14 +7,16 @@ those that took longest, of all processes of the service. Neither says anything 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
+from ray.actor import ActorHandle
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hycluster.errors import InvalidInput, NotFound, shown
+from hycluster.gateway.asking import slowest, timeline_of
 from hycluster.ingress.errors import answer_error
 from hycluster.observe.timelines import MOST_LISTED, Carried
 from hycluster.trace_context import trace_context
@@ -36,9 +38,6 @@ TIMED = frozenset(
         "/classify",
     }
 )
-
-Find = Callable[[str], Awaitable[dict[str, Any] | None]]
-Slowest = Callable[[int, str | None], Awaitable[list[dict[str, Any]]]]
 
 
 def new_request_id() -> str:
@@ -100,10 +99,9 @@ def _texts(headers: list[tuple[bytes, bytes]]) -> Mapping[str, str]:
 class RequestsRoute:
     """ASGI middleware: answers :data:`PATH` itself."""
 
-    def __init__(self, app: ASGIApp, find: Find, slowest: Slowest) -> None:
+    def __init__(self, app: ASGIApp, directory: Callable[[], ActorHandle[Any] | None]) -> None:
         self._app = app
-        self._find = find
-        self._slowest = slowest
+        self._directory = directory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path: str = scope.get("path", "")
@@ -117,13 +115,13 @@ class RequestsRoute:
         request_id = _below(scope)
         try:
             if request_id:
-                found = await self._find(request_id)
+                found = await timeline_of(self._directory(), request_id)
                 if found is None:
                     raise NotFound(f"id: no process knows a request {shown(request_id)}; each keeps its last ones only")
                 return JSONResponse(found)
             query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
             most = _number(query.get("slowest", [str(DEFAULT_LISTED)])[0])
-            return JSONResponse({"requests": await self._slowest(most, query.get("model", [None])[0])})
+            return JSONResponse({"requests": await slowest(self._directory(), most, query.get("model", [None])[0])})
         except (InvalidInput, NotFound) as error:
             return await answer_error(None, error)
 
