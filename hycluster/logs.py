@@ -111,8 +111,8 @@ def _settle(files: Path) -> None:
     if wants_json(os.environ.get(_FORMAT, "text")):
         for handler in _serves_handlers():
             # What is behind its buffer writes the file.
-            for each in {handler, getattr(handler, "target", None)} - {None}:
-                each.setFormatter(json_lines(files))
+            target = handler.target if isinstance(handler, logging.handlers.MemoryHandler) else None
+            (target or handler).setFormatter(json_lines(files))
     patch_logging()
     if os.environ.pop("VLLM_LOGGING_CONFIG_PATH", None):
         logging.getLogger(__name__).warning("VLLM_LOGGING_CONFIG_PATH is not heeded; logs are Ray Serve's")

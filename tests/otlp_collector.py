@@ -37,7 +37,7 @@ class Collector:
     def __enter__(self) -> Self:
         if self._protocol == "grpc":
             self._grpc = grpc.server(ThreadPoolExecutor(2))
-            add_TraceServiceServicer_to_server(_Servicer(self), self._grpc)
+            add_TraceServiceServicer_to_server(_Servicer(self), self._grpc)  # type: ignore[no-untyped-call]
             port = self._grpc.add_insecure_port("127.0.0.1:0")
             self._grpc.start()
         else:

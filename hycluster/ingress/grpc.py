@@ -129,10 +129,9 @@ def _said(context: Context) -> dict[str, str]:
 
 def _name(request: Message, said: Mapping[str, str]) -> str:
     """A request's id, which its caller has given, by its field or as over HTTP, or is told."""
-    field = isinstance(request, pb.GenerateRequest)
-    request_id = (request.request_id if field else "") or said.get(REQUEST_ID_KEY) or f"gen-{secrets.token_hex(12)}"
+    request_id = said.get(REQUEST_ID_KEY) or f"gen-{secrets.token_hex(12)}"
     if isinstance(request, pb.GenerateRequest):
-        request.request_id = request_id
+        request_id = request.request_id = request.request_id or request_id
     # Metadata takes no others, and what the field holds is checked where it is used.
     return "".join(character if " " <= character <= "~" else "?" for character in request_id[:MAX_ID])
 

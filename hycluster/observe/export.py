@@ -139,7 +139,7 @@ def export_of_a_job(recorder: Recorder) -> None:
 
 def _exporter(endpoint: str, tracing: Tracing, environment: Mapping[str, str]) -> Any:
     said = (environment.get(name, "").strip() for name in PROTOCOLS)
-    protocol = tracing.protocol or next(filter(None, said), None)
+    protocol: str | None = tracing.protocol or next(filter(None, said), None)
     if protocol is None:
         protocol = "grpc" if urlsplit(endpoint).port == GRPC_PORT else "http/protobuf"
     # What comes from the variables the exporter reads itself, with the path, headers and certificates that they say.
