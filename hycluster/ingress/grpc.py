@@ -184,15 +184,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     @_answer
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         given = request.WhichOneof("input")
-        cards = {card.name: card for card in await self._generator.models()}
-        if request.model not in cards:
-            raise UnknownModel(request.model, list(cards))
         ids = await self._generator.tokenize(
             request.model,
             prompt=request.prompt if given == "prompt" else None,
             messages=messages_from_pb(request.messages) if given == "messages" else None,
             **translate.chat_fields_from_pb(request),
         )
+        cards = {card.name: card for card in await self._generator.models()}
+        if request.model not in cards:
+            raise UnknownModel(request.model, list(cards))
         return pb.TokenizeResponse(token_ids=ids, count=len(ids), max_model_len=cards[request.model].max_model_len)
 
     @_answer
