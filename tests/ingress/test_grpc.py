@@ -130,8 +130,8 @@ async def test_first_chunk_comes_before_the_answer_is_complete(stub: Stub, stand
 async def test_every_input_arrives(
     stub: Stub, stand_in: StandInGenerator, given: dict[str, Any], arrives: dict[str, Any]
 ) -> None:
-    await stub.Generate(ask(**given))
-    assert stand_in.requests == [(GenerationRequest(model=MODEL, **arrives), None)]
+    await stub.Generate(ask(request_id="r", **given))
+    assert stand_in.requests == [(GenerationRequest(model=MODEL, request_id="r", **arrives), None)]
 
 
 async def test_sampling_priority_and_session_arrive_exactly(stub: Stub, stand_in: StandInGenerator) -> None:
