@@ -146,7 +146,7 @@ class Timeline:
     """One request, from its arrival in this process until its caller has its answer.
 
     Args:
-        request_id: what its caller is told, or has said.
+        request_id: what its caller is told, or has said; empty: as its first sequence is called.
         process: what carries it out: ``ingress`` or ``batch``.
         operation: how it came: ``POST /v1/chat/completions``, ``grpc Generate``, ``row``.
         parent: whose span it is a part of.
@@ -206,7 +206,7 @@ class Timeline:
 
     def begin_track(self, name: str, model: str, prompt_tokens: int) -> Track:
         """One of its sequences goes to the engines."""
-        self.model = self.model or model
+        self.model, self.id = self.model or model, self.id or name
         self.prompt_tokens = max(self.prompt_tokens, prompt_tokens)
         if len(self.tracks) >= self._limit:
             self._thin_out()
