@@ -23,7 +23,6 @@ import ray
 from starlette.types import ASGIApp
 
 from hycluster import logs
-from hycluster.core import PoolHealth
 from hycluster.directory.directory import FORGET_AFTER_S, IngressReport, Overview, open_directory
 from hycluster.errors import HyclusterError, SettingsError, Unavailable, start_failure
 from hycluster.imports import without_collector
@@ -33,6 +32,7 @@ from hycluster.ingress.starting import StartingIngress, starting_ingress
 from hycluster.observe.export import Export
 from hycluster.observe.request_log import log_requests
 from hycluster.observe.timelines import recorder
+from hycluster.pool_health import PoolHealth
 from hycluster.settings.settings import Settings
 from hycluster.watchdog import Watchdog
 

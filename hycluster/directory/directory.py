@@ -19,9 +19,10 @@ import ray
 from ray.actor import ActorHandle
 
 from hycluster.adapters import AdapterEntry, AdapterTable
-from hycluster.core import BulkDemand, ReplicaAddress, ReplicaLoad, StartTrouble
+from hycluster.core import BulkDemand, ReplicaAddress, ReplicaLoad
 from hycluster.directory.autoscaling import PoolLoad, Scaling
 from hycluster.directory.starts import Starts
+from hycluster.pool_health import StartTrouble
 from hycluster.settings.model import Model
 
 NAMESPACE = "hycluster"

@@ -26,16 +26,7 @@ from vllm.tokenizers import TokenizerLike
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from hycluster.adapters import check_name
-from hycluster.core import (
-    ChatFields,
-    Generation,
-    GenerationRequest,
-    ModelCard,
-    PoolHealth,
-    Priority,
-    Sampling,
-    able,
-)
+from hycluster.core import Generation, GenerationRequest, ModelCard, Priority, PromptFields, Sampling
 from hycluster.directory.directory import find_directory
 from hycluster.errors import (
     DeadlineExceeded,
@@ -54,6 +45,7 @@ from hycluster.gateway.chat import ModelChat, Turn, structured_outputs
 from hycluster.gateway.gateway import Gateway, open_gateway, until_one_can_serve
 from hycluster.gateway.outputs import lengths_of, output_of, usage_of
 from hycluster.observe.timelines import Carried
+from hycluster.pool_health import PoolHealth, able
 from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
 from hycluster.timeline import current
@@ -137,7 +129,7 @@ class Generator:
             await gateway.end_requests(why)
 
     async def ready(self) -> bool:
-        """Whether callers are to come here; see :func:`hycluster.core.able`."""
+        """Whether callers are to come here; see :func:`hycluster.pool_health.able`."""
         return able(await self.pools())
 
     async def pools(self) -> dict[str, PoolHealth]:
@@ -153,18 +145,11 @@ class Generator:
             for name, gateway in self.gateways.items()
         }
 
-    async def tokenize(
-        self,
-        model: str,
-        *,
-        prompt: str | None = None,
-        messages: list[dict[str, Any]] | None = None,
-        **chat: Unpack[ChatFields],
-    ) -> list[int]:
+    async def tokenize(self, model: str, **asked: Unpack[PromptFields]) -> list[int]:
         """Token ids of a prompt, or of messages under the model's chat template."""
         gateway, _ = self._gateway(model)
         with _translated_errors():
-            request = GenerationRequest(model=model, prompt=prompt, messages=messages, **chat)
+            request = GenerationRequest(model=model, **asked)
             engine_input, _ = await self._render(gateway, request)
         return _prompt_ids(engine_input)
 

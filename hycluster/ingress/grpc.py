@@ -22,7 +22,7 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
-from hycluster.core import ChatFields, Generation, GenerationRequest, ModelCard
+from hycluster.core import Generation, GenerationRequest, ModelCard, PromptFields
 from hycluster.errors import DeadlineExceeded, HyclusterError, SettingsError, Unavailable, UnknownModel
 from hycluster.ingress import translate
 from hycluster.ingress.chats import messages_from_pb
@@ -70,14 +70,7 @@ class GrpcBackend(Protocol):
     async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
         """The whole answer. Cancelling the call aborts the request in the engine."""
 
-    async def tokenize(
-        self,
-        model: str,
-        *,
-        prompt: str | None = None,
-        messages: list[dict[str, Any]] | None = None,
-        **chat: Unpack[ChatFields],
-    ) -> list[int]:
+    async def tokenize(self, model: str, **asked: Unpack[PromptFields]) -> list[int]:
         """The token ids of a text or of a chat. With neither it raises ``InvalidInput``."""
 
     async def count_tokens(self, model: str, texts: Sequence[str]) -> list[int]:

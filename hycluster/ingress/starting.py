@@ -13,12 +13,12 @@ import contextlib
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from typing import Any, Unpack
+from typing import Unpack
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hycluster.core import ChatFields, Generation, GenerationRequest, ModelCard
+from hycluster.core import Generation, GenerationRequest, ModelCard, PromptFields
 from hycluster.errors import UnknownModel
 from hycluster.ingress import health
 from hycluster.ingress.body import BodyLimit
@@ -88,15 +88,8 @@ class WaitingGenerator:
     async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
         return await (await self._open(request.model)).generate(request, deadline_s=deadline_s)
 
-    async def tokenize(
-        self,
-        model: str,
-        *,
-        prompt: str | None = None,
-        messages: list[dict[str, Any]] | None = None,
-        **chat: Unpack[ChatFields],
-    ) -> list[int]:
-        return await (await self._open(model)).tokenize(model, prompt=prompt, messages=messages, **chat)
+    async def tokenize(self, model: str, **asked: Unpack[PromptFields]) -> list[int]:
+        return await (await self._open(model)).tokenize(model, **asked)
 
     async def count_tokens(self, model: str, texts: Sequence[str]) -> list[int]:
         return await (await self._open(model)).count_tokens(model, texts)
