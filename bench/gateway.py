@@ -7,6 +7,8 @@ is started, warmed up, measured and stopped on its own, round after round; with 
 and take turns, which on a noisy machine is the fairer way (an idle side costs next to nothing, but for ``vllm``,
 which spins). The figures are medians over rounds and the ratios are against ``vllm-uni``, the stronger of the two
 ways to run vLLM bare (``vllm`` is how it starts by itself on a CPU: an executor process that waits by spinning).
+``hycluster-traces-1`` and ``hycluster-traces-100`` export that per cent of the requests' traces to a collector in this
+process, which drops them (``--sides hycluster,hycluster-traces-1,hycluster-traces-100 --together``).
 ``serve-proxy`` and ``serve-haproxy`` are hycluster's gateway and replicas with Ray Serve's proxy as the front, in
 place of an ingress process that listens itself.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -23,10 +26,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +44,10 @@ BASE = "vllm-uni"
 Rounds = dict[str, list[dict[int, dict[str, Any]]]]
 NO_FAILOVER = "hycluster-no-failover"
 NOT_ENCRYPTED = "hycluster-not-encrypted"
-SIDES = ("hycluster", NO_FAILOVER, NOT_ENCRYPTED, "serve-proxy", "serve-haproxy", "vllm-uni", "vllm", "ray-serve-llm")
+# By side, the share of the requests whose traces are exported.
+TRACED = {"hycluster-traces-1": 0.01, "hycluster-traces-100": 1.0}
+OURS = ("hycluster", NO_FAILOVER, NOT_ENCRYPTED, *TRACED, "serve-proxy", "serve-haproxy")
+SIDES = (*OURS, "vllm-uni", "vllm", "ray-serve-llm")
 
 
 def free_port() -> int:
@@ -86,12 +94,34 @@ def running(command: list[str], env: dict[str, str], log: Path, tree: str = "") 
         process.wait()
 
 
+@functools.cache
+def collector() -> str:
+    """Where an OTLP receiver listens that reads what it is sent and keeps nothing."""
+
+    class Sink(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(200)
+            self.send_header("content-type", "application/x-protobuf")
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, format: str, *_: Any) -> None:  # noqa: A002
+            """Nobody reads it."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Sink)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{server.server_address[1]}"
+
+
 def side(name: str, model: Path, port: int, work: Path, cpus: float) -> tuple[list[str], dict[str, str]]:
     """Command and environment of one side."""
     kv_bytes = str(1 << 30)
     quiet = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
-    if name in ("hycluster", NO_FAILOVER, NOT_ENCRYPTED, "serve-proxy", "serve-haproxy"):
-        settings = {
+    if name in OURS:
+        settings: dict[str, Any] = {
             "router": {"failover": name != NO_FAILOVER},
             # Not where another work tree may not know the key.
             **({"data_plane": {"encrypted": False}} if name == NOT_ENCRYPTED else {}),
@@ -104,6 +134,8 @@ def side(name: str, model: Path, port: int, work: Path, cpus: float) -> tuple[li
                 }
             ],
         }
+        if name in TRACED:
+            settings["tracing"] = {"endpoint": collector(), "sample_ratio": TRACED[name]}
         path = work / f"{name}.json"
         path.write_text(json.dumps(settings))
         if name.startswith("serve-"):

@@ -8,6 +8,7 @@ hang together.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -77,7 +78,7 @@ def application(
         ray_actor_options={
             "num_cpus": 0,
             "resources": ingress_resources(settings, ingress_nodes(settings)),
-            "runtime_env": {"env_vars": _INGRESS_ENVIRONMENT},
+            "runtime_env": {"env_vars": _environment(settings)},
         },
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_timeout_s=settings.drain_timeout_s + 15,
@@ -90,11 +91,23 @@ def application(
 # The work of ingress processes and of the batch executor is Python on one thread; OpenMP's would only stand in the
 # engine's way.
 _INGRESS_ENVIRONMENT = {
-    **logs.ENVIRONMENT,
     "VLLM_NO_USAGE_STATS": "1",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+
+# What OpenTelemetry's variables hold in secret stays with the processes that have it of themselves.
+_SECRET = ("HEADERS", "KEY", "CERTIFICATE")
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    said = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith("OTEL_") and not any(secret in name for secret in _SECRET)
+    }
+    return said | logs.environment(settings.logs) | _INGRESS_ENVIRONMENT
 
 
 def _batch_executor(settings: Settings, directory: str) -> Application:
@@ -107,7 +120,7 @@ def _batch_executor(settings: Settings, directory: str) -> Application:
         ray_actor_options={
             "num_cpus": 0,
             "resources": settings.batches.resources,
-            "runtime_env": {"env_vars": _INGRESS_ENVIRONMENT},
+            "runtime_env": {"env_vars": _environment(settings)},
         },
         max_constructor_retry_count=ENDLESS,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
@@ -149,12 +162,14 @@ def replicas(
     if model.replicas.vary:
         size = {"autoscaling_config": autoscaling_config(model, directory, keep_count=found is not None)}
         count = count if found is None else found
+    options = actor_options(model)
+    options["runtime_env"]["env_vars"] |= logs.environment(settings.logs)
     deployment = serve.deployment(
         name=deployment_name(model),
         **size,
         max_surge_percent=_one_more(count) if surge else 0,
         max_constructor_retry_count=ENDLESS if found is None else UPGRADE_TRIES * max(1, count),
-        ray_actor_options=actor_options(model),
+        ray_actor_options=options,
         **placement,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=30,

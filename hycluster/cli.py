@@ -34,6 +34,7 @@ from hycluster.simulate.cli import simulate
 from hycluster.submit.cli import cancel, jobs, logs, show_submitted, submit
 from hycluster.summarize.cli import summarize
 from hycluster.terminal import INTERRUPTED_EXIT, PrintableFormatter, echo
+from hycluster.why import why
 
 
 class Commands(TyperGroup):
@@ -83,6 +84,7 @@ app.command("chaos")(chaos)
 app.command("plan")(plan)
 app.command("simulate")(simulate)
 app.command("tiny-model")(tiny_model)
+app.command("why")(why)
 
 SetOption = Annotated[
     list[str] | None,
@@ -129,6 +131,9 @@ def serve(
         str | None, typer.Option(metavar="PORT", help="Port of the gRPC ingress; 0 takes a free one.")
     ] = None,
     assignments: SetOption = None,
+    log_level: Annotated[
+        str | None, typer.Option(metavar="LEVEL", help="As logs.level in CONFIG: debug, info, warning or error.")
+    ] = None,
     save: Annotated[
         Path | None, typer.Option(metavar="FILE", help="With a MODEL: write the settings that were made for it.")
     ] = None,
@@ -142,7 +147,8 @@ def serve(
     ports = [
         f"{ingress}.port={port}" for ingress, port in (("http", http_port), ("grpc", grpc_port)) if port is not None
     ]
-    settings = asked_settings(what, [*(assignments or []), *ports], save, say)
+    level = [f"logs.level={log_level}"] if log_level is not None else []
+    settings = asked_settings(what, [*(assignments or []), *ports, *level], save, say)
     stopping = threading.Event()
 
     begun = time.monotonic()
@@ -158,10 +164,12 @@ def serve(
     import ray
 
     from hycluster import cluster
+    from hycluster import logs as log_files
     from hycluster.serving import deploy, running
     from hycluster.serving.service import Service
 
     started_ray = cluster.start()
+    say(f"logs in {log_files.folder()}")
     running.remember_models([model.name for model in settings.models])
 
     def stop(number: int, _frame: object) -> None:

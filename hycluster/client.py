@@ -37,6 +37,7 @@ from hycluster.errors import (
 from hycluster.ingress import arguments, status, translate
 from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto.inference_pb2_grpc import InferenceStub
+from hycluster.timeline import current
 
 DEFAULT_TARGET = "127.0.0.1:9000"
 SERVICE: str = pb.DESCRIPTOR.services_by_name["Inference"].full_name
@@ -250,7 +251,7 @@ class AsyncClient(_Connection):
         """The whole answer. See :class:`Ask` for the arguments."""
         with _own_errors():
             answer = await self._inference.Generate(
-                _request(model, ask), timeout=ask.get("timeout_s"), metadata=self._metadata
+                _request(model, ask), timeout=ask.get("timeout_s"), metadata=(*self._metadata, *_trace())
             )
         return translate.response_from_pb(answer)
 
@@ -316,6 +317,12 @@ class AsyncClient(_Connection):
         except (Unavailable, DeadlineExceeded):
             return False
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def _trace() -> tuple[tuple[str, str], ...]:
+    """What the call is a part of, where that is a request of ours: a job's row that is asked through an ingress."""
+    timeline = current.get()
+    return tuple(timeline.context.headers.items()) if timeline is not None and timeline.sampled else ()
 
 
 def _request(model: str, ask: Ask) -> pb.GenerateRequest:

@@ -29,6 +29,9 @@ from hycluster.imports import without_collector
 from hycluster.ingress.grpc import serve_grpc
 from hycluster.ingress.ports import TURNED_AWAY_AFTER_S, let_in, turn_away
 from hycluster.ingress.starting import StartingIngress, starting_ingress
+from hycluster.observe.export import Export
+from hycluster.observe.request_log import log_requests
+from hycluster.observe.timelines import recorder
 from hycluster.pool_health import PoolHealth
 from hycluster.settings.settings import Settings
 from hycluster.watchdog import Watchdog
@@ -83,6 +86,7 @@ class IngressProcess:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._able = False
         self._watchdog = Watchdog(silent_after_s=SILENT_AFTER_S)
+        recorder.process = "ingress"
         open_directory(directory)
         self._thread = threading.Thread(target=self._run, name="ingress", daemon=True)
         self._thread.start()
@@ -108,6 +112,14 @@ class IngressProcess:
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
         self._serving = asyncio.current_task()
         async with contextlib.AsyncExitStack() as stack:
+            export = Export(
+                recorder,
+                self._settings.tracing,
+                instance=ray.get_runtime_context().get_actor_id() or "",
+                attributes={"server.address": self._settings.http.host, "server.port": self._settings.http.port},
+            )
+            stack.push_async_callback(asyncio.to_thread, export.close)
+            log_requests(recorder, self._settings.logs)
             starting: StartingIngress | None = None
             # Where ingress processes share their ports, callers would come to one that can't serve in place of one that
             # can. A port in use is that of a predecessor; if it is somebody else's, opening it in the end says so.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -126,7 +127,17 @@ class SimulatedPool:
                 directory.report(model, report)
             return directory.sync(name, gateway_id, outstanding, adapters, demand, bulk)
 
-        return SimpleNamespace(sync=SimpleNamespace(remote=sync), known=directory)
+        def called(method: Callable[..., Any]) -> Any:
+            # A call of an actor goes out before anybody waits for its answer.
+            def remote(*arguments: Any) -> Any:
+                answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+                answer.set_result(method(*arguments))
+                return answer
+
+            return SimpleNamespace(remote=remote)
+
+        mailbox = {name: called(getattr(directory, name)) for name in ("ask", "answer", "answers")}
+        return SimpleNamespace(sync=SimpleNamespace(remote=sync), known=directory, **mailbox)
 
 
 def predicted(prompt: list[int], max_tokens: int, settings: Simulated) -> list[int]:

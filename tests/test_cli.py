@@ -40,7 +40,7 @@ def run(*arguments: str, home: Path, timeout_s: float = 60) -> tuple[subprocess.
     ("arguments", "says"),
     [
         ((), ["serve", "batch", "--version"]),
-        (("serve",), ["CONFIG|MODEL", "--http-port", "--grpc-port", "--set", "--save"]),
+        (("serve",), ["CONFIG|MODEL", "--http-port", "--grpc-port", "--set", "--log-level", "--save"]),
         (("batch",), ["run"]),
         (("summarize",), ["FILE", "--address", "--model", "--together"]),
         (("plan",), ["MODEL_CONFIG", "--gpu", "--context-tokens", "--concurrency", "--json", "--write"]),
@@ -50,6 +50,7 @@ def run(*arguments: str, home: Path, timeout_s: float = 60) -> tuple[subprocess.
         (("batch", "submit"), ["JOB", "--address", "--wait", "--kubernetes", "--dry-run"]),
         (("batch", "status"), ["OUTPUT|JOB_ID", "--address"]),
         (("status",), ["--address"]),
+        (("why",), ["REQUEST_ID", "--slowest", "--model", "--address", "--json"]),
         (("settings", "reference"), ["--job"]),
     ],
 )
@@ -83,6 +84,7 @@ models:
         (GOOD, ("--http-port", "70000"), "http.port: 70000"),
         (GOOD, ("--grpc-port", "-1"), "grpc.port: -1"),
         (GOOD, ("--set", "models.0.replicas.min=0"), "replicas.min: 0"),
+        (GOOD, ("--log-level", "loud"), "logs.level: 'loud'"),
         (GOOD, (), "/nowhere/at/all"),
         ("models: [", (), "is not YAML"),
         ("", (), "is empty"),

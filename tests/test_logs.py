@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 from hycluster import logs
+from hycluster.logs import environment
+from hycluster.settings.observe import Logs
 
 # As in a replica. Whether Ray runs is all that is not so: Serve is told where its files are.
 PROCESS = """
@@ -39,6 +41,8 @@ def say():
 """
 SETTLE = """
 from hycluster import logs
+from hycluster.logs import environment
+from hycluster.settings.observe import Logs
 logs._settle(folder / "replica")
 """
 # What another library may do, and the worst.
@@ -110,3 +114,53 @@ def test_no_line_is_obeyed_by_the_terminal_that_shows_it(tmp_path: Path) -> None
     for handler in lines._own:
         handler.close()
     assert (tmp_path / "it.log").read_text().endswith("n: column \\x1b]0;mine\\x07\n")
+
+
+def test_where_nobody_reads_them_at_a_terminal_lines_are_json(tmp_path: Path) -> None:
+    spoken = """
+from hycluster.observe.timelines import Carried, recorder
+recorder.samples = lambda *_: True
+logger = logging.getLogger("hycluster.some")
+with Carried("r-1", "row") as timeline:
+    logger.info("not asked for")
+    logger.warning("look %s", "here\x1b]0;mine\x07")
+    try:
+        1 / 0
+    except ZeroDivisionError:
+        logger.exception("broke")
+serves.info("hello from Serve")
+print(json.dumps([f"{timeline.trace_id:032x}"]))
+"""
+    (trace_id,), text = run(tmp_path, SETTLE, spoken, **environment(Logs(format="auto")))
+    look, broke, serves = map(json.loads, text.splitlines())
+    assert look["time"].endswith("+00:00")
+    assert {
+        "message": "look here\x1b]0;mine\x07",
+        "level": "warning",
+        "logger": "hycluster.some",
+        "request_id": "r-1",
+        "trace_id": trace_id,
+        "component": "replica",
+    }.items() <= look.items()
+    assert "ZeroDivisionError" in broke["exception"]
+    assert (serves["message"], serves["level"]) == ("hello from Serve", "info")
+    # What a terminal would obey is escaped by JSON.
+    assert "\x1b" not in text
+
+
+def test_a_level_can_be_asked_for_and_text_names_the_request(tmp_path: Path) -> None:
+    script = """
+import logging
+from hycluster import logs
+from hycluster.observe.timelines import Carried
+logs.settle_below()
+with Carried("r-1", "row"):
+    logging.getLogger("hycluster.some").info("asked for")
+    logging.getLogger("vllm.some").debug("nobody asked")
+"""
+    env = environment(Logs(level="info", format="text")) | {logs._BELOW: str(tmp_path / "replica_x")}
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, env=env)
+    (file,) = tmp_path.iterdir()
+    assert file.read_text().startswith("INFO ")
+    assert file.read_text().endswith("-- hycluster.some: asked for request_id=r-1\n")
+    assert file.read_text().count("\n") == 1

@@ -32,6 +32,8 @@ from hycluster.batch.progress.terminal import RunProgress
 from hycluster.batch.refusal import Reason, Refusal, RowRefused, refusal_of
 from hycluster.batch.task import Answer, OpenTask, Task
 from hycluster.errors import HyclusterError, InvalidInput, JobFailed, SettingsError, Unauthenticated, UnknownModel
+from hycluster.observe.export import export_of_a_job
+from hycluster.observe.timelines import Carried, recorder
 
 # Blocks that one actor works on at once, so that the tail of one overlaps the head of the next.
 BLOCKS_AT_ONCE = 4
@@ -76,6 +78,7 @@ class Generate:
         self, output: OutputFolder, open_task: OpenTask, report: Report, *, name: str, keep: bool = False
     ) -> None:
         logs.settle("batch")
+        export_of_a_job(recorder)
         self._output = output
         self._kept = KeptAnswers(output) if keep else None
         self._open_task = open_task
@@ -112,6 +115,8 @@ class Generate:
         finally:
             telling.cancel()
             self._tell()
+            # The last thing that this process is sure to do.
+            await asyncio.to_thread(recorder.flush)
         return pa.table({"record": pa.array([task.result().to_json() for task in commits], pa.string())})
 
     async def _feed(self, block: pa.Table, start: Callable[..., asyncio.Task[Any]]) -> list[asyncio.Task[ShardRecord]]:
@@ -165,7 +170,9 @@ class Generate:
             answer: Answer | Refusal
             try:
                 kept = self._kept.get(row_id) if self._kept else None
-                answer = kept or await task.answer(_row_of(task, shard, position), f"{self._name}-{row_id}")
+                name = f"{self._name}-{row_id}"
+                with Carried(name, "row", process="batch"):
+                    answer = kept or await task.answer(_row_of(task, shard, position), name)
             except Exception as error:
                 if _is_the_jobs(error):
                     raise

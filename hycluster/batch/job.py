@@ -36,12 +36,15 @@ class Columns(Strict):
         question: string column with each row's own question. ``ask`` only.
         sampling: by a field of ``sampling``, the column that has each row's own value; where that is null, the job's
             counts. Not for ``summarize``.
+        traceparent: string column with the W3C trace context that a row's request is a part of, as in the HTTP header
+            of that name; null is none. Not for ``summarize``.
     """
 
     text: str | None = Field(default=None, min_length=1)
     messages: str | None = Field(default=None, min_length=1)
     question: str | None = Field(default=None, min_length=1)
     sampling: dict[SampledByRow, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
+    traceparent: str | None = Field(default=None, min_length=1)
 
 
 class Input(Strict):
@@ -214,6 +217,7 @@ class Job(Strict):
             "structured_output": self.structured_output is not None,
             "tools": self.tools is not None,
             "input.columns.sampling": bool(columns.sampling),
+            "input.columns.traceparent": columns.traceparent is not None,
             "sampling.n": several,
             "output.reasoning": self.output.reasoning,
         }

@@ -103,8 +103,10 @@ def prompt_of(job: Job) -> Prompt:
     Raises:
         SettingsError: the template is malformed.
     """
-    prompt, sampled = _asked(job), job.input.columns.sampling
-    return SampledPrompt(prompt, tuple(dict.fromkeys(sampled.values()))) if sampled else prompt
+    prompt, columns = _asked(job), job.input.columns
+    if columns.sampling:
+        prompt = SampledPrompt(prompt, tuple(dict.fromkeys(columns.sampling.values())))
+    return TracedPrompt(prompt, columns.traceparent) if columns.traceparent else prompt
 
 
 def _asked(job: Job) -> Prompt:
@@ -288,6 +290,24 @@ class SampledPrompt:
             kind = column_type(schema, column, where, "input.columns.sampling")
             if not (pat.is_integer(kind) or pat.is_floating(kind) or pat.is_null(kind)):
                 raise ColumnRefused(Reason.WRONG_TYPE, f"{where}: column {column!r} is {kind}; must be a number")
+
+
+class TracedPrompt:
+    """A prompt, and the column that each row's trace context is in."""
+
+    def __init__(self, prompt: Prompt, column: str) -> None:
+        self._prompt = prompt
+        self._column = column
+        self.columns: tuple[str, ...] = tuple(dict.fromkeys([*prompt.columns, column]))
+
+    def messages(self, row: Row) -> Messages:
+        return self._prompt.messages(row)
+
+    def check(self, schema: pa.Schema, where: str) -> None:
+        self._prompt.check(schema, where)
+        kind = column_type(schema, self._column, where)
+        if not (pat.is_string(kind) or pat.is_large_string(kind) or pat.is_null(kind)):
+            raise ColumnRefused(Reason.WRONG_TYPE, f"{where}: column {self._column!r} is {kind}; must be a string")
 
 
 def column_type(schema: pa.Schema, column: str, where: str, setting: str = "") -> pa.DataType:

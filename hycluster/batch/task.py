@@ -20,6 +20,8 @@ from hycluster.batch.prompts import Messages, Prompt, Row, prompt_of
 from hycluster.batch.summaries.summarizer import Summarizer
 from hycluster.core import GenerationRequest, Priority, Sampling
 from hycluster.gateway.bulk import FIXED_ROWS
+from hycluster.observe.timelines import recorder
+from hycluster.trace_context import trace_context
 
 
 class RowSlots(Protocol):
@@ -151,6 +153,8 @@ class Chat:
 
     async def answer(self, row: Row, request_id: str) -> Answer:
         job = self._job
+        if (column := job.input.columns.traceparent) is not None and isinstance(row[column], str):
+            recorder.follow(trace_context({"traceparent": row[column]}))
         request = self._request(self.prompt.messages(row), _sampling_of(job, row), request_id)
         generation = await self.ask(request_id, partial(self.generator.generate, request))
         outputs, usage = sorted(generation.outputs, key=lambda output: output.index), generation.usage

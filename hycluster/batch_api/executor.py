@@ -21,6 +21,9 @@ from hycluster.batch_api.store import Store
 from hycluster.directory.directory import open_directory
 from hycluster.gateway.bulk import BulkLane
 from hycluster.imports import without_collector
+from hycluster.observe.export import Export
+from hycluster.observe.request_log import log_requests
+from hycluster.observe.timelines import recorder
 from hycluster.settings.load import Admission
 from hycluster.settings.settings import Settings
 from hycluster.watchdog import Watchdog
@@ -62,9 +65,14 @@ class BatchExecutor:
     async def _serve(self) -> None:
         self._loop, self._main = asyncio.get_running_loop(), asyncio.current_task()
         store = Store(self._batches)
-        async with _Api(self._settings, self._directory) as api:
-            runner = Runner(store, self._batches, api.engines)
-            await StoreWatch(store, runner, self._batches.concurrent_batches, self._batches.poll_s).run()
+        export = Export(recorder, self._settings.tracing)
+        log_requests(recorder, self._settings.logs)
+        try:
+            async with _Api(self._settings, self._directory) as api:
+                runner = Runner(store, self._batches, api.engines)
+                await StoreWatch(store, runner, self._batches.concurrent_batches, self._batches.poll_s).run()
+        finally:
+            export.close()
 
     def check_health(self) -> None:
         """Called by Ray Serve; raising makes it replace this executor."""

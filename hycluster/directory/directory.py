@@ -29,6 +29,9 @@ NAMESPACE = "hycluster"
 SHARED_DIRECTORY = "hycluster-directory"
 REPORT_EVERY_S = 0.5
 FORGET_AFTER_S = 10.0
+# How long a question about requests is put to gateways, each of which comes by twice a second; and how many at a time.
+ASKED_FOR_S = 2.0
+MOST_QUESTIONS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,8 @@ class PoolView:
         bulk: by gateway, what each of its jobs has and wants.
         scaling: what its scaler last decided; None if it has said nothing, or the pool's size is fixed.
         trouble: why replicas do not start, if they don't.
+        questions: what somebody wants to know of the requests that the gateway's process has carried out; see
+            :meth:`Directory.ask`.
     """
 
     model: Model | None
@@ -78,6 +83,7 @@ class PoolView:
     scaling: Scaling | None = None
     trouble: StartTrouble | None = None
     bulk: dict[str, dict[str, BulkDemand]] = field(default_factory=dict)
+    questions: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +144,8 @@ class Directory:
         self._pools: dict[str, _Pool] = {}
         self._ingresses: dict[str, _Said[IngressReport]] = {}
         self._closing = False
+        self._questions: dict[str, _Said[Any]] = {}
+        self._answers: dict[str, list[Any]] = {}
 
     def report(self, model: Model, report: ReplicaReport) -> None:
         """A replica is there."""
@@ -199,7 +207,30 @@ class Directory:
             pool.bulk[gateway_id] = (now, bulk or {})
             pool.bulk = _recent(pool.bulk, now)
             pool.reports = _recent(pool.reports, now)
-        return self.view(model)
+        questions = tuple(question for said, question in self._questions.values() if now - said < ASKED_FOR_S)
+        view = self.view(model)
+        return replace(view, questions=questions) if questions else view
+
+    def ask(self, number: str, question: Any) -> None:
+        """Ask every process that has a gateway: each hears of it at its next sync, and answers here.
+
+        Ingress processes of one node share their ports, and a job's process has none: nobody else can reach them all.
+        """
+        now = time.monotonic()
+        self._questions = _recent(self._questions, now)
+        self._answers = {known: said for known, said in self._answers.items() if known in self._questions}
+        if len(self._questions) < MOST_QUESTIONS:
+            self._questions[number] = (now, question)
+            self._answers[number] = []
+
+    def answer(self, number: str, found: list[Any]) -> None:
+        """One process' answer to a question."""
+        if number in self._answers:
+            self._answers[number].append(found)
+
+    def answers(self, number: str) -> list[list[Any]]:
+        """What has been answered so far, by each process that has; nothing to a question that was not taken."""
+        return list(self._answers.get(number, []))
 
     def open_ingress(self, report: IngressReport) -> None:
         """An ingress process is open, and a request would succeed there."""

@@ -67,6 +67,13 @@ class EngineCoreRequest(msgspec.Struct, array_like=True, omit_defaults=True, fro
     priority: int = 0
 
 
+class EngineCoreEvent(msgspec.Struct, frozen=True):
+    """That a request was queued (1), scheduled (2) or preempted (3), by the engine's monotonic clock."""
+
+    type: int
+    timestamp: float
+
+
 class EngineCoreOutput(msgspec.Struct, array_like=True, omit_defaults=True, frozen=True, kw_only=True):
     """The new tokens of one request. ``stop_reason`` is the stop token's id, None for end of sequence."""
 
@@ -77,6 +84,7 @@ class EngineCoreOutput(msgspec.Struct, array_like=True, omit_defaults=True, froz
     pooling_output: Any = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    events: list[EngineCoreEvent] | None = None
 
 
 class UtilityOutput(msgspec.Struct, array_like=True, frozen=True):

@@ -22,7 +22,8 @@ Pinned to vLLM 0.32.0; ``tests/engine/test_scheduler.py`` runs it on vLLM's own 
 - ``schedule`` admits from ``kv_holding_waiting``, then from ``waiting``, while they are true;
 - both get their blocks from ``kv_cache_manager.allocate_slots``, which changes nothing where it returns None;
 - ``_preempt_request`` may be called between two steps, and within one for a row that is not in it;
-- all rows that are in a step, and no more, count for ``max_loras``.
+- all rows that are in a step, and no more, count for ``max_loras``;
+- a request's ``trace_headers`` come back with each of its outputs: by them a row tells what became of it here.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from hycluster.engine.rank_work import RankWork, Siblings
 from hycluster.engine.step_room import BulkRow, Slowdown, StepRoom
 from hycluster.engine.step_time import StepTime, StepWork
 from hycluster.settings.model import Colocation
+from hycluster.timeline import GIVEN_UP, PARKED_S
 
 logger = logging.getLogger(__name__)
 
@@ -131,8 +133,10 @@ class ColocationScheduler(Scheduler):
         # Those that may not have ended yet.
         self._bulk: set[str] = set()
         self._room = StepRoom()
-        # In flight: when it was scheduled, what is in it.
-        self._begun: dict[int, tuple[float, StepWork]] = {}
+        # In flight: when it was scheduled, what is in it, which rows were left out.
+        self._begun: dict[int, tuple[float, StepWork, list[Request]]] = {}
+        # By bulk row, for how long it was left out of steps, and how often it was given up.
+        self._set_aside: dict[str, list[float]] = {}
         self._last_end = 0.0
         # Whether online work was there for the last step and got nothing in it: it waits for something else than bulk.
         self._stalled = False
@@ -162,6 +166,8 @@ class ColocationScheduler(Scheduler):
         begun = self.clock()
         if self._bulk:
             self._bulk &= self.requests.keys()
+            if len(self._set_aside) > 2 * len(self._bulk):
+                self._set_aside = {row: said for row, said in self._set_aside.items() if row in self._bulk}
         if not self._bulk:
             return self._schedule_online(begun, throttle_prefills)
         online = [request for request in self.running if not is_bulk(request)]
@@ -322,6 +328,7 @@ class ColocationScheduler(Scheduler):
         self.running.remove(request)
         self._preempt_request(request, time.monotonic(), drop_stale_output=self.requires_kv_delivery)
         self._given_up += 1
+        self._set_aside.setdefault(request.request_id, [0.0, 0.0])[1] += 1
         # It was made to leave; it must not come back in the same step.
         self._waiting.closed = True
 
@@ -336,10 +343,10 @@ class ColocationScheduler(Scheduler):
         bulk = sum([rows.get(one, 0) for one in taken])
         self._bulk_tokens += bulk
         self._online_tokens += total - bulk
-        if self._bulk:
-            self._parked = sum(map(self._was_parked, self.running))
+        parked = list(filter(self._was_parked, self.running)) if self._bulk else []
+        self._parked = len(parked)
         self._credit_s = min(max(0.0, self._credit_s - self._room.used_s), self.colocation.max_step_s)
-        self._begun[id(output)] = begun, work
+        self._begun[id(output)] = begun, work, parked
         if not self._bulk and not self.siblings:
             return
         online = [requests[one].num_computed_tokens for one in rows if one not in taken]
@@ -365,7 +372,8 @@ class ColocationScheduler(Scheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         now = self.clock()
-        begun, work = self._begun.pop(id(scheduler_output), (now, StepWork()))
+        begun, work, parked = self._begun.pop(id(scheduler_output), (now, StepWork(), []))
+        self._tell_aside(scheduler_output)
         if work.sequences:
             # Steps in flight together: this one's time began when the one before it was over.
             real = now - max(begun, self._last_end)
@@ -373,8 +381,19 @@ class ColocationScheduler(Scheduler):
             self._predicted_s, self._real_s = self.step_time.predict(work), real
             self.step_time.learn(work, real)
             self._credit_s += self.colocation.min_batch_share * real
+            for row in parked:
+                self._set_aside.setdefault(row.request_id, [0.0, 0.0])[0] += real
         self._last_end = now
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _tell_aside(self, output: SchedulerOutput) -> None:
+        """Have rows that get a token say for how long they were left out before it: vLLM gives their headers back."""
+        if not self._set_aside:
+            return
+        for row in self._set_aside.keys() & output.num_scheduled_tokens.keys():
+            if (request := self.requests.get(row)) is not None:
+                parked_s, given_up = self._set_aside[row]
+                request.trace_headers = {PARKED_S: f"{parked_s:.6f}", GIVEN_UP: f"{given_up:.0f}"}
 
     def load(self) -> ColocationLoad:
         """As it stands; may be called by any thread."""

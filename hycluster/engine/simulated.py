@@ -68,7 +68,7 @@ class SimulatedEngine:
         with self._changed:
             if not self._busy:
                 self._last_progress = time.monotonic()
-            self._scheduler.add(client, request)
+            self._scheduler.add(client, request, time.monotonic())
             self._changed.notify_all()
 
     def probe(self) -> None:

@@ -17,7 +17,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hycluster.core import ReplicaLoad
-from hycluster.engine.messages import EngineCoreOutput, EngineCoreRequest, FinishReason, SamplingParams
+from hycluster.engine.messages import (
+    EngineCoreEvent,
+    EngineCoreOutput,
+    EngineCoreRequest,
+    FinishReason,
+    SamplingParams,
+)
 from hycluster.engine.protocol import MIGRATED
 from hycluster.errors import InvalidInput
 from hycluster.settings.simulated import Simulated
@@ -25,6 +31,8 @@ from hycluster.settings.simulated import Simulated
 # Tokenizers keep special and single-byte tokens in the lowest ids; staying above them gives text
 # that detokenizes, and no end of sequence by chance.
 LOWEST_TOKEN = 512
+# vLLM's numbers of what happens to a request.
+QUEUED, SCHEDULED, PREEMPTED = 1, 2, 3
 
 
 @dataclass(eq=False, slots=True)
@@ -39,6 +47,7 @@ class _Stream:
         digest: hash of the tokens.
         prefill: how many of them were there at the last admission; the rest are decoded one by one.
         blocks: KV blocks held.
+        events: that nobody has been told of.
     """
 
     client: int
@@ -52,6 +61,7 @@ class _Stream:
     computed: int = 0
     prefill: int = 0
     blocks: int = 0
+    events: list[EngineCoreEvent] = field(default_factory=list)
 
     @property
     def outputs(self) -> int:
@@ -103,8 +113,11 @@ class SimulatedScheduler:
             kv_usage=used / self.settings.kv_blocks,
         )
 
-    def add(self, client: int, request: EngineCoreRequest) -> None:
+    def add(self, client: int, request: EngineCoreRequest, now: float = 0.0) -> None:
         """Queue a request.
+
+        Args:
+            now: on the clock that ``step`` is given.
 
         Raises:
             InvalidInput: it asks for something that is not simulated, is too long, or its id is in use.
@@ -138,6 +151,7 @@ class SimulatedScheduler:
             tokens=len(tokens),
         )
         self._streams[client, request.request_id] = stream
+        stream.events.append(EngineCoreEvent(QUEUED, now))
         self._wait(stream)
 
     def abort(self, client: int, request_ids: Sequence[str] | None = None) -> None:
@@ -160,7 +174,7 @@ class SimulatedScheduler:
 
     def step(self, now: float) -> StepResult:
         """Run one engine step that begins at ``now`` (seconds)."""
-        scheduled, preempted = self._schedule()
+        scheduled, preempted = self._schedule(now)
         outputs: dict[int, list[EngineCoreOutput]] = {}
         prefill_tokens = decode_tokens = kv_tokens = 0
         for stream, count in scheduled.items():
@@ -187,7 +201,7 @@ class SimulatedScheduler:
             preempted=tuple(stream.request_id for stream in preempted),
         )
 
-    def _schedule(self) -> tuple[dict[_Stream, int], list[_Stream]]:
+    def _schedule(self, now: float) -> tuple[dict[_Stream, int], list[_Stream]]:
         """Who computes how many tokens in this step, and who was preempted for it."""
         budget = self.settings.max_num_batched_tokens
         scheduled: dict[_Stream, int] = {}
@@ -202,6 +216,7 @@ class SimulatedScheduler:
                 victim = max(self._running, key=_order)
                 budget += scheduled.pop(victim, 0)
                 self._preempt(victim)
+                victim.events.append(EngineCoreEvent(PREEMPTED, now))
                 preempted.append(victim)
                 if victim is stream:
                     # As in vLLM, nobody after it is scheduled in this step.
@@ -216,6 +231,7 @@ class SimulatedScheduler:
                 break
             del self._waiting[0]
             self._running.append(stream)
+            stream.events.append(EngineCoreEvent(SCHEDULED, now))
             stream.prefill = stream.tokens
             scheduled[stream] = min(stream.tokens, budget)
             budget -= scheduled[stream]
@@ -269,8 +285,13 @@ class SimulatedScheduler:
             finish_reason = FinishReason.LENGTH
         if finish_reason is not None:
             self._drop(stream)
+        events, stream.events = stream.events, []
         return EngineCoreOutput(
-            request_id=stream.request_id, new_token_ids=[token], finish_reason=finish_reason, stop_reason=stop_reason
+            request_id=stream.request_id,
+            new_token_ids=[token],
+            finish_reason=finish_reason,
+            stop_reason=stop_reason,
+            events=events or None,
         )
 
     def _candidates(self, stream: _Stream) -> Iterator[int]:

@@ -307,6 +307,8 @@ class VllmEngine:
             self._core._send_error_outputs_to_client([request.request_id], client)
             return
         take_over(prepared[0])
+        # Else vLLM gives them back with each token. Spans are made where the timeline is: docs/tracing.md.
+        prepared[0].trace_headers = None
         if self._core.siblings and request.priority < Priority.BATCH:
             self._core.siblings.tell_arrival()
         self._queue(EngineCoreRequestType.ADD, prepared)

@@ -59,6 +59,8 @@ class Failover:
     def lost(self, flight: Flight, heard_s: float, *, died: bool) -> None:
         """Its replica is gone, of which the last word came at ``heard_s``; see ``Flight.lost`` for ``died``."""
         self.migrated.lost(flight.request_id, heard_s)
+        if flight.track is not None:
+            flight.track.lost(heard_s, "died" if died else "drained")
         flight.lost(died=died)
         self.tasks.spawn(self._carry_over(flight, died))
 
@@ -125,6 +127,8 @@ class Failover:
         if self._awaited(flight):
             del self.flights[flight.request_id]
             self.migrated.ended(flight.request_id)
+            if flight.track is not None:
+                flight.track.end(type(error).__name__)
             await self._on_lost(flight.request_id, error)
 
     def _awaited(self, flight: Flight) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from hycluster.core import Priority
 from hycluster.errors import HyclusterError, KillsReplicas, ReplicaLost, Unavailable
+from hycluster.timeline import Track
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreRequest
@@ -37,6 +38,7 @@ class Flight:
         losses: those of them whose engine is known to have had it.
         moves: how often it has changed replicas.
         taken: this replica's engine is known to have had it.
+        track: what is told of it afterwards.
     """
 
     request: EngineCoreRequest
@@ -50,6 +52,7 @@ class Flight:
     losses: int = 0
     moves: int = 0
     taken: bool = False
+    track: Track | None = None
 
     @property
     def request_id(self) -> str:
@@ -59,6 +62,11 @@ class Flight:
     def engine_id(self) -> str:
         """What engines know it by: another name on each, as one that was taken for lost may have it still."""
         return f"{self.request_id}~{self.moves}" if self.moves else self.request_id
+
+    @property
+    def output_tokens(self) -> int:
+        """That it has so far; without ``keep``, of this replica."""
+        return len(self.output) if self.keep else self.made
 
     @property
     def bulk(self) -> bool:

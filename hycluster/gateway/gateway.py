@@ -40,7 +40,9 @@ from hycluster.engine.vllm import engine_config
 from hycluster.errors import HyclusterError, InvalidInput, Overloaded, Unavailable, shown
 from hycluster.gateway.admission import Gate, check_id, check_priority, check_sampling
 from hycluster.gateway.api_arguments import model_arguments
+from hycluster.gateway.asking import answer_questions
 from hycluster.gateway.bulk import BulkLanes
+from hycluster.gateway.captured import capture
 from hycluster.gateway.coldstart import ColdStart
 from hycluster.gateway.grammars import GrammarCheck
 from hycluster.gateway.pool import PoolClient
@@ -51,8 +53,10 @@ from hycluster.observe.experts import expert_metrics
 from hycluster.observe.failover import failover_metrics
 from hycluster.observe.metrics import stat_logger
 from hycluster.observe.scaling import scaling_metrics
+from hycluster.replica.sparing_log import SparingLog
 from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
+from hycluster.timeline import current
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +80,7 @@ class Gateway(AsyncLLM):
         cold_start: who comes while there is no replica.
         bulk: the places in the engines that jobs of this process have.
         lora_requests: by name, what a request to an adapter of this model carries. Changes in place.
+        directory: that it follows; None before it has begun to.
     """
 
     engine_core: PoolClient
@@ -99,11 +104,12 @@ class Gateway(AsyncLLM):
         self._adapters = AdapterTable(model.adapters)
         self.lora_requests: dict[str, LoRARequest] = {}
         self._take_over({})
-        self._directory: ActorHandle[Any] | None = None
+        self.directory: ActorHandle[Any] | None = None
         self._view: PoolView | None = None
         # Since when no replica can be reached from here though the directory names some.
         self._cut_off_since_s: float | None = None
         self._learned = False
+        self._unanswered = SparingLog(logger, logging.WARNING)
         self.vllm_config = config
         self.model_config = config.model_config
         self.scheduler_config = config.scheduler_config
@@ -175,6 +181,8 @@ class Gateway(AsyncLLM):
             raise PoolOverloaded(shed.message, shed.retry_after_s) from None
         except InvalidInput as error:
             raise PoolInvalidInput(error.message) from None
+        if (timeline := current.get()) is not None:
+            timeline.admitted()
 
     async def add_request(
         self, request_id: str, prompt: Any, params: SamplingParams | PoolingParams, *rest: Any, **named: Any
@@ -184,6 +192,8 @@ class Gateway(AsyncLLM):
         Raises:
             PoolInvalidInput: a part of it is larger than its bound, or is not the caller's to set.
         """
+        # What the caller said is in its timeline; vLLM would say of it that tracing is off.
+        named.pop("trace_headers", None)
         try:
             check_id("request_id", request_id)
             check_id("session_id", named.get("session_id"))
@@ -191,9 +201,12 @@ class Gateway(AsyncLLM):
             if isinstance(params, SamplingParams):
                 check_sampling(params.extra_args or {}, params.bad_words or ())
                 await self._check_outputs(params)
-            return await super().add_request(request_id, prompt, params, *rest, **named)
+            collector = await super().add_request(request_id, prompt, params, *rest, **named)
         except InvalidInput as error:
             raise PoolInvalidInput(error.message) from None
+
+        capture(prompt, collector, self.renderer.tokenizer)
+        return collector
 
     async def _check_outputs(self, params: SamplingParams) -> None:
         if params.structured_outputs is None:
@@ -283,7 +296,7 @@ class Gateway(AsyncLLM):
 
     async def follow(self, directory: ActorHandle[Any]) -> None:
         """Keep the pool's members, loads and adapters as the directory says; runs until cancelled."""
-        self._directory = directory
+        self.directory = directory
         while True:
             try:
                 view = await self._next_word(directory)
@@ -294,7 +307,7 @@ class Gateway(AsyncLLM):
                     self.learn()
             except Exception:
                 # The directory may be starting again; the pool stays as it is meanwhile.
-                logger.warning("the directory does not answer", exc_info=True)
+                self._unanswered.write("the directory does not answer", exc_info=True)
             await asyncio.sleep(REPORT_EVERY_S)
 
     async def _next_word(self, directory: ActorHandle[Any]) -> PoolView:
@@ -327,6 +340,7 @@ class Gateway(AsyncLLM):
         self._take_over(view.adapters)
         self.cold_start.hear(view.scaling, view.trouble)
         self._view = view
+        answer_questions(directory, view.questions)
         return view
 
     def _look_around(self) -> None:
@@ -411,10 +425,10 @@ class Gateway(AsyncLLM):
     async def _announce(self, name: str, source: str | None) -> None:
         self._adapters.say(name, source, self.engine_core.gateway_id)
         self._take_over({})
-        if self._directory is not None:
+        if self.directory is not None:
             # If the directory is away now, the next sync tells it.
             with contextlib.suppress(ray.exceptions.RayError):
-                await self._sync(self._directory)
+                await self._sync(self.directory)
         # The other ingress processes hear of it at their next sync.
         await asyncio.sleep(2 * REPORT_EVERY_S)
 

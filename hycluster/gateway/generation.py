@@ -44,9 +44,11 @@ from hycluster.gateway.bulk import FIXED_ROWS, BulkLane
 from hycluster.gateway.chat import ModelChat, Turn, structured_outputs
 from hycluster.gateway.gateway import Gateway, open_gateway, until_one_can_serve
 from hycluster.gateway.outputs import lengths_of, output_of, usage_of
+from hycluster.observe.timelines import Carried
 from hycluster.pool_health import PoolHealth, able
 from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
+from hycluster.timeline import current
 
 # What vLLM's renderer names as wrong where a prompt is too long, counted in characters or in tokens.
 LENGTH_PARAMETERS = ("input_text", "input_tokens")
@@ -183,9 +185,10 @@ class Generator:
         """
         last: RequestOutput | None = None
         turn: Turn | None = None
-        async with contextlib.aclosing(self._run(request, RequestOutputKind.FINAL_ONLY, deadline_s)) as outputs:
-            async for output, read_by in outputs:
-                last, turn = output, read_by
+        with Carried(request.request_id or "", "generate", model=request.model):
+            async with contextlib.aclosing(self._run(request, RequestOutputKind.FINAL_ONLY, deadline_s)) as outputs:
+                async for output, read_by in outputs:
+                    last, turn = output, read_by
         if last is None:
             raise Unavailable("the engine ended this request without an output")
         said = [output_of(o) for o in last.outputs]
@@ -219,6 +222,8 @@ class Generator:
             if request.job is not None and request.priority >= Priority.BATCH:
                 with _translated_errors():
                     check_id("job", request.job)
+                    if (timeline := current.get()) is not None:
+                        timeline.note("waiting", reason="a place in the engines")
                     async with asyncio.timeout_at(deadline):
                         await stack.enter_async_context(gateway.bulk.shared_lane(request.job))
             gateway.check_admission(request.sampling.n)

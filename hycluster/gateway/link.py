@@ -26,6 +26,7 @@ from hycluster.gateway.flight import Flight
 from hycluster.gateway.tasks import Tasks
 from hycluster.replica.frames import in_pieces
 from hycluster.replica.wire import MessageKind
+from hycluster.timeline import Track
 
 logger = logging.getLogger(__name__)
 
@@ -199,6 +200,8 @@ class Link:
                 continue
             output.request_id = flight.request_id
             heard.append(output)
+            if flight.track is not None and (output.events or output.finish_reason is not None or not flight.begun):
+                self._note_on(flight.track, flight, output, outputs.timestamp)
             if flight.moves and not flight.begun:
                 failover.migrated.went_on(flight.request_id)
             if output.finish_reason is not None:
@@ -212,6 +215,16 @@ class Link:
             self.progress_s = self.heard_s
         self._work_off(spent)
         return heard
+
+    def _note_on(self, track: Track, flight: Flight, output: EngineCoreOutput, engine_s: float) -> None:
+        track.heard(engine_s, self.heard_s, output.events)
+        if output.prefill_stats is not None:
+            track.cached_tokens = output.prefill_stats.num_cached_tokens
+        if output.trace_headers is not None:
+            track.aside(output.trace_headers)
+        if output.finish_reason is not None:
+            track.output_tokens = flight.output_tokens + len(output.new_token_ids)
+            track.end(str(output.finish_reason))
 
     async def _watch(self) -> None:
         await recv_monitor_message(self._connection.monitor)

@@ -15,6 +15,7 @@ from hycluster.gateway.connection import connect
 from hycluster.gateway.failover import Failover
 from hycluster.gateway.link import Link
 from hycluster.gateway.tasks import Tasks
+from hycluster.replica.sparing_log import SparingLog
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ class Members:
         self._slots = slots
         self._context = zmq.asyncio.Context()
         self._connecting: dict[str, asyncio.Task[None]] = {}
+        # The directory names it twice a second.
+        self._unreached = SparingLog(logger, logging.WARNING)
         self._joining = Tasks()
         self._parting = Tasks()
         # On replicas that are here no more.
@@ -81,7 +84,7 @@ class Members:
             connection = await connect(self._context, address)
         except ConnectionError as error:
             # The directory may still name a replica that has just died; its next word decides.
-            logger.warning("no connection to replica %s: %s", address.replica_id, error)
+            self._unreached.write("no connection to replica %s: %s", address.replica_id, error)
             return
         finally:
             del self._connecting[address.replica_id]

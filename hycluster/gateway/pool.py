@@ -26,7 +26,8 @@ from hycluster.gateway.failover import Failover, Tell
 from hycluster.gateway.flight import Flight
 from hycluster.gateway.link import Link
 from hycluster.gateway.members import Members
-from hycluster.gateway.router import Candidate, Policy, RouteRequest
+from hycluster.gateway.router import Candidate, Policy, RouteRequest, outstanding_tokens
+from hycluster.timeline import Track, current
 
 
 class PoolClient(ControlCalls):
@@ -171,7 +172,7 @@ class PoolClient(ControlCalls):
             Unavailable: no replica can serve, and new requests don't wait.
             InvalidInput: the request holds what no message can.
         """
-        flight = Flight(request, keep=self._keep)
+        flight = Flight(request, keep=self._keep, track=self._begin_track(request))
         try:
             await self._send(flight)
         except Unavailable:
@@ -181,14 +182,36 @@ class PoolClient(ControlCalls):
             # Now, while there is somebody to tell.
             self._encoded(request)
             error = Unavailable(f"model: no replica of {self.model!r} could serve within {wait_s:g} s")
+            if flight.track is not None:
+                flight.track.note("waiting", reason="model start")
             self._failover.wait_for_first(flight, wait_s, error)
+
+    def _begin_track(self, request: EngineCoreRequest) -> Track | None:
+        timeline = current.get()
+        if timeline is None or timeline.ended_s is not None:
+            return None
+        if timeline.sampled:
+            request.trace_headers = timeline.context.headers
+        name = request.external_req_id or request.request_id
+        return timeline.begin_track(name, self.model, len(request.prompt_token_ids or ()))
 
     async def _send(self, flight: Flight) -> None:
         link = self._choose(flight)
         request = migrate(flight.request, flight.engine_id, flight.output) if flight.moves else flight.request
         message = self._encoded(request)
         self._failover.flights[flight.request_id] = flight
+        if flight.track is not None:
+            self._told_of_route(flight.track, flight, link)
         await link.send(flight, message)
+
+    def _told_of_route(self, track: Track, flight: Flight, link: Link) -> None:
+        scores = ((other.replica_id, self._score(other)) for other in self._members.links.values() if other.accepting)
+        adapter = flight.request.lora_request.lora_name if flight.request.lora_request else None
+        track.routed(link.replica_id, scores, len(flight.output), adapter)
+
+    def _score(self, link: Link) -> int:
+        seen = Candidate(replica_id=link.replica_id, own_tokens=link.outstanding_tokens, load=link.load)
+        return outstanding_tokens(seen, self.gateway_id)
 
     def _choose(self, flight: Flight) -> Link:
         links = [link for link in self._members.links.values() if link.accepting]
@@ -231,6 +254,10 @@ class PoolClient(ControlCalls):
             if (link := self._members.links.get(flight.replica_id)) is not None:
                 link.drop(flight)
                 by_link.setdefault(link, []).append(flight.engine_id)
+            if flight.track is not None:
+                # By its caller, or by a stop string, which only the gateway sees.
+                flight.track.output_tokens = flight.output_tokens
+                flight.track.end("stopped")
             self._failover.landed(flight)
         for link, engine_ids in by_link.items():
             await link.abort(engine_ids)

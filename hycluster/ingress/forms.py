@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hycluster.ingress.errors import KIND_HEADER
+from hycluster.ingress.timelines import WithTimelines
 
 MESSAGES = "/v1/messages"
 # By status; of others the first digit decides.
@@ -31,7 +32,7 @@ _OF_A_BODY = {"content-length", "content-type"}
 
 def in_form(app: ASGIApp, allowed_origins: Iterable[str]) -> ASGIApp:
     """The app of an HTTP ingress, around all of its parts."""
-    app, origins = AnthropicErrors(app), list(allowed_origins)
+    app, origins = AnthropicErrors(WithTimelines(app)), list(allowed_origins)
     if not origins:
         return app
     return CORSMiddleware(
@@ -39,7 +40,7 @@ def in_form(app: ASGIApp, allowed_origins: Iterable[str]) -> ASGIApp:
         allow_origins=origins,
         allow_methods=["*"],
         allow_headers=["*"],
-        expose_headers=["Retry-After", KIND_HEADER],
+        expose_headers=["Retry-After", "X-Request-Id", KIND_HEADER],
     )
 
 

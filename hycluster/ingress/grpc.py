@@ -10,8 +10,9 @@ import asyncio
 import functools
 import logging
 import resource
+import secrets
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol, TypeVar, Unpack
 
@@ -30,12 +31,17 @@ from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto import inference_pb2_grpc
 from hycluster.ingress.reflection import enable_reflection
 from hycluster.ingress.status import abort
+from hycluster.observe.timelines import Carried
 from hycluster.settings.ingress import Grpc
+from hycluster.trace_context import trace_context
 
 logger = logging.getLogger(__name__)
 
 SERVICE: str = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 READY_TIMEOUT_S = 5.0
+# In the metadata at the end of each call; in that at its beginning, a caller may give one.
+REQUEST_ID_KEY = "x-request-id"
+MAX_ID = 512
 # Within this time a client hears that the ingress process closes, and what it has sent until then has arrived.
 SETTLE_S = 0.5
 # How often a client may ping. Clients say 10 s at the least (gRPC's own word for it is a bound on theirs), and a ping
@@ -82,8 +88,15 @@ def _answer(call: Call[Request, Response]) -> Call[Request, Response]:
         task = asyncio.current_task()
         assert task is not None
         self.in_flight.add(task)
+        said = _said(context)
+        request_id = _name(request, said)
+        trailing = ((REQUEST_ID_KEY, request_id),)
+        context.set_trailing_metadata(trailing)
         try:
-            return await call(self, request, context)
+            if not isinstance(request, pb.GenerateRequest):
+                return await call(self, request, context)
+            with Carried(request_id, f"grpc {call.__name__}", trace_context(said), model=request.model):
+                return await call(self, request, context)
         except HyclusterError as error:
             failure = error
         except asyncio.CancelledError:
@@ -96,10 +109,24 @@ def _answer(call: Call[Request, Response]) -> Call[Request, Response]:
             failure = HyclusterError("internal error; the server's log has the details")
         finally:
             self.in_flight.discard(task)
-        await abort(context, failure, request)
+        await abort(context, failure, request, trailing)
         raise AssertionError("abort always raises")
 
     return answered
+
+
+def _said(context: Context) -> dict[str, str]:
+    """What a call's metadata says in text."""
+    return {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
+
+
+def _name(request: Message, said: Mapping[str, str]) -> str:
+    """A request's id, which its caller has given, by its field or as over HTTP, or is told."""
+    request_id = said.get(REQUEST_ID_KEY) or f"gen-{secrets.token_hex(12)}"
+    if isinstance(request, pb.GenerateRequest):
+        request_id = request.request_id = request.request_id or request_id
+    # Metadata takes no others, and what the field holds is checked where it is used.
+    return "".join(character if " " <= character <= "~" else "?" for character in request_id[:MAX_ID])
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):

@@ -41,6 +41,7 @@ from hycluster.ingress.errors import answer_error, answer_generation_error, answ
 from hycluster.ingress.forms import in_form
 from hycluster.ingress.health import WithHealth
 from hycluster.ingress.ports import bind, notice_lost_callers
+from hycluster.ingress.timelines import RequestsRoute
 from hycluster.ingress.wording import InOurWords
 from hycluster.settings.api import check_environment
 from hycluster.settings.ingress import Http
@@ -122,7 +123,9 @@ async def serve_http(
         stall_s=settings.stalled_client_timeout_s,
         paths=TOKENIZED_PATHS,
     )
-    app = in_form(WithHealth(around(app), generator.pools), settings.allowed_origins)
+    # All gateways follow the same directory, and have found it when somebody asks.
+    app = RequestsRoute(around(app), lambda: next((g.directory for g in generator.gateways.values()), None))
+    app = in_form(WithHealth(app, generator.pools), settings.allowed_origins)
     sock = sock or bind(settings.host, settings.port, "http.port", reuse_port=reuse_port)
     notice_lost_callers(sock, settings.stalled_client_timeout_s)
     config = uvicorn.Config(

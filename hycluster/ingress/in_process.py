@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp
+
+from hycluster.observe.timelines import Carried
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +95,10 @@ class _Call:
         self._answer = bytearray()
 
     async def run(self) -> InProcessAnswer:
+        named = Headers(raw=self._scope["headers"]).get("x-request-id") or secrets.token_hex(16)
         try:
-            await self._app(self._scope, self._receive, self._send)
+            with Carried(named, f"POST {self._scope['path']}"):
+                await self._app(self._scope, self._receive, self._send)
         except Exception:
             logger.warning("%s: the app broke", self._scope["path"], exc_info=True)
         finally:

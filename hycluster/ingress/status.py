@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,14 +37,17 @@ _FIELD = r"[a-z_]\w*(?:\[\d+\]|\.\w+)*"
 _NAMED = re.compile(rf"({_FIELD}(?:, {_FIELD})*): (.+)", re.DOTALL)
 
 
-async def abort(context: Any, error: HyclusterError, request: Message | None = None) -> None:
+async def abort(
+    context: Any, error: HyclusterError, request: Message | None = None, trailing: Sequence[tuple[str, str]] = ()
+) -> None:
     """End a call with what the error knows. Raises, always.
 
     Args:
         request: what was asked; fields of it that the error is about are named as such.
+        trailing: metadata that the call ends with whatever becomes of it.
     """
     # Tells what an ingress says from what gRPC says in its place when the connection breaks: the code is the same.
-    metadata: list[tuple[str, str | bytes]] = [(ERROR_KEY, kind_of(error).__name__)]
+    metadata: list[tuple[str, str | bytes]] = [*trailing, (ERROR_KEY, kind_of(error).__name__)]
     if error.retry_after_s is not None:
         metadata += [
             (RETRY_AFTER_KEY, f"{error.retry_after_s:g}"),

@@ -24,6 +24,7 @@ from hycluster.engine.protocol import Engine, GroupRank
 from hycluster.imports import without_collector
 from hycluster.memory import MemoryGuard, bound_bytes
 from hycluster.replica.engine_health import EngineHealth
+from hycluster.replica.sparing_log import SparingLog
 from hycluster.replica.wire import EngineServer
 from hycluster.settings.load import DataPlane
 from hycluster.settings.model import Model
@@ -131,7 +132,7 @@ class Rank:
             end_this_process(f"rank {replica_id} of its group is lost")
 
     def _keep_reporting(self) -> None:
-        looked_s = time.monotonic()
+        looked_s, unanswered = time.monotonic(), SparingLog(logger, logging.WARNING)
         while self._engine.error is None:
             try:
                 if self._alone and time.monotonic() - looked_s > LOOK_FOR_OTHERS_EVERY_S:
@@ -141,7 +142,7 @@ class Rank:
                 ray.get(self._directory.report.remote(self._model, report), timeout=FORGET_AFTER_S)
             except ray.exceptions.RayError:
                 # The directory is starting again; the next report finds it.
-                logger.warning("the directory does not answer", exc_info=True)
+                unanswered.write("the directory does not answer", exc_info=True)
             if self._stopped.wait(REPORT_EVERY_S):
                 return
 

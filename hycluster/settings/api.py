@@ -52,7 +52,7 @@ _INSTEAD = {
     "dp_supervisor_probe_timeout_s": _OF_A_SCALED_SERVER,
     "enable_flash_late_interaction": "it is of vLLM's own server in one process with its engine",
     "enable_offline_docs": "the ingress says how '/docs' is served",
-    "enable_request_id_headers": "an answer's id is in its body",
+    "enable_request_id_headers": "every answer has x-request-id",
     "enable_scale_out": _OF_A_SCALED_SERVER,
     "enable_server_load_tracking": "the ingress has '/metrics'",
     "grpc_port": "set 'grpc.port'",

@@ -11,7 +11,15 @@ import msgspec
 import pytest
 
 from hycluster.engine import messages
-from hycluster.engine.messages import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from hycluster.engine.messages import (
+    EngineCoreEvent,
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    FinishReason,
+)
+from hycluster.engine.timing import PREEMPTED, QUEUED, SCHEDULED
+from hycluster.timeline import ENGINE_EVENTS
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +148,7 @@ def test_vllm_reads_outputs(vllm: Any) -> None:
         EngineCoreOutput(request_id="a", new_token_ids=[5]),
         EngineCoreOutput(request_id="b", new_token_ids=[6], finish_reason=FinishReason.STOP, stop_reason=6),
         EngineCoreOutput(request_id="c", new_token_ids=[], finish_reason=FinishReason.ERROR),
+        EngineCoreOutput(request_id="d", new_token_ids=[7], events=[EngineCoreEvent(2, 1.25)]),
     ]
     read = decoder.decode(messages.encode(EngineCoreOutputs(outputs=outputs, timestamp=4.5)))
     assert read.timestamp == 4.5
@@ -147,7 +156,9 @@ def test_vllm_reads_outputs(vllm: Any) -> None:
         ("a", [5], None, None),
         ("b", [6], vllm.engine.FinishReason.STOP, 6),
         ("c", [], vllm.engine.FinishReason.ERROR, None),
+        ("d", [7], None, None),
     ]
+    assert [(event.type, event.timestamp) for event in read.outputs[3].events] == [(2, 1.25)]
     # And theirs with ours.
     assert messages.decode_outputs(vllm.MsgpackEncoder().encode(read)).outputs == outputs
 
@@ -163,6 +174,13 @@ def test_vllm_reads_answers_to_calls(vllm: Any) -> None:
         messages.encode(EngineCoreOutputs(utility_output=messages.UtilityOutput(4, failure_message="no")))
     ).utility_output
     assert (bad.call_id, bad.failure_message, bad.result) == (4, "no", None)
+
+
+@pytest.mark.slow
+def test_what_happens_to_a_request_has_the_same_numbers(vllm: Any) -> None:
+    theirs = {kind.name.lower(): int(kind) for kind in vllm.engine.EngineCoreEventType}
+    assert {name: number for number, name in ENGINE_EVENTS.items()} == theirs
+    assert theirs == {"queued": QUEUED, "scheduled": SCHEDULED, "preempted": PREEMPTED}
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from hycluster.core import ColocationLoad, Priority
 from hycluster.engine.routed_weights import RoutedWeights
 from hycluster.engine.step_time import StepWork
 from hycluster.settings.model import Colocation, Model
+from hycluster.timeline import GIVEN_UP, PARKED_S
 
 if TYPE_CHECKING:
     from hycluster.simulate.engine import VirtualEngine
@@ -113,6 +114,15 @@ def make_case(
         config.scheduler_config.async_scheduling, config.scheduler_config.scheduler_cls = True, None
         use_colocation(config, settings)
     return Case(VirtualEngine(config, blocks, seconds, experts))
+
+
+def told_aside(case: Case) -> dict[str, tuple[float, int]]:
+    """By row, for how long it was left out of steps and how often it was given up, as it says with its tokens."""
+    return {
+        name: (float(request.trace_headers[PARKED_S]), int(request.trace_headers[GIVEN_UP]))
+        for name, request in case.engine.scheduler.requests.items()
+        if request.trace_headers
+    }
 
 
 def fill_with_bulk(case: Case, count: int = 64, tokens: int = 40) -> None:
@@ -442,3 +452,34 @@ def test_a_mixed_hour(tiny_model: Path) -> None:
     assert ttft_beside[most] <= ttft[most] + 0.5
     assert gaps_beside[int(0.99 * len(gaps))] <= 1.15 * gaps[int(0.99 * len(gaps))]
     assert bulk_tokens > 2000
+
+
+@pytest.mark.parametrize("case", [{}, {"asynchronous": True}], indirect=True, ids=["sync", "async"])
+def test_a_row_tells_for_how_long_it_was_left_out(case: Case) -> None:
+    fill_with_bulk(case, SLOTS, tokens=400)
+    case.until(8)
+    assert told_aside(case) == {}
+    come_s = case.engine.now_s
+    for number in range(4):
+        case.add(f"online-{number}", 60, 20, Priority.ONLINE)
+    case.finish(*(f"online-{number}" for number in range(4)))
+    beside_s = case.engine.now_s - come_s
+    case.until(case.engine.now_s + 20)
+    said = told_aside(case)
+    assert 0.3 * beside_s < max(parked_s for parked_s, _ in said.values()) <= 1.1 * beside_s
+    # Four of them made room for the four.
+    assert sum(given_up for _, given_up in said.values()) == case.load.given_up == 4
+    assert not {name for name in said if name.startswith("online")}
+
+
+def test_what_is_kept_aside_goes_with_its_rows(case: Case) -> None:
+    fill_with_bulk(case, SLOTS, tokens=20)
+    case.until(2)
+    case.add("online", 60, 20, Priority.ONLINE)
+    case.finish(*case.come)
+    fill = len(case.come)
+    for number in range(3):
+        case.add(f"later-{number}", 30, 5, Priority.BATCH)
+    assert fill == SLOTS + 1
+    case.finish(*case.come)
+    assert len(case.engine.scheduler._set_aside) <= 2 * 3  # type: ignore[attr-defined]

@@ -380,7 +380,7 @@ async def test_a_broken_connection_is_mended_without_the_directory(silent: bool,
 
     async with opened(SLOW, 2) as served:
         undisturbed = await served.last("before", max_tokens=100)
-        directory: Any = served.gateway._directory
+        directory: Any = served.gateway.directory
         directory.sync.remote = away
         stream = asyncio.create_task(served.last("disturbed", max_tokens=100))
         await asyncio.sleep(0.2)

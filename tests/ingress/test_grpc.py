@@ -104,7 +104,8 @@ async def test_stream_has_a_chunk_a_token_and_usage_in_the_last(stub: Stub) -> N
     ]
     assert [chunk.HasField("usage") for chunk in chunks] == [False, False, True]
     assert chunks[-1].usage == pb.Usage(prompt_tokens=3, completion_tokens=3, cached_tokens=1)
-    assert {chunk.request_id for chunk in chunks} == {"made-by-server"}
+    (named,) = {chunk.request_id for chunk in chunks}
+    assert named.startswith("gen-")
 
 
 async def test_first_chunk_comes_before_the_answer_is_complete(stub: Stub, stand_in: StandInGenerator) -> None:
@@ -129,8 +130,8 @@ async def test_first_chunk_comes_before_the_answer_is_complete(stub: Stub, stand
 async def test_every_input_arrives(
     stub: Stub, stand_in: StandInGenerator, given: dict[str, Any], arrives: dict[str, Any]
 ) -> None:
-    await stub.Generate(ask(**given))
-    assert stand_in.requests == [(GenerationRequest(model=MODEL, **arrives), None)]
+    await stub.Generate(ask(request_id="r", **given))
+    assert stand_in.requests == [(GenerationRequest(model=MODEL, request_id="r", **arrives), None)]
 
 
 async def test_sampling_priority_and_session_arrive_exactly(stub: Stub, stand_in: StandInGenerator) -> None:
@@ -155,7 +156,7 @@ async def test_sampling_priority_and_session_arrive_exactly(stub: Stub, stand_in
     await stub.Generate(ask(sampling=sampling, priority=pb.BATCH, session_id="s"))
     (request, _), *_ = stand_in.requests
     assert request.sampling == wanted
-    assert (request.priority, request.session_id, request.request_id) == (Priority.BATCH, "s", None)
+    assert (request.priority, request.session_id) == (Priority.BATCH, "s")
 
 
 async def test_several_sequences(stub: Stub) -> None:

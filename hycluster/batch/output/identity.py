@@ -24,7 +24,8 @@ def identity(job: Job, plan: ShardPlan) -> Identity:
     newer = {"structured_output", "tools", "tool_choice", "chat_template_kwargs"}
     settings |= job.model_dump(mode="json", include=newer, exclude_none=True)
     settings |= {f"output_{name}": True for name in ("fields", "reasoning") if getattr(job.output, name)}
-    columns = job.input.columns.model_dump()
+    # Whose trace a row is in changes nothing of its answer.
+    columns = job.input.columns.model_dump(exclude={"traceparent"})
     if not columns["sampling"]:
         del columns["sampling"]
     suffix = columns_suffix(job, plan)

@@ -1,0 +1,139 @@
+"""``x-request-id`` on every answer of the HTTP ingress, the timelines of its requests, and the routes that show them.
+
+``GET /hycluster/requests/{id}`` is one request's timeline, ``GET /hycluster/requests?slowest=N&model=M`` a list of
+those that took longest, of all processes of the service. Neither says anything of a prompt or an answer.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping
+from typing import Any
+from urllib.parse import parse_qs, unquote
+
+from ray.actor import ActorHandle
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from hycluster.errors import InvalidInput, NotFound, shown
+from hycluster.gateway.asking import slowest, timeline_of
+from hycluster.ingress.errors import answer_error
+from hycluster.observe.timelines import MOST_LISTED, Carried
+from hycluster.trace_context import trace_context
+
+PATH = "/hycluster/requests"
+REQUEST_ID = b"x-request-id"
+DEFAULT_LISTED = 10
+# What asks an engine for something, and may take its time.
+TIMED = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/embeddings",
+        "/v1/score",
+        "/v1/rerank",
+        "/pooling",
+        "/classify",
+    }
+)
+
+
+def new_request_id() -> str:
+    """As vLLM draws them."""
+    return secrets.token_hex(16)
+
+
+class WithTimelines:
+    """ASGI middleware: gives each request its id, and those that ask an engine a timeline."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = list(scope["headers"])
+        said = next((value for name, value in headers if name == REQUEST_ID), b"")
+        request_id = said or new_request_id().encode()
+        if not said:
+            # vLLM's app makes the id in an answer's body of it.
+            scope = {**scope, "headers": [*headers, (REQUEST_ID, request_id)]}
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (REQUEST_ID, request_id)]
+            await send(message)
+
+        path = scope["path"]
+        if scope["method"] != "POST" or path not in TIMED:
+            await self._app(scope, receive, named)
+            return
+        await self._timed(scope, receive, named, request_id.decode("latin-1"))
+
+    async def _timed(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
+        parent = trace_context(_texts(scope["headers"]))
+        with Carried(request_id, f"POST {scope['path']}", parent) as timeline:
+            whole = False
+
+            async def seen(message: Message) -> None:
+                nonlocal whole
+                if message["type"] == "http.response.start":
+                    status = timeline.attributes["http.response.status_code"] = message["status"]
+                    if status >= 500:
+                        timeline.error = f"HTTP {status}"
+                await send(message)
+                whole |= message["type"] == "http.response.body" and not message.get("more_body")
+
+            await self._app(scope, receive, seen)
+            # Else its caller has left, and the app has seen that.
+            timeline.cancelled = not whole
+
+
+def _texts(headers: list[tuple[bytes, bytes]]) -> Mapping[str, str]:
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in headers}
+
+
+class RequestsRoute:
+    """ASGI middleware: answers :data:`PATH` itself."""
+
+    def __init__(self, app: ASGIApp, directory: Callable[[], ActorHandle[Any] | None]) -> None:
+        self._app = app
+        self._directory = directory
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path: str = scope.get("path", "")
+        ours = scope["type"] == "http" and (path == PATH or path.startswith(f"{PATH}/"))
+        if not ours or scope["method"] not in ("GET", "HEAD"):
+            await self._app(scope, receive, send)
+            return
+        await (await self._answer(path, scope))(scope, receive, send)
+
+    async def _answer(self, path: str, scope: Scope) -> ASGIApp:
+        request_id = _below(scope)
+        try:
+            if request_id:
+                found = await timeline_of(self._directory(), request_id)
+                if found is None:
+                    raise NotFound(f"id: no process knows a request {shown(request_id)}; each keeps its last ones only")
+                return JSONResponse(found)
+            query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
+            most = _number(query.get("slowest", [str(DEFAULT_LISTED)])[0])
+            return JSONResponse({"requests": await slowest(self._directory(), most, query.get("model", [None])[0])})
+        except (InvalidInput, NotFound) as error:
+            return await answer_error(None, error)
+
+
+def _below(scope: Scope) -> str:
+    """What follows :data:`PATH`: a row's id may have slashes in it, escaped or not."""
+    raw: bytes = scope.get("raw_path") or scope["path"].encode()
+    path = unquote(raw.partition(b"?")[0].decode("latin-1"))
+    return path.removeprefix(PATH).removeprefix("/")
+
+
+def _number(said: str) -> int:
+    if not said.isascii() or not said.isdigit() or not 1 <= int(said) <= MOST_LISTED:
+        raise InvalidInput(f"slowest: {shown(said)} is not allowed; must be a whole number from 1 to {MOST_LISTED}")
+    return int(said)
