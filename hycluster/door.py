@@ -25,7 +25,6 @@ import ray
 from starlette.types import ASGIApp
 
 from hycluster import logs
-from hycluster.core import PoolHealth
 from hycluster.directory.directory import FORGET_AFTER_S, IngressReport, Overview, Survey, open_directory
 from hycluster.errors import HyclusterError, SettingsError, Unavailable, start_failure
 from hycluster.imports import without_collector
@@ -33,6 +32,7 @@ from hycluster.ingress.grpc import serve_grpc
 from hycluster.ingress.ports import TURNED_AWAY_AFTER_S, let_in, turn_away
 from hycluster.ingress.starting import StartingIngress, starting_ingress
 from hycluster.page.app import with_page
+from hycluster.pool_health import PoolHealth
 from hycluster.settings.settings import Settings
 from hycluster.state.cluster_state import BatchState, ClusterState
 from hycluster.state.watch import StateWatch

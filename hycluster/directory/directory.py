@@ -19,10 +19,11 @@ import ray
 from ray.actor import ActorHandle
 
 from hycluster.adapters import AdapterEntry, AdapterTable
-from hycluster.core import BulkDemand, ReplicaAddress, ReplicaLoad, StartTrouble
+from hycluster.core import BulkDemand, ReplicaAddress, ReplicaLoad
 from hycluster.directory.autoscaling import PoolLoad, Scaling
 from hycluster.directory.faults import FaultLog, ReplicaFault
 from hycluster.directory.starts import StartingReplica, Starts
+from hycluster.pool_health import StartTrouble
 from hycluster.settings.model import Model
 from hycluster.traffic import KEEP_MINUTES, ModelTraffic
 

@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hycluster.core import StartTrouble
 from hycluster.errors import SettingsError
+from hycluster.pool_health import StartTrouble
 
 # By itself Serve gives a deployment up for good after three starts a replica that fail, as long as none has succeeded.
 # What could not start may be able to later: memory is free again, weights are there. So it tries on, with pauses.

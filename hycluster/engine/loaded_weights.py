@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-
 from hycluster.engine.routed_weights import RoutedWeights
 
 
 def worker_weights(worker: Any) -> RoutedWeights | None:
     """Of one worker; None for a dense model. In a form that vLLM's ``collective_rpc`` can call on each."""
+    # Kernels come along, which an ingress process that imports the engine's module has no use for.
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
     model = worker.get_model()
     layers = [layer for layer in model.modules() if isinstance(layer, RoutedExperts)]
     held = sum(_bytes(layer) for layer in layers)

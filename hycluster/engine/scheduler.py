@@ -274,10 +274,7 @@ class ColocationScheduler(Scheduler):
             )  # fmt: skip
         # Where even the shortest step is over the bound, an arrival waits for it in any case.
         least = shortest - cost.base_s + colocation.max_slowdown * shortest
-        room = StepRoom.of(max(bound - cost.base_s, least), cost)
-        # Longer prompts' chunks would have an arrival wait for nothing.
-        room.prefill_tokens = min(room.prefill_tokens, cost.enough_tokens)
-        return room
+        return StepRoom.of(max(bound - cost.base_s, least), cost)
 
     # What a row is given.
 

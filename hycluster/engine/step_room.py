@@ -52,7 +52,7 @@ class StepRoom:
         only_free: bulk rows get no others; what they add is what their rows and their KV cache take.
         tokens: in it so far, and in the other ranks' part of it: which experts are read anyhow.
         experts_s: time that they may add on top of ``bulk_s``, by what else is read of experts.
-        read_s: of ``used_s``, what they add by that.
+        read_s: of ``used_s``, what they add by that; but for the first row of a step that has nothing else.
     """
 
     bulk_s: float = math.inf
@@ -131,7 +131,8 @@ class StepRoom:
         self.bulk_s -= takes + max(0.0, reads - self.experts_s)
         self.experts_s = max(0.0, self.experts_s - reads)
         self.used_s += takes + reads
-        self.read_s += reads
+        # A rank that has no row in a step has a dummy one.
+        self.read_s += 0.0 if needed else reads
         self.tokens += more + 1
         self.sequences -= 1
         self.prefill_tokens -= more

@@ -19,7 +19,6 @@ that they read.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,8 +36,6 @@ _SOLVE_ALL, _SOLVE_EVERY = 32, 8
 _INERTIA = 0.05
 # A step so many times as long as was thought (a collection, a compilation, a neighbour) counts as one at this bound.
 _OUTLIER = 3.0
-# A step is as good as any longer one if that would do so little more in the same time.
-_GAIN = 0.05
 # How much the bytes count against the steps: as if in so large a share of these they alone told experts from the base.
 _BYTES = 0.003
 _KV_UNIT = 1024.0
@@ -121,16 +118,6 @@ class StepTime:
     def experts_s(self, tokens: int) -> float:
         """For reading the experts that so many tokens are routed to; 0 for a dense model."""
         return self._parts[4] * self.experts.touched(tokens) if self.experts is not None else 0.0
-
-    @property
-    def enough_tokens(self) -> float:
-        """Tokens of a step from which on a longer one would hardly do more a second; infinite where none is free."""
-        if not self.free_tokens or not self.prefill_token_s:
-            return math.inf
-        # What a step takes before its tokens do, and what of it is not hidden behind those that are free.
-        alone_s = self.base_s + self._parts[4]
-        idle_s = max(0.0, alone_s - self.free_tokens * self.prefill_token_s)
-        return self.free_tokens + max(0.0, idle_s / _GAIN - alone_s) / self.prefill_token_s
 
     @property
     def coefficients_s(self) -> tuple[float, float, float, float]:

@@ -7,9 +7,9 @@ import math
 import time
 from collections.abc import Callable
 
-from hycluster.core import StartTrouble
 from hycluster.directory.autoscaling import Scaling
 from hycluster.errors import Unavailable
+from hycluster.pool_health import StartTrouble
 from hycluster.settings.model import Model
 
 # What a caller is told as long as no start has been timed.

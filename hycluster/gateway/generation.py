@@ -26,16 +26,7 @@ from vllm.tokenizers import TokenizerLike
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from hycluster.adapters import check_name
-from hycluster.core import (
-    Generation,
-    GenerationRequest,
-    ModelCard,
-    PoolHealth,
-    Priority,
-    PromptFields,
-    Sampling,
-    able,
-)
+from hycluster.core import Generation, GenerationRequest, ModelCard, Priority, PromptFields, Sampling
 from hycluster.directory.directory import find_directory
 from hycluster.errors import (
     DeadlineExceeded,
@@ -53,6 +44,7 @@ from hycluster.gateway.bulk import FIXED_ROWS, BulkLane
 from hycluster.gateway.chat import ModelChat, Turn, structured_outputs
 from hycluster.gateway.gateway import Gateway, open_gateway, until_one_can_serve
 from hycluster.gateway.outputs import lengths_of, output_of, usage_of
+from hycluster.pool_health import PoolHealth, able
 from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
 
@@ -135,7 +127,7 @@ class Generator:
             await gateway.end_requests(why)
 
     async def ready(self) -> bool:
-        """Whether callers are to come here; see :func:`hycluster.core.able`."""
+        """Whether callers are to come here; see :func:`hycluster.pool_health.able`."""
         return able(await self.pools())
 
     async def pools(self) -> dict[str, PoolHealth]:

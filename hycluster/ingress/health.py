@@ -16,9 +16,9 @@ from urllib.parse import parse_qs
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hycluster.core import PoolHealth, able
 from hycluster.errors import Unavailable, UnknownModel
 from hycluster.ingress.errors import answer_error
+from hycluster.pool_health import PoolHealth, able
 
 PATH = "/health"
 

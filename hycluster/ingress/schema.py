@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
@@ -30,8 +32,11 @@ class WithSchema:
             await Response(body, status, media_type="application/json")(scope, receive, send)
             return
         schema = json.loads(body)
-        ours = get_openapi(title=self._beside.title, version=self._beside.version, routes=self._beside.routes)
-        schema["paths"] |= ours["paths"]
+        schema["paths"] |= self._ours["paths"]
         known = schema.setdefault("components", {}).setdefault("schemas", {})
-        known |= ours.get("components", {}).get("schemas", {})
+        known |= self._ours.get("components", {}).get("schemas", {})
         await JSONResponse(schema)(scope, receive, send)
+
+    @functools.cached_property
+    def _ours(self) -> dict[str, Any]:
+        return get_openapi(title=self._beside.title, version=self._beside.version, routes=self._beside.routes)

@@ -13,10 +13,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
 from hycluster.app import deployment_name
-from hycluster.core import StartTrouble
 from hycluster.directory.directory import Overview
 from hycluster.directory.starts import TURN, StartingReplica
 from hycluster.errors import one_line
+from hycluster.pool_health import StartTrouble
 from hycluster.serving.losses import CAN_NOT_START
 from hycluster.serving.ray_state import Look
 from hycluster.settings.model import Model

@@ -20,6 +20,7 @@ from hycluster.engine.step_time import StepTime, StepWork
 from hycluster.engine.vllm import VllmEngine
 from hycluster.errors import EngineStartFailed, SettingsError
 from hycluster.settings.model import Model
+from hycluster.simulate.machine import sizes_in
 
 
 class NotedSteps(StepTime):
@@ -39,6 +40,7 @@ class RealEngine:
 
     Attributes:
         notes: its steps from now on.
+        sizes: its own, by the names that ``models[].simulated`` has for them.
         tokens: by request, when each of its tokens came (``time.monotonic``).
 
     Raises:
@@ -59,6 +61,8 @@ class RealEngine:
                 f"models: {model.name}: colocation.enabled: must be true, and its scheduler hycluster's"
             )
         self.config = scheduler.vllm_config
+        # When it has been shut down, vLLM has forgotten how many blocks there were.
+        self.sizes = sizes_in(self.config)
         self.notes = scheduler.step_time = NotedSteps(scheduler.step_time.experts)
         threading.Thread(target=self._read, name="tokens", daemon=True).start()
 

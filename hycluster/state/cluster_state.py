@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from hycluster.core import PoolHealth, able
 from hycluster.directory.directory import PoolView, ReplicaReport, Survey
 from hycluster.directory.faults import ReplicaFault
 from hycluster.directory.starts import StartingReplica
+from hycluster.pool_health import PoolHealth, able
 from hycluster.state.traffic_state import TrafficState, traffic_state
 from hycluster.traffic import ModelTraffic, together
 

@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 import ray
 
 from hycluster import __version__
-from hycluster.core import PoolHealth
 from hycluster.directory.directory import Survey
+from hycluster.pool_health import PoolHealth
 from hycluster.state.cluster_state import BatchState, ClusterState, cluster_state
 
 logger = logging.getLogger(__name__)

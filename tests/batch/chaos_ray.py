@@ -32,7 +32,7 @@ from tests.batch import chaos_driver, stand_in
 # Not a write: the driver hears of the n-th shard that was committed.
 HEARD = "heard"
 ANSWER_S = 0.2
-HELD_FROM = 66
+ANSWERED_ROWS = 66
 
 
 class LoggedStandIn(stand_in.StandInGenerator):
@@ -53,18 +53,20 @@ class LoggedStandIn(stand_in.StandInGenerator):
 
 
 class HeldStandIn(stand_in.StandInGenerator):
-    """Writes down the text of every row that it is asked for; rows from ``HELD_FROM`` on wait while a file is there."""
+    """Writes down the text of every row that it is asked for; while a file is there all but the first ones wait."""
 
     def __init__(self, held: Path, log: Path) -> None:
         super().__init__()
         self._held = held
         self._asked = log
+        self._rows = 0
 
     async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
         assert request.messages is not None
-        text = request.messages[-1]["content"]
-        note(self._asked, text)
-        while int(text.split()[1]) >= HELD_FROM and self._held.exists():  # noqa: ASYNC110 - it is another process's
+        note(self._asked, request.messages[-1]["content"])
+        self._rows += 1
+        place = self._rows
+        while place > ANSWERED_ROWS and self._held.exists():  # noqa: ASYNC110 - it is another process's
             await asyncio.sleep(0.05)
         return await super().generate(request, deadline_s=deadline_s)
 

@@ -74,10 +74,8 @@ class Cluster:
 
     @property
     def asked(self) -> list[int]:
-        """Numbers of the rows that were asked since it was looked last."""
-        rows = [int(line.split()[1]) for line in self._log.read_text().splitlines()]
-        self._log.unlink()
-        return rows
+        """Numbers of the rows that were asked, in order."""
+        return [int(line.split()[1]) for line in self._log.read_text().splitlines()]
 
     @property
     def left(self) -> list[str]:
@@ -160,7 +158,7 @@ def test_workers_and_drivers_killed_in_turn(cluster: Cluster, texts: Path, undis
 
 
 def test_ctrl_c_at_66_of_200_rows(cluster: Cluster, tmp_path: Path) -> None:
-    """50 rows are committed, 16 of the next shard are answered and 16 are in flight; nothing else is asked again."""
+    """50 rows are committed, 16 of another shard are answered and 16 are in flight; these alone are asked again."""
     corpus, out, job_file = tmp_path / "in", tmp_path / "out", tmp_path / "job.json"
     write_texts(corpus / "a.parquet", [f"text {n}" for n in range(200)])
     job = make_job(corpus, str(out), shard_rows=50, rows_in_flight=16)
@@ -169,11 +167,13 @@ def test_ctrl_c_at_66_of_200_rows(cluster: Cluster, tmp_path: Path) -> None:
     held.touch()
 
     def answered() -> bool:
-        kept = [row_id for path in out.glob("_answers/*.json") for row_id in json.loads(path.read_bytes())]
+        kept = {row_id for path in out.glob("_answers/*.json") for row_id in json.loads(path.read_bytes())}
+        # Those of the committed shard may be among them until they are written the next time.
+        if not kept or not kept >= {f"a.parquet#{row}" for row in cluster.asked[50:66]}:
+            return False
+        status = Watcher(at(out)).look()
         return (
-            {f"a.parquet#{row}" for row in range(50, 66)} <= set(kept)
-            and (status := Watcher(at(out)).look()).done.rows == 50
-            and status.rows_through == 66
+            (status.done.rows, status.rows_through) == (50, 66)
             and status.word is not None
             and status.word.progress.in_flight == 16
         )
@@ -183,11 +183,12 @@ def test_ctrl_c_at_66_of_200_rows(cluster: Cluster, tmp_path: Path) -> None:
     assert said.startswith(
         "stopped; 50 of 200 rows are committed, 16 more were answered: those of the last half minute"
     )
-    assert sorted(cluster.asked) == list(range(66 + 16))
-    held.unlink()
-    code, said = cluster.command("run", str(job_file), held=held)
+    first = cluster.asked
+    assert len(set(first)) == len(first) == 66 + 16
+    # The first run's worker, which Ray may not have ended yet, stays held.
+    code, said = cluster.command("run", str(job_file), held=tmp_path / "never")
     assert code == 0, said
-    assert sorted(cluster.asked) == list(range(66, 200))
+    assert sorted(cluster.asked[len(first) :]) == sorted({*range(200)} - {*first[:66]})
     verdict = verify_output(at(out), at(corpus))
     assert (verdict.faults, verdict.totals.rows, verdict.totals.quarantined) == ([], 200, 0)
     assert list(out.glob("_answers/*")) == []

@@ -77,7 +77,7 @@ def example(schema: dict[str, Any], whole: dict[str, Any] | None = None) -> Any:
         case "array":
             return [example(schema["items"], whole)]
         case kind:
-            return {"string": "Paris", "integer": 36, "number": 36.5, "boolean": True}.get(kind)
+            return {"string": "Paris", "integer": 36, "number": 36.5, "boolean": True}.get(str(kind))
 
 
 class _Scripted(SimulatedScheduler):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,7 +90,10 @@ def test_the_page_shows_what_is_tested() -> None:
 
 
 def test_what_the_stand_in_says() -> None:
-    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    tool: dict[str, Any] = {
+        "type": "function",
+        "function": {"name": "f", "parameters": {"type": "object", "properties": {}}},
+    }
     asked = '{"role": "user", "content": "x"}\n'
     tools = f'[{{"function": {{"name": "f", "parameters": {tool["function"]["parameters"]}}}}}]\n'.replace("'", '"')
     assert answer_to(f"{asked}assistant:", {}) == "Message 1, of the user: x"

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 import random
 
 import pytest
@@ -160,16 +159,3 @@ def test_four_coefficients_of_a_model_with_experts_are_of_steps_that_read_all() 
     base, *_ = step_time.coefficients_s
     assert base == pytest.approx(0.017, rel=0.02)
     assert StepTime().experts_s(100) == 0
-
-
-def test_a_step_is_long_enough_once_its_tokens_keep_the_gpu_busy() -> None:
-    step_time, random_ = StepTime(), random.Random(3)
-    assert step_time.enough_tokens == math.inf
-    for _ in range(400):
-        rows = random_.randint(5, 120)
-        work = StepWork(random_.choice([0, 0, 0, 100, 400, 1900]), rows, rows * random_.randint(50, 4000))
-        step_time.learn(work, random_.lognormvariate(0, 0.05) * roofline_s(work))
-    enough = step_time.enough_tokens
-    assert 200 < enough < 1500
-    whole = enough / roofline_s(StepWork(int(enough), 0))
-    assert whole > 0.93 * 4000 / roofline_s(StepWork(4000, 0)), "tokens a second"

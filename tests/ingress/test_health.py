@@ -9,8 +9,8 @@ import pytest
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hycluster.core import PoolHealth, StartTrouble
 from hycluster.ingress.health import WithHealth
+from hycluster.pool_health import PoolHealth, StartTrouble
 
 WHOLE, HALF, NONE = PoolHealth(2, 2), PoolHealth(1, 2), PoolHealth(0, 2)
 CUT_OFF = PoolHealth(0, 2, cut_off=True)

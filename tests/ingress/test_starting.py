@@ -17,11 +17,11 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
-from hycluster.core import PoolHealth
 from hycluster.errors import SettingsError
 from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto.inference_pb2_grpc import InferenceStub
 from hycluster.ingress.starting import StartingIngress, starting_ingress
+from hycluster.pool_health import PoolHealth
 from hycluster.settings.ingress import Grpc, Http
 from hycluster.settings.model import Model
 from hycluster.settings.settings import Settings

@@ -38,7 +38,8 @@ JSON = {"content-type": "application/json"}
 
 @pytest.fixture(scope="module")
 def api(served: Served) -> schemathesis.BaseSchema:
-    return schemathesis.openapi.from_dict(httpx.get(f"{served.http}/openapi.json").json())
+    # Made when it is first asked for.
+    return schemathesis.openapi.from_dict(httpx.get(f"{served.http}/openapi.json", timeout=BOUND_S).json())
 
 
 @pytest.fixture(scope="module")

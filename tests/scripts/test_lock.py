@@ -84,7 +84,7 @@ def test_nothing_is_imported_that_the_locks_do_not_have() -> None:
 
 
 def test_clients_import_what_their_own_lock_has() -> None:
-    (folder,) = [*ROOT.glob(".venv-clients/lib/python*/site-packages")] or [None]
+    folder = next(ROOT.glob(".venv-clients/lib/python*/site-packages"), None)
     if folder is None:
         pytest.skip("their packages are not there: make clients")
     packages: dict[str, list[str]] = {}

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from hycluster.core import StartTrouble
 from hycluster.directory.directory import Overview
+from hycluster.pool_health import StartTrouble
 from hycluster.serving.losses import LINES_A_MINUTE, Losses
 from hycluster.serving.ray_state import Deployment, Look, ServiceProcess
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from hycluster.core import StartTrouble
 from hycluster.directory.directory import Overview
 from hycluster.directory.starts import StageTime, StartingReplica
+from hycluster.pool_health import StartTrouble
 from hycluster.serving import stages
 from hycluster.serving.ray_state import Deployment, Look
 from hycluster.serving.stages import StageRow, StartDisplay, stage_rows

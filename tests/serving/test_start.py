@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hycluster.core import StartTrouble
 from hycluster.directory.directory import Overview
 from hycluster.errors import EngineStartFailed, SettingsError, start_failure
+from hycluster.pool_health import StartTrouble
 from hycluster.serving.start import end_of_hope, ready_models
 from hycluster.settings.model import Model
 from hycluster.settings.settings import Settings

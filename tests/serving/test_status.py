@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from hycluster.core import StartTrouble
 from hycluster.directory.directory import Overview
 from hycluster.errors import SettingsError
+from hycluster.pool_health import StartTrouble
 from hycluster.serving.ray_state import Deployment, Look, ServiceProcess
 from hycluster.serving.status import status_lines
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
-from hycluster.core import BulkDemand, ColocationLoad, PoolHealth, ReplicaAddress, ReplicaLoad, StartTrouble
+from hycluster.core import BulkDemand, ColocationLoad, ReplicaAddress, ReplicaLoad
 from hycluster.directory.directory import IngressReport, Overview, PoolView, ReplicaReport, Survey
 from hycluster.directory.faults import ReplicaFault
 from hycluster.directory.starts import StageTime, StartingReplica
+from hycluster.pool_health import PoolHealth, StartTrouble
 from hycluster.settings.model import Model
 from hycluster.settings.pool import Replicas
 from hycluster.state.cluster_state import BatchState, ClusterState, cluster_state

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from hycluster.core import PoolHealth, StartTrouble
 from hycluster.directory.autoscaling import Scaling
 from hycluster.directory.directory import Overview, PoolView, Survey
 from hycluster.directory.starts import StageTime, StartingReplica
+from hycluster.pool_health import PoolHealth, StartTrouble
 from hycluster.settings.model import Model
 from hycluster.settings.pool import Replicas
 from hycluster.state.cluster_state import cluster_state, health_of

@@ -5,8 +5,8 @@ import asyncio
 import pytest
 import ray
 
-from hycluster.core import PoolHealth
 from hycluster.directory.directory import Survey
+from hycluster.pool_health import PoolHealth
 from hycluster.state.cluster_state import BatchState
 from hycluster.state.watch import StateWatch
 from tests.state.made import BIG, SMALL, made_batches, made_pools, made_survey

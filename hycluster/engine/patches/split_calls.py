@@ -4,7 +4,7 @@ What: pieces of the same call that come in one chunk are put together: name, id 
 Why: vLLM's parsers put the name and the first arguments side by side, as two entries of one ``index``, wherever a chunk
 holds more than a token: where an engine is faster than the caller reads. OpenAI's API has one entry a call and chunk,
 and clients read the first alone (instructor's partial answers, seen with 1.17): they lose the arguments.
-Upstream: not reported.
+Upstream: none filed.
 Version: vLLM 0.32.0. Applied where a chat's answers are read, for both ingresses and batch jobs. Watched by
 ``tests/engine/patches/test_split_calls.py``.
 """

@@ -55,4 +55,7 @@ for (const [each, more] of [[openai("my-model"), whole], [openai.chat("my-model"
   assert.equal((await generateText({ ...asked, ...more, model: each })).text, told.text);
   assert.deepEqual((await generateText({ ...formed, ...more, model: each })).output, { name: "Paris", age: 36 });
 }
-await assert.rejects(generateText({ ...asked, model: openai("my-model") }), /'item_reference' is not allowed/);
+const { response } = await generateText({ model: openai("my-model"), prompt: "Hello" });
+const further = { model: openai("my-model"), messages: [...response.messages, { role: "user", content: "And now?" }] };
+assert.equal((await generateText({ ...further, ...whole })).text, "Message 2, of the user: And now?");
+await assert.rejects(generateText(further), /'item_reference' is not allowed/);

@@ -18,6 +18,7 @@ print(client.chat.completions.create(model="my-model", response_model=Person, me
 
 # Of the page, only what is above.
 import openai
+from instructor.core import InstructorRetryException
 
 modes = (instructor.Mode.JSON_SCHEMA, instructor.Mode.TOOLS, instructor.Mode.RESPONSES_TOOLS)
 for mode in modes:
@@ -29,7 +30,7 @@ client = instructor.from_openai(OpenAI(base_url="http://127.0.0.1:8000/v1", api_
 assert (last.name, last.age) == ("Paris", 36)
 try:
     client.chat.completions.create(model="none", response_model=Person, messages=asked, max_retries=1)
-except (instructor.core.InstructorRetryException, openai.NotFoundError) as caught:
+except (InstructorRetryException, openai.NotFoundError) as caught:
     assert "none" in str(caught)
 else:
     raise AssertionError("an unknown model was answered")

@@ -19,7 +19,9 @@ def pieces(chunks: list[str], *, patched: bool = True) -> list[list[Any]]:
     class Parser(DelegatingParser):
         tool_parser_cls = Hermes2ProToolParser
 
-    request: Any = SimpleNamespace(tool_choice="auto", structured_outputs=None, tools=[{}], messages=[])
+    request: Any = SimpleNamespace(
+        tool_choice="auto", structured_outputs=None, tools=[{}], messages=[], include_reasoning=True
+    )
     parser = Parser(object())  # type: ignore[arg-type]
     parse: Any = DelegatingParser.parse_delta
     parse = parse if patched else parse.__wrapped__
