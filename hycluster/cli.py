@@ -20,6 +20,7 @@ from hycluster.batch import cli as batch
 from hycluster.batch.job import Job
 from hycluster.chaos.cli import chaos
 from hycluster.consent import Yes, ask
+from hycluster.doctor.cli import doctor
 from hycluster.errors import HyclusterError
 from hycluster.job_engines import open_engines
 from hycluster.k8s.cli import app as k8s_app
@@ -34,6 +35,7 @@ from hycluster.simulate.cli import simulate
 from hycluster.submit.cli import cancel, jobs, logs, show_submitted, submit
 from hycluster.summarize.cli import summarize
 from hycluster.terminal import INTERRUPTED_EXIT, PrintableFormatter, echo
+from hycluster.top import AddressOption, status, top
 from hycluster.why import why
 
 
@@ -85,17 +87,13 @@ app.command("plan")(plan)
 app.command("simulate")(simulate)
 app.command("tiny-model")(tiny_model)
 app.command("why")(why)
+app.command("status")(status)
+app.command("top")(top)
+app.command("doctor")(doctor)
 
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, such as models.0.replicas.min=2; repeatable."),
-]
-
-AddressOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="HOST:PORT", help="Ray cluster; default: RAY_ADDRESS, or what this HYCLUSTER_HOME has started."
-    ),
 ]
 
 
@@ -170,6 +168,7 @@ def serve(
 
     started_ray = cluster.start()
     say(f"logs in {log_files.folder()}")
+    say(f"{'started' if started_ray else 'joined'} Ray after {time.monotonic() - begun:.1f} s")
     running.remember_models([model.name for model in settings.models])
 
     def stop(number: int, _frame: object) -> None:
@@ -280,32 +279,8 @@ def upgrade(
         ray.shutdown()
 
 
-@app.command()
-def status(address: AddressOption = None) -> None:
-    """Show which parts of the running service are up, which are missing, and why.
-
-    Exits 0 when all is well, 1 when something is missing, 2 when no service was found.
-    """
-    import ray
-
-    from hycluster import cluster
-    from hycluster.app import APP_NAME
-    from hycluster.directory.directory import SHARED_DIRECTORY
-    from hycluster.serving import ray_state
-    from hycluster.serving.status import status_lines as told
-
-    cluster.join_cluster(address)
-    try:
-        lines, well = told(ray_state.look(APP_NAME, SHARED_DIRECTORY))
-    finally:
-        ray.shutdown()
-    for line in lines:
-        echo(line)
-    raise typer.Exit(0 if well else 1)
-
-
 # What one begins with is listed first.
-app.registered_commands.sort(key=lambda command: command.callback not in (serve, status, upgrade))
+app.registered_commands.sort(key=lambda command: command.callback not in (serve, status, top, doctor, upgrade))
 
 
 def main() -> None:

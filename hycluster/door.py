@@ -12,18 +12,20 @@ import gc
 import importlib
 import ipaddress
 import logging
+import secrets
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from starlette.types import ASGIApp
 
 from hycluster import logs
-from hycluster.directory.directory import FORGET_AFTER_S, IngressReport, Overview, open_directory
+from hycluster.directory.directory import FORGET_AFTER_S, IngressReport, Overview, Survey, open_directory
 from hycluster.errors import HyclusterError, SettingsError, Unavailable, start_failure
 from hycluster.imports import without_collector
 from hycluster.ingress.grpc import serve_grpc
@@ -32,9 +34,16 @@ from hycluster.ingress.starting import StartingIngress, starting_ingress
 from hycluster.observe.export import Export
 from hycluster.observe.request_log import log_requests
 from hycluster.observe.timelines import recorder
+from hycluster.page.app import with_page
 from hycluster.pool_health import PoolHealth
 from hycluster.settings.settings import Settings
+from hycluster.state.cluster_state import BatchState, ClusterState
+from hycluster.state.watch import StateWatch
+from hycluster.traffic import ModelTraffic
 from hycluster.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from hycluster.gateway.generation import Generator
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +51,7 @@ logger = logging.getLogger(__name__)
 LAST_WORDS_S = 2.0
 # An ingress process whose event loop is held up for so long is killed: all its streams stand still.
 SILENT_AFTER_S = 60.0
+TRAFFIC_EVERY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +74,11 @@ def reached(host: str, port: int, node: str, node_ip: str) -> IngressReport:
     return IngressReport(node, f"{host}:{port}", False)
 
 
+def _traffic(generator: Generator) -> dict[str, ModelTraffic]:
+    """By model, what callers got here over the last hour."""
+    return {name: each.traffic.report(each.engine_core.outstanding) for name, each in generator.gateways.items()}
+
+
 class IngressProcess:
     """Opens when a model can be served; the others follow by themselves.
 
@@ -80,11 +95,13 @@ class IngressProcess:
         logs.settle("ingress")
         self._settings = settings
         self._directory = directory
+        self._id = secrets.token_hex(8)
         self._opened: Future[IngressAddresses] = Future()
         self._stopping: asyncio.Event | None = None
         self._serving: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._able = False
+        self._state: StateWatch | None = None
         self._watchdog = Watchdog(silent_after_s=SILENT_AFTER_S)
         recorder.process = "ingress"
         open_directory(directory)
@@ -111,6 +128,7 @@ class IngressProcess:
     async def _serve(self) -> None:
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
         self._serving = asyncio.current_task()
+        self._state = StateWatch(self._survey, self._pools, self._batches())
         async with contextlib.AsyncExitStack() as stack:
             export = Export(
                 recorder,
@@ -120,13 +138,14 @@ class IngressProcess:
             )
             stack.push_async_callback(asyncio.to_thread, export.close)
             log_requests(recorder, self._settings.logs)
+            stack.push_async_callback(self._state.close)
             starting: StartingIngress | None = None
             # Where ingress processes share their ports, callers would come to one that can't serve in place of one that
             # can. A port in use is that of a predecessor; if it is somebody else's, opening it in the end says so.
             if self._settings.ingress.replicas == 1:
                 with contextlib.suppress(SettingsError):
                     starting = await stack.enter_async_context(
-                        starting_ingress(self._settings, self._pools, self._names)
+                        starting_ingress(self._settings, self._pools, self._names, self._page)
                     )
             await self._serve_models(starting)
 
@@ -140,6 +159,28 @@ class IngressProcess:
             m.name: PoolHealth(known.ready.get(m.name, 0), m.replicas.count, m.sleeps, known.troubles.get(m.name))
             for m in self._settings.models
         }
+
+    async def _survey(self) -> Survey:
+        survey: Survey = await open_directory(self._directory).survey.remote()
+        return survey
+
+    def _batches(self) -> Callable[[], list[BatchState]] | None:
+        """Reads the batches, if there are to be any."""
+        if (settings := self._settings.batches) is None:
+            return None
+
+        def read() -> list[BatchState]:
+            from hycluster.batch_api.batch_states import batch_states
+            from hycluster.batch_api.store import Store
+
+            return batch_states(Store(settings))
+
+        return read
+
+    def _page(self, others: ASGIApp) -> ASGIApp:
+        """Puts the page and the state beside the other routes, if they are to be seen."""
+        assert self._state is not None
+        return with_page(self._state.now, others) if self._settings.http.serves_ui else others
 
     async def _names(self) -> list[str] | None:
         """All that a request may name, with the adapters that were loaded while other ingress processes served; None
@@ -162,6 +203,7 @@ class IngressProcess:
 
         settings, responses = self._settings, ServedResponses(self._settings)
         assert self._stopping is not None
+        assert self._state is not None
         async with open_generators(
             self._directory,
             settings.models,
@@ -173,7 +215,7 @@ class IngressProcess:
             http = await serve_http(
                 generator,
                 settings.http,
-                around=self._batch_api(),
+                around=lambda app: self._page(self._batch_api()(app)),
                 before_models=responses.before,
                 reuse_port=True,
                 drain_timeout_s=settings.drain_timeout_s + LAST_WORDS_S,
@@ -184,11 +226,13 @@ class IngressProcess:
             # will ever be garbage.
             gc.collect()
             gc.freeze()
+            self._state.open(generator.pools)
             self._opened.set_result(
                 IngressAddresses(f"http://{settings.http.host}:{http.port}", f"{settings.grpc.host}:{grpc.port}")
             )
             directory: Any = open_directory(self._directory)
             runtime = ray.get_runtime_context()
+            told_s = float("-inf")
             here = reached(settings.grpc.host, grpc.port, runtime.get_node_id(), ray.util.get_node_ip_address())
             while not self._stopping.is_set():
                 self._watchdog.beat()
@@ -196,6 +240,9 @@ class IngressProcess:
                 if self._able:
                     # No answer is waited for: it is said again.
                     directory.open_ingress.remote(here)
+                if time.monotonic() - told_s >= TRAFFIC_EVERY_S:
+                    told_s = time.monotonic()
+                    directory.tell_traffic.remote(self._id, _traffic(generator))
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stopping.wait(), 0.5)
             self._able = False
@@ -235,6 +282,12 @@ class IngressProcess:
             return None
         addresses = self._opened.result()
         return addresses if self._able else None
+
+    async def cluster_state(self) -> ClusterState:
+        """The state of the cluster, as this ingress process knows it."""
+        assert self._loop is not None
+        assert self._state is not None
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._state.now(), self._loop))
 
     async def check_health(self) -> None:
         """Called by Ray Serve; raising makes it replace this ingress process. Before it is open: waits for that.

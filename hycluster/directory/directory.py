@@ -1,7 +1,7 @@
 """Which replicas there are: one small Ray actor that replicas report to and gateways ask.
 
-Who only looks calls ``view`` (one pool), ``overview`` (all pools), ``models`` or ``find``; none of these changes a
-thing.
+Who only looks calls ``view`` (one pool), ``overview`` or ``survey`` (all pools), ``models`` or ``find``; none of these
+changes a thing.
 
 All of its state is soft. Replicas report twice a second; one that has not for a while is dropped.
 Losing the directory loses nothing: Ray starts it again, the next reports fill it, and gateways go on
@@ -21,9 +21,11 @@ from ray.actor import ActorHandle
 from hycluster.adapters import AdapterEntry, AdapterTable
 from hycluster.core import BulkDemand, ReplicaAddress, ReplicaLoad
 from hycluster.directory.autoscaling import PoolLoad, Scaling
-from hycluster.directory.starts import Starts
+from hycluster.directory.faults import FaultLog, ReplicaFault
+from hycluster.directory.starts import StartingReplica, Starts
 from hycluster.pool_health import StartTrouble
 from hycluster.settings.model import Model
+from hycluster.traffic import KEEP_MINUTES, ModelTraffic
 
 NAMESPACE = "hycluster"
 SHARED_DIRECTORY = "hycluster-directory"
@@ -96,6 +98,7 @@ class Overview:
         troubles: by model, why replicas do not start.
         asleep: models that are to have no replica now.
         unreached: models of which replicas take requests, but not every gateway is connected to one yet.
+        starting: by model, the replicas that are not ready yet.
     """
 
     pid: int = 0
@@ -103,6 +106,7 @@ class Overview:
     troubles: dict[str, StartTrouble] = field(default_factory=dict)
     asleep: frozenset[str] = frozenset()
     unreached: frozenset[str] = frozenset()
+    starting: dict[str, tuple[StartingReplica, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +122,23 @@ class IngressReport:
     node: str
     grpc: str
     everywhere: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """All that the directory knows, for whoever looks at the cluster; see ``hycluster/state``.
+
+    Attributes:
+        pools: by model.
+        traffic: by model, what each ingress process has counted over the last hour.
+        faults: the newest first.
+    """
+
+    overview: Overview = field(default_factory=Overview)
+    pools: dict[str, PoolView] = field(default_factory=dict)
+    ingresses: list[IngressReport] = field(default_factory=list)
+    traffic: dict[str, list[ModelTraffic]] = field(default_factory=dict)
+    faults: list[ReplicaFault] = field(default_factory=list)
 
 
 Words = TypeVar("Words")
@@ -143,6 +164,8 @@ class Directory:
     def __init__(self) -> None:
         self._pools: dict[str, _Pool] = {}
         self._ingresses: dict[str, _Said[IngressReport]] = {}
+        self._traffic: dict[str, _Said[dict[str, ModelTraffic]]] = {}
+        self._faults = FaultLog()
         self._closing = False
         self._questions: dict[str, _Said[Any]] = {}
         self._answers: dict[str, list[Any]] = {}
@@ -175,6 +198,15 @@ class Directory:
     def start_failed(self, model: Model, replica: str, kind: str, reason: str) -> None:
         """A replica could not start."""
         self._pools.setdefault(model.name, _Pool()).starts.failed(replica, model.replicas.count, kind, reason)
+        self._faults.add(model.name, replica, f"did not start: {reason}")
+
+    def start_stage(self, model: str, replica: str, stage: str) -> None:
+        """A replica that starts has come to its next stage."""
+        self._pools.setdefault(model, _Pool()).starts.stage(replica, stage)
+
+    def start_ended(self, model: str, replica: str) -> None:
+        """A replica has started."""
+        self._pools.setdefault(model, _Pool()).starts.ended(replica)
 
     def leave(self, model: str, replica_id: str) -> None:
         """A replica has gone, in good order."""
@@ -206,7 +238,10 @@ class Directory:
             pool.outstanding = _recent(pool.outstanding, now)
             pool.bulk[gateway_id] = (now, bulk or {})
             pool.bulk = _recent(pool.bulk, now)
-            pool.reports = _recent(pool.reports, now)
+            reports = _recent(pool.reports, now)
+            for replica in pool.reports.keys() - reports.keys():
+                self._faults.add(model, replica, f"lost: has said nothing for {FORGET_AFTER_S:.0f} s")
+            pool.reports = reports
         questions = tuple(question for said, question in self._questions.values() if now - said < ASKED_FOR_S)
         view = self.view(model)
         return replace(view, questions=questions) if questions else view
@@ -242,6 +277,22 @@ class Directory:
     def ingresses(self) -> list[IngressReport]:
         """Those that have said so lately."""
         return [report for _, report in _recent(self._ingresses, time.monotonic()).values()]
+
+    def tell_traffic(self, ingress: str, traffic: dict[str, ModelTraffic]) -> None:
+        """What an ingress process has counted over the last hour, by model."""
+        now = time.monotonic()
+        self._traffic[ingress] = (now, traffic)
+        # What one had counted that has ended since was asked all the same.
+        self._traffic = {who: said for who, said in self._traffic.items() if now - said[0] < KEEP_MINUTES * 60}
+
+    def survey(self) -> Survey:
+        """All that is known, for whoever looks."""
+        traffic: dict[str, list[ModelTraffic]] = {}
+        for _, counted in self._traffic.values():
+            for model, counts in counted.items():
+                traffic.setdefault(model, []).append(counts)
+        pools = {model: self.view(model) for model in self._pools}
+        return Survey(self.overview(), pools, self.ingresses(), traffic, self._faults.newest_first)
 
     def view(self, model: str) -> PoolView:
         """What is known of a model's pool, for whoever asks: looking changes nothing."""
@@ -303,6 +354,7 @@ class Directory:
                 if pool.scaling and _is_recent(pool.scaling, now) and pool.scaling[1].target == 0
             ),
             frozenset(name for name, pool in self._pools.items() if _is_unreached(pool, now)),
+            {name: starting for name, pool in self._pools.items() if (starting := pool.starts.starting)},
         )
 
     def _ready(self) -> dict[str, int]:

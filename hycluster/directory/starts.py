@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from hycluster.errors import SettingsError
 from hycluster.pool_health import StartTrouble
@@ -18,6 +19,35 @@ ENDLESS = 1_000_000
 CONTROLLER_OPTIONS = {"runtime_env": {"env_vars": {"RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": str(ENDLESS)}}}
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 DIED_SILENTLY = "its process ended while it started; Ray's log of it may say why"
+
+
+# What a start waits for before it does anything, because others failed before it.
+TURN = "turn"
+
+
+@dataclass(frozen=True, slots=True)
+class StageTime:
+    """A stage of a start, and how long it took, or has taken so far."""
+
+    name: str
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class StartingReplica:
+    """A replica that is not ready yet.
+
+    Attributes:
+        replica: Ray's id of its actor.
+        stages: those that it has been through, and the one that it is in.
+    """
+
+    replica: str
+    stages: tuple[StageTime, ...]
+
+    @property
+    def stage(self) -> str:
+        return self.stages[-1].name
 
 
 class Starts:
@@ -31,6 +61,8 @@ class Starts:
         self._clock = clock
         # Those that have begun and told no end.
         self._open: list[str] = []
+        # Only to be shown: the times at which each began its stages.
+        self._stages: dict[str, list[tuple[str, float]]] = {}
         self._begin_again()
 
     def _begin_again(self) -> None:
@@ -49,12 +81,42 @@ class Starts:
         if len(self._open) >= max(1, wanted):
             self.failed(self._open[0], wanted, "EngineStartFailed", DIED_SILENTLY)
         self._open.append(replica)
+        for other in [one for one in self._stages if one not in self._open][: max(0, len(self._stages) + 1 - wanted)]:
+            # It told no end, and another one is in its place.
+            del self._stages[other]
+        self._stages[replica] = [(TURN, self._clock())]
         return max(0.0, self._retry_at_s - self._clock())
+
+    def stage(self, replica: str, name: str) -> None:
+        """A start has come to its next stage."""
+        self._stages.setdefault(replica, []).append((name, self._clock()))
+
+    def ended(self, replica: str) -> None:
+        """A start has succeeded, and its replica reports from now on."""
+        self._stages.pop(replica, None)
+
+    @property
+    def starting(self) -> tuple[StartingReplica, ...]:
+        """The replicas that are not ready yet."""
+        now = self._clock()
+        return tuple(
+            StartingReplica(
+                replica,
+                tuple(
+                    StageTime(name, until - since)
+                    for (name, since), (_, until) in zip(stages, [*stages[1:], ("", now)], strict=True)
+                    # Nobody waited.
+                    if name != TURN or until - since >= 0.5 or len(stages) == 1
+                ),
+            )
+            for replica, stages in self._stages.items()
+        )
 
     def failed(self, replica: str, wanted: int, kind: str, reason: str) -> None:
         """A start has failed."""
         if replica in self._open:
             self._open.remove(replica)
+        self._stages.pop(replica, None)
         self._failures += 1
         self._settings_errors += kind == SettingsError.__name__
         self._last = (kind, reason)

@@ -53,10 +53,12 @@ from hycluster.observe.experts import expert_metrics
 from hycluster.observe.failover import failover_metrics
 from hycluster.observe.metrics import stat_logger
 from hycluster.observe.scaling import scaling_metrics
+from hycluster.observe.traffic import TrafficLogger
 from hycluster.replica.sparing_log import SparingLog
 from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
 from hycluster.timeline import current
+from hycluster.traffic import TrafficMeter
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +81,7 @@ class Gateway(AsyncLLM):
         api: what vLLM's API is told of the model.
         cold_start: who comes while there is no replica.
         bulk: the places in the engines that jobs of this process have.
+        traffic: what callers got here, with ``metrics``.
         lora_requests: by name, what a request to an adapter of this model carries. Changes in place.
         directory: that it follows; None before it has begun to.
     """
@@ -140,8 +143,10 @@ class Gateway(AsyncLLM):
             failover=router.failover,
             on_lost=self._request_lost,
         )
+        self.traffic = TrafficMeter()
         self.logger_manager = stat_logger(config, model.engines) if metrics else None
-        if metrics:
+        if self.logger_manager is not None:
+            self.logger_manager.stat_loggers.append(TrafficLogger(self.traffic, self.engine_core.replica_in))
             expert_metrics.watch(model.name, self.engine_core)
             colocation_metrics.watch(model.name, self.engine_core)
             failover_metrics.watch(model.name, self.engine_core)
@@ -168,6 +173,7 @@ class Gateway(AsyncLLM):
         """
         pool = self.engine_core
         if not pool.able and self.cold_start.wait_s is None:
+            self.traffic.now.shed += 1
             raise self.refusal()
         try:
             self._gate.check(
@@ -178,6 +184,7 @@ class Gateway(AsyncLLM):
                 worked_off_tokens=pool.worked_off_tokens,
             )
         except Overloaded as shed:
+            self.traffic.now.shed += 1
             raise PoolOverloaded(shed.message, shed.retry_after_s) from None
         except InvalidInput as error:
             raise PoolInvalidInput(error.message) from None
@@ -269,6 +276,7 @@ class Gateway(AsyncLLM):
     async def _request_lost(self, request_id: str, error: HyclusterError) -> None:
         state = self.output_processor.request_states.get(request_id)
         if state is not None and state.queue is not None:
+            self.traffic.now.failed += 1
             lost = LOST[type(error)](error.message)
             lost.retry_after_s = error.retry_after_s or lost.retry_after_s
             state.queue.put(lost)

@@ -102,6 +102,10 @@ class PoolClient(ControlCalls):
         """Replicas connected and taking requests."""
         return sum(link.accepting for link in self._members.links.values())
 
+    def replica_in(self, slot: int) -> str:
+        """The replica that metrics know by this number; empty if it has gone."""
+        return next((replica for replica, link in self._members.links.items() if link.slot == slot), "")
+
     @property
     def expert_loads(self) -> dict[str, ExpertLoad]:
         """By replica id, how its experts are loaded, where it says so."""

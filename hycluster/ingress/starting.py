@@ -135,8 +135,13 @@ class StartingIngress:
 
 
 @contextlib.asynccontextmanager
-async def starting_ingress(settings: Settings, pools: health.Pools, names: Names) -> AsyncIterator[StartingIngress]:
+async def starting_ingress(
+    settings: Settings, pools: health.Pools, names: Names, around: Callable[[ASGIApp], ASGIApp] = lambda app: app
+) -> AsyncIterator[StartingIngress]:
     """Open both ingresses with nothing behind them.
+
+    Args:
+        around: puts routes beside ``/health`` that need no model.
 
     Raises:
         SettingsError: a port is in use.
@@ -159,7 +164,7 @@ async def starting_ingress(settings: Settings, pools: health.Pools, names: Names
     )
     server = uvicorn.Server(
         uvicorn.Config(
-            in_form(app, settings.http.allowed_origins),
+            in_form(around(app), settings.http.allowed_origins),
             # What comes next on a connection is for the ingress that serves.
             http=protocol(settings.http, keep_alive=False),
             log_config=None,

@@ -78,7 +78,14 @@ class RankGroup:
         ray.exceptions.RayActorError: another one could not; its text has the reason.
     """
 
-    def __init__(self, model: Model, data_plane: DataPlane, directory: str, placement: PlacementGroup) -> None:
+    def __init__(
+        self,
+        model: Model,
+        data_plane: DataPlane,
+        directory: str,
+        placement: PlacementGroup,
+        stage: Callable[[str], None],
+    ) -> None:
         self.name = secrets.token_hex(8)
         self._stopping = False
         host = data_plane.host or ray.util.get_node_ip_address()
@@ -98,7 +105,7 @@ class RankGroup:
             for rank in range(1, size)
         ]
         place = GroupRank(0, size, host, port)
-        own = _in_thread(lambda: Rank(model, data_plane, directory, self.name, place))
+        own = _in_thread(lambda: Rank(model, data_plane, directory, self.name, place, stage))
         addresses = self._wait_until_started(own)
         self.rank = own.result()
         everyone = [self.rank.address, *addresses]

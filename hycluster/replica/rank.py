@@ -11,7 +11,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
 # An ingress process on a machine that has just joined takes longer than this to start.
 LOOK_FOR_OTHERS_EVERY_S = 5.0
+# Stages of a start, as people read them: the model's files are found or made; the engine loads them and serves a first
+# request of its own.
+WEIGHTS_STAGE, ENGINE_STAGE = "weights", "engine"
 
 
 def _one_machine() -> bool:
@@ -50,22 +53,30 @@ class DrainTimes:
     hand_over_after_s: float
 
 
-def start_engine(model: Model, place: GroupRank | None = None) -> Engine:
+def _untold(_: str) -> None:
+    """Nobody is to hear how far a start is."""
+
+
+def start_engine(model: Model, place: GroupRank | None = None, stage: Callable[[str], None] = _untold) -> Engine:
     """The engine that the settings ask for; blocks until it can serve.
 
     Args:
         place: its place in its data-parallel group; then blocks until all ranks of the group can.
+        stage: is told each stage as it begins.
 
     Raises:
         SettingsError: the settings, or the model's files, are wrong.
         EngineStartFailed: they are right but the engine can't start.
     """
     if model.simulated is not None:
+        stage(ENGINE_STAGE)
         from hycluster.engine.simulated import SimulatedEngine
 
         return SimulatedEngine(model.simulated)
     # What is wrong with the files is said without the ten seconds of CPU time that the import takes.
+    stage(WEIGHTS_STAGE)
     files = model_files(model)
+    stage(ENGINE_STAGE)
     with without_collector():
         from hycluster.engine.vllm import VllmEngine
 
@@ -79,6 +90,7 @@ class Rank:
         directory: name of the directory to report to.
         group: name of the data-parallel group; None if the engine runs by itself.
         place: the engine's place in it.
+        stage: is told each stage of the start as it begins.
 
     Raises:
         SettingsError, EngineStartFailed: as :func:`start_engine`, or the data plane has no free port.
@@ -91,6 +103,7 @@ class Rank:
         directory: str,
         group: str | None = None,
         place: GroupRank | None = None,
+        stage: Callable[[str], None] = _untold,
     ) -> None:
         self._model = model
         self._group = group
@@ -98,7 +111,7 @@ class Rank:
         self._accepting = True
         self._stopped = threading.Event()
         self._reporter = threading.Thread(target=self._keep_reporting, name="reporter", daemon=True)
-        self._engine = start_engine(model, place)
+        self._engine = start_engine(model, place, stage)
         self._health = EngineHealth(self._engine, model.health, end_this_process)
         # A worker's parent is its node's raylet.
         self._memory = MemoryGuard(psutil.Process(os.getppid()), bound_bytes=bound_bytes(model), end=end_this_process)

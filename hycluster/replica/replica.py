@@ -52,11 +52,12 @@ class Replica:
         try:
             if model.parallel.data > 1:
                 placement = cast(PlacementGroup, ray.util.get_current_placement_group())
-                self._group = RankGroup(model, data_plane, directory, placement)
+                self._group = RankGroup(model, data_plane, directory, placement, start.stage)
                 self._rank = self._group.rank
             else:
-                self._rank = Rank(model, data_plane, directory)
+                self._rank = Rank(model, data_plane, directory, stage=start.stage)
                 self._rank.report()
+            start.ended()
         except HyclusterError as error:
             start.failed(error)
             raise start_failure(error) from None
@@ -116,6 +117,13 @@ class _Start:
                 closing: Any = self._directory.closing.remote()
                 if ray.get(closing, timeout=DIRECTORY_TIMEOUT_S):
                     raise start_failure(Unavailable("the service ended before this start had its turn"))
+
+    def stage(self, name: str) -> None:
+        """It has come to its next stage. Nobody waits for an answer: it is only shown."""
+        self._directory.start_stage.remote(self._model.name, self._id, name)
+
+    def ended(self) -> None:
+        self._directory.start_ended.remote(self._model.name, self._id)
 
     def failed(self, error: HyclusterError) -> None:
         # Nobody waits for the answer: this process is to end.

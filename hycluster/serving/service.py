@@ -9,7 +9,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from hycluster.errors import one_line
 from hycluster.serving import ray_state
 from hycluster.serving.cluster_watch import ClusterWatch, watched
 from hycluster.serving.losses import Losses
+from hycluster.serving.stages import StartDisplay
 from hycluster.serving.start import end_of_hope, ready_models
 from hycluster.settings.settings import Settings
 
@@ -63,7 +64,7 @@ class Service:
         self._ingresses: dict[str, Any] = {}
         self._remembered_s = float("-inf")
         address = ray.get_runtime_context().gcs_address
-        self._watch = ClusterWatch(watched(address, own=own), say, self._drain)
+        self._watch = ClusterWatch(watched(address, own=own), self._tell, self._drain)
 
     def close(self) -> None:
         """Look after it no longer; it is to be stopped."""
@@ -76,18 +77,32 @@ class Service:
             SettingsError, EngineStartFailed: no request has ever succeeded, and none will.
         """
         begun_s, served = time.monotonic(), False
-        while not stopping.wait(STARTING_LOOK_EVERY_S):
-            self._look()
-            overview, elapsed_s = self._last.overview or Overview(), time.monotonic() - begun_s
-            addresses = self._addresses()
-            served |= addresses is not None
-            if addresses and (ready := ready_models(self._settings, overview, elapsed_s=elapsed_s)):
-                self._losses.started()
-                return Opened(addresses, tuple(ready))
-            reports = [deployment.message for deployment in (self._last.deployments or {}).values()]
-            if not served and (error := end_of_hope(self._settings, overview, reports, elapsed_s=elapsed_s)):
-                raise error
+        with StartDisplay(self._settings, self._say) as display, self._said_by(display.say):
+            while not stopping.wait(STARTING_LOOK_EVERY_S):
+                self._look()
+                overview, elapsed_s = self._last.overview or Overview(), time.monotonic() - begun_s
+                addresses = self._addresses()
+                display.update(self._last, is_open=addresses is not None)
+                served |= addresses is not None
+                if addresses and (ready := ready_models(self._settings, overview, elapsed_s=elapsed_s)):
+                    self._losses.started()
+                    return Opened(addresses, tuple(ready))
+                reports = [deployment.message for deployment in (self._last.deployments or {}).values()]
+                if not served and (error := end_of_hope(self._settings, overview, reports, elapsed_s=elapsed_s)):
+                    raise error
         return None
+
+    def _tell(self, line: str) -> None:
+        """By whatever says it just then."""
+        self._say(line)
+
+    @contextlib.contextmanager
+    def _said_by(self, say: Callable[[str], None]) -> Iterator[None]:
+        before, self._say = self._say, say
+        try:
+            yield
+        finally:
+            self._say = before
 
     def attend(self, stopping: threading.Event) -> None:
         """Tell what is lost and what is back until ``stopping`` is set."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import re
 from typing import Annotated
 
@@ -48,10 +50,13 @@ class Http(Strict):
             disappeared.
         keep_alive_timeout_s: how long a connection on which nothing is asked any more is kept open. Longer than clients
             and load balancers keep theirs, or one may be closed just when they use it again.
+        ui: serve the page at ``/ui`` and the cluster's state at ``/hycluster/status``, to whoever reaches the HTTP
+            ingress. None: only where ``host`` is a loopback address.
     """
 
     host: str = "127.0.0.1"
     port: Port = 8000
+    ui: bool | None = None
     control_routes: bool = False
     allowed_origins: tuple[str, ...] = ()
     max_connections: int = Field(default=4096, ge=1)
@@ -59,6 +64,15 @@ class Http(Strict):
     max_bodies_mib: int = Field(default=512, ge=1)
     stalled_client_timeout_s: float = Field(default=60, gt=0)
     keep_alive_timeout_s: float = Field(default=75, gt=0)
+
+    @property
+    def serves_ui(self) -> bool:
+        """Whether there is a page."""
+        if self.ui is not None:
+            return self.ui
+        with contextlib.suppress(ValueError):
+            return ipaddress.ip_address(self.host).is_loopback
+        return self.host == "localhost"
 
 
 class Grpc(Strict):

@@ -12,6 +12,7 @@ from hycluster.directory import directory
 from hycluster.directory.autoscaling import PoolLoad, Scaling
 from hycluster.directory.directory import FORGET_AFTER_S, Demand, Directory, IngressReport, PoolView, ReplicaReport
 from hycluster.settings.model import Adapter, Model
+from hycluster.traffic import Minute, ModelTraffic
 
 MODEL = Model(name="m", source="/m")
 
@@ -249,3 +250,49 @@ def test_ingress_processes_are_found_while_they_say_so(clock: Clock) -> None:
     there.open_ingress(one)
     clock.now += FORGET_AFTER_S * 0.6
     assert there.ingresses() == [one]
+
+
+def test_all_that_is_known_for_whoever_looks(clock: Clock) -> None:
+    there = Directory()
+    there.begin_start(MODEL, "actor")
+    there.start_stage("m", "actor", "weights")
+    there.report(MODEL, report("a", running=3))
+    there.open_ingress(IngressReport("n", "10.0.0.1:9000", True))
+    one, two = (ModelTraffic({1: Minute(answered=number)}) for number in (1, 2))
+    there.tell_traffic("i", {"m": one})
+    there.tell_traffic("j", {"m": two, "other": one})
+    survey = pickle.loads(pickle.dumps(there.survey()))
+    assert survey.overview.ready == {"m": 1}
+    assert [each.replica for each in survey.overview.starting["m"]] == ["actor"]
+    assert survey.pools == {"m": there.view("m")}
+    assert survey.ingresses == there.ingresses()
+    assert survey.traffic == {"m": [one, two], "other": [one]}
+    there.start_ended("m", "actor")
+    assert not there.survey().overview.starting
+    # An ingress process that has ended was asked all the same, within the hour.
+    clock.now += 3500
+    there.tell_traffic("j", {"m": two})
+    assert there.survey().traffic == {"m": [one, two]}
+    clock.now += 200
+    there.tell_traffic("j", {"m": two})
+    assert there.survey().traffic == {"m": [two]}
+
+
+def test_faults_are_kept(clock: Clock) -> None:
+    there = Directory()
+    there.begin_start(MODEL, "x")
+    there.start_failed(MODEL, "x", "EngineStartFailed", "no memory")
+    for replica in ("a", "b"):
+        there.report(MODEL, report(replica))
+    there.leave("m", "b")
+    clock.now += FORGET_AFTER_S + 1
+    there.sync("m", "g", {})
+    there.sync("m", "g", {})
+    assert [(fault.replica, fault.what) for fault in there.survey().faults] == [
+        # One that left in good order is none.
+        ("a", "lost: has said nothing for 10 s"),
+        ("x", "did not start: no memory"),
+    ]
+    for number in range(100):
+        there.start_failed(MODEL, f"x{number}", "EngineStartFailed", "no memory")
+    assert len(there.survey().faults) == 50

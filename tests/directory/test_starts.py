@@ -102,3 +102,36 @@ def test_what_may_pass_is_not_hopeless(starts: Starts) -> None:
     fail(starts, kind="SettingsError")
     assert starts.trouble is not None
     assert not starts.trouble.hopeless
+
+
+def shown(starts: Starts) -> dict[str, list[tuple[str, float]]]:
+    return {each.replica: [(stage.name, stage.duration_s) for stage in each.stages] for each in starts.starting}
+
+
+def test_stages_are_told_with_their_times(starts: Starts, clock: Clock) -> None:
+    starts.begin("a", 2)
+    assert shown(starts) == {"a": [("turn", 0)]}
+    clock.now_s += 0.1
+    starts.stage("a", "weights")
+    clock.now_s += 3
+    starts.stage("a", "engine")
+    starts.begin("b", 2)
+    clock.now_s += 20
+    # That nobody made it wait is nothing to tell.
+    assert shown(starts) == {"a": [("weights", 3), ("engine", 20)], "b": [("turn", 20)]}
+    starts.ended("a")
+    starts.succeeded()
+    assert shown(starts) == {"b": [("turn", 20)]}
+    starts.failed("b", 2, "EngineStartFailed", "no memory")
+    assert shown(starts) == {}
+
+
+def test_one_that_died_silently_is_shown_no_more_when_another_one_is_in_its_place(starts: Starts) -> None:
+    starts.begin("a", 1)
+    starts.begin("b", 1)
+    assert list(shown(starts)) == ["b"]
+    starts.begin("c", 2)
+    starts.succeeded()
+    # b and c are forgotten as open; what comes next takes the place of the oldest.
+    starts.begin("d", 2)
+    assert list(shown(starts)) == ["c", "d"]

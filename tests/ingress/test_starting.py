@@ -14,6 +14,8 @@ import uvicorn
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from starlette.responses import PlainTextResponse
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp
 
 from hycluster.errors import SettingsError
 from hycluster.ingress.proto import inference_pb2 as pb
@@ -156,3 +158,15 @@ async def test_nothing_is_left_open() -> None:
         with pytest.raises(SettingsError, match=f"grpc.port: {grpc_port} on"):
             async with starting_ingress(again.model_copy(update={"http": Http(port=0)}), pools, names):
                 pass
+
+
+async def test_the_page_is_there_before_anything_serves() -> None:
+    def page(others: ASGIApp) -> ASGIApp:
+        return Router([Route("/ui", lambda _: PlainTextResponse("the page"))], default=others)
+
+    async with (
+        starting_ingress(SETTINGS, pools, names, page) as ingresses,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{ingresses.http_port}") as http,
+    ):
+        assert (await http.get("/ui")).text == "the page"
+        assert (await http.get("/health")).status_code == 503

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -443,3 +445,28 @@ async def test_many_streams_at_once_stay_apart(served: Served) -> None:
         together = await gather_bounded([ids(prompt) for prompt in prompts], limit=100)
     assert together == alone
     assert len({tuple(answer) for answer in alone}) == len(prompts)
+
+
+def test_the_state_of_the_cluster(served: Served, client: openai.OpenAI) -> None:
+    client.completions.create(model=TINY, prompt="a b c", max_tokens=4)
+    with httpx.Client(base_url=served.http, timeout=60) as http:
+
+        def all_is_well() -> bool:
+            state = http.get("/hycluster/status").raise_for_status().json()
+            # Ingress processes tell of their traffic every few seconds.
+            return bool(state["state"] == "ready" and state["traffic_by_model"][TINY]["answered"])
+
+        eventually(all_is_well, 60, "all pools are ready, and the traffic is told")
+        state = http.get("/hycluster/status").json()
+        assert {pool["model"]: len(pool["replicas"]) for pool in state["pools"]} == {
+            MODEL: 2, TINY: 1, HUNYUAN: 1, SIMULATED: 2,
+        }  # fmt: skip
+        assert state["traffic_by_model"][TINY]["ttft_s"]["p50"] > 0
+        assert all(replica["most_running"] > 0 for pool in state["pools"] for replica in pool["replicas"])
+        page = http.get("/ui").raise_for_status()
+        assert all(f">{model}</h2>" in page.text for model in ALL_MODELS)
+    command = [sys.executable, "-m", "hycluster", "status", "--address", served.ray]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ready  4 of 4 pools well" in done.stdout
+    assert "batch executor: 1 of 1 there" in done.stdout

@@ -60,6 +60,7 @@ class Starting:
     def ready(self) -> str:
         """The ready line's models."""
         words = listen(self.process, self.log)
+        self.ray = words[words.index("ray") + 1]
         return words[words.index("models") + 1]
 
     def below(self, part: str) -> list[psutil.Process]:
@@ -174,6 +175,15 @@ async def test_what_serves_serves_on(half_broken: Starting) -> None:
         assert (await caller.get("/health")).json()["status"] == "degraded"
         asked = {name: (await caller.get("/health", params={"model": name})).status_code for name in ("fine", "broken")}
         assert asked == {"fine": 200, "broken": 503}
+        _the_state_says_what_is_wrong((await caller.get("/hycluster/status")).raise_for_status().json())
+    # What it was at while it started, and what became of it.
+    for stage in ("engine: loads the weights and warms up", "2 of 2 replicas serve"):
+        assert len(service.said("] fine: ", stage)) >= 1
+    assert service.said("] ingress: open")
+    status = [sys.executable, "-m", "hycluster", "status", "--address", service.ray, "--json"]
+    done = await asyncio.to_thread(subprocess.run, status, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1, done.stderr
+    _the_state_says_what_is_wrong(json.loads(done.stdout))
     # There are CPUs left for nobody, and a batch needs none.
     await asyncio.to_thread(_run_a_batch, service.http)
     # It is tried again, and each that was lost and came back has its two lines.
@@ -184,6 +194,19 @@ async def test_what_serves_serves_on(half_broken: Starting) -> None:
     # Also while a start waits for its turn, which it does most of the time by now.
     service.process.send_signal(signal.SIGTERM)
     assert await asyncio.to_thread(service.process.wait, 100) == 0
+
+
+def _the_state_says_what_is_wrong(state: dict[str, Any]) -> None:
+    assert state["state"] == "degraded"
+    broken, fine = state["pools"]
+    assert (broken["model"], broken["replicas_ready"]) == ("broken", 0)
+    assert "9000" in broken["why"]
+    assert any(broken["why"] in problem for problem in state["problems"])
+    assert any(fault["model"] == "broken" and "9000" in fault["what"] for fault in state["faults"])
+    assert (fine["model"], fine["state"], len(fine["replicas"])) == ("fine", "ready", 2)
+    assert fine["replicas"][0]["host"] == "127.0.0.1"
+    assert state["traffic"]["answered"] >= 20
+    assert state["batches"] == []
 
 
 def _run_a_batch(http: str) -> None:

@@ -1,0 +1,103 @@
+"""The last hour's traffic, as it is told, against what is promised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hycluster.traffic import KEEP_MINUTES, Minute, ModelTraffic, quantile
+
+# Share of requests that are to be answered, of those that callers waited for.
+OBJECTIVE = 0.995
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Quantiles in seconds; null if nothing was measured."""
+
+    p50: float | None = None
+    p95: float | None = None
+    p99: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MinuteState:
+    """One minute.
+
+    Attributes:
+        at: its begin, in seconds since the epoch.
+        ttft_p95_s: null if there was no first token.
+    """
+
+    at: int
+    answered: int
+    failed: int
+    shed: int
+    output_tokens: int
+    ttft_p95_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class TrafficState:
+    """An hour.
+
+    Attributes:
+        objective: share of requests that are to be answered.
+        answered_share: that were, of those that callers waited for; null if nobody asked.
+        burn_rate: how many times as fast as allowed requests go unanswered; above 1 the objective is missed.
+        cached_share: share of the prompts' tokens that a KV cache had.
+        ttft_s, tpot_s: time to the first token, and for each one after it.
+        minutes: of the last hour, the oldest first, with those in which nobody asked.
+    """
+
+    objective: float
+    answered: int
+    cancelled: int
+    failed: int
+    shed: int
+    answered_share: float | None
+    burn_rate: float | None
+    prompt_tokens: int
+    output_tokens: int
+    cached_share: float | None
+    ttft_s: Times
+    tpot_s: Times
+    minutes: tuple[MinuteState, ...]
+
+
+def traffic_state(counted: ModelTraffic, now: float) -> TrafficState:
+    """What was counted, as it is told at ``now`` (seconds since the epoch)."""
+    last, hour = int(now // 60), Minute()
+    numbers = range(last - KEEP_MINUTES + 1, last + 1)
+    for number in numbers:
+        hour.add(counted.minutes.get(number, Minute()))
+    share = hour.answered / hour.owed if hour.owed else None
+    return TrafficState(
+        OBJECTIVE,
+        hour.answered,
+        hour.cancelled,
+        hour.failed,
+        hour.shed,
+        share,
+        None if share is None else round((1 - share) / (1 - OBJECTIVE), 2),
+        hour.prompt_tokens,
+        hour.output_tokens,
+        round(hour.cached_tokens / hour.prompt_tokens, 4) if hour.prompt_tokens else None,
+        _times(hour.ttft),
+        _times(hour.tpot),
+        tuple(_minute(number, counted.minutes.get(number, Minute())) for number in numbers),
+    )
+
+
+def _times(counts: dict[int, int]) -> Times:
+    return Times(quantile(counts, 0.5), quantile(counts, 0.95), quantile(counts, 0.99))
+
+
+def _minute(number: int, minute: Minute) -> MinuteState:
+    return MinuteState(
+        number * 60,
+        minute.answered,
+        minute.failed,
+        minute.shed,
+        minute.output_tokens,
+        quantile(minute.ttft, 0.95),
+    )

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hycluster.doctor.service_checks import ports, ray_cluster, store
+from hycluster.settings.ingress import Batches, Grpc, Http
+from hycluster.settings.model import Model
+from hycluster.settings.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HYCLUSTER_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        yield sock.getsockname()[1]
+
+
+def test_ports(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(models=(Model(name="m", source="/m"),), http=Http(port=taken), grpc=Grpc(port=0))
+    http, grpc = ports(settings)
+    assert (http.verdict, f"sport = :{taken}" in http.todo) == ("bad", True)
+    assert grpc.verdict == "ok"
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert [found.verdict for found in ports(settings)] == ["ok"]
+
+
+def test_the_ray_cluster(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "no RAY_ADDRESS" in ray_cluster(None).what
+    assert ray_cluster(f"127.0.0.1:{taken}").verdict == "ok"
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        free = sock.getsockname()[1]
+    found = ray_cluster(f"127.0.0.1:{free}")
+    assert (found.verdict, found.what) == ("bad", f"--address: nobody answers at 127.0.0.1:{free}: Connection refused")
+    assert ray_cluster("auto").verdict == "bad"
+    assert "is no HOST:PORT" in ray_cluster("head").what
+    monkeypatch.setenv("RAY_ADDRESS", f"ray://127.0.0.1:{taken}")
+    assert "without ray://" in ray_cluster(None).todo
+
+
+def test_the_store(own_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert store(None).verdict == "ok"
+    assert store(Batches()).verdict == "ok"
+    # As it was, but for a home that nobody else may look into.
+    assert list((own_home / "batches").iterdir()) == []
+    assert own_home.stat().st_mode & 0o077 == 0
+    (tmp_path / "file").write_text("")
+    found = store(Batches(store=str(tmp_path / "file")))
+    assert (found.verdict, "AWS_ACCESS_KEY_ID" in found.todo) == ("bad", True)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert store(Batches()).verdict == "warn"
+    assert store(Batches(store=str(tmp_path / "shared"))).verdict == "ok"

@@ -1,0 +1,109 @@
+"""The page before the real HTTP ingress, vLLM's app over a gateway, with a simulated engine: what the playground is
+answered, and what the gateway counts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from selenium.webdriver.common.by import By
+
+from hycluster.page.app import with_page
+from hycluster.settings.ingress import Http
+from hycluster.settings.load import Admission, Router
+from hycluster.settings.model import Model
+from hycluster.settings.simulated import Simulated
+from hycluster.state.watch import StateWatch
+from tests.ingress.stand_in import until
+from tests.page.browsing import CHROMIUM, DRIVER, browsing, complaints
+from tests.page.browsing import until as until_seen
+from tests.simulated_pool import SimulatedPool
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), pytest.mark.usefixtures("vllm_imported")]
+
+ENGINE = Simulated(vocab_size=256, max_model_len=512, realtime=False)
+CHAT = {"model": "org/tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8, "ignore_eos": True}
+
+
+async def serving(model: Model, look: Callable[[str, Any, SimulatedPool], Any]) -> None:
+    """Has ``look`` see an ingress with the page, its gateway, and the pool behind it."""
+    from hycluster.gateway.gateway import open_gateway
+    from hycluster.gateway.generation import Generator
+    from hycluster.ingress.http import serve_http
+
+    with SimulatedPool(ENGINE, 1) as pool:
+        directory = pool.directory(model)
+        async with open_gateway(
+            model, directory, router=Router(), admission=Admission(max_requests=2), wait_s=10, metrics=True
+        ) as gateway:
+            generator = Generator({model.name: gateway})
+
+            async def survey() -> Any:
+                traffic = gateway.traffic.report(gateway.engine_core.outstanding)
+                directory.known.tell_traffic("here", {model.name: traffic})
+                return directory.known.survey()
+
+            watch = StateWatch(survey, generator.pools, None)
+            watch.open(generator.pools)
+            http = await serve_http(
+                generator, Http(port=0), around=lambda app: with_page(watch.now, app), drain_timeout_s=1
+            )
+            try:
+                await look(f"http://127.0.0.1:{http.port}", gateway, pool)
+            finally:
+                await http.stop()
+
+
+@pytest.fixture
+def model(tiny_model: Path) -> Model:
+    return Model(name="org/tiny", source=str(tiny_model), simulated=ENGINE, engine={"max_model_len": 512})
+
+
+async def test_what_callers_got_is_counted(model: Model) -> None:
+    async def look(url: str, gateway: Any, pool: SimulatedPool) -> None:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+            for _ in range(3):
+                (await http.post("/v1/chat/completions", json=CHAT)).raise_for_status()
+            state = (await http.get("/hycluster/status")).json()
+            assert (state["state"], state["traffic"]["answered"], state["traffic"]["output_tokens"]) == ("ready", 3, 24)
+            assert state["traffic"]["prompt_tokens"] > 0
+            assert state["traffic"]["ttft_s"]["p99"] is not None
+            assert [pool["replicas"][0]["id"] for pool in state["pools"]] == ["r0"]
+            assert list(gateway.traffic.report({"r0"}).prefixes) == ["r0"]
+            pool[0].die()
+            await until(lambda: not gateway.able, timeout_s=5)
+            assert (await http.post("/v1/chat/completions", json=CHAT)).status_code == 503
+            assert gateway.traffic.now.shed >= 1
+
+    await serving(model, look)
+
+
+@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Debian's packages chromium and chromium-driver")
+async def test_the_playground(model: Model) -> None:
+    def in_a_browser(url: str) -> tuple[list[str], str, list[str]]:
+        with browsing() as driver:
+            driver.get(f"{url}/ui/playground")
+            driver.find_element(By.ID, "prompt").send_keys("Say something.")
+            driver.find_element(By.ID, "max_tokens").clear()
+            driver.find_element(By.ID, "max_tokens").send_keys("16")
+            driver.find_element(By.ID, "send").click()
+            until_seen(lambda: driver.find_element(By.ID, "said").text in ("Answered.", "It failed."), 60)
+            words = [each.text for each in driver.find_elements(By.CSS_SELECTOR, ".bubble .words")]
+            figures = driver.find_element(By.CSS_SELECTOR, ".assistant p").text
+            driver.get(f"{url}/ui")
+            until_seen(lambda: driver.find_elements(By.CSS_SELECTOR, "rect.good"))
+            return words, figures, complaints(driver)
+
+    async def look(url: str, gateway: Any, pool: SimulatedPool) -> None:
+        words, figures, said = await asyncio.to_thread(in_a_browser, url)
+        assert words[0] == "Say something."
+        assert "tokens" in figures
+        assert "first token after" in figures
+        assert not said
+        assert sum(minute.answered for minute in gateway.traffic.report(()).minutes.values()) == 1
+
+    await serving(model, look)

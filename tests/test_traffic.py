@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+
+from hycluster.traffic import KEEP_MINUTES, Minute, ModelTraffic, TrafficMeter, class_of, quantile, together
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 6000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.mark.parametrize("seconds", [0.0004, 0.002, 0.05, 0.9, 12.0, 300.0])
+def test_quantiles_are_right_to_an_eighth(seconds: float) -> None:
+    found = quantile({class_of(seconds): 7}, 0.5)
+    assert found is not None
+    assert found == pytest.approx(max(seconds, 0.001), rel=0.13)
+
+
+def test_quantile_of_many() -> None:
+    counts = {class_of(0.1): 90, class_of(1.0): 9, class_of(10.0): 1}
+    for share, seconds in ((0.5, 0.1), (0.9, 0.1), (0.95, 1.0), (1.0, 10.0)):
+        assert quantile(counts, share) == pytest.approx(seconds, rel=0.13)
+    assert quantile({}, 0.5) is None
+
+
+def test_an_hour_is_kept_and_no_more() -> None:
+    clock = Clock()
+    meter = TrafficMeter(clock)
+    meter.answered(10, 4, 3, 0.02, "r0")
+    clock.now_s += 60 * (KEEP_MINUTES - 1)
+    meter.answered(20, 0, 1, 0.0, "r1")
+    assert [minute.answered for minute in meter.report({"r0", "r1"}).minutes.values()] == [1, 1]
+    clock.now_s += 60
+    # Nothing new is needed for the old to go.
+    assert [minute.prompt_tokens for minute in meter.report({"r1"}).minutes.values()] == [20]
+    meter.now.shed += 1
+    assert len(meter.report(()).minutes) == 2
+
+
+def test_prefixes_are_kept_of_replicas_that_are_there() -> None:
+    meter = TrafficMeter(Clock())
+    for replica in ("r0", "r0", "r1"):
+        meter.answered(10, 4, 3, 0.02, replica)
+    assert meter.report({"r0", "r2"}).prefixes == {"r0": (20, 8)}
+    assert meter.report({"r0", "r1"}).prefixes == {"r0": (20, 8)}
+
+
+def test_one_token_has_no_time_for_each_further_one() -> None:
+    meter = TrafficMeter(Clock())
+    meter.answered(1, 0, 1, 0.0, "r0")
+    meter.first_token(0.2)
+    assert (meter.now.tpot, meter.now.ttft) == ({}, {class_of(0.2): 1})
+
+
+def test_all_ingress_processes_together() -> None:
+    one = ModelTraffic({1: Minute(answered=2, failed=1, ttft={3: 2})}, {"r0": (10, 5)})
+    two = ModelTraffic({1: Minute(answered=3, shed=4, ttft={3: 1, 5: 2}), 2: Minute(cancelled=1)}, {"r0": (10, 0)})
+    both = together([one, two])
+    assert both.minutes == {
+        1: Minute(answered=5, failed=1, shed=4, ttft={3: 3, 5: 2}),
+        2: Minute(cancelled=1),
+    }
+    assert both.prefixes == {"r0": (20, 5)}
+    # What was put together is what each said, unchanged.
+    assert one.minutes[1].answered == 2
+    assert both.minutes[1].owed == 10
