@@ -30,6 +30,7 @@ from hycluster.imports import without_collector
 from hycluster.ingress.grpc import serve_grpc
 from hycluster.ingress.ports import TURNED_AWAY_AFTER_S, let_in, turn_away
 from hycluster.ingress.starting import StartingIngress, starting_ingress
+from hycluster.observe.scrape import Neighbours
 from hycluster.settings.settings import Settings
 from hycluster.watchdog import Watchdog
 
@@ -136,20 +137,26 @@ class IngressProcess:
         from hycluster.responses.process import ServedResponses
 
         settings, responses = self._settings, ServedResponses(self._settings)
+        node = ray.get_runtime_context().get_node_id()
+        neighbours = Neighbours(f"{node[:16]}-{settings.http.port}")
         assert self._stopping is not None
-        async with open_generators(
-            self._directory,
-            settings.models,
-            router=settings.router,
-            admission=settings.admission,
-            # However long that takes: callers hear meanwhile what is missing.
-            wait_s=None,
-        ) as generator:
+        async with (
+            neighbours.told(),
+            open_generators(
+                self._directory,
+                settings.models,
+                router=settings.router,
+                admission=settings.admission,
+                # However long that takes: callers hear meanwhile what is missing.
+                wait_s=None,
+            ) as generator,
+        ):
             http = await serve_http(
                 generator,
                 settings.http,
                 around=self._batch_api(),
                 before_models=responses.before,
+                metrics=neighbours.families,
                 reuse_port=True,
                 drain_timeout_s=settings.drain_timeout_s + LAST_WORDS_S,
                 sock=await starting.hand_over(generator) if starting else None,
@@ -163,8 +170,7 @@ class IngressProcess:
                 IngressAddresses(f"http://{settings.http.host}:{http.port}", f"{settings.grpc.host}:{grpc.port}")
             )
             directory: Any = open_directory(self._directory)
-            runtime = ray.get_runtime_context()
-            here = reached(settings.grpc.host, grpc.port, runtime.get_node_id(), ray.util.get_node_ip_address())
+            here = reached(settings.grpc.host, grpc.port, node, ray.util.get_node_ip_address())
             while not self._stopping.is_set():
                 self._watchdog.beat()
                 self._able = await generator.ready()

@@ -121,10 +121,11 @@ class SimulatedPool:
             adapters: dict[str, AdapterEntry],
             demand: Demand | None,
             bulk: dict[str, BulkDemand],
+            shows: bool,
         ) -> Any:
             for report in self.reports:
                 directory.report(model, report)
-            return directory.sync(name, gateway_id, outstanding, adapters, demand, bulk)
+            return directory.sync(name, gateway_id, outstanding, adapters, demand, bulk, shows)
 
         return SimpleNamespace(sync=SimpleNamespace(remote=sync), known=directory)
 

@@ -13,8 +13,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any
@@ -33,6 +35,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
 from hycluster.adapters import AdapterEntry, AdapterTable, adapter_id
+from hycluster.core import PoolHealth
 from hycluster.directory.directory import FORGET_AFTER_S, REPORT_EVERY_S, Demand, PoolView
 from hycluster.engine.arguments import model_files
 from hycluster.engine.parsers import with_parsers
@@ -49,8 +52,9 @@ from hycluster.gateway.router import make_policy
 from hycluster.observe.colocation import colocation_metrics
 from hycluster.observe.experts import expert_metrics
 from hycluster.observe.failover import failover_metrics
-from hycluster.observe.metrics import stat_logger
+from hycluster.observe.gateways import gateway_metrics
 from hycluster.observe.scaling import scaling_metrics
+from hycluster.observe.vllm_requests import ModelStats, vllm_metrics
 from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
 
@@ -75,6 +79,7 @@ class Gateway(AsyncLLM):
         api: what vLLM's API is told of the model.
         cold_start: who comes while there is no replica.
         bulk: the places in the engines that jobs of this process have.
+        refused, failed: requests that no engine was given, and that ended without an answer later, by reason.
         lora_requests: by name, what a request to an adapter of this model carries. Changes in place.
     """
 
@@ -128,14 +133,19 @@ class Gateway(AsyncLLM):
             model.name,
             make_policy(router.policy, gateway_id, session_slack_tokens=router.session_slack_tokens),
             gateway_id,
-            replicas=model.engines,
             wait_s=router.failover_wait_s,
             cold_start_wait_s=self.cold_start.wait_s,
             failover=router.failover,
             on_lost=self._request_lost,
         )
-        self.logger_manager = stat_logger(config, model.engines) if metrics else None
+        self.refused: Counter[str] = Counter()
+        self.failed: Counter[str] = Counter()
+        self.logger_manager = None
         if metrics:
+            # Where it is asked for, it is all that ``AsyncLLM`` calls of its own.
+            self.logger_manager = stats = ModelStats(config, self.engine_core)  # type: ignore[assignment]
+            vllm_metrics.watch(model.name, stats)
+            gateway_metrics.watch(model.name, self)
             expert_metrics.watch(model.name, self.engine_core)
             colocation_metrics.watch(model.name, self.engine_core)
             failover_metrics.watch(model.name, self.engine_core)
@@ -162,6 +172,7 @@ class Gateway(AsyncLLM):
         """
         pool = self.engine_core
         if not pool.able and self.cold_start.wait_s is None:
+            self.refused["unavailable"] += 1
             raise self.refusal()
         try:
             self._gate.check(
@@ -172,6 +183,7 @@ class Gateway(AsyncLLM):
                 worked_off_tokens=pool.worked_off_tokens,
             )
         except Overloaded as shed:
+            self.refused["overloaded"] += 1
             raise PoolOverloaded(shed.message, shed.retry_after_s) from None
         except InvalidInput as error:
             raise PoolInvalidInput(error.message) from None
@@ -221,6 +233,18 @@ class Gateway(AsyncLLM):
         return self.engine_core.able or self.cold_start.wakes
 
     @property
+    def health(self) -> PoolHealth:
+        """How many replicas take requests from here. A group counts once one of its ranks does."""
+        scaling = self.cold_start.scaling
+        return PoolHealth(
+            math.ceil(self.engine_core.links / self.model.parallel.data),
+            scaling.target if scaling else self.model.replicas.count,
+            self.cold_start.wakes,
+            self.cold_start.trouble,
+            self.cut_off,
+        )
+
+    @property
     def can_open(self) -> bool:
         """There is, or was, a replica; or the pool is known to sleep."""
         # Of what does not generate only its engine knows what it can do, and the ingress' routes follow from that.
@@ -256,6 +280,7 @@ class Gateway(AsyncLLM):
     async def _request_lost(self, request_id: str, error: HyclusterError) -> None:
         state = self.output_processor.request_states.get(request_id)
         if state is not None and state.queue is not None:
+            self.failed[type(error).__name__] += 1
             lost = LOST[type(error)](error.message)
             lost.retry_after_s = error.retry_after_s or lost.retry_after_s
             state.queue.put(lost)
@@ -274,6 +299,7 @@ class Gateway(AsyncLLM):
         except Unavailable:
             # The last replica has gone since this request was admitted.
             self.output_processor.abort_requests([request.request_id], internal=True)
+            self.refused["unavailable"] += 1
             raise self.refusal() from None
         except InvalidInput:
             self.output_processor.abort_requests([request.request_id], internal=True)
@@ -288,6 +314,8 @@ class Gateway(AsyncLLM):
             try:
                 view = await self._next_word(directory)
                 await self.engine_core.update(view.replicas)
+                self.engine_core.shows_pool = view.shown_by == self.engine_core.gateway_id
+                self.engine_core.jobs = view.bulk
                 self.bulk.hear(self.engine_core.rooms, view.bulk, self.engine_core.progress_s)
                 self._look_around()
                 if not self._learned and self.engine_core.infos:
@@ -323,6 +351,7 @@ class Gateway(AsyncLLM):
                 self._adapters.words,
                 self._demand() if self.model.replicas.vary else None,
                 self.bulk.demands,
+                self.log_stats,
             )
         self._take_over(view.adapters)
         self.cold_start.hear(view.scaling, view.trouble)

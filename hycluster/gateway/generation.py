@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import copy
 import gc
-import math
 import secrets
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -140,16 +139,7 @@ class Generator:
 
     async def pools(self) -> dict[str, PoolHealth]:
         """How many replicas of each model take requests from here. A group counts once one of its ranks does."""
-        return {
-            name: PoolHealth(
-                math.ceil(gateway.engine_core.links / gateway.model.parallel.data),
-                scaling.target if (scaling := gateway.cold_start.scaling) else gateway.model.replicas.count,
-                gateway.cold_start.wakes,
-                gateway.cold_start.trouble,
-                gateway.cut_off,
-            )
-            for name, gateway in self.gateways.items()
-        }
+        return {name: gateway.health for name, gateway in self.gateways.items()}
 
     async def tokenize(
         self,

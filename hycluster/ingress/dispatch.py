@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hycluster.errors import InvalidInput, UnknownModel
 from hycluster.ingress.errors import answer_error
+from hycluster.ingress.metrics import MODEL_KEY
 
 MODELS = "/v1/models"
 
@@ -58,6 +59,7 @@ class ModelDispatch:
     async def _app_of(self, name: str, scope: Scope) -> ASGIApp:
         model = self._model_of(name) if name else None
         if model is not None:
+            scope[MODEL_KEY] = model
             return self.apps[model]
         if name:
             return await answer_error(None, UnknownModel(name, self._served()))
@@ -66,6 +68,8 @@ class ModelDispatch:
             return await answer_error(
                 None, InvalidInput(f"model: must be named, by the query parameter 'model'; served are {served}")
             )
+        if len(self.apps) == 1:
+            scope[MODEL_KEY] = next(iter(self.apps))
         return self.default
 
     async def _models_of_all(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -62,7 +62,7 @@ def start_engine(model: Model, place: GroupRank | None = None) -> Engine:
     if model.simulated is not None:
         from hycluster.engine.simulated import SimulatedEngine
 
-        return SimulatedEngine(model.simulated)
+        return SimulatedEngine(model.simulated, model.name)
     # What is wrong with the files is said without the ten seconds of CPU time that the import takes.
     files = model_files(model)
     with without_collector():
