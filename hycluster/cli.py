@@ -24,7 +24,7 @@ from hycluster.errors import HyclusterError
 from hycluster.job_engines import open_engines
 from hycluster.k8s.cli import app as k8s_app
 from hycluster.models.cli import tiny_model
-from hycluster.observe.cli import app as metrics_app
+from hycluster.monitoring.cli import app as metrics_app
 from hycluster.planning.asked import asked_settings
 from hycluster.planning.cli import plan
 from hycluster.serving.running import choose

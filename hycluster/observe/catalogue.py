@@ -264,4 +264,4 @@ def metrics_page() -> str:
 
 def names_in(query: str) -> set[str]:
     """Metrics that a PromQL expression or a page names, of ours and of vLLM's."""
-    return set(re.findall(r"\b(?:hycluster_|vllm:|http_|grpc_)\w+", query))
+    return set(re.findall(r"\b(?:hycluster_|vllm:|http_|grpc_server_)\w+", query))
