@@ -27,7 +27,7 @@ Kind = Literal["counter", "gauge", "histogram", "summary"]
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class MetricSpec:
     """One metric.
 
     Attributes:
@@ -50,11 +50,11 @@ class Family:
         return HistogramMetricFamily(self.name, self.what, labels=self.labels)
 
 
-CATALOGUE: dict[str, Family] = {}
+CATALOGUE: dict[str, MetricSpec] = {}
 
 
-def _family(kind: Kind, name: str, what: str, labels: tuple[str, ...]) -> Family:
-    CATALOGUE[name] = Family(name, kind, what, labels)
+def _family(kind: Kind, name: str, what: str, labels: tuple[str, ...]) -> MetricSpec:
+    CATALOGUE[name] = MetricSpec(name, kind, what, labels)
     return CATALOGUE[name]
 
 

@@ -22,7 +22,7 @@ from hycluster.observe.catalogue import (
     HTTP_RESPONSE_BYTES,
     HTTP_RUNNING,
     HTTP_SECONDS,
-    Family,
+    MetricSpec,
 )
 from hycluster.observe.exemplars import exemplar
 
@@ -32,7 +32,7 @@ HIGH_RESOLUTION_S = (
 )  # fmt: skip
 
 
-def _own(family: Family) -> list[str]:
+def _own(family: MetricSpec) -> list[str]:
     # The label `ingress` comes with the scrape.
     return [label for label in family.labels if label != "ingress"]
 

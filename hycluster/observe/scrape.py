@@ -123,7 +123,7 @@ class Neighbours:
         server = None
         try:
             for folder in (self._folder.parent, self._folder):
-                _private(folder)
+                _make_private(folder)
             self._own.unlink(missing_ok=True)
             server = await asyncio.start_unix_server(_tell, self._own)
         except OSError as error:
@@ -143,7 +143,7 @@ class Neighbours:
         return merged([own_families(), *answers])
 
 
-def _private(folder: Path) -> None:
+def _make_private(folder: Path) -> None:
     """Make a folder that nobody else may look into.
 
     Raises:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hycluster.observe.catalogue import CATALOGUE, Family, metrics_page, names_in
+from hycluster.observe.catalogue import CATALOGUE, MetricSpec, metrics_page, names_in
 
 ROOT = Path(__file__).parents[2]
 # What vLLM's web framework and gRPC's own libraries call theirs.
@@ -21,7 +21,7 @@ def test_the_page_is_as_the_code_is() -> None:
 
 
 @pytest.mark.parametrize("family", CATALOGUE.values(), ids=lambda family: family.name)
-def test_names_are_as_prometheus_wants_them(family: Family) -> None:
+def test_names_are_as_prometheus_wants_them(family: MetricSpec) -> None:
     assert family.name.startswith(("hycluster_", *FIELDS_OWN))
     assert family.name.endswith("_total") == (family.kind == "counter")
     # Base units, written out, at the end.
