@@ -59,7 +59,7 @@ class ModelDispatch:
     async def _app_of(self, name: str, scope: Scope) -> ASGIApp:
         model = self._model_of(name) if name else None
         if model is not None:
-            scope[MODEL_KEY] = model
+            _name(scope, model)
             return self.apps[model]
         if name:
             return await answer_error(None, UnknownModel(name, self._served()))
@@ -69,7 +69,7 @@ class ModelDispatch:
                 None, InvalidInput(f"model: must be named, by the query parameter 'model'; served are {served}")
             )
         if len(self.apps) == 1:
-            scope[MODEL_KEY] = next(iter(self.apps))
+            _name(scope, next(iter(self.apps)))
         return self.default
 
     async def _models_of_all(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -82,6 +82,12 @@ class ModelDispatch:
         # One that can't be asked yet leaves the others listed.
         status = min(statuses)
         await JSONResponse({"object": "list", "data": listed}, status_code=status)(scope, receive, send)
+
+
+def _name(scope: Scope, model: str) -> None:
+    """For who counts the request."""
+    if (names := scope.get(MODEL_KEY)) is not None:
+        names.append(model)
 
 
 async def _read_on(receive: Receive) -> tuple[bytes, Receive]:

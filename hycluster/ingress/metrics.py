@@ -23,7 +23,7 @@ from hycluster.observe.ingresses import HttpRequest, http_began, http_ended
 from hycluster.observe.scrape import of_replica, own_families, page
 
 METRICS = "/metrics"
-# Where what finds a request's model leaves its name, in the request's scope.
+# In a request's scope, where what finds its model leaves the name: a list, as a layer may go on with a copy of it.
 MODEL_KEY = "hycluster.model"
 # What probes and scrapers ask, again and again.
 UNCOUNTED = frozenset({METRICS, health.PATH})
@@ -32,6 +32,8 @@ OTHER = "none"
 BELOW = ("/v1/files", "/v1/batches", "/v1/responses", "/v1/models")
 # As nginx has it: the caller left before the answer began.
 LEFT = 499
+
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 # Of all ingress processes behind this address.
 Families = Callable[[], Awaitable[Sequence[Metric]]]
@@ -111,6 +113,8 @@ class Counted:
                 written += len(message.get("body", b""))
             await send(message)
 
+        models: list[str] = []
+        scope[MODEL_KEY] = models
         http_began()
         try:
             await self._app(scope, counted_receive, counted_send)
@@ -121,7 +125,7 @@ class Counted:
             handler = self._handler(scope["path"])
             http_ended(
                 HttpRequest(
-                    model=scope.get(MODEL_KEY, ""),
+                    model=models[-1] if models else "",
                     method=scope["method"] if scope["method"] in METHODS else OTHER,
                     handler=handler,
                     status=status or LEFT,
@@ -131,6 +135,3 @@ class Counted:
                 ),
                 counted=handler not in UNCOUNTED,
             )
-
-
-METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
