@@ -32,11 +32,13 @@ class ColocatedPool(Protocol):
 
     Attributes:
         shows_pool: this process shows what concerns the pool; else another one does.
-        jobs: by gateway, what each of its jobs has and wants.
     """
 
     shows_pool: bool
-    jobs: Mapping[str, Mapping[str, BulkDemand]]
+
+    @property
+    def jobs(self) -> Mapping[str, Mapping[str, BulkDemand]]:
+        """By gateway, what each of its jobs has and wants."""
 
     @property
     def colocation_loads(self) -> Mapping[str, ColocationLoad]:

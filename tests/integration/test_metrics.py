@@ -76,6 +76,7 @@ def test_sums_over_labels_are_what_was_asked(featured: Featured) -> None:
     asked = BY_HTTP + BY_GRPC
     assert total(grown, "vllm:request_success_total", model=TINY) == asked
     assert total(grown, "vllm:generation_tokens_total", model=TINY) == asked * TOKENS
+    assert total(grown, "vllm:prompt_tokens_total", model=TINY) > asked
     assert total(grown, "vllm:e2e_request_latency_seconds_count", model=TINY, model_name=TINY, engine="0") == asked
     assert total(grown, "hycluster_requests_routed_total", model=TINY) == asked
     completions = {"model": TINY, "method": "POST", "handler": "/v1/completions"}

@@ -87,7 +87,7 @@ async def test_sums_over_gateways_and_replicas_are_what_was_asked(tiny_model: Pa
         assert whole["vllm:request_success_total", "r0"] + whole["vllm:request_success_total", "r1"] == 20
         assert min(whole["vllm:request_success_total", replica] for replica in ("r0", "r1")) > 0
         assert sum(whole["vllm:generation_tokens_total", replica] for replica in ("r0", "r1")) == 20 * 5
-        assert sum(whole["vllm:prompt_tokens_total", replica] for replica in ("r0", "r1")) == 20 * len(PROMPT)
+        assert sum(whole["vllm:request_prompt_tokens_sum", replica] for replica in ("r0", "r1")) == 20 * len(PROMPT)
         assert sum(replica.routed for gateway in (one, two) for replica in gateway.engine_core.known) == 20
         # What concerns the pool one of them shows: so many run as there are, whoever asked.
         running = [asyncio.create_task(ask(gateway, "long", 400)) for gateway in opened]
