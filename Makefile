@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test coverage check format serve bench proto lock licences clean
+.PHONY: help setup demo clients test coverage check format serve bench proto lock licences clean
 
 BIN := .venv/bin
 CONFIG ?= deployments/local.yaml
@@ -18,6 +18,9 @@ demo: setup  ## serve the embedded model and summarize a corpus, end to end
 
 test: setup  ## run every test (ARGS="-m 'not slow'" for the fast ones)
 	@$(BIN)/python -m pytest -n $(WORKERS) --durations=20 --durations-min=1 $(ARGS)
+
+clients: setup  ## install LangChain, LiteLLM, Vercel's AI SDK, ..., which tests/clients calls the service with
+	@scripts/clients.sh
 
 coverage: setup  ## line coverage, of subprocesses and Ray's actors too, without the tests that start clusters
 	@scripts/coverage.sh $(ARGS)

@@ -108,7 +108,7 @@ def real_here(path: str, seconds: float, rate: float, seed: int) -> None:
     asynchronous = bool(engine.config.scheduler_config.async_scheduling)
     simulations = {}
     for name, fit in fits.items():
-        simulated = fitted_settings(fit, engine.config)
+        simulated = fitted_settings(fit, engine.sizes)
         print(f"{name}: off by {fit.error:.1%} of a step on average: {simulated.model_dump()}")
         machine = dataclasses.replace(simulated_machine(model, simulated, "fitted"), asynchronous=asynchronous)
         simulations[name] = Simulation(machine, model.colocation)

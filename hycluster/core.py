@@ -235,6 +235,13 @@ class ChatFields(TypedDict, total=False):
     chat_template_kwargs: dict[str, Any] | None
 
 
+class PromptFields(ChatFields, total=False):
+    """What is tokenized: a text, or a chat and what its prompt depends on."""
+
+    prompt: str | None
+    messages: list[dict[str, Any]] | None
+
+
 _OF_A_CHAT = (*ChatFields.__annotations__, "parallel_tool_calls", "include_reasoning")
 
 

@@ -114,7 +114,9 @@ class IngressProcess:
             # can. A port in use is that of a predecessor; if it is somebody else's, opening it in the end says so.
             if self._settings.ingress.replicas == 1:
                 with contextlib.suppress(SettingsError):
-                    starting = await stack.enter_async_context(starting_ingress(self._settings, self._pools))
+                    starting = await stack.enter_async_context(
+                        starting_ingress(self._settings, self._pools, self._names)
+                    )
             await self._serve_models(starting)
 
     async def _pools(self) -> dict[str, PoolHealth]:
@@ -127,6 +129,17 @@ class IngressProcess:
             m.name: PoolHealth(known.ready.get(m.name, 0), m.replicas.count, m.sleeps, known.troubles.get(m.name))
             for m in self._settings.models
         }
+
+    async def _names(self) -> list[str] | None:
+        """All that a request may name, with the adapters that were loaded while other ingress processes served; None
+        while the directory does not say."""
+        try:
+            async with asyncio.timeout(FORGET_AFTER_S):
+                known = await open_directory(self._directory).models.remote()
+        except (ray.exceptions.RayError, TimeoutError):
+            return None
+        given = [name for m in self._settings.models for name in (m.name, *(adapter.name for adapter in m.adapters))]
+        return [*given, *(name for name in known if name not in given)]
 
     async def _serve_models(self, starting: StartingIngress | None) -> None:
         # Half a minute on a slow machine, and callers are to be told meanwhile.

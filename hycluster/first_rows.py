@@ -16,11 +16,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, TypeVar, Unpack
+from typing import TypeVar, Unpack
 
 from hycluster.batch.task import JobBackend, Places
 from hycluster.client import AsyncClient
-from hycluster.core import ChatFields, Generation, GenerationRequest, ModelCard
+from hycluster.core import Generation, GenerationRequest, ModelCard, PromptFields
 from hycluster.errors import (
     HyclusterError,
     InvalidInput,
@@ -120,18 +120,8 @@ class FirstRows:
     async def models(self) -> list[ModelCard]:
         return await self._asked(self._early.models, lambda own: own.models())
 
-    async def tokenize(
-        self,
-        model: str,
-        *,
-        prompt: str | None = None,
-        messages: list[dict[str, Any]] | None = None,
-        **chat: Unpack[ChatFields],
-    ) -> list[int]:
-        return await self._asked(
-            lambda: self._early.tokenize(model, prompt=prompt, messages=messages, **chat),
-            lambda own: own.tokenize(model, prompt=prompt, messages=messages, **chat),
-        )
+    async def tokenize(self, model: str, **asked: Unpack[PromptFields]) -> list[int]:
+        return await self._asked(lambda: self._early.tokenize(model, **asked), lambda own: own.tokenize(model, **asked))
 
     def token_counter(self, model: str) -> Callable[[Sequence[str]], list[int]]:
         """Counts the tokens of many texts; for threads other than the event loop's."""

@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import fields
 from functools import partial
-from typing import Any, Protocol, TypeVar, Unpack, cast
+from typing import Protocol, TypeVar, Unpack, cast
 
 from hycluster.batch.ask import first_error
 from hycluster.client import Ask, AsyncClient
-from hycluster.core import ChatFields, Generation, GenerationRequest, ModelCard
+from hycluster.core import Generation, GenerationRequest, ModelCard, PromptFields
 
 # Characters that are sent to be counted in one call: at most 1 MiB of UTF-8, which every ingress process takes.
 COUNTED_CHARACTERS = 250_000
@@ -43,17 +43,8 @@ class Remote:
     async def models(self) -> list[ModelCard]:
         return await self._ask("models", self._client.list_models)
 
-    async def tokenize(
-        self,
-        model: str,
-        *,
-        prompt: str | None = None,
-        messages: list[dict[str, Any]] | None = None,
-        **chat: Unpack[ChatFields],
-    ) -> list[int]:
-        return await self._ask(
-            "tokens", partial(self._client.tokenize, model, prompt=prompt, messages=messages, **chat)
-        )
+    async def tokenize(self, model: str, **asked: Unpack[PromptFields]) -> list[int]:
+        return await self._ask("tokens", partial(self._client.tokenize, model, **asked))
 
     def token_counter(self, model: str) -> Callable[[Sequence[str]], list[int]]:
         """Counts many texts in few calls; for threads other than the event loop's.

@@ -6,6 +6,7 @@
 # dev.lock  what tests and checks need beside it
 # uv.lock   of that the tool that installs them, for the image
 # gpu.lock  what serves on GPUs, for the image (x86_64)
+# clients.lock, and tests/clients/node/package-lock.json: clients that tests call the service with (scripts/clients.sh)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=3.11
@@ -33,3 +34,12 @@ left_out="$called" compile dev.lock "${cpu[@]}" --extra dev --constraints "$serv
 awk 'NR <= 2 || /^uv==/ { print; entry = /\\$/ } entry && /^ / { print; entry = /\\$/ }' requirements/dev.lock >requirements/uv.lock
 # Without [tool.uv]: its torch is the CPU's.
 compile gpu.lock --no-config --excludes requirements/left-out-gpu.txt --extra gpu --python-platform x86_64-manylinux_2_28
+
+.venv/bin/uv pip compile requirements/clients.in --universal --python-version "$python" --generate-hashes \
+  ${UPGRADE:+--upgrade} --custom-compile-command "make lock" --quiet -o requirements/clients.lock
+echo "requirements/clients.lock: $(grep -c '^[a-z].*==' requirements/clients.lock) packages"
+if command -v npm >/dev/null; then
+  # Without addresses: whoever installs has a registry of his own.
+  (cd tests/clients/node && npm "$([ -n "${UPGRADE:-}" ] && echo update || echo install)" --package-lock-only --ignore-scripts \
+    --omit-lockfile-registry-resolved --no-audit --no-fund --silent)
+fi

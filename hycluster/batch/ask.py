@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, Unpack
+from typing import Protocol, TypeVar, Unpack
 
 from hycluster.batch.refusal import Reason, RowRefused
-from hycluster.core import ChatFields, Generation, GenerationRequest, ModelCard
+from hycluster.core import Generation, GenerationRequest, ModelCard, PromptFields
 from hycluster.errors import (
     HyclusterError,
     InvalidInput,
@@ -41,14 +43,7 @@ class RowBackend(Protocol):
     async def models(self) -> list[ModelCard]:
         """What is served, with each model's longest context."""
 
-    async def tokenize(
-        self,
-        model: str,
-        *,
-        prompt: str | None = None,
-        messages: list[dict[str, Any]] | None = None,
-        **chat: Unpack[ChatFields],
-    ) -> list[int]:
+    async def tokenize(self, model: str, **asked: Unpack[PromptFields]) -> list[int]:
         """Token ids of a prompt, or of messages under the model's chat template."""
 
     def token_counter(self, model: str) -> Callable[[Sequence[str]], list[int]]:
@@ -74,13 +69,22 @@ class Asker:
         retry_s: seconds for which calls are tried again while no engine answers any of them.
         alive_s: tells when, on the monotonic clock, engines last were seen to compute for these calls, or to have no
             time for them. A row may lie there for hours while online requests go first, and that is no failure.
+        probe: asks what any row asks, but for what is the row's own. It is called when engines end one request again
+            and again and no other row is there to tell whether they answer at all.
 
     Attributes:
         retries: calls made again because an engine failed.
     """
 
-    def __init__(self, retry_s: float, alive_s: Callable[[], float] = lambda: -math.inf) -> None:
+    def __init__(
+        self,
+        retry_s: float,
+        alive_s: Callable[[], float] = lambda: -math.inf,
+        probe: Callable[[], Awaitable[object]] | None = None,
+    ) -> None:
         self.retries = 0
+        self._probe = probe
+        self._probing = asyncio.Lock()
         self._retry_s = retry_s
         self._alive_s = alive_s
         self._answers = 0
@@ -121,7 +125,7 @@ class Asker:
             raise
         except Exception as error:
             if isinstance(error, RequestFailed) or not isinstance(error, AWAY):
-                self._refuse_after(row, error)
+                await self._refuse_after(row, error)
             self._give_up_after(row.name, error)
             self.retries += 1
             raise
@@ -129,13 +133,21 @@ class Asker:
         self._failing_since_s = None
         return answer
 
-    def _refuse_after(self, row: _Row, error: Exception) -> None:
+    async def _refuse_after(self, row: _Row, error: Exception) -> None:
         if not row.failures:
             row.answers_before = self._answers
         row.failures += 1
         # An engine that fails everything is not this row's fault.
-        if row.failures >= MOST_FAILURES and self._answers > row.answers_before:
+        if row.failures >= MOST_FAILURES and await self._others_are_answered(row):
             raise RowRefused(Reason.REFUSED, f"{_told(error)}, {row.failures} times") from None
+
+    async def _others_are_answered(self, row: _Row) -> bool:
+        async with self._probing:
+            if self._answers == row.answers_before and self._probe is not None:
+                with contextlib.suppress(Exception):
+                    await self._probe()
+                    self._answers += 1
+            return self._answers > row.answers_before
 
     def _give_up_after(self, name: str, error: Exception) -> None:
         now_s = time.monotonic()

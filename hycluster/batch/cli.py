@@ -151,7 +151,7 @@ def job_status(
     address: Annotated[
         str | None, typer.Option(metavar="URL", help="Ray's dashboard on the cluster that the job was submitted to.")
     ] = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Keep looking until the job has finished.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Keep looking until the job is over.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each look.")] = False,
 ) -> None:
     """Show how far a job is, from the files of its output alone. Works from any machine.

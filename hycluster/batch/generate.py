@@ -248,15 +248,29 @@ def split_answers(
         ("prompt_tokens", pa.int64()),
         ("completion_tokens", pa.int64()),
     ):
-        results = results.append_column(name, pa.array([getattr(answer, name) for answer in finished], kind))
+        results = results.append_column(name, _column([getattr(answer, name) for answer in finished], kind))
     for place, column in enumerate(extra_columns):
         values = [answer.extra[place] if answer.extra else None for answer in finished]
-        results = results.append_column(column.name, pa.array(values, column.type))
+        results = results.append_column(column.name, _column(values, column.type))
     quarantined = pick(shard, [place for place, answer in enumerate(answers) if isinstance(answer, Refusal)])
     for name in ("error_type", "error_message"):
         values = [getattr(answer, name) for answer in answers if isinstance(answer, Refusal)]
-        quarantined = quarantined.append_column(name, pa.array(values, pa.string()))
+        quarantined = quarantined.append_column(name, _column(values, pa.string()))
     return results, quarantined
+
+
+def _column(values: list[Any], kind: pa.DataType) -> pa.Array:
+    try:
+        return pa.array(values, kind)
+    except UnicodeEncodeError:
+        # Half a character, such as JSON can name in what a model says and in what a row asks: no shard ends for it.
+        return pa.array([_escaped(value) for value in values], kind)
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
 
 def _refusals(shard: pa.Table) -> list[Refusal | None]:

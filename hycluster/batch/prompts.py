@@ -172,6 +172,7 @@ class TemplatePrompt:
         # A column that the job names must be there even if the template does not use it.
         self.columns = tuple(dict.fromkeys([*named, *aliases.values()]))
         self._strings = frozenset(aliases.values())
+        self._named = {column: f"input.columns.{name}" for name, column in aliases.items()}
 
     def messages(self, row: Row) -> Messages:
         pieces = []
@@ -192,7 +193,7 @@ class TemplatePrompt:
 
     def check(self, schema: pa.Schema, where: str) -> None:
         for column in self.columns:
-            kind = column_type(schema, column, where)
+            kind = column_type(schema, column, where, self._named.get(column, ""))
             if column in self._strings and not _is_string(kind):
                 raise ColumnRefused(Reason.WRONG_TYPE, f"{where}: column {column!r} is {kind}; must be string")
             if pat.is_nested(kind) or _is_bytes(kind):
@@ -260,7 +261,7 @@ class ChatPrompt:
 
     def check(self, schema: pa.Schema, where: str) -> None:
         (column,) = self.columns
-        kind = column_type(schema, column, where)
+        kind = column_type(schema, column, where, "input.columns.messages")
         if _is_string(kind):
             return
         if not _is_list(kind) or not pat.is_struct(kind.value_type) or _lacks(kind.value_type, "role", "content"):
@@ -284,13 +285,16 @@ class SampledPrompt:
     def check(self, schema: pa.Schema, where: str) -> None:
         self._prompt.check(schema, where)
         for column in self._sampled:
-            kind = column_type(schema, column, where)
+            kind = column_type(schema, column, where, "input.columns.sampling")
             if not (pat.is_integer(kind) or pat.is_floating(kind) or pat.is_null(kind)):
                 raise ColumnRefused(Reason.WRONG_TYPE, f"{where}: column {column!r} is {kind}; must be a number")
 
 
-def column_type(schema: pa.Schema, column: str, where: str) -> pa.DataType:
+def column_type(schema: pa.Schema, column: str, where: str, setting: str = "") -> pa.DataType:
     """Type of a column of the input; a dictionary column has the type of its values, JSON is text.
+
+    Args:
+        setting: that names the column, if it is not the prompt.
 
     Raises:
         ColumnRefused: there is none, or there are several.
@@ -298,7 +302,8 @@ def column_type(schema: pa.Schema, column: str, where: str) -> pa.DataType:
     found = schema.get_all_field_indices(column)
     if not found:
         there = ", ".join(schema.names) or "none"
-        raise ColumnRefused(Reason.MISSING_COLUMN, f"{where}: no column {column!r}; there are {there}")
+        named = f", which {setting} names" if setting else ""
+        raise ColumnRefused(Reason.MISSING_COLUMN, f"{where}: no column {column!r}{named}; there are {there}")
     if len(found) > 1:
         there = ", ".join(schema.names)
         raise ColumnRefused(Reason.WRONG_TYPE, f"{where}: {len(found)} columns named {column!r}; there are {there}")

@@ -195,7 +195,7 @@ def _generate(
     stream = stream_records(corpus, corpus.in_order(output.done()), job, output, connect, progress)
     seen, begun_at, ended_at = earlier, math.inf, -math.inf
     try:
-        with Reporter(job.name, corpus.rows, earlier.rows, so_far, console):
+        with teller, Reporter(job.name, corpus.rows, earlier.rows, so_far, console):
             for record in stream:
                 lease.check()
                 # What is through between two looks of the reporter was in work, too.

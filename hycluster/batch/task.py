@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import pyarrow as pa
 from hycluster.batch.added import added_columns, added_values
 from hycluster.batch.ask import Asker, RowBackend
 from hycluster.batch.job import Job, Summary
-from hycluster.batch.prompts import Prompt, Row, prompt_of
+from hycluster.batch.prompts import Messages, Prompt, Row, prompt_of
 from hycluster.batch.summaries.summarizer import Summarizer
 from hycluster.core import GenerationRequest, Priority, Sampling
 from hycluster.gateway.bulk import FIXED_ROWS
@@ -54,6 +55,9 @@ class JobBackend(RowBackend, Protocol):
         """The places of one job's rows in the engines; see :class:`hycluster.gateway.bulk.BulkLanes`."""
 
 
+# What no row is at fault for, and how long it may take.
+PROBE: Messages = [{"role": "user", "content": "Hello"}]
+PROBE_S = 60.0
 WHOLE_NUMBERS = ("max_tokens", "min_tokens", "top_k", "seed")
 Connect = Callable[[], AbstractAsyncContextManager[JobBackend]]
 
@@ -135,7 +139,7 @@ class Chat:
         self.extra_columns = added_columns(job)
         self.generator = generator
         self.slots = slots
-        self.ask = Asker(job.retry_s, lambda: slots.alive_s)
+        self.ask = Asker(job.retry_s, lambda: slots.alive_s, self._probe)
         self._job = job
 
     @property
@@ -147,17 +151,7 @@ class Chat:
 
     async def answer(self, row: Row, request_id: str) -> Answer:
         job = self._job
-        request = GenerationRequest(
-            model=job.model,
-            messages=self.prompt.messages(row),
-            sampling=_sampling_of(job, row),
-            priority=Priority.BATCH,
-            request_id=request_id,
-            structured_output=job.structured_output.asked() if job.structured_output else None,
-            tools=list(job.tools) if job.tools else None,
-            tool_choice=job.tool_choice,
-            chat_template_kwargs=job.chat_template_kwargs,
-        )
+        request = self._request(self.prompt.messages(row), _sampling_of(job, row), request_id)
         generation = await self.ask(request_id, partial(self.generator.generate, request))
         outputs, usage = sorted(generation.outputs, key=lambda output: output.index), generation.usage
         output = outputs[0]
@@ -167,6 +161,25 @@ class Chat:
             usage.prompt_tokens if usage else 0,
             usage.completion_tokens if usage else sum(len(each.token_ids) for each in outputs),
             added_values(job, outputs) if job.task != "summarize" else (),
+        )
+
+    async def _probe(self) -> None:
+        sampling = replace(self._job.sampling, max_tokens=1, min_tokens=0, n=1)
+        request = self._request(PROBE, sampling, f"{self._job.name}-probe-{uuid.uuid4().hex[:8]}")
+        await self.generator.generate(request, deadline_s=PROBE_S)
+
+    def _request(self, messages: Messages, sampling: Sampling, request_id: str) -> GenerationRequest:
+        job = self._job
+        return GenerationRequest(
+            model=job.model,
+            messages=messages,
+            sampling=sampling,
+            priority=Priority.BATCH,
+            request_id=request_id,
+            structured_output=job.structured_output.asked() if job.structured_output else None,
+            tools=list(job.tools) if job.tools else None,
+            tool_choice=job.tool_choice,
+            chat_template_kwargs=job.chat_template_kwargs,
         )
 
 

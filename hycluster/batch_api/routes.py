@@ -24,6 +24,7 @@ from hycluster.errors import HyclusterError, InvalidInput
 from hycluster.errors import shown as echoed
 from hycluster.ingress.body import BodyLimit
 from hycluster.ingress.errors import answer_error, openai_error
+from hycluster.ingress.schema import WithSchema
 from hycluster.settings.ingress import Batches, Http
 from hycluster.settings.read import validate
 
@@ -54,7 +55,7 @@ def with_batches(batches: Batches, http: Http, others: ASGIApp) -> ASGIApp:
     api = batch_api(Store(batches))
     # Multipart's own headers come on top of the file.
     limit = (batches.max_file_mib << 20) + MULTIPART_BYTES
-    return WithBatches(BodyLimit(api, limit, stall_s=http.stalled_client_timeout_s), others)
+    return WithBatches(BodyLimit(api, limit, stall_s=http.stalled_client_timeout_s), WithSchema(others, api))
 
 
 def batch_api(store: Store) -> FastAPI:

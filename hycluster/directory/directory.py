@@ -91,12 +91,14 @@ class Overview:
         ready: by model, how many replicas take requests; a group counts as one.
         troubles: by model, why replicas do not start.
         asleep: models that are to have no replica now.
+        unreached: models of which replicas take requests, but not every gateway is connected to one yet.
     """
 
     pid: int = 0
     ready: dict[str, int] = field(default_factory=dict)
     troubles: dict[str, StartTrouble] = field(default_factory=dict)
     asleep: frozenset[str] = frozenset()
+    unreached: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,20 +281,26 @@ class Directory:
                 for name, pool in self._pools.items()
                 if pool.scaling and _is_recent(pool.scaling, now) and pool.scaling[1].target == 0
             ),
+            frozenset(name for name, pool in self._pools.items() if _is_unreached(pool, now)),
         )
 
     def _ready(self) -> dict[str, int]:
         now = time.monotonic()
         return {
-            name: len(
-                {
-                    report.group or report.address.replica_id
-                    for _, report in _recent(pool.reports, now).values()
-                    if report.accepting
-                }
-            )
+            name: len({report.group or report.address.replica_id for report in _accepting(pool, now)})
             for name, pool in self._pools.items()
         }
+
+
+def _accepting(pool: _Pool, now: float) -> list[ReplicaReport]:
+    return [report for _, report in _recent(pool.reports, now).values() if report.accepting]
+
+
+def _is_unreached(pool: _Pool, now: float) -> bool:
+    accepting = {report.address.replica_id for report in _accepting(pool, now)}
+    # A gateway says what it has on each replica that it is connected to.
+    connected = [said.keys() for _, said in _recent(pool.outstanding, now).values()]
+    return bool(accepting) and not (connected and all(accepting & of_one for of_one in connected))
 
 
 def _is_recent(said: _Said[Any], now: float) -> bool:

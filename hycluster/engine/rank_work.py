@@ -93,15 +93,35 @@ class Siblings:
         online = [work for work in self._heard.copy().values() if work.online_sequences]
         if not online:
             return None
-        return StepWork(0, max(work.online_sequences for work in online), max(work.online_kv_tokens for work in online))
+        most = max(work.online_sequences for work in online)
+        return StepWork(
+            0,
+            most,
+            max(work.online_kv_tokens for work in online),
+            elsewhere_tokens=sum(work.online_sequences for work in online) - most,
+        )
+
+    @property
+    def tokens(self) -> int:
+        """What all of them have in a step."""
+        return sum(work.prefill_tokens + work.sequences for work in self._heard.copy().values())
+
+    @property
+    def ranks(self) -> int:
+        """Of the group, this one with them."""
+        return 1 + len(self._heard)
 
     def longest(self, own: StepWork) -> StepWork:
         """Of all ranks' work the most of each kind: what the time of a step is to be explained by."""
         heard = self._heard.copy().values()
         if not heard:
             return own
+        prefill = max(own.prefill_tokens, *(work.prefill_tokens for work in heard))
+        sequences = max(own.sequences, *(work.sequences for work in heard))
         return StepWork(
-            max(own.prefill_tokens, *(work.prefill_tokens for work in heard)),
-            max(own.sequences, *(work.sequences for work in heard)),
+            prefill,
+            sequences,
             max(own.kv_tokens, *(work.kv_tokens for work in heard)),
+            # Experts are read for the tokens of all ranks.
+            elsewhere_tokens=own.prefill_tokens + own.sequences + self.tokens - prefill - sequences,
         )

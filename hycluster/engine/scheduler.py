@@ -207,10 +207,28 @@ class ColocationScheduler(Scheduler):
         if not self.step_time.known or self._short_of_blocks(waiting):
             return StepRoom(bulk_s=0.0, others=True)
         work, cost = self._online_work(online, waiting), self.step_time
-        may_add = self._slowdown.may_add(work, cost)
+        may_add, only_free = self._slowdown.may_add(work, cost), cost.free_tokens > 0
         if self._credit_s > may_add:
             return StepRoom.of(self._credit_s, cost, work)
-        return StepRoom.of(may_add, cost, work, only_free=cost.free_tokens > 0)
+        experts_s = self._for_experts(work.routed_tokens, may_add)
+        if experts_s is None:
+            return StepRoom(bulk_s=0.0, others=True)
+        return StepRoom.of(may_add, cost, work, only_free=only_free, experts_s=experts_s)
+
+    def _for_experts(self, read: int, may_add: float) -> float | None:
+        """Seconds for the experts that bulk rows read on top of so many tokens' ones; None while that is saved for."""
+        cost = self.step_time
+        if cost.experts is None:
+            return 0.0
+        more = sum(self._lacks(request) for request in self.running if is_bulk(request))
+        if self._waiting and len(self.running) < self.max_num_active_reqs:
+            more += self.max_num_scheduled_tokens
+        if cost.free_tokens:
+            more = min(more, max(0, cost.free_tokens - read))
+        elif cost.sequence_s:
+            more = min(more, int(may_add / cost.sequence_s))
+        # Each rank's rows read others.
+        return self._slowdown.experts_s(read, more, may_add / self.siblings.ranks, cost)
 
     def _short_of_blocks(self, waiting: list[Request]) -> bool:
         """Whether there are too few for online requests that wait: then bulk rows get none of them in this step.
@@ -231,7 +249,7 @@ class ColocationScheduler(Scheduler):
             left -= tokens
             if left <= 0:
                 break
-        return StepWork(prefill, len(online) + len(waiting), kv)
+        return StepWork(prefill, len(online) + len(waiting), kv, elsewhere_tokens=self.siblings.tokens)
 
     def _bulk_only(self) -> StepRoom:
         """Nobody waits; somebody may come, and then waits for the steps that are in flight."""
@@ -239,9 +257,15 @@ class ColocationScheduler(Scheduler):
         beside = self.siblings.online_work
         if beside is not None:
             # A rank's step is over when those of all others are: what the longest of them needs anyhow is free.
-            return StepRoom.of((1 + colocation.max_slowdown) * cost.predict(beside) - cost.base_s, cost)
+            # The experts that its rows read are not, since the others' rows read them too.
+            online_s, elsewhere = cost.predict(beside), self.siblings.tokens
+            experts_s = self._for_experts(elsewhere, colocation.max_slowdown * online_s)
+            if experts_s is None:
+                return StepRoom(bulk_s=0.0)
+            room_s = (1 + colocation.max_slowdown) * online_s - cost.base_s - cost.experts_s(beside.routed_tokens)
+            return StepRoom.of(room_s, cost, elsewhere_tokens=elsewhere, experts_s=experts_s)
         bound = colocation.max_step_s / max(1, self.vllm_config.max_concurrent_batches)
-        shortest = cost.base_s + cost.sequence_s
+        shortest = cost.base_s + cost.sequence_s + cost.experts_s(1)
         if cost.error < _SURE and shortest > _TOO_LONG * bound and not self._told_too_long:
             self._told_too_long = True
             logger.warning(
@@ -249,7 +273,11 @@ class ColocationScheduler(Scheduler):
                 " batch requests get little", shortest, bound,
             )  # fmt: skip
         # Where even the shortest step is over the bound, an arrival waits for it in any case.
-        return StepRoom.of(max(bound - cost.base_s, cost.sequence_s + colocation.max_slowdown * shortest), cost)
+        least = shortest - cost.base_s + colocation.max_slowdown * shortest
+        room = StepRoom.of(max(bound - cost.base_s, least), cost)
+        # Longer prompts' chunks would have an arrival wait for nothing.
+        room.prefill_tokens = min(room.prefill_tokens, cost.enough_tokens)
+        return room
 
     # What a row is given.
 
@@ -321,12 +349,20 @@ class ColocationScheduler(Scheduler):
         if self.siblings:
             self.siblings.tell(RankWork.of(work, StepWork(0, len(online), sum(online)) if online else None))
         if online and self.step_time.known:
-            self._slowdown.note(StepWork(total - bulk - len(online), len(online), sum(online)), self.step_time)
+            alone = StepWork(
+                total - bulk - len(online), len(online), sum(online), elsewhere_tokens=self.siblings.tokens
+            )
+            self._slowdown.note(alone, self.step_time)
+        if online or (self.siblings and self.siblings.online_work):
+            self._slowdown.spend(self._room.used_s if online else self._room.read_s)
 
     def _was_parked(self, request: Request) -> bool:
-        """A bulk row that could have had a token; with pipeline stages some have theirs in a step before this one."""
-        left = request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens
-        return is_bulk(request) and request.request_id not in self._room.taken and left > 0
+        return is_bulk(request) and request.request_id not in self._room.taken and self._lacks(request) > 0
+
+    @staticmethod
+    def _lacks(request: Request) -> int:
+        """Tokens that a row could have now; with pipeline stages some have theirs in a step before this one."""
+        return request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput

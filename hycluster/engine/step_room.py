@@ -50,6 +50,9 @@ class StepRoom:
         used_s: time that bulk rows add to it, as predicted.
         taken: ids of the bulk rows in it.
         only_free: bulk rows get no others; what they add is what their rows and their KV cache take.
+        tokens: in it so far, and in the other ranks' part of it: which experts are read anyhow.
+        experts_s: time that they may add on top of ``bulk_s``, by what else is read of experts.
+        read_s: of ``used_s``, what they add by that; but for the first row of a step that has nothing else.
     """
 
     bulk_s: float = math.inf
@@ -63,13 +66,26 @@ class StepRoom:
     used_s: float = 0.0
     taken: set[str] = field(default_factory=set)
     only_free: bool = False
+    tokens: int = 0
+    experts_s: float = 0.0
+    read_s: float = 0.0
 
     @classmethod
-    def of(cls, bulk_s: float, cost: StepTime, others: StepWork | None = None, only_free: bool = False) -> StepRoom:
+    def of(
+        cls,
+        bulk_s: float,
+        cost: StepTime,
+        others: StepWork | None = None,
+        *,
+        only_free: bool = False,
+        elsewhere_tokens: int = 0,
+        experts_s: float = 0.0,
+    ) -> StepRoom:
         """For so much time, as far as the model of the step time can be trusted.
 
         Args:
             others: what is in the step anyhow.
+            elsewhere_tokens: in the other ranks' part of it, if ``others`` does not say.
         """
         used = others.prefill_tokens + others.sequences if others is not None else 0
         least = LEAST_CHUNK_TOKENS
@@ -84,6 +100,8 @@ class StepRoom:
             least_chunk=least,
             others=others is not None,
             only_free=only_free,
+            tokens=others.routed_tokens if others is not None else elsewhere_tokens,
+            experts_s=experts_s,
         )
 
     def grant(self, row: BulkRow, cost: StepTime) -> int:
@@ -97,7 +115,7 @@ class StepRoom:
         row_s = cost.sequence_s + cost.kv_token_s * row.computed
         # What a row's last token costs is its row's.
         more = row.tokens - 1
-        fits = min(self.prefill_tokens, self._fitting(row_s, cost))
+        fits = min(self.prefill_tokens, self._fitting(row, row_s, cost))
         if fits < more:
             least = min(more, self.least_chunk) if row.divisible else more
             if fits < least and not needed:
@@ -108,9 +126,14 @@ class StepRoom:
         tokens = more + 1 if cost.free_tokens else more
         free = min(tokens, self.free_tokens)
         takes = row_s + cost.prefill_token_s * (tokens - free)
+        reads = self._reads_s(more + 1, cost)
         self.free_tokens -= free
-        self.bulk_s -= takes
-        self.used_s += takes
+        self.bulk_s -= takes + max(0.0, reads - self.experts_s)
+        self.experts_s = max(0.0, self.experts_s - reads)
+        self.used_s += takes + reads
+        # A rank that has no row in a step has a dummy one.
+        self.read_s += 0.0 if needed else reads
+        self.tokens += more + 1
         self.sequences -= 1
         self.prefill_tokens -= more
         self.taken.add(row.request_id)
@@ -118,15 +141,19 @@ class StepRoom:
             self.loras.add(row.lora)
         return more + 1
 
-    def _fitting(self, row_s: float, cost: StepTime) -> float:
+    def _fitting(self, row: BulkRow, row_s: float, cost: StepTime) -> float:
         """Tokens beside its last one for which there is time; negative if there is none for the row itself."""
-        left = self.bulk_s - row_s
+        left = self.bulk_s - row_s - max(0.0, self._reads_s(row.tokens, cost) - self.experts_s)
         if left < 0:
             return -1
         fits = left / cost.prefill_token_s if cost.prefill_token_s > 0 else math.inf
         if self.only_free:
             fits = 0.0
         return fits + self.free_tokens - 1 if cost.free_tokens else fits
+
+    def _reads_s(self, tokens: int, cost: StepTime) -> float:
+        """What so many tokens more take to read experts that the step does not read yet."""
+        return cost.experts_s(self.tokens + tokens) - cost.experts_s(self.tokens)
 
 
 class Slowdown:
@@ -137,6 +164,9 @@ class Slowdown:
     is added to the steps without one, as far as that is not out of proportion: online callers wait for hundreds of
     steps a request, and for the mean of them. What lengthens steps lets more online requests be there at once, which
     lengthens them further; by the arithmetic alone, tokens come slower by more than the share when engines are full.
+
+    What is read of experts is dear for the first bulk rows of a step and nothing for the last ones. So it is saved for,
+    step by step, until there is enough for all that could come: one step of many takes them all, and the others none.
     """
 
     def __init__(self, share: float) -> None:
@@ -144,6 +174,7 @@ class Slowdown:
         self._seen = 0
         # Of the last steps: how long they were without bulk rows, and how many of them had free tokens.
         self._mean_s = self._with_free = 0.0
+        self._saved_s = 0.0
 
     def note(self, online: StepWork, cost: StepTime) -> None:
         """Take note of the online work of a step."""
@@ -157,6 +188,23 @@ class Slowdown:
         if not cost.free_tokens or not self._with_free:
             return self._share * own_s
         return self._share * min(max(own_s, self._mean_s / self._with_free), MOST_SHARES * own_s)
+
+    def experts_s(self, read: int, more: int, may_add_s: float, cost: StepTime) -> float | None:
+        """Seconds that bulk rows may lengthen a step by in reading experts; None while that is saved for. Once a step.
+
+        Args:
+            read: tokens whose experts the step reads anyhow.
+            more: of bulk rows, those that could come.
+            may_add_s: what this step adds to the savings.
+        """
+        wanted = cost.experts_s(read + more) - cost.experts_s(read)
+        # Never more than is of use.
+        self._saved_s = min(self._saved_s + may_add_s, cost.experts_s(read + more))
+        return self._saved_s if wanted <= self._saved_s else None
+
+    def spend(self, seconds: float) -> None:
+        """Take note of what bulk rows added to a step, all in all."""
+        self._saved_s = max(0.0, self._saved_s - seconds)
 
 
 def _has_free(work: StepWork, cost: StepTime) -> bool:

@@ -3,20 +3,29 @@
     seconds = base + sequence x sequences + kv_token x tokens of KV cache read
                    + prefill_token x tokens of prefill
     or, from so many tokens on, in place of the last: prefill_token x (tokens of the step - free tokens)
+    and of a model with experts, on top: experts x (share of the experts that the step's tokens are routed to)
 
 A step reads all weights once (base), has work by the row (sampling, bookkeeping), reads each row's KV cache, and
 computes in proportion to its tokens. On a CPU that comes on top, from the first token. On a GPU it is hidden behind the
 reading of the weights until there are some hundred tokens: so many are free. Coefficients and knee differ by orders of
 magnitude between a laptop and a GPU, so nothing is assumed but that none of them is negative: each of a few knees is
 fitted, and the one that explains the steps best is taken, of equal ones the smallest.
+
+The experts' share of a step follows from their number (:mod:`hycluster.engine.routed_weights`). What reading all of
+them takes is fitted like the rest. But where bulk rows are in every step all of them read all experts, and nothing
+tells the reading of experts from the base; so as far as the steps do not say otherwise, the two are as the bytes are
+that they read.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+
+from hycluster.engine.routed_weights import RoutedWeights
 
 # What a step weighs after so many further steps is 1/e: the coefficients follow a machine that gets slower or faster.
 MEMORY_STEPS = 200
@@ -28,6 +37,10 @@ _SOLVE_ALL, _SOLVE_EVERY = 32, 8
 _INERTIA = 0.05
 # A step so many times as long as was thought (a collection, a compilation, a neighbour) counts as one at this bound.
 _OUTLIER = 3.0
+# A step is as good as any longer one if that would do so little more in the same time.
+_GAIN = 0.05
+# How much the bytes count against the steps: as if in so large a share of these they alone told experts from the base.
+_BYTES = 0.003
 _KV_UNIT = 1024.0
 # Tokens that may be free.
 KNEES = (0, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)
@@ -43,31 +56,40 @@ class StepWork:
         prefill_tokens: of prompts, whole or in chunks, without each row's last token.
         sequences: rows in the step.
         kv_tokens: of the KV cache that they read, summed over rows.
+        elsewhere_tokens: in the other ranks' part of the step, routed to the same experts.
     """
 
     prefill_tokens: int = 0
     sequences: int = 0
     kv_tokens: int = 0
+    elsewhere_tokens: int = field(default=0, kw_only=True)
+
+    @property
+    def routed_tokens(self) -> int:
+        return self.prefill_tokens + self.sequences + self.elsewhere_tokens
 
 
 class StepTime:
     """Predicts the time of a step; learns from each that is over.
 
     Attributes:
+        experts: of a model that has some.
         free_tokens: of a step's tokens, how many cost nothing but what their rows do.
         error: mean relative error of the predictions, lately; 1 before there are any.
         most_sequences, most_prefill_tokens: largest step seen so far. Beyond twice that a prediction is a guess.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, experts: RoutedWeights | None = None) -> None:
+        self.experts = experts
+        self._terms = terms = 4 if experts is None else 5
         self._seen = 0
         self._best = 0
         # Steps that count still, the last one most.
         self._weight = 0.0
-        self._normal: NDArray[np.float64] = np.zeros((len(KNEES), 4, 4))
-        self._right: NDArray[np.float64] = np.zeros((len(KNEES), 4))
-        self._found: NDArray[np.float64] = np.zeros((len(KNEES), 4))
-        self._parts = (0.0, 0.0, 0.0, 0.0)
+        self._normal: NDArray[np.float64] = np.zeros((len(KNEES), terms, terms))
+        self._right: NDArray[np.float64] = np.zeros((len(KNEES), terms))
+        self._found: NDArray[np.float64] = np.zeros((len(KNEES), terms))
+        self._parts = (0.0, 0.0, 0.0, 0.0, 0.0)
         self.error = 1.0
         self.most_sequences = self.most_prefill_tokens = 0
 
@@ -96,16 +118,34 @@ class StepTime:
     def kv_token_s(self) -> float:
         return self._parts[3]
 
+    def experts_s(self, tokens: int) -> float:
+        """For reading the experts that so many tokens are routed to; 0 for a dense model."""
+        return self._parts[4] * self.experts.touched(tokens) if self.experts is not None else 0.0
+
+    @property
+    def enough_tokens(self) -> float:
+        """Tokens of a step from which on a longer one would hardly do more a second; infinite where none is free."""
+        if not self.free_tokens or not self.prefill_token_s:
+            return math.inf
+        # What a step takes before its tokens do, and what of it is not hidden behind those that are free.
+        alone_s = self.base_s + self._parts[4]
+        idle_s = max(0.0, alone_s - self.free_tokens * self.prefill_token_s)
+        return self.free_tokens + max(0.0, idle_s / _GAIN - alone_s) / self.prefill_token_s
+
     @property
     def coefficients_s(self) -> tuple[float, float, float, float]:
-        """Base, a token of prefill, a sequence, a token of KV cache; all of them as if no token were free."""
-        base, prefill, sequence, kv = self._found[0].tolist()
-        return base, prefill, sequence, kv / _KV_UNIT
+        """Base, a token of prefill, a sequence, a token of KV cache.
+
+        All of them as if no token were free and every step read all experts.
+        """
+        base, prefill, sequence, kv, *experts = self._found[0].tolist()
+        return base + sum(experts), prefill, sequence, kv / _KV_UNIT
 
     def predict(self, work: StepWork) -> float:
         """Seconds that a step of this work takes; 0 before any was seen."""
-        base, prefill, sequence, kv = self._parts
-        return base + prefill * _paid(work, KNEES[self._best]) + sequence * work.sequences + kv * work.kv_tokens
+        base, prefill, sequence, kv, _ = self._parts
+        own = base + prefill * _paid(work, KNEES[self._best]) + sequence * work.sequences + kv * work.kv_tokens
+        return own + self.experts_s(work.routed_tokens)
 
     def learn(self, work: StepWork, real_s: float) -> None:
         """Take note of a step that took ``real_s`` seconds."""
@@ -121,8 +161,10 @@ class StepTime:
         self.most_sequences = max(self.most_sequences, work.sequences)
         self.most_prefill_tokens = max(self.most_prefill_tokens, work.prefill_tokens)
         # By the relative error: a short step is worth as much as a long one.
-        features = np.empty((len(KNEES), 4))
-        features[:] = 1.0, 0.0, work.sequences, work.kv_tokens / _KV_UNIT
+        features = np.empty((len(KNEES), self._terms))
+        features[:, :4] = 1.0, 0.0, work.sequences, work.kv_tokens / _KV_UNIT
+        if self.experts is not None:
+            features[:, 4] = self.experts.touched(work.routed_tokens)
         features[:, 1] = [_paid(work, knee) for knee in KNEES]
         features /= real_s
         keep = 1 - 1 / MEMORY_STEPS
@@ -135,7 +177,12 @@ class StepTime:
     def _guess(self, work: StepWork, real_s: float) -> None:
         """Half of the first step's time for its being a step, half for its tokens."""
         each = real_s / 2 / (work.prefill_tokens + work.sequences)
-        self._found[:] = real_s / 2, each, each, 0.0
+        self._found[:, :4] = real_s / 2, each, each, 0.0
+        if self.experts is not None:
+            share = self.experts.share
+            read = 1 - share + share * self.experts.touched(work.routed_tokens)
+            self._found[:, 0] *= (1 - share) / read
+            self._found[:, 4] = real_s / 2 * share / read
 
     def _solve_all(self) -> None:
         """Fit each knee, and choose."""
@@ -148,8 +195,8 @@ class StepTime:
             if left[knee] < _BETTER * left[best]:
                 best = knee
         self._best = best
-        base, prefill, sequence, kv = self._found[best].tolist()
-        self._parts = base, prefill, sequence, kv / _KV_UNIT
+        base, prefill, sequence, kv, *experts = self._found[best].tolist()
+        self._parts = base, prefill, sequence, kv / _KV_UNIT, sum(experts)
 
     def _solve(
         self, normal: NDArray[np.float64], right: NDArray[np.float64], before: NDArray[np.float64]
@@ -160,16 +207,28 @@ class StepTime:
         pull = np.maximum(inertia * diagonal, 1e-9 * diagonal.max() * inertia)
         normal = normal + np.diag(pull)
         right = right + pull * before
-        free = np.ones(4, dtype=bool)
-        found = np.zeros(4)
+        free = np.ones(self._terms, dtype=bool)
+        found = np.zeros(self._terms)
+        bytes_say = self._bytes_say(normal[0, 0])
         while free.any():
-            found = np.zeros(4)
-            found[free] = np.linalg.solve(normal[np.ix_(free, free)], right[free])
+            found = np.zeros(self._terms)
+            # Of one of the two the bytes say nothing.
+            said = normal + bytes_say if free[0] and free[-1] else normal
+            found[free] = np.linalg.solve(said[np.ix_(free, free)], right[free])
             negative = found < 0
             if not negative.any():
                 break
             free &= ~negative
         return np.maximum(found, 0)
+
+    def _bytes_say(self, base: float) -> NDArray[np.float64]:
+        """What draws base and experts to be as their bytes are; of no weight where the steps tell them apart."""
+        found = np.zeros((self._terms, self._terms))
+        if self.experts is not None:
+            share = self.experts.share
+            off = np.array([share, 0.0, 0.0, 0.0, share - 1])
+            found += _BYTES * base * np.outer(off, off)
+        return found
 
 
 def _paid(work: StepWork, knee: int) -> int:

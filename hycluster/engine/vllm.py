@@ -45,6 +45,7 @@ from hycluster.adapters import adapter_id
 from hycluster.core import Priority, ReplicaLoad
 from hycluster.engine.arguments import check_platform, engine_arguments
 from hycluster.engine.expert_load import expert_load_meter
+from hycluster.engine.loaded_weights import routed_weights, worker_weights
 from hycluster.engine.migrated import take_over, tokens_of
 from hycluster.engine.parsers import with_parsers
 from hycluster.engine.patches.adapter_loading import AdaptersFirst
@@ -55,6 +56,7 @@ from hycluster.engine.protocol import NOBODY, SIBLINGS, EngineInfo, Frame, Group
 from hycluster.engine.rank_work import RankWork, Siblings
 from hycluster.engine.scheduler import ColocationScheduler, colocation_load, use_colocation, why_not_colocated
 from hycluster.engine.scratch import Scratch
+from hycluster.engine.step_time import StepTime
 from hycluster.engine.vllm_metrics import SchedulerMetrics
 from hycluster.errors import EngineStartFailed, SettingsError
 from hycluster.models.routing import layer_counts
@@ -424,6 +426,8 @@ class _EngineCore(AdaptersFirst):
             for patch in (patch_seeds, patch_logprobs):
                 self.model_executor.collective_rpc(patch)
         self.experts = expert_load_meter(config, self.model_executor)
+        if isinstance(self.scheduler, ColocationScheduler):
+            self.scheduler.step_time = StepTime(routed_weights(self.model_executor.collective_rpc(worker_weights)))
 
     @contextmanager
     def _perform_handshakes(self, *_: Any, **__: Any) -> Generator[EngineZmqAddresses, None, None]:

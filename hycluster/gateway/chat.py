@@ -26,11 +26,13 @@ from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.sampling_params import StructuredOutputsParams
 
 from hycluster.core import GenerationRequest, Output, StructuredOutput, ToolCall
+from hycluster.engine.patches.split_calls import patch_split_calls
 from hycluster.engine.patches.truncated_calls import patch_truncated_calls
 from hycluster.errors import InvalidInput
 from hycluster.gateway.api_arguments import chat_template
 from hycluster.gateway.gateway import Gateway
 
+patch_split_calls()
 patch_truncated_calls()
 # By our word for what is asked: vLLM's.
 _STRUCTURED = {field.name: field.name for field in fields(StructuredOutput)} | {"json_schema": "json"}

@@ -26,12 +26,12 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from hycluster.adapters import check_name
 from hycluster.core import (
-    ChatFields,
     Generation,
     GenerationRequest,
     ModelCard,
     PoolHealth,
     Priority,
+    PromptFields,
     Sampling,
     able,
 )
@@ -141,18 +141,11 @@ class Generator:
         """How many replicas of each model take requests from here. A group counts once one of its ranks does."""
         return {name: gateway.health for name, gateway in self.gateways.items()}
 
-    async def tokenize(
-        self,
-        model: str,
-        *,
-        prompt: str | None = None,
-        messages: list[dict[str, Any]] | None = None,
-        **chat: Unpack[ChatFields],
-    ) -> list[int]:
+    async def tokenize(self, model: str, **asked: Unpack[PromptFields]) -> list[int]:
         """Token ids of a prompt, or of messages under the model's chat template."""
         gateway, _ = self._gateway(model)
         with _translated_errors():
-            request = GenerationRequest(model=model, prompt=prompt, messages=messages, **chat)
+            request = GenerationRequest(model=model, **asked)
             engine_input, _ = await self._render(gateway, request)
         return _prompt_ids(engine_input)
 

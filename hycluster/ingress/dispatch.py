@@ -48,12 +48,7 @@ class ModelDispatch:
         if several and method == "GET" and path == MODELS:
             await self._models_of_all(scope, receive, send)
             return
-        name = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("model", [""])[0]
-        if method == "GET" and path.startswith(f"{MODELS}/"):
-            name = path.removeprefix(f"{MODELS}/")
-        if several and method == "POST":
-            body, receive = await _read_on(receive)
-            name = _name_in(body) or name
+        name, receive = await named_by(scope, receive, in_body=several)
         await (await self._app_of(name, scope))(scope, receive, send)
 
     async def _app_of(self, name: str, scope: Scope) -> ASGIApp:
@@ -75,7 +70,7 @@ class ModelDispatch:
     async def _models_of_all(self, scope: Scope, receive: Receive, send: Send) -> None:
         statuses, listed = [], []
         for app in self.apps.values():
-            code, body = await _ask(app, scope, receive)
+            code, body = await answer_of(app, scope, receive)
             statuses.append(code)
             if body:
                 listed += json.loads(body).get("data", [])
@@ -88,6 +83,22 @@ def _name(scope: Scope, model: str) -> None:
     """For who counts the request."""
     if (names := scope.get(MODEL_KEY)) is not None:
         names.append(model)
+
+
+async def named_by(scope: Scope, receive: Receive, *, in_body: bool) -> tuple[str, Receive]:
+    """The model that a request names, empty if it names none, and what lets an app read the request again.
+
+    Args:
+        in_body: whether its body is read, too.
+    """
+    method, path = scope["method"], scope["path"]
+    name = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("model", [""])[0]
+    if method == "GET" and path.startswith(f"{MODELS}/"):
+        name = path.removeprefix(f"{MODELS}/")
+    if in_body and method == "POST":
+        body, receive = await _read_on(receive)
+        name = _name_in(body) or name
+    return name, receive
 
 
 async def _read_on(receive: Receive) -> tuple[bytes, Receive]:
@@ -118,7 +129,7 @@ def _name_in(body: bytes) -> str:
     return model if isinstance(model, str) else ""
 
 
-async def _ask(app: ASGIApp, scope: Scope, receive: Receive) -> tuple[int, bytes]:
+async def answer_of(app: ASGIApp, scope: Scope, receive: Receive) -> tuple[int, bytes]:
     """Call an ASGI app without a body and keep its answer."""
     status, body = 500, b""
     asked = iter([{"type": "http.request", "body": b"", "more_body": False}])

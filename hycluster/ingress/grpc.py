@@ -22,7 +22,7 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
-from hycluster.core import ChatFields, Generation, GenerationRequest, ModelCard
+from hycluster.core import Generation, GenerationRequest, ModelCard, PromptFields
 from hycluster.errors import DeadlineExceeded, HyclusterError, SettingsError, Unavailable, UnknownModel
 from hycluster.ingress import translate
 from hycluster.ingress.chats import messages_from_pb
@@ -69,14 +69,7 @@ class GrpcBackend(Protocol):
     async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
         """The whole answer. Cancelling the call aborts the request in the engine."""
 
-    async def tokenize(
-        self,
-        model: str,
-        *,
-        prompt: str | None = None,
-        messages: list[dict[str, Any]] | None = None,
-        **chat: Unpack[ChatFields],
-    ) -> list[int]:
+    async def tokenize(self, model: str, **asked: Unpack[PromptFields]) -> list[int]:
         """The token ids of a text or of a chat. With neither it raises ``InvalidInput``."""
 
     async def count_tokens(self, model: str, texts: Sequence[str]) -> list[int]:
@@ -175,15 +168,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     @_answer
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         given = request.WhichOneof("input")
-        cards = {card.name: card for card in await self._generator.models()}
-        if request.model not in cards:
-            raise UnknownModel(request.model, list(cards))
         ids = await self._generator.tokenize(
             request.model,
             prompt=request.prompt if given == "prompt" else None,
             messages=messages_from_pb(request.messages) if given == "messages" else None,
             **translate.chat_fields_from_pb(request),
         )
+        cards = {card.name: card for card in await self._generator.models()}
+        if request.model not in cards:
+            raise UnknownModel(request.model, list(cards))
         return pb.TokenizeResponse(token_ids=ids, count=len(ids), max_model_len=cards[request.model].max_model_len)
 
     @_answer

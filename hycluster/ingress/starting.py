@@ -1,6 +1,7 @@
 """Ingress processes that are open before there is anything behind them: they say so, and what is still missing.
 
-HTTP answers 503 and gRPC UNAVAILABLE; both healths are asked as when they are open. The HTTP socket is handed
+HTTP answers 503 and gRPC UNAVAILABLE, but for a model that is not going to be served: nobody is to wait for that. Both
+healths are asked as when they are open. The HTTP socket is handed
 over to the ingress that serves; the gRPC ingress stays and gets its generator. Imports no vLLM, so it is there
 within a second or two.
 """
@@ -10,34 +11,68 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from typing import Any, Unpack
+from typing import Unpack
 
 import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hycluster.core import ChatFields, Generation, GenerationRequest, ModelCard
+from hycluster.core import Generation, GenerationRequest, ModelCard, PromptFields
+from hycluster.errors import UnknownModel
 from hycluster.ingress import health
+from hycluster.ingress.body import BodyLimit
 from hycluster.ingress.connection import protocol
+from hycluster.ingress.dispatch import named_by
+from hycluster.ingress.errors import answer_error
 from hycluster.ingress.forms import in_form
 from hycluster.ingress.grpc import GrpcBackend, GrpcIngress, serve_grpc
 from hycluster.ingress.ports import bind, check_port
 from hycluster.settings.settings import Settings
 
+# Of all models and adapters that are served, or are to be; None while that is not known.
+Names = Callable[[], Awaitable[Sequence[str] | None]]
+JSON = b"application/json"
+
+
+async def _unknown(model: str, names: Names) -> UnknownModel | None:
+    """The error for a name that no model is going to have."""
+    served = await names() if model else None
+    return None if served is None or model in served else UnknownModel(model, list(served))
+
+
+class WithoutUnknown:
+    """ASGI middleware: refuses what names a model that is not going to be served."""
+
+    def __init__(self, app: ASGIApp, names: Names) -> None:
+        self._app = app
+        self._names = names
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._app
+        if scope["type"] == "http" and scope["path"] != health.PATH:
+            # A file that is sent here is not read to be thrown away.
+            is_json = dict(scope["headers"]).get(b"content-type", b"").startswith(JSON)
+            name, receive = await named_by(scope, receive, in_body=is_json)
+            if (error := await _unknown(name, self._names)) is not None:
+                app = await answer_error(None, error)
+        await app(scope, receive, send)
+
 
 class WaitingGenerator:
     """Stands before a generator that is still to come; refuses everything until :meth:`open`."""
 
-    def __init__(self, pools: health.Pools) -> None:
+    def __init__(self, pools: health.Pools, names: Names) -> None:
         self._pools = pools
+        self._names = names
         self._generator: GrpcBackend | None = None
 
     def open(self, generator: GrpcBackend) -> None:
         self._generator = generator
 
-    async def _open(self) -> GrpcBackend:
+    async def _open(self, model: str = "") -> GrpcBackend:
         if self._generator is None:
-            raise health.starting(await self._pools())
+            raise await _unknown(model, self._names) or health.starting(await self._pools())
         return self._generator
 
     async def models(self) -> list[ModelCard]:
@@ -46,25 +81,18 @@ class WaitingGenerator:
     async def stream(
         self, request: GenerationRequest, *, deadline_s: float | None = None
     ) -> AsyncGenerator[Generation, None]:
-        async with aclosing((await self._open()).stream(request, deadline_s=deadline_s)) as deltas:
+        async with aclosing((await self._open(request.model)).stream(request, deadline_s=deadline_s)) as deltas:
             async for delta in deltas:
                 yield delta
 
     async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
-        return await (await self._open()).generate(request, deadline_s=deadline_s)
+        return await (await self._open(request.model)).generate(request, deadline_s=deadline_s)
 
-    async def tokenize(
-        self,
-        model: str,
-        *,
-        prompt: str | None = None,
-        messages: list[dict[str, Any]] | None = None,
-        **chat: Unpack[ChatFields],
-    ) -> list[int]:
-        return await (await self._open()).tokenize(model, prompt=prompt, messages=messages, **chat)
+    async def tokenize(self, model: str, **asked: Unpack[PromptFields]) -> list[int]:
+        return await (await self._open(model)).tokenize(model, **asked)
 
     async def count_tokens(self, model: str, texts: Sequence[str]) -> list[int]:
-        return await (await self._open()).count_tokens(model, texts)
+        return await (await self._open(model)).count_tokens(model, texts)
 
     async def ready(self) -> bool:
         return self._generator is not None and await self._generator.ready()
@@ -107,7 +135,7 @@ class StartingIngress:
 
 
 @contextlib.asynccontextmanager
-async def starting_ingress(settings: Settings, pools: health.Pools) -> AsyncIterator[StartingIngress]:
+async def starting_ingress(settings: Settings, pools: health.Pools, names: Names) -> AsyncIterator[StartingIngress]:
     """Open both ingresses with nothing behind them.
 
     Raises:
@@ -118,14 +146,20 @@ async def starting_ingress(settings: Settings, pools: health.Pools) -> AsyncIter
     # A successor is to listen beside them one day.
     sock = bind(settings.http.host, settings.http.port, "http.port", reuse_port=True)
     try:
-        generator = WaitingGenerator(pools)
+        generator = WaitingGenerator(pools, names)
         grpc = await serve_grpc(generator, settings.grpc, reuse_port=True)
     except BaseException:
         sock.close()
         raise
+    app = BodyLimit(
+        WithoutUnknown(health.WithHealth(None, pools), names),
+        settings.http.max_body_mib << 20,
+        max_total_bytes=settings.http.max_bodies_mib << 20,
+        stall_s=settings.http.stalled_client_timeout_s,
+    )
     server = uvicorn.Server(
         uvicorn.Config(
-            in_form(health.WithHealth(None, pools), settings.http.allowed_origins),
+            in_form(app, settings.http.allowed_origins),
             # What comes next on a connection is for the ingress that serves.
             http=protocol(settings.http, keep_alive=False),
             log_config=None,

@@ -1,6 +1,10 @@
-"""vLLM's errors by the names that its arguments have in the settings: its own flags are nowhere to be set here."""
+"""vLLM's errors by the names that its arguments have in the settings, as its own flags are nowhere to be set here; and
+with OpenAI's code where clients decide on it."""
 
 from __future__ import annotations
+
+import contextlib
+import json
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -8,6 +12,9 @@ from hycluster.settings.api import in_our_words
 
 # What is longer is no error that tells of a flag.
 MOST_BYTES = 64 << 10
+# By it LangChain and others know a prompt that they have to shorten; vLLM says 400 there, as everywhere.
+TOO_LONG_CODE = "context_length_exceeded"
+_TOO_LONG = "This model's maximum context length is"
 
 
 class InOurWords:
@@ -28,11 +35,23 @@ class InOurWords:
             else:
                 start, begun = begun, None
                 body = message.get("body", b"")
-                if b"--" in body and len(body) <= MOST_BYTES and not message.get("more_body"):
-                    body = in_our_words(body.decode(errors="replace")).encode()
+                if len(body) <= MOST_BYTES and not message.get("more_body"):
+                    body = _told(body)
                     headers = [(k, v) for k, v in start.get("headers", ()) if k.lower() != b"content-length"]
                     start = {**start, "headers": [*headers, (b"content-length", b"%d" % len(body))]}
                 await send(start)
                 await send({**message, "body": body})
 
         await self._app(scope, receive, told)
+
+
+def _told(body: bytes) -> bytes:
+    if b"--" in body:
+        body = in_our_words(body.decode(errors="replace")).encode()
+    if _TOO_LONG.encode() in body:
+        with contextlib.suppress(ValueError):
+            answer = json.loads(body)
+            if (error := answer.get("error")) and str(error.get("message")).startswith(_TOO_LONG):
+                error["code"] = TOO_LONG_CODE
+                body = json.dumps(answer).encode()
+    return body

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from hycluster.engine.routed_weights import busiest_share, experts_touched
 from hycluster.planning.architecture import Architecture, parameters
 from hycluster.planning.gpus import Gpu
 from hycluster.planning.precision import Precision
@@ -45,9 +46,10 @@ class Decode:
         return 1 / self.step_s
 
 
-def experts_touched(experts: int, top_k: int, tokens: float) -> float:
-    """Distinct experts that so many tokens are expected to choose, each ``top_k``, evenly and independently."""
-    return experts * (1 - (1 - top_k / experts) ** tokens) if experts else 0.0
+def experts_held(model: Architecture, parallel: Parallel) -> int:
+    """Of a layer's experts, how many a GPU holds, whole or a part of each."""
+    copies = model.experts + parallel.eplb.redundant_experts
+    return -(-copies // parallel.expert_ranks) if parallel.expert else model.experts
 
 
 def decode_bound(
@@ -69,12 +71,9 @@ def decode_bound(
     rounds = min(parallel.pipeline, batch)
     part = batch / rounds
     touched = experts_touched(model.experts, model.top_k, part)
-    share_touched = touched / model.experts if model.experts else 0.0
-    if parallel.expert and model.experts:
-        # Some rank has at least as many of a token's experts as all would have if they were spread evenly.
-        held = -(-(model.experts + parallel.eplb.redundant_experts) // parallel.expert_ranks)
-        share_touched = max(share_touched, min(1.0, -(-model.top_k // parallel.expert_ranks) / held))
-    weights = share.read + share.routed * share_touched
+    weights = share.read + share.routed * busiest_share(
+        model.experts, model.top_k, part, experts_held(model, parallel), parallel.expert_ranks if parallel.expert else 1
+    )
     kv = share.kv_bytes(context_tokens) * math.ceil(part / parallel.data)
     on_host = min(offloaded_bytes * weights / share.weights_bytes, weights)
     memory_s = (weights - on_host + kv) / (gpu.bandwidth_gbs * 1e9)

@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 NO_STORE = "no responses are stored here: 'responses' or 'batches' of the settings is null"
 BATCH_LINE = "it is a line of a batch; the batch's output file has what it is answered"
+# What stands for an item that OpenAI has stored: here whole responses are.
+REFERENCE = "item_reference"
 OK = 200
 
 
@@ -66,6 +68,9 @@ class WithResponses:
         app: vLLM's app over all models.
         store: None if there is none.
         background: None where nothing is answered in the background or kept: lines of a batch.
+
+    Attributes:
+        routes: what asks for one that is kept.
     """
 
     def __init__(self, app: ASGIApp, store: ResponseStore | None, background: Background | None, http: Http) -> None:
@@ -76,7 +81,7 @@ class WithResponses:
         self._most_bytes_together = http.max_bodies_mib << 20
         self._held = 0
         self._not_kept = NO_STORE if store is None else BATCH_LINE if background is None else None
-        self._routes = response_routes(store) if store is not None else None
+        self.routes = response_routes(store) if store is not None else None
         self._sweeping: asyncio.Future[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -85,7 +90,7 @@ class WithResponses:
         elif scope["path"] == PATH and scope["method"] == "POST":
             await self._create(scope, receive, send)
         elif scope["path"].startswith(f"{PATH}/") and scope["path"].count("/") > 2:
-            routes = self._routes or await answer_error(None, NotFound(f"response_id: {NO_STORE}"))
+            routes = self.routes or await answer_error(None, NotFound(f"response_id: {NO_STORE}"))
             await routes(scope, receive, send)
         else:
             await self._app(scope, receive, send)
@@ -159,6 +164,12 @@ class WithResponses:
                 raise InvalidInput(f"request_id: {shown(given['request_id'])} is not allowed for what is stored")
         if given.get("conversation") is not None:
             raise InvalidInput("conversation: there are none here; use 'previous_response_id'")
+        for number, item in enumerate(given["input"] if isinstance(given.get("input"), list) else ()):
+            if isinstance(item, dict) and item.get("type") == REFERENCE:
+                raise InvalidInput(
+                    f"input[{number}].type: {REFERENCE!r} is not allowed; send the item itself, as clients do with "
+                    "'store': false, or go on from its response by 'previous_response_id'"
+                )
         if given.get("previous_response_id") is not None and given.get("previous_input_messages"):
             raise InvalidInput("previous_response_id, previous_input_messages: at most one may be set")
 

@@ -7,6 +7,7 @@ import contextlib
 
 from starlette.types import ASGIApp
 
+from hycluster.ingress.schema import WithSchema
 from hycluster.responses.app import WithResponses
 from hycluster.responses.background import Background
 from hycluster.responses.store import ResponseStore
@@ -40,7 +41,8 @@ class ServedResponses:
                 max_bytes=settings.http.max_bodies_mib << 20,
             )
             self._running = asyncio.create_task(self._background.run())
-        return WithResponses(app, store, self._background, settings.http)
+        layer = WithResponses(app, store, self._background, settings.http)
+        return layer if layer.routes is None else WithSchema(layer, layer.routes)
 
     async def close(self, timeout_s: float) -> None:
         """Let what is answered in the background end within a time, and leave the rest to other ingress processes."""

@@ -75,7 +75,8 @@ class Losses:
     # -- processes ----------------------------------------------------------------------------------
 
     def _processes(self, look: Look) -> list[str]:
-        before, now = dict(self._last.processes), look.processes
+        before = dict(self._last.processes)
+        now = {key: _known(process, before.get(key)) for key, process in look.processes.items()}
         lines = []
         for key, process in list(before.items()):
             if key in now:
@@ -239,3 +240,8 @@ class Losses:
 def _alike(message: str) -> str:
     """The same for messages that differ in figures only."""
     return re.sub(r"\W|\d", "", message)[:80]
+
+
+def _known(process: ServiceProcess, before: ServiceProcess | None) -> ServiceProcess:
+    """What was known of a process counts until its controller knows it again."""
+    return before if before is not None and process.pid is None else process

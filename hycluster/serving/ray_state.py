@@ -11,7 +11,7 @@ import contextlib
 import socket
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,8 @@ GCS_PATIENCE_VARIABLE, GCS_PATIENCE_S = "RAY_gcs_rpc_server_reconnect_timeout_s"
 @dataclass(frozen=True, slots=True)
 class ServiceProcess:
     """A process of the service.
+
+    A Serve controller that has just begun knows that there is one, but not yet which: then the last three are empty.
 
     Attributes:
         deployment: Serve's name of what it is one of.
@@ -84,21 +86,32 @@ def look(app_name: str, directory: str) -> Look:
     details = _answer(controller, "get_serve_instance_details")
     if details is None:
         return Look(overview=overview, nodes=nodes)
-    worker = str(details["controller_info"]["worker_id"])
+    return replace(read_details(details, app_name), overview=overview, nodes=nodes)
+
+
+def read_details(details: Mapping[str, Any], app_name: str) -> Look:
+    """Serve's part of a look: ``details`` is its ``ServeInstanceDetails`` as a mapping, without what was not set."""
+    worker = str(details["controller_info"].get("worker_id"))
     app = details["applications"].get(app_name)
     if app is None:
-        return Look(worker, overview=overview, nodes=nodes)
+        return Look(worker)
     deployments = {
         name: Deployment(each["target_num_replicas"] or 0, _word(each["status"]), each["message"])
         for name, each in app["deployments"].items()
     }
     processes = {
-        each["replica_id"]: ServiceProcess(name, each["replica_id"], each["pid"], each["node_ip"], each["actor_name"])
+        each["replica_id"]: ServiceProcess(
+            name,
+            each["replica_id"],
+            each.get("pid"),
+            each.get("node_ip") or "",
+            each.get("actor_name") or "",
+        )
         for name, deployment in app["deployments"].items()
         for each in deployment["replicas"]
         if _word(each["state"]) in STARTED
     }
-    return Look(worker, deployments, processes, overview, nodes)
+    return Look(worker, deployments, processes)
 
 
 def _answer(find: Callable[[], Any], question: str) -> Any:

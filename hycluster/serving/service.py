@@ -6,6 +6,7 @@ It gives nothing up that serves. Whatever dies, Ray Serve replaces; only Ray its
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -19,11 +20,14 @@ from ray.serve.exceptions import RayServeException
 from hycluster.app import APP_NAME, deployment_name
 from hycluster.directory.directory import SHARED_DIRECTORY, Overview
 from hycluster.door import IngressAddresses
+from hycluster.errors import one_line
 from hycluster.serving import ray_state
 from hycluster.serving.cluster_watch import ClusterWatch, watched
 from hycluster.serving.losses import Losses
 from hycluster.serving.start import end_of_hope, ready_models
 from hycluster.settings.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 STARTING_LOOK_EVERY_S = 0.5
 # A look costs the Serve controller and this process some 3 ms.
@@ -87,8 +91,19 @@ class Service:
 
     def attend(self, stopping: threading.Event) -> None:
         """Tell what is lost and what is back until ``stopping`` is set."""
+        puzzled = False
         while not stopping.wait(LOOK_EVERY_S):
-            self._look()
+            try:
+                self._look()
+            except Exception as error:
+                # Whoever looks after what serves must not take it along; the next look may understand more.
+                if not puzzled:
+                    why = f"{type(error).__name__}: {one_line(error)}"
+                    self._say(f"can't tell what is lost, what runs serves on: {why}")
+                    logger.exception("a look at the service")
+                puzzled = True
+            else:
+                puzzled = False
 
     def _look(self) -> None:
         with contextlib.suppress(ray.exceptions.RayError):

@@ -13,12 +13,14 @@ def ready_models(settings: Settings, overview: Overview, *, elapsed_s: float) ->
     """Names of the models that are served, once nothing is to be waited for; None before.
 
     Waited for is a model that may yet serve for the first time: it has not failed, and ``start_timeout_s`` is not over.
-    One that has failed is tried on; it is no reason to keep the others' callers waiting.
+    One that has failed is tried on; it is no reason to keep the others' callers waiting. A model that serves is waited
+    for until no ingress process is left that would refuse its requests.
     """
     able = [model.name for model in settings.models if overview.ready.get(model.name) or model.name in overview.asleep]
     if not able:
         return None
     late = [model.name for model in settings.models if model.name not in able and model.name not in overview.troubles]
+    late += overview.unreached & set(able)
     return able if not late or elapsed_s > settings.start_timeout_s else None
 
 

@@ -130,11 +130,9 @@ def _kinds(config: VllmConfig) -> Iterable[tuple[int, int, int]]:
         yield from ((length, count, 6) for length in lengths[3:] for count in rows[3:12:3])
 
 
-def fitted_settings(fitted: StepTime, config: VllmConfig) -> Simulated:
-    """``models[].simulated`` that stands for an engine."""
-    from hycluster.simulate.machine import sizes_in
-
-    return _simulated(fitted.coefficients_s, sizes_in(config))
+def fitted_settings(fitted: StepTime, sizes: Mapping[str, int]) -> Simulated:
+    """``models[].simulated`` that stands for an engine of these sizes."""
+    return _simulated(fitted.coefficients_s, sizes)
 
 
 def _simulated(seconds: Sequence[float], sizes: Mapping[str, Any]) -> Simulated:
@@ -154,7 +152,7 @@ def main() -> None:
     finally:
         engine.close()
     echo(f"{len(engine.notes.steps)} steps, mean error {fitted.error:.1%}", err=True)
-    echo(_SAYS + fitted_settings(fitted, engine.config).model_dump_json())
+    echo(_SAYS + fitted_settings(fitted, engine.sizes).model_dump_json())
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from hycluster.engine.routed_weights import RoutedWeights
 from hycluster.engine.scheduler import ColocationScheduler
+from hycluster.engine.step_time import StepTime
 from hycluster.simulate.step_work import VirtualWork
 
 # What comes out; no token of a prompt that a trace's hash makes.
@@ -73,13 +75,20 @@ class VirtualEngine:
         config: vLLM's configuration; its scheduler class is the one that is run.
         kv_blocks: how many blocks the KV cache has.
         step_time: seconds that a step of this work takes.
+        experts: what its scheduler knows of the model's experts.
 
     Attributes:
         now_s: the virtual clock; set it to move on while the engine is idle.
         steps, busy_s: how many steps have been computed, and for how long.
     """
 
-    def __init__(self, config: VllmConfig, kv_blocks: int, step_time: Callable[[VirtualWork], float]) -> None:
+    def __init__(
+        self,
+        config: VllmConfig,
+        kv_blocks: int,
+        step_time: Callable[[VirtualWork], float],
+        experts: RoutedWeights | None = None,
+    ) -> None:
         cache = config.cache_config
         cache.num_gpu_blocks = kv_blocks
         self.now_s = self.busy_s = 0.0
@@ -97,6 +106,7 @@ class VirtualEngine:
         )
         if isinstance(self.scheduler, ColocationScheduler):
             self.scheduler.clock = lambda: self.now_s
+            self.scheduler.step_time = StepTime(experts)
         hash_fn = get_hash_fn_by_name(cache.prefix_caching_hash_algo)
         init_none_hash(hash_fn)
         self._hasher = get_request_block_hasher(cache.block_size, hash_fn)

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hycluster.engine.routed_weights import RoutedWeights
 from hycluster.errors import SettingsError
 from hycluster.planning.architecture import GIB
 from hycluster.planning.families import architecture, read_config
 from hycluster.planning.gpus import gpu as gpu_named
 from hycluster.planning.precision import precision_of
 from hycluster.planning.shares import UTILIZATION, device_share, kv_bytes_per_token
+from hycluster.planning.speed import experts_held
 from hycluster.settings.model import Colocation, Model
 from hycluster.settings.simulated import Simulated
 from hycluster.simulate.step_work import LinearStep, Roofline, StepSeconds
@@ -69,6 +71,7 @@ class Machine:
         asynchronous: a step is scheduled while the one before is computed.
         gpus: that it takes; 0 on CPU.
         source: where its step times come from, in words.
+        experts: of a model that has some; what an engine's scheduler knows of it by the weights that are loaded.
     """
 
     step_time: StepSeconds
@@ -77,6 +80,7 @@ class Machine:
     asynchronous: bool
     gpus: int
     source: str
+    experts: RoutedWeights | None = None
 
     @property
     def block_tokens(self) -> int:
@@ -213,6 +217,15 @@ def _gpu_machine(model: Model, on: OnGpu) -> Machine:
         gpus=model.parallel.devices,
         source=f"roofline of {model.parallel.devices} {gpu.name}, {precision.weights} weights, at"
         f" {on.efficiency:.0%} of its peak",
+        experts=RoutedWeights(
+            shape.experts,
+            shape.top_k,
+            experts_held(shape, model.parallel),
+            model.parallel.expert_ranks if model.parallel.expert else 1,
+            share.routed / (share.routed + share.read),
+        )
+        if shape.experts
+        else None,
     )
 
 

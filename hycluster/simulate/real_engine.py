@@ -14,18 +14,20 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.serial_utils import MsgpackDecoder
 
 from hycluster.core import Priority
+from hycluster.engine.routed_weights import RoutedWeights
 from hycluster.engine.scheduler import ColocationScheduler
 from hycluster.engine.step_time import StepTime, StepWork
 from hycluster.engine.vllm import VllmEngine
 from hycluster.errors import EngineStartFailed, SettingsError
 from hycluster.settings.model import Model
+from hycluster.simulate.machine import sizes_in
 
 
 class NotedSteps(StepTime):
     """Learns as a scheduler does, and keeps what it has learned from."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, experts: RoutedWeights | None = None) -> None:
+        super().__init__(experts)
         self.steps: list[tuple[StepWork, float]] = []
 
     def learn(self, work: StepWork, real_s: float) -> None:
@@ -38,6 +40,7 @@ class RealEngine:
 
     Attributes:
         notes: its steps from now on.
+        sizes: its own, by the names that ``models[].simulated`` has for them.
         tokens: by request, when each of its tokens came (``time.monotonic``).
 
     Raises:
@@ -58,7 +61,9 @@ class RealEngine:
                 f"models: {model.name}: colocation.enabled: must be true, and its scheduler hycluster's"
             )
         self.config = scheduler.vllm_config
-        self.notes = scheduler.step_time = NotedSteps()
+        # When it has been shut down, vLLM has forgotten how many blocks there were.
+        self.sizes = sizes_in(self.config)
+        self.notes = scheduler.step_time = NotedSteps(scheduler.step_time.experts)
         threading.Thread(target=self._read, name="tokens", daemon=True).start()
 
     def ask(

@@ -47,7 +47,7 @@ class Simulation:
     def engines(self, colocation: Colocation) -> list[VirtualEngine]:
         machine = self.machine
         return [
-            VirtualEngine(machine.config(colocation), machine.kv_blocks, machine.step_time)
+            VirtualEngine(machine.config(colocation), machine.kv_blocks, machine.step_time, machine.experts)
             for _ in range(self.replicas)
         ]
 

@@ -17,6 +17,7 @@ from functools import lru_cache
 from typing import Any
 
 import obstore
+import pyarrow.fs as pafs
 from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
 from obstore.store import S3Store
 
@@ -35,6 +36,12 @@ _OPTIONS = {
 
 class BucketFolder(WritableFolder):
     """Written through obstore, read through pyarrow."""
+
+    def open_file(self, path: str) -> pafs.NativeFile:
+        if "//" in f"/{path}":
+            # pyarrow lists such keys and opens none.
+            raise FileNotFoundError(f"{path}: its key has an empty name between two slashes; rename it")
+        return super().open_file(path)
 
     def create(self, path: str, data: bytes) -> bool:
         with _os_errors():

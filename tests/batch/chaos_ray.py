@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
+import signal
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -17,9 +18,12 @@ from unittest.mock import patch
 import ray
 from ray import cloudpickle
 
-from hycluster.batch import run
+from hycluster.batch import generate, kept, run
+from hycluster.batch.cli import Outside
 from hycluster.batch.job import Job
 from hycluster.batch.output.lease import Lease
+from hycluster.batch.progress import progress_file
+from hycluster.cli import batch_app as app
 from hycluster.core import Generation, GenerationRequest
 from hycluster.storage import WritableFolder
 from hycluster.storage.disk import DiskFolder
@@ -28,6 +32,7 @@ from tests.batch import chaos_driver, stand_in
 # Not a write: the driver hears of the n-th shard that was committed.
 HEARD = "heard"
 ANSWER_S = 0.2
+ANSWERED_ROWS = 66
 
 
 class LoggedStandIn(stand_in.StandInGenerator):
@@ -44,6 +49,25 @@ class LoggedStandIn(stand_in.StandInGenerator):
         assert request.messages is not None
         note(self._asked, f"ask {request.messages[-1]['content']}")
         await asyncio.sleep(ANSWER_S)
+        return await super().generate(request, deadline_s=deadline_s)
+
+
+class HeldStandIn(stand_in.StandInGenerator):
+    """Writes down the text of every row that it is asked for; while a file is there all but the first ones wait."""
+
+    def __init__(self, held: Path, log: Path) -> None:
+        super().__init__()
+        self._held = held
+        self._asked = log
+        self._rows = 0
+
+    async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
+        assert request.messages is not None
+        note(self._asked, request.messages[-1]["content"])
+        self._rows += 1
+        place = self._rows
+        while place > ANSWERED_ROWS and self._held.exists():  # noqa: ASYNC110 - it is another process's
+            await asyncio.sleep(0.05)
         return await super().generate(request, deadline_s=deadline_s)
 
 
@@ -69,16 +93,51 @@ def drive_on_ray(
         fault: the driver's own, None lets it live.
         environment: of the process that has joined the cluster.
     """
-    os.environ.update(environment)
-    for module in (stand_in, chaos_driver, __import__(__name__, fromlist=["_"])):
-        # Ray's worker processes do not have the tests on their path.
-        cloudpickle.register_pickle_by_value(module)
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    _join(address, environment)
     if fault is not None and fault[0] == HEARD:
         _die_when_told(fault[2])
     elif fault is not None:
         chaos_driver.arm(*fault)
     run.run_job(job, engines=lambda _: nullcontext(partial(_open_in_worker, faults, log)))
+
+
+def command_on_ray(
+    arguments: Sequence[str], address: str, held: Path, log: Path, said: Path, environment: Mapping[str, str]
+) -> None:
+    """The command ``hycluster batch`` as it is, but for its engines; runs in a process of its own.
+
+    Args:
+        said: file for all that it prints.
+    """
+    _join(address, environment)
+    # Those of who started this process may be others.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with said.open("w") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    patch.object(progress_file, "TELL_EVERY_S", 0.1).start()
+    opened = nullcontext(partial(_open_held, held, log))
+    app.info.context_settings = {"obj": Outside(lambda job, settings, address: opened, _submitted)}
+    app(arguments)
+
+
+def _submitted(job_id: str, address: str, *, follow: bool, as_json: bool) -> int:
+    raise AssertionError("nothing was submitted")
+
+
+def _join(address: str, environment: Mapping[str, str]) -> None:
+    os.environ.update(environment)
+    for module in (stand_in, chaos_driver, __import__(__name__, fromlist=["_"])):
+        # Ray's worker processes do not have the tests on their path.
+        cloudpickle.register_pickle_by_value(module)
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+
+
+@asynccontextmanager
+async def _open_held(held: Path, log: Path) -> AsyncIterator[HeldStandIn]:
+    patch.object(kept, "KEEP_EVERY_S", 0.2).start()
+    patch.object(generate, "REPORT_EVERY_S", 0.1).start()
+    yield HeldStandIn(held, log)
 
 
 def _die_when_told(nth: int) -> None:

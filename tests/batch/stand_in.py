@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 from hycluster.batch.task import Connect
-from hycluster.core import ChatFields, Generation, GenerationRequest, ModelCard, Output, Priority, Usage
+from hycluster.core import Generation, GenerationRequest, ModelCard, Output, Priority, PromptFields, Usage
 from hycluster.errors import InvalidInput, KillsReplicas, PromptTooLong, Unavailable
 from hycluster.gateway.bulk import FIXED_ROWS, BulkLane, BulkLanes
 
@@ -38,15 +38,8 @@ class StandInGenerator:
     async def models(self) -> list[ModelCard]:
         return [ModelCard("stand-in", self.context_tokens, 1)]
 
-    async def tokenize(
-        self,
-        model: str,
-        *,
-        prompt: str | None = None,
-        messages: list[dict[str, Any]] | None = None,
-        **chat: Unpack[ChatFields],
-    ) -> list[int]:
-        text = prompt or " ".join(str(message["content"]) for message in messages or [])
+    async def tokenize(self, model: str, **asked: Unpack[PromptFields]) -> list[int]:
+        text = asked.get("prompt") or " ".join(str(message["content"]) for message in asked.get("messages") or [])
         return list(range(len(text.split()) + 1))
 
     def token_counter(self, model: str) -> Callable[[Sequence[str]], list[int]]:

@@ -18,7 +18,7 @@ from hycluster.batch.output.identity import columns_suffix, identity
 from hycluster.batch.prompts import prompt_of
 from hycluster.batch.refusal import ColumnRefused
 from hycluster.core import Generation, GenerationRequest, Output, ToolCall, Usage
-from hycluster.errors import SettingsError
+from hycluster.errors import InvalidInput, SettingsError
 from hycluster.gateway.bulk import BulkLanes
 from tests.batch.conftest import MakeJob
 from tests.batch.stand_in import StandInGenerator
@@ -136,6 +136,29 @@ async def test_tool_calls_and_reasoning(make_job: MakeJob, tmp_path: Path) -> No
     assert (request.tools, request.tool_choice, request.chat_template_kwargs) == (
         TOOLS, "auto", {"enable_thinking": True},
     )  # fmt: skip
+
+
+async def test_half_a_character_that_a_model_names_ends_no_job(make_job: MakeJob, tmp_path: Path) -> None:
+    """JSON can name what UTF-8 has not: ``"\\ud800"``."""
+    named, call = r'{"name": "ok", "tags": ["\ud800"]}', ToolCall(0, "c1", "f\ud800", "{}")
+    said, _ = await written(make_job, tmp_path / "fields", Says([Output(0, named, [1], "stop")]), **FIELDS)
+    called, _ = await written(
+        make_job, tmp_path / "tools", Says([Output(0, "", [1], "tool_calls", tool_calls=(call,))]), tools=TOOLS
+    )
+    assert said is not None
+    assert json.loads(said.column("tags")[0].as_py()) == ["\ud800"]
+    assert called is not None
+    assert json.loads(called.column("tool_calls")[0].as_py())[0]["name"] == "f\ud800"
+
+
+async def test_half_a_character_in_a_refusal_ends_no_job(make_job: MakeJob, tmp_path: Path) -> None:
+    class Echoes(StandInGenerator):
+        async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
+            raise InvalidInput("messages: no part of type \ud800")
+
+    run = Run(make_job, Echoes(), tmp_path / "out")
+    (row,) = run.rows(await run(block(["a"])), "quarantine")
+    assert (row["error_type"], row["error_message"]) == ("Refused", r"messages: no part of type \ud800")
 
 
 async def test_several_outputs_of_a_row(make_job: MakeJob, tmp_path: Path) -> None:

@@ -105,6 +105,23 @@ async def test_a_request_that_engines_fail_while_they_answer_others_is_refused()
     assert caught.value.reason == "Refused"
 
 
+async def test_the_last_row_is_refused_once_engines_answer_a_request_that_is_nobodys() -> None:
+    probes = 0
+
+    async def probe() -> None:
+        nonlocal probes
+        probes += 1
+        if probes < 3:
+            raise RequestFailed("the engine ended this request early (error)")
+
+    async def always() -> str:
+        raise RequestFailed("the engine ended this request early (error)")
+
+    with pytest.raises(RowRefused, match=r"early \(error\), 5 times$"):
+        await Asker(60, probe=probe)("bad", always)
+    assert probes == 3
+
+
 async def test_rows_that_failed_together_come_back_one_by_one_and_not_before_they_were_told() -> None:
     ask, begun_s = Asker(retry_s=60), time.monotonic()
     back_s: list[float] = []

@@ -95,7 +95,7 @@ def contents(output: str) -> tuple[list[Any], list[Any]]:
     files = listing(output)
     assert files["_SUCCESS"] == b""
     manifest = json.loads(files["_manifest.json"])
-    expected = {"_SUCCESS", "_manifest.json", "_job.json", "_report.json", "_report.html"}
+    expected = {"_SUCCESS", "_manifest.json", "_job.json", "_report.json", "_report.html", ".huggingface.yaml"}
     rows: tuple[list[Any], list[Any]] = ([], [])
     edition = json.loads(files["_job.json"])["edition"]
     for position, shard in enumerate(manifest["shards"]):

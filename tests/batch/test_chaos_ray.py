@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.batch.chaos_ray import HEARD, drive_on_ray
+from hycluster.batch.output.verify import verify_output
+from hycluster.batch.progress.status import Watcher
+from tests.batch.chaos_ray import HEARD, command_on_ray, drive_on_ray
+from tests.batch.conftest import write_texts
 from tests.batch.test_chaos import MOST_IN_FLIGHT, SHARD_ROWS, contents, make_job, processes, texts, undisturbed
+from tests.located import at
 from tests.object_store import ObjectStore
 
 __all__ = ["processes", "texts", "undisturbed"]
@@ -46,6 +53,29 @@ class Cluster:
         driver.start()
         driver.join(300)
         assert driver.exitcode == (0 if fault is None else -signal.SIGKILL)
+
+    def command(self, *arguments: str, held: Path, until: Callable[[], bool] | None = None) -> tuple[int | None, str]:
+        """Exit code of ``hycluster batch`` and what it said last; it gets a Ctrl-C as soon as ``until``."""
+        said = self._log.with_name("said")
+        driver = self._processes.Process(
+            target=command_on_ray,
+            args=(arguments, self._address, held, self._log, said, dict(os.environ)),
+        )
+        driver.start()
+        if until is not None:
+            end_s = time.monotonic() + 120
+            while not until():
+                assert driver.is_alive(), said.read_text()
+                assert time.monotonic() < end_s, said.read_text()
+                time.sleep(0.1)
+            os.kill(driver.pid, signal.SIGINT)
+        driver.join(120)
+        return driver.exitcode, said.read_text().splitlines()[-1]
+
+    @property
+    def asked(self) -> list[int]:
+        """Numbers of the rows that were asked, in order."""
+        return [int(line.split()[1]) for line in self._log.read_text().splitlines()]
 
     @property
     def left(self) -> list[str]:
@@ -125,3 +155,40 @@ def test_workers_and_drivers_killed_in_turn(cluster: Cluster, texts: Path, undis
     cluster.run(job)
     assert cluster.left == []
     assert contents(job.output.path) == undisturbed
+
+
+def test_ctrl_c_at_66_of_200_rows(cluster: Cluster, tmp_path: Path) -> None:
+    """50 rows are committed, 16 of another shard are answered and 16 are in flight; these alone are asked again."""
+    corpus, out, job_file = tmp_path / "in", tmp_path / "out", tmp_path / "job.json"
+    write_texts(corpus / "a.parquet", [f"text {n}" for n in range(200)])
+    job = make_job(corpus, str(out), shard_rows=50, rows_in_flight=16)
+    job_file.write_text(job.model_dump_json(exclude_unset=True))
+    held = tmp_path / "held"
+    held.touch()
+
+    def answered() -> bool:
+        kept = {row_id for path in out.glob("_answers/*.json") for row_id in json.loads(path.read_bytes())}
+        # Those of the committed shard may be among them until they are written the next time.
+        if not kept or not kept >= {f"a.parquet#{row}" for row in cluster.asked[50:66]}:
+            return False
+        status = Watcher(at(out)).look()
+        return (
+            (status.done.rows, status.rows_through) == (50, 66)
+            and status.word is not None
+            and status.word.progress.in_flight == 16
+        )
+
+    code, said = cluster.command("run", str(job_file), held=held, until=answered)
+    assert code == 130
+    assert said.startswith(
+        "stopped; 50 of 200 rows are committed, 16 more were answered: those of the last half minute"
+    )
+    first = cluster.asked
+    assert len(set(first)) == len(first) == 66 + 16
+    # The first run's worker, which Ray may not have ended yet, stays held.
+    code, said = cluster.command("run", str(job_file), held=tmp_path / "never")
+    assert code == 0, said
+    assert sorted(cluster.asked[len(first) :]) == sorted({*range(200)} - {*first[:66]})
+    verdict = verify_output(at(out), at(corpus))
+    assert (verdict.faults, verdict.totals.rows, verdict.totals.quarantined) == ([], 200, 0)
+    assert list(out.glob("_answers/*")) == []

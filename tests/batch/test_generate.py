@@ -276,12 +276,11 @@ class Tripped(StandInGenerator):
         return await super().generate(request)
 
 
-async def test_a_row_that_trips_the_engines_front_up_is_quarantined_while_others_are_answered(
-    make_job: MakeJob, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("fine", [30, 0])
+async def test_a_row_that_trips_the_front_end_is_quarantined(make_job: MakeJob, tmp_path: Path, fine: int) -> None:
     run = Run(make_job, Tripped(), tmp_path / "out", retry_s=60, rows_in_flight=2)
-    records = await run(block(["odd", *["fine"] * 30], shard_rows=31))
-    assert len(run.rows(records)) == 30
+    records = await run(block(["odd", *["fine"] * fine], shard_rows=31))
+    assert len(run.rows(records)) == fine
     (row,) = run.rows(records, "quarantine")
     assert (row["id"], row["error_type"]) == (0, "Refused")
     assert row["error_message"].startswith("AssertionError: unexpected, ")

@@ -65,6 +65,20 @@ def test_attributes_and_indexes_are_column_names_that_do_not_exist(make_job: Mak
 
 
 @pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"task": "rewrite"}, "no column 'text', which input.columns.text names; there are id"),
+        ({"prompt": "{id} {words}", "input": {"path": "x"}}, "no column 'words'; there are id"),
+    ],
+)
+def test_a_column_that_is_missing_is_told_with_who_names_it(
+    make_job: MakeJob, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(SettingsError, match=f"^in: {said}$"):
+        prompt_of(make_job(**changes)).check(pa.schema([("id", pa.int64())]), "in")
+
+
+@pytest.mark.parametrize(
     ("columns", "kind", "said"),
     [
         ({"text": "t"}, pa.int64(), "column 't' is int64; must be string"),

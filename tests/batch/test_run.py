@@ -11,7 +11,9 @@ from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -28,6 +30,7 @@ from hycluster.errors import JobFailed, SettingsError, TooManyQuarantined
 from tests.batch.conftest import MakeJob, broken_utf8, damage, write_texts
 from tests.batch.stand_in import stand_in
 from tests.located import at
+from tests.object_store import BUCKET, ObjectStore
 
 pytestmark = [
     pytest.mark.slow,
@@ -112,6 +115,45 @@ def test_files_may_differ_in_columns_that_the_job_does_not_read(make_job: MakeJo
     assert rows[-1]["extra"] == 1.5
     assert "id" in rows[0]
     assert "extra" not in rows[0]
+
+
+def test_odd_keys_of_a_bucket_and_what_they_tell(make_job: MakeJob, corpus: Path, store: ObjectStore) -> None:
+    """From a bucket to a bucket, in folders of Hive's whose names are a column and a placeholder."""
+    keys = {
+        "country=a%2Fb/a%2Fb.parquet": "a/b",
+        "country=de/a b.parquet": "de",
+        "country=x y/é+&?#=100%.parquet": "x y",
+        "country=中国/数据=1.parquet": "中国",
+    }
+    lost = {
+        "country=__HIVE_DEFAULT_PARTITION__/n.parquet#0": "NullValue",
+        "country=de//lost.parquet": "UnreadableFile",
+        "country=de/z.parquet#0": "NullValue",
+    }
+    write_texts(corpus / "b.parquet", ["hello"])
+    write_texts(corpus / "null.parquet", [None])
+    for key in (*keys, *(row_id.partition("#")[0] for row_id in lost)):
+        data = (corpus / ("null.parquet" if "/z." in key else "b.parquet")).read_bytes()
+        httpx.put(f"http://{store.address}/{BUCKET}/odd in/{quote(key)}", content=data, timeout=60).raise_for_status()
+    job = make_job(
+        prompt="{text} from {country}",
+        input={"path": store.uri("odd in")},
+        output={"path": store.uri("odd out/数据 1")},
+        max_quarantined_fraction=0.5,
+    )
+    run_job(job, engines=engines())
+    assert verify_output(at(job.output.path), at(job.input.path)).faults == []
+    out = at(job.output.path)
+    shards = (out.read_json("_manifest.json") or {})["shards"]
+
+    def rows_of(kind: str) -> list[dict[str, Any]]:
+        read = [out.open_file(shard[kind]["path"]).readall() for shard in shards if shard[kind]]
+        return [row for data in read for row in pq.read_table(pa.BufferReader(data)).to_pylist()]
+
+    assert [(row["row_id"], row["country"], row["output"]) for row in rows_of("part")] == [
+        (f"{key}#0", country, f"HELLO FROM {country.upper()}") for key, country in keys.items()
+    ]
+    assert {row["row_id"]: row["error_type"] for row in rows_of("quarantine")} == lost
 
 
 def test_a_failed_job_goes_on_where_it_stopped(make_job: MakeJob, corpus: Path, tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ class StandIn:
         bodies: the last body of each prompt.
         held: prompts that get no answer.
         answered: how many were answered with themselves.
+        by_user: the same, by the ``user`` of the request.
         kills: prompts that replicas die of.
     """
 
@@ -67,6 +68,7 @@ class StandIn:
         self.bodies: dict[str, dict[str, Any]] = {}
         self.held: set[str] = set()
         self.answered = 0
+        self.by_user: Counter[str] = Counter()
         self.kills: set[str] = set()
         self.delay_s = 0.0
         self.aborted: set[str] = set()
@@ -103,4 +105,5 @@ class StandIn:
         usage = {"prompt_tokens": 3, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 1}}
         choice = {"message": {"content": f"{prompt}\u2028!"}, "finish_reason": "stop"}
         self.answered += 1
+        self.by_user[body.get("user", "")] += 1
         return JSONResponse({"id": "r", "choices": [choice], "usage": usage})

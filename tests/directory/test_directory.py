@@ -53,6 +53,26 @@ def test_what_replicas_say_gateways_hear() -> None:
     assert there.models() == {"m": 1}
 
 
+def test_a_pool_is_reached_when_every_gateway_is_connected_to_a_replica(clock: Clock) -> None:
+    there = Directory()
+    there.sync(MODEL.name, "early", {})
+    assert not there.overview().unreached
+    there.report(MODEL, report("a"))
+    there.report(MODEL, report("b", accepting=False))
+    assert there.overview().unreached == {"m"}, "no gateway has said anything yet"
+    there.sync(MODEL.name, "g", {"a": 0})
+    assert not there.overview().unreached
+    there.sync(MODEL.name, "h", {})
+    assert there.overview().unreached == {"m"}
+    there.sync(MODEL.name, "h", {"b": 7})
+    assert there.overview().unreached == {"m"}, "what takes no requests does not count"
+    clock.now += FORGET_AFTER_S - 1
+    there.report(MODEL, report("a"))
+    there.sync(MODEL.name, "g", {"a": 0})
+    clock.now += 2
+    assert not there.overview().unreached, "a gateway that is gone is not waited for"
+
+
 def test_the_last_word_counts() -> None:
     there = Directory()
     there.report(MODEL, report("a", running=3))

@@ -45,8 +45,12 @@ def test_an_engine_by_itself_tells_nobody() -> None:
 @pytest.mark.parametrize(
     ("heard", "online", "longest"),
     [
-        ({1: RankWork(100, 9, 50)}, None, StepWork(100, 9, 70)),
-        ({1: RankWork(0, 2, 900, 2, 900), 2: RankWork(0, 7, 80, 4, 60)}, StepWork(0, 4, 900), StepWork(30, 7, 900)),
+        ({1: RankWork(100, 9, 50)}, None, StepWork(100, 9, 70, elsewhere_tokens=33)),
+        (
+            {1: RankWork(0, 2, 900, 2, 900), 2: RankWork(0, 7, 80, 4, 60)},
+            StepWork(0, 4, 900, elsewhere_tokens=2),
+            StepWork(30, 7, 900, elsewhere_tokens=5),
+        ),
     ],
 )
 def test_what_they_say(heard: dict[int, RankWork], online: StepWork | None, longest: StepWork) -> None:
@@ -54,4 +58,7 @@ def test_what_they_say(heard: dict[int, RankWork], online: StepWork | None, long
     for rank, work in heard.items():
         siblings.hear(rank, work)
     assert siblings.online_work == online
-    assert siblings.longest(StepWork(30, 3, 70)) == longest
+    own = StepWork(30, 3, 70)
+    assert siblings.longest(own) == longest
+    assert longest.routed_tokens == own.routed_tokens + siblings.tokens, "experts are read for the tokens of all ranks"
+    assert siblings.ranks == 1 + len(heard)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hycluster.core import ColocationLoad, Priority
+from hycluster.engine.routed_weights import RoutedWeights
 from hycluster.engine.step_time import StepWork
 from hycluster.settings.model import Colocation, Model
 
@@ -92,6 +93,7 @@ def make_case(
     asynchronous: bool = False,
     engine: dict[str, object] | None = None,
     seconds: Callable[[StepWork], float] = step_time,
+    experts: RoutedWeights | None = None,
     **colocation: float | bool,
 ) -> Case:
     from hycluster.engine.scheduler import use_colocation
@@ -110,7 +112,7 @@ def make_case(
     if asynchronous:
         config.scheduler_config.async_scheduling, config.scheduler_config.scheduler_cls = True, None
         use_colocation(config, settings)
-    return Case(VirtualEngine(config, blocks, seconds))
+    return Case(VirtualEngine(config, blocks, seconds, experts))
 
 
 def fill_with_bulk(case: Case, count: int = 64, tokens: int = 40) -> None:
@@ -358,6 +360,62 @@ def test_where_tokens_are_free_bulk_rows_take_no_others(tiny_model: Path) -> Non
     assert sum(beside) <= 1.12 * sum(alone)
     told = [at for name, times in case.tokens.items() if name.startswith("bulk") for at in times]
     assert sum(case.come["online"] < at < case.over["online"] for at in told) > 10 * len(beside)
+
+
+def test_few_tokens_of_a_model_with_experts_are_not_made_to_wait_for_many_to_be_read(tiny_model: Path) -> None:
+    """Two online rows read two of 16 experts, bulk rows all of them; and without them, bulk rows are in every step."""
+    experts = RoutedWeights(16, 1, 16, 1, 0.9)
+
+    def seconds(work: StepWork) -> float:
+        read_s = 0.0016 + 0.0144 * experts.touched(work.routed_tokens)
+        return max(read_s, 1.25e-4 * (work.prefill_tokens + work.sequences)) + 2e-8 * work.kv_tokens
+
+    def run(bulk: int, experts: RoutedWeights | None = experts) -> tuple[float, float]:
+        slots: dict[str, object] = {"max_num_seqs": 64, "max_num_batched_tokens": 512}
+        case = make_case(tiny_model, blocks=4000, seconds=seconds, experts=experts, engine=slots)
+        fill_with_bulk(case, bulk, tokens=60)
+        case.until(2)
+        begun = case.engine.now_s
+        for number in range(2):
+            case.add(f"online-{number}", 20, 600, Priority.ONLINE)
+        case.finish("online-0", "online-1")
+        told = [at for name, times in case.tokens.items() if name.startswith("bulk") for at in times if at > begun]
+        return sum(case.itl("online-0")), len(told) / (case.engine.now_s - begun)
+
+    (alone_s, _), (beside_s, rate), (blind_s, _) = run(0), run(900), run(900, None)
+    assert beside_s <= 1.13 * alone_s
+    assert blind_s > 2 * alone_s, "as a dense model's"
+    # Row by row, the share would pay for less than one in two steps.
+    assert rate > 600 / beside_s
+
+
+def test_a_rank_does_not_have_experts_read_for_its_bulk_rows_in_each_of_its_siblings_steps(tiny_model: Path) -> None:
+    """The second of two ranks; two online rows on the first one."""
+    from hycluster.engine.rank_work import RankWork
+    from hycluster.engine.scheduler import ColocationScheduler
+
+    experts = RoutedWeights(16, 1, 8, 2, 0.9)
+
+    def seconds(work: StepWork) -> float:
+        read_s = 0.0016 + 0.0144 * experts.touched(work.routed_tokens)
+        return max(read_s, 1.25e-4 * (work.prefill_tokens + work.sequences)) + 2e-8 * work.kv_tokens
+
+    slots: dict[str, object] = {"max_num_seqs": 64, "max_num_batched_tokens": 512}
+    case = make_case(tiny_model, blocks=4000, seconds=seconds, experts=experts, engine=slots)
+    assert isinstance(case.engine.scheduler, ColocationScheduler)
+    siblings = case.engine.scheduler.siblings
+    siblings.send = lambda _: None
+    fill_with_bulk(case, 400, tokens=60)
+    case.until(2)
+    siblings.hear(0, RankWork(sequences=2, online_sequences=2))
+    rows = []
+    for _ in range(200):
+        case.step()
+        rows.append(len(case.engine.scheduler._room.taken))
+    # In a step without any there would be a dummy row.
+    assert min(rows) == 1
+    assert 0.8 < rows.count(1) / len(rows) < 1, "saved for"
+    assert max(rows) > 5, "and spent at once, as far as there is time for the rows themselves"
 
 
 def test_a_mixed_hour(tiny_model: Path) -> None:

@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 
+from hycluster.engine.routed_weights import RoutedWeights
 from hycluster.engine.step_room import FIRST_SEQUENCES, FIRST_TOKENS, MOST_SHARES, BulkRow, Slowdown, StepRoom
 from hycluster.engine.step_time import StepTime, StepWork
 
@@ -129,3 +130,56 @@ def test_the_share_of_steps_without_free_tokens_is_added_to_the_others() -> None
     assert math.isclose(slowdown.may_add(short, cost), 0.1 * 0.016 * MOST_SHARES, rel_tol=0.01)
     # Where no token is free, each step bears its own.
     assert slowdown.may_add(short, learned()) == 0.1 * learned().predict(short)
+
+
+EXPERTS = RoutedWeights(16, 1, 16, 1, 0.9)
+
+
+def expert_gpu() -> StepTime:
+    """1.7 ms a step and 15.3 ms for all experts; 256 tokens are free; and 1 us a token of KV cache."""
+    cost, pick = StepTime(EXPERTS), random.Random(5)
+    for tokens, rows in itertools.product((1, 3, 10, 30, 60, 120, 250, 500, 1000, 2000), (1, 4, 9) * 7):
+        kv = rows * pick.randrange(1000)
+        read_s = 0.0017 + 0.0153 * EXPERTS.touched(tokens)
+        cost.learn(
+            StepWork(tokens - min(rows, tokens), min(rows, tokens), kv), max(read_s, 6.6e-5 * tokens) + 1e-6 * kv
+        )
+    assert cost.free_tokens == 256
+    return cost
+
+
+def test_experts_that_a_row_has_read_are_paid_by_it() -> None:
+    cost = expert_gpu()
+    # 2 ms, where a row that is with three others reads one expert more or less: 15.3 / 16 x (15 / 16) ** 4 = 0.74 ms.
+    room = StepRoom.of(0.002, cost, StepWork(0, 4), only_free=True)
+    assert [room.grant(decode(number), cost) for number in range(4)] == [1, 1, 0, 0]
+    room = StepRoom.of(0.002, cost, StepWork(0, 120), only_free=True)
+    assert [room.grant(decode(number), cost) for number in range(18)] == [1] * 18, "all are read anyhow"
+    room = StepRoom.of(0.002, cost, StepWork(0, 4), only_free=True, experts_s=0.013)
+    assert [room.grant(decode(number), cost) for number in range(18)] == [1] * 18, "it was saved for"
+    assert 0.006 < room.read_s < room.used_s < 0.014
+
+
+def test_a_prompt_pays_for_all_experts_that_it_has_read() -> None:
+    cost = expert_gpu()
+    prompt = BulkRow("prompt", 0, 200, divisible=True)
+    assert StepRoom.of(0.002, cost, StepWork(0, 4), only_free=True).grant(prompt, cost) == 0
+    assert StepRoom.of(0.002, cost, StepWork(0, 4), only_free=True, experts_s=0.013).grant(prompt, cost) == 200
+
+
+def test_what_experts_take_is_saved_for_until_all_rows_can_come_together() -> None:
+    cost, slowdown = expert_gpu(), Slowdown(0.1)
+    few = 4
+    wanted = cost.experts_s(few + 100) - cost.experts_s(few)
+    steps, opened = 400, 0
+    for _ in range(steps):
+        if slowdown.experts_s(few, 100, 0.0005, cost) is not None:
+            opened += 1
+            slowdown.spend(wanted)
+    assert 0 <= steps * 0.0005 - opened * wanted < wanted
+    assert 12 < opened < 25
+    # One row by itself needs less, and where all are read anyhow nobody waits.
+    slowdown = Slowdown(0.1)
+    assert [slowdown.experts_s(few, 1, 0.0005, cost) is not None for _ in range(2)] == [False, True]
+    assert Slowdown(0.1).experts_s(150, 100, 0.0005, cost) is not None
+    assert Slowdown(0.1).experts_s(few, 100, 0.0005, gpu()) is not None, "a dense model"

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
 
+from hycluster.engine.routed_weights import RoutedWeights
 from hycluster.engine.step_time import StepTime, StepWork
 
 LAPTOP, GPU = (0.07, 0.003, 0.012, 1e-6), (0.012, 3e-5, 2e-5, 1.5e-8)
@@ -92,3 +94,82 @@ def test_on_a_laptop_no_token_is_free() -> None:
         work = some_work(random_)
         step_time.learn(work, random_.lognormvariate(0, 0.2) * real_s(LAPTOP, work))
         assert step_time.free_tokens == 0
+
+
+# Hunyuan-Large with its experts cut over 8 GPUs, and DeepSeek's with a shared expert: what 17 ms are read in.
+SIXTEEN, MANY = RoutedWeights(16, 1, 16, 1, 0.92), RoutedWeights(256, 8, 32, 8, 0.9)
+BY_EXPERTS = pytest.mark.parametrize("experts", [SIXTEEN, MANY], ids=["16, top 1", "256, top 8, 8 ranks"])
+
+
+def expert_step_s(work: StepWork, experts: RoutedWeights, host_s: float = 0.0) -> float:
+    """17 ms for all weights, or 6e-5 s a token if that is longer; KV cache; what the host takes in any case."""
+    read_s = 0.017 * (1 - experts.share + experts.share * experts.touched(work.routed_tokens))
+    return max(read_s, 6e-5 * (work.prefill_tokens + work.sequences)) + 2e-9 * work.kv_tokens + host_s
+
+
+def learned_experts(
+    experts: RoutedWeights, rows: tuple[int, int], steps: int = 500, host_s: float = 0.0, known: bool = True
+) -> StepTime:
+    step_time, random_ = StepTime(experts if known else None), random.Random(7)
+    for _ in range(steps):
+        count = random_.randint(*rows)
+        work = StepWork(random_.choice([0, 0, 0, 0, 200, 1900]), count, count * random_.randint(200, 2000))
+        step_time.learn(work, random_.lognormvariate(0, 0.05) * expert_step_s(work, experts, host_s))
+    return step_time
+
+
+@BY_EXPERTS
+def test_steps_that_read_all_experts_do_not_hide_what_a_step_of_few_would_take(experts: RoutedWeights) -> None:
+    """Bulk rows in every step: nothing in the steps tells the reading of experts from the base. The bytes do."""
+    for few in (StepWork(0, 1, 1000), StepWork(0, 8, 8000)):
+        true_s = expert_step_s(few, experts)
+        assert learned_experts(experts, (120, 250)).predict(few) == pytest.approx(true_s, rel=0.25)
+        assert learned_experts(experts, (120, 250), known=False).predict(few) > 1.4 * true_s, "not by itself"
+
+
+@BY_EXPERTS
+def test_what_steps_say_of_experts_counts_more_than_bytes(experts: RoutedWeights) -> None:
+    """A host that takes as long as the weights, and a third of the experts' bytes for nothing."""
+    step_time = learned_experts(experts, (1, 120), host_s=0.017)
+    for work in (StepWork(0, 2, 1000), StepWork(0, 30, 30_000), StepWork(0, 110, 100_000)):
+        assert step_time.predict(work) == pytest.approx(expert_step_s(work, experts, 0.017), rel=0.07)
+
+
+def test_where_experts_take_no_time_of_their_own_none_is_found() -> None:
+    """As on a CPU, by arithmetic alone."""
+    step_time, random_ = StepTime(SIXTEEN), random.Random(8)
+    for _ in range(500):
+        work = some_work(random_)
+        step_time.learn(work, random_.lognormvariate(0, 0.05) * real_s(LAPTOP, work))
+    assert step_time.experts_s(64) < 0.2 * step_time.predict(StepWork(0, 1, 100))
+    for work in (StepWork(0, 1, 100), StepWork(0, 64, 20000), StepWork(300, 1, 300)):
+        assert step_time.predict(work) == pytest.approx(real_s(LAPTOP, work), rel=0.15)
+
+
+def test_experts_that_other_ranks_tokens_are_routed_to_are_read_too() -> None:
+    step_time = learned_experts(SIXTEEN, (1, 120))
+    alone, beside = (step_time.predict(StepWork(0, 2, 100, elsewhere_tokens=tokens)) for tokens in (0, 60))
+    assert beside - alone == pytest.approx(step_time.experts_s(62) - step_time.experts_s(2))
+    assert beside > 3 * alone
+
+
+def test_four_coefficients_of_a_model_with_experts_are_of_steps_that_read_all() -> None:
+    step_time = StepTime(SIXTEEN)
+    for rows in (1, 2, 4, 8, 16, 30, 60, 110) * 10:
+        step_time.learn(StepWork(0, rows, 50 * rows), expert_step_s(StepWork(0, rows, 50 * rows), SIXTEEN))
+    base, *_ = step_time.coefficients_s
+    assert base == pytest.approx(0.017, rel=0.02)
+    assert StepTime().experts_s(100) == 0
+
+
+def test_a_step_is_long_enough_once_its_tokens_keep_the_gpu_busy() -> None:
+    step_time, random_ = StepTime(), random.Random(3)
+    assert step_time.enough_tokens == math.inf
+    for _ in range(400):
+        rows = random_.randint(5, 120)
+        work = StepWork(random_.choice([0, 0, 0, 100, 400, 1900]), rows, rows * random_.randint(50, 4000))
+        step_time.learn(work, random_.lognormvariate(0, 0.05) * roofline_s(work))
+    enough = step_time.enough_tokens
+    assert 200 < enough < 1500
+    whole = enough / roofline_s(StepWork(int(enough), 0))
+    assert whole > 0.93 * 4000 / roofline_s(StepWork(4000, 0)), "tokens a second"

@@ -9,11 +9,11 @@ from dataclasses import replace
 from typing import Any, Unpack
 
 from hycluster.core import (
-    ChatFields,
     Generation,
     GenerationRequest,
     ModelCard,
     Output,
+    PromptFields,
     TokenLogprob,
     ToolCall,
     Usage,
@@ -46,7 +46,7 @@ class StandInGenerator:
         self.failures_left: int | None = None
         self.pause_s = 0.0
         self.running = 0
-        self.chats: list[ChatFields] = []
+        self.chats: list[PromptFields] = []
         self.says: list[Output] = []
         self.is_ready = True
 
@@ -84,15 +84,9 @@ class StandInGenerator:
         async with aclosing(self.stream(request, deadline_s=deadline_s)) as deltas:
             return join([delta async for delta in deltas])
 
-    async def tokenize(
-        self,
-        model: str,
-        *,
-        prompt: str | None = None,
-        messages: list[dict[str, Any]] | None = None,
-        **chat: Unpack[ChatFields],
-    ) -> list[int]:
-        self.chats.append(chat)
+    async def tokenize(self, model: str, **asked: Unpack[PromptFields]) -> list[int]:
+        prompt, messages = asked.pop("prompt", None), asked.pop("messages", None)
+        self.chats.append(asked)
         if prompt is None and messages is None:
             raise InvalidInput("prompt, messages: exactly one must be set; set are none")
         text = prompt if prompt is not None else " ".join(m["content"] for m in messages or [])

@@ -37,9 +37,13 @@ async def pools() -> Mapping[str, PoolHealth]:
     return {MODEL: PoolHealth(0, 2)}
 
 
+async def names() -> list[str] | None:
+    return [MODEL, "adapted"]
+
+
 @pytest_asyncio.fixture
 async def ingresses() -> AsyncIterator[StartingIngress]:
-    async with starting_ingress(SETTINGS, pools) as ingresses:
+    async with starting_ingress(SETTINGS, pools, names) as ingresses:
         yield ingresses
 
 
@@ -77,6 +81,47 @@ async def test_both_say_what_is_missing(ingresses: StartingIngress, channel: grp
         assert caught.value.details() == "the service is starting: 'stand-in' has 0 of 2 replicas"
 
 
+async def test_nobody_waits_for_a_model_that_is_not_going_to_be_served(
+    ingresses: StartingIngress, channel: grpc.aio.Channel
+) -> None:
+    said = "model: 'stand-on' is not served here (did you mean 'stand-in'?); served are 'stand-in', 'adapted'"
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{ingresses.http_port}") as http:
+        for answer in (
+            await http.post("/v1/completions", json={"model": "stand-on", "prompt": "x"}),
+            await http.get("/v1/models/stand-on"),
+            await http.post("/sleep?model=stand-on"),
+        ):
+            assert (answer.status_code, answer.json()["error"]["message"]) == (404, said)
+        for answer in (
+            await http.post("/v1/completions", json={"model": "adapted", "prompt": "x"}),
+            await http.post("/v1/completions", content=b"nothing", headers={"content-type": "application/json"}),
+            await http.post("/v1/files", files={"file": b'{"model": "stand-on"}'}),
+            await http.get("/v1/models"),
+        ):
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        large = await http.post(
+            "/v1/completions", content=b" " * (33 << 20), headers={"content-type": "application/json"}
+        )
+        assert large.status_code == 413
+    stub = InferenceStub(channel)
+    for call in (stub.Generate(pb.GenerateRequest(model="stand-on", prompt="x")),
+                 stub.Tokenize(pb.TokenizeRequest(model="stand-on", prompt="x"))):  # fmt: skip
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.NOT_FOUND, said)
+
+
+async def test_while_it_is_not_known_what_is_served_all_wait() -> None:
+    async def nobody_knows() -> None:
+        return None
+
+    async with (
+        starting_ingress(SETTINGS, pools, nobody_knows) as ingresses,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{ingresses.http_port}") as http,
+    ):
+        assert (await http.post("/v1/completions", json={"model": "stand-on"})).status_code == 503
+
+
 async def test_grpc_callers_are_let_through_at_once(ingresses: StartingIngress, channel: grpc.aio.Channel) -> None:
     stub = InferenceStub(channel)
     await ingresses.hand_over(StandInGenerator())
@@ -101,13 +146,13 @@ async def test_the_http_port_stays_open(ingresses: StartingIngress) -> None:
 
 
 async def test_nothing_is_left_open() -> None:
-    async with starting_ingress(SETTINGS, pools) as ingresses:
+    async with starting_ingress(SETTINGS, pools, names) as ingresses:
         http, grpc_port = ingresses.http_port, ingresses.grpc.port
     again = Settings(models=SETTINGS.models, http=Http(port=http), grpc=Grpc(port=grpc_port))
-    async with starting_ingress(again, pools) as ingresses:
+    async with starting_ingress(again, pools, names) as ingresses:
         with pytest.raises(SettingsError, match=f"http.port: {http} on"):
-            async with starting_ingress(again, pools):
+            async with starting_ingress(again, pools, names):
                 pass
         with pytest.raises(SettingsError, match=f"grpc.port: {grpc_port} on"):
-            async with starting_ingress(again.model_copy(update={"http": Http(port=0)}), pools):
+            async with starting_ingress(again.model_copy(update={"http": Http(port=0)}), pools, names):
                 pass

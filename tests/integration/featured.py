@@ -1,5 +1,5 @@
 """A second cluster for what the first has no room for: two ingress processes, adapters, KV offload, speculative
-decoding."""
+decoding, control routes."""
 
 from __future__ import annotations
 
@@ -67,12 +67,20 @@ def featured_cluster(folder: Path, tiny_model: Path) -> Iterator[Featured]:
         "grpc": {"port": free_port()},
         "ingress": {"replicas": 2},
         "data_plane": {"host": "127.0.0.1"},
+        "batches": {"store": str(folder / "batches")},
+        # What a killed ingress process had in the background is soon taken over.
+        "responses": {"lease_s": 3, "poll_s": 0.3},
         "drain_timeout_s": 5,
     }
     path = folder / "settings.json"
     path.write_text(json.dumps(settings))
     # A home of its own: the commands' default cluster stays the first one.
-    environment = {"HYCLUSTER_HOME": str(folder / "home"), "RAY_ADDRESS": ""}
+    environment = {
+        "HYCLUSTER_HOME": str(folder / "home"),
+        "RAY_ADDRESS": "",
+        # Without it vLLM has no routes for sleep.
+        "VLLM_SERVER_DEV_MODE": "1",
+    }
     served = launch([str(path)], folder / "serve.log", environment)
     try:
         yield Featured(served, adapters, environment)

@@ -229,15 +229,18 @@ async def test_bulk_waits_on_all_ranks_for_online_work_on_one(deployed: Deployed
         loads = {report.address.replica_id: report.load.colocation for report in deployed.reports(name)}
         return {replica_id for replica_id, load in loads.items() if load and load.parked}
 
+    def given_up() -> int:
+        return sum(report.load.colocation.given_up for report in deployed.reports(name) if report.load.colocation)
+
     async with deployed.gateway(name) as gateway:
         online_alone, bulk_alone = await tokens(gateway, PROMPTS[3], LONG), await asyncio.gather(*bulk(gateway))
         # Reports are up to half a second old: of the rows before, not of those that come now. Online work that comes
         # before the rows run has them wait without a slot, and what has none is not parked.
         await asyncio.to_thread(eventually, lambda: not any(running()), 30, "no rank runs anything")
         beside = bulk(gateway)
-        await asyncio.to_thread(eventually, lambda: min(running()) >= 4, 90, "all ranks run bulk rows")
+        await asyncio.to_thread(eventually, lambda: min(running()) >= 4, 150, "all ranks run bulk rows")
         seen: set[str] = set()
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(150):
             # As long as it takes to be reported: meanwhile hardly a row gets on.
             while len(seen) < deployed.models[name].engines:
                 online = asyncio.ensure_future(tokens(gateway, PROMPTS[3], LONG))
@@ -245,6 +248,11 @@ async def test_bulk_waits_on_all_ranks_for_online_work_on_one(deployed: Deployed
                     seen |= parked()
                     await asyncio.sleep(0.05)
                 assert await online == online_alone
+        # And as many as there are slots: rows make room, and are computed again.
+        before, slots = given_up(), 8 * deployed.models[name].engines
+        answers = await gather_bounded([tokens(gateway, PROMPTS[3], 60) for _ in range(slots)])
+        assert answers == [online_alone[:60]] * slots
+        await asyncio.to_thread(eventually, lambda: given_up() > before, 30, "a rank reports rows that made room")
         assert await asyncio.gather(*beside) == bulk_alone
 
 

@@ -49,7 +49,8 @@ def ingress(served: Served) -> Iterator[httpx.Client]:
 
 def test_every_path_is_fuzzed(api: Any) -> None:
     paths = {operation.ok().path for operation in api.get_all_operations() if operation.ok().method == "post"}
-    assert paths == {*POSTS, "/v1/responses/{response_id}/cancel"}
+    by_id = {"/v1/responses/{response_id}/cancel", "/v1/batches/{batch_id}/cancel"}
+    assert paths == {*POSTS, *by_id, "/v1/files", "/v1/batches"}
 
 
 def bounded(body: Any, path: str) -> Any:

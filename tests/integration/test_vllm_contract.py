@@ -243,6 +243,20 @@ def test_what_tells_whether_an_engine_has_work() -> None:
     assert "self.is_scheduler_paused() or self.model_executor.is_sleeping" in inspect.getsource(EngineCore.is_sleeping)
 
 
+def test_what_a_step_may_have_unless_the_settings_say() -> None:
+    """As docs/decisions.md has it: not what vLLM's API server takes, which goes by the device."""
+    from vllm.config.scheduler import SchedulerConfig
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    assert not any(UsageContext.ENGINE_CONTEXT in defaults for defaults in EngineArgs.get_batch_defaults(1))
+    defaults = SchedulerConfig.DEFAULT_MAX_NUM_BATCHED_TOKENS, SchedulerConfig.DEFAULT_MAX_NUM_SEQS
+    assert defaults == (2048, 128)
+    source = inspect.getsource(EngineArgs.get_batch_defaults)
+    assert source.index("160 * GiB_bytes") < source.index("16384") < source.index("70 * GiB_bytes")
+    assert "UsageContext.OPENAI_API_SERVER: 8192" in source
+
+
 def test_vllms_app_is_made_as_the_ingress_process_makes_it() -> None:
     """``hycluster/ingress/http.py``: of what, with which arguments, and what it has then."""
     from vllm.entrypoints.generate.api_router import init_generate_state

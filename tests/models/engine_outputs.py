@@ -4,9 +4,10 @@ One process for all of them: importing vLLM costs more than all the engines. The
 entry point, as in anybody's vLLM.
 
 In: ``{"prompts": [[id, ...], ...], "tokens": n, "engines": {name: {engine argument: value, ...}, ...}}``.
-Out, in the file named by the first argument: ``{name: {"answers": [...], "again": [...], "kv_tokens": n}}``, each
-answer with ``ids``, ``logprobs``, ``prompt_logprobs`` (of all tokens but the first) and ``cached_tokens``. ``again``
-are the same prompts once more, without prompt log-probabilities, for which vLLM would not use its prefix cache.
+Out, in the file named by the first argument: ``{name: {"answers": [...], "again": [...], "kv_tokens": n, "routed":
+[...]}}``, each answer with ``ids``, ``logprobs``, ``prompt_logprobs`` (of all tokens but the first) and
+``cached_tokens``. ``again`` are the same prompts once more, without prompt log-probabilities, for which vLLM would not
+use its prefix cache. ``routed`` is what the engine's workers hold of experts.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import gc
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,8 @@ def main() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
 
+    from hycluster.engine.loaded_weights import worker_weights
+
     asked = json.load(sys.stdin)
     told = {}
     for name, arguments in asked["engines"].items():
@@ -60,6 +64,7 @@ def main() -> None:
             "answers": answers(llm, asked["prompts"], asked["tokens"], 0),
             "again": answers(llm, asked["prompts"], asked["tokens"], None),
             "kv_tokens": kv_tokens(llm),
+            "routed": [each and asdict(each) for each in llm.collective_rpc(worker_weights)],
         }
         del llm
         gc.collect()

@@ -12,7 +12,9 @@ import pytest
 from hycluster.models import tiny
 from hycluster.models.tiny import TinyShape
 from hycluster.planning.families import architecture
-from hycluster.planning.shares import kv_bytes_per_token
+from hycluster.planning.precision import Precision
+from hycluster.planning.shares import device_share, kv_bytes_per_token
+from hycluster.settings.parallel import Parallel
 from tests.models.hunyuan_reference import Mutation, Reference
 from tests.vllm_forks import VllmForks, cache_root
 
@@ -129,6 +131,21 @@ def test_sharing_by_two_holds_twice_the_tokens_in_the_same_bytes(told: Any) -> N
     for case, name in ((with_sharing, "large"), (without, "bin")):
         token_bytes = kv_bytes_per_token(architecture(tiny.config_of(case.shape)), "float32")
         assert told[name]["kv_tokens"] * token_bytes == KV_CACHE_BYTES
+
+
+def test_what_a_step_reads_of_experts_is_known_by_the_loaded_weights(told: Any) -> None:
+    for name, case in CASES.items():
+        shape, (found,) = case.shape, told[name]["routed"]
+        if shape.experts == 1:
+            assert found is None
+            continue
+        assert (found["experts"], found["top_k"]) == (shape.experts, shape.topk)
+        assert (found["held"], found["ranks"]) == (shape.experts, 1)
+        whole = Precision("float32", "float32", "float32")
+        share = device_share(architecture(tiny.config_of(shape)), Parallel(), whole)
+        # The table of an embedding that is not the head's is no step's to read, but is counted here.
+        expected = share.routed / (share.routed + share.read)
+        assert 0.8 * expected < found["share"] < 1.02 * expected
 
 
 @pytest.mark.parametrize(("name", "mistake"), MISTAKES)

@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-import random
-
 import pytest
 
 from hycluster.planning.architecture import parameters
 from hycluster.planning.gpus import gpu
 from hycluster.planning.precision import Precision
 from hycluster.planning.shares import device_share
-from hycluster.planning.speed import Decode, decode_bound, experts_touched, prefill_s
+from hycluster.planning.speed import Decode, decode_bound, prefill_s
 from hycluster.settings.parallel import Parallel
 from tests.planning.configs import shape
 
@@ -21,14 +19,6 @@ def bound(
     model, precision = shape(name), Precision(weights)
     share = device_share(model, parallel, precision)
     return decode_bound(model, parallel, share, precision, H20, batch, context, offloaded)
-
-
-def test_experts_touched_are_what_throwing_dice_gives() -> None:
-    dice = random.Random(7)
-    throws = [len({e for _ in range(12) for e in dice.sample(range(64), 6)}) for _ in range(1000)]
-    assert experts_touched(64, 6, 12) == pytest.approx(sum(throws) / len(throws), rel=0.02)
-    assert experts_touched(16, 1, 1) == pytest.approx(1)
-    assert experts_touched(0, 0, 5) == 0
 
 
 def test_a_lone_sequence_reads_the_active_weights() -> None:

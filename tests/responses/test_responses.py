@@ -202,6 +202,10 @@ class TestRefusals:
             ({"conversation": "conv_1"}, "conversation: there are none here"),
             ({"store": True, "request_id": "mine"}, "request_id: 'mine' is not allowed for what is stored"),
             ({"previous_response_id": 7}, "previous_response_id: 7 is not allowed"),
+            (
+                {"input": ["x", {"type": "item_reference", "id": "fc_1"}]},
+                "input[1].type: 'item_reference' is not allowed",
+            ),
             ({"previous_response_id": "x", "previous_input_messages": [{}]}, "at most one may be set"),
         ],
     )

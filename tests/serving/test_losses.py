@@ -47,6 +47,13 @@ def told() -> Told:
 A, B, C = process("a"), process("b"), process("c")
 
 
+def test_what_a_new_controller_does_not_know_yet_stays_known(told: Told) -> None:
+    told.see(look(A, B))
+    unknown = replace(A, pid=None, node="", actor="")
+    assert told.see(look(unknown, B)) == []
+    assert told.see(look(B)) == [f"lost: replica of m (a, pid {GONE} on here); 1 of 2 there"]
+
+
 def test_a_start_is_no_loss(told: Told) -> None:
     assert told.see(look()) == []
     assert told.see(look(A)) == []

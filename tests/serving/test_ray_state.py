@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -27,6 +28,21 @@ def test_what_the_controller_tells() -> None:
     assert inspect.iscoroutinefunction(controller.ServeController.get_serve_instance_details) or callable(
         controller.ServeController.get_serve_instance_details
     )
+
+
+def test_a_controller_that_has_just_begun_does_not_know_its_processes_yet() -> None:
+    """It tells of each what it has read of its own state, and leaves the rest out."""
+    told: dict[str, Any] = {"replica_id": "a", "start_time_s": 1.0}
+    replicas = [
+        ReplicaDetails(**told, state=ReplicaState.RECOVERING).model_dump(exclude_unset=True),
+        ReplicaDetails(**{**told, "replica_id": "b"}, state=ReplicaState.STARTING).model_dump(exclude_unset=True),
+    ]
+    assert "pid" not in replicas[0]
+    deployment = {"target_num_replicas": 2, "status": "UPDATING", "message": "", "replicas": replicas}
+    details = {"controller_info": {}, "applications": {"x": {"deployments": {"d": deployment}}}}
+    look = ray_state.read_details(details, "x")
+    assert look.processes == {"a": ray_state.ServiceProcess("d", "a", None, "", "")}
+    assert look.deployments == {"d": ray_state.Deployment(2, "UPDATING", "")}
 
 
 def test_a_replica_can_be_stopped_past_the_controller() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hycluster.core import StartTrouble
 from hycluster.directory.directory import Overview
 from hycluster.errors import EngineStartFailed, SettingsError, start_failure
@@ -25,6 +27,11 @@ def ready(overview: Overview, elapsed_s: float = 10) -> list[str] | None:
 def test_it_is_over_when_all_serve() -> None:
     assert ready(seen("a", "b")) == ["a", "b"]
     assert ready(seen("a", asleep="b")) == ["a", "b"]
+
+
+def test_an_ingress_process_that_would_refuse_is_waited_for() -> None:
+    assert ready(replace(seen("a", "b"), unreached=frozenset({"b"}))) is None
+    assert ready(replace(seen("a", "b"), unreached=frozenset({"b"})), elapsed_s=101) == ["a", "b"]
 
 
 def test_one_that_may_yet_come_is_waited_for() -> None:

@@ -38,9 +38,9 @@ def test_an_engine_is_measured_and_stands_in_virtual_time(tiny_model: Path) -> N
         engine.ask("one", range(100), 5)
         engine.wait("one")
         assert len(engine.tokens["one"]) == 5
-        found = fitted_settings(fitted, engine.config)
     finally:
         engine.close()
+    found = fitted_settings(fitted, engine.sizes)
     assert (found.max_num_seqs, found.max_model_len, found.block_size_tokens) == (8, 512, 32)
     assert found.kv_blocks * 32 > 512
     outcome, _ = Simulation(simulated_machine(model, found, "fitted"), Colocation()).serve(

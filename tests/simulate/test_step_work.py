@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import pytest
 
+from hycluster.engine.routed_weights import RoutedWeights
 from hycluster.planning.gpus import gpu
 from hycluster.planning.precision import Precision
 from hycluster.planning.shares import device_share
 from hycluster.planning.speed import decode_bound, prefill_s
+from hycluster.settings.model import Model
 from hycluster.settings.parallel import Parallel
+from hycluster.simulate.machine import OnGpu, machine_of
 from hycluster.simulate.step_work import LinearStep, Roofline, VirtualWork
-from tests.planning.configs import shape
+from tests.planning.configs import PATHS, shape
 
 PARALLEL, PRECISION = Parallel(tensor=8, expert=True), Precision("fp8", kv="fp8")
 MODEL = shape("hunyuan-large")
@@ -44,3 +47,23 @@ def test_tokens_are_free_until_arithmetic_takes_longer_than_reading_the_weights(
 def test_a_share_of_the_peak() -> None:
     work = VirtualWork(100, 10, 10_000, 5050)
     assert roofline(efficiency=0.5)(work) == pytest.approx(2 * roofline()(work))
+
+
+def test_a_scheduler_is_told_of_the_experts_that_a_gpu_holds() -> None:
+    def experts(name: str, parallel: Parallel, weights: str | None = None) -> RoutedWeights | None:
+        model = Model(name="m", source=str(PATHS[name]), engine={"max_model_len": 4096}, parallel=parallel)
+        return machine_of(model, OnGpu("H200", PATHS[name], weights)).experts
+
+    whole, cut = experts("hunyuan-large", PARALLEL, "fp8"), experts("hunyuan-large", Parallel(tensor=8), "fp8")
+    assert whole is not None
+    assert cut is not None
+    assert (whole.experts, whole.top_k, whole.held, whole.ranks) == (16, 1, 2, 8)
+    assert whole.share == pytest.approx(SHARE.routed / (SHARE.routed + SHARE.read))
+    assert (cut.held, cut.ranks) == (16, 1)
+    assert cut.touched(1) == pytest.approx(1 / 16)
+    # With shared experts, and dense layers before; both are read in any case.
+    shared = experts("deepseek-v3", PARALLEL)
+    assert shared is not None
+    assert (shared.experts, shared.top_k, shared.held, shared.ranks) == (256, 8, 32, 8)
+    assert 0.9 < shared.share < 1
+    assert experts("llama-3.1-8b", Parallel()) is None

@@ -10,9 +10,11 @@ Layout:
     _progress.json                              what a running job says of itself, see progress.py
     _report.html, _report.json                  what it all came to, see page.py and figures.py
     _manifest.json                              all parts that count, written when all shards are done
+    .huggingface.yaml                           tells Hugging Face's datasets which files are rows
     _SUCCESS                                    last
 
-All but the parts begins with ``_``, which readers of a folder pass by: they see the parts and nothing else.
+All but the parts begins with ``_`` or ``.``, which pandas, pyarrow and Spark pass by: they see the parts and nothing
+else. ``datasets`` would take the JSON files for the data, had it not a file of its own to go by.
 
 Attempt files have unique names and are never changed, so any number of attempts at a shard may
 run and die; the shard's record picks one. Generation is at least once, commit exactly once.
@@ -43,12 +45,15 @@ from hycluster.errors import JobFailed, SettingsError
 from hycluster.storage import Folder, leftover_of, masked_line
 
 # What is made from the records, beside _job.json, which says whose they are.
-DERIVED = ("_SUCCESS", "_manifest.json", "_report.html", "_report.json", "_progress.json")
+HUGGING_FACE = ".huggingface.yaml"
+DERIVED = ("_SUCCESS", "_manifest.json", HUGGING_FACE, "_report.html", "_report.json", "_progress.json")
 QUARANTINE = "_quarantine"
 ANSWERS = "_answers"
 # The same as they were called before readers were thought of. Outputs that have them are still resumed and verified.
 OLD_QUARANTINE = "quarantine"
 OLD_DERIVED = ("report.html", "report.json")
+# https://huggingface.co/docs/hub/datasets-manual-configuration; datasets reads it in a folder on a disk, too.
+DATASET = b"configs:\n- config_name: default\n  data_files: part-*.parquet\n"
 _ATTEMPT = re.compile(r"part-\d{8}-[0-9a-f]{12}\.parquet")
 _KEPT = re.compile(r"[0-9a-f]{12}-[0-9a-f]{12}\.json")
 _RECORD = re.compile(r"\d{8}-[0-9a-f]{12}\.json")
@@ -216,6 +221,7 @@ class OutputFolder:
             # Listed to the end before the first is deleted.
             self.folder.delete([_join(folder, name) for name in found if self._is_orphan(folder, name, counted)])
         self.folder.delete([_join(ANSWERS, name) for name in self.folder.names(ANSWERS) if _is_output(ANSWERS, name)])
+        self.folder.write(HUGGING_FACE, DATASET)
         self.folder.write("_SUCCESS", b"")
 
     def is_input(self, plan: ShardPlan) -> bool:

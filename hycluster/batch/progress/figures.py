@@ -97,8 +97,8 @@ def write_report(folder: Folder) -> dict[str, Any]:
     job = folder.read_json("_job.json")
     if job is None:
         raise SettingsError(f"OUTPUT: {folder.masked!r} holds no output of a job (there is no _job.json)")
-    # The path without what a URI may carry along, such as keys.
-    found = {"version": 1, "output": folder.root, "job": job["job"], "input": job["input"]}
+    # The path or URI without what a URI may carry along, such as keys.
+    found = {"version": 1, "output": folder.writable().object_store()[0], "job": job["job"], "input": job["input"]}
     word = last_word(folder, str(job.get("edition", "")))
     found["ended"] = word.ended if word else None
     output = OutputFolder(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,9 +25,11 @@ def render_page(figures: dict[str, Any]) -> str:
     )
     times, lengths = figures["throughput"], figures["completion_tokens"]["bins"]
     at = [duration(time["from_s"]) for time in times]
+    verdict = _verdict(figures)
     return environment.get_template("report.html.jinja").render(
         output=figures["output"],
-        verdict=_verdict(figures),
+        verdict=verdict,
+        readers=reader_lines(figures["output"]) if verdict[0] != "bad" else {},
         warnings=list(_warnings(figures)),
         job=as_yaml({key: value for key, value in figures["job"].items() if value is not None}),
         summary=_summary(figures),
@@ -44,6 +47,28 @@ def render_page(figures: dict[str, Any]) -> str:
         height=HEIGHT,
         number=_number,
     )
+
+
+def reader_lines(output: str) -> dict[str, str]:
+    """How the rows of a finished output are read, by whom.
+
+    By some as a folder: what begins with ``_`` is no row to them. The others take all Parquet below a folder, that of
+    the quarantine, too, or no folder that holds anything else.
+    """
+
+    def quoted(text: str) -> str:
+        return json.dumps(text, ensure_ascii=False)
+
+    folder, parts = quoted(output), quoted(f"{output}/*.parquet")
+    in_sql = f"{output}/*.parquet".replace("'", "''")
+    return {
+        "pandas": f"pandas.read_parquet({folder})",
+        "pyarrow": f"pyarrow.dataset.dataset({folder})",
+        "Spark": f"spark.read.parquet({folder})",
+        "polars": f"polars.read_parquet({parts})",
+        "DuckDB": f"""duckdb.sql({quoted(f"FROM '{in_sql}'")})""",
+        "datasets": f'datasets.load_dataset("parquet", data_files={parts})',
+    }
 
 
 def _verdict(figures: dict[str, Any]) -> tuple[str, str]:

@@ -10,6 +10,8 @@ import json
 import logging
 import time
 from dataclasses import asdict, dataclass, replace
+from types import TracebackType
+from typing import Self
 
 from hycluster.batch.output.record import Totals
 from hycluster.batch.progress.terminal import RunProgress
@@ -40,7 +42,7 @@ class ProgressEntry:
 
 
 class Teller:
-    """Says how far a run is.
+    """Says how far a run is; where its block ends by an error, what it heard last, too.
 
     Args:
         edition: of the output, see ``Output.edition``; a word of another one is not believed.
@@ -52,12 +54,25 @@ class Teller:
         self._edition = edition
         self._earlier_rows = earlier_rows
         self._told_s = float("-inf")
+        self._unsaid: RunProgress | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and self._unsaid is not None:
+            self._say(self._unsaid)
 
     def tell(self, progress: RunProgress) -> None:
         """Write it down, if the last time is long enough ago. A store that does not take it is none of the job's."""
-        if time.monotonic() - self._told_s < TELL_EVERY_S:
-            return
-        self._told_s = time.monotonic()
+        self._unsaid = progress
+        if time.monotonic() - self._told_s >= TELL_EVERY_S:
+            self._say(progress)
+
+    def _say(self, progress: RunProgress) -> None:
+        self._told_s, self._unsaid = time.monotonic(), None
         _write(self._output, self._edition, ProgressEntry(time.time(), self._earlier_rows, progress))
 
     def end(self) -> None:

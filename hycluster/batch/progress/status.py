@@ -71,6 +71,11 @@ class Status:
         return min(self.rows, max(self.done.rows, said))
 
     @property
+    def over(self) -> bool:
+        """It has finished, or has said why it ended before that."""
+        return self.finished or (self.word is not None and self.word.ended is not None)
+
+    @property
     def waiting(self) -> bool:
         """It runs, and the engines have no time for it."""
         alive = self.word is not None and time.time() - self.word.told_at <= SILENT_S
@@ -227,7 +232,7 @@ def recent_rates(recent: list[_Recent]) -> tuple[float, float] | None:
 
 
 def show_status(folder: Folder, *, follow: bool, as_json: bool, console: Console | None = None) -> None:
-    """Print one look at a job, or look until it has finished: a table on a terminal, lines elsewhere.
+    """Print one look at a job, or look until it is over: a table on a terminal, lines elsewhere.
 
     Raises:
         SettingsError: there is no job's output in it.
@@ -237,7 +242,7 @@ def show_status(folder: Folder, *, follow: bool, as_json: bool, console: Console
     now = watcher.look()
     if console.is_terminal and not as_json:
         with Live(_table(now), console=console, auto_refresh=False) as live:
-            while follow and not now.finished:
+            while follow and not now.over:
                 time.sleep(TABLE_EVERY_S)
                 now = watcher.look()
                 live.update(_table(now), refresh=True)
@@ -245,7 +250,7 @@ def show_status(folder: Folder, *, follow: bool, as_json: bool, console: Console
     while True:
         line = json.dumps(now.to_dict()) if as_json else now.line()
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-        if now.finished or not follow:
+        if now.over or not follow:
             return
         time.sleep(LINE_EVERY_S)
         now = watcher.look()

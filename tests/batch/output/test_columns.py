@@ -14,7 +14,7 @@ from hycluster.batch.output.verify import verify_output
 from hycluster.batch.progress.figures import write_report
 from hycluster.errors import SettingsError
 from tests.batch.committed import commit_all, forge, parts
-from tests.batch.conftest import MakeJob
+from tests.batch.conftest import MakeJob, write_texts
 from tests.located import at
 
 
@@ -53,23 +53,36 @@ def test_the_commonest_layout_of_training_data(make_job: MakeJob, tmp_path: Path
     assert "column 'prompt_tokens_2' adds up to 9" in verify_output(at(out), at(tmp_path / "in")).faults[0]
 
 
-def test_the_output_of_a_job_is_the_input_of_the_next(make_job: MakeJob, tmp_path: Path) -> None:
-    before = commit_all(make_job())
-    for number in (2, 3):
-        columns = {"text": "output" if number == 2 else "output_2"}
+def row_of(folder: Path, row_id: str) -> dict[str, Any]:
+    """The row that an id names in the input that it is relative to."""
+    path, _, number = row_id.rpartition("#")
+    row: dict[str, Any] = pq.read_table(folder / path).to_pylist()[int(number)]
+    return row
+
+
+def test_the_output_of_a_job_is_the_input_of_the_next(make_job: MakeJob, tmp_path: Path, corpus: Path) -> None:
+    # One row is lost on the way: it is in the first job's quarantine, which is no input.
+    write_texts(corpus / "c.parquet", ["last but one", None, "last"])
+    inputs = [corpus]
+    for number, column in enumerate(("text", "output", "output_2")):
         out = tmp_path / f"out{number}"
-        job = make_job(input={"path": str(before), "columns": columns}, output={"path": str(out)})
-        commit_all(job)
-        assert verify_output(at(out), at(before)).faults == []
-        before = out
-    rows = rows_of(before)
-    assert len(rows) == 12
-    # The first row's way back to where it came from, job by job.
-    assert rows[0]["row_id"] == "a/z.parquet#0"
-    assert rows[0]["row_id_2"].startswith("part-00000000-")
-    assert rows[0]["row_id_3"].startswith("part-00000000-")
+        changes = {"input": {"path": str(inputs[-1]), "columns": {"text": column}}, "output": {"path": str(out)}}
+        commit_all(make_job(**changes))
+        assert verify_output(at(out), at(inputs[-1])).faults == []
+        inputs.append(out)
+    rows = rows_of(out)
+    assert [row["text"] for row in rows] == [row["text"] for row in rows_of(inputs[1])]
+    assert len(rows) == 14
     assert [rows[0][name] for name in ("text", "output", "output_2", "output_3")] == ["deep 0", *["DEEP 0"] * 3]
-    assert OutputFolder(at(before)).suffix() == "_3"
+    assert OutputFolder(at(out)).suffix() == "_3"
+    # Each row's way back to where it came from, job by job, with all that it was there.
+    for row in rows:
+        for folder, row_id in zip(inputs, ("row_id", "row_id_2", "row_id_3"), strict=False):
+            before = row_of(folder, row[row_id])
+            assert before == {name: row[name] for name in before}
+    # A change in the middle is a change of the last one's input, and the proof of the last one says so.
+    parts(inputs[2])[3].unlink()
+    assert "is not what the job ran on" in verify_output(at(out), at(inputs[2])).faults[0]
 
 
 def test_a_suffix_of_ones_own(make_job: MakeJob, tmp_path: Path, corpus: Path) -> None:

@@ -220,7 +220,7 @@ def test_an_output_on_an_object_store(make_job: MakeJob, corpus: Path, store: Ob
     commit_all(job)
     assert verify_output(at(job.output.path), at(corpus)).faults == []
     report = write_report(at(job.output.path))
-    assert report["output"] == f"{BUCKET}/verified"
+    assert report["output"] == f"s3://{BUCKET}/verified"
     assert "secret" not in json.dumps(report)
     status = Watcher(at(job.output.path)).look()
     assert (status.finished, status.output, status.done.rows) == (True, f"{BUCKET}/verified", 12)

@@ -90,6 +90,23 @@ def test_what_the_job_said_last(make_job: MakeJob, monkeypatch: pytest.MonkeyPat
     assert not (out / "_progress.json").exists()
 
 
+def test_a_job_that_is_stopped_says_how_far_it_was(make_job: MakeJob) -> None:
+    out = commit_all(make_job(), first=2, finish=False)
+    edition = OutputFolder(at(out)).edition()
+
+    def run() -> None:
+        with Teller(at(out), edition, earlier_rows=0) as teller:
+            for rows in (4, 5, 9):
+                teller.tell(RunProgress(Totals(rows)))
+            assert Watcher(at(out)).look().rows_through == 4
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    tell_end(at(out), edition, "stopped")
+    assert Watcher(at(out)).look().rows_through == 9
+
+
 def test_a_job_that_the_engines_have_no_time_for_says_so(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     out = commit_all(make_job(), first=2, finish=False)
     edition = OutputFolder(at(out)).edition()
@@ -158,6 +175,22 @@ def test_follow_ends_with_the_job(make_job: MakeJob, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("hycluster.batch.progress.status.time.sleep", lambda seconds: commit_all(make_job()))
     text = shown(out, terminal=terminal, follow=True)
     assert text.index("2/7") < text.index("7/7")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_follow_ends_with_a_job_that_has_ended(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    out = commit_all(make_job(), first=2, finish=False)
+    looks: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        assert not looks, "it has ended"
+        looks.append(seconds)
+        tell_end(at(out), OutputFolder(at(out)).edition(), "stopped; its own command resumes it")
+
+    monkeypatch.setattr("hycluster.batch.progress.status.time.sleep", sleep)
+    assert "stopped; its own command" in " ".join(shown(out, terminal=terminal, follow=True).split())
 
 
 def test_where_no_job_is(tmp_path: Path) -> None:
