@@ -25,6 +25,7 @@ from hycluster.errors import HyclusterError
 from hycluster.job_engines import open_engines
 from hycluster.k8s.cli import app as k8s_app
 from hycluster.models.cli import tiny_model
+from hycluster.monitoring.cli import app as metrics_app
 from hycluster.planning.asked import asked_settings
 from hycluster.planning.cli import plan
 from hycluster.serving.running import choose
@@ -79,6 +80,7 @@ for name, command in BATCH.items():
     batch_app.command(name)(command)
 app.add_typer(batch_app)
 app.add_typer(k8s_app, name="k8s")
+app.add_typer(metrics_app, name="metrics")
 # What a job is made of is above the settings' room.
 app.add_typer(settings_app, name="settings", context_settings={"obj": Job})
 app.command("summarize")(summarize)

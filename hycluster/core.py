@@ -402,6 +402,10 @@ class ColocationLoad:
     step_time_s: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
 
 
+# A series of vLLM's and its value: name, labels, value.
+EngineSample = tuple[str, tuple[tuple[str, str], ...], float]
+
+
 @dataclass(frozen=True, slots=True)
 class ReplicaLoad:
     """What a replica last said of itself.
@@ -414,6 +418,7 @@ class ReplicaLoad:
         outstanding_tokens: by gateway id, tokens still to prefill or decode for it.
         experts: None unless the settings ask for it (``routing.expert_metrics``).
         colocation: None where the engine schedules as vLLM does by itself.
+        samples: vLLM's own metrics of its scheduler.
     """
 
     running: int = 0
@@ -423,6 +428,7 @@ class ReplicaLoad:
     outstanding_tokens: dict[str, int] = field(default_factory=dict)
     experts: ExpertLoad | None = None
     colocation: ColocationLoad | None = None
+    samples: tuple[EngineSample, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import gc
 import importlib
 import ipaddress
 import logging
+import math
 import secrets
 import threading
 import time
@@ -33,6 +34,7 @@ from hycluster.ingress.ports import TURNED_AWAY_AFTER_S, let_in, turn_away
 from hycluster.ingress.starting import StartingIngress, starting_ingress
 from hycluster.observe.export import Export
 from hycluster.observe.request_log import log_requests
+from hycluster.observe.scrape import Neighbours
 from hycluster.observe.timelines import recorder
 from hycluster.page.app import with_page
 from hycluster.pool_health import PoolHealth
@@ -76,7 +78,7 @@ def reached(host: str, port: int, node: str, node_ip: str) -> IngressReport:
 
 def _traffic(generator: Generator) -> dict[str, ModelTraffic]:
     """By model, what callers got here over the last hour."""
-    return {name: each.traffic.report(each.engine_core.outstanding) for name, each in generator.gateways.items()}
+    return {name: each.traffic.report() for name, each in generator.gateways.items()}
 
 
 class IngressProcess:
@@ -202,21 +204,28 @@ class IngressProcess:
         from hycluster.responses.process import ServedResponses
 
         settings, responses = self._settings, ServedResponses(self._settings)
+        node = ray.get_runtime_context().get_node_id()
+        neighbours = Neighbours(f"{node[:16]}-{settings.http.port}")
         assert self._stopping is not None
         assert self._state is not None
-        async with open_generators(
-            self._directory,
-            settings.models,
-            router=settings.router,
-            admission=settings.admission,
-            # However long that takes: callers hear meanwhile what is missing.
-            wait_s=None,
-        ) as generator:
+        async with (
+            neighbours.told(),
+            open_generators(
+                self._directory,
+                settings.models,
+                router=settings.router,
+                admission=settings.admission,
+                # However long that takes: callers hear meanwhile what is missing.
+                wait_s=None,
+            ) as generator,
+        ):
             http = await serve_http(
                 generator,
                 settings.http,
-                around=lambda app: self._page(self._batch_api()(app)),
+                around=self._batch_api(),
+                page=self._page,
                 before_models=responses.before,
+                metrics=neighbours.families,
                 reuse_port=True,
                 drain_timeout_s=settings.drain_timeout_s + LAST_WORDS_S,
                 sock=await starting.hand_over(generator) if starting else None,
@@ -231,9 +240,7 @@ class IngressProcess:
                 IngressAddresses(f"http://{settings.http.host}:{http.port}", f"{settings.grpc.host}:{grpc.port}")
             )
             directory: Any = open_directory(self._directory)
-            runtime = ray.get_runtime_context()
-            told_s = float("-inf")
-            here = reached(settings.grpc.host, grpc.port, runtime.get_node_id(), ray.util.get_node_ip_address())
+            here, told_s = reached(settings.grpc.host, grpc.port, node, ray.util.get_node_ip_address()), -math.inf
             while not self._stopping.is_set():
                 self._watchdog.beat()
                 self._able = await generator.ready()

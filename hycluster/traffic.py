@@ -1,19 +1,28 @@
-"""What callers got over the last hour, minute by minute: answers, refusals, failures, tokens, waits.
+"""What callers got: answers, refusals, failures, tokens, waits. One count, of which there are two views.
 
-Each ingress process has a meter for each model and tells the directory what it holds, so that any of them, and
-``hycluster status``, knows the sum. An hour of one model is some kilobytes.
+A gateway tells its meter what becomes of each request. The meter keeps the last hour minute by minute, and by reason
+what was refused, failed or left since it began, for ``/metrics`` (``hycluster/observe/gateways.py``). What it keeps of
+the hour each ingress process tells the directory, so that any of them, and ``hycluster status``, knows the sum: of one
+model that is some kilobytes.
+
+As vLLM counts: a request for several outputs is as many as these.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 KEEP_MINUTES = 60
 # Upper bounds of the classes that times are counted in, a quarter more each: quantiles are right to an eighth.
 SMALLEST_S, RATIO, CLASSES = 0.001, 1.25, 64
+
+# Why no engine is given a request: a bound of the settings' ``admission``, or no replica.
+Refusal = Literal["overloaded", "unavailable"]
 
 
 def class_of(seconds: float) -> int:
@@ -41,8 +50,9 @@ class Minute:
     Attributes:
         answered: requests that have their whole answer.
         cancelled: whose caller left before that.
-        failed: that were lost to the service, or to an engine's error.
-        shed: refused because of load, or because no replica could serve.
+        failed: that were lost to the service, or to an engine's error, after they were taken.
+        shed: refused because of load.
+        unavailable: refused because no replica could serve.
         ttft, tpot: how many in each class of times (:func:`class_of`): to the first token, and for each one after it.
     """
 
@@ -50,6 +60,7 @@ class Minute:
     cancelled: int = 0
     failed: int = 0
     shed: int = 0
+    unavailable: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
@@ -61,6 +72,7 @@ class Minute:
         self.cancelled += other.cancelled
         self.failed += other.failed
         self.shed += other.shed
+        self.unavailable += other.unavailable
         self.prompt_tokens += other.prompt_tokens
         self.cached_tokens += other.cached_tokens
         self.output_tokens += other.output_tokens
@@ -70,8 +82,14 @@ class Minute:
 
     @property
     def owed(self) -> int:
-        """Requests that were to be answered: who left by himself is owed nothing."""
-        return self.answered + self.failed + self.shed
+        """Requests that were to be answered. Who left by himself is owed nothing, and who came over a bound that the
+        settings draw was told when to come back."""
+        return self.answered + self.failed + self.unavailable
+
+    @property
+    def asked(self) -> int:
+        """All that came to an end here, whichever."""
+        return self.owed + self.shed + self.cancelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +98,9 @@ class ModelTraffic:
 
     Attributes:
         minutes: by minutes since the epoch.
-        prefixes: by replica, the tokens of prompts that it was given and those that it had in its KV cache, since this
-            ingress process began.
     """
 
     minutes: dict[int, Minute] = field(default_factory=dict)
-    prefixes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class TrafficMeter:
@@ -93,29 +108,54 @@ class TrafficMeter:
 
     Args:
         clock: seconds since the epoch.
+
+    Attributes:
+        refused: since it began, requests that no engine was given, by reason.
+        failed: since it began, requests that were taken and ended without an answer, by the error's name.
+        cancelled: since it began, requests whose caller left.
     """
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self.refused: Counter[str] = Counter()
+        self.failed: Counter[str] = Counter()
+        self.cancelled = 0
         self._clock = clock
         self._minutes: dict[int, Minute] = {}
-        self._prefixes: dict[str, tuple[int, int]] = {}
 
     @property
-    def now(self) -> Minute:
-        """This minute's counts, to be added to."""
+    def _now(self) -> Minute:
         number = int(self._clock() // 60)
         if number not in self._minutes:
             self._minutes = {at: kept for at, kept in self._minutes.items() if at > number - KEEP_MINUTES}
             self._minutes[number] = Minute()
         return self._minutes[number]
 
+    def refuse(self, reason: Refusal) -> None:
+        """A request is not given to any engine."""
+        self.refused[reason] += 1
+        if reason == "overloaded":
+            self._now.shed += 1
+        else:
+            self._now.unavailable += 1
+
+    def fail(self, error: str) -> None:
+        """A request that was taken has ended without an answer, by an error of this name."""
+        self.failed[error] += 1
+        self._now.failed += 1
+
+    def cancel(self, requests: int = 1) -> None:
+        """The caller of so many has left, before the whole answer was there."""
+        self.cancelled += requests
+        self._now.cancelled += requests
+
     def first_token(self, seconds: float) -> None:
-        ttft, number = self.now.ttft, class_of(seconds)
+        """One has come, so long after its request."""
+        ttft, number = self._now.ttft, class_of(seconds)
         ttft[number] = ttft.get(number, 0) + 1
 
-    def answered(self, prompt_tokens: int, cached_tokens: int, output_tokens: int, tpot_s: float, replica: str) -> None:
+    def answer(self, prompt_tokens: int, cached_tokens: int, output_tokens: int, tpot_s: float) -> None:
         """A request has its whole answer."""
-        minute = self.now
+        minute = self._now
         minute.answered += 1
         minute.prompt_tokens += prompt_tokens
         minute.cached_tokens += cached_tokens
@@ -123,29 +163,17 @@ class TrafficMeter:
         if output_tokens > 1:
             number = class_of(tpot_s)
             minute.tpot[number] = minute.tpot.get(number, 0) + 1
-        given, had = self._prefixes.get(replica, (0, 0))
-        self._prefixes[replica] = (given + prompt_tokens, had + cached_tokens)
 
-    def report(self, replicas: Iterable[str]) -> ModelTraffic:
-        """All that is known.
-
-        Args:
-            replicas: those that are there; of others nothing is kept.
-        """
-        there = set(replicas)
-        self._prefixes = {replica: tokens for replica, tokens in self._prefixes.items() if replica in there}
+    def report(self) -> ModelTraffic:
+        """The last hour."""
         oldest = int(self._clock() // 60) - KEEP_MINUTES
-        return ModelTraffic({at: kept for at, kept in self._minutes.items() if at > oldest}, dict(self._prefixes))
+        return ModelTraffic({at: kept for at, kept in self._minutes.items() if at > oldest})
 
 
 def together(reports: Iterable[ModelTraffic]) -> ModelTraffic:
     """What all ingress processes have counted."""
     minutes: dict[int, Minute] = {}
-    prefixes: dict[str, tuple[int, int]] = {}
     for report in reports:
         for at, minute in report.minutes.items():
             minutes.setdefault(at, Minute()).add(minute)
-        for replica, (given, had) in report.prefixes.items():
-            before = prefixes.get(replica, (0, 0))
-            prefixes[replica] = (before[0] + given, before[1] + had)
-    return ModelTraffic(minutes, prefixes)
+    return ModelTraffic(minutes)

@@ -29,7 +29,10 @@ SHARED = {
         "test_fuzz_http", "test_health", "test_hunyuan_served", "test_refusals", "test_replica_loss",
         "test_same_tokens", "test_summarize",
     ),
-    "featured": ("test_adapters", "test_kv_reuse", "test_sleep_routes", "test_speculative", "test_stored_responses"),
+    "featured": (
+        "test_adapters", "test_kv_reuse", "test_metrics", "test_sleep_routes", "test_speculative",
+        "test_stored_responses",
+    ),
 }  # fmt: skip
 # The files whose engines are forked from one process (``vllm_forks.py``), beside those of the clusters above.
 FORKS = (

@@ -122,10 +122,11 @@ class SimulatedPool:
             adapters: dict[str, AdapterEntry],
             demand: Demand | None,
             bulk: dict[str, BulkDemand],
+            shows: bool,
         ) -> Any:
             for report in self.reports:
                 directory.report(model, report)
-            return directory.sync(name, gateway_id, outstanding, adapters, demand, bulk)
+            return directory.sync(name, gateway_id, outstanding, adapters, demand, bulk, shows)
 
         def called(method: Callable[..., Any]) -> Any:
             # A call of an actor goes out before anybody waits for its answer.

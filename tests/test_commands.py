@@ -10,8 +10,9 @@ from hycluster.cli import app
 
 COMMANDS = {
     "batch cancel", "batch jobs", "batch logs", "batch report", "batch run", "batch status", "batch submit",
-    "batch verify", "chaos", "k8s check", "k8s render", "k8s values", "plan", "serve", "settings reference",
-    "settings schema", "simulate", "status", "summarize", "tiny-model", "upgrade", "why",
+    "batch verify", "chaos", "doctor", "k8s check", "k8s render", "k8s values", "metrics reference", "metrics render",
+    "metrics rules", "plan", "serve", "settings reference", "settings schema", "simulate", "status", "summarize",
+    "tiny-model", "top", "upgrade", "why",
 }  # fmt: skip
 
 

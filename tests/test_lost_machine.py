@@ -110,7 +110,7 @@ async def pool() -> AsyncIterator[tuple[Any, dict[str, str]]]:
         lost[request_id] = error.message
 
     policy = make_policy("least_outstanding_tokens", "me", seed=0)
-    client = PoolClient("tiny", policy, "me", replicas=2, wait_s=30, on_lost=on_lost)
+    client = PoolClient("tiny", policy, "me", wait_s=30, on_lost=on_lost)
     try:
         yield client, lost
     finally:

@@ -30,41 +30,53 @@ def test_quantile_of_many() -> None:
 def test_an_hour_is_kept_and_no_more() -> None:
     clock = Clock()
     meter = TrafficMeter(clock)
-    meter.answered(10, 4, 3, 0.02, "r0")
+    meter.answer(10, 4, 3, 0.02)
     clock.now_s += 60 * (KEEP_MINUTES - 1)
-    meter.answered(20, 0, 1, 0.0, "r1")
-    assert [minute.answered for minute in meter.report({"r0", "r1"}).minutes.values()] == [1, 1]
+    meter.answer(20, 0, 1, 0.0)
+    assert [minute.answered for minute in meter.report().minutes.values()] == [1, 1]
     clock.now_s += 60
     # Nothing new is needed for the old to go.
-    assert [minute.prompt_tokens for minute in meter.report({"r1"}).minutes.values()] == [20]
-    meter.now.shed += 1
-    assert len(meter.report(()).minutes) == 2
+    assert [minute.prompt_tokens for minute in meter.report().minutes.values()] == [20]
+    meter.refuse("overloaded")
+    assert len(meter.report().minutes) == 2
 
 
-def test_prefixes_are_kept_of_replicas_that_are_there() -> None:
-    meter = TrafficMeter(Clock())
-    for replica in ("r0", "r0", "r1"):
-        meter.answered(10, 4, 3, 0.02, replica)
-    assert meter.report({"r0", "r2"}).prefixes == {"r0": (20, 8)}
-    assert meter.report({"r0", "r1"}).prefixes == {"r0": (20, 8)}
+def test_both_views_are_of_one_count() -> None:
+    clock = Clock()
+    meter = TrafficMeter(clock)
+    meter.refuse("overloaded")
+    meter.fail("ReplicaLost")
+    meter.cancel(2)
+    clock.now_s += 3600
+    meter.refuse("overloaded")
+    meter.refuse("unavailable")
+    meter.fail("RequestFailed")
+    # What the page shows is of the last hour, what is scraped only grows.
+    (last,) = meter.report().minutes.values()
+    assert last == Minute(failed=1, shed=1, unavailable=1)
+    assert meter.refused == {"overloaded": 2, "unavailable": 1}
+    assert meter.failed == {"ReplicaLost": 1, "RequestFailed": 1}
+    assert meter.cancelled == 2
 
 
 def test_one_token_has_no_time_for_each_further_one() -> None:
     meter = TrafficMeter(Clock())
-    meter.answered(1, 0, 1, 0.0, "r0")
+    meter.answer(1, 0, 1, 0.0)
     meter.first_token(0.2)
-    assert (meter.now.tpot, meter.now.ttft) == ({}, {class_of(0.2): 1})
+    (minute,) = meter.report().minutes.values()
+    assert (minute.tpot, minute.ttft) == ({}, {class_of(0.2): 1})
 
 
 def test_all_ingress_processes_together() -> None:
-    one = ModelTraffic({1: Minute(answered=2, failed=1, ttft={3: 2})}, {"r0": (10, 5)})
-    two = ModelTraffic({1: Minute(answered=3, shed=4, ttft={3: 1, 5: 2}), 2: Minute(cancelled=1)}, {"r0": (10, 0)})
+    one = ModelTraffic({1: Minute(answered=2, failed=1, ttft={3: 2})})
+    two = ModelTraffic(
+        {1: Minute(answered=3, shed=4, unavailable=2, ttft={3: 1, 5: 2}), 2: Minute(cancelled=1)},
+    )
     both = together([one, two])
     assert both.minutes == {
-        1: Minute(answered=5, failed=1, shed=4, ttft={3: 3, 5: 2}),
+        1: Minute(answered=5, failed=1, shed=4, unavailable=2, ttft={3: 3, 5: 2}),
         2: Minute(cancelled=1),
     }
-    assert both.prefixes == {"r0": (20, 5)}
     # What was put together is what each said, unchanged.
     assert one.minutes[1].answered == 2
-    assert both.minutes[1].owed == 10
+    assert (both.minutes[1].owed, both.minutes[1].asked) == (8, 12)

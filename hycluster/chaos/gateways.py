@@ -1,7 +1,8 @@
 """What the gateways say of migrated requests: their counters under ``/metrics``, added up over all ingress processes.
 
-Ingress processes may share a port, so each look meets one of them, as a new connection does. An ingress process that
-was killed is counted up to the last look before; a gateway that was not there at the start began at zero.
+A look reads those of all that share the address; behind a load balancer it meets one address after the other. An
+ingress process that was killed is counted up to the last look before; one that was not there at the start began at
+zero.
 """
 
 from __future__ import annotations
@@ -102,5 +103,5 @@ class Gateways:
             for sample in family.samples:
                 if sample.name in (_MIGRATED, _TOKENS, _PAUSES) and sample.labels.get("model") == self.model:
                     series = sample.name, float(sample.labels.get("le", 0))
-                    found[sample.labels["gateway"]][series] = sample.value  # type: ignore[assignment]  # counts, as floats
+                    found[sample.labels["ingress"]][series] = sample.value  # type: ignore[assignment]  # counts, as floats
         return found

@@ -75,6 +75,8 @@ class PoolView:
         bulk: by gateway, what each of its jobs has and wants.
         scaling: what its scaler last decided; None if it has said nothing, or the pool's size is fixed.
         trouble: why replicas do not start, if they don't.
+        shown_by: of the gateways that show metrics the one that shows what concerns the pool: the one that is here
+            longest, so that it rarely changes.
         questions: what somebody wants to know of the requests that the gateway's process has carried out; see
             :meth:`Directory.ask`.
     """
@@ -85,6 +87,7 @@ class PoolView:
     scaling: Scaling | None = None
     trouble: StartTrouble | None = None
     bulk: dict[str, dict[str, BulkDemand]] = field(default_factory=dict)
+    shown_by: str | None = None
     questions: tuple[Any, ...] = ()
 
 
@@ -154,6 +157,7 @@ class _Pool:
     adapters: AdapterTable = field(default_factory=AdapterTable)
     demands: dict[str, _Said[Demand]] = field(default_factory=dict)
     bulk: dict[str, _Said[dict[str, BulkDemand]]] = field(default_factory=dict)
+    showing: dict[str, _Said[None]] = field(default_factory=dict)
     scaling: _Said[Scaling] | None = None
     starts: Starts = field(default_factory=Starts)
 
@@ -221,12 +225,14 @@ class Directory:
         adapters: dict[str, AdapterEntry] | None = None,
         demand: Demand | None = None,
         bulk: dict[str, BulkDemand] | None = None,
+        shows: bool = False,
     ) -> PoolView:
         """A gateway says what it has outstanding on each replica and which adapters it knows, and hears of the pool.
 
         Args:
             demand: None for a pool of fixed size.
             bulk: by job, what it has and wants of the pool by this gateway.
+            shows: it shows metrics.
         """
         now = time.monotonic()
         if demand is not None:
@@ -238,6 +244,10 @@ class Directory:
             pool.outstanding = _recent(pool.outstanding, now)
             pool.bulk[gateway_id] = (now, bulk or {})
             pool.bulk = _recent(pool.bulk, now)
+            if shows:
+                # One that has been silent for too long is the youngest when it comes back.
+                pool.showing = _recent(pool.showing, now)
+                pool.showing[gateway_id] = (now, None)
             reports = _recent(pool.reports, now)
             for replica in pool.reports.keys() - reports.keys():
                 self._faults.add(model, replica, f"lost: has said nothing for {FORGET_AFTER_S:.0f} s")
@@ -304,7 +314,8 @@ class Directory:
         reports = [_with_outstanding(report, outstanding) for _, report in _recent(pool.reports, now).values()]
         scaling = pool.scaling[1] if pool.scaling and _is_recent(pool.scaling, now) else None
         bulk = {gateway: jobs for gateway, (_, jobs) in _recent(pool.bulk, now).items() if jobs}
-        return PoolView(pool.model, reports, pool.adapters.words, scaling, pool.starts.trouble, bulk)
+        shown_by = next(iter(_recent(pool.showing, now)), None)
+        return PoolView(pool.model, reports, pool.adapters.words, scaling, pool.starts.trouble, bulk, shown_by)
 
     def _want(self, gateway_id: str, demand: Demand, now: float) -> None:
         pool = self._pools.setdefault(demand.model.name, _Pool())

@@ -59,7 +59,7 @@ def findings(settings: Settings, address: str | None) -> list[Finding]:
     shm = shutil.disk_usage(SHM) if SHM.is_dir() else None
     return [
         *machine_checks.installed(machine_checks.version_of, machine_checks.requirements()),
-        machine_checks.environment(os.environ),
+        machine_checks.variables_found(os.environ),
         machine_checks.processor(machine_checks.cpu_flags(), platform.machine()),
         machine_checks.gpus(settings),
         machine_checks.memory(settings, usage()),

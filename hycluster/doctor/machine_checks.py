@@ -216,7 +216,7 @@ def clock_state() -> int:
         return 0
 
 
-def environment(variables: Mapping[str, str]) -> Finding:
+def variables_found(variables: Mapping[str, str]) -> Finding:
     """Variables that break the service in ways that are hard to see."""
     proxies = [name for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY") if variables.get(name)]
     exempt = variables.get("no_proxy", variables.get("NO_PROXY", ""))

@@ -11,11 +11,12 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 
-from hycluster.core import ReplicaLoad
+from hycluster.core import EngineSample, ReplicaLoad
 from hycluster.engine import messages
 from hycluster.engine.messages import (
     EngineCoreOutput,
@@ -35,7 +36,8 @@ log = logging.getLogger(__name__)
 class SimulatedEngine:
     """A thread that steps the timing model; with ``realtime`` each step takes as long as it would."""
 
-    def __init__(self, settings: Simulated) -> None:
+    def __init__(self, settings: Simulated, model: str = "simulated") -> None:
+        self._labels = (("model_name", model), ("engine", "0"))
         self.info = EngineInfo(
             max_model_len=settings.max_model_len,
             kv_tokens=settings.kv_blocks * settings.block_size_tokens,
@@ -105,7 +107,18 @@ class SimulatedEngine:
 
     def load(self) -> ReplicaLoad:
         with self._changed:
-            return self._scheduler.load()
+            load = self._scheduler.load()
+        return replace(load, samples=self._samples(load))
+
+    def _samples(self, load: ReplicaLoad) -> tuple[EngineSample, ...]:
+        """What vLLM would show of it, and a simulation has."""
+        sizes = {"block_size": self.info.block_size, "num_gpu_blocks": self.info.kv_tokens // self.info.block_size}
+        return (
+            ("vllm:num_requests_running", self._labels, load.running),
+            ("vllm:num_requests_waiting", self._labels, load.waiting),
+            ("vllm:kv_cache_usage_perc", self._labels, load.kv_usage),
+            ("vllm:cache_config_info", (*((name, str(value)) for name, value in sizes.items()), ("engine", "0")), 1),
+        )
 
     @property
     def error(self) -> BaseException | None:

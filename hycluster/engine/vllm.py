@@ -57,6 +57,7 @@ from hycluster.engine.rank_work import RankWork, Siblings
 from hycluster.engine.scheduler import ColocationScheduler, colocation_load, use_colocation, why_not_colocated
 from hycluster.engine.scratch import Scratch
 from hycluster.engine.step_time import StepTime
+from hycluster.engine.vllm_metrics import SchedulerMetrics
 from hycluster.errors import EngineStartFailed, SettingsError
 from hycluster.models.routing import layer_counts
 from hycluster.settings.model import Adapter, Model
@@ -198,6 +199,8 @@ class VllmEngine:
             raise EngineStartFailed(f"models: {model.name}: the engine did not start: {_first_lines(error)}") from error
         self._requests = MsgpackDecoder(EngineCoreRequest)
         self._outputs = MsgpackEncoder()
+        self._metrics = SchedulerMetrics(config)
+        self._sleep_level = 0
         cache = config.cache_config
         self._most_running = config.scheduler_config.max_num_seqs
         self.info = EngineInfo(
@@ -323,6 +326,8 @@ class VllmEngine:
         self.call(client, 0, "abort_client", [client])
 
     def call(self, client: int, call_id: int, method: str, args: Sequence[Any]) -> None:
+        if method == "sleep":
+            self._sleep_level = int(args[0]) if args else 1
         self._queue(EngineCoreRequestType.UTILITY, (client, call_id, method, tuple(args)))
 
     def _queue(self, kind: EngineCoreRequestType, what: Any) -> None:
@@ -338,6 +343,9 @@ class VllmEngine:
             client, outputs = item
             if client == SIBLINGS:
                 return SIBLINGS, [msgspec.msgpack.encode(outputs)]
+            if outputs.scheduler_stats is not None:
+                # Here, where all of them come by; whom they are sent to may be anybody.
+                self._metrics.record(outputs.scheduler_stats)
             if client != NOBODY:
                 return client, cast("Sequence[Frame]", self._outputs.encode(outputs))
             if outputs.start_wave is not None:
@@ -351,15 +359,25 @@ class VllmEngine:
             self._core.siblings.hear(told.rank, told.work)
 
     def load(self) -> ReplicaLoad:
-        running, waiting = self._core.scheduler.get_request_counts()
+        scheduler = cast(Scheduler, self._core.scheduler)
+        running, waiting = scheduler.get_request_counts()
+        kv_usage = scheduler.get_kv_cache_usage()
         self._read_expert_load()
         return ReplicaLoad(
             running=running,
             waiting=waiting,
             most_running=self._most_running,
-            kv_usage=self._core.scheduler.get_kv_cache_usage(),
+            kv_usage=kv_usage,
             experts=self._core.experts.load if self._core.experts is not None else None,
-            colocation=colocation_load(self._core.scheduler),
+            colocation=colocation_load(scheduler),
+            samples=self._metrics.samples(
+                running=running,
+                waiting=waiting,
+                deferred=len(scheduler.deferred_waiting),
+                kv_usage=kv_usage,
+                sleep_level=self._sleep_level if self._core.model_executor.is_sleeping else 0,
+                requests=list(scheduler.requests.values()),
+            ),
         )
 
     def _read_expert_load(self) -> None:

@@ -13,16 +13,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 from vllm.config import VllmConfig
-from vllm.lora.request import LoRARequest
 from vllm.pooling_params import PoolingParams
 from vllm.renderers import renderer_from_config
 from vllm.sampling_params import SamplingParams
@@ -32,12 +32,12 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
-from hycluster.adapters import AdapterEntry, AdapterTable, adapter_id
 from hycluster.directory.directory import FORGET_AFTER_S, REPORT_EVERY_S, Demand, PoolView
 from hycluster.engine.arguments import model_files
 from hycluster.engine.parsers import with_parsers
 from hycluster.engine.vllm import engine_config
-from hycluster.errors import HyclusterError, InvalidInput, Overloaded, Unavailable, shown
+from hycluster.errors import HyclusterError, InvalidInput, Overloaded, Unavailable
+from hycluster.gateway.adapters import PoolAdapters
 from hycluster.gateway.admission import Gate, check_id, check_priority, check_sampling
 from hycluster.gateway.api_arguments import model_arguments
 from hycluster.gateway.asking import answer_questions
@@ -51,9 +51,10 @@ from hycluster.gateway.router import make_policy
 from hycluster.observe.colocation import colocation_metrics
 from hycluster.observe.experts import expert_metrics
 from hycluster.observe.failover import failover_metrics
-from hycluster.observe.metrics import stat_logger
+from hycluster.observe.gateways import gateway_metrics
 from hycluster.observe.scaling import scaling_metrics
-from hycluster.observe.traffic import TrafficLogger
+from hycluster.observe.vllm_requests import ModelStats, vllm_metrics
+from hycluster.pool_health import PoolHealth
 from hycluster.replica.sparing_log import SparingLog
 from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
@@ -81,8 +82,9 @@ class Gateway(AsyncLLM):
         api: what vLLM's API is told of the model.
         cold_start: who comes while there is no replica.
         bulk: the places in the engines that jobs of this process have.
-        traffic: what callers got here, with ``metrics``.
-        lora_requests: by name, what a request to an adapter of this model carries. Changes in place.
+        traffic: what callers got here; of answers, only with ``metrics``.
+        adapters: of this model.
+        lora_requests: theirs; see :class:`PoolAdapters`.
         directory: that it follows; None before it has begun to.
     """
 
@@ -104,9 +106,6 @@ class Gateway(AsyncLLM):
         self.cold_start = ColdStart(model, patient=patient)
         self.admission = admission
         self._gate = Gate(model.name, admission)
-        self._adapters = AdapterTable(model.adapters)
-        self.lora_requests: dict[str, LoRARequest] = {}
-        self._take_over({})
         self.directory: ActorHandle[Any] | None = None
         self._view: PoolView | None = None
         # Since when no replica can be reached from here though the directory names some.
@@ -137,16 +136,20 @@ class Gateway(AsyncLLM):
             model.name,
             make_policy(router.policy, gateway_id, session_slack_tokens=router.session_slack_tokens),
             gateway_id,
-            replicas=model.engines,
             wait_s=router.failover_wait_s,
             cold_start_wait_s=self.cold_start.wait_s,
             failover=router.failover,
             on_lost=self._request_lost,
         )
+        self.adapters = PoolAdapters(model, self.engine_core, takes=config.lora_config is not None, say=self._say_now)
+        self.lora_requests = self.adapters.requests
         self.traffic = TrafficMeter()
-        self.logger_manager = stat_logger(config, model.engines) if metrics else None
-        if self.logger_manager is not None:
-            self.logger_manager.stat_loggers.append(TrafficLogger(self.traffic, self.engine_core.replica_in))
+        self.logger_manager = None
+        if metrics:
+            # Where it is asked for, it is all that ``AsyncLLM`` calls of its own.
+            self.logger_manager = stats = ModelStats(config, self.engine_core, self.traffic)  # type: ignore[assignment]
+            vllm_metrics.watch(model.name, stats)
+            gateway_metrics.watch(model.name, self)
             expert_metrics.watch(model.name, self.engine_core)
             colocation_metrics.watch(model.name, self.engine_core)
             failover_metrics.watch(model.name, self.engine_core)
@@ -173,7 +176,7 @@ class Gateway(AsyncLLM):
         """
         pool = self.engine_core
         if not pool.able and self.cold_start.wait_s is None:
-            self.traffic.now.shed += 1
+            self.traffic.refuse("unavailable")
             raise self.refusal()
         try:
             self._gate.check(
@@ -184,7 +187,7 @@ class Gateway(AsyncLLM):
                 worked_off_tokens=pool.worked_off_tokens,
             )
         except Overloaded as shed:
-            self.traffic.now.shed += 1
+            self.traffic.refuse("overloaded")
             raise PoolOverloaded(shed.message, shed.retry_after_s) from None
         except InvalidInput as error:
             raise PoolInvalidInput(error.message) from None
@@ -221,8 +224,10 @@ class Gateway(AsyncLLM):
         try:
             await self.grammars.check(params.structured_outputs, partial(self._validate_outputs, params))
         except Overloaded as shed:
+            self.traffic.refuse("overloaded")
             raise PoolOverloaded(shed.message, shed.retry_after_s) from None
         except Unavailable as error:
+            self.traffic.refuse("unavailable")
             raise PoolUnavailable(error.message) from None
 
     def _validate_outputs(self, params: SamplingParams) -> None:
@@ -239,6 +244,18 @@ class Gateway(AsyncLLM):
     def able(self) -> bool:
         """A request would find a replica, or have one started."""
         return self.engine_core.able or self.cold_start.wakes
+
+    @property
+    def health(self) -> PoolHealth:
+        """How many replicas take requests from here. A group counts once one of its ranks does."""
+        scaling = self.cold_start.scaling
+        return PoolHealth(
+            math.ceil(self.engine_core.links / self.model.parallel.data),
+            scaling.target if scaling else self.model.replicas.count,
+            self.cold_start.wakes,
+            self.cold_start.trouble,
+            self.cut_off,
+        )
 
     @property
     def can_open(self) -> bool:
@@ -276,13 +293,20 @@ class Gateway(AsyncLLM):
     async def _request_lost(self, request_id: str, error: HyclusterError) -> None:
         state = self.output_processor.request_states.get(request_id)
         if state is not None and state.queue is not None:
-            self.traffic.now.failed += 1
+            self.traffic.fail(type(error).__name__)
             lost = LOST[type(error)](error.message)
             lost.retry_after_s = error.retry_after_s or lost.retry_after_s
             state.queue.put(lost)
             # With n > 1 its siblings may be on replicas that live; nobody waits for them any more.
             asked = state.parent_req.request_id if state.parent_req else request_id
             await self.engine_core.abort_requests_async(self.output_processor.abort_requests([asked], internal=True))
+
+    async def abort(self, request_id: str | Iterable[str], internal: bool = False) -> None:
+        """Drop requests whose caller has left. Those that were lost, or have their answer, are not here any more."""
+        asked = (request_id,) if isinstance(request_id, str) else tuple(request_id)
+        left = self.output_processor.abort_requests(asked, internal)
+        self.traffic.cancel(len(left))
+        await self.engine_core.abort_requests_async(left)
 
     async def end_requests(self, why: str) -> None:
         """End all that is in flight with PoolUnavailable, whatever it waits for."""
@@ -295,6 +319,7 @@ class Gateway(AsyncLLM):
         except Unavailable:
             # The last replica has gone since this request was admitted.
             self.output_processor.abort_requests([request.request_id], internal=True)
+            self.traffic.refuse("unavailable")
             raise self.refusal() from None
         except InvalidInput:
             self.output_processor.abort_requests([request.request_id], internal=True)
@@ -309,6 +334,8 @@ class Gateway(AsyncLLM):
             try:
                 view = await self._next_word(directory)
                 await self.engine_core.update(view.replicas)
+                self.engine_core.shows_pool = view.shown_by == self.engine_core.gateway_id
+                self.engine_core.jobs = view.bulk
                 self.bulk.hear(self.engine_core.rooms, view.bulk, self.engine_core.progress_s)
                 self._look_around()
                 if not self._learned and self.engine_core.infos:
@@ -341,15 +368,22 @@ class Gateway(AsyncLLM):
                 self.model.name,
                 self.engine_core.gateway_id,
                 self.engine_core.outstanding,
-                self._adapters.words,
+                self.adapters.words,
                 self._demand() if self.model.replicas.vary else None,
                 self.bulk.demands,
+                self.log_stats,
             )
-        self._take_over(view.adapters)
+        self.adapters.take_over(view.adapters)
         self.cold_start.hear(view.scaling, view.trouble)
         self._view = view
         answer_questions(directory, view.questions)
         return view
+
+    async def _say_now(self) -> None:
+        if self.directory is not None:
+            # If the directory is away now, the next sync tells it.
+            with contextlib.suppress(ray.exceptions.RayError):
+                await self._sync(self.directory)
 
     def _look_around(self) -> None:
         if self.engine_core.able or not self._named:
@@ -374,71 +408,6 @@ class Gateway(AsyncLLM):
             self.model_config.max_model_len = min(self.model_config.max_model_len, info.max_model_len)
             self.vllm_config.cache_config.block_size = info.block_size
             self.vllm_config.cache_config.num_gpu_blocks = info.kv_tokens // info.block_size
-
-    # -- adapters -----------------------------------------------------------------------------------
-
-    def _take_over(self, words: dict[str, AdapterEntry]) -> None:
-        self._adapters.merge(words)
-        sources = self._adapters.sources
-        for name in self.lora_requests.keys() - sources.keys():
-            del self.lora_requests[name]
-        for name, source in sources.items():
-            if (known := self.lora_requests.get(name)) is None or known.lora_path != source:
-                self.lora_requests[name] = LoRARequest(
-                    lora_name=name,
-                    lora_int_id=adapter_id(name, source),
-                    lora_path=source,
-                    base_model_name=self.model.name,
-                )
-
-    async def load_adapter(self, name: str, source: str) -> None:
-        """Load an adapter into every replica, then offer it at every ingress process; returns when all ingress
-        processes have heard.
-
-        A name that is in use goes over to the new source. Replicas that start later load it at its first request.
-
-        Raises:
-            InvalidInput: the model takes no adapters, or a replica can't load this one; then nothing has changed.
-            Unavailable: no replica can serve, or one did not answer.
-        """
-        if self.vllm_config.lora_config is None:
-            raise InvalidInput(
-                f"model: {self.model.name!r} takes no adapters; its settings must have adapters or engine.enable_lora"
-            )
-        request = LoRARequest(lora_name=name, lora_int_id=adapter_id(name, source), lora_path=source)
-        try:
-            await self.engine_core.add_lora_async(request)
-        except TimeoutError:
-            raise Unavailable(f"lora_path: a replica did not load {shown(source)} in time") from None
-        except RuntimeError as error:
-            # What the engine said; some replicas may have it already, which costs memory and nothing else.
-            raise InvalidInput(f"lora_path: {shown(source)} can't be loaded: {error}") from None
-        await self._announce(name, source)
-
-    async def unload_adapter(self, name: str) -> None:
-        """Offer an adapter no more, at any ingress process; requests that run go on. Returns when all ingress processes
-        have heard.
-
-        Raises:
-            KeyError: there is none of that name.
-        """
-        request = self.lora_requests[name]
-        await self._announce(name, None)
-        try:
-            await self.engine_core.remove_lora_async(request.lora_int_id)
-        except (RuntimeError, TimeoutError, Unavailable):
-            # It stays in that engine until others push it out.
-            logger.warning("adapter %s could not be taken out of every replica", name, exc_info=True)
-
-    async def _announce(self, name: str, source: str | None) -> None:
-        self._adapters.say(name, source, self.engine_core.gateway_id)
-        self._take_over({})
-        if self.directory is not None:
-            # If the directory is away now, the next sync tells it.
-            with contextlib.suppress(ray.exceptions.RayError):
-                await self._sync(self.directory)
-        # The other ingress processes hear of it at their next sync.
-        await asyncio.sleep(2 * REPORT_EVERY_S)
 
 
 @contextlib.asynccontextmanager

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import copy
 import gc
-import math
 import secrets
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -110,7 +109,7 @@ class Generator:
                 raise InvalidInput(
                     f"lora_path: {shown(name)} is loaded from there already; changed weights need a path of their own"
                 )
-        await gateway.load_adapter(name, source)
+        await gateway.adapters.load(name, source)
 
     async def unload_adapter(self, name: str) -> None:
         """Serve a LoRA adapter no more; requests that run go on.
@@ -121,7 +120,7 @@ class Generator:
         model = self.model_of(name)
         if model is None or model == name:
             raise UnknownModel(name, [name for gateway in self.gateways.values() for name in gateway.lora_requests])
-        await self.gateways[model].unload_adapter(name)
+        await self.gateways[model].adapters.unload(name)
 
     async def end(self, why: str) -> None:
         """End all that is in flight, at either ingress, with Unavailable."""
@@ -134,16 +133,7 @@ class Generator:
 
     async def pools(self) -> dict[str, PoolHealth]:
         """How many replicas of each model take requests from here. A group counts once one of its ranks does."""
-        return {
-            name: PoolHealth(
-                math.ceil(gateway.engine_core.links / gateway.model.parallel.data),
-                scaling.target if (scaling := gateway.cold_start.scaling) else gateway.model.replicas.count,
-                gateway.cold_start.wakes,
-                gateway.cold_start.trouble,
-                gateway.cut_off,
-            )
-            for name, gateway in self.gateways.items()
-        }
+        return {name: gateway.health for name, gateway in self.gateways.items()}
 
     async def tokenize(self, model: str, **asked: Unpack[PromptFields]) -> list[int]:
         """Token ids of a prompt, or of messages under the model's chat template."""

@@ -24,6 +24,7 @@ from hycluster.gateway.connection import ReplicaConnection
 from hycluster.gateway.failover import Failover
 from hycluster.gateway.flight import Flight
 from hycluster.gateway.tasks import Tasks
+from hycluster.observe.gateways import KnownReplica, ReplicaBooks
 from hycluster.replica.frames import in_pieces
 from hycluster.replica.wire import MessageKind
 from hycluster.timeline import Track
@@ -42,7 +43,7 @@ class Link:
         on_lost: told when the replica is lost, before ``failover`` hears of its requests.
 
     Attributes:
-        slot: the number by which metrics tell replicas apart.
+        known: what stays of it when it is gone; its number is what outputs carry.
         accepting: it takes new requests.
         load: as its last report says; take one by :meth:`note`.
         room: how many rows of bulk it can use, by its reports.
@@ -57,12 +58,12 @@ class Link:
     def __init__(
         self,
         connection: ReplicaConnection,
-        slot: int,
+        known: KnownReplica,
         arrived: asyncio.Queue[EngineCoreOutputs],
         failover: Failover,
         on_lost: Callable[[Link], None],
     ) -> None:
-        self.slot = slot
+        self.known = known
         self.accepting = True
         self.load: ReplicaLoad | None = None
         self.room = EngineRoom()
@@ -96,6 +97,12 @@ class Link:
         return self._connection.info
 
     @property
+    def books(self) -> ReplicaBooks:
+        """As they are now."""
+        silent_s = time.monotonic() - self.heard_s if self.flights else 0.0
+        return ReplicaBooks(self.replica_id, len(self.flights), self.outstanding_tokens, silent_s)
+
+    @property
     def has_suspect(self) -> bool:
         """One of its requests may be what replicas die of."""
         return any(flight.suspected for flight in self.flights.values())
@@ -110,6 +117,7 @@ class Link:
         self.flights[flight.engine_id] = flight
         self.outstanding_tokens += flight.tokens_left
         self.bulk_rows += flight.bulk
+        self.known.routed += 1
         if flight.deaths:
             await self._send_carefully(flight, message)
         else:
@@ -179,7 +187,7 @@ class Link:
                 self._answer(outputs.utility_output)
                 continue
             outputs.outputs = self._book(outputs)
-            outputs.engine_index = self.slot
+            outputs.engine_index = self.known.number
             if outputs.outputs or outputs.scheduler_stats is not None:
                 self._arrived.put_nowait(outputs)
 

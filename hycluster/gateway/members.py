@@ -15,10 +15,13 @@ from hycluster.gateway.connection import connect
 from hycluster.gateway.failover import Failover
 from hycluster.gateway.link import Link
 from hycluster.gateway.tasks import Tasks
+from hycluster.observe.gateways import KnownReplica
 from hycluster.replica.sparing_log import SparingLog
 
 logger = logging.getLogger(__name__)
 
+# Of so many replicas that are here no more, what was counted stays to be scraped.
+REMEMBERED_REPLICAS = 32
 # A replica that is there greets back within milliseconds. One whose machine is gone, and which the directory names a
 # while yet, must not keep the rest of its news waiting.
 JOIN_PATIENCE_S = 1.0
@@ -27,20 +30,20 @@ JOIN_PATIENCE_S = 1.0
 class Members:
     """A pool's links.
 
-    Args:
-        slots: size of the pool, for the metrics' labels.
-
     Attributes:
         links: by replica id.
+        known: by the number that outputs carry, replicas that are here, and the last ones that were.
+        lost: links that ended while their replicas took requests.
         first: set once there has been one.
     """
 
-    def __init__(self, failover: Failover, arrived: asyncio.Queue[EngineCoreOutputs], slots: int) -> None:
+    def __init__(self, failover: Failover, arrived: asyncio.Queue[EngineCoreOutputs]) -> None:
         self.links: dict[str, Link] = {}
+        self.known: dict[int, KnownReplica] = {}
+        self.lost = 0
         self.first = asyncio.Event()
         self._failover = failover
         self._arrived = arrived
-        self._slots = slots
         self._context = zmq.asyncio.Context()
         self._connecting: dict[str, asyncio.Task[None]] = {}
         # The directory names it twice a second.
@@ -88,18 +91,20 @@ class Members:
             return
         finally:
             del self._connecting[address.replica_id]
-        link = Link(connection, self._free_slot(), self._arrived, self._failover, self._part)
+        known = KnownReplica(max(self.known, default=-1) + 1, address.replica_id)
+        self.known[known.number] = known
+        link = Link(connection, known, self._arrived, self._failover, self._part)
         self.links[address.replica_id] = link
         self.first.set()
         self._failover.wake()
 
-    def _free_slot(self) -> int:
-        """The number by which metrics tell replicas apart; a replacement takes over its predecessor's."""
-        taken = {link.slot for link in self.links.values()}
-        return next((slot for slot in range(self._slots) if slot not in taken), 0)
-
     def _part(self, link: Link) -> None:
         del self.links[link.replica_id]
+        self.lost += link.accepting
+        link.known.gone = True
+        gone = [known.number for known in self.known.values() if known.gone]
+        for number in gone[:-REMEMBERED_REPLICAS]:
+            del self.known[number]
         self._worked_off_tokens += link.worked_off_tokens
         self._parting.spawn(link.close())
 

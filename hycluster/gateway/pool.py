@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from types import SimpleNamespace
 from typing import Any
 
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackEncoder
 
-from hycluster.core import ColocationLoad, ExpertLoad
+from hycluster.core import BulkDemand, ColocationLoad, EngineSample, ExpertLoad
 from hycluster.directory.directory import ReplicaReport
 from hycluster.engine.migrated import migrate
 from hycluster.engine.protocol import EngineInfo
@@ -27,6 +27,7 @@ from hycluster.gateway.flight import Flight
 from hycluster.gateway.link import Link
 from hycluster.gateway.members import Members
 from hycluster.gateway.router import Candidate, Policy, RouteRequest, outstanding_tokens
+from hycluster.observe.gateways import KnownReplica, ReplicaBooks
 from hycluster.timeline import Track, current
 
 
@@ -34,7 +35,6 @@ class PoolClient(ControlCalls):
     """Stands where ``AsyncLLM`` expects its engine-core client. Lives on one event loop.
 
     Args:
-        replicas: size of the pool, for the metrics' labels.
         wait_s: how long a request whose replica was lost waits for another one.
         cold_start_wait_s: how long a new request waits for a replica where there is none; None: it is refused.
         failover: keep each request's tokens, so that it can go on elsewhere; without, one that has begun ends.
@@ -45,6 +45,8 @@ class PoolClient(ControlCalls):
         migrated: what the loss of replicas has cost.
         first_replica: set once there has been a replica to send to.
         resources: what ``AsyncLLM`` reads of its client's state; a pool as such never dies.
+        shows_pool: of all ingress processes, this one shows the metrics that concern the pool.
+        jobs: by gateway, what each of its jobs has and wants, as the directory last said.
     """
 
     def __init__(
@@ -53,7 +55,6 @@ class PoolClient(ControlCalls):
         policy: Policy,
         gateway_id: str,
         *,
-        replicas: int,
         wait_s: float,
         cold_start_wait_s: float | None = None,
         failover: bool = True,
@@ -69,7 +70,9 @@ class PoolClient(ControlCalls):
         self._encoder = MsgpackEncoder()
         self._arrived: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._failover = Failover(self._send, on_lost, wait_s=wait_s)
-        self._members = Members(self._failover, self._arrived, replicas)
+        self._members = Members(self._failover, self._arrived)
+        self.shows_pool = False
+        self.jobs: dict[str, dict[str, BulkDemand]] = {}
         self.migrated = self._failover.migrated
         self.first_replica = self._members.first
 
@@ -102,10 +105,6 @@ class PoolClient(ControlCalls):
         """Replicas connected and taking requests."""
         return sum(link.accepting for link in self._members.links.values())
 
-    def replica_in(self, slot: int) -> str:
-        """The replica that metrics know by this number; empty if it has gone."""
-        return next((replica for replica, link in self._members.links.items() if link.slot == slot), "")
-
     @property
     def expert_loads(self) -> dict[str, ExpertLoad]:
         """By replica id, how its experts are loaded, where it says so."""
@@ -117,6 +116,26 @@ class PoolClient(ControlCalls):
         """By replica id, how online and bulk work share its steps, where it says so."""
         loads = {replica_id: link.load for replica_id, link in self._members.links.items()}
         return {replica_id: load.colocation for replica_id, load in loads.items() if load and load.colocation}
+
+    @property
+    def engine_samples(self) -> dict[str, tuple[EngineSample, ...]]:
+        """By replica id, vLLM's own metrics of its scheduler."""
+        return {replica_id: link.load.samples for replica_id, link in self._members.links.items() if link.load}
+
+    @property
+    def known(self) -> Collection[KnownReplica]:
+        """Replicas that are connected, and the last ones that were."""
+        return list(self._members.known.values())
+
+    @property
+    def replicas_lost(self) -> int:
+        """Connections that ended while their replicas took requests."""
+        return self._members.lost
+
+    @property
+    def books(self) -> list[ReplicaBooks]:
+        """Of the replicas that are connected."""
+        return [link.books for link in self._members.links.values()]
 
     @property
     def rooms(self) -> list[EngineRoom]:

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hycluster.errors import InvalidInput, UnknownModel
 from hycluster.ingress.errors import answer_error
+from hycluster.ingress.metrics import MODEL_KEY
 
 MODELS = "/v1/models"
 
@@ -53,6 +54,7 @@ class ModelDispatch:
     async def _app_of(self, name: str, scope: Scope) -> ASGIApp:
         model = self._model_of(name) if name else None
         if model is not None:
+            _name(scope, model)
             return self.apps[model]
         if name:
             return await answer_error(None, UnknownModel(name, self._served()))
@@ -61,6 +63,8 @@ class ModelDispatch:
             return await answer_error(
                 None, InvalidInput(f"model: must be named, by the query parameter 'model'; served are {served}")
             )
+        if len(self.apps) == 1:
+            _name(scope, next(iter(self.apps)))
         return self.default
 
     async def _models_of_all(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -73,6 +77,12 @@ class ModelDispatch:
         # One that can't be asked yet leaves the others listed.
         status = min(statuses)
         await JSONResponse({"object": "list", "data": listed}, status_code=status)(scope, receive, send)
+
+
+def _name(scope: Scope, model: str) -> None:
+    """For who counts the request."""
+    if (names := scope.get(MODEL_KEY)) is not None:
+        names.append(model)
 
 
 async def named_by(scope: Scope, receive: Receive, *, in_body: bool) -> tuple[str, Receive]:

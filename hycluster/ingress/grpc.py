@@ -12,6 +12,7 @@ import logging
 import resource
 import secrets
 import socket
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol, TypeVar, Unpack
@@ -31,8 +32,10 @@ from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto import inference_pb2_grpc
 from hycluster.ingress.reflection import enable_reflection
 from hycluster.ingress.status import abort
+from hycluster.observe.ingresses import grpc_began, grpc_ended
 from hycluster.observe.timelines import Carried
 from hycluster.settings.ingress import Grpc
+from hycluster.timeline import Timeline, exemplar
 from hycluster.trace_context import trace_context
 
 logger = logging.getLogger(__name__)
@@ -62,6 +65,9 @@ class GrpcBackend(Protocol):
     async def models(self) -> list[ModelCard]:
         """The models served, ready or not."""
 
+    def model_of(self, name: str) -> str | None:
+        """The model that a name stands for: its own, or one of its adapters'; None if nothing has that name."""
+
     def stream(
         self, request: GenerationRequest, *, deadline_s: float | None = None
     ) -> AsyncGenerator[Generation, None]:
@@ -88,27 +94,38 @@ def _answer(call: Call[Request, Response]) -> Call[Request, Response]:
         task = asyncio.current_task()
         assert task is not None
         self.in_flight.add(task)
+        began_s, code = time.perf_counter(), "CANCELLED"
         said = _said(context)
         request_id = _name(request, said)
         trailing = ((REQUEST_ID_KEY, request_id),)
         context.set_trailing_metadata(trailing)
+        timeline: Timeline | None = None
+        grpc_began()
         try:
-            if not isinstance(request, pb.GenerateRequest):
-                return await call(self, request, context)
-            with Carried(request_id, f"grpc {call.__name__}", trace_context(said), model=request.model):
-                return await call(self, request, context)
+            if isinstance(request, pb.GenerateRequest):
+                with Carried(request_id, f"grpc {call.__name__}", trace_context(said), model=request.model) as timeline:
+                    answer = await call(self, request, context)
+            else:
+                answer = await call(self, request, context)
+            code = "OK"
+            return answer
         except HyclusterError as error:
             failure = error
+            code = error.grpc_status
         except asyncio.CancelledError:
             # Either the client has gone, then there is nobody to tell, or the drain ran out of time.
             if not self.closing or context.done():
                 raise
+            code = Unavailable.grpc_status
             failure = Unavailable("the server shut down before the answer was complete")
         except Exception:
             logger.exception("%s failed", call.__name__)
+            code = HyclusterError.grpc_status
             failure = HyclusterError("internal error; the server's log has the details")
         finally:
             self.in_flight.discard(task)
+            model = self.model_of(getattr(request, "model", ""))
+            grpc_ended(model, SERVICE, call.__name__, code, time.perf_counter() - began_s, exemplar(timeline))
         await abort(context, failure, request, trailing)
         raise AssertionError("abort always raises")
 
@@ -142,6 +159,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._closing: set[asyncio.Task[None]] = set()
         self.in_flight: set[asyncio.Task[Any]] = set()
         self.closing = False
+
+    def model_of(self, name: str) -> str:
+        """The model that a name stands for; empty if nothing has that name."""
+        return self._generator.model_of(name) or ""
 
     @_answer
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:

@@ -20,6 +20,7 @@ import fastapi
 import starlette.exceptions
 import uvicorn
 from fastapi import APIRouter, FastAPI
+from prometheus_fastapi_instrumentator.middleware import PrometheusInstrumentatorMiddleware
 from starlette.responses import JSONResponse
 from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -40,6 +41,7 @@ from hycluster.ingress.dispatch import MODELS, ModelDispatch
 from hycluster.ingress.errors import answer_error, answer_generation_error, answer_http_error, answer_unreadable
 from hycluster.ingress.forms import in_form
 from hycluster.ingress.health import WithHealth
+from hycluster.ingress.metrics import Counted, Families, WithMetrics, families_of_this_process
 from hycluster.ingress.ports import bind, notice_lost_callers
 from hycluster.ingress.timelines import RequestsRoute
 from hycluster.ingress.wording import InOurWords
@@ -101,6 +103,8 @@ async def serve_http(
     *,
     around: Callable[[ASGIApp], ASGIApp] = lambda app: app,
     before_models: Callable[[ASGIApp], ASGIApp] = lambda app: app,
+    page: Callable[[ASGIApp], ASGIApp] = lambda app: app,
+    metrics: Families = families_of_this_process,
     reuse_port: bool = False,
     drain_timeout_s: float = 60.0,
     sock: socket.socket | None = None,
@@ -110,7 +114,9 @@ async def serve_http(
     Args:
         sock: listens already; None opens the settings' port.
         before_models: puts a layer before the app of all models.
+        metrics: what ``/metrics`` shows.
         around: puts routes that are not a model's beside the app of all models; bounds their bodies itself.
+        page: puts the page before all of these; what it shows of requests it asks them, in process.
 
     Raises:
         SettingsError: the port is in use.
@@ -125,7 +131,8 @@ async def serve_http(
     )
     # All gateways follow the same directory, and have found it when somebody asks.
     app = RequestsRoute(around(app), lambda: next((g.directory for g in generator.gateways.values()), None))
-    app = in_form(WithHealth(app, generator.pools), settings.allowed_origins)
+    app = WithMetrics(WithHealth(page(app), generator.pools), metrics)
+    app = Counted(in_form(app, settings.allowed_origins), OPEN_ROUTES)
     sock = sock or bind(settings.host, settings.port, "http.port", reuse_port=reuse_port)
     notice_lost_callers(sock, settings.stalled_client_timeout_s)
     config = uvicorn.Config(
@@ -253,6 +260,10 @@ async def model_app(gateway: Gateway, settings: Http) -> FastAPI:
         app.add_exception_handler(kind, answer_http_error)
     for unreadable in (AttributeError, LookupError, RecursionError):
         app.add_exception_handler(unreadable, answer_unreadable)
+    # Counted for all apps at once, and with what never reaches one: ``Counted``.
+    app.user_middleware[:] = [
+        each for each in app.user_middleware if each.cls is not PrometheusInstrumentatorMiddleware
+    ]
     # vLLM hands the app over with its middleware built; have it built again, with the handler.
     app.middleware_stack = None
     return app

@@ -23,6 +23,8 @@ from hycluster.trace_context import trace_context
 
 PATH = "/hycluster/requests"
 REQUEST_ID = b"x-request-id"
+# In a request's scope, where a layer further out wants to know its timeline: a list, as layers go on with a copy of it.
+TIMELINE_KEY = "hycluster.timeline"
 DEFAULT_LISTED = 10
 # What asks an engine for something, and may take its time.
 TIMED = frozenset(
@@ -76,6 +78,7 @@ class WithTimelines:
     async def _timed(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
         parent = trace_context(_texts(scope["headers"]))
         with Carried(request_id, f"POST {scope['path']}", parent) as timeline:
+            scope.get(TIMELINE_KEY, []).append(timeline)
             whole = False
 
             async def seen(message: Message) -> None:

@@ -1,66 +1,64 @@
-"""How replicas share their steps between online and bulk work, under ``/metrics``: what replicas reported last.
-
-Replicas are named by their id, so that every ingress process shows the same series.
+"""How replicas share their steps between online and bulk work, and which jobs have rows in them, under ``/metrics``:
+what replicas and gateways reported last.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Protocol
-from weakref import WeakValueDictionary
 
 from prometheus_client import REGISTRY
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client.metrics_core import Metric
 
-from hycluster.core import ColocationLoad
+from hycluster.core import BulkDemand, ColocationLoad
+from hycluster.observe.catalogue import (
+    ENGINE_TOKENS,
+    JOB_DEADLINE,
+    JOB_ROWS,
+    PARKED,
+    PREEMPTED,
+    STEP_COEFFICIENTS,
+    STEP_SECONDS,
+)
+from hycluster.observe.watched import Watching
 
-_REPLICA = ["model", "replica"]
 # Of ``ColocationLoad.step_time_s``.
 STEP_TERMS = ("base", "prefill_token", "sequence", "kv_token")
 
 
 class ColocatedPool(Protocol):
-    """What knows the last reports of one model's replicas."""
+    """What knows the last reports of one model's replicas.
+
+    Attributes:
+        shows_pool: this process shows what concerns the pool; else another one does.
+    """
+
+    shows_pool: bool
+
+    @property
+    def jobs(self) -> Mapping[str, Mapping[str, BulkDemand]]:
+        """By gateway, what each of its jobs has and wants."""
 
     @property
     def colocation_loads(self) -> Mapping[str, ColocationLoad]:
         """By replica id; replicas that report none are left out."""
 
 
-class ColocationMetrics(Collector):
-    """Reads the pools when it is asked; holds none of them."""
-
-    def __init__(self) -> None:
-        self._pools: WeakValueDictionary[str, ColocatedPool] = WeakValueDictionary()
-
-    def watch(self, model: str, pool: ColocatedPool) -> None:
-        """Show this model's replicas for as long as ``pool`` lives."""
-        self._pools[model] = pool
+class ColocationMetrics(Watching[ColocatedPool]):
+    """Of all models."""
 
     def collect(self) -> Iterable[Metric]:
-        parked = GaugeMetricFamily(
-            "hycluster_batch_rows_parked",
-            "Running batch requests that got no token in the last step, because online requests needed it.",
-            labels=_REPLICA,
+        parked, given_up, tokens = PARKED.gauge(), PREEMPTED.counter(), ENGINE_TOKENS.counter()
+        step, learned, rows, late = (
+            STEP_SECONDS.gauge(),
+            STEP_COEFFICIENTS.gauge(),
+            JOB_ROWS.gauge(),
+            JOB_DEADLINE.gauge(),
         )
-        given_up = CounterMetricFamily(
-            "hycluster_batch_rows_preempted",
-            "Batch requests that lost their slot and KV blocks to an online request, and are computed again.",
-            labels=_REPLICA,
-        )
-        tokens = CounterMetricFamily(
-            "hycluster_engine_tokens", "Prompt and output tokens computed.", labels=[*_REPLICA, "priority"]
-        )
-        step = GaugeMetricFamily(
-            "hycluster_engine_step_seconds", "Duration of the last step.", labels=[*_REPLICA, "kind"]
-        )
-        learned = GaugeMetricFamily(
-            "hycluster_engine_step_coefficient_seconds",
-            "What a step takes, as learned: base, and for each token of prefill, sequence and token of KV cache read.",
-            labels=[*_REPLICA, "term"],
-        )
-        for model, pool in list(self._pools.items()):
+        for model, pool in self.sources:
+            if not pool.shows_pool:
+                continue
             for replica, load in pool.colocation_loads.items():
                 labels = [model, replica]
                 parked.add_metric(labels, load.parked)
@@ -72,11 +70,19 @@ class ColocationMetrics(Collector):
                 if any(load.step_time_s):
                     for term, seconds in zip(STEP_TERMS, load.step_time_s, strict=True):
                         learned.add_metric([*labels, term], seconds)
-        return [family for family in (parked, given_up, tokens, step, learned) if family.samples]
+            for job, demands in _by_job(pool.jobs).items():
+                rows.add_metric([model, job], sum(demand.rows for demand in demands))
+                if deadlines := [demand.urgent_at for demand in demands if demand.urgent_at is not None]:
+                    late.add_metric([model, job], min(deadlines))
+        return [family for family in (parked, given_up, tokens, step, learned, rows, late) if family.samples]
 
-    def describe(self) -> Iterable[Metric]:
-        # Registering must not read values.
-        return []
+
+def _by_job(jobs: Mapping[str, Mapping[str, BulkDemand]]) -> dict[str, list[BulkDemand]]:
+    found: dict[str, list[BulkDemand]] = defaultdict(list)
+    for demands in jobs.values():
+        for job, demand in demands.items():
+            found[job].append(demand)
+    return found
 
 
 colocation_metrics = ColocationMetrics()

@@ -1,8 +1,4 @@
-"""What lost replicas cost, under ``/metrics``: requests that were migrated, tokens computed once more, stalls.
-
-Each gateway has series of its own. Ingress processes may share a port, so that a reader meets now one, now another; and
-one that was killed comes back at zero.
-"""
+"""What lost replicas cost, under ``/metrics``: requests that were migrated, tokens computed once more, stalls."""
 
 from __future__ import annotations
 
@@ -10,13 +6,13 @@ import bisect
 import time
 from collections.abc import Iterable
 from typing import Protocol
-from weakref import WeakValueDictionary
 
 from prometheus_client import REGISTRY
-from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client.metrics_core import Metric
 
-_LABELS = ["model", "gateway"]
+from hycluster.observe.catalogue import INGRESS, MIGRATED, PAUSES, RECOMPUTED
+from hycluster.observe.watched import Watching
+
 # Upper bounds in seconds, a quarter more each, so that a quantile read off them is right to an eighth.
 PAUSE_BUCKETS_S = tuple(round(0.05 * 1.25**step, 4) for step in range(40))
 
@@ -63,39 +59,16 @@ class Migrations:
 class FailoverPool(Protocol):
     """What counts for one gateway."""
 
-    gateway_id: str
     migrated: Migrations
 
 
-class FailoverMetrics(Collector):
-    """Reads the pools when it is asked; holds none of them."""
-
-    def __init__(self) -> None:
-        self._pools: WeakValueDictionary[str, FailoverPool] = WeakValueDictionary()
-
-    def watch(self, model: str, pool: FailoverPool) -> None:
-        """Show this gateway for as long as ``pool`` lives."""
-        self._pools[model] = pool
+class FailoverMetrics(Watching[FailoverPool]):
+    """Of all models."""
 
     def collect(self) -> Iterable[Metric]:
-        requests = CounterMetricFamily(
-            "hycluster_requests_migrated",
-            "Requests migrated to another replica after theirs was lost; one that moves twice counts twice.",
-            labels=_LABELS,
-        )
-        tokens = CounterMetricFamily(
-            "hycluster_tokens_recomputed",
-            "Prompt and output tokens that the lost replica had computed and the next one has to prefill again, unless"
-            " its prefix cache has them.",
-            labels=_LABELS,
-        )
-        pauses = HistogramMetricFamily(
-            "hycluster_migration_pause_seconds",
-            "Stall of a migrated request: from the lost replica's last message to the next one's first token.",
-            labels=_LABELS,
-        )
-        for model, pool in list(self._pools.items()):
-            labels, migrated = [model, pool.gateway_id], pool.migrated
+        requests, tokens, pauses = MIGRATED.counter(), RECOMPUTED.counter(), PAUSES.histogram()
+        for model, pool in self.sources:
+            labels, migrated = [model, INGRESS], pool.migrated
             requests.add_metric(labels, migrated.requests)
             tokens.add_metric(labels, migrated.tokens)
             bounds, sums, total = [*map(str, PAUSE_BUCKETS_S), "+Inf"], [], 0
@@ -104,10 +77,6 @@ class FailoverMetrics(Collector):
                 sums.append(total)
             pauses.add_metric(labels, list(zip(bounds, sums, strict=True)), migrated.paused_s)
         return [requests, tokens, pauses]
-
-    def describe(self) -> Iterable[Metric]:
-        # Registering must not read values.
-        return []
 
 
 failover_metrics = FailoverMetrics()

@@ -19,12 +19,13 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
+from hycluster.ingress.metrics import PAGE as UI
+from hycluster.ingress.metrics import PAGE_STATUS as STATUS
 from hycluster.page.plots import bars, line
 from hycluster.page.timelines import ask_slowest, ask_timeline
 from hycluster.state import words
 from hycluster.state.cluster_state import ClusterState
 
-STATUS, UI = "/hycluster/status", "/ui"
 ASSETS = {"page.js": "text/javascript", "page.css": "text/css", "icon.svg": "image/svg+xml"}
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self';"
@@ -99,9 +100,7 @@ class _Pages:
         return self._page(
             "pools",
             state,
-            requests=bars(
-                [(each.answered, each.failed + each.shed) for each in minutes], [each.at for each in minutes]
-            ),
+            requests=bars([(each.answered, each.unanswered) for each in minutes], [each.at for each in minutes]),
             tokens=bars([(each.output_tokens, 0) for each in minutes], [each.at for each in minutes]),
             waits=line([each.ttft_p95_s for each in minutes]),
         )

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 from urllib.parse import quote
 
 import httpx
 from starlette.types import ASGIApp
 
-REQUESTS = "/hycluster/requests"
+from hycluster.ingress.timelines import PATH
+
 # More of a request are not read by people.
 MOST_SPANS, MOST_EVENTS = 200, 200
 WIDTH = 600
@@ -66,13 +68,13 @@ class SlowRequest:
 
 async def ask_timeline(app: ASGIApp, request_id: str, key: str | None) -> ShownTimeline | None:
     """The request of that id; None if nothing is known of it."""
-    told = await _get(app, f"{REQUESTS}/{quote(request_id, safe='')}", key)
-    return timeline_of(told) if isinstance(told, dict) and "spans" in told else None
+    told = await _get(app, f"{PATH}/{quote(request_id, safe='')}", key)
+    return as_shown(told) if isinstance(told, dict) and "spans" in told else None
 
 
 async def ask_slowest(app: ASGIApp, most: int, key: str | None) -> list[SlowRequest] | None:
     """The slowest requests, the slowest first; None where no such list is kept."""
-    told = await _get(app, f"{REQUESTS}?slowest={most}", key)
+    told = await _get(app, f"{PATH}?slowest={most}", key)
     if not isinstance(told, dict) or not isinstance(told.get("requests"), list):
         return None
     return [
@@ -80,7 +82,7 @@ async def ask_slowest(app: ASGIApp, most: int, key: str | None) -> list[SlowRequ
             _text(each.get("id")),
             _text(each.get("model")),
             _text(each.get("status")),
-            _number(each.get("started")),
+            _moment(each.get("started")),
             _number(each.get("duration_s")),
             _number(each.get("ttft_s")),
             _text(each.get("slowest_stage")),
@@ -90,7 +92,7 @@ async def ask_slowest(app: ASGIApp, most: int, key: str | None) -> list[SlowRequ
     ]
 
 
-def timeline_of(told: dict[str, Any]) -> ShownTimeline:
+def as_shown(told: dict[str, Any]) -> ShownTimeline:
     """What the route says, made fit to be shown."""
     spans = [each for each in told.get("spans") or () if isinstance(each, dict)][:MOST_SPANS]
     ends = [(_number(each.get("start_s")) or 0.0) + (_number(each.get("duration_s")) or 0.0) for each in spans]
@@ -99,7 +101,7 @@ def timeline_of(told: dict[str, Any]) -> ShownTimeline:
         _text(told.get("id")),
         _text(told.get("model")),
         _text(told.get("status")),
-        _number(told.get("started")),
+        _moment(told.get("started")),
         _number(told.get("duration_s")),
         tuple(_span(each, whole) for each in spans),
         tuple(_event(each) for each in (told.get("events") or ())[:MOST_EVENTS]),
@@ -144,6 +146,14 @@ def _number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
+
+
+def _moment(value: Any) -> float | None:
+    """Seconds since the epoch, of a time as ISO 8601 has it."""
+    try:
+        return datetime.fromisoformat(value).timestamp() if isinstance(value, str) else _number(value)
+    except ValueError:
+        return None
 
 
 async def _get(app: ASGIApp, path: str, key: str | None) -> Any:

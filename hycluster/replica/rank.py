@@ -72,7 +72,7 @@ def start_engine(model: Model, place: GroupRank | None = None, stage: Callable[[
         stage(ENGINE_STAGE)
         from hycluster.engine.simulated import SimulatedEngine
 
-        return SimulatedEngine(model.simulated)
+        return SimulatedEngine(model.simulated, model.name)
     # What is wrong with the files is said without the ten seconds of CPU time that the import takes.
     stage(WEIGHTS_STAGE)
     files = model_files(model)

@@ -13,12 +13,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from hycluster.core import EngineSample
 from hycluster.directory.directory import PoolView, ReplicaReport, Survey
 from hycluster.directory.faults import ReplicaFault
 from hycluster.directory.starts import StartingReplica
 from hycluster.pool_health import PoolHealth, able
 from hycluster.state.traffic_state import TrafficState, traffic_state
-from hycluster.traffic import ModelTraffic, together
+from hycluster.traffic import together
+
+# Tokens that the KV cache was asked for, and those that it had: what the dashboards show too.
+PREFIX_QUERIES, PREFIX_HITS = "vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total"
 
 Standing = Literal["ready", "degraded", "starting", "unavailable"]
 PoolStanding = Literal["ready", "degraded", "starting", "asleep", "unavailable"]
@@ -37,8 +41,8 @@ class ReplicaState:
         kv_usage: share of its KV cache in use, 0 to 1.
         outstanding_tokens: left to prefill or decode, for all ingress processes.
         step_s: duration of its last step; null where the engine does not say.
-        prefix_hit_rate: share of the prompts' tokens that it had in its KV cache, since the ingress processes began;
-            null before the first prompt.
+        prefix_hit_rate: share of the prompts' tokens that it had in its KV cache, since it started, by vLLM's own count
+            of it; null before the first prompt, and where the engine does not say.
         batch_rows, batch_rows_parked: bulk rows that have a slot, and those of them that got no token in the last step.
     """
 
@@ -169,8 +173,7 @@ def cluster_state(
     now = time.time() if now is None else now
     counted = {model: together(survey.traffic.get(model, ())) for model in pools}
     states = tuple(
-        _pool(survey, survey.pools.get(model, PoolView(None, [])), model, health, counted[model])
-        for model, health in pools.items()
+        _pool(survey, survey.pools.get(model, PoolView(None, [])), model, health) for model, health in pools.items()
     )
     if not open_here:
         standing: Standing = "starting"
@@ -202,7 +205,7 @@ def health_of(survey: Survey) -> dict[str, PoolHealth]:
     return found
 
 
-def _pool(survey: Survey, view: PoolView, model: str, health: PoolHealth, counted: ModelTraffic) -> PoolState:
+def _pool(survey: Survey, view: PoolView, model: str, health: PoolHealth) -> PoolState:
     starting = survey.overview.starting.get(model, ())
     ready = survey.overview.ready.get(model, health.replicas_ready)
     wanted = view.scaling.target if view.scaling else health.replicas_wanted
@@ -225,7 +228,7 @@ def _pool(survey: Survey, view: PoolView, model: str, health: PoolHealth, counte
         health.trouble.retry_in_s if health.trouble else None,
         dict(view.scaling.decisions) if view.scaling else None,
         tuple(sorted(name for name, entry in view.adapters.items() if entry.source is not None)),
-        tuple(_replica(report, counted) for report in sorted(view.replicas, key=lambda each: each.address.replica_id)),
+        tuple(_replica(report) for report in sorted(view.replicas, key=lambda each: each.address.replica_id)),
         starting,
         _jobs(view),
     )
@@ -249,9 +252,9 @@ def _why(state: PoolStanding, health: PoolHealth, ready: int, wanted: int, start
     return "; ".join(parts)
 
 
-def _replica(report: ReplicaReport, counted: ModelTraffic) -> ReplicaState:
+def _replica(report: ReplicaReport) -> ReplicaState:
     load, colocation = report.load, report.load.colocation
-    given, had = counted.prefixes.get(report.address.replica_id, (0, 0))
+    asked, had = (_sum(load.samples, name) for name in (PREFIX_QUERIES, PREFIX_HITS))
     return ReplicaState(
         report.address.replica_id,
         urlsplit(report.address.requests).hostname or "",
@@ -263,10 +266,14 @@ def _replica(report: ReplicaReport, counted: ModelTraffic) -> ReplicaState:
         round(load.kv_usage, 4),
         sum(load.outstanding_tokens.values()),
         colocation.real_step_s or None if colocation else None,
-        round(had / given, 4) if given else None,
+        round(had / asked, 4) if asked else None,
         colocation.bulk_running if colocation else 0,
         colocation.parked if colocation else 0,
     )
+
+
+def _sum(samples: Iterable[EngineSample], metric: str) -> float:
+    return sum(value for name, _, value in samples if name == metric)
 
 
 def _jobs(view: PoolView) -> tuple[JobState, ...]:

@@ -86,20 +86,23 @@ def _why(pool: PoolState) -> str:
     return pool.why if pool.retry_in_s is None else f"{pool.why}; next try in {pool.retry_in_s:.0f} s"
 
 
+def _colour(traffic: TrafficState) -> str:
+    if traffic.answered_share is None:
+        return "dim"
+    return "green" if traffic.answered_share >= traffic.objective else "red"
+
+
 def _traffic(traffic: TrafficState) -> Iterator[RenderableType]:
     yield Text()
-    asked = traffic.answered + traffic.failed + traffic.shed
-    if not asked:
+    if not traffic.asked:
         yield Text("last hour: no requests", "dim")
         return
     yield Text.assemble(
         ("last hour  ", "bold"),
-        f"{count(asked)} requests, ",
-        (
-            f"{percent(traffic.answered_share, 2)} answered",
-            "green" if (traffic.answered_share or 0) >= traffic.objective else "red",
-        ),
-        f" (to be {percent(traffic.objective, 1)}), {count(traffic.failed)} failed, {count(traffic.shed)} shed,"
+        f"{count(traffic.asked)} requests, ",
+        (f"{percent(traffic.answered_share, 2)} answered", _colour(traffic)),
+        f" (to be {percent(traffic.objective, 1)}), {count(traffic.failed)} failed,"
+        f" {count(traffic.unavailable)} found no replica, {count(traffic.shed)} shed, {count(traffic.cancelled)} left,"
         f" {count(traffic.output_tokens)} tokens out",
     )
     yield Text(
@@ -107,7 +110,7 @@ def _traffic(traffic: TrafficState) -> Iterator[RenderableType]:
         f"  each further one  p50 {span(traffic.tpot_s.p50)}, p99 {span(traffic.tpot_s.p99)};"
         f"  prompts from cache {percent(traffic.cached_share)}"
     )
-    yield Text(f"requests a minute  {_sparks([each.answered + each.failed + each.shed for each in traffic.minutes])}")
+    yield Text(f"requests a minute  {_sparks([each.answered + each.unanswered for each in traffic.minutes])}")
 
 
 def _sparks(values: list[int]) -> str:

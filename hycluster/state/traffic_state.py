@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hycluster.objectives import Objectives
 from hycluster.traffic import KEEP_MINUTES, Minute, ModelTraffic, quantile
 
-# Share of requests that are to be answered, of those that callers waited for.
-OBJECTIVE = 0.995
+# As the alerts have it (``hycluster/monitoring/alerts.py``), unless they were made for others.
+OBJECTIVE = Objectives().answered_ratio
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +33,14 @@ class MinuteState:
     answered: int
     failed: int
     shed: int
+    unavailable: int
     output_tokens: int
     ttft_p95_s: float | None
+
+    @property
+    def unanswered(self) -> int:
+        """Whose caller stayed, and got no answer."""
+        return self.failed + self.shed + self.unavailable
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +49,11 @@ class TrafficState:
 
     Attributes:
         objective: share of requests that are to be answered.
-        answered_share: that were, of those that callers waited for; null if nobody asked.
+        asked: requests that ended, whichever way.
+        failed: that were taken, and ended without an answer.
+        shed: that were refused for overload; these don't count against the objective.
+        unavailable: that were refused because no replica could serve.
+        answered_share: that were, of those that were not shed and whose caller stayed; null if there were none.
         burn_rate: how many times as fast as allowed requests go unanswered; above 1 the objective is missed.
         cached_share: share of the prompts' tokens that a KV cache had.
         ttft_s, tpot_s: time to the first token, and for each one after it.
@@ -50,10 +61,12 @@ class TrafficState:
     """
 
     objective: float
+    asked: int
     answered: int
     cancelled: int
     failed: int
     shed: int
+    unavailable: int
     answered_share: float | None
     burn_rate: float | None
     prompt_tokens: int
@@ -73,10 +86,12 @@ def traffic_state(counted: ModelTraffic, now: float) -> TrafficState:
     share = hour.answered / hour.owed if hour.owed else None
     return TrafficState(
         OBJECTIVE,
+        hour.asked,
         hour.answered,
         hour.cancelled,
         hour.failed,
         hour.shed,
+        hour.unavailable,
         share,
         None if share is None else round((1 - share) / (1 - OBJECTIVE), 2),
         hour.prompt_tokens,
@@ -98,6 +113,7 @@ def _minute(number: int, minute: Minute) -> MinuteState:
         minute.answered,
         minute.failed,
         minute.shed,
+        minute.unavailable,
         minute.output_tokens,
         quantile(minute.ttft, 0.95),
     )

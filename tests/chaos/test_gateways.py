@@ -8,21 +8,23 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from hycluster.chaos.gateways import Gateways
 from hycluster.observe import failover
+from hycluster.observe.catalogue import INGRESS
 from hycluster.observe.failover import FailoverMetrics
 
 
 class Ingress:
     """What a scrape of an ingress process reads."""
 
-    def __init__(self, gateway_id: str) -> None:
-        self.gateway_id, self.migrated = gateway_id, failover.Migrations()
+    def __init__(self, name: str) -> None:
+        self._name, self.migrated = name, failover.Migrations()
         self._registry = CollectorRegistry()
         metrics = FailoverMetrics()
         self._registry.register(metrics)
         metrics.watch("m", self)
 
     def page(self) -> str:
-        return "# TYPE others counter\nothers_total 1.0\n" + generate_latest(self._registry).decode()
+        ours = generate_latest(self._registry).decode().replace(INGRESS, self._name)
+        return "# TYPE others counter\nothers_total 1.0\n" + ours
 
     def carry(self, tokens: int) -> None:
         self.migrated.lost("r", 0.0)

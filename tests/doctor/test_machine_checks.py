@@ -14,13 +14,13 @@ from hycluster.doctor import machine_checks
 from hycluster.doctor.machine_checks import (
     GIB,
     disk,
-    environment,
     gpus,
     installed,
     memory,
     open_files,
     processor,
     shared_memory,
+    variables_found,
     wall_clock,
 )
 from hycluster.errors import SettingsError
@@ -152,4 +152,4 @@ def test_the_clock() -> None:
     ],
 )
 def test_the_environment(variables: dict[str, str], verdict: str) -> None:
-    assert environment(variables).verdict == verdict
+    assert variables_found(variables).verdict == verdict

@@ -120,7 +120,7 @@ async def opened(replicas: int = 3) -> AsyncIterator[Pool]:
 
     with SimulatedPool(ENGINE, replicas, ControlledSimulatedEngine) as simulated:
         policy = make_policy("least_outstanding_tokens", "me", seed=0)
-        client = PoolClient("tiny", policy, "me", replicas=replicas, wait_s=5, on_lost=on_lost)
+        client = PoolClient("tiny", policy, "me", wait_s=5, on_lost=on_lost)
         try:
             pool = Pool(client, simulated, lost)
             await pool.hear()

@@ -83,7 +83,7 @@ async def opened(
 
     with SimulatedPool(settings, replicas, kind) as simulated:
         policy = make_policy("least_outstanding_tokens", "me", seed=0)
-        client = PoolClient("tiny", policy, "me", replicas=replicas, wait_s=wait_s, on_lost=on_lost)
+        client = PoolClient("tiny", policy, "me", wait_s=wait_s, on_lost=on_lost)
         try:
             await client.update(simulated.reports)
             yield Pool(simulated, client, lost)

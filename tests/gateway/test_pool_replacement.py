@@ -32,7 +32,7 @@ async def client_of(pool: SimulatedPool, lost: dict[str, str], *, failover: bool
         lost[request_id] = type(error).__name__
 
     policy = make_policy("least_outstanding_tokens", "me", seed=0)
-    client = PoolClient("tiny", policy, "me", replicas=2, wait_s=10, failover=failover, on_lost=on_lost)
+    client = PoolClient("tiny", policy, "me", wait_s=10, failover=failover, on_lost=on_lost)
     try:
         await client.update(pool.reports)
         yield client

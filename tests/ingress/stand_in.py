@@ -50,6 +50,9 @@ class StandInGenerator:
         self.says: list[Output] = []
         self.is_ready = True
 
+    def model_of(self, name: str) -> str | None:
+        return name if name == MODEL else None
+
     async def models(self) -> list[ModelCard]:
         self._fail()
         return [CARD]

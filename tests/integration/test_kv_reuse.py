@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from typing import Any
 
 import httpx
@@ -10,6 +11,7 @@ import pytest
 
 from hycluster.client import Client
 from hycluster.core import Sampling
+from hycluster.directory.directory import REPORT_EVERY_S
 from tests.integration.featured import BLOCK_TOKENS, KV_TOKENS, TINY, Featured
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -20,8 +22,13 @@ def tokens(seed: int, count: int = 2 * BLOCK_TOKENS + 50) -> list[int]:
     return [chance.randrange(2, 250) for _ in range(count)]
 
 
+def reported() -> None:
+    """Wait until replicas have told what they count, and ingress processes have heard."""
+    time.sleep(4 * REPORT_EVERY_S)
+
+
 def total(ingress: httpx.Client, family: str, **labels: str) -> float:
-    """Sum over the replicas of one metric of the tiny model, at the ingress process that the connection goes to."""
+    """Sum over the replicas of one metric of the tiny model."""
     wanted = [f'{name}="{value}"' for name, value in {"model_name": TINY, **labels}.items()]
     lines = [line for line in ingress.get("/metrics").text.splitlines() if line.startswith(f"{family}{{")]
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if all(label in line for label in wanted))
@@ -41,10 +48,12 @@ def test_blocks_that_the_kv_cache_dropped_come_back_from_host_memory(featured: F
         first, cached = ask(0)
         assert cached == 0
         assert all(ask(seed)[1] == 0 for seed in range(1, 1 + others))
+        reported()
         on_device, loaded = (
             total(ingress, f"vllm:{name}_total") for name in ("prefix_cache_hits", "kv_offload_load_bytes")
         )
         assert ask(0) == (first, 2 * BLOCK_TOKENS)
+        reported()
         assert total(ingress, "vllm:prefix_cache_hits_total") == on_device
         # 2 layers x 2 (K, V) x 2 heads x 32 channels x 4 bytes.
         assert total(ingress, "vllm:kv_offload_load_bytes_total") - loaded == 2 * BLOCK_TOKENS * 1024

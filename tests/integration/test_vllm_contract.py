@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -274,11 +275,20 @@ def test_vllms_app_is_made_as_the_ingress_process_makes_it() -> None:
 
 
 def test_metrics_of_several_models_are_told_apart() -> None:
-    """``hycluster/observe/metrics.py``: vLLM still throws out those of the model before, and where it finds them."""
+    """``hycluster/engine/vllm_metrics.py``: vLLM still throws out those of the one before, and where it finds them."""
+    from vllm.v1.engine import async_llm
     from vllm.v1.metrics import loggers, prometheus
 
-    wanted = inspect.signature(loggers.StatLoggerManager).parameters
-    assert {"vllm_config", "engine_idxs", "enable_default_loggers"} <= wanted.keys()
+    from hycluster.observe.vllm_requests import ModelStats
+
+    # What stands in the place of its loggers has all that is called of them.
+    source = inspect.getsource(async_llm)
+    called = set(re.findall(r"(?:logger_manager|logger_ref\[0\])\.(\w+)\(", source))
+    assert "record" in called
+    assert called <= set(dir(ModelStats))
+    for name in called:
+        wanted = inspect.signature(getattr(loggers.StatLoggerManager, name)).parameters
+        assert wanted.keys() == inspect.signature(getattr(ModelStats, name)).parameters.keys()
     assert "unregister_vllm_metrics()" in inspect.getsource(loggers.PrometheusStatLogger.__init__)
     thrown_out = inspect.getsource(prometheus.unregister_vllm_metrics)
     assert "registry._collector_to_names" in thrown_out

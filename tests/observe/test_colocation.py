@@ -5,12 +5,14 @@ from types import SimpleNamespace
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from hycluster.core import ColocationLoad
+from hycluster.core import BulkDemand, ColocationLoad
 from hycluster.observe.colocation import ColocationMetrics
 
 
 class Pool(SimpleNamespace):
+    shows_pool: bool
     colocation_loads: dict[str, ColocationLoad]
+    jobs: dict[str, dict[str, BulkDemand]]
 
 
 def scraped(metrics: ColocationMetrics) -> dict[str, float]:
@@ -26,7 +28,8 @@ def test_what_a_scrape_reads() -> None:
         parked=3, given_up=2, bulk_tokens=50, online_tokens=70, predicted_step_s=0.25, real_step_s=0.5,
         step_time_s=(0.1, 0.01, 0.02, 0.0),
     )  # fmt: skip
-    pool = Pool(colocation_loads={"r1": load})
+    jobs = {"g": {"a": BulkDemand(3, urgent_at=90.0)}, "h": {"a": BulkDemand(4, urgent_at=80.0), "b": BulkDemand(1)}}
+    pool = Pool(shows_pool=True, colocation_loads={"r1": load}, jobs=jobs)
     metrics.watch("m", pool)
     assert scraped(metrics) == {
         'hycluster_batch_rows_parked{model="m",replica="r1"}': 3,
@@ -39,12 +42,19 @@ def test_what_a_scrape_reads() -> None:
         'hycluster_engine_step_coefficient_seconds{model="m",replica="r1",term="prefill_token"}': 0.01,
         'hycluster_engine_step_coefficient_seconds{model="m",replica="r1",term="sequence"}': 0.02,
         'hycluster_engine_step_coefficient_seconds{model="m",replica="r1",term="kv_token"}': 0.0,
+        # One job, which two gateways feed.
+        'hycluster_job_rows_in_flight{batch_job="a",model="m"}': 7,
+        'hycluster_job_rows_in_flight{batch_job="b",model="m"}': 1,
+        'hycluster_job_late_deadline_timestamp_seconds{batch_job="a",model="m"}': 80,
     }
+    # Another ingress process shows it.
+    pool.shows_pool = False
+    assert scraped(metrics) == {}
 
 
 def test_a_closed_pool_is_shown_no_more() -> None:
     metrics = ColocationMetrics()
-    pool = Pool(colocation_loads={"r1": ColocationLoad()})
+    pool = Pool(shows_pool=True, colocation_loads={"r1": ColocationLoad()}, jobs={})
     metrics.watch("m", pool)
     assert scraped(metrics)
     del pool

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 from prometheus_client import CollectorRegistry, generate_latest
 
+from hycluster.observe.catalogue import INGRESS
 from hycluster.observe.failover import PAUSE_BUCKETS_S, FailoverMetrics, Migrations
 
 
 class Pool(SimpleNamespace):
-    gateway_id: str
     migrated: Migrations
 
 
@@ -24,7 +24,7 @@ def shown(metrics: FailoverMetrics) -> dict[str, float]:
 
 def test_what_a_scrape_reads() -> None:
     metrics, migrated = FailoverMetrics(), Migrations()
-    pool = Pool(gateway_id="g", migrated=migrated)
+    pool = Pool(migrated=migrated)
     metrics.watch("m", pool)
     migrated.lost("a", time.monotonic() - 2.0)
     migrated.moved(30)
@@ -37,19 +37,19 @@ def test_what_a_scrape_reads() -> None:
     migrated.ended("b")
     migrated.went_on("b")
     series = shown(metrics)
-    labels = '{gateway="g",model="m"}'
+    labels = f'{{ingress="{INGRESS}",model="m"}}'
     assert series["hycluster_requests_migrated_total" + labels] == 2
     assert series["hycluster_tokens_recomputed_total" + labels] == 30
     assert series["hycluster_migration_pause_seconds_count" + labels] == 1
     assert 2 <= series["hycluster_migration_pause_seconds_sum" + labels] < 3
     bound = next(bound for bound in PAUSE_BUCKETS_S if bound > 3)
-    assert series[f'hycluster_migration_pause_seconds_bucket{{gateway="g",le="{bound}",model="m"}}'] == 1
-    assert series['hycluster_migration_pause_seconds_bucket{gateway="g",le="0.05",model="m"}'] == 0
+    assert series[f'hycluster_migration_pause_seconds_bucket{{ingress="{INGRESS}",le="{bound}",model="m"}}'] == 1
+    assert series[f'hycluster_migration_pause_seconds_bucket{{ingress="{INGRESS}",le="0.05",model="m"}}'] == 0
 
 
 def test_a_closed_gateway_is_shown_no_more() -> None:
     metrics = FailoverMetrics()
-    pool = Pool(gateway_id="g", migrated=Migrations())
+    pool = Pool(migrated=Migrations())
     metrics.watch("m", pool)
     assert shown(metrics)
     del pool

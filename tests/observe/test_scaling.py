@@ -7,6 +7,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, generate_latest
 
 from hycluster.directory.autoscaling import Scaling
+from hycluster.observe.catalogue import INGRESS
 from hycluster.observe.scaling import ScalingMetrics
 
 
@@ -17,7 +18,7 @@ class Gateway(SimpleNamespace):
 
 def gateway(scaling: Scaling | None) -> Gateway:
     return Gateway(
-        engine_core=SimpleNamespace(gateway_id="g", requests_waiting=3), cold_start=SimpleNamespace(scaling=scaling)
+        engine_core=SimpleNamespace(shows_pool=True, requests_waiting=3), cold_start=SimpleNamespace(scaling=scaling)
     )
 
 
@@ -41,8 +42,8 @@ def test_what_a_scrape_reads() -> None:
         'hycluster_cold_start_seconds{model="m"}': 40.5,
         'hycluster_scaling_decisions_total{cause="wake",model="m"}': 4,
         'hycluster_scaling_decisions_total{cause="quiet",model="m"}': 1,
-        'hycluster_requests_without_replica{gateway="g",model="m"}': 3,
-        'hycluster_requests_without_replica{gateway="g",model="n"}': 3,
+        f'hycluster_requests_without_replica{{ingress="{INGRESS}",model="m"}}': 3,
+        f'hycluster_requests_without_replica{{ingress="{INGRESS}",model="n"}}': 3,
     }
 
 

@@ -43,14 +43,13 @@ async def serving(model: Model, look: Callable[[str, Any, SimulatedPool], Any]) 
             generator = Generator({model.name: gateway})
 
             async def survey() -> Any:
-                traffic = gateway.traffic.report(gateway.engine_core.outstanding)
-                directory.known.tell_traffic("here", {model.name: traffic})
+                directory.known.tell_traffic("here", {model.name: gateway.traffic.report()})
                 return directory.known.survey()
 
             watch = StateWatch(survey, generator.pools, None)
             watch.open(generator.pools)
             http = await serve_http(
-                generator, Http(port=0), around=lambda app: with_page(watch.now, app), drain_timeout_s=1
+                generator, Http(port=0), page=lambda app: with_page(watch.now, app), drain_timeout_s=1
             )
             try:
                 await look(f"http://127.0.0.1:{http.port}", gateway, pool)
@@ -73,11 +72,46 @@ async def test_what_callers_got_is_counted(model: Model) -> None:
             assert state["traffic"]["prompt_tokens"] > 0
             assert state["traffic"]["ttft_s"]["p99"] is not None
             assert [pool["replicas"][0]["id"] for pool in state["pools"]] == ["r0"]
-            assert list(gateway.traffic.report({"r0"}).prefixes) == ["r0"]
+            # Where their time went, by what the page asks of the ingress itself.
+            page = (await http.get("/ui/requests")).text
+            asked = await http.post("/v1/chat/completions", json=CHAT, headers={"x-request-id": "a/b"})
+            assert asked.headers["x-request-id"] == "a/b"
+            found = await http.get("/ui/requests", params={"id": "a/b"})
+            assert (found.status_code, found.text.count("since 2")) == (200, 1)
+            assert page.count('href="/ui/requests?id=') == 3
+            # A caller who leaves, and one who finds no room.
+            leaving = asyncio.create_task(http.post("/v1/chat/completions", json={**CHAT, "max_tokens": 400}))
+            await until(lambda: gateway.engine_core.requests_in_flight == 1, timeout_s=5)
+            leaving.cancel()
+            await until(lambda: gateway.traffic.cancelled == 1, timeout_s=5)
+            full = await asyncio.gather(*(http.post("/v1/chat/completions", json=CHAT) for _ in range(20)))
+            shed = sum(answer.status_code == 429 for answer in full)
             pool[0].die()
             await until(lambda: not gateway.able, timeout_s=5)
             assert (await http.post("/v1/chat/completions", json=CHAT)).status_code == 503
-            assert gateway.traffic.now.shed >= 1
+            # The page and the scrape are told the same.
+            minutes = gateway.traffic.report().minutes.values()
+            page_has = tuple(
+                sum(getattr(minute, name) for minute in minutes)
+                for name in ("answered", "shed", "unavailable", "cancelled", "failed")
+            )
+            series = [line for line in (await http.get("/metrics")).text.splitlines() if 'model="org/tiny"' in line]
+
+            def scraped(name: str, *labels: str) -> float:
+                return sum(
+                    float(line.rpartition(" ")[2])
+                    for line in series
+                    if line.startswith(f"{name}{{") and all(label in line for label in labels)
+                )
+
+            assert page_has == (4 + 20 - shed, shed, 1, 1, 0)
+            assert page_has == (
+                scraped("vllm:request_success_total"),
+                scraped("hycluster_requests_refused_total", 'reason="overloaded"'),
+                scraped("hycluster_requests_refused_total", 'reason="unavailable"'),
+                scraped("hycluster_requests_cancelled_total"),
+                scraped("hycluster_requests_failed_total"),
+            )
 
     await serving(model, look)
 
@@ -104,6 +138,6 @@ async def test_the_playground(model: Model) -> None:
         assert "tokens" in figures
         assert "first token after" in figures
         assert not said
-        assert sum(minute.answered for minute in gateway.traffic.report(()).minutes.values()) == 1
+        assert sum(minute.answered for minute in gateway.traffic.report().minutes.values()) == 1
 
     await serving(model, look)

@@ -28,6 +28,10 @@ def replica(name: str, model: str, *, running: int, kv: float, accepting: bool =
         kv_usage=kv,
         outstanding_tokens={"g0": 700 * running, "g1": 41},
         colocation=ColocationLoad(parked=2, bulk_running=8, real_step_s=0.0312),
+        samples=(
+            ("vllm:prefix_cache_queries_total", (("engine", "0"),), 1000.0),
+            ("vllm:prefix_cache_hits_total", (("engine", "0"),), 640.0),
+        ),
     )
     endpoint = f"tcp://10.0.0.{int(name[:2], 16) % 90}:7000"
     address = ReplicaAddress(name, model, endpoint, endpoint, SECRET, client_secret=SECRET)
@@ -41,9 +45,18 @@ def traffic(scale: int) -> ModelTraffic:
         bad = 3 if ago in (17, 18) else 0
         waits = {class_of(0.12 + 0.04 * math.cos(ago / 4)): asked, class_of(0.6 + (ago == 18)): 1 + asked // 20}
         minutes[int(NOW // 60) - ago] = Minute(
-            asked, 0, bad, bad, 900 * asked, 400 * asked, 180 * asked, waits, {class_of(0.021): asked}
+            answered=asked,
+            cancelled=int(ago == 3),
+            failed=bad,
+            shed=2 * bad,
+            unavailable=bad,
+            prompt_tokens=900 * asked,
+            cached_tokens=400 * asked,
+            output_tokens=180 * asked,
+            ttft=waits,
+            tpot={class_of(0.021): asked},
         )
-    return ModelTraffic(minutes, {"a1b2c3d4e5f60718": (1000, 640)})
+    return ModelTraffic(minutes)
 
 
 def made_survey() -> Survey:

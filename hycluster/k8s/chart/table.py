@@ -11,13 +11,15 @@ from typing import Any
 
 from hycluster.k8s.chart.nodes import Block, Each, IfAny, Lines, Scalar, When
 
-# Each component of k8s/components by its condition; None: it is for jobs, or its patches are values here.
+# Each component of k8s/components by its condition; None: it is for jobs, its patches are values here, or it is applied
+# by itself.
 COMPONENTS: dict[str, str | None] = {
     "gang-scheduling": "$.Values.gangScheduling",
     "gateway-routes": "$.Values.gateway.enabled",
     "gpu": None,
     "hub-egress": "$.Values.hubEgress",
     "kueue": None,
+    "monitoring": None,
     "name-references": None,
     "pull-secret": None,
     "rdma": "$.Values.rdma.enabled",

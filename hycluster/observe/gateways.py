@@ -1,0 +1,142 @@
+"""What gateways know of their pools and did with their requests, under ``/metrics``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, get_args
+
+from prometheus_client import REGISTRY
+from prometheus_client.metrics_core import Metric
+
+from hycluster.errors import KillsReplicas, ReplicaLost, RequestFailed, Unavailable
+from hycluster.observe.catalogue import (
+    CANCELLED,
+    CONNECTED,
+    FAILED,
+    FAILED_STARTS,
+    IN_FLIGHT,
+    INGRESS,
+    LOST,
+    OUTSTANDING,
+    READY,
+    REFUSED,
+    ROUTED,
+    SILENT,
+    WANTED,
+)
+from hycluster.observe.watched import Watching
+from hycluster.pool_health import PoolHealth
+from hycluster.traffic import Refusal, TrafficMeter
+
+# Series that would begin with their first event are there from the start: a query over nothing says nothing.
+REFUSALS: tuple[str, ...] = get_args(Refusal)
+FAILURES = tuple(error.__name__ for error in (ReplicaLost, KillsReplicas, RequestFailed, Unavailable))
+
+
+@dataclass(slots=True)
+class KnownReplica:
+    """A replica that a gateway is connected to, or was a while ago: what it counted stays to be scraped.
+
+    Attributes:
+        number: unique in its gateway.
+        routed: requests sent to it.
+        gone: its connection has ended.
+    """
+
+    number: int
+    replica_id: str
+    routed: int = 0
+    gone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaBooks:
+    """A gateway's books on one replica, now.
+
+    Attributes:
+        silent_s: since its last word, while it has requests; else 0.
+    """
+
+    replica_id: str
+    requests: int
+    outstanding_tokens: int
+    silent_s: float
+
+
+class WatchedPool(Protocol):
+    """A gateway's side of its pool.
+
+    Attributes:
+        shows_pool: this process shows what concerns the pool; else another one does.
+    """
+
+    shows_pool: bool
+
+    @property
+    def replicas_lost(self) -> int:
+        """Connections that ended while their replicas took requests."""
+
+    @property
+    def known(self) -> Collection[KnownReplica]:
+        """Replicas that are connected, and the last ones that were."""
+
+    @property
+    def books(self) -> Sequence[ReplicaBooks]:
+        """Of those that are connected."""
+
+
+class WatchedGateway(Protocol):
+    """One model's gateway.
+
+    Attributes:
+        traffic: what became of its requests.
+    """
+
+    traffic: TrafficMeter
+
+    @property
+    def engine_core(self) -> WatchedPool: ...
+
+    @property
+    def health(self) -> PoolHealth: ...
+
+
+class GatewayMetrics(Watching[WatchedGateway]):
+    """Of all models."""
+
+    def collect(self) -> Iterable[Metric]:
+        refused, failed, routed, lost = REFUSED.counter(), FAILED.counter(), ROUTED.counter(), LOST.counter()
+        cancelled = CANCELLED.counter()
+        connected, silent = CONNECTED.gauge(), SILENT.gauge()
+        in_flight, outstanding = IN_FLIGHT.gauge(), OUTSTANDING.gauge()
+        ready, wanted, failed_starts = READY.gauge(), WANTED.gauge(), FAILED_STARTS.gauge()
+        for model, gateway in self.sources:
+            pool, traffic = gateway.engine_core, gateway.traffic
+            for counts, family, reasons in ((traffic.refused, refused, REFUSALS), (traffic.failed, failed, FAILURES)):
+                for reason in {*reasons, *counts}:
+                    family.add_metric([model, reason, INGRESS], counts[reason])
+            cancelled.add_metric([model, INGRESS], traffic.cancelled)
+            lost.add_metric([model, INGRESS], pool.replicas_lost)
+            connected.add_metric([model, INGRESS], len(pool.books))
+            for known in pool.known:
+                routed.add_metric([model, known.replica_id, INGRESS], known.routed)
+            for book in pool.books:
+                labels = [model, book.replica_id, INGRESS]
+                in_flight.add_metric(labels, book.requests)
+                outstanding.add_metric(labels, book.outstanding_tokens)
+                silent.add_metric(labels, book.silent_s)
+            if pool.shows_pool:
+                health = gateway.health
+                ready.add_metric([model], health.replicas_ready)
+                wanted.add_metric([model], health.replicas_wanted)
+                failed_starts.add_metric([model], health.trouble.failures if health.trouble else 0)
+        families = (
+            refused, failed, cancelled, routed, lost, connected, silent, in_flight, outstanding, ready, wanted,
+            failed_starts,
+        )  # fmt: skip
+        return [family for family in families if family.samples]
+
+
+gateway_metrics = GatewayMetrics()
+REGISTRY.register(gateway_metrics)

@@ -1,0 +1,178 @@
+"""vLLM's own metrics: two gateways over two simulated replicas, and which of them vLLM's scheduler makes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from hycluster.observe.catalogue import INGRESS
+from hycluster.settings.load import Admission, Router
+from hycluster.settings.model import Model, Replicas
+from hycluster.settings.simulated import Simulated
+from tests.simulated_pool import SimulatedPool, SimulatedReplica
+
+if TYPE_CHECKING:
+    from hycluster.gateway.gateway import Gateway
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60), pytest.mark.usefixtures("vllm_imported")]
+
+ENGINE = Simulated(vocab_size=256, max_model_len=512, decode_token_s=0.002)
+PROMPT = list(range(40, 60))
+
+
+@contextlib.asynccontextmanager
+async def gateways(tiny_model: Path) -> AsyncIterator[tuple[list[Gateway], SimulatedPool]]:
+    """Two, as of two ingress processes, that follow one directory."""
+    from hycluster.gateway.gateway import open_gateway
+
+    model = Model(
+        name="tiny", source=str(tiny_model), simulated=ENGINE, engine={"max_model_len": 512}, replicas=Replicas(min=2)
+    )
+    with SimulatedPool(ENGINE, 2) as pool:
+        directory = pool.directory(model)
+        async with contextlib.AsyncExitStack() as stack:
+            opened = [
+                await stack.enter_async_context(
+                    open_gateway(model, directory, router=Router(), admission=Admission(), wait_s=10, metrics=metrics)
+                )
+                # The last one is a job's.
+                for metrics in (True, True, False)
+            ]
+            await until(lambda: all(gateway.engine_core.links == 2 for gateway in opened))
+            yield opened, pool
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - tests look from outside
+            await asyncio.sleep(0.01)
+
+
+async def ask(gateway: Gateway, request_id: str, max_tokens: int = 5) -> None:
+    from vllm.sampling_params import SamplingParams
+
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    async for _ in gateway.generate({"prompt_token_ids": PROMPT}, params, request_id):
+        pass
+
+
+def shown(*opened: Gateway) -> Counter[tuple[str, str]]:
+    """By name and replica, over these gateways."""
+    found: Counter[tuple[str, str]] = Counter()
+    for gateway in opened:
+        stats: Any = gateway.logger_manager
+        for family in stats.families("tiny"):
+            for sample in family.samples:
+                assert sample.labels["model"] == "tiny"
+                assert ("ingress" in sample.labels) == (("request" in sample.name and "num_requests" not in sample.name)
+                    or any(word in sample.name for word in ("token", "preemptions", "mm_cache"))), sample  # fmt: skip
+                assert sample.labels.get("ingress", INGRESS) == INGRESS
+                found[sample.name, sample.labels["replica"]] += sample.value  # type: ignore[assignment]
+    return found
+
+
+async def test_sums_over_gateways_and_replicas_are_what_was_asked(tiny_model: Path) -> None:
+    async with gateways(tiny_model) as (opened, pool):
+        one, two, job = opened
+        await asyncio.gather(*(ask(opened[number % 3], str(number)) for number in range(30)))
+        # The job's gateway shows nothing.
+        assert job.logger_manager is None
+        whole = shown(one, two)
+        assert whole["vllm:request_success_total", "r0"] + whole["vllm:request_success_total", "r1"] == 20
+        assert min(whole["vllm:request_success_total", replica] for replica in ("r0", "r1")) > 0
+        assert sum(whole["vllm:generation_tokens_total", replica] for replica in ("r0", "r1")) == 20 * 5
+        assert sum(whole["vllm:request_prompt_tokens_sum", replica] for replica in ("r0", "r1")) == 20 * len(PROMPT)
+        assert sum(replica.routed for gateway in (one, two) for replica in gateway.engine_core.known) == 20
+        # What concerns the pool one of them shows: so many run as there are, whoever asked.
+        running = [asyncio.create_task(ask(gateway, "long", 400)) for gateway in opened]
+        await until(lambda: sum(replica.requests for replica in pool.replicas) == 3)
+        await until(lambda: sum(shown(one, two)["vllm:num_requests_running", name] for name in ("r0", "r1")) == 3)
+        assert [gateway.engine_core.shows_pool for gateway in opened] == [True, False, False]
+        assert shown(two)["vllm:num_requests_running", "r0"] == 0
+        # A replica dies: what it counted stays, its gauges do not, and each request is counted once.
+        counted = shown(one, two)["vllm:request_success_total", "r0"]
+        pool[0].die()
+        await asyncio.gather(*running)
+        await until(lambda: ("vllm:num_requests_running", "r0") not in shown(one, two))
+        whole = shown(one, two)
+        assert whole["vllm:request_success_total", "r0"] == counted
+        assert whole["vllm:request_success_total", "r0"] + whole["vllm:request_success_total", "r1"] == 22
+        assert [gateway.engine_core.replicas_lost for gateway in opened] == [1, 1, 1]
+
+
+async def test_replicas_that_come_and_go_leave_no_more_than_a_few_behind(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hycluster.gateway import members
+
+    monkeypatch.setattr(members, "REMEMBERED_REPLICAS", 1)
+    async with gateways(tiny_model) as (opened, pool):
+        for number in range(2):
+            pool.replicas.append(SimulatedReplica(ENGINE, f"r{number + 2}"))
+            await until(lambda: opened[0].engine_core.links == 3)
+            pool.replicas.pop(0).close()
+            await until(lambda: opened[0].engine_core.links == 2)
+            assert [known.replica_id for known in opened[0].engine_core.known if known.gone] == [f"r{number}"]
+        assert {replica for _, replica in shown(opened[0])} == {"r1", "r2", "r3"}
+
+
+def test_which_metrics_are_the_schedulers(tiny_model: Path) -> None:
+    """``hycluster/engine/vllm_metrics.py`` knows them by name: none is counted twice, and none by nobody."""
+    from vllm.v1.metrics.stats import FinishedRequestStats, IterationStats, PrefixCacheStats, SchedulerStats
+
+    from hycluster.engine.vllm import engine_config
+    from hycluster.engine.vllm_metrics import ENGINE, FRONT_END, NEVER, PrivateLogger, SchedulerMetrics
+
+    config = engine_config(Model(name="tiny", source=str(tiny_model)), str(tiny_model))
+    made = PrivateLogger(config)
+
+    def values() -> dict[str, list[float]]:
+        return {
+            family.name: [one.value for one in family.samples if not one.name.endswith("_created")]
+            for collector in made.families
+            for family in collector.collect()
+        }
+
+    before = values()
+    assert before.keys() - {"vllm:corrupted_requests", "vllm:watermark_requests"} >= FRONT_END - {
+        "vllm:corrupted_requests", "vllm:watermark_requests",
+    }  # fmt: skip
+    stats = SchedulerStats(
+        num_running_reqs=3, num_waiting_reqs=2, kv_cache_usage=0.5, prefix_cache_stats=PrefixCacheStats()
+    )
+    stats.prefix_cache_stats.queries, stats.prefix_cache_stats.hits = 10, 4
+    made.logger.record(stats, None, engine_idx=ENGINE)
+    of_scheduler = {name for name, found in values().items() if found != before[name]}
+    assert {"vllm:num_requests_running", "vllm:kv_cache_usage_perc", "vllm:prefix_cache_hits"} <= of_scheduler
+    assert not of_scheduler & (FRONT_END | NEVER)
+    before = values()
+    iteration = IterationStats()
+    iteration.num_generation_tokens = iteration.num_preempted_reqs = 1
+    iteration.time_to_first_tokens_iter = iteration.inter_token_latencies_iter = [0.5]
+    iteration.max_num_generation_tokens_iter = iteration.n_params_iter = [1]
+    iteration.finished_requests = [
+        FinishedRequestStats(
+            finish_reason=next(iter(made.logger.counter_request_success)), request_id="r", max_tokens_param=4
+        )
+    ]
+    made.logger.record(None, iteration, engine_idx=ENGINE)
+    of_front_end = {name for name, found in values().items() if found != before[name]}
+    assert {"vllm:request_success", "vllm:time_to_first_token_seconds", "vllm:num_preemptions"} <= of_front_end
+    assert of_front_end <= FRONT_END
+    # And what a replica says of itself: of requests that were aborted, no step tells.
+    said = SchedulerMetrics(config).samples(running=1, waiting=3, deferred=1, kv_usage=0.25, sleep_level=0, requests=[])
+    found = {(name, dict(labels).get("reason")): value for name, labels, value in said}
+    assert found["vllm:num_requests_running", None] == 1
+    assert found["vllm:num_requests_waiting", None] == 3
+    assert found["vllm:num_requests_waiting_by_reason", "deferred"] == 1
+    assert found["vllm:kv_cache_usage_perc", None] == 0.25
+    sizes = next(dict(labels) for name, labels, _ in said if name == "vllm:cache_config_info")
+    assert {"block_size", "num_gpu_blocks"} <= sizes.keys()
+    # It travels twice a second with each report.
+    assert len(said) < 60

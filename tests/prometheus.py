@@ -1,0 +1,109 @@
+"""A Prometheus (Debian's package) that scrapes what a test serves, and judges it by our rules."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from hycluster.monitoring.alerts import rule_groups
+from hycluster.objectives import Objectives
+
+SCRAPES_EVERY_S = 1
+
+
+@dataclass(frozen=True)
+class Prometheus:
+    """One that runs.
+
+    Attributes:
+        url: where it is asked.
+    """
+
+    url: str
+
+    def query(self, promql: str) -> list[dict[str, Any]]:
+        """The series of an expression now, without those that have no number."""
+        answer = httpx.get(f"{self.url}/api/v1/query", params={"query": promql}, timeout=20).json()
+        assert answer["status"] == "success", (promql, answer)
+        return [one for one in answer["data"]["result"] if not math.isnan(float(one["value"][1]))]
+
+    def value(self, promql: str) -> float:
+        """Of an expression with one series."""
+        (one,) = self.query(promql)
+        return float(one["value"][1])
+
+    def firing(self, **labels: str) -> set[str]:
+        """Names of the alerts that fire with these labels."""
+        wanted = "".join(f',{name}="{value}"' for name, value in labels.items())
+        return {one["metric"]["alertname"] for one in self.query(f'ALERTS{{alertstate="firing"{wanted}}}')}
+
+    def healthy(self) -> bool:
+        """It has read all of its targets."""
+        return bool(self.query("up")) and all(one["value"][1] == "1" for one in self.query("up"))
+
+
+@contextlib.contextmanager
+def prometheus(targets: Sequence[str], folder: Path) -> Iterator[Prometheus]:
+    """Start one; skips the test where there is none.
+
+    Our rules are looked at each second, and fire at once: how long a fault must last is promtool's to try.
+
+    Args:
+        targets: ``host:port`` of each.
+    """
+    command = shutil.which("prometheus")
+    if command is None:
+        pytest.skip("needs Prometheus (Debian's package prometheus)")
+    groups = copy.deepcopy(rule_groups(Objectives()))
+    for group in groups:
+        group["interval"] = f"{SCRAPES_EVERY_S}s"
+        for rule in group["rules"]:
+            rule.pop("for", None)
+    (folder / "rules.yml").write_text(yaml.safe_dump({"groups": groups}))
+    config = {
+        "global": {"scrape_interval": f"{SCRAPES_EVERY_S}s", "scrape_timeout": f"{SCRAPES_EVERY_S}s"},
+        "rule_files": ["rules.yml"],
+        "scrape_configs": [{"job_name": "hycluster", "static_configs": [{"targets": list(targets)}]}],
+    }
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with (folder / "prometheus.log").open("w") as log:
+        process = subprocess.Popen(
+            [
+                command, f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'tsdb'}",
+                f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn",
+            ],
+            stdout=log, stderr=log,
+        )  # fmt: skip
+    running = Prometheus(f"http://127.0.0.1:{port}")
+    try:
+        deadline = time.monotonic() + 60
+        while not _ready(running):
+            assert process.poll() is None, (folder / "prometheus.log").read_text()
+            assert time.monotonic() < deadline, (folder / "prometheus.log").read_text()
+            time.sleep(0.1)
+        yield running
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _ready(running: Prometheus) -> bool:
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.get(f"{running.url}/-/ready", timeout=2).status_code == 200
+    return False
