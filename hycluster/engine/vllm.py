@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import threading
 import time
 from collections.abc import Generator, Iterable, Sequence
@@ -27,7 +26,7 @@ from difflib import get_close_matches
 from typing import Any, cast
 
 import msgspec
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
@@ -47,6 +46,7 @@ from hycluster.engine.arguments import check_platform, engine_arguments
 from hycluster.engine.expert_load import expert_load_meter
 from hycluster.engine.loaded_weights import routed_weights, worker_weights
 from hycluster.engine.migrated import take_over, tokens_of
+from hycluster.engine.model_checks import check_experts, check_media
 from hycluster.engine.parsers import with_parsers
 from hycluster.engine.patches.adapter_loading import AdaptersFirst
 from hycluster.engine.patches.cpu_executor import patch_executor
@@ -89,7 +89,7 @@ def engine_config(model: Model, model_path: str, place: GroupRank | None = None)
     try:
         engine = AsyncEngineArgs(**arguments)
         if place is not None or model.parallel.expert:
-            _check_experts(model, engine.create_model_config())
+            check_experts(model, engine.create_model_config())
         config = engine.create_engine_config(UsageContext.ENGINE_CONTEXT)
     except SettingsError:
         raise
@@ -106,52 +106,6 @@ def engine_config(model: Model, model_path: str, place: GroupRank | None = None)
         # Ports are agreed upon over this store; those that vLLM has drawn in this process no other rank knows.
         parallel._coord_store_port = place.port
     return config
-
-
-def check_media(name: str, config: Any) -> None:
-    """Refuse a model that would fetch whatever address its callers name, within this network too.
-
-    Raises:
-        SettingsError: names the field and what is allowed.
-    """
-    if not config.supports_multimodal_inputs:
-        return
-    # For vLLM, none of them is all of them.
-    if not config.allowed_media_domains:
-        raise SettingsError(
-            f"models: {name}: engine.allowed_media_domains: must be set for a model that takes media: the hosts that it"
-            " may be sent to for them, at least one; data: URLs need none"
-        )
-    # Where an allowed host sends it on to is not looked at.
-    os.environ.setdefault("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0")
-
-
-def _check_experts(model: Model, config: ModelConfig) -> None:
-    """Refuse a cut that the model's experts do not allow.
-
-    Raises:
-        SettingsError: names the field, the value and what is allowed.
-    """
-    parallel, where = model.parallel, f"models: {model.name}: parallel"
-    if not config.is_moe:
-        if parallel.data > 1:
-            raise SettingsError(
-                f"{where}.data: {parallel.data} is not allowed; must be 1 for a model without experts"
-                " (take more replicas: they share nothing)"
-            )
-        raise SettingsError(f"{where}.expert: true is not allowed; the model has no experts")
-    if not parallel.expert:
-        return
-    experts, copies = config.get_num_experts(), parallel.eplb.redundant_experts
-    if parallel.expert_ranks > experts + copies:
-        raise SettingsError(
-            f"{where}: tensor x data is {parallel.expert_ranks}; must be at most the model's {experts + copies} experts"
-        )
-    if parallel.eplb.enabled and (experts + copies) % parallel.expert_ranks:
-        raise SettingsError(
-            f"{where}.eplb.redundant_experts: {copies} is not allowed; with the model's {experts} experts it must"
-            f" make a multiple of tensor x data ({parallel.expert_ranks})"
-        )
 
 
 class _Told(msgspec.Struct, array_like=True):

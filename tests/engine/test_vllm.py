@@ -96,7 +96,7 @@ def test_models_without_experts(tiny_model: Path, parallel: Parallel, place: Gro
 
 def test_a_model_that_takes_media_is_told_where_from(monkeypatch: pytest.MonkeyPatch) -> None:
     """By stand-ins for vLLM's ``ModelConfig``: there is no such model that is small; the last is a real one."""
-    from hycluster.engine.vllm import check_media
+    from hycluster.engine.model_checks import check_media
 
     monkeypatch.delenv("VLLM_MEDIA_URL_ALLOW_REDIRECTS", raising=False)
     nothing: tuple[list[str] | None, ...] = (None, [])

@@ -50,7 +50,7 @@ def counted(name: str = "http_requests_total", **labels: str) -> float:
         ("/v1/files/file-1/content", "/v1/files/{id}/content"),
         ("/v1/models/org/tiny", "/v1/models/{id}"),
         ("/v1/batches", "/v1/batches"),
-        ("/hycluster/requests/part-0.parquet#1", "/hycluster/requests/{id}"),
+        ("/hycluster/requests/part-0.parquet%231", "/hycluster/requests/{id}"),
         ("/ui/static/page.js", "/ui/{id}"),
         # A path that callers make up is no series of its own.
         ("/wp-admin/setup.php", "none"),
