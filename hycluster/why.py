@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 BAR_CELLS = 30
 MOST = 1000
 ANSWER_TIMEOUT_S = 30.0
+# As ``hycluster/ingress`` has them, which is too much to import for a command.
+ROUTE, KIND_HEADER = "/hycluster/requests", "X-Hycluster-Error"
 
 T = TypeVar("T")
 Told = dict[str, Any]
@@ -140,12 +142,16 @@ def _by_http(address: str, path: str) -> Any:
     if not address.startswith(("http://", "https://")):
         raise SettingsError(f"--address: {shown(address)} is not allowed; must be HOST:PORT, or http://HOST:PORT")
     try:
-        answer = httpx.get(f"{address.rstrip('/')}/hycluster/requests{path}", timeout=ANSWER_TIMEOUT_S)
+        answer = httpx.get(f"{address.rstrip('/')}{ROUTE}{path}", timeout=ANSWER_TIMEOUT_S)
         said = answer.json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise Unavailable(f"--address: {address} does not answer as an HTTP ingress does: {error}") from None
-    if answer.status_code == NotFound.http_status and path.startswith("/"):
-        return None
+    if answer.status_code == NotFound.http_status:
+        if answer.headers.get(KIND_HEADER) == NotFound.__name__:
+            return None
+        raise SettingsError(
+            f"--address: {address} does not tell (http.ui is off there); ask its Ray cluster, by HOST:PORT of it"
+        )
     if answer.is_error:
         raise HyclusterError(f"--address: {address} answered {answer.status_code}: {answer.text[:300]}")
     return said.get("requests", said)

@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 
 from hycluster.cli import app
 from hycluster.errors import HyclusterError, NotFound, SettingsError, Unavailable
+from hycluster.ingress import errors, timelines
 from hycluster.stages import summed_up, timeline_json
+from hycluster.why import KIND_HEADER, ROUTE
 from tests.timelines import migrated, usual
 
 
@@ -27,6 +29,8 @@ def ingress() -> Iterator[str]:
             asked = path.removeprefix("/hycluster/requests").removeprefix("/")
             body: Any = known.get(asked) if asked else {"requests": [summed_up(usual())] * query.count("slowest=2")}
             self.send_response(200 if body is not None else 500 if asked == "broken" else 404)
+            if asked != "closed":
+                self.send_header(KIND_HEADER, "NotFound")
             self.end_headers()
             self.wfile.write(json.dumps(body or {"error": {}}).encode())
 
@@ -46,6 +50,10 @@ def why(*arguments: str) -> str:
         raise done.exception
     assert done.exit_code == 0, done.output
     return done.output
+
+
+def test_the_route_is_the_ingresses() -> None:
+    assert (ROUTE, KIND_HEADER) == (timelines.PATH, errors.KIND_HEADER)
 
 
 def test_a_table_and_a_bar(ingress: str) -> None:
@@ -92,6 +100,7 @@ def test_a_list(ingress: str) -> None:
         (("r", "--address", "http://127.0.0.1:9"), Unavailable, "--address: http://127.0.0.1:9 does not answer"),
         (("nobody", "--address", "INGRESS"), NotFound, "REQUEST_ID: no process knows a request 'nobody'"),
         (("broken", "--address", "INGRESS"), HyclusterError, "answered 500"),
+        (("closed", "--address", "INGRESS"), SettingsError, "http.ui is off there"),
     ],
 )
 def test_what_is_wrong_is_named(ingress: str, arguments: tuple[str, ...], error: type[Exception], says: str) -> None:

@@ -129,8 +129,10 @@ async def serve_http(
         stall_s=settings.stalled_client_timeout_s,
         paths=TOKENIZED_PATHS,
     )
-    # All gateways follow the same directory, and have found it when somebody asks.
-    app = RequestsRoute(around(app), lambda: next((g.directory for g in generator.gateways.values()), None))
+    app = around(app)
+    if settings.serves_ui:
+        # All gateways follow the same directory, and have found it when somebody asks.
+        app = RequestsRoute(app, lambda: next((g.directory for g in generator.gateways.values()), None))
     app = WithMetrics(WithHealth(page(app), generator.pools), metrics)
     app = Counted(in_form(app, settings.allowed_origins), OPEN_ROUTES)
     sock = sock or bind(settings.host, settings.port, "http.port", reuse_port=reuse_port)
