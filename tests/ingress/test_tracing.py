@@ -176,6 +176,7 @@ async def test_every_way_in_is_one_trace_and_one_timeline(tiny_model: Path, tmp_
             await contents_are_exported_if_asked_for(service)
             await timelines_add_up(service, http_s, grpc_s, moved["x-request-id"], moved_s)
             await lists_and_errors(service)
+            await durations_point_at_their_traces(service)
         traces = collector.traces(roots=4)
     whole(traces)
 
@@ -215,6 +216,15 @@ async def timelines_add_up(service: Service, http_s: float, grpc_s: float, moved
     assert {event["from"], event["to"]} == {"r0", "r1"}
     assert 1 <= event["tokens_kept"] < TOKENS
     assert "migrate" in {span["name"] for span in told["spans"]}
+
+
+async def durations_point_at_their_traces(service: Service) -> None:
+    """As exemplars, which OpenMetrics has."""
+    async with httpx.AsyncClient(base_url=service.url, timeout=30) as client:
+        page = await client.get("/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
+    for name, trace in (("http_request_duration_seconds_bucket", 4), ("grpc_server_handling_seconds_bucket", 2)):
+        series = [line for line in page.text.splitlines() if line.startswith(name)]
+        assert any(f'# {{trace_id="{trace:032x}"}}' in line for line in series), name
 
 
 async def lists_and_errors(service: Service) -> None:
