@@ -50,9 +50,9 @@ class Http(Strict):
             disappeared.
         keep_alive_timeout_s: how long a connection on which nothing is asked any more is kept open. Longer than clients
             and load balancers keep theirs, or one may be closed just when they use it again.
-        ui: serve the page at ``/ui``, and what it shows as JSON: the state at ``/hycluster/status``, requests' timelines
-            at ``/hycluster/requests``; to whoever reaches the HTTP ingress. None: only where ``host`` is a loopback
-            address.
+        ui: serve the page at ``/ui``, and what it shows as JSON: the state at ``/hycluster/status``, timelines of
+            requests at ``/hycluster/requests``; to whoever reaches the HTTP ingress. None: only where ``host`` is a
+            loopback address.
     """
 
     host: str = "127.0.0.1"
