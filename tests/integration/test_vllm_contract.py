@@ -44,6 +44,23 @@ def test_gateway_sets_what_async_llm_sets() -> None:
     assert not missing
 
 
+def test_who_left_is_known_to_nobody_but_the_gateway() -> None:
+    """``Gateway.abort`` does what ``AsyncLLM.abort`` does, and counts: vLLM's loggers hear nothing of an abort."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    from hycluster.gateway.gateway import Gateway
+
+    abort = inspect.getsource(AsyncLLM.abort)
+    assert "self.output_processor.abort_requests(request_ids, internal)" in abort
+    assert "self.engine_core.abort_requests_async(all_request_ids)" in abort
+    assert abort.count("await ") == 1
+    assert inspect.signature(AsyncLLM.abort).parameters.keys() == inspect.signature(Gateway.abort).parameters.keys()
+    assert "stats.update" not in inspect.getsource(OutputProcessor.abort_requests)
+    # A caller who leaves is what it is called for.
+    assert "except (asyncio.CancelledError, GeneratorExit):" in inspect.getsource(AsyncLLM.generate)
+
+
 def test_pool_offers_what_async_llm_asks_of_its_engine_core() -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
 
