@@ -22,6 +22,7 @@ from hycluster.batch.input.tables import pack
 from hycluster.batch.job import Job
 from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.task import open_task
+from hycluster.ingress.errors import KIND_HEADER
 from hycluster.ingress.grpc import GrpcIngress, serve_grpc
 from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto import inference_pb2_grpc
@@ -177,6 +178,7 @@ async def test_every_way_in_is_one_trace_and_one_timeline(tiny_model: Path, tmp_
             await timelines_add_up(service, http_s, grpc_s, moved["x-request-id"], moved_s)
             await lists_and_errors(service)
             await durations_point_at_their_traces(service)
+            await nothing_is_told_where_the_page_is_not(service)
         traces = collector.traces(roots=4)
     whole(traces)
 
@@ -227,6 +229,20 @@ async def durations_point_at_their_traces(service: Service) -> None:
         assert any(f'# {{trace_id="{trace:032x}"}}' in line for line in series), name
 
 
+async def nothing_is_told_where_the_page_is_not(service: Service) -> None:
+    from hycluster.ingress.http import serve_http
+
+    http = await serve_http(service.generator, Http(port=0, ui=False), drain_timeout_s=1)
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{http.port}", timeout=30) as client:
+            for path in ("/hycluster/requests", "/hycluster/requests/by-http"):
+                answer = await client.get(path)
+                # By which ``hycluster why`` tells it from a request that nobody knows.
+                assert (answer.status_code, answer.headers.get(KIND_HEADER)) == (404, None)
+    finally:
+        await http.stop()
+
+
 async def lists_and_errors(service: Service) -> None:
     async with httpx.AsyncClient(base_url=service.url, timeout=30) as client:
         listed = (await client.get("/hycluster/requests", params={"slowest": 2, "model": "tiny"})).json()["requests"]
@@ -236,6 +252,7 @@ async def lists_and_errors(service: Service) -> None:
         assert (await client.get("/hycluster/requests", params={"model": "none"})).json() == {"requests": []}
         unknown = await client.get("/hycluster/requests/nobody's")
         assert (unknown.status_code, unknown.json()["error"]["type"]) == (404, "NotFoundError")
+        assert unknown.headers[KIND_HEADER] == "NotFound"
         for wrong in ("0", "-1", "many", "100000"):
             refused = await client.get("/hycluster/requests", params={"slowest": wrong})
             assert refused.status_code == 400
