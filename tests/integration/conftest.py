@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from hycluster import cluster
 from hycluster.directory.directory import SHARED_DIRECTORY, ReplicaReport, find_directory
 from hycluster.models import tiny
 from tests.ordinary_user import as_ordinary_user
+from tests.otlp_collector import Collector
 from tests.vllm_forks import VllmForks
 
 if TYPE_CHECKING:
@@ -57,7 +58,16 @@ def hunyuan_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def settings_file(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, hunyuan_model: Path) -> Path:
+def collector() -> Iterator[Collector]:
+    """Gets the traces of requests whose callers record them, and no others."""
+    with Collector() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="session")
+def settings_file(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, hunyuan_model: Path, collector: Collector
+) -> Path:
     """Pools: the embedded model on two replicas, two tiny random ones, a simulated one on two replicas."""
     settings = {
         "models": [
@@ -95,6 +105,7 @@ def settings_file(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, hu
         "data_plane": {"host": "127.0.0.1"},
         "batches": {"store": str(tmp_path_factory.mktemp("batches")), "shard_lines": 4, "poll_s": 0.2},
         "drain_timeout_s": 20,
+        "tracing": {"endpoint": collector.endpoint, "sample_ratio": 0},
     }
     path = tmp_path_factory.mktemp("settings") / "settings.yaml"
     path.write_text(json.dumps(settings))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import secrets
 import signal
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,7 +19,10 @@ import pytest
 from hycluster.chaos.sse import event_lines
 from hycluster.client import AsyncClient
 from hycluster.core import Sampling
+from hycluster.directory.directory import find_directory
+from hycluster.gateway.asking import timeline_of
 from tests.integration.conftest import MODEL, PROMPTS, SIMULATED, Served, eventually, replicas
+from tests.otlp_collector import Collector, nested
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -96,18 +101,60 @@ async def whole(served: Served, model: str) -> None:
     await asyncio.to_thread(eventually, there, 150, f"both replicas of {model} are there")
 
 
+class Traced:
+    """Some more requests by HTTP, with ids and traces of their callers'."""
+
+    def __init__(self, http: httpx.AsyncClient, model: str, tokens: int) -> None:
+        self._http = http
+        self._body = {"model": model, "prompt": "Once", "max_tokens": tokens, "ignore_eos": True}
+        self._ids = {f"loss-{model}-{number}": secrets.randbits(127) + 1 for number in range(4)}
+        self.asking = [asyncio.create_task(self._ask(name, trace)) for name, trace in self._ids.items()]
+
+    async def _ask(self, name: str, trace: int) -> float:
+        headers = {"x-request-id": name, "traceparent": f"00-{trace:032x}-{1:016x}-01"}
+        begun_s = time.monotonic()
+        answer = await self._http.post("/v1/completions", json=self._body, headers=headers)
+        assert answer.raise_for_status().headers["x-request-id"] == name
+        return time.monotonic() - begun_s
+
+    async def look(self, collector: Collector) -> None:
+        """Their timelines add up, and each is one trace, whether it was migrated or not."""
+        took_s = await asyncio.gather(*self.asking)
+        moved = 0
+        for (name, trace), measured_s in zip(self._ids.items(), took_s, strict=True):
+            told = (await self._http.get(f"/hycluster/requests/{name}")).raise_for_status().json()
+            assert sum(span["duration_s"] for span in told["spans"]) == pytest.approx(told["duration_s"], rel=1e-3)
+            assert told["duration_s"] == pytest.approx(measured_s, rel=0.05, abs=0.05)
+            stages = {span["name"] for span in told["spans"]}
+            assert {"prefill", "decode"} <= stages
+            lost = [event for event in told["events"] if event["name"] == "migrated"]
+            moved += len(lost)
+            spans = await asyncio.to_thread(collector.trace, f"{trace:032x}")
+            legs = [span for span in spans if span.name.startswith("generate ")]
+            assert len(legs) == 1 + len(lost)
+            assert nested(spans)
+            assert ("migrate" in stages) == ("migrate" in {span.name for span in spans}) == bool(lost)
+        assert moved, "none of them was on the replica that was killed"
+        # As the command finds it, by the directory.
+        by_ray = await timeline_of(find_directory(), name)
+        assert by_ray is not None
+        assert by_ray["id"] == name
+
+
 @pytest.mark.parametrize(("model", "tokens"), [(SIMULATED, 150), (MODEL, 60)])
-async def test_streams_of_a_killed_replica_go_on(served: Served, model: str, tokens: int) -> None:
+async def test_streams_of_a_killed_replica_go_on(served: Served, model: str, tokens: int, collector: Collector) -> None:
     await whole(served, model)
     async with callers(served) as (http, grpc):
         expected = await ask_all(http, grpc, model, tokens)
         asking = asyncio.create_task(ask_all(http, grpc, model, tokens))
+        traced = Traced(http, model, tokens)
         # Some tokens have come of the streams, and more are to come.
         await asyncio.sleep(max(pause for _, pause in expected) + 0.5)
         assert not asking.done()
         os.kill(replica_processes(served, model)[0].pid, signal.SIGKILL)
         got = await asking
         assert [answer for answer, _ in got] == [answer for answer, _ in expected]
+        await traced.look(collector)
         assert (await http.get("/health")).status_code == 200
 
 
