@@ -1,6 +1,6 @@
 """Each alert fires when its fault is there, and only then: by promtool, on series as the fault makes them.
 
-That the series are so when the fault is real is shown where the fault is: ``tests/integration/test_monitoring.py``.
+That a real fault makes such series is not shown here; ``tests/integration/test_metrics.py`` has a real Prometheus.
 """
 
 from __future__ import annotations
