@@ -75,7 +75,7 @@ function playground(form) {
       body: JSON.stringify({
         model: field("model").value,
         messages,
-        max_tokens: Number(field("max_tokens").value),
+        max_completion_tokens: Number(field("max_tokens").value),
         temperature: Number(field("temperature").value),
         stream: true,
         stream_options: { include_usage: true },
