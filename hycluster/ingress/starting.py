@@ -78,6 +78,9 @@ class WaitingGenerator:
     async def models(self) -> list[ModelCard]:
         return await (await self._open()).models()
 
+    def model_of(self, name: str) -> str | None:
+        return self._generator.model_of(name) if self._generator is not None else None
+
     async def stream(
         self, request: GenerationRequest, *, deadline_s: float | None = None
     ) -> AsyncGenerator[Generation, None]:

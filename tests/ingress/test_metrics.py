@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import httpx
@@ -86,7 +86,7 @@ async def test_a_caller_who_leaves_is_no_error_of_the_service() -> None:
             pass
         raise asyncio.CancelledError
 
-    said = iter([{"type": "http.request", "body": b"x"}, {"type": "http.disconnect"}])
+    said: Iterator[Message] = iter([{"type": "http.request", "body": b"x"}, {"type": "http.disconnect"}])
 
     async def receive() -> Message:
         return next(said)

@@ -42,7 +42,7 @@ def read(featured: Featured, **asked: str) -> Counter[tuple[str, frozenset[tuple
     families = text_string_to_metric_families(answer.text)
     found = [(one.name, frozenset(one.labels.items()), one.value) for family in families for one in family.samples]
     assert len({(name, labels) for name, labels, _ in found}) == len(found)
-    return Counter({(name, labels): value for name, labels, value in found})  # type: ignore[misc]
+    return Counter({(name, labels): value for name, labels, value in found})
 
 
 def total(series: Any, name: str, **labels: str) -> float:

@@ -27,7 +27,12 @@ from tests.simulated_pool import SimulatedPool
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), pytest.mark.usefixtures("vllm_imported")]
 
 ENGINE = Simulated(vocab_size=256, max_model_len=512, decode_token_s=0.002)
-CHAT = {"model": "org/tiny", "messages": [{"role": "user", "content": "hi"}], "max_completion_tokens": 8, "ignore_eos": True}
+CHAT = {
+    "model": "org/tiny",
+    "messages": [{"role": "user", "content": "hi"}],
+    "max_completion_tokens": 8,
+    "ignore_eos": True,
+}
 
 
 async def serving(model: Model, look: Callable[[str, Any, SimulatedPool], Any]) -> None:
@@ -83,7 +88,9 @@ async def test_what_callers_got_is_counted(model: Model) -> None:
             assert {"prefill", "decode"} <= set(re.findall(r'<th scope="row">(\w+)<', found.text))
             assert 'href="/ui/requests?id=' in page
             # A caller who leaves, and one who finds no room.
-            leaving = asyncio.create_task(http.post("/v1/chat/completions", json={**CHAT, "max_completion_tokens": 400}))
+            leaving = asyncio.create_task(
+                http.post("/v1/chat/completions", json={**CHAT, "max_completion_tokens": 400})
+            )
             await until(lambda: gateway.engine_core.requests_in_flight == 1, timeout_s=5)
             leaving.cancel()
             await until(lambda: gateway.traffic.cancelled == 1, timeout_s=5)
