@@ -192,15 +192,19 @@ def one_by_one(names: list[str], rounds: int, model: Path, work: Path, cpus: flo
 
 
 def together(names: list[str], rounds: int, model: Path, work: Path, cpus: float) -> Rounds:
-    """All sides stay up and take turns, some seconds each: a machine's ups and downs then hit all alike."""
+    """All sides stay up and take turns, some seconds each: a machine's ups and downs then hit all alike.
+
+    Every other round goes backwards through the sides, so that no side always follows the same one.
+    """
     figures: Rounds = {name: [] for name in names}
     with contextlib.ExitStack() as stack:
         loads = {name: stack.enter_context(started(name, model, work, cpus)) for name in names}
         for number in range(rounds):
             turn: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in names}
+            order = names[::-1] if number % 2 else names
             for level, requests in LEVELS.items():
-                for name, load in loads.items():
-                    turn[name][level] = load(level, requests)
+                for name in order:
+                    turn[name][level] = loads[name](level, requests)
             for name in names:
                 figures[name].append(turn[name])
                 print(f"round {number + 1} {name}: " + json.dumps(turn[name]), flush=True)

@@ -547,8 +547,9 @@ async def test_bulk_rows_go_where_online_requests_leave_room() -> None:
             # As if what was before were long ago.
             link.room._used.clear()
         await pool.client.update(pool.replicas.reports)
-        rows = [room.rows for room in pool.client.rooms]
-        assert rows == [0 + 8, 64 - 6 + 8]
+        rows = {replica_id: link.room.rows for replica_id, link in pool.links.items()}
+        assert rows == {"r0": 0 + 8, "r1": 64 - 6 + 8}
+        assert {room.rows for room in pool.client.rooms} == set(rows.values())
         for number in range(4, 40):
             await pool.client.add_request_async(ask(f"bulk-{number}", max_tokens=100, priority=Priority.BATCH))
         await pool.running(8, 44)

@@ -64,8 +64,12 @@ def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert process.stdout is not None
+    said = ""
     try:
-        assert any("Ray runtime started" in line for line in process.stdout)
+        while "Ray runtime started" not in said:
+            line = process.stdout.readline()
+            assert line, said
+            said += line
         yield address
     finally:
         process.terminate()

@@ -104,6 +104,8 @@ def test_only_an_idle_engine_is_probed(engine: SimulatedEngine, watch: Watch, mo
 
     monkeypatch.setattr(engine, "probe", probe)
     ask(engine, max_tokens=300)
+    # What its thread has not taken up yet is no work.
+    eventually(lambda: engine.last_step_age_s is not None)
     watch(probe_after_s=0.1)
     eventually(lambda: len(probes) >= 3)
     assert all(probes)
