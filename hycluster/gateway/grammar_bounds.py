@@ -27,8 +27,9 @@ _DATA = frozenset({"const", "enum", "default", "examples", "example"})
 _NAMED = frozenset({"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"})
 # A schema and these, or what they hold, are satisfied by one and the same value.
 _SAME_VALUE = ("allOf", "anyOf", "oneOf", "not", "if", "then", "else")
-# {n}, {n,} and {n,m}; and Lark's ~ n and ~ n..m.
-_REPEATS = re.compile(r"\{\s*(\d+)\s*(?:,\s*(\d*)\s*)?\}|~\s*(\d+)(?:\s*\.\.\s*(\d+))?")
+# {n}, {n,} and {n,m}; and Lark's ~ n and ~ n..m. What is taken is not given back, so that it takes time in proportion
+# to the text: while it is searched, nothing else in the process runs.
+_REPEATS = re.compile(r"\{\s*+(\d++)\s*+(?:,\s*+(\d*+)\s*+)?+\}|~\s*+(\d++)(?:\s*+\.\.\s*+(\d++))?")
 # vLLM's own bound is 64, and 16 more for what wraps the schemas of tools.
 _MAX_NESTING = 100
 # Of where it is: names of properties have any length.
@@ -92,9 +93,14 @@ def _subschemas(schema: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict):
             for key, child in value.items():
                 if named or key not in _DATA:
-                    waiting.append((f"{path}/{key}", depth + 1, not named and key in _NAMED, child))
+                    waiting.append((_below(path, key), depth + 1, not named and key in _NAMED, child))
         elif isinstance(value, list):
-            waiting.extend((f"{path}/{place}", depth + 1, False, child) for place, child in enumerate(value))
+            waiting.extend((_below(path, place), depth + 1, False, child) for place, child in enumerate(value))
+
+
+def _below(path: str, key: object) -> str:
+    """No longer than it is shown: each of ten thousand items would have a copy of the long name that they are under."""
+    return path if len(path) >= _SHOWN else f"{path}/{key}"[:_SHOWN]
 
 
 def _check_references(field: str, schema: Any) -> None:
@@ -110,9 +116,18 @@ def _check_references(field: str, schema: Any) -> None:
     }
     done: set[str] = set()
     passed: set[str] = set()
+    # What one place asks for, by its identity: it has as many names as there are ways to write it with %.
+    known: dict[int, list[str]] = {}
+
+    def conditions(reference: str) -> Iterator[str]:
+        target = _resolve(schema, reference)
+        if id(target) not in known:
+            known[id(target)] = _conditions(target)
+        return iter(known[id(target)])
+
     for begin in references:
         # Depth first; a reference that is met again on its own way is a cycle.
-        way: list[tuple[str, Iterator[str]]] = [(begin, iter(_conditions(schema, begin)))]
+        way: list[tuple[str, Iterator[str]]] = [(begin, conditions(begin))]
         passed.add(begin)
         while way:
             reference = next(way[-1][1], None)
@@ -125,14 +140,14 @@ def _check_references(field: str, schema: Any) -> None:
                     f"{field}: $ref {shown(reference)} leads back to itself, and to no schema; not allowed"
                 )
             elif reference not in done:
-                way.append((reference, iter(_conditions(schema, reference))))
+                way.append((reference, conditions(reference)))
                 passed.add(reference)
 
 
-def _conditions(schema: Any, reference: str) -> list[str]:
-    """References that a value must satisfy, or may, so that it satisfies this one."""
+def _conditions(schema: Any) -> list[str]:
+    """References that a value must satisfy, or may, so that it satisfies this schema."""
     found: list[str] = []
-    waiting = [_resolve(schema, reference)]
+    waiting = [schema]
     while waiting:
         target = waiting.pop()
         if not isinstance(target, dict):

@@ -29,6 +29,7 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.exceptions import GenerationError
 
 from hycluster.engine.patches.completion_prompts import patch_completions
+from hycluster.engine.patches.error_messages import patch_error_messages
 from hycluster.engine.patches.truncated_responses import patch_responses
 from hycluster.engine.patches.unread_tools import patch_tools
 from hycluster.errors import HyclusterError, UnknownModel
@@ -78,6 +79,8 @@ OPEN_ROUTES = frozenset(
     }
 )
 
+
+patch_error_messages()
 
 # Of control routes those that find their model by themselves.
 FOR_ALL_MODELS = frozenset({LOAD, UNLOAD})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -125,3 +126,39 @@ def test_long_chains_of_references_take_no_time(back: bool) -> None:
     with pytest.raises(InvalidInput) if back else contextlib.nullcontext():
         check("json", {"$ref": "#/$defs/a0", "$defs": chain})
     assert time.monotonic() - begun < 1
+
+
+def names(number: int) -> str:
+    """One of a thousand ways to write the same reference."""
+    return "".join(f"%{ord(letter):x}" if number >> place & 1 else letter for place, letter in enumerate("abcdefghij"))
+
+
+# 64 KiB took two minutes, in which nothing else ran in the process; half a GiB of copies of a name; seconds.
+@pytest.mark.parametrize(
+    ("kind", "asked"),
+    [
+        ("regex", "{1," + " " * 60_000),
+        ("regex", "{ " * 30_000),
+        ("grammar", "~1 .." + " " * 60_000),
+        ("json", {"properties": {"x" * 32_000: [0] * 11_000}}),
+        (
+            "json",
+            {
+                "$defs": {"abcdefghij": {"allOf": [0] * 10_000}},
+                "items": [{"$ref": f"#/$defs/{names(number)}"} for number in range(900)],
+            },
+        ),
+    ],
+    ids=["blanks", "braces", "dots", "long name", "many names"],
+)
+def test_what_is_hard_to_look_at_takes_neither_time_nor_memory(kind: str, asked: Any) -> None:
+    spec = asked if isinstance(asked, str) else json.dumps(asked, separators=(",", ":"))
+    assert len(spec) < 64 << 10
+    tracemalloc.start()
+    begun = time.process_time()
+    check(kind, spec)
+    took = time.process_time() - begun
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert took < 0.5
+    assert most < 32 << 20
