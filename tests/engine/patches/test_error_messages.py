@@ -47,6 +47,17 @@ def test_it_takes_no_longer_than_the_message_is_long(run: str) -> None:
     assert time.process_time() - begun < 1
 
 
+def test_what_nobody_reads_is_cut_off() -> None:
+    from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+
+    from hycluster.engine.patches.error_messages import MOST_CHARACTERS, patch_error_messages
+
+    patch_error_messages()
+    for length, end in ((MOST_CHARACTERS, "m"), (10**7, "... (9991808 characters more)")):
+        message = create_error_response("m" * length).error.message
+        assert message == "m" * MOST_CHARACTERS + end.removeprefix("m")
+
+
 def test_vllms_own_still_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
     import regex
     from vllm.entrypoints.serve.exception_handling import utils
