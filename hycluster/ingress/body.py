@@ -9,6 +9,7 @@ from fastapi import HTTPException, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hycluster.ingress.errors import answer_http_error
+from hycluster.ingress.json_shape import JsonShape
 
 # These only tokenize, and vLLM sets them no bound; the ingress process has one thread a model for that, and a MiB takes
 # it about a second. 4 MiB hold 256k tokens.
@@ -22,6 +23,7 @@ class BodyLimit:
         max_bytes: of one body.
         max_total_bytes: of the bodies of all requests in work; what is over it is shed with 429.
         stall_s: how long the next piece of a body may take.
+        max_members: of objects in a JSON body, objects and arrays with them; where bodies are nothing but JSON.
         paths: smaller bounds on bodies, by path.
     """
 
@@ -32,12 +34,14 @@ class BodyLimit:
         *,
         max_total_bytes: int | None = None,
         stall_s: float | None = None,
+        max_members: int | None = None,
         paths: Mapping[str, int] = {},
     ) -> None:
         self.app = app
         self.max_bytes = max_bytes
         self.max_total_bytes = max_total_bytes
         self.stall_s = stall_s
+        self.max_members = max_members
         self.paths = paths
         self._held = 0
 
@@ -54,6 +58,10 @@ class BodyLimit:
             429, f"body: those of all requests in work are over the limit of {self.max_total_bytes} bytes",
             {"Retry-After": "1", **close},
         )  # fmt: skip
+        too_many = HTTPException(
+            413, f"body: has more than {self.max_members} objects, arrays and members of objects", close
+        )
+        shape = None if self.max_members is None else JsonShape()
         seen, complete, answering = 0, False, False
 
         async def counted() -> Message:
@@ -72,6 +80,10 @@ class BodyLimit:
                 raise too_large
             if self.max_total_bytes is not None and self._held > self.max_total_bytes:
                 raise full
+            if shape is not None and self.max_members is not None:
+                shape.feed(message.get("body", b""))
+                if shape.members > self.max_members:
+                    raise too_many
             return message
 
         async def watched(message: Message) -> None:
@@ -86,7 +98,7 @@ class BodyLimit:
             await self.app(scope, counted, watched)
         except HTTPException as error:
             # vLLM's app answers this itself, in the same form, where it was the one that read.
-            if error not in (too_large, too_slow, full) or answering:
+            if error not in (too_large, too_many, too_slow, full) or answering:
                 raise
             await (await answer_http_error(Request(scope), error))(scope, receive, send)
         finally:

@@ -1,8 +1,8 @@
 """What is wrong in a list of a request is looked for until it has been found, and not once more for each element.
 
 pydantic goes on to the end, and tells of each element by every kind that it might have been: an item of the Responses
-API might be one of some thirty, so nine kilobytes, three thousand ``{}``, took four seconds and 700,000 errors, in which
-nothing else ran in the ingress process. Callers are told the first ten.
+API might be one of some thirty, so nine kilobytes, three thousand ``{}``, took four seconds and 700,000 errors, in
+which nothing else ran in the ingress process. Callers are told the first ten.
 
 Reaches into FastAPI's routes for what validates their bodies (``ModelField._type_adapter``), as there is no setting for
 it; ``tests/ingress/test_first_wrong.py`` runs it.

@@ -131,6 +131,7 @@ async def serve_http(
         settings.max_body_mib << 20,
         max_total_bytes=settings.max_bodies_mib << 20,
         stall_s=settings.stalled_client_timeout_s,
+        max_members=settings.max_body_members,
         paths=TOKENIZED_PATHS,
     )
     app = around(app)

@@ -79,6 +79,8 @@ class WithResponses:
         self._background = background
         self._most_bytes = http.max_body_mib << 20
         self._most_bytes_together = http.max_bodies_mib << 20
+        # As many as one request could have brought: an item has three members and more.
+        self._most_items = http.max_body_members // 3
         self._held = 0
         self._not_kept = NO_STORE if store is None else BATCH_LINE if background is None else None
         self.routes = response_routes(store) if store is not None else None
@@ -142,6 +144,11 @@ class WithResponses:
             held, before = await self._previous(previous_id)
             if isinstance(items, list):
                 items = [*before.conversation, *items]
+                if len(items) > self._most_items:
+                    raise InvalidInput(
+                        f"previous_response_id: {shown(previous_id)} makes an input of {len(items)} items; at most"
+                        f" {self._most_items} are allowed"
+                    )
                 body["input"] = items
             if body.get("model") is None:
                 body["model"] = before.response.get("model")

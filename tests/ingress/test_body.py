@@ -88,3 +88,18 @@ async def test_a_smaller_bound_for_a_path() -> None:
         assert (await http.post("/", content=b"x" * 11)).status_code == 200
         assert (await http.post("/tokenize", content=b"x" * 11)).status_code == 413
         assert (await http.post("/tokenize", content=b"x" * 10)).status_code == 200
+
+
+async def test_what_is_in_a_body_has_a_bound() -> None:
+    app = Slow()
+    app.may_answer.set()
+    async with client(BodyLimit(app, 10_000, max_members=100)) as http:
+        for within, status in (
+            ("[" * 98, 200),
+            ("[" * 99, 413),
+            ("{}," * 97 + '"{{"', 200),
+            ('"' + "{" * 999 + '"', 200),
+        ):
+            answer = await http.post("/", content=f'{{"a": {within}')
+            assert answer.status_code == status
+        assert "more than 100 objects, arrays and members" in (await http.post("/", content="{" * 101)).text

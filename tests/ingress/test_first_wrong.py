@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import httpx
@@ -65,8 +64,8 @@ def app() -> FastAPI:
 
 
 @pytest.fixture
-def calls(app: FastAPI) -> Iterator[httpx.AsyncClient]:
-    yield httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ingress")
+def calls(app: FastAPI) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ingress")
 
 
 @pytest.mark.parametrize(

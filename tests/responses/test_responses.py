@@ -180,6 +180,10 @@ class TestConversations:
         first.model.hold.set()
         assert sorted([(await stream).status_code for stream in streams]) == [200, 429]
         assert (await first.create(previous_response_id=one.id)).status_code == 200
+        first.app._most_items = 1
+        refused = await first.create(previous_response_id=one.id)
+        assert refused.status_code == 400
+        assert "makes an input of 3 items; at most 1 are allowed" in refused.json()["error"]["message"]
         first.app._most_bytes = 5_000
         assert (await first.create(previous_response_id=one.id)).status_code == 400
 
