@@ -37,7 +37,8 @@ _LINEAR: dict[str, re.Pattern[str]] = {
 def patch_error_messages() -> None:
     """Have vLLM search like that; once is enough."""
     # Its function is imported by name in many places, and asks for this by name.
-    utils.re = SimpleNamespace(sub=_sub)
+    module: Any = utils
+    module.re = SimpleNamespace(sub=_sub)
 
 
 def _sub(pattern: str, instead: str, text: str) -> str:
