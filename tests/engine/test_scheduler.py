@@ -458,7 +458,8 @@ def test_a_mixed_hour(tiny_model: Path) -> None:
 def test_a_row_tells_for_how_long_it_was_left_out(case: Case) -> None:
     fill_with_bulk(case, SLOTS, tokens=400)
     case.until(8)
-    assert told_aside(case) == {}
+    # A step in which only they run takes no more of them than ``max_step_s`` allows: some sit one out.
+    assert max((parked_s for parked_s, _ in told_aside(case).values()), default=0) < 0.2
     come_s = case.engine.now_s
     for number in range(4):
         case.add(f"online-{number}", 60, 20, Priority.ONLINE)
@@ -467,8 +468,8 @@ def test_a_row_tells_for_how_long_it_was_left_out(case: Case) -> None:
     case.until(case.engine.now_s + 20)
     said = told_aside(case)
     assert 0.3 * beside_s < max(parked_s for parked_s, _ in said.values()) <= 1.1 * beside_s
-    # Four of them made room for the four.
-    assert sum(given_up for _, given_up in said.values()) == case.load.given_up == 4
+    # Each that made room for one of the four says so.
+    assert 1 <= sum(given_up for _, given_up in said.values()) == case.load.given_up <= 4
     assert not {name for name in said if name.startswith("online")}
 
 
