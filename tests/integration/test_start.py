@@ -177,7 +177,7 @@ async def test_what_serves_serves_on(half_broken: Starting) -> None:
         assert asked == {"fine": 200, "broken": 503}
         async with asyncio.timeout(30):
             # The ingress processes tell their counts each five seconds.
-            while (state := await _state(caller))["traffic"]["answered"] < 20:
+            while (state := await _state(caller))["traffic"]["answered"] < 20:  # noqa: ASYNC110 - as callers look
                 await asyncio.sleep(0.5)
         _the_state_says_what_is_wrong(state)
     # What it was at while it started, and what became of it.
