@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,27 +160,3 @@ async def test_which_routes_act_on_one_model(model: Model, monkeypatch: pytest.M
             assert not controls("POST", path)
         for path in ("/metrics", "/version", "/docs", "/v1/models/org/tiny", "/sleep"):
             assert not controls("GET", path)
-
-
-async def test_hostile_bodies_are_refused_in_no_time(model: Model) -> None:
-    """Each would have kept the ingress process from everything else for seconds or minutes."""
-    from hycluster.gateway.generation import Generator
-
-    async with (
-        opened(model) as (gateway, _),
-        serving(Generator({model.name: gateway})) as url,
-        httpx.AsyncClient(base_url=url, timeout=60) as http,
-    ):
-        chat = {"model": model.name, "messages": [{"role": "user", "content": "x"}]}
-        began_s = time.process_time()
-        for path, field in (("responses", "input"), ("responses", "tools"), ("chat/completions", "messages")):
-            for item in ({}, 1):
-                answer = await http.post(f"/v1/{path}", json={"input": "x", **chat, field: [item] * 10_000})
-                assert answer.status_code == 400
-                # pydantic's own count of what is wrong.
-                assert int(answer.json()["error"]["message"].partition(" validation error")[0]) < 1000
-        unknown = await http.post("/v1/completions", json={"model": "/a" * 10_000, "prompt": "x"})
-        assert (unknown.status_code, len(unknown.text) < 10_000) == (404, True)
-        many = await http.post("/v1/chat/completions", json={**chat, "messages": chat["messages"] * 20_000})
-        assert many.status_code == 413
-        assert time.process_time() - began_s < 10
