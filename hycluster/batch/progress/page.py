@@ -30,7 +30,7 @@ def render_page(figures: dict[str, Any]) -> str:
         output=figures["output"],
         verdict=verdict,
         readers=reader_lines(figures["output"]) if verdict[0] != "bad" else {},
-        warnings=list(_warnings(figures)),
+        warnings=list(figure_warnings(figures)),
         job=as_yaml({key: value for key, value in figures["job"].items() if value is not None}),
         summary=_summary(figures),
         samples=figures["samples"],
@@ -84,7 +84,8 @@ def _verdict(figures: dict[str, Any]) -> tuple[str, str]:
     return "good", f"done: all {rows} rows"
 
 
-def _warnings(figures: dict[str, Any]) -> Iterator[str]:
+def figure_warnings(figures: dict[str, Any]) -> Iterator[str]:
+    """What the one whose job it is should know before the rows are used."""
     reasons = figures["finish_reasons"]
     cut, rows = reasons.get("length", 0), sum(reasons.values())
     if rows and cut / rows >= CUT_OFF_SHARE:

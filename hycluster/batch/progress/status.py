@@ -97,7 +97,7 @@ class Status:
             ("completion tokens", str(self.done.completion_tokens)),
             ("rows/s", _rate(self.rows_per_s)),
             ("tokens/s", _rate(self.tokens_per_s)),
-            ("ETA", "-" if self.eta_s is None else duration(self.eta_s)),
+            ("ETA", "-" if self.eta_s is None or self.over else duration(self.eta_s)),
         ]
 
     def _said(self) -> list[tuple[str, str]]:

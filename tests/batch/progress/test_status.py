@@ -83,6 +83,7 @@ def test_what_the_job_said_last(make_job: MakeJob, monkeypatch: pytest.MonkeyPat
     tell_end(at(out).writable(), edition, "too much was lost")
     line = Watcher(at(out)).look().line()
     assert "state ended: too much was lost, shards" in line
+    assert line.endswith("ETA -")
     assert "retries 2" in line
     assert "in flight" not in line
     for unbelievable in (json.dumps({"edition": "another"}), "{", json.dumps({"edition": edition, "progress": 1})):
