@@ -11,9 +11,10 @@ Pinned to vLLM 0.32.0 (``docs/reaches.md``).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, Gauge
 from prometheus_client.registry import Collector
 from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import PrometheusStatLogger
@@ -93,11 +94,11 @@ class SchedulerMetrics:
             requests: that are in work, for what adapters they have.
         """
         logger = self._made.logger
-        logger.gauge_scheduler_running[ENGINE].set(running)
-        logger.gauge_scheduler_waiting[ENGINE].set(waiting)
-        logger.gauge_waiting_by_reason["capacity"][ENGINE].set(waiting - deferred)
-        logger.gauge_waiting_by_reason["deferred"][ENGINE].set(deferred)
-        logger.gauge_kv_cache_usage[ENGINE].set(kv_usage)
+        _put(logger.gauge_scheduler_running, running)
+        _put(logger.gauge_scheduler_waiting, waiting)
+        _put(logger.gauge_waiting_by_reason["capacity"], waiting - deferred)
+        _put(logger.gauge_waiting_by_reason["deferred"], deferred)
+        _put(logger.gauge_kv_cache_usage, kv_usage)
         logger.record_sleep_state(int(sleep_level > 0), sleep_level)
         found = [
             (sample.name, tuple(sample.labels.items()), float(sample.value))
@@ -112,9 +113,15 @@ class SchedulerMetrics:
         return tuple(found)
 
 
+def _put(gauges: Mapping[int, Any], value: float) -> None:
+    gauge: Gauge = gauges[ENGINE]
+    gauge.set(value)
+
+
 def _adapters(most: str, requests: Iterable[Request]) -> EngineSample:
     """Which adapters are asked for; the value is the time, as the Gateway API's inference extension has it."""
-    running, waiting = set(), set()
+    running: set[str] = set()
+    waiting: set[str] = set()
     for request in requests:
         if request.lora_request is not None:
             names = running if request.status == RequestStatus.RUNNING else waiting

@@ -264,7 +264,7 @@ async def model_app(gateway: Gateway, settings: Http) -> FastAPI:
         app.add_exception_handler(unreadable, answer_unreadable)
     # Counted for all apps at once, and with what never reaches one: ``Counted``.
     app.user_middleware[:] = [
-        each for each in app.user_middleware if each.cls is not PrometheusInstrumentatorMiddleware
+        each for each in app.user_middleware if getattr(each, "cls", None) is not PrometheusInstrumentatorMiddleware
     ]
     # vLLM hands the app over with its middleware built; have it built again, with the handler.
     app.middleware_stack = None

@@ -15,18 +15,22 @@ import os
 import stat
 import tempfile
 from collections.abc import AsyncIterator, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
 from prometheus_client import REGISTRY
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector, CollectorRegistry
 from prometheus_client.samples import Exemplar, Sample
 
 from hycluster.observe.catalogue import INGRESS
 
 logger = logging.getLogger(__name__)
+
+OPENMETRICS = "application/openmetrics-text"
 
 # One that is stopped says nothing; the rest must be there before a scrape's own timeout.
 NEIGHBOUR_TIMEOUT_S = 2.0
@@ -88,6 +92,10 @@ def of_replica(families: Iterable[Metric], replica_id: str) -> list[Metric]:
 def page(families: Sequence[Metric], accept: str = "") -> tuple[bytes, str]:
     """In the form that is asked for, and that form's content type."""
     encode, content_type = choose_encoder(accept)
+    if content_type.startswith(OPENMETRICS):
+        # A colon needs no escape in any of the forms, but ``vllm:`` would be ``vllm_`` for a Prometheus that asks for
+        # OpenMetrics and says nothing of escapes, as those before 3.0 do.
+        encode = partial(openmetrics.generate_latest, escaping=openmetrics.ALLOWUTF8)
     registry = CollectorRegistry()
     registry.register(_Gathered(families))
     return encode(registry), content_type

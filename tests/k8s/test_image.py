@@ -200,8 +200,9 @@ for name in {names!r}:
     importlib.import_module(name)
 print("imported", hycluster.__file__)
 """
-# `hycluster k8s check` is for a platform's own machine, and has its packages from an extra, hycluster[k8s].
-OTHERS = ("hycluster.__main__", "hycluster.k8s.schema")
+# `hycluster k8s check` and the making of dashboards are for a platform's own machine, and have their packages from an
+# extra, hycluster[k8s].
+OTHERS = ("hycluster.__main__", "hycluster.k8s.schema", "hycluster.monitoring.dashboards")
 # What a head, an ingress process and an engine import besides. The first is what Ray's dashboard refuses to start
 # without.
 PARTS = [

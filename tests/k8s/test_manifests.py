@@ -88,6 +88,7 @@ PLANTED: list[tuple[str, str, Any, str]] = [
     ("GRPCRoute", "spec.rules.0.backendRefs.0.port", 90000, "90000"),
     ("ServiceMonitor", "spec.endpoints.0.intervall", "15s", "intervall"),
     ("PodMonitor", "spec.podMetricsEndpoints.0.intervall", "15s", "intervall"),
+    ("PrometheusRule", "spec.groups.0.rules.0.exprr", "up", "exprr"),
     ("PriorityClass", "preemption", "Never", "preemption"),
     # What it takes, and what would not work.
     ("RayService", "metadata.name", "hycluster-of-a-name-that-is-far-too-long-for-ray", "47 characters"),

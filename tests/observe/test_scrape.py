@@ -132,3 +132,20 @@ def test_exemplars_come_with_openmetrics_only() -> None:
     assert (b"abc" in text, kind.partition(";")[0]) == (False, "text/plain")
     text, kind = page(families, "application/openmetrics-text; version=1.0.0")
     assert (b'# {trace_id="abc"} 1.0' in text, kind.partition(";")[0]) == (True, "application/openmetrics-text")
+
+
+ASKED_BY = {
+    "prometheus-2": "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
+    "text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+    "prometheus-3": "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,"
+    "text/plain;version=1.0.0;escaping=allow-utf-8;q=0.4,*/*;q=0.1",
+    "underscores": "text/plain;version=1.0.0;escaping=underscores",
+    "nothing": "",
+}
+
+
+@pytest.mark.parametrize("accept", ASKED_BY.values(), ids=ASKED_BY)
+def test_names_are_the_same_in_every_form(accept: str) -> None:
+    family = GaugeMetricFamily("vllm:num_requests_running", "Running.", 1)
+    text, _ = page([family], accept)
+    assert b"\nvllm:num_requests_running 1.0\n" in text

@@ -13,7 +13,8 @@ import pytest
 
 from hycluster.observe.catalogue import INGRESS
 from hycluster.settings.load import Admission, Router
-from hycluster.settings.model import Model, Replicas
+from hycluster.settings.model import Model
+from hycluster.settings.pool import Replicas
 from hycluster.settings.simulated import Simulated
 from tests.simulated_pool import SimulatedPool, SimulatedReplica
 
@@ -73,7 +74,7 @@ def shown(*opened: Gateway) -> Counter[tuple[str, str]]:
                 assert ("ingress" in sample.labels) == (("request" in sample.name and "num_requests" not in sample.name)
                     or any(word in sample.name for word in ("token", "preemptions", "mm_cache"))), sample  # fmt: skip
                 assert sample.labels.get("ingress", INGRESS) == INGRESS
-                found[sample.name, sample.labels["replica"]] += sample.value  # type: ignore[assignment]
+                found[sample.name, sample.labels["replica"]] += sample.value
     return found
 
 

@@ -155,7 +155,7 @@ def test_what_a_screen_reader_is_told(driver: webdriver.Chrome, cluster: StandIn
     assert ("columnheader", "KV cache") in told
     assert ("meter", "KV cache in use") in told
     assert ("region", "The last hour") in told
-    assert ("image", "Requests a minute, the last 60 minutes, at most 89 requests a minute") in told
+    assert ("image", "Requests a minute, the last 60 minutes, at most 99 requests a minute") in told
     headings = {name for role, name in told if role == "heading"}
     assert {"Pools", BIG, SMALL, "Starting", "The last hour", "Last faults"} == headings
     assert not [role for role, name in told if role in ("link", "button", "image", "textbox") and not name]
