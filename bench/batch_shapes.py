@@ -27,12 +27,15 @@ import pyarrow.parquet as pq
 
 from bench.batch_scale import MIB, job, own_mib, watched
 
+# What Ray calls the processes in which a job's rows are read, and asked and written.
+READS, ASKS = "ReadCorpus", "MapWorker"
 WORDS = np.random.default_rng(0).integers(97, 123, 64 * MIB, dtype=np.uint8).tobytes().decode()
 
 
 def text(size: int, place: int) -> str:
-    """Letters without any order, so that nothing packs them to a tenth."""
-    return (WORDS[place % MIB :] * (1 + size // (len(WORDS) - MIB)))[:size]
+    """Letters without any order, so that nothing packs them to a tenth; 63 MiB at most."""
+    begin = place % MIB
+    return WORDS[begin : begin + size]
 
 
 def tiny(folder: Path) -> int:
@@ -87,7 +90,7 @@ def sampled(peaks: dict[str, float]) -> Iterator[None]:
                 try:
                     title = " ".join(process.cmdline())
                     if title.startswith("ray::"):
-                        name = title.split("(")[0].removeprefix("ray::").strip()
+                        name = title.removeprefix("ray::").replace("(", " ").split()[0]
                         peaks[name] = max(peaks[name], own_mib(str(process.pid)))
                 except (psutil.Error, OSError, IndexError):
                     continue
@@ -114,7 +117,7 @@ def measure(shape: str, folder: Path | None) -> None:
             peaks: dict[str, float] = defaultdict(float)
             with sampled(peaks):
                 found = watched(command, work)
-            workers = ", ".join(f"{name} {peak:.0f}" for name, peak in sorted(peaks.items()) if peak > 150)
+            workers = ", ".join(f"{name} {peaks[name]:.0f}" for name in (READS, ASKS) if name in peaks)
             print(f"  {command}: {found['s']:.1f} s, peak {found['peak_mib']:.0f} MiB; {workers}", flush=True)
 
 

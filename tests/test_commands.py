@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from hycluster.cli import app
 
@@ -23,3 +25,15 @@ def paths(command: Any, path: tuple[str, ...] = ()) -> set[str]:
 
 def test_every_command_has_its_name() -> None:
     assert paths(get_command(app)) == COMMANDS
+
+
+@pytest.mark.parametrize("command", [[], ["serve"], ["batch", "run"]])
+def test_help_is_a_letter_too(command: list[str]) -> None:
+    said = CliRunner().invoke(app, [*command, "-h"])
+    assert said.exit_code == 0
+    assert "Usage: " in said.output
+
+
+def test_the_shell_completes_commands() -> None:
+    asked = {"_HYCLUSTER_COMPLETE": "complete_bash", "COMP_WORDS": "hycluster batch st", "COMP_CWORD": "2"}
+    assert CliRunner().invoke(app, [], env=asked, prog_name="hycluster").output.split() == ["status"]

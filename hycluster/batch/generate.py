@@ -90,7 +90,7 @@ class Generate:
         self._in_flight = 0
         self._reported_s = 0.0
         self._feeding = asyncio.Lock()
-        # Writing takes some seven times a shard's size. Of those with cells larger than shards are meant to be, one at
+        # Writing takes some five times a shard's size. Of those with cells larger than shards are meant to be, one at
         # a time.
         self._writing = asyncio.Lock()
         self._opened: AbstractAsyncContextManager[Task] | None = None

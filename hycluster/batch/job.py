@@ -190,7 +190,10 @@ class Job(Strict):
         if self.task == "generate":
             given = [self.prompt is not None, columns.messages is not None]
             if all(given):
-                raise ValueError("prompt: not allowed beside input.columns.messages; give one of the two")
+                raise ValueError(
+                    "prompt: not allowed beside input.columns.messages; give one of the two (--set prompt=null takes"
+                    " away what the file says)"
+                )
             if not any(given) and columns.text is None:
                 raise ValueError("task: 'generate' needs prompt, input.columns.messages or input.columns.text")
         else:

@@ -25,7 +25,8 @@ from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.identity import Identity, identity, suffix_in
 from hycluster.batch.output.lease import Lease
 from hycluster.batch.output.record import ShardRecord, Totals
-from hycluster.batch.progress.figures import write_report
+from hycluster.batch.progress.figures import REPORT_HTML, write_report
+from hycluster.batch.progress.page import figure_warnings
 from hycluster.batch.progress.progress_file import Teller, tell_end
 from hycluster.batch.progress.terminal import JobProgress, Reporter, RunProgress, print_totals
 from hycluster.batch.prompts import prompt_of
@@ -107,7 +108,7 @@ def run_job(
                 raise JobFailed(f"{committed.rows} of {corpus.rows} rows are committed; run the same command again")
             check_quarantine(job, corpus, committed)
             Teller(output.folder, output.edition(), 0).end()
-            write_report(output.folder)
+            found = write_report(output.folder)
             lease.renew()
             lease.check()
             output.finish(mine, asdict(committed))
@@ -126,6 +127,9 @@ def run_job(
     print_totals(
         console, f"{job.name} -> {output.folder.masked}", committed, this_run, time.monotonic() - begun_s, in_work_s
     )
+    for warning in figure_warnings(found):
+        console.print(f"warning: {warning}", **PLAIN)
+    console.print(f"report: {found['output']}/{REPORT_HTML}", **PLAIN)
 
 
 def _to_be_deleted(job: Job, output: OutputFolder) -> str:

@@ -21,8 +21,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 DIED_SILENTLY = "its process ended while it started; Ray's log of it may say why"
 
 
-# What a start waits for before it does anything, because others failed before it.
-TURN = "turn"
+# What a start waits for before it does anything, because others failed before it; where none did, its process is up.
+TURN, PROCESS = "turn", "process"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +84,9 @@ class Starts:
         for other in [one for one in self._stages if one not in self._open][: max(0, len(self._stages) + 1 - wanted)]:
             # It told no end, and another one is in its place.
             del self._stages[other]
-        self._stages[replica] = [(TURN, self._clock())]
-        return max(0.0, self._retry_at_s - self._clock())
+        pause_s = max(0.0, self._retry_at_s - self._clock())
+        self._stages[replica] = [(TURN if pause_s else PROCESS, self._clock())]
+        return pause_s
 
     def stage(self, replica: str, name: str) -> None:
         """A start has come to its next stage."""
@@ -106,7 +107,7 @@ class Starts:
                     StageTime(name, until - since)
                     for (name, since), (_, until) in zip(stages, [*stages[1:], ("", now)], strict=True)
                     # Nobody waited.
-                    if name != TURN or until - since >= 0.5 or len(stages) == 1
+                    if name not in (TURN, PROCESS) or until - since >= 0.5 or len(stages) == 1
                 ),
             )
             for replica, stages in self._stages.items()

@@ -8,16 +8,18 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import psutil
 
 from hycluster.errors import one_line, reported
-from hycluster.serving.ray_state import Look, ServiceProcess
+from hycluster.serving.ray_state import CONTROLLER, DIRECTORY, Look, ServiceProcess
 
 # So many lines of one kind within a minute; then one a minute that counts.
 LINES_A_MINUTE = 6
 MINUTE_S = 60.0
+# On a machine that is busy, say with an engine's start, one may be so long silent that has not gone.
+SILENT_S = 20.0
 # Parts of what Serve says of a process that does not start. All else that it says is told better here, or is patience.
 CAN_NOT_START = ("to be scheduled", "failed to start", "scheduling failed")
 # In such a state of its deployment a process that goes was asked to.
@@ -50,6 +52,8 @@ class Losses:
         self._last = Look()
         self._kinds: dict[str, _Kind] = {}
         self._started = False
+        # Since when those are silent that may only be slow.
+        self._silent_s: dict[str, float] = {}
         self._controller_lost_s: float | None = None
         self._directory_lost_s: float | None = None
         # Seen once as gone; the next look decides.
@@ -63,6 +67,7 @@ class Losses:
 
     def compare(self, look: Look) -> list[str]:
         """What has happened since the last look, a line each."""
+        look = self._patiently(look)
         lines = [*self._nodes(look), *self._controller(look), *self._directory(look), *self._troubles(look)]
         if look.deployments is None:
             # The controller is away, or has not read its own state yet: it says nothing of the processes.
@@ -70,7 +75,20 @@ class Losses:
         else:
             lines += self._processes(look)
         lines += self._summaries()
+        self._silent_s = {name: since_s for name, since_s in self._silent_s.items() if name in look.late}
         return [f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(self._clock()))} {line}" for line in lines]
+
+    def _patiently(self, look: Look) -> Look:
+        """The look, in which those that have been silent for a short while are as they were."""
+        for name in look.late:
+            since_s = self._silent_s.setdefault(name, self._clock())
+            if self._clock() - since_s < SILENT_S:
+                look = (
+                    replace(look, controller=self._last.controller)
+                    if name == CONTROLLER
+                    else replace(look, overview=self._last.overview)
+                )
+        return look
 
     # -- processes ----------------------------------------------------------------------------------
 
@@ -155,7 +173,7 @@ class Losses:
             return []
         lines = []
         if before is not None and now != before:
-            self._controller_lost_s = self._clock()
+            self._controller_lost_s = self._silent_s.get(CONTROLLER, self._clock())
             lines += self._say("controller", "lost: Serve's controller; what runs serves on, nothing is replaced")
         if now is not None and self._controller_lost_s is not None:
             after_s = self._clock() - self._controller_lost_s
@@ -170,7 +188,7 @@ class Losses:
             return []
         lines = []
         if before is not None and now != before:
-            self._directory_lost_s = self._clock()
+            self._directory_lost_s = self._silent_s.get(DIRECTORY, self._clock())
             lines += self._say(
                 "directory", f"lost: the directory (pid {before}); ingress processes go on with what they know"
             )

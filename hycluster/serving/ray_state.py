@@ -22,6 +22,7 @@ from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from hycluster.directory.directory import Overview, find_directory
 
 ANSWER_WITHIN_S = 2.0
+CONTROLLER, DIRECTORY = "controller", "directory"
 # States in which a Serve replica holds a process that has started.
 STARTED = frozenset({"RUNNING", "UPDATING", "RECOVERING", "PENDING_MIGRATION"})
 # Ray gives up a GCS that it can't reach after so many seconds, with all of its processes, unless it is told otherwise.
@@ -61,6 +62,7 @@ class Look:
 
     Attributes:
         controller: tells one process of the Serve controller from the next; None: it does not answer.
+        late: which of :data:`CONTROLLER` and :data:`DIRECTORY` were asked and have not answered in time, dead or slow.
         deployments: by name; None while the controller does not know.
         processes: by id, those that have started.
         overview: the directory's; None: it does not answer.
@@ -72,6 +74,7 @@ class Look:
     processes: Mapping[str, ServiceProcess] = field(default_factory=dict)
     overview: Overview | None = None
     nodes: Mapping[str, str] = field(default_factory=dict)
+    late: frozenset[str] = frozenset()
 
 
 def look(app_name: str, directory: str) -> Look:
@@ -81,12 +84,12 @@ def look(app_name: str, directory: str) -> Look:
         ray.exceptions.RayError: GCS does not answer.
     """
     nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    overview = _answer(partial(find_directory, directory), "overview")
+    late: set[str] = set()
+    overview = _answer(partial(find_directory, directory), "overview", late, DIRECTORY)
     controller = partial(ray.get_actor, SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
-    details = _answer(controller, "get_serve_instance_details")
-    if details is None:
-        return Look(overview=overview, nodes=nodes)
-    return replace(read_details(details, app_name), overview=overview, nodes=nodes)
+    details = _answer(controller, "get_serve_instance_details", late, CONTROLLER)
+    found = Look() if details is None else read_details(details, app_name)
+    return replace(found, overview=overview, nodes=nodes, late=frozenset(late))
 
 
 def read_details(details: Mapping[str, Any], app_name: str) -> Look:
@@ -114,10 +117,14 @@ def read_details(details: Mapping[str, Any], app_name: str) -> Look:
     return Look(worker, deployments, processes)
 
 
-def _answer(find: Callable[[], Any], question: str) -> Any:
-    """None if there is none in time, or nobody to ask."""
-    with contextlib.suppress(ray.exceptions.RayError, TimeoutError, ValueError):
+def _answer(find: Callable[[], Any], question: str, late: set[str], name: str) -> Any:
+    """None if there is none in time, which is noted, or nobody to ask."""
+    try:
         return ray.get(getattr(find(), question).remote(), timeout=ANSWER_WITHIN_S)
+    except TimeoutError:
+        late.add(name)
+    except (ray.exceptions.RayError, ValueError):
+        pass
     return None
 
 

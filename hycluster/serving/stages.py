@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from hycluster.app import deployment_name
 from hycluster.directory.directory import Overview
-from hycluster.directory.starts import TURN, StartingReplica
+from hycluster.directory.starts import PROCESS, TURN, StartingReplica
 from hycluster.errors import one_line
 from hycluster.pool_health import StartTrouble
 from hycluster.serving.losses import CAN_NOT_START
@@ -33,6 +33,7 @@ MARKS = {"begins": ("…", "yellow"), "done": ("✓", "green"), "failed": ("✗"
 # In the place of a stage's name; what is not here is told as it is.
 WORDS = {
     TURN: "waits before it tries again",
+    PROCESS: "process: is up",
     "weights": "weights: found or made ready",
     "engine": "engine: loads the weights and warms up",
 }

@@ -31,8 +31,10 @@ def answered(text: str | None) -> Answer | Refusal:
     return Answer(text.upper(), "stop" if text else "length", 1 + len(text.split()), len(text.split()))
 
 
-def commit_all(job: Job, *, first: int | None = None, finish: bool = True, begun_at: float = 1000.0) -> Path:
-    """Commit the first shards of a job, or all; shard n takes from ``begun_at + n`` to this moment."""
+def commit_all(
+    job: Job, *, first: int | None = None, finish: bool = True, begun_at: float = 1000.0, apart_s: float = 1.0
+) -> Path:
+    """Commit the first shards of a job, or all; shard n takes from ``begun_at + n * apart_s`` to this moment."""
     corpus = plan_shards(
         at(job.input.path),
         shard_rows=job.shard_rows,
@@ -52,7 +54,7 @@ def commit_all(job: Job, *, first: int | None = None, finish: bool = True, begun
             answers = [Refusal(**mark) if mark else answered(text) for mark, text in zip(marks, texts, strict=True)]
             results, refused = split_answers(table.drop_columns([SHARD]), answers)
             row_id = f"{shard.file.path}#{shard.first_row}"
-            r = output.commit(shard.number, row_id, results, refused, begun_at=begun_at + shard.number)
+            r = output.commit(shard.number, row_id, results, refused, begun_at=begun_at + shard.number * apart_s)
             totals += Totals(r.rows, r.quarantined, r.prompt_tokens, r.completion_tokens)
     if finish:
         output.finish(mine, asdict(totals))

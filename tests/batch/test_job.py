@@ -72,7 +72,7 @@ def test_a_prompt_is_set_as_it_stands(tmp_path: Path, prompt: str) -> None:
         ({"task": "generate", "input": "{path: in}"}, "'generate' needs prompt, input.columns.messages or"),
         (
             {"task": "generate", "prompt": "x", "input": "{path: in, columns: {messages: m}}"},
-            "prompt: not allowed beside input.columns.messages",
+            "prompt: not allowed beside input.columns.messages; give one of the two .--set prompt=null",
         ),
         ({"input": "{path: in}"}, "input.columns.text: must be set for task 'summarize'"),
         ({"task": "ask"}, "question: task 'ask' needs either question or input.columns.question"),

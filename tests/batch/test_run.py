@@ -424,10 +424,13 @@ def test_ray_data_settings_of_the_process_are_left_as_they_were(make_job: MakeJo
     assert (before.enable_progress_bars, before.target_max_block_size) == (bars, size)
 
 
-def test_a_finished_job_has_its_report_and_can_be_verified(make_job: MakeJob, corpus: Path) -> None:
+def test_a_finished_job_has_its_report_and_can_be_verified(
+    make_job: MakeJob, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_texts(corpus / "c.parquet", ["fine", None, "refuse"], row_group_size=1)
     job = make_job(max_quarantined_fraction=0.2, shard_rows=3)
     run_job(job, engines=engines())
+    assert f"report: {job.output.path}/_report.html" in capsys.readouterr().out
     assert verify_output(at(job.output.path), at(job.input.path)).faults == []
     out = Path(job.output.path)
     report = json.loads((out / "_report.json").read_text())

@@ -110,7 +110,7 @@ def shown(starts: Starts) -> dict[str, list[tuple[str, float]]]:
 
 def test_stages_are_told_with_their_times(starts: Starts, clock: Clock) -> None:
     starts.begin("a", 2)
-    assert shown(starts) == {"a": [("turn", 0)]}
+    assert shown(starts) == {"a": [("process", 0)]}
     clock.now_s += 0.1
     starts.stage("a", "weights")
     clock.now_s += 3
@@ -118,12 +118,15 @@ def test_stages_are_told_with_their_times(starts: Starts, clock: Clock) -> None:
     starts.begin("b", 2)
     clock.now_s += 20
     # That nobody made it wait is nothing to tell.
-    assert shown(starts) == {"a": [("weights", 3), ("engine", 20)], "b": [("turn", 20)]}
+    assert shown(starts) == {"a": [("weights", 3), ("engine", 20)], "b": [("process", 20)]}
     starts.ended("a")
     starts.succeeded()
-    assert shown(starts) == {"b": [("turn", 20)]}
+    assert shown(starts) == {"b": [("process", 20)]}
     starts.failed("b", 2, "EngineStartFailed", "no memory")
     assert shown(starts) == {}
+    # Only after a failure is there a turn to wait for.
+    starts.begin("b", 2)
+    assert shown(starts) == {"b": [("turn", 0)]}
 
 
 def test_one_that_died_silently_is_shown_no_more_when_another_one_is_in_its_place(starts: Starts) -> None:

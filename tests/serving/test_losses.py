@@ -9,8 +9,8 @@ import pytest
 
 from hycluster.directory.directory import Overview
 from hycluster.pool_health import StartTrouble
-from hycluster.serving.losses import LINES_A_MINUTE, Losses
-from hycluster.serving.ray_state import Deployment, Look, ServiceProcess
+from hycluster.serving.losses import LINES_A_MINUTE, SILENT_S, Losses
+from hycluster.serving.ray_state import CONTROLLER, DIRECTORY, Deployment, Look, ServiceProcess
 
 NAMES = {"replica-m": "replica of m", "ingress": "ingress"}
 FINE = {"replica-m": Deployment(2, "HEALTHY", ""), "ingress": Deployment(1, "HEALTHY", "")}
@@ -98,6 +98,31 @@ def test_controller_and_directory(told: Told) -> None:
     assert told.see(look(A, B, controller="c2", overview=Overview(78))) == [
         "lost: the directory (pid 77); ingress processes go on with what they know",
         "back: the directory (pid 78) after 0 s",
+    ]
+
+
+def test_who_is_slow_is_not_lost(told: Told) -> None:
+    late = frozenset({CONTROLLER, DIRECTORY})
+    silent = look(controller=None, deployments=None, processes={}, overview=None, late=late)
+    told.see(look(A, B))
+    assert told.see(silent) == []
+    assert told.see(silent, after_s=12) == []
+    assert told.see(look(A, B)) == []
+    # Another one answers in the end: it was lost when it fell silent.
+    assert told.see(silent) == []
+    assert told.see(look(A, B, controller="c2"), after_s=5) == [
+        "lost: Serve's controller; what runs serves on, nothing is replaced",
+        "back: Serve's controller after 5 s",
+    ]
+    # Silent for so long, it is as good as gone.
+    told.see(silent)
+    assert told.see(silent, after_s=SILENT_S) == [
+        "lost: Serve's controller; what runs serves on, nothing is replaced",
+        "lost: the directory (pid 77); ingress processes go on with what they know",
+    ]
+    assert told.see(look(A, B, controller="c2"), after_s=10) == [
+        "back: Serve's controller after 30 s",
+        "back: the directory (pid 77) after 30 s",
     ]
 
 

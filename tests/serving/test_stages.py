@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from hycluster.directory.directory import Overview
-from hycluster.directory.starts import StageTime, StartingReplica
+from hycluster.directory.starts import PROCESS, TURN, StageTime, StartingReplica
 from hycluster.pool_health import StartTrouble
 from hycluster.serving import stages
 from hycluster.serving.ray_state import Deployment, Look
@@ -36,6 +36,11 @@ def test_from_the_first_process_to_the_open_ingress() -> None:
     big, small, ingress = rows(LOOK)
     assert big == StageRow("big", "begins", "process: Ray starts it")
     assert ingress == StageRow("ingress", "begins", "waits for a model")
+    told = [
+        rows(replace(LOOK, overview=Overview(1, {}, starting={"big": (starting((stage, 1.0)),)})))[0].label
+        for stage in (PROCESS, TURN)
+    ]
+    assert told == ["process: is up", "waits before it tries again"]
     overview = Overview(
         1,
         {"big": 1, "small": 1},

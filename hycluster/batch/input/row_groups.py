@@ -126,7 +126,10 @@ def _row_group(handle: pa.NativeFile, parquet: pq.ParquetFile, group: int) -> It
                 position += batch.num_rows
         except Exception as error:
             # Of whatever kind: damage makes decoders raise what nobody thought of.
-            _read_raw(handle, parquet, group)
+            try:
+                _read_raw(handle, parquet, group)
+            except OSError as away:
+                raise OSError(f"row group {group}: {away}") from away
             why = masked_line(error)
         if given >= rows:
             return

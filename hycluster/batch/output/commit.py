@@ -36,7 +36,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from hycluster.batch.input.corpus import ROW_ID, ShardPlan
+from hycluster.batch.input.corpus import ROW_ID, SHARD_BYTES, ShardPlan
 from hycluster.batch.input.tables import as_parquet, last
 from hycluster.batch.output.identity import Identity, identity_differences, suffix_in
 from hycluster.batch.output.record import DAMAGE, ShardRecord, Written
@@ -271,7 +271,8 @@ class OutputFolder:
     def _write(self, relative: str, table: pa.Table) -> Written | None:
         if not table.num_rows:
             return None
-        data = as_parquet(table)
+        # The least and the greatest of very large cells are of use to nobody, and take three times their size to find.
+        data = as_parquet(table, write_statistics=table.get_total_buffer_size() <= SHARD_BYTES)
         self.folder.write(relative, data)
         return Written(relative, table.num_rows, len(data), hashlib.sha256(data).hexdigest())
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from hycluster.batch.progress.terminal import duration
+from hycluster.batch.progress.terminal import duration, per_second
 from hycluster.settings.as_yaml import as_yaml
 
 # Of a plot, in the units of its SVG.
@@ -30,7 +30,7 @@ def render_page(figures: dict[str, Any]) -> str:
         output=figures["output"],
         verdict=verdict,
         readers=reader_lines(figures["output"]) if verdict[0] != "bad" else {},
-        warnings=list(_warnings(figures)),
+        warnings=list(figure_warnings(figures)),
         job=as_yaml({key: value for key, value in figures["job"].items() if value is not None}),
         summary=_summary(figures),
         samples=figures["samples"],
@@ -84,7 +84,8 @@ def _verdict(figures: dict[str, Any]) -> tuple[str, str]:
     return "good", f"done: all {rows} rows"
 
 
-def _warnings(figures: dict[str, Any]) -> Iterator[str]:
+def figure_warnings(figures: dict[str, Any]) -> Iterator[str]:
+    """What the one whose job it is should know before the rows are used."""
     reasons = figures["finish_reasons"]
     cut, rows = reasons.get("length", 0), sum(reasons.values())
     if rows and cut / rows >= CUT_OFF_SHARE:
@@ -108,8 +109,8 @@ def _summary(figures: dict[str, Any]) -> list[tuple[str, str]]:
             ("began", _utc(figures["begun_at"])),
             ("last commit", _utc(figures["committed_at"])),
             ("in work", duration(figures["busy_s"])),
-            ("rows/s", _number(figures["rows_per_s"])),
-            ("tokens/s", _number(figures["tokens_per_s"])),
+            ("rows/s", per_second(figures["rows_per_s"])),
+            ("tokens/s", per_second(figures["tokens_per_s"])),
         ]
     if lengths["bins"]:
         lines.append(("tokens a row", f"p50 {lengths['p50']}, p90 {lengths['p90']}, p99 {lengths['p99']}"))
@@ -134,7 +135,7 @@ def _bars(values: Sequence[float], labels: Sequence[str]) -> list[dict[str, Any]
 
 
 def _number(value: float) -> str:
-    return f"{value:.1f}" if isinstance(value, float) else str(value)
+    return per_second(value) if isinstance(value, float) else str(value)
 
 
 def _utc(seconds: float) -> str:

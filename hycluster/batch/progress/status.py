@@ -24,7 +24,7 @@ from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.record import ShardRecord, Totals
 from hycluster.batch.output.shard_set import ShardSet
 from hycluster.batch.progress.progress_file import SILENT_S, ProgressEntry, last_word
-from hycluster.batch.progress.terminal import LINE_EVERY_S, WAITING, RunProgress, duration
+from hycluster.batch.progress.terminal import LINE_EVERY_S, WAITING, RunProgress, duration, per_second
 from hycluster.errors import SettingsError
 from hycluster.storage import Folder, masked_line
 
@@ -95,9 +95,9 @@ class Status:
             ("quarantined", self._quarantined()),
             ("prompt tokens", str(self.done.prompt_tokens)),
             ("completion tokens", str(self.done.completion_tokens)),
-            ("rows/s", _number(self.rows_per_s)),
-            ("tokens/s", _number(self.tokens_per_s)),
-            ("ETA", "-" if self.eta_s is None else duration(self.eta_s)),
+            ("rows/s", _rate(self.rows_per_s)),
+            ("tokens/s", _rate(self.tokens_per_s)),
+            ("ETA", "-" if self.eta_s is None or self.over else duration(self.eta_s)),
         ]
 
     def _said(self) -> list[tuple[str, str]]:
@@ -265,5 +265,5 @@ def _table(now: Status) -> Table:
     return table
 
 
-def _number(rate: float | None) -> str:
-    return "-" if rate is None else f"{rate:.1f}"
+def _rate(rate: float | None) -> str:
+    return "-" if rate is None else per_second(rate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
@@ -150,7 +151,7 @@ class Reporter:
         eta = duration((self._rows - rows) / rate) if rate else "?"
         quarantined = f", {now.quarantined} quarantined" if now.quarantined else ""
         retries = f", {progress.retries} retries" if progress.retries else ""
-        rates = f"{rate:.1f} rows/s, {now.completion_tokens / seconds:.1f} tokens/s, ETA {eta}"
+        rates = f"{per_second(rate)} rows/s, {per_second(now.completion_tokens / seconds)} tokens/s, ETA {eta}"
         waiting = f", {WAITING}" if progress.waiting else ""
         return rows, f"{rates}{quarantined}{retries}{waiting}"
 
@@ -171,11 +172,17 @@ def print_totals(
         ("completion tokens", f"{all_time.completion_tokens}"),
         ("seconds", f"{seconds:.1f}"),
         ("of these in work", f"{in_work_s:.1f}"),
-        ("rows/s", f"{this_run.rows / in_work_s:.2f}" if rated else "-"),
-        ("tokens/s", f"{this_run.completion_tokens / in_work_s:.1f}" if rated else "-"),
+        ("rows/s", per_second(this_run.rows / in_work_s) if rated else "-"),
+        ("tokens/s", per_second(this_run.completion_tokens / in_work_s) if rated else "-"),
     ):
         table.add_row(label, value)
     console.print(table)
+
+
+def per_second(rate: float) -> str:
+    """A rate; of one that is small its first two digits, for what is slow does not stand still."""
+    digits = 1 if rate >= 0.95 or not rate else min(9, 1 - math.floor(math.log10(rate)))
+    return f"{rate:.{digits}f}"
 
 
 def duration(seconds: float) -> str:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hycluster.batch.input.corpus import plan_shards
+from hycluster.batch.input.corpus import SHARD_BYTES, plan_shards
 from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.identity import identity
 from hycluster.batch.output.record import ShardRecord
@@ -53,6 +53,19 @@ def test_files_without_rows_are_not_written(tmp_path: Path) -> None:
     assert output.commit(0, "f#0", results("r"), results(), begun_at=1.0).quarantine is None
     assert output.commit(1, "f#1", results(), results("q"), begun_at=1.0).part is None
     assert len(list(tmp_path.rglob("*.parquet"))) == 2
+
+
+def test_very_large_cells_have_no_statistics(tmp_path: Path) -> None:
+    output = OutputFolder(at(tmp_path))
+    output.claim({})
+    for shard, cell in enumerate(("x", "x" * (SHARD_BYTES + 1))):
+        table = pa.table({"cell": [cell]})
+        for name, column in zip(results("r").schema.names, results("r").columns, strict=True):
+            table = table.append_column(name, column)
+        part = output.commit(shard, f"f#{shard}", table, results(), begun_at=1.0).part
+        assert part is not None
+        found = pq.read_metadata(tmp_path / part.path).row_group(0).column(0)
+        assert found.is_stats_set == (len(cell) == 1)
 
 
 def test_the_first_attempt_counts_and_the_rest_is_cleaned_up(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from hycluster.batch.output.record import Totals
 from hycluster.batch.progress import terminal as report
-from hycluster.batch.progress.terminal import JobProgress, Reporter, RunProgress, print_totals
+from hycluster.batch.progress.terminal import JobProgress, Reporter, RunProgress, per_second, print_totals
 
 
 def test_processes_say_totals_so_a_word_lost_or_said_twice_does_no_harm() -> None:
@@ -58,6 +58,14 @@ def test_a_job_that_the_engines_have_no_time_for_says_so(monkeypatch: pytest.Mon
         assert ("waiting: online traffic" in shown(False, monkeypatch, said)) == waits
 
 
+@pytest.mark.parametrize(
+    ("rate", "told"),
+    [(0, "0.0"), (1234.56, "1234.6"), (0.96, "1.0"), (0.94, "0.94"), (0.0666, "0.067"), (0.0099, "0.0099")],
+)
+def test_a_slow_job_does_not_look_like_one_that_stands_still(rate: float, told: str) -> None:
+    assert per_second(rate) == told
+
+
 def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     text = shown(True, monkeypatch)
     assert "50/100" in text
@@ -78,7 +86,7 @@ def test_the_table_counts_all_and_rates_this_run() -> None:
         ["rows", "100"],
         ["of these quarantined", "3"],
         ["of these done earlier", "40"],
-        ["rows/s", "30.00"],
+        ["rows/s", "30.0"],
         ["tokens/s", "150.0"],
     ):
         assert row in cells
