@@ -130,7 +130,7 @@ class IngressProcess:
     async def _serve(self) -> None:
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
         self._serving = asyncio.current_task()
-        self._state = StateWatch(self._survey, self._pools, self._batches())
+        self._state = StateWatch(self._survey, self._pools, self._batches(), self._settings.objectives)
         async with contextlib.AsyncExitStack() as stack:
             export = Export(
                 recorder,

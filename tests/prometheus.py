@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from hycluster.monitoring.alerts import rule_groups
-from hycluster.objectives import Objectives
+from hycluster.settings.objectives import Objectives
 
 SCRAPES_EVERY_S = 1
 

@@ -13,12 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hycluster.objectives import Objectives
+from hycluster.settings.objectives import Objectives
 
 RUNBOOK = "docs/runbook.md"
 BY = "namespace, model"
-# vLLM's histogram has these bounds, of which one must be the objective's ``first_token_s``.
-FIRST_TOKEN_BOUNDS_S = (0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0)
 # Windows of recorded ratios, as burn rates are looked at over a long one and a short one.
 WINDOWS = ("5m", "30m", "1h", "6h", "3d")
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hycluster.errors import SettingsError
 from hycluster.terminal import echo
 
 app = typer.Typer(
@@ -29,34 +29,26 @@ def metrics_reference() -> None:
 
 @app.command()
 def rules(
-    answered_ratio: Annotated[
-        float, typer.Option(metavar="RATIO", help="Of requests that were not shed, those that are to be answered.")
-    ] = 0.995,
-    first_token_s: Annotated[
-        float, typer.Option(metavar="SECONDS", help="Within so long the first token is to come.")
-    ] = 2.5,
-    first_token_ratio: Annotated[
-        float, typer.Option(metavar="RATIO", help="Of requests, those of which it is to.")
-    ] = 0.95,
+    config: Annotated[
+        Path | None, typer.Argument(help="Settings file, for its objectives; default: deployments/local.yaml.")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change one setting, such as objectives.first_token_s=1; repeatable."
+        ),
+    ] = None,
 ) -> None:
-    """Print the alerts as a rule file of Prometheus, for other objectives too.
+    """Print the alerts as a rule file of Prometheus, for the objectives of the settings.
 
-    hycluster metrics rules --first-token-s 1 > /etc/prometheus/hycluster.yml
+    hycluster metrics rules settings.yaml > /etc/prometheus/hycluster.yml
     """
     import yaml
 
-    from hycluster.monitoring.alerts import FIRST_TOKEN_BOUNDS_S, rule_groups
-    from hycluster.objectives import Objectives
+    from hycluster.monitoring.alerts import rule_groups
+    from hycluster.settings.read import load_settings
 
-    for option, ratio in (("--answered-ratio", answered_ratio), ("--first-token-ratio", first_token_ratio)):
-        if not 0 < ratio < 1:
-            raise SettingsError(f"{option}: {ratio:g} is not allowed; must be above 0 and below 1")
-    if first_token_s not in FIRST_TOKEN_BOUNDS_S:
-        bounds = ", ".join(f"{bound:g}" for bound in FIRST_TOKEN_BOUNDS_S)
-        raise SettingsError(
-            f"--first-token-s: {first_token_s:g} is not allowed; must be a bound of vLLM's histogram: {bounds}"
-        )
-    groups = rule_groups(Objectives(answered_ratio, first_token_s, first_token_ratio))
+    groups = rule_groups(load_settings(config, assignments or []).objectives)
     echo(yaml.safe_dump({"groups": groups}, sort_keys=False, width=120, allow_unicode=True), nl=False)
 
 
@@ -68,7 +60,7 @@ def render_monitoring(
 ) -> None:
     """Write the dashboards and alerts in k8s/components/monitoring. Run it in the repository."""
     from hycluster.monitoring.files import FOLDER, monitoring_files
-    from hycluster.objectives import Objectives
+    from hycluster.settings.objectives import Objectives
 
     files = monitoring_files(Objectives())
     made = {*FOLDER.glob("dashboards/*.json")}

@@ -8,7 +8,7 @@ import yaml
 
 from hycluster.errors import SettingsError
 from hycluster.monitoring.alerts import prometheus_rule
-from hycluster.objectives import Objectives
+from hycluster.settings.objectives import Objectives
 
 FOLDER = Path("k8s/components/monitoring")
 RULES = "rules.yaml"

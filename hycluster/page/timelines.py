@@ -138,6 +138,8 @@ def _pairs(told: Any) -> tuple[tuple[str, str], ...]:
 
 
 def _text(value: Any, limit: int = 300) -> str:
+    if isinstance(value, dict):
+        value = ", ".join(f"{name}: {each}" for name, each in value.items())
     text = "" if value is None else str(value)
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 

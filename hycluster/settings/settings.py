@@ -9,6 +9,7 @@ from hycluster.settings.base import Strict
 from hycluster.settings.ingress import Batches, Grpc, Http, Ingress, Responses
 from hycluster.settings.load import Admission, DataPlane, Router
 from hycluster.settings.model import Model
+from hycluster.settings.objectives import Objectives
 from hycluster.settings.observe import Logs, Tracing
 
 # Nodes wait for it: a day is a typo's bound, not a wish's.
@@ -39,6 +40,7 @@ class Settings(Strict):
     responses: Responses | None = Responses()
     tracing: Tracing = Tracing()
     logs: Logs = Logs()
+    objectives: Objectives = Objectives()
     start_timeout_s: float = Field(default=600, gt=0)
     drain_timeout_s: float = Field(default=60, gt=0, le=MAX_DRAIN_S)
     hand_over_after_s: float = Field(default=10, ge=0)

@@ -18,6 +18,7 @@ from hycluster.directory.directory import PoolView, ReplicaReport, Survey
 from hycluster.directory.faults import ReplicaFault
 from hycluster.directory.starts import StartingReplica
 from hycluster.pool_health import PoolHealth, able
+from hycluster.settings.objectives import Objectives
 from hycluster.state.traffic_state import TrafficState, traffic_state
 from hycluster.traffic import together
 
@@ -161,6 +162,7 @@ def cluster_state(
     version: str,
     open_here: bool = True,
     batches: Iterable[BatchState] | None = None,
+    objectives: Objectives = Objectives(),  # noqa: B008 - it can't change
     now: float | None = None,
 ) -> ClusterState:
     """What the directory knows, as it is told.
@@ -168,6 +170,7 @@ def cluster_state(
     Args:
         pools: by model, in the settings' order, what the ingress process says of its replicas.
         open_here: an ingress process can serve.
+        objectives: by which traffic is judged.
         now: seconds since the epoch; None is now.
     """
     now = time.time() if now is None else now
@@ -188,10 +191,10 @@ def cluster_state(
         tuple(f"{pool.model}: {pool.why}" for pool in states if pool.why and pool.state != "asleep"),
         states,
         tuple(sorted(report.grpc for report in survey.ingresses)),
-        traffic_state(together(counted.values()), now),
+        traffic_state(together(counted.values()), now, objectives.answered_ratio),
         None if batches is None else tuple(batches),
         tuple(survey.faults),
-        {model: traffic_state(each, now) for model, each in counted.items()},
+        {model: traffic_state(each, now, objectives.answered_ratio) for model, each in counted.items()},
     )
 
 

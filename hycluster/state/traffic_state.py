@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hycluster.objectives import Objectives
 from hycluster.traffic import KEEP_MINUTES, Minute, ModelTraffic, quantile
-
-# As the alerts have it (``hycluster/monitoring/alerts.py``), unless they were made for others.
-OBJECTIVE = Objectives().answered_ratio
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +73,19 @@ class TrafficState:
     minutes: tuple[MinuteState, ...]
 
 
-def traffic_state(counted: ModelTraffic, now: float) -> TrafficState:
-    """What was counted, as it is told at ``now`` (seconds since the epoch)."""
+def traffic_state(counted: ModelTraffic, now: float, objective: float) -> TrafficState:
+    """What was counted, as it is told at ``now`` (seconds since the epoch).
+
+    Args:
+        objective: share of requests that are to be answered.
+    """
     last, hour = int(now // 60), Minute()
     numbers = range(last - KEEP_MINUTES + 1, last + 1)
     for number in numbers:
         hour.add(counted.minutes.get(number, Minute()))
     share = hour.answered / hour.owed if hour.owed else None
     return TrafficState(
-        OBJECTIVE,
+        objective,
         hour.asked,
         hour.answered,
         hour.cancelled,
@@ -93,7 +93,7 @@ def traffic_state(counted: ModelTraffic, now: float) -> TrafficState:
         hour.shed,
         hour.unavailable,
         share,
-        None if share is None else round((1 - share) / (1 - OBJECTIVE), 2),
+        None if share is None else round((1 - share) / (1 - objective), 2),
         hour.prompt_tokens,
         hour.output_tokens,
         round(hour.cached_tokens / hour.prompt_tokens, 4) if hour.prompt_tokens else None,

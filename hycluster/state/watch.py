@@ -14,6 +14,7 @@ import ray
 from hycluster import __version__
 from hycluster.directory.directory import Survey
 from hycluster.pool_health import PoolHealth
+from hycluster.settings.objectives import Objectives
 from hycluster.state.cluster_state import BatchState, ClusterState, cluster_state
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class StateWatch:
         survey: asks the directory.
         pools: what this ingress process says of its replicas; :meth:`open` takes the place of it.
         batches: reads them from the store, newest first, and blocks; None where there is no Batch API.
+        objectives: by which traffic is judged.
     """
 
     def __init__(
@@ -38,8 +40,10 @@ class StateWatch:
         survey: Callable[[], Awaitable[Survey]],
         pools: Callable[[], Awaitable[Mapping[str, PoolHealth]]],
         batches: Callable[[], Sequence[BatchState]] | None,
+        objectives: Objectives = Objectives(),  # noqa: B008 - it can't change
     ) -> None:
         self._survey = survey
+        self._objectives = objectives
         self._pools = pools
         self._read_batches = batches
         self._open = False
@@ -79,7 +83,14 @@ class StateWatch:
             problems.append("the directory does not answer; what is shown is what this ingress process knows by itself")
         pools = await self._pools()
         batches = None if self._read_batches is None else self._batches
-        state = cluster_state(survey, pools, version=__version__, open_here=self._open, batches=batches)
+        state = cluster_state(
+            survey,
+            pools,
+            version=__version__,
+            open_here=self._open,
+            batches=batches,
+            objectives=self._objectives,
+        )
         return dataclasses.replace(state, problems=(*state.problems, *problems)) if problems else state
 
     async def _read(self, read: Callable[[], Sequence[BatchState]]) -> None:

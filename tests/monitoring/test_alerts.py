@@ -17,9 +17,9 @@ import yaml
 from typer.testing import CliRunner
 
 from hycluster.cli import app
-from hycluster.monitoring.alerts import FIRST_TOKEN_BOUNDS_S, alerts, rule_groups
-from hycluster.objectives import Objectives
+from hycluster.monitoring.alerts import alerts, rule_groups
 from hycluster.observe.catalogue import CATALOGUE, names_in
+from hycluster.settings.objectives import Objectives
 
 ROOT = Path(__file__).parents[2]
 OBJECTIVES = Objectives()
@@ -235,25 +235,26 @@ def test_each_has_an_entry_in_the_runbook() -> None:
 def test_other_objectives() -> None:
     (bound,) = {
         found
-        for rule in rule_groups(Objectives(0.999, 1.0, 0.99))[0]["rules"]
+        for rule in rule_groups(Objectives(answered_ratio=0.999, first_token_s=1.0, first_token_ratio=0.99))[0]["rules"]
         for found in re.findall(r'le="([^"]+)"', rule["expr"])
     }
     assert bound == "1.0"
-    done = CliRunner().invoke(app, ["metrics", "rules", "--answered-ratio", "0.999", "--first-token-s", "1"])
+    asked = ["--set", "objectives.answered_ratio=0.999", "--set", "objectives.first_token_s=1"]
+    done = CliRunner().invoke(app, ["metrics", "rules", *asked])
     assert done.exit_code == 0
     assert "14.4 * 0.001" in done.stdout
     assert 'le="1.0"' in done.stdout
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "says"),
+    ("field", "value", "says"),
     [
-        ("--first-token-s", "3", f"--first-token-s: 3 is not allowed; .*{FIRST_TOKEN_BOUNDS_S[0]:g}, "),
-        ("--answered-ratio", "1", "--answered-ratio: 1 is not allowed; must be above 0 and below 1"),
-        ("--first-token-ratio", "-1", "--first-token-ratio: -1 is not allowed"),
+        ("first_token_s", "3", "objectives.first_token_s: 3.* is not allowed; must be a bound of .* 0.1, 0.25, "),
+        ("answered_ratio", "1", "objectives.answered_ratio: 1 is not allowed: .* less than 1"),
+        ("first_token_ratio", "-1", "objectives.first_token_ratio: -1 is not allowed"),
     ],
 )
-def test_objectives_that_nobody_can_keep(option: str, value: str, says: str) -> None:
-    done = CliRunner().invoke(app, ["metrics", "rules", option, value])
+def test_objectives_that_nobody_can_keep(field: str, value: str, says: str) -> None:
+    done = CliRunner().invoke(app, ["metrics", "rules", "--set", f"objectives.{field}={value}"])
     assert done.exit_code != 0
     assert re.search(says, str(done.exception))

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 from hycluster.cli import app
 from hycluster.monitoring.files import FOLDER, monitoring_files
 from hycluster.monitoring.panels import DASHBOARDS, Query
-from hycluster.objectives import Objectives
 from hycluster.observe.catalogue import CATALOGUE, names_in
+from hycluster.settings.objectives import Objectives
 
 ROOT = Path(__file__).parents[2]
 QUERIES = [

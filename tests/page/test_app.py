@@ -167,12 +167,22 @@ async def test_why(cluster: StandInIngress, page: httpx.AsyncClient) -> None:
         "spans": [
             {"name": "queued", "process": "r0", "start_s": 0.5, "duration_s": 1.0, "attributes": {"waiting": 12}},
         ],
-        "events": [{"name": "routed", "at_s": 0.25, "attributes": {"score": 7}}],
+        "events": [{"name": "routed", "at_s": 0.25, "attributes": {"score": 7, "candidates": {"r0": 5, "r1": 7}}}],
     }
     cluster.slowest = [{"id": "a/b c", "model": "m", "duration_s": 2.0, "ttft_s": 1.5, "slowest_stage": "queued"}]
     answer = await page.get("/ui/requests", params={"id": "a/b c"}, headers={"Authorization": "Bearer key"})
     document = Document(answer.text)
-    for part in ("queued", "r0", "waiting", "500 ms", "1.0 s", "routed", "250 ms", "score 7"):
+    for part in (
+        "queued",
+        "r0",
+        "waiting",
+        "500 ms",
+        "1.0 s",
+        "routed",
+        "250 ms",
+        "score 7",
+        "candidates r0: 5, r1: 7",
+    ):
         assert part in document.text, part
     lane = next(each for each in document.named("rect") if each.get("class") == "good")
     assert (lane["x"], lane["width"]) == ("150.0", "300.0")

@@ -10,6 +10,7 @@ from hycluster.directory.directory import Overview, PoolView, Survey
 from hycluster.directory.starts import StageTime, StartingReplica
 from hycluster.pool_health import PoolHealth, StartTrouble
 from hycluster.settings.model import Model
+from hycluster.settings.objectives import Objectives
 from hycluster.settings.pool import Replicas
 from hycluster.state.cluster_state import cluster_state, health_of
 from tests.state.made import BIG, NOW, SECRET, SMALL, made_pools, made_state, made_survey
@@ -76,6 +77,14 @@ def test_traffic_is_the_sum_of_all_ingress_processes_and_models() -> None:
     assert len(state.traffic.minutes) == 60
     assert [minute.failed for minute in state.traffic.minutes if minute.failed] == [9, 9]
     assert state.traffic.minutes[-1].at == NOW
+
+
+def test_the_settings_say_what_is_promised() -> None:
+    survey, promised = made_survey(), Objectives(answered_ratio=0.9)
+    traffic = cluster_state(survey, made_pools(), version="1", objectives=promised, now=NOW).traffic
+    assert traffic.objective == 0.9
+    assert traffic.answered_share is not None
+    assert traffic.burn_rate == pytest.approx((1 - traffic.answered_share) / 0.1, abs=0.01)
 
 
 def test_nobody_asked() -> None:

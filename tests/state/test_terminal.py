@@ -39,7 +39,7 @@ def test_all_of_it() -> None:
 
 
 def test_nobody_asked_and_nothing_went_wrong() -> None:
-    quiet = replace(made_state(), traffic=traffic_state(ModelTraffic(), NOW), batches=None, faults=(), pools=())
+    quiet = replace(made_state(), traffic=traffic_state(ModelTraffic(), NOW, 0.995), batches=None, faults=(), pools=())
     text = shown(quiet)
     assert "last hour: no requests" in text
     assert "faults" not in text
