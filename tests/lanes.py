@@ -36,7 +36,8 @@ SHARED = {
 }  # fmt: skip
 # The files whose engines are forked from one process (``vllm_forks.py``), beside those of the clusters above.
 FORKS = (
-    "models/test_hunyuan", "models/test_hunyuan_features", "models/test_hunyuan_golden", "planning/test_allocated",
+    "engine/test_names", "models/test_hunyuan", "models/test_hunyuan_features", "models/test_hunyuan_fp8",
+    "models/test_hunyuan_golden", "models/test_parameter_count", "planning/test_allocated", "simulate/test_cli",
 )  # fmt: skip
 # What starts clusters or engines of its own, the longest first; ``served``, ``featured``, ``forks`` are those above.
 HEAVY = (

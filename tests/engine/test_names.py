@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from hycluster.errors import SettingsError
 from hycluster.settings.model import Model
 from hycluster.settings.read import load_settings
 from tests.planning.configs import ROOT
+from tests.vllm_forks import VllmForks
 
 
 def check(**fields: Any) -> None:
@@ -66,9 +66,10 @@ def test_without_vllm_nothing_is_checked(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.slow
-def test_what_is_read_is_what_vllm_has() -> None:
+def test_what_is_read_is_what_vllm_has(vllm_forks: VllmForks, tmp_path: Path) -> None:
     """vLLM 0.32.0's own list, in a process of its own: its import is for good."""
-    code = """
+    script = tmp_path / "compared.py"
+    script.write_text("""
 import dataclasses
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import FrontendArgs
@@ -82,5 +83,5 @@ assert set(names._fields(names._API, ("BaseFrontendArgs", "FrontendArgs"))) == {
 for kind, manager in (("tool_call_parser", ToolParserManager), ("reasoning_parser", ReasoningParserManager)):
     file, table, _ = names._PARSERS[kind]
     assert set(manager.list_registered()) == set(names._keys(file, table)), kind
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
+""")
+    vllm_forks.run(script, timeout_s=240)

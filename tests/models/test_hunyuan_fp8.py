@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +12,10 @@ from torch import Tensor
 
 from hycluster.models import tiny
 from hycluster.models.tiny import TinyShape
+from tests.vllm_forks import VllmForks
 
 pytestmark = pytest.mark.slow
 
-CHECKOUT = Path(__file__).parents[2]
 SHAPE = TinyShape(layers=3, heads=4, kv_heads=2)
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -28,19 +25,11 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
+def loaded(vllm_forks: VllmForks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
     folder = tmp_path_factory.mktemp("fp8")
     models = [tiny.write_checkpoint(folder / name, SHAPE, **stored) for name, stored in CHECKPOINTS.items()]
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("loaded_parameters.py")), str(folder), *map(str, models)],
-        cwd=CHECKOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    script = Path(__file__).with_name("loaded_parameters.py")
+    vllm_forks.run(script, str(folder), *map(str, models), timeout_s=200)
     return {name: load_file(folder / f"{name}.safetensors") for name in CHECKPOINTS}
 
 

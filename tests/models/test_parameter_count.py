@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from hycluster.planning.architecture import parameters
 from hycluster.planning.families import architecture
+from tests.vllm_forks import VllmForks
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 
-def built(folders: list[Path]) -> list[int]:
-    command = [sys.executable, "-m", "tests.models.meta_parameters", *map(str, folders)]
-    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert answer.returncode == 0, answer.stderr[-2000:]
-    return [int(number) for number in answer.stdout.splitlines()[-1].split()]
+def built(vllm_forks: VllmForks, folders: list[Path]) -> list[int]:
+    said = vllm_forks.run("tests.models.meta_parameters", *map(str, folders), timeout_s=240)
+    return [int(number) for number in said.splitlines()[-1].split()]
 
 
-def test_the_true_configurations(tmp_path: Path) -> None:
+def test_the_true_configurations(tmp_path: Path, vllm_forks: VllmForks) -> None:
     folders, expected = [], []
     for name in ("hunyuan_large", "hunyuan_a13b"):
         text = (ROOT / "hycluster" / "models" / f"{name}.json").read_text()
@@ -35,4 +32,4 @@ def test_the_true_configurations(tmp_path: Path) -> None:
         folded = len(shape.layers) * shape.head_size
         rounded_up = -shape.vocabulary % 64 * shape.hidden
         expected.append(parameters(shape).total - folded + rounded_up)
-    assert built(folders) == expected
+    assert built(vllm_forks, folders) == expected

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from hycluster.cli import app
 from hycluster.errors import SettingsError
 from tests.test_cli import HEAVY, run
+from tests.vllm_forks import VllmForks
 
 SETTINGS = {
     "models": [
@@ -48,8 +49,9 @@ def trace(tmp_path: Path) -> str:
 
 
 @pytest.mark.slow
-def test_a_trace_beside_a_job_as_json(tmp_path: Path, settings: str, trace: str) -> None:
-    done, _ = run(
+def test_a_trace_beside_a_job_as_json(vllm_forks: VllmForks, tmp_path: Path, settings: str, trace: str) -> None:
+    said = vllm_forks.run(
+        "hycluster",
         "simulate",
         settings,
         "--trace",
@@ -59,11 +61,10 @@ def test_a_trace_beside_a_job_as_json(tmp_path: Path, settings: str, trace: str)
         "--seed",
         "3",
         "--json",
-        home=tmp_path,
+        environment={"HYCLUSTER_HOME": str(tmp_path)},
         timeout_s=VLLM_S,
     )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(said)
     assert (found["requests"], found["failed"], found["prompt_tokens"]) == (60, 0, 72000)
     assert found["bounds"]["unlimited_hit_tokens"] == 57 * 512
     assert 0 < found["prefix_hit_tokens"] <= 57 * 512
