@@ -97,6 +97,8 @@ def vllm_forks(ends_early: dict[str, Callable[[], None]]) -> VllmForks:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_BEGAN] = time.monotonic(), _busy_s()
+    # Each node of Ray's looks through all processes every five seconds, for a dashboard that no test looks at.
+    os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
     if getattr(config.option, "testrunuid", "") is None:
         config.option.testrunuid = secrets.token_hex(16)
     if worker := os.environ.get("PYTEST_XDIST_WORKER"):

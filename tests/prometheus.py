@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import re
 import shutil
 import socket
 import subprocess
@@ -21,7 +22,10 @@ import yaml
 from hycluster.monitoring.alerts import rule_groups
 from hycluster.settings.objectives import Objectives
 
-SCRAPES_EVERY_S = 1
+SCRAPES_EVERY_S = 1.0
+UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+# A rule's windows, its wait, and the only bound of a rule that is a time.
+WINDOW, SILENCE = re.compile(r"(?<=\[)(\d+)([smhd])(?=\])"), re.compile(r"(?<=_seconds\) > )\d+")
 
 
 @dataclass(frozen=True)
@@ -55,26 +59,54 @@ class Prometheus:
         return bool(self.query("up")) and all(one["value"][1] == "1" for one in self.query("up"))
 
 
-@contextlib.contextmanager
-def prometheus(targets: Sequence[str], folder: Path) -> Iterator[Prometheus]:
-    """Start one; skips the test where there is none.
+def milliseconds(duration: str, quicker: float) -> str:
+    """A duration of Prometheus' in a part of its time."""
+    return f"{UNITS_S[duration[-1]] * int(duration[:-1]) / quicker * 1000:.0f}ms"
 
-    Our rules are looked at each second, and fire at once: how long a fault must last is promtool's to try.
+
+def hastened(objectives: Objectives, *, windows: float, waits: float) -> list[dict[str, Any]]:
+    """Our rules, with all of their times so many times shorter, and else as they are.
+
+    Args:
+        windows: of what they look back on, and of the silence of a replica that is hung.
+        waits: of how long it must be so until an alert fires.
+    """
+    groups = copy.deepcopy(rule_groups(objectives))
+    for rule in (rule for group in groups for rule in group["rules"]):
+        looks = WINDOW.sub(lambda found: milliseconds(found[0], windows), rule["expr"])
+        rule["expr"] = SILENCE.sub(lambda found: f"{int(found[0]) / windows:g}", looks)
+        if "for" in rule:
+            rule["for"] = milliseconds(rule["for"], waits)
+    return groups
+
+
+def at_once() -> list[dict[str, Any]]:
+    """Our rules, which fire at once: how long a fault must last is promtool's to try."""
+    groups = copy.deepcopy(rule_groups(Objectives()))
+    for rule in (rule for group in groups for rule in group["rules"]):
+        rule.pop("for", None)
+    return groups
+
+
+@contextlib.contextmanager
+def prometheus(
+    targets: Sequence[str], folder: Path, groups: list[dict[str, Any]] | None = None, every_s: float = SCRAPES_EVERY_S
+) -> Iterator[Prometheus]:
+    """Start one; skips the test where there is none.
 
     Args:
         targets: ``host:port`` of each.
+        groups: the rules; None: :func:`at_once`.
+        every_s: how often targets are read and rules looked at.
     """
     command = shutil.which("prometheus")
     if command is None:
         pytest.skip("needs Prometheus (Debian's package prometheus)")
-    groups = copy.deepcopy(rule_groups(Objectives()))
-    for group in groups:
-        group["interval"] = f"{SCRAPES_EVERY_S}s"
-        for rule in group["rules"]:
-            rule.pop("for", None)
-    (folder / "rules.yml").write_text(yaml.safe_dump({"groups": groups}))
+    every = f"{1000 * every_s:.0f}ms"
+    rules = [group | {"interval": every} for group in groups or at_once()]
+    (folder / "rules.yml").write_text(yaml.safe_dump({"groups": rules}))
     config = {
-        "global": {"scrape_interval": f"{SCRAPES_EVERY_S}s", "scrape_timeout": f"{SCRAPES_EVERY_S}s"},
+        "global": {"scrape_interval": every, "scrape_timeout": every},
         "rule_files": ["rules.yml"],
         "scrape_configs": [{"job_name": "hycluster", "static_configs": [{"targets": list(targets)}]}],
     }

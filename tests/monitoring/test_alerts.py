@@ -1,6 +1,6 @@
 """Each alert fires when its fault is there, and only then: by promtool, on series as the fault makes them.
 
-That a real fault makes such series is not shown here; ``tests/integration/test_metrics.py`` has a real Prometheus.
+That a fault makes such series is shown in ``test_faults.py``.
 """
 
 from __future__ import annotations
