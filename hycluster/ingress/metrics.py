@@ -46,7 +46,7 @@ Families = Callable[[], Awaitable[Sequence[Metric]]]
 
 async def families_of_this_process() -> Sequence[Metric]:
     """Where it is the only one that listens."""
-    return own_families()
+    return await own_families()
 
 
 class WithMetrics:
@@ -68,7 +68,7 @@ class WithMetrics:
                 answer = await answer_error(None, NotFound(f"replica: {replica_id[:80]!r} is not known here"))
                 await answer(scope, receive, send)
                 return
-        body, content_type = page(families, Headers(scope=scope).get("accept", ""))
+        body, content_type = await page(families, Headers(scope=scope).get("accept", ""))
         await Response(body, headers={"content-type": content_type})(scope, receive, send)
 
 

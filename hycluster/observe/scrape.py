@@ -14,9 +14,11 @@ import logging
 import os
 import stat
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 from prometheus_client import REGISTRY
@@ -28,12 +30,16 @@ from prometheus_client.samples import Exemplar, Sample
 
 from hycluster.observe.catalogue import INGRESS
 
+T = TypeVar("T")
+
 logger = logging.getLogger(__name__)
 
 OPENMETRICS = "application/openmetrics-text"
 
 # One that is stopped says nothing; the rest must be there before a scrape's own timeout.
 NEIGHBOUR_TIMEOUT_S = 2.0
+# Three thousand series take a core a tenth of a second; this process's streams wait for so much of it at a time.
+TURN_S = 0.002
 # Ours and vLLM's know whose they are; those of the process itself and of its web server do not.
 _LABELLED = ("hycluster_", "vllm:")
 
@@ -45,36 +51,49 @@ class _Family(msgspec.Struct, array_like=True):
     samples: list[tuple[str, dict[str, str], float, tuple[dict[str, str], float, float | None] | None]]
 
 
-def own_families(registry: CollectorRegistry = REGISTRY) -> list[Metric]:
+async def unhurried(pieces: Iterable[T]) -> list[T]:
+    """All of them; the loop's other work has its turn between two of them."""
+    found, began_s = [], time.perf_counter()
+    for piece in pieces:
+        found.append(piece)
+        if time.perf_counter() - began_s >= TURN_S:
+            await asyncio.sleep(0)
+            began_s = time.perf_counter()
+    return found
+
+
+async def own_families(registry: CollectorRegistry = REGISTRY) -> list[Metric]:
     """What this process shows: every series with whose it is, none of when it was made."""
-    families = []
-    for family in registry.collect():
-        own = {} if family.name.startswith(_LABELLED) else {"ingress": INGRESS}
-        shown = Metric(family.name, family.documentation, family.type)
-        shown.samples = [
-            Sample(one.name, one.labels | own, one.value, None, one.exemplar)
-            for one in family.samples
-            if not one.name.endswith("_created")
-        ]
-        if shown.samples:
-            families.append(shown)
-    return families
+    return [family for family in await unhurried(map(_own, registry.collect())) if family.samples]
 
 
-def merged(parts: Iterable[Sequence[Metric]]) -> list[Metric]:
+def _own(family: Metric) -> Metric:
+    own = {} if family.name.startswith(_LABELLED) else {"ingress": INGRESS}
+    shown = Metric(family.name, family.documentation, family.type)
+    shown.samples = [
+        Sample(one.name, one.labels | own, one.value, None, one.exemplar)
+        for one in family.samples
+        if not one.name.endswith("_created")
+    ]
+    return shown
+
+
+async def merged(parts: Iterable[Sequence[Metric]]) -> list[Metric]:
     """Families of several processes as one page. What two of them show is the pool's, while one takes it over from the
     other: it is shown once.
     """
     families: dict[str, Metric] = {}
     shown: set[tuple[str, frozenset[tuple[str, str]]]] = set()
-    for part in parts:
-        for family in part:
-            whole = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-            for sample in family.samples:
-                series = sample.name, frozenset(sample.labels.items())
-                if series not in shown:
-                    shown.add(series)
-                    whole.samples.append(sample)
+
+    def add(family: Metric) -> None:
+        whole = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+        for sample in family.samples:
+            series = sample.name, frozenset(sample.labels.items())
+            if series not in shown:
+                shown.add(series)
+                whole.samples.append(sample)
+
+    await unhurried(add(family) for part in parts for family in part)
     return list(families.values())
 
 
@@ -89,16 +108,21 @@ def of_replica(families: Iterable[Metric], replica_id: str) -> list[Metric]:
     return found
 
 
-def page(families: Sequence[Metric], accept: str = "") -> tuple[bytes, str]:
+async def page(families: Sequence[Metric], accept: str = "") -> tuple[bytes, str]:
     """In the form that is asked for, and that form's content type."""
     encode, content_type = choose_encoder(accept)
+    end = b""
     if content_type.startswith(OPENMETRICS):
         # A colon needs no escape in any of the forms, but ``vllm:`` would be ``vllm_`` for a Prometheus that asks for
         # OpenMetrics and says nothing of escapes, as those before 3.0 do.
-        encode = partial(openmetrics.generate_latest, escaping=openmetrics.ALLOWUTF8)
-    registry = CollectorRegistry()
-    registry.register(_Gathered(families))
-    return encode(registry), content_type
+        encode, end = partial(openmetrics.generate_latest, escaping=openmetrics.ALLOWUTF8), b"# EOF\n"
+
+    def told(family: Metric) -> bytes:
+        registry = CollectorRegistry()
+        registry.register(_Gathered([family]))
+        return encode(registry).removesuffix(end)
+
+    return b"".join([*await unhurried(map(told, families)), end]), content_type
 
 
 class _Gathered(Collector):
@@ -148,7 +172,7 @@ class Neighbours:
         """Of all of them."""
         others = [path for path in sorted(self._folder.glob("*.sock")) if path != self._own]
         answers = await asyncio.gather(*(_ask(path) for path in others))
-        return merged([own_families(), *answers])
+        return await merged([await own_families(), *answers])
 
 
 def _make_private(folder: Path) -> None:
@@ -171,7 +195,7 @@ async def _tell(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             family.type,
             [(one.name, dict(one.labels), float(one.value), _plain(one.exemplar)) for one in family.samples],
         )
-        for family in own_families()
+        for family in await own_families()
     ]
     with contextlib.suppress(ConnectionError):
         writer.write(msgspec.msgpack.encode(said))
@@ -202,12 +226,13 @@ async def _ask(path: Path) -> list[Metric]:
     except (OSError, TimeoutError, msgspec.MsgspecError) as error:
         logger.warning("no metrics of the ingress process at %s: %s", path.name, error or type(error).__name__)
         return []
-    families = []
-    for family in said:
-        metric = Metric(family.name, family.what, family.kind)
-        metric.samples = [
-            Sample(name, labels, value, None, Exemplar(*exemplar) if exemplar else None)
-            for name, labels, value, exemplar in family.samples
-        ]
-        families.append(metric)
-    return families
+    return await unhurried(map(_metric, said))
+
+
+def _metric(family: _Family) -> Metric:
+    metric = Metric(family.name, family.what, family.kind)
+    metric.samples = [
+        Sample(name, labels, value, None, Exemplar(*exemplar) if exemplar else None)
+        for name, labels, value, exemplar in family.samples
+    ]
+    return metric

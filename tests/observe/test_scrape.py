@@ -78,7 +78,7 @@ def series(text: bytes) -> dict[tuple[str, str | None], float]:
 async def test_a_scrape_reads_all_processes_of_the_address(root: Path) -> None:
     async with Neighbours(PLACE, root).told(), other(root) as (process, name):
         neighbours = Neighbours(PLACE, root)
-        found = series(page(await neighbours.families())[0])
+        found = series((await page(await neighbours.families()))[0])
         assert found["tests_events_total", name] == 3
         assert found["hycluster_replicas_wanted", None] == 2
         # Each process's own, under its name, and none twice.
@@ -87,11 +87,11 @@ async def test_a_scrape_reads_all_processes_of_the_address(root: Path) -> None:
         # One that is stopped holds up nobody for long, one that is killed nobody at all.
         os.kill(process.pid, signal.SIGSTOP)
         async with asyncio.timeout(5):
-            assert ("tests_events_total", name) not in series(page(await neighbours.families())[0])
+            assert ("tests_events_total", name) not in series((await page(await neighbours.families()))[0])
         process.kill()
         await process.wait()
         async with asyncio.timeout(1):
-            assert ("tests_events_total", name) not in series(page(await neighbours.families())[0])
+            assert ("tests_events_total", name) not in series((await page(await neighbours.families()))[0])
         assert [path.stem for path in (root / PLACE).iterdir()] == [str(os.getpid())]
     assert list((root / PLACE).iterdir()) == []
 
@@ -105,13 +105,13 @@ async def test_a_folder_of_somebody_elses_is_left_alone(others_folder: Path, cap
         assert await Neighbours(PLACE, root).families()
 
 
-def test_what_two_show_is_shown_once() -> None:
+async def test_what_two_show_is_shown_once() -> None:
     """While one ingress process takes over from another what concerns the pool."""
     one, two = (GaugeMetricFamily("hycluster_replicas_ready", "Of the pool.", labels=["model"]) for _ in range(2))
     one.add_metric(["m"], 2)
     two.add_metric(["m"], 1)
     two.add_metric(["n"], 1)
-    (family,) = merged([[one], [two]])
+    (family,) = await merged([[one], [two]])
     assert [(sample.labels["model"], sample.value) for sample in family.samples] == [("m", 2), ("n", 1)]
 
 
@@ -124,13 +124,13 @@ def test_one_replica_alone() -> None:
     assert [(sample.labels["replica"], sample.value) for sample in found.samples] == [("b", 2)]
 
 
-def test_exemplars_come_with_openmetrics_only() -> None:
+async def test_exemplars_come_with_openmetrics_only() -> None:
     registry = CollectorRegistry()
     Counter("tests_events", "What tests count.", registry=registry).inc(1, {"trace_id": "abc"})
-    families = own_families(registry)
-    text, kind = page(families)
+    families = await own_families(registry)
+    text, kind = await page(families)
     assert (b"abc" in text, kind.partition(";")[0]) == (False, "text/plain")
-    text, kind = page(families, "application/openmetrics-text; version=1.0.0")
+    text, kind = await page(families, "application/openmetrics-text; version=1.0.0")
     assert (b'# {trace_id="abc"} 1.0' in text, kind.partition(";")[0]) == (True, "application/openmetrics-text")
 
 
@@ -145,7 +145,33 @@ ASKED_BY = {
 
 
 @pytest.mark.parametrize("accept", ASKED_BY.values(), ids=ASKED_BY)
-def test_names_are_the_same_in_every_form(accept: str) -> None:
+async def test_names_are_the_same_in_every_form(accept: str) -> None:
     family = GaugeMetricFamily("vllm:num_requests_running", "Running.", 1)
-    text, _ = page([family], accept)
+    text, _ = await page([family], accept)
     assert b"\nvllm:num_requests_running 1.0\n" in text
+
+
+async def test_others_have_their_turn_while_a_long_page_is_made() -> None:
+    registry = CollectorRegistry()
+    for number in range(200):
+        counter = Counter(f"vllm:tests_{number}", "What tests count.", ["replica"], registry=registry)
+        for replica in range(20):
+            counter.labels(str(replica)).inc()
+    turns = 0
+
+    async def stream() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async with asyncio.TaskGroup() as tasks:
+        streaming = tasks.create_task(stream())
+        own = await own_families(registry)
+        for work in (own_families(registry), merged([own]), page(own)):
+            turns = 0
+            await work
+            assert turns >= 3
+        streaming.cancel()
+    text, _ = await page(own, "application/openmetrics-text; version=1.0.0")
+    assert (text.count(b"# EOF"), text.count(b"\nvllm:tests_")) == (1, 4000)
