@@ -85,13 +85,14 @@ async def merged(parts: Iterable[Sequence[Metric]]) -> list[Metric]:
     families: dict[str, Metric] = {}
     shown: set[tuple[str, frozenset[tuple[str, str]]]] = set()
 
-    def add(family: Metric) -> None:
+    def add(family: Metric) -> Metric:
         whole = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
         for sample in family.samples:
             series = sample.name, frozenset(sample.labels.items())
             if series not in shown:
                 shown.add(series)
                 whole.samples.append(sample)
+        return whole
 
     await unhurried(add(family) for part in parts for family in part)
     return list(families.values())
