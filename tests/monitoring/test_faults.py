@@ -3,7 +3,7 @@
 
 Gateways, directory, data plane, ingress and all that counts are real. Stand-ins are the engines, which are simulated,
 and those who tell the directory and the gateway of starts and of batches: Ray Serve with its replicas, the scaler,
-the batch executor. ``tests/integration/test_health.py`` has the same rules before real processes that are stopped.
+the batch executor.
 """
 
 from __future__ import annotations
