@@ -199,6 +199,8 @@ class IngressProcess:
         # Half a minute on a slow machine, and callers are to be told meanwhile.
         with without_collector():
             await asyncio.to_thread(importlib.import_module, "hycluster.ingress.http")
+        from vllm.envs import enable_envs_cache
+
         from hycluster.gateway.generation import open_generators
         from hycluster.ingress.http import serve_http
         from hycluster.responses.process import ServedResponses
@@ -235,6 +237,8 @@ class IngressProcess:
             # will ever be garbage.
             gc.collect()
             gc.freeze()
+            # For each token of each answer vLLM looks into the environment, which no longer changes.
+            enable_envs_cache()
             self._state.open(generator.pools)
             self._opened.set_result(
                 IngressAddresses(f"http://{settings.http.host}:{http.port}", f"{settings.grpc.host}:{grpc.port}")

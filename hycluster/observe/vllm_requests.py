@@ -8,6 +8,7 @@ vLLM's; ``engine`` is 0 as of one engine by itself, and ``replica`` tells them a
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Protocol
 
@@ -25,6 +26,9 @@ from hycluster.observe.catalogue import INGRESS
 from hycluster.observe.gateways import KnownReplica
 from hycluster.observe.watched import Watching
 from hycluster.traffic import TrafficMeter
+
+# Steps that only decoded are counted so many at a time: most of what vLLM's logger does for one is to add nothing.
+DECODES_AT_ONCE = 64
 
 
 class CountedPool(Protocol):
@@ -58,6 +62,8 @@ class ModelStats:
         self._pool = pool
         self._traffic = traffic
         self._by_replica: dict[int, PrivateLogger] = {}
+        # By replica, those that are not counted yet.
+        self._decodes: defaultdict[int, list[IterationStats]] = defaultdict(list)
         # Names, types and meanings, of the schedulers' metrics too.
         self._described = {family.name: family for made in PrivateLogger(config).families for family in made.collect()}
 
@@ -69,9 +75,23 @@ class ModelStats:
         engine_idx: int = 0,
     ) -> None:
         """What one message said. Its scheduler's word has been recorded by the replica."""
+        if iteration_stats is not None and mm_cache_stats is None and _only_decodes(iteration_stats):
+            self._decodes[engine_idx].append(iteration_stats)
+            if len(self._decodes[engine_idx]) >= DECODES_AT_ONCE:
+                self._count_decodes(engine_idx)
+            return
         self._of(engine_idx).logger.record(None, iteration_stats, mm_cache_stats, ENGINE)
         if iteration_stats is not None:
             _tell(self._traffic, iteration_stats)
+
+    def _count_decodes(self, number: int) -> None:
+        """As vLLM's logger counts them, but for what stays as it is."""
+        logger, steps = self._of(number).logger, self._decodes.pop(number, [])
+        logger.counter_generation_tokens[ENGINE].inc(sum(step.num_generation_tokens for step in steps))
+        for step in steps:
+            logger.histogram_iteration_tokens[ENGINE].observe(step.num_generation_tokens)
+            for itl_s in step.inter_token_latencies_iter:
+                logger.histogram_inter_token_latency[ENGINE].observe(itl_s)
 
     def _of(self, number: int) -> PrivateLogger:
         if number not in self._by_replica:
@@ -93,6 +113,8 @@ class ModelStats:
     def families(self, model: str) -> Iterable[Metric]:
         """All there is to be shown here."""
         known = {replica.number: replica.replica_id for replica in self._pool.known}
+        for number in list(self._decodes):
+            self._count_decodes(number)
         for number in self._by_replica.keys() - known.keys():
             del self._by_replica[number]
         found: dict[str, Metric] = {}
@@ -124,6 +146,22 @@ class ModelStats:
             if (name := sample.removesuffix(ending)) in self._described:
                 return name
         return sample
+
+
+def _only_decodes(stats: IterationStats) -> bool:
+    """Of running requests there came tokens, and nothing else is to be told of the step."""
+    return not (
+        stats.finished_requests
+        or stats.time_to_first_tokens_iter
+        or stats.prompt_token_stats.total
+        or stats.num_preempted_reqs
+        or stats.max_num_generation_tokens_iter
+        or stats.n_params_iter
+        or stats.num_corrupted_reqs
+        or stats.num_watermarked_reqs
+        or stats.num_watermark_skipped_reqs
+        or stats.num_not_watermarked_reqs
+    )
 
 
 def _tell(traffic: TrafficMeter, stats: IterationStats) -> None:

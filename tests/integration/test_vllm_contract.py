@@ -310,3 +310,20 @@ def test_metrics_of_several_models_are_told_apart() -> None:
     thrown_out = inspect.getsource(prometheus.unregister_vllm_metrics)
     assert "registry._collector_to_names" in thrown_out
     assert '_name.startswith("vllm:")' in thrown_out
+
+
+def test_the_environment_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an ingress process has it; without, each output of a step looks for ``VLLM_COMPUTE_NANS_IN_LOGITS``."""
+    from vllm import envs
+
+    envs.disable_envs_cache()
+    name = "VLLM_COMPUTE_NANS_IN_LOGITS"
+    assert not getattr(envs, name)
+    monkeypatch.setenv(name, "1")
+    assert getattr(envs, name)
+    envs.enable_envs_cache()
+    try:
+        monkeypatch.delenv(name)
+        assert getattr(envs, name)
+    finally:
+        envs.disable_envs_cache()

@@ -7,6 +7,7 @@ import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,6 +17,7 @@ from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
 from hycluster.settings.pool import Replicas
 from hycluster.settings.simulated import Simulated
+from hycluster.traffic import TrafficMeter
 from tests.simulated_pool import SimulatedPool, SimulatedReplica
 
 if TYPE_CHECKING:
@@ -123,6 +125,54 @@ async def test_replicas_that_come_and_go_leave_no_more_than_a_few_behind(
             await until(lambda: [known.replica_id for known in opened[0].engine_core.known if known.gone] == gone)  # noqa: B023 - awaited here
         # What the last one's scheduler counts comes with its first report.
         await until(lambda: {replica for _, replica in shown(opened[0])} == {"r1", "r2", "r3"})
+
+
+def test_steps_that_only_decode_are_counted_as_vllm_does(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later, and at once: but for that, what vLLM's logger says of each by itself."""
+    from vllm.v1.metrics.stats import IterationStats, PrefillStats
+
+    from hycluster.engine.vllm import engine_config
+    from hycluster.observe import vllm_requests
+
+    def told() -> tuple[dict[str, float], int]:
+        def step(tokens: int) -> IterationStats:
+            made = IterationStats()
+            made.num_generation_tokens, made.inter_token_latencies_iter = tokens, [0.001 * tokens] * tokens
+            return made
+
+        pool: Any = SimpleNamespace(known=[SimpleNamespace(number=0, replica_id="r0")], shows_pool=False)
+        stats: Any = vllm_requests.ModelStats(config, pool, TrafficMeter())
+        waited = 0
+        for number in range(100):
+            made = step(number % 7)
+            if not number % 10:
+                made.prompt_token_stats.update_from_output(PrefillStats(num_prompt_tokens=3, num_computed_tokens=3))
+            stats.record(None, made)
+            waited = max(waited, len(stats._decodes[0]))
+        samples = [sample for family in stats.families("tiny") for sample in family.samples]
+        return {f"{one.name} {one.labels}": one.value for one in samples if not one.name.endswith("_created")}, waited
+
+    config = engine_config(Model(name="tiny", source=str(tiny_model)), str(tiny_model))
+    deferred, waited = told()
+    assert waited == vllm_requests.DECODES_AT_ONCE - 1
+    monkeypatch.setattr(vllm_requests, "_only_decodes", lambda _: False)
+    directly, waited = told()
+    assert waited == 0
+    assert deferred.keys() == directly.keys()
+    assert deferred == pytest.approx(directly)
+
+
+def test_whatever_else_a_step_has_is_counted_at_once() -> None:
+    from vllm.v1.metrics.stats import IterationStats, PromptTokenStats
+
+    from hycluster.observe.vllm_requests import _only_decodes
+
+    assert _only_decodes(IterationStats())
+    for name, value in vars(IterationStats()).items():
+        stats: Any = IterationStats()
+        setattr(stats, name, PromptTokenStats(total=1) if name == "prompt_token_stats" else 1 if value == 0 else [1])
+        waits = name in ("iteration_timestamp", "num_generation_tokens", "inter_token_latencies_iter")
+        assert _only_decodes(stats) == waits, name
 
 
 def test_which_metrics_are_the_schedulers(tiny_model: Path) -> None:
