@@ -102,6 +102,8 @@ class Members:
         del self.links[link.replica_id]
         self.lost += link.accepting
         link.known.gone = True
+        # In the order in which they went: one that was away for a moment has a later number than those that were not.
+        self.known[link.known.number] = self.known.pop(link.known.number)
         gone = [known.number for known in self.known.values() if known.gone]
         for number in gone[:-REMEMBERED_REPLICAS]:
             del self.known[number]

@@ -116,13 +116,26 @@ async def test_replicas_that_come_and_go_leave_no_more_than_a_few_behind(
 
     monkeypatch.setattr(members, "REMEMBERED_REPLICAS", 1)
     async with gateways(tiny_model) as (opened, pool):
-        for number in range(2):
-            pool.replicas.append(SimulatedReplica(ENGINE, f"r{number + 2}"))
-            await until(lambda: opened[0].engine_core.links == 3)
-            pool.replicas.pop(0).close()
-            await until(lambda: opened[0].engine_core.links == 2)
-            gone = [f"r{number}"]
-            await until(lambda: [known.replica_id for known in opened[0].engine_core.known if known.gone] == gone)  # noqa: B023 - awaited here
+        core = opened[0].engine_core
+
+        async def comes(replica_id: str) -> None:
+            pool.replicas.append(SimulatedReplica(ENGINE, replica_id))
+            await until(lambda: core.links == 3)
+
+        async def goes(replica_id: str) -> None:
+            (leaving,) = (each for each in pool.replicas if each.address.replica_id == replica_id)
+            pool.replicas.remove(leaving)
+            leaving.close()
+            await until(lambda: core.links == 2)
+            await until(lambda: [known.replica_id for known in core.known if known.gone] == [replica_id])
+
+        await comes("r2")
+        await goes("r0")
+        # It was away for a moment only, and is gone before r1 all the same.
+        await comes("r0")
+        await goes("r0")
+        await comes("r3")
+        await goes("r1")
         # What the last one's scheduler counts comes with its first report.
         await until(lambda: {replica for _, replica in shown(opened[0])} == {"r1", "r2", "r3"})
 
