@@ -180,18 +180,18 @@ def started(name: str, model: Path, work: Path, cpus: float) -> Iterator[Callabl
         yield load
 
 
-def one_by_one(names: list[str], rounds: int, model: Path, work: Path, cpus: float) -> Rounds:
+def one_by_one(names: list[str], rounds: int, levels: list[int], model: Path, work: Path, cpus: float) -> Rounds:
     """Each side is started, measured and stopped on its own."""
     figures: Rounds = {name: [] for name in names}
     for number in range(rounds):
         for name in names:
             with started(name, model, work, cpus) as load:
-                figures[name].append({level: load(level, requests) for level, requests in LEVELS.items()})
+                figures[name].append({level: load(level, LEVELS[level]) for level in levels})
             print(f"round {number + 1} {name}: " + json.dumps(figures[name][-1]), flush=True)
     return figures
 
 
-def together(names: list[str], rounds: int, model: Path, work: Path, cpus: float) -> Rounds:
+def together(names: list[str], rounds: int, levels: list[int], model: Path, work: Path, cpus: float) -> Rounds:
     """All sides stay up and take turns, some seconds each: a machine's ups and downs then hit all alike.
 
     Every other round goes backwards through the sides, so that no side always follows the same one.
@@ -202,9 +202,9 @@ def together(names: list[str], rounds: int, model: Path, work: Path, cpus: float
         for number in range(rounds):
             turn: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in names}
             order = names[::-1] if number % 2 else names
-            for level, requests in LEVELS.items():
+            for level in levels:
                 for name in order:
-                    turn[name][level] = loads[name](level, requests)
+                    turn[name][level] = loads[name](level, LEVELS[level])
             for name in names:
                 figures[name].append(turn[name])
                 print(f"round {number + 1} {name}: " + json.dumps(turn[name]), flush=True)
@@ -218,13 +218,15 @@ def main() -> None:
     parser.add_argument("--together", action="store_true", help="keep all sides up and let them take turns")
     parser.add_argument("--cpus", type=float, default=1, help="threads of the engine, on every side")
     parser.add_argument("--json", type=Path, help="write all figures here")
+    parser.add_argument("--callers", type=int, choices=LEVELS, help="at this level alone, for many rounds")
     args = parser.parse_args()
     names = args.sides.split(",")
+    levels = [args.callers] if args.callers else list(LEVELS)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         model = tiny_llama.make(work / "model")
         way = together if args.together else one_by_one
-        rounds = way(names, args.rounds, model, work, args.cpus)
+        rounds = way(names, args.rounds, levels, model, work, args.cpus)
     if args.json:
         args.json.write_text(json.dumps(rounds, indent=1))
     report(rounds)
@@ -240,7 +242,7 @@ def report(rounds: Rounds) -> None:
     base = BASE if BASE in rounds else next(iter(rounds))
     print(f"\n{'side':<15}{'callers':>8}{'tokens/s':>10}{'ratio':>7}{'TTFT p50':>10}{'p99 ms':>9}"
           f"{'cpu s/1k':>10}{'ratio':>7}{'failed':>8}")  # fmt: skip
-    for level in LEVELS:
+    for level in next(iter(rounds.values()))[0]:
         for name, measured in rounds.items():
             speed, p50, p99, cpu = (median(name, level, field) for field in fields)
             failed = sum(figures[level]["failed"] for figures in measured)
