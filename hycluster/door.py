@@ -224,6 +224,7 @@ class IngressProcess:
             http = await serve_http(
                 generator,
                 settings.http,
+                max_members=settings.admission.max_members,
                 around=self._batch_api(),
                 page=self._page,
                 before_models=responses.before,
@@ -232,7 +233,13 @@ class IngressProcess:
                 drain_timeout_s=settings.drain_timeout_s + LAST_WORDS_S,
                 sock=await starting.hand_over(generator) if starting else None,
             )
-            grpc = starting.grpc if starting else await serve_grpc(generator, settings.grpc, reuse_port=True)
+            grpc = (
+                starting.grpc
+                if starting
+                else await serve_grpc(
+                    generator, settings.grpc, max_members=settings.admission.max_members, reuse_port=True
+                )
+            )
             # vLLM, torch and Ray leave a heap that a full collection takes a tenth of a second to walk; none of it
             # will ever be garbage.
             gc.collect()

@@ -86,6 +86,13 @@ class PromptTooLong(InvalidInput):
     reason = "PROMPT_TOO_LONG"
 
 
+class TooManyMembers(InvalidInput):
+    """There is more in a request than is taken apart for one; see :func:`too_many_members`."""
+
+    http_status = 413
+    reason = "TOO_MANY_MEMBERS"
+
+
 class Unauthenticated(HyclusterError):
     """No credentials, or wrong ones."""
 
@@ -195,6 +202,18 @@ class TooManyQuarantined(HyclusterError):
 
     reason = "TOO_MANY_QUARANTINED"
     exit_code = 3
+
+
+def too_many_members(where: str, most: float) -> TooManyMembers:
+    """The same error at every entrance.
+
+    Args:
+        where: what of a request: its body, its line, its message.
+    """
+    return TooManyMembers(
+        f"{where}: has more than {most} members (objects, arrays and what is in objects; in a message fields and"
+        f" elements); at most {most} are allowed"
+    )
 
 
 BY_REASON: dict[str, type[HyclusterError]] = {

@@ -14,6 +14,8 @@ from hycluster.core import Generation, GenerationRequest, ModelCard, PromptField
 
 # Characters that are sent to be counted in one call: at most 1 MiB of UTF-8, which every ingress process takes.
 COUNTED_CHARACTERS = 250_000
+# Each is a member of the request, of which ``admission.max_members`` has a bound.
+COUNTED_TEXTS = 8192
 # Such calls on their way at a time: one is counted while another travels.
 COUNTS_AT_ONCE = 2
 
@@ -88,7 +90,7 @@ def _calls(texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
     for place, text in enumerate(texts):
         for start in range(0, len(text), COUNTED_CHARACTERS):
             piece = text[start : start + COUNTED_CHARACTERS]
-            if held and len(piece) > room:
+            if held and (len(piece) > room or len(held) == COUNTED_TEXTS):
                 yield held
                 held, room = [], COUNTED_CHARACTERS
             held.append((place, piece))

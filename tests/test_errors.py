@@ -34,6 +34,7 @@ def test_statuses_of_the_contract() -> None:
     assert statuses == {
         "HyclusterError": (500, "INTERNAL", 1),
         "InvalidInput": (400, "INVALID_ARGUMENT", 2),
+        "TooManyMembers": (413, "INVALID_ARGUMENT", 2),
         "PromptTooLong": (400, "INVALID_ARGUMENT", 2),
         "ReplicaLost": (503, "UNAVAILABLE", 1),
         "KillsReplicas": (422, "FAILED_PRECONDITION", 1),
@@ -59,6 +60,7 @@ def test_each_has_a_reason_of_its_own() -> None:
         "InvalidInput": "INVALID_INPUT",
         "SettingsError": "SETTINGS",
         "PromptTooLong": "PROMPT_TOO_LONG",
+        "TooManyMembers": "TOO_MANY_MEMBERS",
         "Unauthenticated": "UNAUTHENTICATED",
         "UnknownModel": "UNKNOWN_MODEL",
         "NotFound": "NOT_FOUND",

@@ -69,7 +69,7 @@ class BatchExecutor:
         log_requests(recorder, self._settings.logs)
         try:
             async with _Api(self._settings, self._directory) as api:
-                runner = Runner(store, self._batches, api.engines)
+                runner = Runner(store, self._batches, api.engines, self._settings.admission.max_members)
                 await StoreWatch(store, runner, self._batches.concurrent_batches, self._batches.poll_s).run()
         finally:
             export.close()
@@ -195,7 +195,13 @@ class _Api:
             return generator.lane(known, batch) if known is not None else None
 
         # A line may go on from a stored response; what it is answered is in the batch's output, and kept nowhere else.
-        app = WithResponses(over_all_models(apps, generator), response_store(settings), None, settings.http)
+        app = WithResponses(
+            over_all_models(apps, generator),
+            response_store(settings),
+            None,
+            settings.http,
+            settings.admission.max_members,
+        )
         return BatchEngines(app, lane)
 
 

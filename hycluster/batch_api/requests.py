@@ -17,7 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hycluster.batch_api.records import LineError
-from hycluster.errors import InvalidInput, shown
+from hycluster.errors import InvalidInput, shown, too_many_members
+from hycluster.ingress.json_shape import JsonShape
+from hycluster.settings.load import MAX_MEMBERS
 from hycluster.storage import Folder
 
 CUSTOM_ID = "custom_id"
@@ -30,6 +32,8 @@ MAX_CUSTOM_ID = 512
 # A file that is wrong in every line is told from its first ones.
 MAX_ERRORS = 100
 GROUP_BYTES = 16 << 20
+# Of a line, looked at in one go: nothing else runs meanwhile.
+PIECE_BYTES = 64 << 10
 KEYS = (CUSTOM_ID, "method", "url", BODY)
 
 
@@ -52,10 +56,13 @@ class Checked:
     model: str | None
 
 
-def convert(content: Any, file: Folder, *, endpoint: str, max_lines: int, group_lines: int) -> Checked:
+def convert(
+    content: Any, file: Folder, *, endpoint: str, max_lines: int, group_lines: int, max_members: int = MAX_MEMBERS
+) -> Checked:
     """Read JSONL and write one Parquet file, in constant memory but for a digest of each ``custom_id``.
 
     Args:
+        max_members: of a line (:class:`JsonShape`); it is not read as JSON if there are more.
         content: a binary file, read once.
         file: the Parquet file, columns ``custom_id`` and ``body`` (JSON); overwritten.
         group_lines: rows of a row group.
@@ -63,7 +70,7 @@ def convert(content: Any, file: Folder, *, endpoint: str, max_lines: int, group_
     Raises:
         Refused: names up to ``MAX_ERRORS`` lines; what is in ``file`` then is worth nothing.
     """
-    checker = _Checker(endpoint)
+    checker = _Checker(endpoint, max_members)
     with pq.ParquetWriter(file.root, SCHEMA, filesystem=file.filesystem) as writer:
         group: list[dict[str, str]] = []
         group_bytes = 0
@@ -111,6 +118,7 @@ def _lines(content: Any) -> Iterator[tuple[int, bytes]]:
 @dataclass(slots=True)
 class _Checker:
     endpoint: str
+    max_members: int
     lines: int = 0
     models: set[str | None] = field(default_factory=set)
     errors: list[LineError] = field(default_factory=list)
@@ -129,6 +137,8 @@ class _Checker:
     def _problem(self, line: bytes) -> dict[str, str] | tuple[str, str, str | None]:
         if len(line) > MAX_LINE_BYTES:
             return "line_too_long", f"is longer than {MAX_LINE_BYTES} bytes, the most of one request", None
+        if self._members(line) > self.max_members:
+            return "too_many_members", too_many_members("line", self.max_members).message, None
         try:
             asked = json.loads(line)
         except UnicodeDecodeError:
@@ -158,6 +168,14 @@ class _Checker:
             model = body.get("model")
             self.models.add(model if isinstance(model, str) else None)
         return {CUSTOM_ID: custom_id, BODY: json.dumps(body)}
+
+    def _members(self, line: bytes) -> int:
+        shape = JsonShape()
+        for start in range(0, len(line), PIECE_BYTES):
+            if shape.members > self.max_members:
+                break
+            shape.feed(line[start : start + PIECE_BYTES])
+        return shape.members
 
 
 def _is_name(custom_id: object) -> bool:

@@ -32,6 +32,7 @@ from hycluster.batch_api.results import Results
 from hycluster.batch_api.store import Store
 from hycluster.errors import NotFound
 from hycluster.settings.ingress import Batches
+from hycluster.settings.load import MAX_MEMBERS
 from hycluster.storage import WritableFolder, masked_line
 
 log = logging.getLogger(__name__)
@@ -48,10 +49,11 @@ OPEN_LINES = 4096
 class Runner:
     """Runs batches, any number side by side."""
 
-    def __init__(self, store: Store, settings: Batches, connect: Connect) -> None:
+    def __init__(self, store: Store, settings: Batches, connect: Connect, max_members: int = MAX_MEMBERS) -> None:
         self._store = store
         self._settings = settings
         self._connect = connect
+        self._max_members = max_members
         # Held by each line while it is asked, over all batches.
         self._in_flight = asyncio.Semaphore(most) if (most := settings.lines_in_flight) is not None else None
 
@@ -132,6 +134,7 @@ class Runner:
                     self._input(batch),
                     endpoint=batch.endpoint,
                     max_lines=self._settings.max_lines,
+                    max_members=self._max_members,
                     group_lines=self._settings.shard_lines * BLOCK_SHARDS,
                 )
         except Refused as refused:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping
 
 from fastapi import HTTPException, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hycluster.ingress.errors import answer_http_error
+from hycluster.errors import kind_of, too_many_members
+from hycluster.ingress.errors import KIND_HEADER, answer_http_error
 from hycluster.ingress.json_shape import JsonShape
 
 # These only tokenize, and vLLM sets them no bound; the ingress process has one thread a model for that, and a MiB takes
@@ -23,7 +25,7 @@ class BodyLimit:
         max_bytes: of one body.
         max_total_bytes: of the bodies of all requests in work; what is over it is shed with 429.
         stall_s: how long the next piece of a body may take.
-        max_members: of objects in a JSON body, objects and arrays with them; where bodies are nothing but JSON.
+        max_members: of a JSON body (:class:`JsonShape`); where bodies are nothing but JSON.
         paths: smaller bounds on bodies, by path.
     """
 
@@ -58,10 +60,10 @@ class BodyLimit:
             429, f"body: those of all requests in work are over the limit of {self.max_total_bytes} bytes",
             {"Retry-After": "1", **close},
         )  # fmt: skip
-        too_many = HTTPException(
-            413, f"body: has more than {self.max_members} objects, arrays and members of objects", close
-        )
-        shape = None if self.max_members is None else JsonShape()
+        most = math.inf if self.max_members is None else self.max_members
+        error = too_many_members("body", most)
+        too_many = HTTPException(error.http_status, error.message, close | {KIND_HEADER: kind_of(error).__name__})
+        shape = JsonShape()
         seen, complete, answering = 0, False, False
 
         async def counted() -> Message:
@@ -80,9 +82,9 @@ class BodyLimit:
                 raise too_large
             if self.max_total_bytes is not None and self._held > self.max_total_bytes:
                 raise full
-            if shape is not None and self.max_members is not None:
+            if self.max_members is not None:
                 shape.feed(message.get("body", b""))
-                if shape.members > self.max_members:
+                if shape.members > most:
                     raise too_many
             return message
 

@@ -35,6 +35,7 @@ from hycluster.ingress.status import abort
 from hycluster.observe.ingresses import grpc_began, grpc_ended
 from hycluster.observe.timelines import Carried
 from hycluster.settings.ingress import Grpc
+from hycluster.settings.load import MAX_MEMBERS
 from hycluster.timeline import Timeline, exemplar
 from hycluster.trace_context import trace_context
 
@@ -278,7 +279,12 @@ class GrpcIngress:
 
 
 async def serve_grpc(
-    generator: GrpcBackend, settings: Grpc, *, reuse_port: bool = False, ready_poll_s: float = 0.2
+    generator: GrpcBackend,
+    settings: Grpc,
+    *,
+    max_members: int = MAX_MEMBERS,
+    reuse_port: bool = False,
+    ready_poll_s: float = 0.2,
 ) -> GrpcIngress:
     """Open the gRPC ingress in the running event loop.
 
@@ -292,7 +298,7 @@ async def serve_grpc(
     servicer = InferenceServicer(generator, settings.stalled_client_timeout_s)
     health = health_aio.HealthServicer()
     server = grpc.aio.server(
-        interceptors=[RefuseMalformed()],
+        interceptors=[RefuseMalformed(max_members)],
         options=_options(settings, reuse_port),
         maximum_concurrent_rpcs=settings.max_calls,
     )

@@ -49,6 +49,7 @@ from hycluster.ingress.timelines import RequestsRoute
 from hycluster.ingress.wording import InOurWords
 from hycluster.settings.api import check_environment
 from hycluster.settings.ingress import Http
+from hycluster.settings.load import MAX_MEMBERS
 
 # What a caller may use. Everything else of vLLM's app (scaling, raw token routes, rendering for
 # disaggregated setups, SageMaker's doubles, ...) answers 404 unless ``http.control_routes`` is set.
@@ -105,6 +106,7 @@ async def serve_http(
     generator: Generator,
     settings: Http,
     *,
+    max_members: int = MAX_MEMBERS,
     around: Callable[[ASGIApp], ASGIApp] = lambda app: app,
     before_models: Callable[[ASGIApp], ASGIApp] = lambda app: app,
     page: Callable[[ASGIApp], ASGIApp] = lambda app: app,
@@ -131,7 +133,7 @@ async def serve_http(
         settings.max_body_mib << 20,
         max_total_bytes=settings.max_bodies_mib << 20,
         stall_s=settings.stalled_client_timeout_s,
-        max_members=settings.max_body_members,
+        max_members=max_members,
         paths=TOKENIZED_PATHS,
     )
     app = around(app)

@@ -155,7 +155,7 @@ async def starting_ingress(
     sock = bind(settings.http.host, settings.http.port, "http.port", reuse_port=True)
     try:
         generator = WaitingGenerator(pools, names)
-        grpc = await serve_grpc(generator, settings.grpc, reuse_port=True)
+        grpc = await serve_grpc(generator, settings.grpc, max_members=settings.admission.max_members, reuse_port=True)
     except BaseException:
         sock.close()
         raise

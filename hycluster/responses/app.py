@@ -26,6 +26,7 @@ from hycluster.responses.records import ANSWERED, FINAL_EVENTS, StoredResponse, 
 from hycluster.responses.routes import response_routes
 from hycluster.responses.store import ResponseStore
 from hycluster.settings.ingress import Http
+from hycluster.settings.load import MAX_MEMBERS
 from hycluster.storage import masked_line
 
 logger = logging.getLogger(__name__)
@@ -73,14 +74,21 @@ class WithResponses:
         routes: what asks for one that is kept.
     """
 
-    def __init__(self, app: ASGIApp, store: ResponseStore | None, background: Background | None, http: Http) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        store: ResponseStore | None,
+        background: Background | None,
+        http: Http,
+        max_members: int = MAX_MEMBERS,
+    ) -> None:
         self._app = app
         self._store = store
         self._background = background
         self._most_bytes = http.max_body_mib << 20
         self._most_bytes_together = http.max_bodies_mib << 20
         # As many as one request could have brought: an item has three members and more.
-        self._most_items = http.max_body_members // 3
+        self._most_items = max_members // 3
         self._held = 0
         self._not_kept = NO_STORE if store is None else BATCH_LINE if background is None else None
         self.routes = response_routes(store) if store is not None else None

@@ -41,7 +41,7 @@ class ServedResponses:
                 max_bytes=settings.http.max_bodies_mib << 20,
             )
             self._running = asyncio.create_task(self._background.run())
-        layer = WithResponses(app, store, self._background, settings.http)
+        layer = WithResponses(app, store, self._background, settings.http, settings.admission.max_members)
         return layer if layer.routes is None else WithSchema(layer, layer.routes)
 
     async def close(self, timeout_s: float) -> None:

@@ -44,8 +44,6 @@ class Http(Strict):
         allowed_origins: origins that CORS allows.
         max_connections: open connections of one ingress process.
         max_body_mib: largest request body. 32 MiB hold a 256k-token prompt, as text or as ids, with room to spare.
-        max_body_members: members of objects, objects and arrays in the JSON body of a request to a model, together. A
-            message has three or more; what it takes to validate goes by them, in the loop that serves all others.
         max_bodies_mib: bodies of all requests that one ingress process has in work, together.
         stalled_client_timeout_s: how long a client may stall: send nothing more of a request that it has begun, or read
             nothing of its answer. Then its connection is closed and its request aborted; likewise when its machine has
@@ -64,7 +62,6 @@ class Http(Strict):
     allowed_origins: tuple[str, ...] = ()
     max_connections: int = Field(default=4096, ge=1)
     max_body_mib: int = Field(default=32, ge=1, le=1024)
-    max_body_members: int = Field(default=50_000, ge=100)
     max_bodies_mib: int = Field(default=512, ge=1)
     stalled_client_timeout_s: float = Field(default=60, gt=0)
     keep_alive_timeout_s: float = Field(default=75, gt=0)

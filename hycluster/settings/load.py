@@ -8,13 +8,19 @@ from pydantic import Field, model_validator
 
 from hycluster.settings.base import Port, Strict
 
+MAX_MEMBERS = 50_000
+
 
 class Admission(Strict):
-    """Limits of each gateway (one for each ingress process and model); what is above is refused. None: no limit.
+    """Limits of each gateway (one for each ingress process and model) and of each request; what is above is refused.
+    None: no limit.
 
     Attributes:
         max_requests: sequences in flight; a request with ``n`` counts n times.
         max_outstanding_tokens: prompt tokens not yet prefilled plus output tokens that may still come.
+        max_members: objects, arrays and members of objects in the JSON of a request, be it a body to a model or a line
+            of a batch; fields and elements of repeated fields of a gRPC message. A chat's message has three or more.
+            What it takes to read and validate goes by them, in the loop that serves all others.
         max_retry_after_s: upper bound of the ``Retry-After`` of a refusal.
         max_grammar_kib: largest JSON schema, regex, grammar or list of choices for structured output.
         max_grammar_repeats: largest count in one of them (``minItems``, ``maxLength``, ``{n,m}``, ...).
@@ -24,6 +30,7 @@ class Admission(Strict):
 
     max_requests: int | None = Field(default=1024, ge=1)
     max_outstanding_tokens: int | None = Field(default=None, ge=1)
+    max_members: int = Field(default=MAX_MEMBERS, ge=10_000)
     max_retry_after_s: float = Field(default=60, ge=1)
     max_grammar_kib: int = Field(default=64, ge=1)
     max_grammar_repeats: int = Field(default=100_000, ge=1)

@@ -60,7 +60,7 @@ def test_the_model_of_all(tmp_path: Path, models: tuple[str | None, ...], shown:
     ("wrong", "code", "param", "says"),
     [
         ("{", "invalid_json_line", None, "not JSON"),
-        ('{"custom_id": ' + "[" * 100_000, "invalid_json_line", None, "not JSON"),
+        ('{"custom_id": ' + "[" * 10_000, "invalid_json_line", None, "not JSON"),
         ("[1]", "invalid_json_line", None, "JSON object"),
         (line("x", body=None), "missing_required_parameter", "body", "body: is missing"),
         ('{"method": "POST"}', "missing_required_parameter", "custom_id", "custom_id: is missing"),
@@ -88,6 +88,16 @@ def test_a_line_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(requests, "MAX_LINE_BYTES", 200)
     (error,) = refused(tmp_path, f"{line('a')}\n{line('b' * 1000)}\n{line('c')}\n")
     assert (error.code, error.line) == ("line_too_long", 2)
+
+
+def test_a_line_that_has_too_much_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[bytes] = []
+    monkeypatch.setattr(requests.json, "loads", lambda text, loads=json.loads: read.append(text) or loads(text))
+    text = "\n".join(line(f"c{n}", body=body) for n, body in enumerate([{}, {"x": [{}] * 100}, {"stop": ["{"] * 200}]))
+    (error,) = refused(tmp_path, text, max_members=100)
+    assert (error.code, error.line) == ("too_many_members", 2)
+    assert "has more than 100 members" in error.message
+    assert len(read) == 2
 
 
 @pytest.mark.parametrize("text", ["", "\n \n\n"])

@@ -28,6 +28,7 @@ from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto import inference_pb2_grpc
 from hycluster.ingress.status import rich_status
 from hycluster.settings.ingress import Grpc
+from hycluster.settings.load import MAX_MEMBERS
 from tests.ingress.stand_in import MODEL, StandInGenerator, open_ingress, until
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -425,6 +426,27 @@ async def test_what_is_no_message_is_the_callers_fault(channel: Any, method: str
     assert says == "request: is not a message of the kind that this method takes"
     assert metadata["hycluster-error"] == "InvalidInput"
     assert Status.FromString(metadata["grpc-status-details-bin"]).message == says
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"messages": pb.Messages(messages=[pb.ChatMessage()] * (MAX_MEMBERS + 1))},
+        {"prompt": "x", "sampling": pb.Sampling(stop=["x"] * (MAX_MEMBERS + 1))},
+        {"prompt": "x", "structured_output": pb.StructuredOutput(json_schema="[" * (MAX_MEMBERS + 1))},
+    ],
+    ids=["messages", "stop", "JSON"],
+)
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
+async def test_what_has_too_much_in_it_is_not_taken_apart(
+    stub: Stub, stand_in: StandInGenerator, method: str, asked: dict[str, Any]
+) -> None:
+    call = getattr(stub, method)(ask(**asked))
+    code, says, metadata = await failure(drained(call) if method == "GenerateStream" else call)
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert says.startswith(f"request: has more than {MAX_MEMBERS} members")
+    assert metadata["hycluster-error"] == "TooManyMembers"
+    assert not stand_in.requests
 
 
 async def test_no_such_method(channel: Any) -> None:
