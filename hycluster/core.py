@@ -10,6 +10,9 @@ from typing import Any, TypedDict
 
 from hycluster.errors import InvalidInput, shown
 
+# What vLLM makes of them takes half a second for eight thousand, in the loop that serves all others.
+MAX_TOOLS = 1024
+
 
 class Priority(enum.IntEnum):
     """Who goes first in the engine's queue: the lower number. Passed on to vLLM's priority scheduling."""
@@ -220,6 +223,8 @@ class GenerationRequest:
             raise InvalidInput(f"tool_choice: {shown(self.tool_choice)} is not allowed without tools")
         if self.tools is not None and not self.tools:
             raise InvalidInput("tools: must not be empty; leave it out instead")
+        if len(self.tools or ()) > MAX_TOOLS:
+            raise InvalidInput(f"tools: there are {len(self.tools or ())}; at most {MAX_TOOLS} are allowed")
         if self.structured_output is not None and self.tool_choice not in (None, "none", "auto"):
             raise InvalidInput(f"structured_output: can't go with tool_choice {shown(self.tool_choice)}, a forced call")
 

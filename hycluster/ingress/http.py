@@ -40,7 +40,7 @@ from hycluster.ingress.body import TOKENIZED_PATHS, BodyLimit
 from hycluster.ingress.connection import protocol
 from hycluster.ingress.dispatch import MODELS, ModelDispatch
 from hycluster.ingress.errors import answer_error, answer_generation_error, answer_http_error, answer_unreadable
-from hycluster.ingress.first_wrong import stop_at_first
+from hycluster.ingress.first_wrong import quick_to_validate
 from hycluster.ingress.forms import in_form
 from hycluster.ingress.health import WithHealth
 from hycluster.ingress.metrics import Counted, Families, WithMetrics, families_of_this_process
@@ -263,7 +263,7 @@ async def model_app(gateway: Gateway, settings: Http) -> FastAPI:
     app.state.server = SimpleNamespace(should_exit=False)
     if not settings.control_routes:
         app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in OPEN_ROUTES]
-    stop_at_first(app.router.routes)
+    quick_to_validate(app.router.routes)
     app.add_exception_handler(HyclusterError, answer_error)
     app.add_exception_handler(GenerationError, answer_generation_error)
     for kind in (fastapi.HTTPException, starlette.exceptions.HTTPException):

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NotRequired, Union
 
 import httpx
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, ValidatorFunctionWrapHandler, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidatorFunctionWrapHandler, model_validator
 from typing_extensions import TypedDict
 
-from hycluster.ingress.first_wrong import stop_at_first
+from hycluster.ingress.first_wrong import quick_to_validate
 
 MANY = 1000
 
@@ -81,11 +81,65 @@ def calls(app: FastAPI) -> httpx.AsyncClient:
 )
 async def test_one_error_is_enough(app: FastAPI, calls: httpx.AsyncClient, wrong: dict[str, Any]) -> None:
     before = await calls.post("/ask", json=wrong)
-    stop_at_first(app.routes)
+    quick_to_validate(app.routes)
     after = await calls.post("/ask", json=wrong)
     assert before.status_code == after.status_code == 400
     assert before.json() >= MANY
     assert after.json() < 10
+
+
+tried: list[str] = []
+
+
+def kind(name: str, *, named: bool) -> Any:
+    """One of many that an item may be; says that it was tried."""
+
+    def note(value: Any) -> Any:
+        tried.append(name)
+        return value
+
+    said = Literal[name] if named else NotRequired[Literal[name]]
+    fields: dict[str, Any] = {"text": str, "type": said}
+    return Annotated[TypedDict(name, fields), BeforeValidator(note)]  # type: ignore[misc]
+
+
+# As openai's are: kinds, and a union of kinds among them.
+NAMED: Any = Union[tuple(kind(f"k{number}", named=True) for number in range(9))]  # noqa: UP007
+ANY_KIND: Any = Union[kind("plain", named=False), Annotated[NAMED, "apart"]]  # noqa: UP007
+
+
+@pytest.mark.parametrize(
+    ("item", "tries"),
+    [
+        ({"type": "k7", "text": "x"}, ["k7"]),
+        ({"type": "plain", "text": "x"}, ["plain"]),
+        ({"text": "x"}, ["plain"]),
+        ({"type": None, "text": "x"}, ["plain"]),
+        ({"type": "k7", "text": 7}, ["k7"]),
+        ({"type": "plain", "text": 7}, ["plain"]),
+    ],
+    ids=str,
+)
+async def test_an_item_is_tried_as_what_it_says_that_it_is(item: dict[str, Any], tries: list[str]) -> None:
+    app = FastAPI()
+
+    @app.post("/ask")
+    async def ask(items: list[ANY_KIND]) -> Any:
+        return items
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ingress") as calls:
+        before = await calls.post("/ask", json=[item])
+        assert len(set(tried)) == 10
+        quick_to_validate(app.routes)
+        tried.clear()
+        after = await calls.post("/ask", json=[item])
+    assert set(tried) == set(tries)
+    tried.clear()
+    assert after.status_code == before.status_code
+    if after.status_code == 200:
+        assert after.json() == before.json()
+    else:
+        assert len(after.json()["detail"]) < len(before.json()["detail"])
 
 
 async def test_the_rest_is_as_before(app: FastAPI, calls: httpx.AsyncClient) -> None:
@@ -98,7 +152,7 @@ async def test_the_rest_is_as_before(app: FastAPI, calls: httpx.AsyncClient) -> 
     one_wrong = {"input": "x", "stop": 7, "pairs": 7}
     before = [(await calls.post("/ask", json=body)).text for body in (right, one_wrong)]
     schema = app.openapi()
-    stop_at_first(app.routes)
+    quick_to_validate(app.routes)
     app.openapi_schema = None
     assert [(await calls.post("/ask", json=body)).text for body in (right, one_wrong)] == before
     assert app.openapi() == schema
