@@ -187,7 +187,7 @@ class _Api:
                     patient=True,
                 )
             )
-            apps = await model_apps(generator, settings.http)
+            apps = await model_apps(generator, settings.http, settings.admission.max_members)
             self._stack.push_async_exit(stack.pop_all())
 
         def lane(model: str, batch: str) -> BulkLane | None:

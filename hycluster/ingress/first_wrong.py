@@ -11,7 +11,8 @@ it; ``tests/ingress/test_first_wrong.py`` runs it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from fastapi.routing import APIRoute
@@ -20,6 +21,9 @@ from pydantic_core import SchemaValidator
 from starlette.routing import BaseRoute
 
 from hycluster.core import MAX_TOOLS
+from hycluster.errors import too_many_members
+from hycluster.ingress.json_shape import members_of_text
+from hycluster.settings.load import MAX_MEMBERS
 
 _LISTS = ("list", "tuple", "set", "frozenset")
 _TYPE = "type"
@@ -29,16 +33,54 @@ _UNTYPED, _OTHER = "without a type", "of any type"
 _MANY = 4
 
 
-def quick_to_validate(routes: Iterable[BaseRoute]) -> None:
+def quick_to_validate(routes: Iterable[BaseRoute], max_members: int = MAX_MEMBERS) -> None:
     """Have routes refuse a list by its first wrong element, and more tools than there may be, and look at what an
-    element says that it is before they look what it might be."""
+    element says that it is before they look what it might be.
+
+    Args:
+        max_members: of the JSON in a request's calls of tools, together.
+    """
     for route in routes:
         if isinstance(route, APIRoute):
             for field in route.dependant.body_params:
                 adapter: TypeAdapter[Any] = field._type_adapter
                 # Models within are built again: those that there are go on to the end.
                 schema = _quick(adapter.core_schema, _definitions(adapter.core_schema))
-                adapter.validator = SchemaValidator(schema, _use_prebuilt=False)
+                validator: Any = _Bounded(SchemaValidator(schema, _use_prebuilt=False), max_members)
+                adapter.validator = validator
+
+
+class _Bounded:
+    """A validator that looks first at what is JSON once more: the arguments of calls, as text, which vLLM reads."""
+
+    def __init__(self, validator: SchemaValidator, most: int) -> None:
+        self._validator = validator
+        self._most = most
+
+    def validate_python(self, body: Any, **options: Any) -> Any:
+        """As pydantic's validators have it."""
+        if sum(members_of_text(text.encode(errors="replace"), self._most) for text in _arguments(body)) > self._most:
+            raise too_many_members("arguments", self._most)
+        return self._validator.validate_python(body, **options)
+
+
+def _arguments(body: Any) -> Iterator[str]:
+    for turn in _dicts(body, "messages"):
+        for call in _dicts(turn, "tool_calls"):
+            yield from _text(call.get("function"))
+    for item in _dicts(body, "input"):
+        yield from _text(item)
+
+
+def _dicts(holder: Any, name: str) -> Iterator[dict[str, Any]]:
+    listed = holder.get(name) if isinstance(holder, dict) else None
+    # One that is of another kind is refused, and what is behind it not read.
+    return takewhile(lambda each: isinstance(each, dict), listed if isinstance(listed, list) else ())
+
+
+def _text(call: Any) -> Iterator[str]:
+    if isinstance(call, dict) and isinstance(text := call.get("arguments"), str):
+        yield text
 
 
 def _quick(schema: Any, known: Mapping[str, Any]) -> Any:

@@ -127,7 +127,7 @@ async def serve_http(
     Raises:
         SettingsError: the port is in use.
     """
-    apps = await model_apps(generator, settings)
+    apps = await model_apps(generator, settings, max_members)
     app: ASGIApp = BodyLimit(
         before_models(over_all_models(apps, generator)),
         settings.max_body_mib << 20,
@@ -164,14 +164,14 @@ async def serve_http(
     return HttpIngress(server, serving, sock.getsockname()[1])
 
 
-async def model_apps(generator: Generator, settings: Http) -> dict[str, ModelApp]:
+async def model_apps(generator: Generator, settings: Http, max_members: int = MAX_MEMBERS) -> dict[str, ModelApp]:
     """vLLM's API app of each model, by its name.
 
     Raises:
         SettingsError: vLLM would take from the environment what is no setting here.
     """
     check_environment(os.environ)
-    apps = {name: ModelApp(gateway, settings, generator) for name, gateway in generator.gateways.items()}
+    apps = {name: ModelApp(gateway, settings, generator, max_members) for name, gateway in generator.gateways.items()}
     for app in apps.values():
         if app.can_build:
             await app.build()
@@ -184,10 +184,11 @@ class ModelApp:
     What generates is known by its settings. Else only an engine knows, and until there has been one all is refused.
     """
 
-    def __init__(self, gateway: Gateway, settings: Http, generator: Generator) -> None:
+    def __init__(self, gateway: Gateway, settings: Http, generator: Generator, max_members: int = MAX_MEMBERS) -> None:
         self._gateway = gateway
         self._settings = settings
         self._generator = generator
+        self._max_members = max_members
         self._building = asyncio.Lock()
         self._server: Any = None
         self._app: FastAPI | None = None
@@ -206,7 +207,7 @@ class ModelApp:
         """The app; made at the first call."""
         async with self._building:
             if self._app is None:
-                app = await model_app(self._gateway, self._settings)
+                app = await model_app(self._gateway, self._settings, self._max_members)
                 if self._settings.control_routes:
                     # Ahead of vLLM's own, which know one engine and one ingress process.
                     app.router.routes[:0] = adapter_routes(self._generator).routes
@@ -244,7 +245,7 @@ class _Server(uvicorn.Server):
     def install_signal_handlers(self) -> None: ...
 
 
-async def model_app(gateway: Gateway, settings: Http) -> FastAPI:
+async def model_app(gateway: Gateway, settings: Http, max_members: int = MAX_MEMBERS) -> FastAPI:
     """vLLM's API app over one gateway, cut down to the open routes."""
     arguments = api_arguments(gateway)
     tasks = await gateway.get_supported_tasks()
@@ -263,7 +264,7 @@ async def model_app(gateway: Gateway, settings: Http) -> FastAPI:
     app.state.server = SimpleNamespace(should_exit=False)
     if not settings.control_routes:
         app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in OPEN_ROUTES]
-    quick_to_validate(app.router.routes)
+    quick_to_validate(app.router.routes, max_members)
     app.add_exception_handler(HyclusterError, answer_error)
     app.add_exception_handler(GenerationError, answer_generation_error)
     for kind in (fastapi.HTTPException, starlette.exceptions.HTTPException):

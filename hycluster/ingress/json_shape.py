@@ -13,6 +13,10 @@ _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _OUTSIDE = b"\x01"
 
 
+# To tell what is within strings takes a second for ten megabytes.
+MOST_LOOKED_AT = 1 << 20
+
+
 class JsonShape:
     """
     Attributes:
@@ -36,3 +40,18 @@ class JsonShape:
             backslashes = len(text) - len(text.rstrip(b"\\"))
             self._before = b'"\\' if backslashes % 2 else b'"'
         self.members += outside.count(b"{") + outside.count(b"[") + outside.count(b":")
+
+
+def members_of_text(text: bytes, most: int) -> int:
+    """Of JSON that is whole, and read as such where it is text in a request; too many if it is both large and full of
+    what would be members, were it not within strings.
+
+    Args:
+        most: up to so many it makes no difference how many there are.
+    """
+    members = sum(map(text.count, (b"{", b"[", b":")))
+    if members <= most or len(text) > MOST_LOOKED_AT:
+        return members
+    shape = JsonShape()
+    shape.feed(text)
+    return shape.members

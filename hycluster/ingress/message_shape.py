@@ -9,14 +9,12 @@ from __future__ import annotations
 from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
-from hycluster.ingress.json_shape import JsonShape
+from hycluster.ingress.json_shape import members_of_text
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _FIXED = {_FIXED64: 8, _FIXED32: 4}
 # No tag and no length is longer.
 _MAX_VARINT_BYTES = 10
-# To tell what is within strings takes a second for ten megabytes.
-MOST_LOOKED_AT = 1 << 20
 # Texts that are JSON, and are read as such.
 _JSON = {"Function.parameters", "ToolCall.arguments", "StructuredOutput.json_schema"}
 _JSON_NAME = "chat_template_kwargs"
@@ -61,21 +59,11 @@ def count_members(message: bytes, kind: Descriptor, most: int) -> int:
                 open_messages.append((min(place + size, end), field.message_type))
             else:
                 if f"{kind.name}.{field.name}" in _JSON or field.name == _JSON_NAME:
-                    found += _json_members(message[place : place + size], most)
+                    found += members_of_text(message[place : place + size], most)
                 place += size
         else:
             place += _FIXED.get(wire, 0)
     return found
-
-
-def _json_members(text: bytes, most: int) -> int:
-    # At a glance, with what is text within it.
-    members = sum(map(text.count, (b"{", b"[", b":")))
-    if members <= most or len(text) > MOST_LOOKED_AT:
-        return members
-    shape = JsonShape()
-    shape.feed(text)
-    return shape.members
 
 
 def _varint(message: bytes, place: int) -> tuple[int, int]:

@@ -9,9 +9,16 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidatorFunctionWrapHandler, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidatorFunctionWrapHandler,
+    model_validator,
+)
 from typing_extensions import TypedDict
 
+from hycluster.errors import TooManyMembers
 from hycluster.ingress.first_wrong import quick_to_validate
 
 MANY = 1000
@@ -156,3 +163,27 @@ async def test_the_rest_is_as_before(app: FastAPI, calls: httpx.AsyncClient) -> 
     app.openapi_schema = None
     assert [(await calls.post("/ask", json=body)).text for body in (right, one_wrong)] == before
     assert app.openapi() == schema
+
+
+@pytest.mark.parametrize(
+    ("many", "few"),
+    [
+        ({"messages": [{"tool_calls": [{"function": {"arguments": "[{}, {}]"}}] * 5}] * 8}, 5),
+        ({"input": [{"type": "function_call", "arguments": '{"a": [{}, {}]}'}] * 40}, 20),
+        ({"input": [{"arguments": "[" * 101}]}, 101),
+    ],
+    ids=["chat", "responses", "one"],
+)
+async def test_what_is_in_arguments_has_a_bound(many: dict[str, Any], few: int) -> None:
+    app = FastAPI()
+
+    @app.post("/ask")
+    async def ask(body: dict[str, Any]) -> Any:
+        return body
+
+    quick_to_validate(app.routes, 100)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ingress") as calls:
+        with pytest.raises(TooManyMembers, match="arguments: has more than 100 members"):
+            await calls.post("/ask", json=many)
+        least = {name: listed[: len(listed) // few] for name, listed in many.items()}
+        assert (await calls.post("/ask", json=least)).status_code == 200
