@@ -87,7 +87,8 @@ def _quick(schema: Any, known: Mapping[str, Any]) -> Any:
     """A copy of pydantic's schema, or of a part of it."""
     if isinstance(schema, dict):
         copied = {key: _quick(value, known) for key, value in schema.items()}
-        if "tools" in (fields := copied.get("fields") or ()):
+        fields = copied.get("fields")
+        if isinstance(fields, dict) and "tools" in fields:
             _bound(fields["tools"])
         if copied.get("type") in _LISTS:
             return {**copied, "fail_fast": True}

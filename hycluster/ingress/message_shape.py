@@ -7,7 +7,7 @@ megabytes took half a second and a quarter of a gigabyte, and that before anybod
 from __future__ import annotations
 
 from google.protobuf import descriptor_pool
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor import Descriptor
 
 from hycluster.ingress.json_shape import members_of_text
 
@@ -55,8 +55,8 @@ def count_members(message: bytes, kind: Descriptor, most: int) -> int:
             field = kind.fields_by_number.get(tag >> 3)
             if field is None:
                 place += size
-            elif field.type == FieldDescriptor.TYPE_MESSAGE:
-                open_messages.append((min(place + size, end), field.message_type))
+            elif (within := field.message_type) is not None:
+                open_messages.append((min(place + size, end), within))
             else:
                 if f"{kind.name}.{field.name}" in _JSON or field.name == _JSON_NAME:
                     found += members_of_text(message[place : place + size], most)

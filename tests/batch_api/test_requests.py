@@ -92,7 +92,13 @@ def test_a_line_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_line_that_has_too_much_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[bytes] = []
-    monkeypatch.setattr(requests.json, "loads", lambda text, loads=json.loads: read.append(text) or loads(text))
+    loads = json.loads
+
+    def noted(text: bytes) -> Any:
+        read.append(text)
+        return loads(text)
+
+    monkeypatch.setattr("hycluster.batch_api.requests.json.loads", noted)
     text = "\n".join(line(f"c{n}", body=body) for n, body in enumerate([{}, {"x": [{}] * 100}, {"stop": ["{"] * 200}]))
     (error,) = refused(tmp_path, text, max_members=100)
     assert (error.code, error.line) == ("too_many_members", 2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NotRequired, Union
+from typing import Annotated, Any, Literal, Union
 
 import httpx
 import pytest
@@ -14,6 +14,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     ValidatorFunctionWrapHandler,
+    create_model,
     model_validator,
 )
 from typing_extensions import TypedDict
@@ -105,9 +106,9 @@ def kind(name: str, *, named: bool) -> Any:
         tried.append(name)
         return value
 
-    said = Literal[name] if named else NotRequired[Literal[name]]
-    fields: dict[str, Any] = {"text": str, "type": said}
-    return Annotated[TypedDict(name, fields), BeforeValidator(note)]  # type: ignore[misc]
+    said: Any = (Literal[name], ...) if named else (Literal[name] | None, None)
+    fields: dict[str, Any] = {"text": (str, ...), "type": said}
+    return Annotated[create_model(name, **fields), BeforeValidator(note)]
 
 
 # As openai's are: kinds, and a union of kinds among them.
