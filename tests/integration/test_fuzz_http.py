@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -207,6 +208,15 @@ def test_fields_that_vllm_trips_over(ingress: httpx.Client) -> None:
     refusal = {"type": "refusal", "refusal": "no"}
     said = {"role": "assistant", "type": "message", "id": "m", "status": "completed", "content": [refusal]}
     check_answer(ingress.post("/v1/responses", json={"model": SIMULATED, "input": [said], "max_output_tokens": 4}))
+
+
+def test_a_form_is_kept_to_whichever_library_takes_it(ingress: httpx.Client) -> None:
+    """xgrammar takes the first and the last, and not the other, which llguidance does."""
+    for asked, kept in (("[a-c]{3}", "[a-c]{3}"), ("(?i)a{3}", "[aA]{3}"), ("x{3}", "x{3}")):
+        body = {"model": TINY, "prompt": "x", "max_tokens": 9, "structured_outputs": {"regex": asked}}
+        answer = ingress.post("/v1/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        assert re.fullmatch(kept, answer.json()["choices"][0]["text"])
 
 
 def test_a_list_of_prompts_counts_as_many(ingress: httpx.Client) -> None:
