@@ -24,7 +24,7 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
 from hycluster.core import Generation, GenerationRequest, ModelCard, PromptFields
-from hycluster.errors import DeadlineExceeded, HyclusterError, SettingsError, Unavailable, UnknownModel
+from hycluster.errors import DeadlineExceeded, HyclusterError, PromptTooLong, SettingsError, Unavailable, UnknownModel
 from hycluster.ingress import translate
 from hycluster.ingress.chats import messages_from_pb
 from hycluster.ingress.malformed import RefuseMalformed
@@ -167,7 +167,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     @_answer
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
-        wanted = translate.request_from_pb(request)
+        wanted = await self._wanted(request)
         return translate.response_to_pb(await self._generator.generate(wanted, deadline_s=context.time_remaining()))
 
     # Writes rather than yields: a generator left by grpc.aio at a yield would be closed only when collected.
@@ -175,7 +175,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def GenerateStream(  # type: ignore[override]  # grpc.aio takes both, the generated type only yielding
         self, request: pb.GenerateRequest, context: Context
     ) -> None:
-        wanted = translate.request_from_pb(request)
+        wanted = await self._wanted(request)
         loop, unread = asyncio.get_running_loop(), asyncio.Event()
         async with aclosing(self._generator.stream(wanted, deadline_s=context.time_remaining())) as deltas:
 
@@ -195,6 +195,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                         patience.cancel()
                     if unread.is_set():
                         raise DeadlineExceeded(f"the stream was not read for {self._stall_s:g} s")
+
+    async def _wanted(self, request: pb.GenerateRequest) -> GenerationRequest:
+        # A byte is enough for a token id, and Python takes eight for it, several times over.
+        tokens = len(request.token_ids.ids)
+        for card in await self._generator.models() if tokens else ():
+            if card.name == request.model and tokens > card.max_model_len:
+                raise PromptTooLong(f"token_ids: has {tokens} tokens, too long for a context of {card.max_model_len}")
+        return translate.request_from_pb(request)
 
     @_answer
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:

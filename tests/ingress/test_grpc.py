@@ -29,7 +29,7 @@ from hycluster.ingress.proto import inference_pb2_grpc
 from hycluster.ingress.status import rich_status
 from hycluster.settings.ingress import Grpc
 from hycluster.settings.load import MAX_MEMBERS
-from tests.ingress.stand_in import MODEL, StandInGenerator, open_ingress, until
+from tests.ingress.stand_in import CARD, MODEL, StandInGenerator, open_ingress, until
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -447,6 +447,19 @@ async def test_what_has_too_much_in_it_is_not_taken_apart(
     assert says.startswith(f"request: has more than {MAX_MEMBERS} members")
     assert metadata["hycluster-error"] == "TooManyMembers"
     assert not stand_in.requests
+
+
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
+async def test_ids_that_no_context_holds_are_not_taken_out(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    taken: list[Any] = []
+    monkeypatch.setattr(grpc_ingress.translate, "request_from_pb", taken.append)
+    call = getattr(stub, method)(ask(token_ids=pb.TokenIds(ids=[1] * (CARD.max_model_len + 1))))
+    code, says, metadata = await failure(drained(call) if method == "GenerateStream" else call)
+    assert (code, metadata["hycluster-error"]) == (grpc.StatusCode.INVALID_ARGUMENT, "PromptTooLong")
+    assert says.startswith(f"token_ids: has {CARD.max_model_len + 1} tokens, too long for a context of")
+    assert not taken
 
 
 async def test_no_such_method(channel: Any) -> None:
