@@ -130,12 +130,17 @@ def _by_type(choices: Sequence[dict[str, Any]], union: dict[str, Any], known: Ma
     if any(allowed is None or optional for allowed, optional in kinds):
         tags[_UNTYPED] = of(None)
 
+    all_named = all(allowed is not None for allowed, _ in kinds)
+
     def tag_of(value: Any) -> str:
         named = value.get(_TYPE) if isinstance(value, dict) else getattr(value, _TYPE, _OTHER)
         if named is None:
-            named = _UNTYPED
-        return named if isinstance(named, str) and named in tags else _OTHER
+            return _UNTYPED if _UNTYPED in tags else _OTHER
+        # One that is none's is told with all that there are.
+        return named if isinstance(named, str) and (named in tags or all_named) else _OTHER
 
+    # Callers are told that it was found by this.
+    tag_of.__name__ = _TYPE
     kept = {key: value for key, value in union.items() if key in ("ref", "metadata", "strict")}
     return {"type": "tagged-union", "choices": tags, "discriminator": tag_of, **kept}
 

@@ -125,6 +125,7 @@ ANY_KIND: Any = Union[kind("plain", named=False), Annotated[NAMED, "apart"]]  # 
         ({"type": None, "text": "x"}, ["plain"]),
         ({"type": "k7", "text": 7}, ["k7"]),
         ({"type": "plain", "text": 7}, ["plain"]),
+        ({"type": "nix", "text": "x"}, []),
     ],
     ids=str,
 )
@@ -148,6 +149,7 @@ async def test_an_item_is_tried_as_what_it_says_that_it_is(item: dict[str, Any],
         assert after.json() == before.json()
     else:
         assert len(after.json()["detail"]) < len(before.json()["detail"])
+        assert item["type"] != "nix" or "'nix' found using type() does not match any of" in after.text
 
 
 async def test_the_rest_is_as_before(app: FastAPI, calls: httpx.AsyncClient) -> None:
