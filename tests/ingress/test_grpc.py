@@ -454,7 +454,7 @@ async def test_ids_that_no_context_holds_are_not_taken_out(
     stub: Stub, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     taken: list[Any] = []
-    monkeypatch.setattr(grpc_ingress.translate, "request_from_pb", taken.append)
+    monkeypatch.setattr("hycluster.ingress.translate.request_from_pb", taken.append)
     call = getattr(stub, method)(ask(token_ids=pb.TokenIds(ids=[1] * (CARD.max_model_len + 1))))
     code, says, metadata = await failure(drained(call) if method == "GenerateStream" else call)
     assert (code, metadata["hycluster-error"]) == (grpc.StatusCode.INVALID_ARGUMENT, "PromptTooLong")
