@@ -180,8 +180,9 @@ class Connection(HttpToolsProtocol):
             message = f"headers: Host is there {hosts} times; it must be there once"
             self._refuse(HTTPStatus.BAD_REQUEST, message, InvalidInput.openai_type)
         else:
-            self._in_head = False
+            # Raises for a target that is no URL.
             super().on_headers_complete()
+            self._in_head = False
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         # Called when a request's turn has come.
@@ -225,7 +226,7 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
 
     def _refuse_head(self) -> None:
-        what = "headers" if self._in_head else "trailers"
+        what = "headers" if self._in_head else "trailers and chunk extensions"
         message = f"{what}: more than {MAX_HEADERS}, or more than {MAX_HEADER_BYTES} bytes"
         self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, message, InvalidInput.openai_type)
 

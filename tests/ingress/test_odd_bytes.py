@@ -81,7 +81,10 @@ class TestTrailers:
             writer.write(CHUNKED % b"read" + b"1\r\nx\r\n0\r\n")
             await asyncio.sleep(0.1)
             writer.write(b"a: b\r\n" * MAX_HEADER_BYTES)
-            assert await refusal(reader) == (431, f"trailers: more than 100, or more than {MAX_HEADER_BYTES} bytes")
+            assert await refusal(reader) == (
+                431,
+                f"trailers and chunk extensions: more than 100, or more than {MAX_HEADER_BYTES} bytes",
+            )
 
     async def test_are_no_headers(self) -> None:
         async with serve() as ingress:
@@ -150,6 +153,22 @@ async def test_a_body_that_is_no_body_is_told_so() -> None:
         writer.write(CHUNKED % b"read")
         await asyncio.sleep(0.1)
         writer.write(b"nonsense\r\n")
+        assert (await refusal(reader))[0] == 400
+
+
+@pytest.mark.parametrize("target", [b"example.com:443", b"http://[", b"example"])
+@pytest.mark.parametrize(
+    "before", [b"", ASK, SLOWLY], ids=["first", "behind one that is answered", "behind one that runs"]
+)
+async def test_a_target_that_is_no_url(before: bytes, target: bytes) -> None:
+    async with serve() as ingress:
+        reader, writer = await ingress.dial()
+        writer.write(before)
+        if before == ASK:
+            await whole_answer(reader)
+        writer.write(b"CONNECT %s HTTP/1.1\r\nhost: x\r\n\r\n" % target)
+        if before == SLOWLY:
+            assert text(await whole_answer(reader)) == b"".join(SLOW)
         assert (await refusal(reader))[0] == 400
 
 
