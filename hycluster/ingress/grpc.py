@@ -306,7 +306,7 @@ async def serve_grpc(
     servicer = InferenceServicer(generator, settings.stalled_client_timeout_s)
     health = health_aio.HealthServicer()
     server = grpc.aio.server(
-        interceptors=[RefuseMalformed(max_members)],
+        interceptors=[RefuseMalformed(max_members, settings.stalled_client_timeout_s)],
         options=_options(settings, reuse_port),
         maximum_concurrent_rpcs=settings.max_calls,
     )

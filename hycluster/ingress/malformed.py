@@ -1,10 +1,13 @@
-"""Requests to the gRPC ingress that are no message of their kind, or too much of one: the caller's fault, and told so.
+"""Requests to the gRPC ingress that are no message of their kind, too much of one, or none: the caller's fault, and
+told so.
 
-By itself grpc.aio answers the first with INTERNAL and writes a stack trace into the log.
+By itself grpc.aio answers the first with INTERNAL and writes a stack trace into the log, and waits for the last for
+ever: a few connections took all places that calls have.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +15,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from hycluster.errors import HyclusterError, InvalidInput, too_many_members
+from hycluster.errors import DeadlineExceeded, HyclusterError, InvalidInput, too_many_members
 from hycluster.ingress.message_shape import count_members, message_kind
 from hycluster.ingress.status import abort
 
@@ -32,10 +35,12 @@ class RefuseMalformed(grpc.aio.ServerInterceptor):
 
     Args:
         max_members: of a request (:func:`count_members`).
+        stall_s: how long a call's request, or its first one, may take to come.
     """
 
-    def __init__(self, max_members: int) -> None:
+    def __init__(self, max_members: int, stall_s: float) -> None:
         self._max_members = max_members
+        self._stall_s = stall_s
 
     async def intercept_service(
         self,
@@ -60,39 +65,63 @@ class RefuseMalformed(grpc.aio.ServerInterceptor):
             except DecodeError:
                 return _Refused(InvalidInput("request: is not a message of the kind that this method takes"))
 
-        changes: dict[str, Any] = {"request_deserializer": decode}
-        for kind, guard in (
-            ("unary_unary", _one),
-            ("unary_stream", _one),
-            ("stream_unary", _each),
-            ("stream_stream", _each),
+        guard = _Guard(self._stall_s)
+        # All of them as streams of requests, which are read here: grpc.aio waits for a single one without end.
+        changes: dict[str, Any] = {
+            "request_deserializer": decode, "request_streaming": True, "unary_unary": None, "unary_stream": None,
+        }  # fmt: skip
+        for kind, guarded, becomes in (
+            ("unary_unary", guard.one, "stream_unary"),
+            ("unary_stream", guard.one, "stream_stream"),
+            ("stream_unary", guard.each, "stream_unary"),
+            ("stream_stream", guard.each, "stream_stream"),
         ):
             if (behaviour := getattr(handler, kind)) is not None:
-                changes[kind] = guard(behaviour)
+                changes[becomes] = guarded(behaviour)
         return handler._replace(**changes)
 
 
-def _one(behaviour: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    # grpc.aio asks a function whether it yields; this one stands before those that do and those that don't.
-    async def guarded(request: Any, context: Any) -> Any:
-        if isinstance(request, _Refused):
-            await abort(context, request.why)
-        return await _answered(behaviour(request, context), context)
+class _Guard:
+    """Stands before what answers a method."""
 
-    return guarded
+    def __init__(self, stall_s: float) -> None:
+        self._stall_s = stall_s
+
+    # grpc.aio asks a function whether it yields; these stand before those that do and those that don't.
+    def one(self, behaviour: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        async def guarded(_: object, context: Any) -> Any:
+            request = await self._first(context)
+            if request is grpc.aio.EOF:
+                await abort(context, InvalidInput("request: is missing; this method takes one"))
+            return await _answered(behaviour(request, context), context)
+
+        return guarded
+
+    def each(self, behaviour: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        async def checked(context: Any) -> AsyncIterator[Any]:
+            request = await self._first(context)
+            while request is not grpc.aio.EOF:
+                yield request
+                request = await _checked(await context.read(), context)
+
+        async def guarded(_: object, context: Any) -> Any:
+            return await _answered(behaviour(checked(context), context), context)
+
+        return guarded
+
+    async def _first(self, context: Any) -> Any:
+        reading = asyncio.ensure_future(context.read())
+        # It is not cancelled: what it waits for is within gRPC's core, and ends with the call.
+        reading.add_done_callback(lambda done: done.cancelled() or done.exception())
+        if not (await asyncio.wait({reading}, timeout=self._stall_s))[0]:
+            await abort(context, DeadlineExceeded(f"request: did not come within {self._stall_s:g} s"))
+        return await _checked(reading.result(), context)
 
 
-def _each(behaviour: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    async def checked(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
-        async for request in requests:
-            if isinstance(request, _Refused):
-                await abort(context, request.why)
-            yield request
-
-    async def guarded(requests: AsyncIterator[Any], context: Any) -> Any:
-        return await _answered(behaviour(checked(requests, context), context), context)
-
-    return guarded
+async def _checked(request: Any, context: Any) -> Any:
+    if isinstance(request, _Refused):
+        await abort(context, request.why)
+    return request
 
 
 async def _answered(made: Any, context: Any) -> Any:

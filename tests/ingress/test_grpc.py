@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -460,6 +461,35 @@ async def test_ids_that_no_context_holds_are_not_taken_out(
     assert (code, metadata["hycluster-error"]) == (grpc.StatusCode.INVALID_ARGUMENT, "PromptTooLong")
     assert says.startswith(f"token_ids: has {CARD.max_model_len + 1} tokens, too long for a context of")
     assert not taken
+
+
+async def test_a_call_whose_request_does_not_come_keeps_nobodys_place(stand_in: StandInGenerator) -> None:
+    never = asyncio.Event()
+
+    async def nothing() -> AsyncIterator[bytes]:
+        await never.wait()
+        yield b""
+
+    async with (
+        open_ingress(stand_in, max_calls=2, stalled_client_timeout_s=0.5) as ingress,
+        grpc.aio.insecure_channel(f"127.0.0.1:{ingress.port}") as channel,
+    ):
+        calls: list[Any] = [channel.stream_unary(f"/{SERVICE}/{name}")(nothing()) for name in ("Generate", "Tokenize")]
+        async with asyncio.timeout(10):
+            for call in calls:
+                code, says, _ = await failure(call)
+                assert (code, says) == (grpc.StatusCode.DEADLINE_EXCEEDED, "request: did not come within 0.5 s")
+        stub: Any = inference_pb2_grpc.InferenceStub(channel)
+        assert (await stub.Generate(ask())).outputs
+
+
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
+async def test_a_call_without_a_request(channel: Any, method: str) -> None:
+    kind = channel.stream_stream if method == "GenerateStream" else channel.stream_unary
+    call = kind(f"/{SERVICE}/{method}")(iter([]))
+    async with asyncio.timeout(5):
+        code, says, _ = await failure(drained(call) if method == "GenerateStream" else call)
+    assert (code, says) == (grpc.StatusCode.INVALID_ARGUMENT, "request: is missing; this method takes one")
 
 
 async def test_no_such_method(channel: Any) -> None:
