@@ -86,8 +86,8 @@ class Grpc(Strict):
         max_connections: open connections of one ingress process; at most a quarter of its file descriptors.
         max_calls: calls of one ingress process at a time, all methods together.
         max_calls_per_connection: calls of one connection at a time; further ones wait (HTTP/2's concurrent streams).
-        stalled_client_timeout_s: how long a client may leave the next chunk of its stream unread, or not send the request
-            of a call that it has begun. Then it is aborted; likewise when its machine has disappeared.
+        stalled_client_timeout_s: how long a client may leave the next chunk of its stream unread, or a call that it has
+            begun without its request. Then it is aborted; likewise when its machine has disappeared.
     """
 
     host: str = "127.0.0.1"
