@@ -474,7 +474,8 @@ async def test_a_call_whose_request_does_not_come_keeps_nobodys_place(stand_in: 
         open_ingress(stand_in, max_calls=2, stalled_client_timeout_s=0.5) as ingress,
         grpc.aio.insecure_channel(f"127.0.0.1:{ingress.port}") as channel,
     ):
-        calls: list[Any] = [channel.stream_unary(f"/{SERVICE}/{name}")(nothing()) for name in ("Generate", "Tokenize")]
+        call_of: Any = channel.stream_unary
+        calls = [call_of(f"/{SERVICE}/{name}")(nothing()) for name in ("Generate", "Tokenize")]
         async with asyncio.timeout(10):
             for call in calls:
                 code, says, _ = await failure(call)
