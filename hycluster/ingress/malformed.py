@@ -86,6 +86,7 @@ class _Guard:
 
     def __init__(self, stall_s: float) -> None:
         self._stall_s = stall_s
+        self._ending: set[asyncio.Task[None]] = set()
 
     # grpc.aio asks a function whether it yields; these stand before those that do and those that don't.
     def one(self, behaviour: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -110,12 +111,23 @@ class _Guard:
         return guarded
 
     async def _first(self, context: Any) -> Any:
-        reading = asyncio.ensure_future(context.read())
-        # It is not cancelled: what it waits for is within gRPC's core, and ends with the call.
-        reading.add_done_callback(lambda done: done.cancelled() or done.exception())
-        if not (await asyncio.wait({reading}, timeout=self._stall_s))[0]:
-            await abort(context, DeadlineExceeded(f"request: did not come within {self._stall_s:g} s"))
-        return await _checked(reading.result(), context)
+        # What is read is within gRPC's core and not to be cancelled: it ends with the call, by the error of its end.
+        late = asyncio.get_running_loop().call_later(self._stall_s, self._end, context)
+        try:
+            request = await context.read()
+        finally:
+            late.cancel()
+        return await _checked(request, context)
+
+    def _end(self, context: Any) -> None:
+        why = DeadlineExceeded(f"request: did not come within {self._stall_s:g} s")
+        self._ending.add(ending := asyncio.ensure_future(abort(context, why)))
+        ending.add_done_callback(self._ended)
+
+    def _ended(self, ending: asyncio.Task[None]) -> None:
+        self._ending.discard(ending)
+        # It raises, always.
+        ending.cancelled() or ending.exception()
 
 
 async def _checked(request: Any, context: Any) -> Any:
