@@ -29,6 +29,8 @@ _LISTS = ("list", "tuple", "set", "frozenset")
 _TYPE = "type"
 # Tags that no type has: of what has none, and of what has one that none of the kinds has.
 _UNTYPED, _OTHER = "without a type", "of any type"
+# A union that says more has an order of its own, or words.
+_PLAIN = {"type", "choices", "ref", "metadata", "strict", "serialization"}
 # With fewer kinds there is nothing to gain.
 _MANY = 4
 
@@ -92,7 +94,7 @@ def _quick(schema: Any, known: Mapping[str, Any]) -> Any:
             _bound(fields["tools"])
         if copied.get("type") in _LISTS:
             return {**copied, "fail_fast": True}
-        if copied.get("type") == "union":
+        if _is_plain(copied):
             return _by_type([_quick(choice, known) for choice in _flat(schema)], copied, known)
         return copied
     if isinstance(schema, (list, tuple)):
@@ -145,10 +147,14 @@ def _by_type(choices: Sequence[dict[str, Any]], union: dict[str, Any], known: Ma
     return {"type": "tagged-union", "choices": tags, "discriminator": tag_of, **kept}
 
 
+def _is_plain(schema: dict[str, Any]) -> bool:
+    return schema.get("type") == "union" and schema.keys() <= _PLAIN
+
+
 def _flat(union: dict[str, Any]) -> Iterable[dict[str, Any]]:
     for choice in union["choices"]:
         kind = choice[0] if isinstance(choice, tuple) else choice
-        if kind["type"] == "union":
+        if _is_plain(kind):
             yield from _flat(kind)
         else:
             yield kind
