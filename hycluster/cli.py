@@ -141,8 +141,8 @@ def serve(
     """Serve the models of CONFIG, or a MODEL, in the foreground, on the Ray cluster in RAY_ADDRESS or one of its own.
 
     Prints one line beginning "ready" once a request would succeed, and on standard error a line for whatever is lost
-    and for its return. SIGTERM or Ctrl-C drains, then exits 0; Ctrl-C once more ends it at once, with 130. Exits 4 if
-    Ray itself is lost: start it again.
+    and for its return. SIGTERM or Ctrl-C drains, then exits 0; Ctrl-C before that line, or once more, exits 130. Exits
+    4 if Ray itself is lost: start it again.
     """
     ports = [
         f"{ingress}.port={port}" for ingress, port in (("http", http_port), ("grpc", grpc_port)) if port is not None
@@ -173,9 +173,12 @@ def serve(
     say(f"{'started' if started_ray else 'joined'} Ray after {time.monotonic() - begun:.1f} s")
     running.remember_models([model.name for model in settings.models])
 
+    asked_by: list[int] = []
+
     def stop(number: int, _frame: object) -> None:
         if stopping.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
+        asked_by.append(number)
         stopping.set()
 
     # After Ray's own handlers, which would end this process at once.
@@ -195,6 +198,9 @@ def serve(
             service.attend(stopping)
         say("draining ... (Ctrl-C again cuts off what is in flight)")
         deploy.stop(settings.drain_timeout_s)
+        if opened is None and asked_by[0] == signal.SIGINT:
+            say("stopped by Ctrl-C before it was ready")
+            raise typer.Exit(INTERRUPTED_EXIT)
         say("stopped")
     except KeyboardInterrupt:
         say("stopped at once; the requests that were in flight are lost")

@@ -32,6 +32,15 @@ def test_an_address_where_nobody_listens_is_refused_at_once(monkeypatch: pytest.
     assert time.monotonic() - began < 2
 
 
+@pytest.mark.parametrize("address", ["nonsense", "ray://127.0.0.1:10001", "http://127.0.0.1:8265", "head:"])
+def test_what_is_no_gcs_address_is_told(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    """Ray Client's took half a minute and a warning of its own."""
+    monkeypatch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was asked"))
+    with pytest.raises(SettingsError, match=f"^--address: no Ray cluster at '{address}': must be HOST:PORT"):
+        cluster.join_cluster(address)
+
+
 @pytest.mark.parametrize(("timeouts", "starts"), [(0, 1), (2, 3)])
 def test_ray_may_take_longer_than_it_gives_itself(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, timeouts: int, starts: int

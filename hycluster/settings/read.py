@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from hycluster.errors import SettingsError, shown
-from hycluster.explain import explain
+from hycluster.explain import explain, near_file
 from hycluster.settings.api import PATHS
 from hycluster.settings.embedded import embedded_settings
 from hycluster.settings.settings import Settings
@@ -32,7 +32,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     try:
         data = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise SettingsError(f"{path}: no such file") from None
+        raise SettingsError(f"{path}: no such file{near_file(path)}") from None
     except OSError as error:
         raise SettingsError(f"{path}: can't be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -30,6 +30,12 @@ def test_shipped_jobs_need_only_input_and_output(path: Path) -> None:
     assert (job.input.path, job.output.path, job.engine) == ("in", "out", "shared")
 
 
+def test_a_near_miss_of_the_files_name_is_told(tmp_path: Path) -> None:
+    write_job(tmp_path)
+    with pytest.raises(SettingsError, match=r"jbo.yaml: no such file \(did you mean '.*/job.yaml'\?\)$"):
+        load_job(tmp_path / "jbo.yaml")
+
+
 @pytest.mark.parametrize(("section", "option"), [("input", "--input"), ("output", "--output")])
 def test_a_path_that_is_nowhere_set_names_the_option(tmp_path: Path, section: str, option: str) -> None:
     with pytest.raises(SettingsError, match=rf"job.yaml: {section}.path: not set; .* {option} PATH"):
@@ -62,6 +68,8 @@ def test_a_prompt_is_set_as_it_stands(tmp_path: Path, prompt: str) -> None:
     ("changes", "said"),
     [
         ({"shards": "3"}, "shards: unknown key.*shard_rows"),
+        ({"max_tokens": "3"}, r"max_tokens: unknown key; did you mean 'sampling\.max_tokens'\? "),
+        ({"path": "3"}, r"path: unknown key; did you mean 'input\.path' or 'output\.path'\? "),
         ({"task": "sumarize"}, "task: 'sumarize' is not allowed.*'summarize'"),
         ({"engine": "own"}, "engine: 'own' is not allowed.*'dedicated'"),
         ({"sampling": "{max_tokens: 0}"}, "sampling.max_tokens: 0 is not allowed; must be at least 1"),
