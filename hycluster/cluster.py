@@ -75,6 +75,12 @@ def _quiet() -> None:
     set_aside()
     for name in ("ray", "ray.serve", "ray._private"):
         logging.getLogger(name).setLevel(logging.ERROR)
+        # Serve sets its level anew when it is imported, which may be later.
+        logging.getLogger(name).addFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def start(*, remembered: bool = True) -> bool:

@@ -116,8 +116,7 @@ def test_what_is_left_out_is_told(corpus: Path) -> None:
     (corpus / ".part-0.parquet.crc").touch()
     assert planned(corpus).left_out == (
         "1 file, '_tmp/x.parquet': names and folders that begin with '.' or '_' are passed by",
-        "4 files, such as '20240101_000000_00001_abcde': not named *.parquet; the glob"
-        f" '{corpus}/**/*' takes them too",
+        f"4 files, such as '20240101_000000_00001_abcde': not named *.parquet; the glob '{corpus}/**/*' takes them too",
     )
     assert planned(corpus / "*.parquet").left_out == (
         "1 file, '_tmp/x.parquet': names and folders that begin with '.' or '_' are passed by",
