@@ -43,10 +43,15 @@ def test_what_is_no_gcs_address_is_told(monkeypatch: pytest.MonkeyPatch, address
 
 def test_rays_notices_are_kept_off_the_terminal_whatever_is_imported_when() -> None:
     """Serve, imported by then, said at 'hycluster status' that it had started a client for long polls."""
-    code = (
-        "import logging; from hycluster import cluster; cluster._quiet(); from ray import serve;"
-        " [logging.getLogger(name).log(level, f'{name} {level}') for name in ('ray', 'ray.serve') for level in (20, 40)]"
-    )
+    code = """
+import logging
+from hycluster import cluster
+cluster._quiet()
+from ray import serve
+for name in ("ray", "ray.serve"):
+    for level in (20, 40):
+        logging.getLogger(name).log(level, f"{name} {level}")
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     said = done.stdout + done.stderr
     assert [f"{name} {level}" in said for name in ("ray", "ray.serve") for level in (20, 40)] == [False, True] * 2
