@@ -107,7 +107,10 @@ def load_settings(path: str | Path | None = None, assignments: Sequence[str] = (
     if path is None and not DEFAULT_SETTINGS.exists():
         return validate(Settings, override(embedded_settings(), assignments, Settings), "the embedded model's settings")
     path = Path(path or DEFAULT_SETTINGS)
-    data = override(load_yaml(path), assignments, Settings)
+    read = load_yaml(path)
+    if "task" in read and "models" not in read:
+        raise SettingsError(f"{path}: is a batch job, not a deployment's settings; 'hycluster batch run {path}' takes it")
+    data = override(read, assignments, Settings)
     _resolve_paths(data, path.parent)
     return validate(Settings, data, str(path))
 
