@@ -109,7 +109,9 @@ def load_settings(path: str | Path | None = None, assignments: Sequence[str] = (
     path = Path(path or DEFAULT_SETTINGS)
     read = load_yaml(path)
     if "task" in read and "models" not in read:
-        raise SettingsError(f"{path}: is a batch job, not a deployment's settings; 'hycluster batch run {path}' takes it")
+        raise SettingsError(
+            f"{path}: is a batch job, not a deployment's settings; 'hycluster batch run {path}' takes it"
+        )
     data = override(read, assignments, Settings)
     _resolve_paths(data, path.parent)
     return validate(Settings, data, str(path))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import re
@@ -17,6 +18,7 @@ from hycluster.batch.progress.progress_file import Teller, tell_end
 from hycluster.batch.progress.status import Status, Watcher, _Recent, recent_rates, show_status
 from hycluster.batch.progress.terminal import RunProgress
 from hycluster.errors import SettingsError
+from hycluster.storage.disk import DiskFolder
 from tests.batch.committed import commit_all
 from tests.batch.conftest import MakeJob, write_texts
 from tests.located import at
@@ -135,6 +137,23 @@ def test_a_store_that_takes_no_word_does_not_end_the_job(make_job: MakeJob) -> N
     shutil.rmtree(out)
     Teller(at(out), "e", 0).tell(RunProgress())
     assert not out.exists()
+
+
+def test_a_full_disk_does_not_leave_it_running(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last word was that it runs, for a minute more."""
+    folder = at(commit_all(make_job(), first=1, finish=False))
+    edition = OutputFolder(folder).edition()
+    Teller(folder, edition, 0).tell(RunProgress(in_flight=3))
+    replace = DiskFolder.replace
+
+    def full(self: DiskFolder, path: str, data: bytes) -> None:
+        if self.exists(path):
+            raise OSError(errno.ENOSPC, "No space left on device", path)
+        replace(self, path, data)
+
+    monkeypatch.setattr(DiskFolder, "replace", full)
+    tell_end(folder, edition, "no space left")
+    assert "state ended: no space left" in Watcher(folder).look().line()
 
 
 def test_another_job_in_the_same_folder_is_counted_anew(make_job: MakeJob) -> None:
