@@ -222,10 +222,11 @@ def _polled(progress: Any, teller: Teller) -> Callable[[], RunProgress]:
     def so_far() -> RunProgress:
         nonlocal said
         try:
-            said = ray.get(progress.total.remote(), timeout=PROGRESS_WITHIN_S)
+            now: RunProgress = ray.get(progress.total.remote(), timeout=PROGRESS_WITHIN_S)
         except ray.exceptions.RayError:
             # It is away, or all of the cluster is: whether that ends the job is decided elsewhere.
             return said
+        said = now
         teller.tell(said)
         return said
 
