@@ -28,12 +28,12 @@ def explain(kind: type[BaseModel], error: ValidationError, where: str) -> list[s
 def near_file(path: Path) -> str:
     """A hint at what the user may have meant: what lies beside it, by nearly its name."""
     try:
-        beside = [each.name for each in path.parent.iterdir()]
+        # Without their endings, which make names alike that are not.
+        beside = {each.stem: each for each in path.parent.iterdir()}
     except OSError:
         return ""
-    # Names that share an ending are that much alike already.
-    near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.75)
-    return f" (did you mean {str(path.with_name(near[0]))!r}?)" if near else ""
+    near = difflib.get_close_matches(path.stem, beside, n=1)
+    return f" (did you mean {str(beside[near[0]])!r}?)" if near else ""
 
 
 def _causes(problems: list[Any]) -> list[Any]:

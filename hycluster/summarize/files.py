@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from hycluster.errors import InvalidInput
-from hycluster.explain import near_file
 
 STDIN = "-"
 # What is taken from a folder, by the ends of the names.
@@ -38,7 +37,7 @@ def read_text(file: str) -> str:
     try:
         data = sys.stdin.buffer.read() if file == STDIN else Path(file).read_bytes()
     except FileNotFoundError:
-        raise InvalidInput(f"no such file{near_file(Path(file))}") from None
+        raise InvalidInput("no such file") from None
     except IsADirectoryError:
         raise InvalidInput(f"is a folder without *{' or *'.join(SUFFIXES)} files") from None
     except OSError as error:
