@@ -27,7 +27,7 @@ from hycluster.batch.output.lease import Lease
 from hycluster.batch.output.record import ShardRecord, Totals
 from hycluster.batch.progress.figures import REPORT_HTML, write_report
 from hycluster.batch.progress.page import figure_warnings
-from hycluster.batch.progress.progress_file import Teller, tell_end
+from hycluster.batch.progress.progress_file import STOPPED, Teller, tell_end
 from hycluster.batch.progress.terminal import JobProgress, Reporter, RunProgress, print_totals
 from hycluster.batch.prompts import prompt_of
 from hycluster.batch.quarantine_limit import check_quarantine
@@ -122,7 +122,7 @@ def run_job(
             _say_ended(output, lease, failed)
             raise failed from error
         except (KeyboardInterrupt, SystemExit):
-            _say_ended(output, lease, JobFailed("stopped; its own command resumes it"))
+            _say_ended(output, lease, JobFailed(STOPPED))
             raise
     this_run = Totals(*(getattr(committed, name) - getattr(earlier, name) for name in asdict(earlier)))
     print_totals(

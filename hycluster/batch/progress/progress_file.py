@@ -22,6 +22,7 @@ PROGRESS = "_progress.json"
 TELL_EVERY_S = 5.0
 # A job is silent for longer than this only if it has stopped.
 SILENT_S = 60.0
+STOPPED = "stopped; its own command resumes it"
 log = logging.getLogger(__name__)
 
 
