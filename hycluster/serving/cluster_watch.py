@@ -134,7 +134,9 @@ class ClusterWatch:
                 return
             with connection:
                 self._wait_for_end(connection)
-            connection = _connect(host, int(port))
+            connection = None if self._closed.is_set() else _connect(host, int(port))
+        if connection is not None:
+            connection.close()
 
     def _wait_for_end(self, connection: socket.socket) -> None:
         with contextlib.suppress(OSError):
