@@ -26,6 +26,7 @@ import ray
 from starlette.types import ASGIApp
 
 from hycluster import logs
+from hycluster.access.guard import Guard, open_guard
 from hycluster.directory.directory import FORGET_AFTER_S, IngressReport, Overview, Survey, open_directory
 from hycluster.errors import HyclusterError, SettingsError, Unavailable, start_failure
 from hycluster.imports import without_collector
@@ -141,15 +142,16 @@ class IngressProcess:
             stack.push_async_callback(asyncio.to_thread, export.close)
             log_requests(recorder, self._settings.logs)
             stack.push_async_callback(self._state.close)
+            guard = await stack.enter_async_context(open_guard(self._settings.access))
             starting: StartingIngress | None = None
             # Where ingress processes share their ports, callers would come to one that can't serve in place of one that
             # can. A port in use is that of a predecessor; if it is somebody else's, opening it in the end says so.
             if self._settings.ingress.replicas == 1:
                 with contextlib.suppress(SettingsError):
                     starting = await stack.enter_async_context(
-                        starting_ingress(self._settings, self._pools, self._names, self._page)
+                        starting_ingress(self._settings, self._pools, self._names, self._page, guard)
                     )
-            await self._serve_models(starting)
+            await self._serve_models(starting, guard)
 
     async def _pools(self) -> dict[str, PoolHealth]:
         """What the directory knows of the replicas, while there is no gateway to ask."""
@@ -195,7 +197,7 @@ class IngressProcess:
         given = [name for m in self._settings.models for name in (m.name, *(adapter.name for adapter in m.adapters))]
         return [*given, *(name for name in known if name not in given)]
 
-    async def _serve_models(self, starting: StartingIngress | None) -> None:
+    async def _serve_models(self, starting: StartingIngress | None, guard: Guard | None) -> None:
         # Half a minute on a slow machine, and callers are to be told meanwhile.
         with without_collector():
             await asyncio.to_thread(importlib.import_module, "hycluster.ingress.http")
@@ -224,6 +226,7 @@ class IngressProcess:
             http = await serve_http(
                 generator,
                 settings.http,
+                guard=guard,
                 around=self._batch_api(),
                 page=self._page,
                 before_models=responses.before,
@@ -232,7 +235,9 @@ class IngressProcess:
                 drain_timeout_s=settings.drain_timeout_s + LAST_WORDS_S,
                 sock=await starting.hand_over(generator) if starting else None,
             )
-            grpc = starting.grpc if starting else await serve_grpc(generator, settings.grpc, reuse_port=True)
+            grpc = (
+                starting.grpc if starting else await serve_grpc(generator, settings.grpc, guard=guard, reuse_port=True)
+            )
             # vLLM, torch and Ray leave a heap that a full collection takes a tenth of a second to walk; none of it
             # will ever be garbage.
             gc.collect()

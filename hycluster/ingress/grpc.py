@@ -23,10 +23,13 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
+from hycluster.access.caller import check_model, check_scope, current_caller, usable
+from hycluster.access.guard import Guard
 from hycluster.core import Generation, GenerationRequest, ModelCard, PromptFields
 from hycluster.errors import DeadlineExceeded, HyclusterError, SettingsError, Unavailable, UnknownModel
 from hycluster.ingress import translate
 from hycluster.ingress.chats import messages_from_pb
+from hycluster.ingress.guarded_calls import GuardCalls
 from hycluster.ingress.malformed import RefuseMalformed
 from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto import inference_pb2_grpc
@@ -102,6 +105,7 @@ def _answer(call: Call[Request, Response]) -> Call[Request, Response]:
         timeline: Timeline | None = None
         grpc_began()
         try:
+            _check_allowed(request)
             if isinstance(request, pb.GenerateRequest):
                 with Carried(request_id, f"grpc {call.__name__}", trace_context(said), model=request.model) as timeline:
                     answer = await call(self, request, context)
@@ -130,6 +134,13 @@ def _answer(call: Call[Request, Response]) -> Call[Request, Response]:
         raise AssertionError("abort always raises")
 
     return answered
+
+
+def _check_allowed(request: Message) -> None:
+    if (model := getattr(request, "model", None)) is not None:
+        check_model(model)
+    if isinstance(request, pb.GenerateRequest) and request.priority == pb.BATCH:
+        check_scope("batch", "priority")
 
 
 def _said(context: Context) -> dict[str, str]:
@@ -206,7 +217,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         )
         cards = {card.name: card for card in await self._generator.models()}
         if request.model not in cards:
-            raise UnknownModel(request.model, list(cards))
+            raise UnknownModel(request.model, usable(cards))
         return pb.TokenizeResponse(token_ids=ids, count=len(ids), max_model_len=cards[request.model].max_model_len)
 
     @_answer
@@ -215,7 +226,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     @_answer
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
-        return translate.models_to_pb(await self._generator.models())
+        caller = current_caller.get()
+        cards = await self._generator.models()
+        return translate.models_to_pb([card for card in cards if caller is None or caller.may_use(card.name)])
 
     async def drain(self, grace_s: float) -> None:
         """Wait for the calls in flight; end those that are left after ``grace_s`` seconds with UNAVAILABLE."""
@@ -278,11 +291,17 @@ class GrpcIngress:
 
 
 async def serve_grpc(
-    generator: GrpcBackend, settings: Grpc, *, reuse_port: bool = False, ready_poll_s: float = 0.2
+    generator: GrpcBackend,
+    settings: Grpc,
+    *,
+    guard: Guard | None = None,
+    reuse_port: bool = False,
+    ready_poll_s: float = 0.2,
 ) -> GrpcIngress:
     """Open the gRPC ingress in the running event loop.
 
     Args:
+        guard: knows who may call; None: whoever comes.
         reuse_port: let other processes listen on the same port; the kernel spreads connections over them.
         ready_poll_s: seconds between two looks at ``generator.ready()`` for the health service.
 
@@ -292,7 +311,7 @@ async def serve_grpc(
     servicer = InferenceServicer(generator, settings.stalled_client_timeout_s)
     health = health_aio.HealthServicer()
     server = grpc.aio.server(
-        interceptors=[RefuseMalformed()],
+        interceptors=[*([GuardCalls(guard)] if guard is not None else []), RefuseMalformed()],
         options=_options(settings, reuse_port),
         maximum_concurrent_rpcs=settings.max_calls,
     )

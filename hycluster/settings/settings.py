@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from hycluster.errors import SettingsError, shown
+from hycluster.settings.access import Access
 from hycluster.settings.base import Strict
 from hycluster.settings.ingress import Batches, Grpc, Http, Ingress, Responses
 from hycluster.settings.load import Admission, DataPlane, Router
@@ -32,6 +33,7 @@ class Settings(Strict):
     models: tuple[Model, ...] = Field(min_length=1)
     http: Http = Http()
     grpc: Grpc = Grpc()
+    access: Access = Access()
     ingress: Ingress = Ingress()
     router: Router = Router()
     admission: Admission = Admission()
