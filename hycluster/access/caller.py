@@ -48,7 +48,7 @@ class Caller:
     @classmethod
     def from_json(cls, told: dict[str, Any]) -> Self:
         models = None if told["models"] is None else frozenset(told["models"])
-        return cls(**told | {"models": models, "scopes": frozenset(told["scopes"])})
+        return cls(**{**told, "models": models, "scopes": frozenset(told["scopes"])})
 
 
 # None where nobody is asked who he is.
@@ -91,13 +91,22 @@ def usable(names: Iterable[str]) -> list[str]:
     return [name for name in names if caller is None or caller.may_use(name)]
 
 
-def owner_now() -> str | None:
-    """Whose is what is made now; None where nobody is asked who he is."""
-    caller = current_caller.get()
-    return None if caller is None else caller.owner
+# A caller as a record of files, batches and responses has it; None where nobody was asked who he is.
+Recorded = dict[str, Any] | None
 
 
-def is_own(owner: str | None) -> bool:
-    """Whether the caller may know of what has this owner."""
+def caller_now() -> Recorded:
+    """For whom it is that is done now."""
     caller = current_caller.get()
-    return caller is None or caller.owner == owner
+    return None if caller is None else caller.as_json()
+
+
+def recorded(record: Recorded) -> Caller | None:
+    """For whom it was."""
+    return None if record is None else Caller.from_json(record)
+
+
+def is_own(record: Recorded) -> bool:
+    """Whether the caller may know of what was done for the one on record: it is of his project."""
+    caller, other = current_caller.get(), recorded(record)
+    return caller is None or (other is not None and other.owner == caller.owner)

@@ -104,8 +104,8 @@ class Grpc(Strict):
 
 class Responses(Strict):
     """Responses that can be asked for again, continued (``previous_response_id``) and answered in the background, at
-    every ingress process. They lie in ``batches.store``, for all to read who can reach an ingress process and know
-    their ids.
+    every ingress process. They lie in ``batches.store``. With ``access.keys`` they are their project's; else all can
+    read them who can reach an ingress process and know their ids.
 
     Attributes:
         keep_days: age at which they are deleted.

@@ -26,20 +26,23 @@ def test_what_one_may() -> None:
             caller.check_model("c")
         with pytest.raises(PermissionDenied, match="here: needs the scope 'admin'"):
             caller.check_scope("admin", "here")
-        assert (caller.is_own("acme/search"), caller.is_own("acme/other"), caller.is_own(None)) == (True, False, False)
+        colleague, other = Caller("acme", "search", "another"), Caller("acme", "other", "laptop")
+        assert [caller.is_own(each) for each in (colleague.as_json(), other.as_json(), None)] == [True, False, False]
 
 
 def test_nobody_is_asked() -> None:
     caller.check_model("c")
     caller.check_scope("admin", "here")
-    assert caller.owner_now() is None
-    assert caller.is_own("acme/search")
+    assert caller.caller_now() is None
+    assert caller.is_own(ALICE.as_json())
+    assert caller.is_own(None)
 
 
 async def test_what_is_begun_for_a_caller_goes_on_for_him() -> None:
     async def owner() -> str | None:
         await asyncio.sleep(0)
-        return await asyncio.to_thread(caller.owner_now)
+        who = caller.recorded(await asyncio.to_thread(caller.caller_now))
+        return who.owner if who else None
 
     with calling(ALICE):
         begun = asyncio.create_task(owner())
