@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hycluster.settings.base import Strict
 
@@ -12,6 +12,8 @@ class Access(Strict):
 
     Attributes:
         keys: ask for API keys, which ``hycluster keys`` makes.
+        open: in words, that whoever reaches an ingress is let in: the network, or what stands in front, decides who
+            that is. Without it and without ``keys``, both ingresses listen on loopback only.
         database: where projects and keys are, as a URL of SQLAlchemy's, the same for all nodes; null is the variable
             HYCLUSTER_ACCESS_DATABASE or, without it, an SQLite file in ``HYCLUSTER_HOME``, which is enough for one
             machine. Give one with a password by the variable: settings are shown in places.
@@ -20,9 +22,16 @@ class Access(Strict):
     """
 
     keys: bool = False
+    open: bool = False
     database: str | None = Field(default=None, min_length=1)
     poll_s: float = Field(default=0.5, gt=0, le=1)
     grace_s: float = Field(default=3600, ge=0)
+
+    @model_validator(mode="after")
+    def _open_or_not(self) -> Access:
+        if self.open and self.asks:
+            raise ValueError("open: true is not allowed with 'keys'; it says that nobody is asked")
+        return self
 
     @property
     def asks(self) -> bool:
