@@ -5,7 +5,6 @@ Each change is one transaction with its line in the audit log, and counts one up
 
 from __future__ import annotations
 
-import re
 import secrets
 import time
 from collections.abc import Iterable, Iterator
@@ -20,9 +19,8 @@ from hycluster.access import tables
 from hycluster.access.api_key import digest, new_key
 from hycluster.access.caller import SCOPES, Caller
 from hycluster.access.database import away
+from hycluster.access.names import NAME
 from hycluster.errors import InvalidInput, NotFound, shown
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)

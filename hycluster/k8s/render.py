@@ -61,7 +61,7 @@ def for_pods(settings: dict[str, Any], *, groups: bool = True) -> dict[str, Any]
         fitted[ingress] = (fitted.get(ingress) or {}) | {"host": "0.0.0.0", "port": port}
     # Network policies say who reaches the ingress pods.
     access = fitted.get("access") or {}
-    if not (access.get("keys") or "open" in access):
+    if not (access.get("keys") or access.get("oidc") or "open" in access):
         fitted["access"] = access | OPEN_ACCESS
     if "data_plane" in fitted:
         fitted["data_plane"] = {key: value for key, value in fitted["data_plane"].items() if key != "host"}

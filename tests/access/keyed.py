@@ -33,6 +33,11 @@ class Keyed:
         self._keyring.look()
         return secret
 
+    def archive(self) -> None:
+        """The first project; known already, too."""
+        self.store.archive_project(self._project)
+        self._keyring.look()
+
     def revoke_all(self) -> None:
         """Known already, too."""
         for key in self.store.all_keys():

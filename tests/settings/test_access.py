@@ -33,5 +33,5 @@ def test_this_machine_is(host: str) -> None:
 
 
 def test_it_can_not_be_both() -> None:
-    with pytest.raises(SettingsError, match=r"access\.open: true is not allowed with 'keys'"):
+    with pytest.raises(SettingsError, match=r"access\.open: true is not allowed with 'keys' or 'oidc'"):
         validate(Settings, {**MODEL, "access": {"keys": True, "open": True}}, "s.yaml")
