@@ -35,6 +35,7 @@ from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto import inference_pb2_grpc
 from hycluster.ingress.reflection import enable_reflection
 from hycluster.ingress.status import abort
+from hycluster.ingress.tls import Certificate
 from hycluster.observe.ingresses import grpc_began, grpc_ended
 from hycluster.observe.timelines import Carried
 from hycluster.settings.ingress import Grpc
@@ -295,6 +296,7 @@ async def serve_grpc(
     settings: Grpc,
     *,
     guard: Guard | None = None,
+    certificate: Certificate | None = None,
     reuse_port: bool = False,
     ready_poll_s: float = 0.2,
 ) -> GrpcIngress:
@@ -302,6 +304,7 @@ async def serve_grpc(
 
     Args:
         guard: knows who may call; None: whoever comes.
+        certificate: for TLS; None is plain text.
         reuse_port: let other processes listen on the same port; the kernel spreads connections over them.
         ready_poll_s: seconds between two looks at ``generator.ready()`` for the health service.
 
@@ -318,7 +321,7 @@ async def serve_grpc(
     inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
     add_HealthServicer_to_server(health, server)
     enable_reflection((SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name), server)
-    port = _bind(server, settings, reuse_port)
+    port = _bind(server, settings, reuse_port, certificate)
     # The first caller must find the truth, so look once before the ingress opens.
     await _report_readiness(generator, health)
     await server.start()
@@ -351,7 +354,7 @@ def _options(settings: Grpc, reuse_port: bool) -> list[tuple[str, int]]:
     ]
 
 
-def _bind(server: grpc.aio.Server, settings: Grpc, reuse_port: bool) -> int:
+def _bind(server: grpc.aio.Server, settings: Grpc, reuse_port: bool, certificate: Certificate | None) -> int:
     where = f"{settings.port} on {settings.host}"
     if not reuse_port:
         # Asks the socket layer first, because gRPC says only that it failed, and not why.
@@ -363,8 +366,11 @@ def _bind(server: grpc.aio.Server, settings: Grpc, reuse_port: bool) -> int:
         except OSError as error:
             raise SettingsError(f"grpc.port: {where} can't be opened: {error.strerror or error}") from None
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    listen = f"{host}:{settings.port}"
     try:
-        return int(server.add_insecure_port(f"{host}:{settings.port}"))
+        if certificate is not None:
+            return int(server.add_secure_port(listen, certificate.grpc_credentials()))
+        return int(server.add_insecure_port(listen))
     except RuntimeError as error:
         raise SettingsError(f"grpc.port: {where} can't be opened: {error}") from None
 

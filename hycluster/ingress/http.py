@@ -49,6 +49,7 @@ from hycluster.ingress.health import WithHealth
 from hycluster.ingress.metrics import Counted, Families, WithMetrics, families_of_this_process
 from hycluster.ingress.ports import bind, notice_lost_callers
 from hycluster.ingress.timelines import RequestsRoute
+from hycluster.ingress.tls import Certificate
 from hycluster.ingress.wording import InOurWords
 from hycluster.settings.api import check_environment
 from hycluster.settings.ingress import Http
@@ -109,6 +110,7 @@ async def serve_http(
     settings: Http,
     *,
     guard: Guard | None = None,
+    certificate: Certificate | None = None,
     around: Callable[[ASGIApp], ASGIApp] = lambda app: app,
     before_models: Callable[[ASGIApp], ASGIApp] = lambda app: app,
     page: Callable[[ASGIApp], ASGIApp] = lambda app: app,
@@ -121,6 +123,7 @@ async def serve_http(
 
     Args:
         guard: knows who may call; None: whoever comes.
+        certificate: for TLS; None is plain text.
         sock: listens already; None opens the settings' port.
         before_models: puts a layer before the app of all models.
         metrics: what ``/metrics`` shows.
@@ -152,6 +155,7 @@ async def serve_http(
     config = uvicorn.Config(
         app,
         http=protocol(settings),
+        ssl_context_factory=None if certificate is None else lambda *_: certificate.context,
         ws="none",
         log_config=None,
         access_log=False,

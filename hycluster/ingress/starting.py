@@ -31,6 +31,7 @@ from hycluster.ingress.forms import in_form
 from hycluster.ingress.grpc import GrpcBackend, GrpcIngress, serve_grpc
 from hycluster.ingress.guarded import Guarded
 from hycluster.ingress.ports import bind, check_port
+from hycluster.ingress.tls import Certificate
 from hycluster.settings.settings import Settings
 
 # Of all models and adapters that are served, or are to be; None while that is not known.
@@ -147,12 +148,14 @@ async def starting_ingress(
     names: Names,
     around: Callable[[ASGIApp], ASGIApp] = lambda app: app,
     guard: Guard | None = None,
+    certificate: Certificate | None = None,
 ) -> AsyncIterator[StartingIngress]:
     """Open both ingresses with nothing behind them.
 
     Args:
         around: puts routes beside ``/health`` that need no model.
         guard: knows who may call; None: whoever comes.
+        certificate: for TLS; None is plain text.
 
     Raises:
         SettingsError: a port is in use.
@@ -163,7 +166,7 @@ async def starting_ingress(
     sock = bind(settings.http.host, settings.http.port, "http.port", reuse_port=True)
     try:
         generator = WaitingGenerator(pools, names)
-        grpc = await serve_grpc(generator, settings.grpc, guard=guard, reuse_port=True)
+        grpc = await serve_grpc(generator, settings.grpc, guard=guard, certificate=certificate, reuse_port=True)
     except BaseException:
         sock.close()
         raise
@@ -179,6 +182,7 @@ async def starting_ingress(
             in_form(known, settings.http.allowed_origins),
             # What comes next on a connection is for the ingress that serves.
             http=protocol(settings.http, keep_alive=False),
+            ssl_context_factory=None if certificate is None else lambda *_: certificate.context,
             log_config=None,
             access_log=False,
             lifespan="off",

@@ -50,6 +50,20 @@ class Oidc(Strict):
         return url
 
 
+class Tls(Strict):
+    """The certificate of both ingresses. The files may be replaced while they are in use: what is new is taken within
+    two seconds.
+
+    Attributes:
+        certificate: absolute path of a file with the certificate and those that vouch for it (PEM), at each node that
+            has an ingress process.
+        key: that of its private key, without a password.
+    """
+
+    certificate: str = Field(pattern=r"^/.")
+    key: str = Field(pattern=r"^/.")
+
+
 class Access(Strict):
     """Who is let in at both ingresses; docs/access.md.
 
@@ -58,6 +72,7 @@ class Access(Strict):
         open: in words, that whoever reaches an ingress is let in: the network, or what stands in front, decides who
             that is. Without it, without ``keys`` and without ``oidc``, both ingresses listen on loopback only.
         oidc: identity providers whose tokens let in, with or without ``keys``.
+        tls: encrypt what callers say and hear; null does not. It asks nobody who he is.
         database: where projects and keys are, as a URL of SQLAlchemy's, the same for all nodes; null is the variable
             HYCLUSTER_ACCESS_DATABASE or, without it, an SQLite file in ``HYCLUSTER_HOME``, which is enough for one
             machine. Give one with a password by the variable: settings are shown in places.
@@ -68,6 +83,7 @@ class Access(Strict):
     keys: bool = False
     open: bool = False
     oidc: tuple[Oidc, ...] = ()
+    tls: Tls | None = None
     database: str | None = Field(default=None, min_length=1)
     poll_s: float = Field(default=0.5, gt=0, le=1)
     grace_s: float = Field(default=3600, ge=0)
