@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -150,7 +151,15 @@ def _store(config: Path | None) -> KeyStore:
 
     engine = open_database(_access(config))
     bring_up_to_date(engine)
-    return KeyStore(engine, f"cli {getpass.getuser()}")
+    return KeyStore(engine, f"cli {_user()}")
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    # In a container its number may have no name.
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 def _split(project: str) -> tuple[str, str]:

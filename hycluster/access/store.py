@@ -288,7 +288,8 @@ def _check_name(field: str, name: str) -> None:
 
 
 def _new_id(prefix: str) -> str:
-    return prefix + secrets.token_hex(12)
+    # By time, so that lists are in the order in which things were made.
+    return f"{prefix}{time.time_ns() // 1_000_000:012x}{secrets.token_hex(6)}"
 
 
 def _now() -> int:
