@@ -55,8 +55,8 @@ class Guarded:
                 _check_path(path)
         except HyclusterError as error:
             answer = await answer_error(None, error)
-            if isinstance(error, Unauthenticated) and _is_below(path, PAGE):
-                # A browser asks its user, for the page and for what the page asks for.
+            if isinstance(error, Unauthenticated) and _is_for_the_page(scope):
+                # A browser asks its user.
                 answer.headers.append("WWW-Authenticate", 'Basic realm="hycluster: any name, an API key as password"')
             await answer(scope, receive, send)
             return
@@ -75,6 +75,16 @@ def _is_below(path: str, root: str) -> bool:
     return path == root or path.startswith(f"{root}/")
 
 
+def _is_own_origin(headers: Headers) -> bool:
+    return "origin" in headers and urlsplit(headers["origin"]).netloc == headers.get("host")
+
+
+def _is_for_the_page(scope: Scope) -> bool:
+    """Asked by a browser for the page, or by the page: the state, or what its playground sends."""
+    headers = Headers(scope=scope)
+    return any(_is_below(scope["path"], root) for root in (PAGE, "/hycluster")) or _is_own_origin(headers)
+
+
 def _credential(scope: Scope) -> str | None:
     headers = Headers(scope=scope)
     said = headers.get("authorization", "")
@@ -87,8 +97,7 @@ def _password(authorization: str, headers: Headers) -> str | None:
     """What a browser's user has given. A browser sends it unasked, also for pages of others: those say where they are
     from, by ``Origin``, with all that might change something."""
     kind, _, encoded = authorization.partition(" ")
-    origin = headers.get("origin")
-    if kind.lower() != "basic" or (origin is not None and urlsplit(origin).netloc != headers.get("host")):
+    if kind.lower() != "basic" or not ("origin" not in headers or _is_own_origin(headers)):
         return None
     try:
         return base64.b64decode(encoded.strip(), validate=True).decode().partition(":")[2]

@@ -234,7 +234,9 @@ async def test_an_expired_one(keys: Keyed, http: httpx.AsyncClient) -> None:
 async def test_a_browsers_user_is_asked_for_the_page(keys: Keyed, http: httpx.AsyncClient) -> None:
     asked = await http.get("/ui")
     assert any(said.startswith("Basic realm=") for said in asked.headers.get_list("www-authenticate"))
-    assert len((await http.get("/v1/models")).headers.get_list("www-authenticate")) == 1
+    for headers, challenges in (({}, 1), ({"origin": "https://page.example"}, 1), ({"origin": "http://ingress"}, 2)):
+        refused = await http.post("/v1/completions", headers=headers)
+        assert len(refused.headers.get_list("www-authenticate")) == challenges
     given = {"authorization": "Basic " + base64.b64encode(f"me:{keys.key('admin')}".encode()).decode()}
     assert (await http.get("/ui", headers=given)).status_code == 200
     here, elsewhere = {"origin": "http://ingress"}, {"origin": "https://evil.example"}
