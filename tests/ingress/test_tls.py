@@ -121,8 +121,9 @@ async def test_both_are_encrypted_and_a_new_certificate_is_taken(
             monkeypatch.setenv(AUTHORITIES_VARIABLE, str(first))
             assert await by_http(url, first)
             assert await by_grpc(target)
-            with pytest.raises(httpx.RemoteProtocolError):
-                await httpx.AsyncClient().get(url.replace("https", "http"))
+            async with httpx.AsyncClient() as plain:
+                with pytest.raises(httpx.RemoteProtocolError):
+                    await plain.get(url.replace("https", "http"))
             # One that is open goes on.
             async with (
                 AsyncClient(target) as old,
