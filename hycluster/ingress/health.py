@@ -16,6 +16,7 @@ from urllib.parse import parse_qs
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from hycluster.access.caller import usable
 from hycluster.errors import Unavailable, UnknownModel
 from hycluster.ingress.errors import answer_error
 from hycluster.pool_health import PoolHealth, able
@@ -67,6 +68,7 @@ def _model_asked(scope: Scope) -> str | None:
 
 def starting(pools: Mapping[str, PoolHealth]) -> Unavailable:
     """What a caller hears that comes before the ingress process has opened."""
+    pools = {name: pools[name] for name in usable(pools)}
     waiting = [f"{name!r} has {p.replicas_ready} of {p.replicas_wanted} replicas" for name, p in pools.items()]
     troubles = [f"; {name!r}: {p.trouble.told()}" for name, p in pools.items() if p.trouble]
     return Unavailable(f"the service is starting: {', '.join(waiting)}{''.join(troubles)}", retry_after_s=5)
