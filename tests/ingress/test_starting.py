@@ -184,7 +184,7 @@ async def test_nobody_is_let_in_sooner_than_later(tmp_path: Path) -> None:
             AsyncClient(f"127.0.0.1:{ingresses.grpc.port}", api_key=keys.key(models=["other"])) as restricted,
             AsyncClient(f"127.0.0.1:{ingresses.grpc.port}", api_key=new_key()) as stranger,
         ):
-            assert (await http.get("/health")).json() == {"status": "unavailable"}
+            assert (await http.get("/health")).json() == {"status": "starting"}
             assert (await http.get("/v1/models")).status_code == 401
             answer = await http.get("/v1/models", headers={"authorization": f"Bearer {keys.key()}"})
             assert (answer.status_code, MODEL in answer.text) == (503, True)
