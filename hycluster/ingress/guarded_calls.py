@@ -12,6 +12,7 @@ from hycluster.access.caller import Caller, calling
 from hycluster.access.guard import Guard, bearer
 from hycluster.errors import HyclusterError
 from hycluster.ingress.status import abort
+from hycluster.observe.ingresses import grpc_began, grpc_ended
 
 # For probes, which have no key.
 OPEN = f"/{health_pb2.DESCRIPTOR.services_by_name['Health'].full_name}/"
@@ -39,7 +40,7 @@ class GuardCalls(grpc.aio.ServerInterceptor):
         try:
             caller = await self._guard.caller(_credential(details.invocation_metadata))
         except HyclusterError as error:
-            refuse = _refusing(error)
+            refuse = _refusing(error, details.method)
             return _changed(handler, lambda _: refuse)._replace(request_deserializer=None)
         return _changed(handler, lambda behaviour: _calling(caller, behaviour))
 
@@ -55,8 +56,13 @@ def _changed(handler: Any, change: Callable[[Behaviour], Behaviour]) -> Any:
     return handler._replace(**{kind: change(behaviour) for kind, behaviour in found.items() if behaviour is not None})
 
 
-def _refusing(error: HyclusterError) -> Behaviour:
+def _refusing(error: HyclusterError, path: str) -> Behaviour:
+    service, _, method = path.removeprefix("/").partition("/")
+
     async def refuse(_request: Any, context: Any) -> None:
+        grpc_began()
+        # As the others are, which the servicer counts.
+        grpc_ended("", service, method, error.grpc_status, 0.0)
         await abort(context, error)
 
     return refuse

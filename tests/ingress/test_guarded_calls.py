@@ -12,13 +12,14 @@ import pytest
 from google.rpc.error_details_pb2 import ErrorInfo
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
+from prometheus_client import REGISTRY
 
 from hycluster.access.api_key import new_key
 from hycluster.access.caller import current_caller
 from hycluster.client import KEY_VARIABLE, AsyncClient
 from hycluster.core import Generation, GenerationRequest, ModelCard, Priority
 from hycluster.errors import HyclusterError, PermissionDenied, Unauthenticated, Unavailable, UnknownModel
-from hycluster.ingress.grpc import GrpcIngress, serve_grpc
+from hycluster.ingress.grpc import SERVICE, GrpcIngress, serve_grpc
 from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto import inference_pb2_grpc
 from hycluster.settings.ingress import Grpc
@@ -158,6 +159,17 @@ async def test_the_database_is_away(keys: Keyed, target: str) -> None:
                 pass
         assert await refusal(strange) is Unavailable
         await known.list_models()
+
+
+async def test_refusals_are_counted(target: str) -> None:
+    def count() -> float:
+        labels = {"model": "", "grpc_service": SERVICE, "grpc_method": "ListModels", "grpc_code": "UNAUTHENTICATED"}
+        return REGISTRY.get_sample_value("grpc_server_handled_total", labels) or 0.0
+
+    before = count()
+    async with AsyncClient(target) as client:
+        assert await refusal(client) is Unauthenticated
+    assert count() == before + 1
 
 
 async def refusal(client: AsyncClient) -> type[HyclusterError]:
