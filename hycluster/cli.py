@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from hycluster import __version__, aside
+from hycluster.access.cli import keys_app, projects_app
 from hycluster.batch import cli as batch
 from hycluster.batch.job import Job
 from hycluster.chaos.cli import chaos
@@ -80,6 +81,8 @@ for name, command in BATCH.items():
     batch_app.command(name)(command)
 app.add_typer(batch_app)
 app.add_typer(k8s_app, name="k8s")
+app.add_typer(keys_app, name="keys")
+app.add_typer(projects_app, name="projects")
 app.add_typer(metrics_app, name="metrics")
 # What a job is made of is above the settings' room.
 app.add_typer(settings_app, name="settings", context_settings={"obj": Job})
@@ -160,6 +163,12 @@ def serve(
         # The ingress processes will be on this machine: better known now than after the engines have started.
         check_port(settings.http.host, settings.http.port, "http.port")
         check_port(settings.grpc.host, settings.grpc.port, "grpc.port")
+
+    if settings.access.keys:
+        from hycluster.access.database import bring_up_to_date, open_database
+
+        if bring_up_to_date(open_database(settings.access)):
+            say("the database of keys is now of this version")
 
     import ray
 
