@@ -1,6 +1,6 @@
 """What a job of inputs of odd shapes takes of memory: thousands of tiny files, a row group of 2 GB, cells of 50 MB.
 
-    python -m bench.batch_shapes --shapes tiny group cells page
+    python -m bench.batch_shapes --shapes tiny half group cells page
 
 The job is that of ``bench.batch_scale``: real from plan to ``_SUCCESS``, with Ray Data, over an engine that answers at
 once; then ``batch verify``. Shown is the largest process of each kind at its peak: the driver or verifier by the
@@ -46,13 +46,18 @@ def tiny(folder: Path) -> int:
     return 15_000
 
 
-def group(folder: Path) -> int:
+def group(folder: Path, rows: int = 40_000) -> int:
     """One row group of 2 GB: 40,000 texts of 50 KB, uncompressed."""
-    rows, size = 40_000, 50_000
+    size = 50_000
     texts = pa.chunked_array([pa.array([text(size, row * 7919 + n) for n in range(500)]) for row in range(rows // 500)])
     table = pa.table({"id": pa.array(range(rows), pa.int64()), "text": texts})
     pq.write_table(table, folder / "a.parquet", row_group_size=rows, compression="none", use_dictionary=False)
     return rows
+
+
+def half(folder: Path) -> int:
+    """One of 1 GB: what is bounded is the same."""
+    return group(folder, 20_000)
 
 
 def cells(folder: Path) -> int:
@@ -76,7 +81,7 @@ def page(folder: Path) -> int:
     return rows
 
 
-SHAPES: dict[str, Callable[[Path], int]] = {"tiny": tiny, "group": group, "cells": cells, "page": page}
+SHAPES: dict[str, Callable[[Path], int]] = {"tiny": tiny, "half": half, "group": group, "cells": cells, "page": page}
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from hycluster import __version__, aside
+from hycluster.access.cli import keys_app, projects_app
 from hycluster.batch import cli as batch
 from hycluster.batch.job import Job
 from hycluster.chaos.cli import chaos
@@ -80,6 +81,8 @@ for name, command in BATCH.items():
     batch_app.command(name)(command)
 app.add_typer(batch_app)
 app.add_typer(k8s_app, name="k8s")
+app.add_typer(keys_app, name="keys")
+app.add_typer(projects_app, name="projects")
 app.add_typer(metrics_app, name="metrics")
 # What a job is made of is above the settings' room.
 app.add_typer(settings_app, name="settings", context_settings={"obj": Job})
@@ -141,8 +144,8 @@ def serve(
     """Serve the models of CONFIG, or a MODEL, in the foreground, on the Ray cluster in RAY_ADDRESS or one of its own.
 
     Prints one line beginning "ready" once a request would succeed, and on standard error a line for whatever is lost
-    and for its return. SIGTERM or Ctrl-C drains, then exits 0; Ctrl-C once more ends it at once, with 130. Exits 4 if
-    Ray itself is lost: start it again.
+    and for its return. SIGTERM or Ctrl-C drains, then exits 0; Ctrl-C before that line, or once more, exits 130. Exits
+    4 if Ray itself is lost: start it again.
     """
     ports = [
         f"{ingress}.port={port}" for ingress, port in (("http", http_port), ("grpc", grpc_port)) if port is not None
@@ -161,6 +164,12 @@ def serve(
         check_port(settings.http.host, settings.http.port, "http.port")
         check_port(settings.grpc.host, settings.grpc.port, "grpc.port")
 
+    if settings.access.keys:
+        from hycluster.access.database import bring_up_to_date, open_database
+
+        if bring_up_to_date(open_database(settings.access)):
+            say("the database of keys is now of this version")
+
     import ray
 
     from hycluster import cluster
@@ -173,9 +182,12 @@ def serve(
     say(f"{'started' if started_ray else 'joined'} Ray after {time.monotonic() - begun:.1f} s")
     running.remember_models([model.name for model in settings.models])
 
+    asked_by: list[int] = []
+
     def stop(number: int, _frame: object) -> None:
         if stopping.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
+        asked_by.append(number)
         stopping.set()
 
     # After Ray's own handlers, which would end this process at once.
@@ -195,6 +207,9 @@ def serve(
             service.attend(stopping)
         say("draining ... (Ctrl-C again cuts off what is in flight)")
         deploy.stop(settings.drain_timeout_s)
+        if opened is None and asked_by[0] == signal.SIGINT:
+            say("stopped by Ctrl-C before it was ready")
+            raise typer.Exit(INTERRUPTED_EXIT)
         say("stopped")
     except KeyboardInterrupt:
         say("stopped at once; the requests that were in flight are lost")

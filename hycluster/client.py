@@ -11,9 +11,11 @@ Both raise the errors of :mod:`hycluster.errors` that the server raised, found b
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack
 
@@ -29,6 +31,7 @@ from hycluster.errors import (
     InvalidInput,
     KillsReplicas,
     Overloaded,
+    PermissionDenied,
     Unauthenticated,
     Unavailable,
     UnknownModel,
@@ -40,12 +43,16 @@ from hycluster.ingress.proto.inference_pb2_grpc import InferenceStub
 from hycluster.timeline import current
 
 DEFAULT_TARGET = "127.0.0.1:9000"
+KEY_VARIABLE, AUTHORITIES_VARIABLE = "HYCLUSTER_API_KEY", "HYCLUSTER_CA"
 SERVICE: str = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 SAMPLING_FIELDS = tuple(field.name for field in fields(Sampling))
 ERRORS: dict[str, type[HyclusterError]] = {
     kind.grpc_status: kind
-    for kind in (DeadlineExceeded, InvalidInput, KillsReplicas, Overloaded, Unauthenticated, Unavailable, UnknownModel)
-}
+    for kind in (
+        DeadlineExceeded, InvalidInput, KillsReplicas, Overloaded, PermissionDenied, Unauthenticated, Unavailable,
+        UnknownModel,
+    )
+}  # fmt: skip
 # gRPC's own word for a call that reached a server just as it shut down; ours to cancel raises no error.
 ERRORS["CANCELLED"] = Unavailable
 
@@ -99,13 +106,21 @@ class Ask(SamplingFields, total=False):
     timeout_s: float | None
 
 
+def key_header(api_key: str | None = None) -> dict[str, str]:
+    """What says who calls, over HTTP and in gRPC's metadata: this key, or that of the environment, or nothing."""
+    api_key = api_key or os.environ.get(KEY_VARIABLE)
+    return {"authorization": f"Bearer {api_key}"} if api_key else {}
+
+
 class _Connection:
     """What both clients share: how to connect and how to ask.
 
     Args:
         target: ``host:port``.
-        token: sent as ``authorization: Bearer ...``.
-        credentials: for TLS; None is plain text.
+        api_key: sent as ``authorization: Bearer ...``; an API key or a token. None: ``HYCLUSTER_API_KEY`` of the
+            environment, if there is one.
+        credentials: for TLS; None is plain text, or, with ``HYCLUSTER_CA`` in the environment, TLS with a server
+            that the certificates in that file vouch for.
         retry_unavailable: let gRPC repeat a call, other than a stream, that met UNAVAILABLE: up to 4 attempts
             with growing pauses, all within ``timeout_s``.
         max_message_mib: the server's ``grpc.max_message_mib``.
@@ -115,13 +130,15 @@ class _Connection:
         self,
         target: str = DEFAULT_TARGET,
         *,
-        token: str | None = None,
+        api_key: str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
         retry_unavailable: bool = False,
         max_message_mib: int = 32,
     ) -> None:
         self.target = target
-        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._metadata = tuple(key_header(api_key).items())
+        if credentials is None and (authorities := os.environ.get(AUTHORITIES_VARIABLE)):
+            credentials = grpc.ssl_channel_credentials(Path(authorities).read_bytes())
         self._connect(credentials, _options(retry_unavailable, max_message_mib * 2**20))
 
     def _connect(self, credentials: grpc.ChannelCredentials | None, options: list[tuple[str, Any]]) -> None:

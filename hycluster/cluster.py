@@ -58,10 +58,16 @@ def join_cluster(address: str | None = None) -> Chosen:
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself tries an address at which nobody listens for minutes."""
-    host, colon, port = address.rpartition(":")
-    if colon and port.isdigit() and "/" not in host:
-        socket.create_connection((host, int(port)), timeout=5).close()
+    """Ray itself tries an address at which nobody listens for minutes.
+
+    Raises:
+        OSError: nobody does.
+        ValueError: it is no such address; a job is a driver, which Ray Client's (``ray://``) are not.
+    """
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()) or "/" in host:
+        raise ValueError("must be HOST:PORT, that of its GCS (often HOST:6379), without ray://")
+    socket.create_connection((host, int(port)), timeout=5).close()
 
 
 def _quiet() -> None:
@@ -69,6 +75,12 @@ def _quiet() -> None:
     set_aside()
     for name in ("ray", "ray.serve", "ray._private"):
         logging.getLogger(name).setLevel(logging.ERROR)
+        # Serve sets its level anew when it is imported, which may be later.
+        logging.getLogger(name).addFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def start(*, remembered: bool = True) -> bool:

@@ -26,12 +26,15 @@ import ray
 from starlette.types import ASGIApp
 
 from hycluster import logs
+from hycluster.access.caller import calling
+from hycluster.access.guard import Guard, open_guard
 from hycluster.directory.directory import FORGET_AFTER_S, IngressReport, Overview, Survey, open_directory
 from hycluster.errors import HyclusterError, SettingsError, Unavailable, start_failure
 from hycluster.imports import without_collector
 from hycluster.ingress.grpc import serve_grpc
 from hycluster.ingress.ports import TURNED_AWAY_AFTER_S, let_in, turn_away
 from hycluster.ingress.starting import StartingIngress, starting_ingress
+from hycluster.ingress.tls import Certificate, open_certificate
 from hycluster.observe.export import Export
 from hycluster.observe.request_log import log_requests
 from hycluster.observe.scrape import Neighbours
@@ -141,15 +144,17 @@ class IngressProcess:
             stack.push_async_callback(asyncio.to_thread, export.close)
             log_requests(recorder, self._settings.logs)
             stack.push_async_callback(self._state.close)
+            guard = await stack.enter_async_context(open_guard(self._settings.access))
+            certificate = await stack.enter_async_context(open_certificate(self._settings.access.tls))
             starting: StartingIngress | None = None
             # Where ingress processes share their ports, callers would come to one that can't serve in place of one that
             # can. A port in use is that of a predecessor; if it is somebody else's, opening it in the end says so.
             if self._settings.ingress.replicas == 1:
                 with contextlib.suppress(SettingsError):
                     starting = await stack.enter_async_context(
-                        starting_ingress(self._settings, self._pools, self._names, self._page)
+                        starting_ingress(self._settings, self._pools, self._names, self._page, guard, certificate)
                     )
-            await self._serve_models(starting)
+            await self._serve_models(starting, guard, certificate)
 
     async def _pools(self) -> dict[str, PoolHealth]:
         """What the directory knows of the replicas, while there is no gateway to ask."""
@@ -175,7 +180,9 @@ class IngressProcess:
             from hycluster.batch_api.batch_states import batch_states
             from hycluster.batch_api.store import Store
 
-            return batch_states(Store(settings))
+            # Whoever has it looked at sees the whole.
+            with calling(None):
+                return batch_states(Store(settings))
 
         return read
 
@@ -195,7 +202,9 @@ class IngressProcess:
         given = [name for m in self._settings.models for name in (m.name, *(adapter.name for adapter in m.adapters))]
         return [*given, *(name for name in known if name not in given)]
 
-    async def _serve_models(self, starting: StartingIngress | None) -> None:
+    async def _serve_models(
+        self, starting: StartingIngress | None, guard: Guard | None, certificate: Certificate | None
+    ) -> None:
         # Half a minute on a slow machine, and callers are to be told meanwhile.
         with without_collector():
             await asyncio.to_thread(importlib.import_module, "hycluster.ingress.http")
@@ -225,6 +234,8 @@ class IngressProcess:
                 generator,
                 settings.http,
                 max_members=settings.admission.max_members,
+                guard=guard,
+                certificate=certificate,
                 around=self._batch_api(),
                 page=self._page,
                 before_models=responses.before,
@@ -237,7 +248,12 @@ class IngressProcess:
                 starting.grpc
                 if starting
                 else await serve_grpc(
-                    generator, settings.grpc, max_members=settings.admission.max_members, reuse_port=True
+                    generator,
+                    settings.grpc,
+                    max_members=settings.admission.max_members,
+                    guard=guard,
+                    certificate=certificate,
+                    reuse_port=True,
                 )
             )
             # vLLM, torch and Ray leave a heap that a full collection takes a tenth of a second to walk; none of it
@@ -248,7 +264,10 @@ class IngressProcess:
             enable_envs_cache()
             self._state.open(generator.pools)
             self._opened.set_result(
-                IngressAddresses(f"http://{settings.http.host}:{http.port}", f"{settings.grpc.host}:{grpc.port}")
+                IngressAddresses(
+                    f"{'https' if certificate else 'http'}://{settings.http.host}:{http.port}",
+                    f"{settings.grpc.host}:{grpc.port}",
+                )
             )
             directory: Any = open_directory(self._directory)
             here, told_s = reached(settings.grpc.host, grpc.port, node, ray.util.get_node_ip_address()), -math.inf

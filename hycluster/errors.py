@@ -28,6 +28,7 @@ class HyclusterError(Exception):
     Attributes:
         http_status: status of an HTTP answer.
         openai_type: the ``error.type`` of an answer in OpenAI's form.
+        openai_code: its ``error.code``, by which OpenAI's clients know it; None is the status.
         grpc_status: name of a member of ``grpc.StatusCode``.
         reason: what callers tell errors of one status apart by; ``ErrorInfo.reason`` by gRPC. It stays, whatever
             becomes of the class' name.
@@ -40,6 +41,7 @@ class HyclusterError(Exception):
     metadata: Mapping[str, str] = MappingProxyType({})
     http_status: ClassVar[int] = 500
     openai_type: ClassVar[str] = "InternalServerError"
+    openai_code: ClassVar[str | None] = None
     grpc_status: ClassVar[str] = "INTERNAL"
     # Not a ClassVar: the client has an error say what a newer server gave as its reason.
     reason: str = "INTERNAL"
@@ -98,8 +100,20 @@ class Unauthenticated(HyclusterError):
 
     http_status = 401
     openai_type = "AuthenticationError"
+    openai_code = "invalid_api_key"
     grpc_status = "UNAUTHENTICATED"
     reason = "UNAUTHENTICATED"
+    exit_code = 2
+
+
+class PermissionDenied(HyclusterError):
+    """The credentials are right, and not enough for this."""
+
+    http_status = 403
+    openai_type = "PermissionDeniedError"
+    openai_code = "insufficient_permissions"
+    grpc_status = "PERMISSION_DENIED"
+    reason = "PERMISSION_DENIED"
     exit_code = 2
 
 
@@ -108,6 +122,7 @@ class UnknownModel(HyclusterError):
 
     http_status = 404
     openai_type = "NotFoundError"
+    openai_code = "model_not_found"
     grpc_status = "NOT_FOUND"
     reason = "UNKNOWN_MODEL"
     exit_code = 2

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, get_args
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from hycluster.errors import shown
+
+# Sections that are named which have a key of some name.
+MOST_NEAR = 3
 
 
 def explain(kind: type[BaseModel], error: ValidationError, where: str) -> list[str]:
@@ -18,6 +23,17 @@ def explain(kind: type[BaseModel], error: ValidationError, where: str) -> list[s
         where: what every line begins with: the file.
     """
     return [_line(kind, problem, where) for problem in _causes(error.errors())]
+
+
+def near_file(path: Path) -> str:
+    """A hint at what the user may have meant: what lies beside it, by nearly its name."""
+    try:
+        # Without their endings, which make names alike that are not.
+        beside = {each.stem: each for each in path.parent.iterdir()}
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.stem, beside, n=1)
+    return f" (did you mean {str(beside[near[0]])!r}?)" if near else ""
 
 
 def _causes(problems: list[Any]) -> list[Any]:
@@ -38,8 +54,9 @@ def _line(kind: type[BaseModel], problem: Any, where: str) -> str:
     # The second is what pydantic calls an unknown key of a dataclass.
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _keys_within(kind, loc[:-1])
-        near = difflib.get_close_matches(str(loc[-1]), known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        # A key of another section, or one of this that is spelled nearly so.
+        near = [*_elsewhere(kind, str(loc[-1]))][:MOST_NEAR] or difflib.get_close_matches(str(loc[-1]), known, n=1)
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
         return f"{where}: {field}: unknown key{hint} (allowed: {', '.join(known)})"
     if problem["type"] == "missing":
         return f"{where}: {field}: is missing"
@@ -67,6 +84,16 @@ def _keys_within(kind: Any, loc: tuple[str | int, ...]) -> list[str]:
             return []
         kind = _class_within(fields[part].annotation)
     return sorted(getattr(kind, "model_fields", None) or getattr(kind, "__dataclass_fields__", {}))
+
+
+def _elsewhere(kind: Any, key: str, way: tuple[str, ...] = ()) -> Iterator[str]:
+    """Where a section has this key, from the top."""
+    for name, field in getattr(kind, "model_fields", {}).items():
+        within = _class_within(field.annotation)
+        section = f"{name}[]" if get_origin(field.annotation) is tuple else name
+        if key in _keys_within(within, ()):
+            yield ".".join([*way, section, key])
+        yield from _elsewhere(within, key, (*way, section))
 
 
 def _class_within(annotation: Any) -> Any:

@@ -6,13 +6,15 @@ two together.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from hycluster.errors import SettingsError, UnknownModel
+from hycluster.errors import JobFailed, SettingsError, UnknownModel
 from hycluster.imports import without_collector
+from hycluster.sudden_end import told_if_sudden
 from hycluster.terminal import echo
 
 if TYPE_CHECKING:
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
     from hycluster.directory.directory import IngressReport
     from hycluster.serving.running import Chosen
     from hycluster.settings.settings import Settings
+
+GOES_ON = "the same command goes on from here, once there is a cluster"
+# Ray does not say which.
+SUDDEN = f"error: this job's process was ended: its Ray cluster is gone, or somebody killed it; {GOES_ON}"
 
 
 @contextmanager
@@ -50,7 +56,8 @@ def open_engines(job: Job, settings: Settings | None, address: str | None) -> It
         if job.model not in served:
             raise UnknownModel(job.model, sorted(served))
         found: Any = ray.get(directory.ingresses.remote())
-        yield partial(_open_soon, SHARED_DIRECTORY, job.model, found)
+        with _cluster_watched(own=False):
+            yield partial(_open_soon, SHARED_DIRECTORY, job.model, found)
     else:
         from hycluster.dedicated import dedicated_pool
         from hycluster.engine.names import check_names
@@ -58,9 +65,36 @@ def open_engines(job: Job, settings: Settings | None, address: str | None) -> It
         if settings is None:
             raise SettingsError("engine: 'dedicated' needs the settings of a deployment (--config)")
         check_names(settings.model(job.model))
-        _say_where(cluster.join_or_start(address))
-        with dedicated_pool(settings, job.model) as name:
+        joined = cluster.join_or_start(address)
+        _say_where(joined)
+        with _cluster_watched(own=joined is None), dedicated_pool(settings, job.model) as name:
             yield partial(_open_generator, name, job.model)
+
+
+@contextmanager
+def _cluster_watched(*, own: bool) -> Iterator[None]:
+    """Has this process end with a word if the cluster does: Ray ends a driver without one, or has it wait for ever.
+
+    Args:
+        own: this process started the cluster, and what is left of it ends with this process.
+    """
+    import ray
+
+    from hycluster.serving.cluster_watch import ClusterWatch, watched
+
+    with told_if_sudden(SUDDEN) as dismiss:
+
+        def end(code: int) -> None:
+            dismiss()
+            os._exit(code)
+
+        address = ray.get_runtime_context().gcs_address
+        say = partial(echo, err=True)
+        watch = ClusterWatch(watched(address, own=own), say, lambda _: None, end, JobFailed.exit_code, GOES_ON)
+        try:
+            yield
+        finally:
+            watch.close()
 
 
 def _say_where(joined: Chosen | None) -> None:

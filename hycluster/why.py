@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import ssl
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from urllib.parse import quote
@@ -139,10 +141,17 @@ def _listed(slowest: int, model: str | None) -> str:
 def _by_http(address: str, path: str) -> Any:
     import httpx
 
+    from hycluster.client import AUTHORITIES_VARIABLE, key_header
+
     if not address.startswith(("http://", "https://")):
         raise SettingsError(f"--address: {shown(address)} is not allowed; must be HOST:PORT, or http://HOST:PORT")
     try:
-        answer = httpx.get(f"{address.rstrip('/')}{ROUTE}{path}", timeout=ANSWER_TIMEOUT_S)
+        answer = httpx.get(
+            f"{address.rstrip('/')}{ROUTE}{path}",
+            headers=key_header(),
+            timeout=ANSWER_TIMEOUT_S,
+            verify=ssl.create_default_context(cafile=os.environ.get(AUTHORITIES_VARIABLE)),
+        )
         said = answer.json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise Unavailable(f"--address: {address} does not answer as an HTTP ingress does: {error}") from None

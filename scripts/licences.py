@@ -38,7 +38,15 @@ _MPL = "weak copyleft by file; used unchanged, its source is on PyPI"
 _LGPL = (
     "a table of countries, LGPL-2.1; a Python package that anybody can replace, used unchanged, its source is on PyPI"
 )
-REASONS = {"certifi": _MPL, "tqdm": _MPL, "pycountry": _LGPL, "nvidia-": _NVIDIA, "cuda-": _NVIDIA}
+_PSYCOPG = "PostgreSQL's client, LGPL-3.0; a Python package that anybody can replace, used unchanged, source on PyPI"
+REASONS = {
+    "certifi": _MPL,
+    "tqdm": _MPL,
+    "pycountry": _LGPL,
+    "psycopg": _PSYCOPG,
+    "nvidia-": _NVIDIA,
+    "cuda-": _NVIDIA,
+}
 _ASKS_MORE = re.compile(r"GPL|MPL|Mozilla|EPL|CDDL|Proprietary|NVIDIA|Intel|EULA|LicenseRef|unknown", re.IGNORECASE)
 
 HEAD = """# Licences of the packages in the images

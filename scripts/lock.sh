@@ -20,7 +20,7 @@ compile() { # lock, options
 }
 
 left_out=requirements/left-out.txt
-cpu=(--universal --excludes requirements/left-out-cpu.txt --extra cpu --extra demo --no-emit-package torch)
+cpu=(--universal --excludes requirements/left-out-cpu.txt --extra cpu --extra demo --extra postgres --no-emit-package torch)
 compile cpu.lock "${cpu[@]}"
 # The whole that tests need, less what is in cpu.lock already, in its versions.
 served="$(mktemp)"
@@ -33,7 +33,7 @@ grep -vx anthropic "$left_out" >"$called"
 left_out="$called" compile dev.lock "${cpu[@]}" --extra dev --constraints "$served" "${names[@]/#/--no-emit-package=}"
 awk 'NR <= 2 || /^uv==/ { print; entry = /\\$/ } entry && /^ / { print; entry = /\\$/ }' requirements/dev.lock >requirements/uv.lock
 # Without [tool.uv]: its torch is the CPU's.
-compile gpu.lock --no-config --excludes requirements/left-out-gpu.txt --extra gpu --python-platform x86_64-manylinux_2_28
+compile gpu.lock --no-config --excludes requirements/left-out-gpu.txt --extra gpu --extra postgres --python-platform x86_64-manylinux_2_28
 
 .venv/bin/uv pip compile requirements/clients.in --universal --python-version "$python" --generate-hashes \
   ${UPGRADE:+--upgrade} --custom-compile-command "make lock" --quiet -o requirements/clients.lock

@@ -20,6 +20,7 @@ SAME = {
     "main": "a module that is started",
     "patch": "puts a change of vLLM's or Ray's behaviour into this process",
     "install": "puts a change of vLLM's or Ray's behaviour into this process",
+    "upgrade": "the command, and what alembic calls of each of its steps",
     "apply": "puts a change of vLLM's or Ray's behaviour into this process",
 }
 

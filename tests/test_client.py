@@ -471,7 +471,7 @@ async def test_the_token_is_sent(connect: Callable[..., Both]) -> None:
     inference_pb2_grpc.add_InferenceServicer_to_server(Refusing(), server)  # type: ignore[abstract]
     target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
-    await connect(target, token="secret").call("list_models")
+    await connect(target, api_key="secret").call("list_models")
     await connect(target).call("list_models")
     await server.stop(None)
     assert seen == ["Bearer secret", None]

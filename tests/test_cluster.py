@@ -32,6 +32,31 @@ def test_an_address_where_nobody_listens_is_refused_at_once(monkeypatch: pytest.
     assert time.monotonic() - began < 2
 
 
+@pytest.mark.parametrize("address", ["nonsense", "ray://127.0.0.1:10001", "http://127.0.0.1:8265", "head:"])
+def test_what_is_no_gcs_address_is_told(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    """Ray Client's took half a minute and a warning of its own."""
+    monkeypatch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was asked"))
+    with pytest.raises(SettingsError, match=f"^--address: no Ray cluster at '{address}': must be HOST:PORT"):
+        cluster.join_cluster(address)
+
+
+def test_rays_notices_are_kept_off_the_terminal_whatever_is_imported_when() -> None:
+    """Serve, imported by then, said at 'hycluster status' that it had started a client for long polls."""
+    code = """
+import logging
+from hycluster import cluster
+cluster._quiet()
+from ray import serve
+for name in ("ray", "ray.serve"):
+    for level in (20, 40):
+        logging.getLogger(name).log(level, f"{name} {level}")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    said = done.stdout + done.stderr
+    assert [f"{name} {level}" in said for name in ("ray", "ray.serve") for level in (20, 40)] == [False, True] * 2
+
+
 @pytest.mark.parametrize(("timeouts", "starts"), [(0, 1), (2, 3)])
 def test_ray_may_take_longer_than_it_gives_itself(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, timeouts: int, starts: int

@@ -18,6 +18,7 @@ from hycluster.errors import (
     JobFailed,
     KillsReplicas,
     Overloaded,
+    PermissionDenied,
     RequestFailed,
     Unauthenticated,
     UnknownModel,
@@ -30,7 +31,7 @@ LONGEST_BACKOFF_S = 15.0
 MOST_FAILURES = 3
 # What says that an engine is away or has failed; anything else may be what this one request makes of our own code.
 AWAY = (HyclusterError, ConnectionError, TimeoutError)
-FINAL = (InvalidInput, UnknownModel, Unauthenticated, JobFailed)
+FINAL = (InvalidInput, UnknownModel, Unauthenticated, PermissionDenied, JobFailed)
 
 T = TypeVar("T")
 

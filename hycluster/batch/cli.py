@@ -98,7 +98,8 @@ def run(
             consent=partial(ask, yes=yes),
         )
     except HyclusterError as error:
-        echo(f"error: {error}", err=True)
+        for line in error.message.splitlines():
+            echo(f"error: {line}", err=True)
         raise typer.Exit(error.exit_code) from None
     except SystemExit:
         # What Ray makes of SIGTERM, by which it cancels a job.

@@ -31,7 +31,15 @@ from hycluster.batch.output.record import ShardRecord, Totals
 from hycluster.batch.progress.terminal import RunProgress
 from hycluster.batch.refusal import Reason, Refusal, RowRefused, refusal_of
 from hycluster.batch.task import Answer, OpenTask, Task
-from hycluster.errors import HyclusterError, InvalidInput, JobFailed, SettingsError, Unauthenticated, UnknownModel
+from hycluster.errors import (
+    HyclusterError,
+    InvalidInput,
+    JobFailed,
+    PermissionDenied,
+    SettingsError,
+    Unauthenticated,
+    UnknownModel,
+)
 from hycluster.observe.export import export_of_a_job
 from hycluster.observe.timelines import Carried, recorder
 
@@ -344,7 +352,7 @@ def _first(errors: BaseException) -> Exception:
     error = first_error(errors)
     if isinstance(error, JobFailed | SettingsError):
         return error
-    if isinstance(error, UnknownModel | Unauthenticated):
+    if isinstance(error, UnknownModel | Unauthenticated | PermissionDenied):
         return SettingsError(error.message)
     if isinstance(error, HyclusterError):
         return JobFailed(error.message)

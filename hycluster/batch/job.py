@@ -266,7 +266,10 @@ def load_job(
         for key, value in (("input.path", input_path), ("output.path", output_path), ("engine", engine))
         if value is not None
     ]
-    data = override(load_yaml(path), [*assignments, *options], Job)
+    read = load_yaml(path)
+    if "models" in read and "task" not in read:
+        raise SettingsError(f"{path}: is a deployment's settings, not a batch job; 'hycluster serve {path}' takes it")
+    data = override(read, [*assignments, *options], Job)
     for section, option in (("input", "--input"), ("output", "--output")):
         held: Any = data.setdefault(section, {})
         if isinstance(held, dict) and held.get("path") is None:

@@ -27,7 +27,7 @@ from hycluster.batch.output.lease import Lease
 from hycluster.batch.output.record import ShardRecord, Totals
 from hycluster.batch.progress.figures import REPORT_HTML, write_report
 from hycluster.batch.progress.page import figure_warnings
-from hycluster.batch.progress.progress_file import Teller, tell_end
+from hycluster.batch.progress.progress_file import STOPPED, Teller, tell_end
 from hycluster.batch.progress.terminal import JobProgress, Reporter, RunProgress, print_totals
 from hycluster.batch.prompts import prompt_of
 from hycluster.batch.quarantine_limit import check_quarantine
@@ -39,6 +39,7 @@ from hycluster.storage import locate, masked_line
 Engines = Callable[[Job], AbstractContextManager[Connect]]
 # Files at fault that are named when a job begins.
 MOST_FAULTS = 10
+PROGRESS_WITHIN_S = 10.0
 PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def run_job(
             _say_ended(output, lease, failed)
             raise failed from error
         except (KeyboardInterrupt, SystemExit):
-            _say_ended(output, lease, JobFailed("stopped; its own command resumes it"))
+            _say_ended(output, lease, JobFailed(STOPPED))
             raise
     this_run = Totals(*(getattr(committed, name) - getattr(earlier, name) for name in asdict(earlier)))
     print_totals(
@@ -188,18 +189,11 @@ def _generate(
     from hycluster.batch.stream import stream_records
 
     progress: Any = ray.remote(num_cpus=0, max_restarts=-1)(JobProgress).remote()
-
     teller = Teller(output.folder, output.edition(), earlier.rows)
-
-    def so_far() -> RunProgress:
-        said: RunProgress = ray.get(progress.total.remote())
-        teller.tell(said)
-        return said
-
     stream = stream_records(corpus, corpus.in_order(output.done()), job, output, connect, progress)
     seen, begun_at, ended_at = earlier, math.inf, -math.inf
     try:
-        with teller, Reporter(job.name, corpus.rows, earlier.rows, so_far, console):
+        with teller, Reporter(job.name, corpus.rows, earlier.rows, _polled(progress, teller), console):
             for record in stream:
                 lease.check()
                 # What is through between two looks of the reporter was in work, too.
@@ -217,6 +211,26 @@ def _generate(
     finally:
         stream.close()
         ray.kill(progress)
+
+
+def _polled(progress: Any, teller: Teller) -> Callable[[], RunProgress]:
+    """Asks how far this run is, and has it told."""
+    import ray
+
+    said = RunProgress()
+
+    def so_far() -> RunProgress:
+        nonlocal said
+        try:
+            now: RunProgress = ray.get(progress.total.remote(), timeout=PROGRESS_WITHIN_S)
+        except ray.exceptions.RayError:
+            # It is away, or all of the cluster is: whether that ends the job is decided elsewhere.
+            return said
+        said = now
+        teller.tell(said)
+        return said
+
+    return so_far
 
 
 def _totals(records: Iterator[ShardRecord]) -> Totals:

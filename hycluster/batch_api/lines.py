@@ -20,9 +20,11 @@ import pyarrow as pa
 from starlette.types import ASGIApp
 
 from hycluster import errors
+from hycluster.access.caller import calling, recorded
 from hycluster.batch.ask import FIRST_BACKOFF_S, Asker
 from hycluster.batch.prompts import Row
 from hycluster.batch.task import Answer
+from hycluster.batch_api.records import Batch
 from hycluster.batch_api.requests import BODY
 from hycluster.core import Priority
 from hycluster.errors import HyclusterError, InvalidInput, KillsReplicas, Overloaded, Unavailable
@@ -77,7 +79,6 @@ class LinesTask:
     """The task of a batch, as ``hycluster/batch/generate.py`` runs it.
 
     Args:
-        batch: its id.
         in_flight: what lines of all batches hold while they are asked; None where nothing but the engines bounds them.
         open_lines: lines that are asked, or wait for a place in the engines.
 
@@ -89,11 +90,11 @@ class LinesTask:
     extra_columns: tuple[pa.Field, ...] = EXTRA
 
     def __init__(
-        self, engines: BatchEngines, batch: str, endpoint: str, in_flight: asyncio.Semaphore | None, open_lines: int
+        self, engines: BatchEngines, batch: Batch, in_flight: asyncio.Semaphore | None, open_lines: int
     ) -> None:
         self._engines = engines
         self._batch = batch
-        self._endpoint = endpoint
+        self._caller = recorded(batch.caller)
         self._in_flight = in_flight or contextlib.nullcontext()
         self._urgent_at: float | None = None
         # By model.
@@ -178,7 +179,7 @@ class LinesTask:
             # Whatever it is, it is refused.
             return None
         if model not in self._lanes:
-            lane = self._engines.lane(model, self._batch)
+            lane = self._engines.lane(model, self._batch.id)
             if lane is None:
                 return None
             lane.urgent_at = self._urgent_at
@@ -195,7 +196,8 @@ class LinesTask:
         # Only now: those that wait for one model's engines must not stand in the way of another's.
         headers = HEADERS | {"X-Request-Id": request_hash(request_id)}
         async with self._lane(body.get("model")) or contextlib.nullcontext(), self._in_flight:
-            response = await post(self._engines.app, self._endpoint, json.dumps(body).encode(), headers)
+            with calling(self._caller):
+                response = await post(self._engines.app, self._batch.endpoint, json.dumps(body).encode(), headers)
         try:
             answer = json.loads(response.body)
         except ValueError:

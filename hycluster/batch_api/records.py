@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from hycluster.access.caller import Recorded
 from hycluster.settings.base import Strict
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
@@ -81,14 +82,15 @@ class StoredFile(Record):
     filename: str
     purpose: Literal["batch", "batch_output"]
     expires_at: int | None = None
+    caller: Recorded = None
 
     def shown(self) -> dict[str, Any]:
         """As the API tells it."""
-        return {**self.model_dump(), "object": "file", "status": "processed", "status_details": None}
+        return {**self.model_dump(exclude={"caller"}), "object": "file", "status": "processed", "status_details": None}
 
 
 class Batch(Record):
-    """What was asked for; never changes."""
+    """What was asked for; never changes. Its lines are asked as by its caller."""
 
     id: str
     endpoint: Endpoint
@@ -98,6 +100,7 @@ class Batch(Record):
     expires_at: int
     metadata: dict[str, str] | None = None
     output_expires_after_s: int | None = None
+    caller: Recorded = None
 
 
 class LineError(Record):

@@ -1,7 +1,7 @@
 """``/v1/files`` and ``/v1/batches`` at the HTTP ingress. Errors are in OpenAI's form.
 
-The ingress process only reads and writes the store; the executor does the rest. There are no accounts yet: whoever
-reaches the ingress sees all files and batches.
+The ingress process only reads and writes the store; the executor does the rest. Where callers are asked who they are,
+each sees what is his project's.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from hycluster.access.caller import caller_now
 from hycluster.batch_api.records import FINAL, Batch, ExpiresAfter, NewBatch, StoredFile, batch_object, new_record_id
 from hycluster.batch_api.store import Store
-from hycluster.errors import HyclusterError, InvalidInput
+from hycluster.errors import HyclusterError, InvalidInput, NotFound
 from hycluster.errors import shown as echoed
 from hycluster.ingress.body import BodyLimit
 from hycluster.ingress.errors import answer_error, openai_error
@@ -156,7 +157,11 @@ def _delete(store: Store, file_id: str) -> None:
     store.file(file_id)
     # Until it is checked; after that the batch has what it needs.
     for batch_id in store.open_batches():
-        batch = store.batch(batch_id)
+        try:
+            batch = store.batch(batch_id)
+        except NotFound:
+            # Another project's, which has not this file; or not written yet.
+            continue
         if batch.input_file_id == file_id and store.state(batch_id).status == "validating":
             raise InvalidInput(f"file_id: {file_id!r} is being read by {batch_id!r}; wait or cancel that batch")
     store.delete_file(file_id)
@@ -176,6 +181,7 @@ def _create(store: Store, asked: NewBatch) -> dict[str, Any]:
         expires_at=now + asked.window_s,
         metadata=asked.metadata,
         output_expires_after_s=asked.output_expires_after.seconds if asked.output_expires_after else None,
+        caller=caller_now(),
     )
     store.add_batch(batch)
     return _seen(store, batch)

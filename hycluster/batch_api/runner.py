@@ -204,7 +204,7 @@ class Runner:
             size = self._store.write_content(file_id, lines)
             if size:
                 name = f"{batch.id}_{kind}.jsonl"
-                self._store.register(file_id, size, name, "batch_output", batch.output_expires_after_s)
+                self._store.register(file_id, size, name, "batch_output", batch.output_expires_after_s, batch.caller)
             else:
                 self._store.delete_file(file_id)
                 update[field] = None
@@ -272,9 +272,7 @@ class _Feed:
         """
         done = await asyncio.to_thread(self._output.done)
         pending = (shard for shard in self._plan.shards() if shard.number not in done)
-        lines = LinesTask(
-            await self._connect(), self._batch.id, self._batch.endpoint, self._in_flight, self._open_lines
-        )
+        lines = LinesTask(await self._connect(), self._batch, self._in_flight, self._open_lines)
         self._lines = lines
         generate = Generate(self._output, lambda: nullcontext(lines), lambda *_: None, name=self._batch.id)
         ahead = _ReadAhead()

@@ -26,6 +26,7 @@ from typing import BinaryIO, TypeVar
 
 import pyarrow.fs as pafs
 
+from hycluster.access.caller import Recorded, caller_now, is_own
 from hycluster.batch_api.records import BATCH_ID, FILE_ID, Batch, Record, State, StoredFile, new_record_id
 from hycluster.errors import InvalidInput, NotFound, shown
 from hycluster.settings.ingress import Batches
@@ -40,7 +41,8 @@ R = TypeVar("R", bound=Record)
 
 
 class Store:
-    """All files and batches of a service. Every method blocks; any number of processes may use one folder."""
+    """All files and batches of a service; where callers are known, those of the current one's project. Every method
+    blocks; any number of processes may use one folder."""
 
     def __init__(self, settings: Batches) -> None:
         self._keep_s = None if settings.keep_days is None else round(settings.keep_days * 86400)
@@ -59,7 +61,7 @@ class Store:
         if not size:
             self.folder.delete([f"content/{file_id}"])
             raise InvalidInput("file: is empty; must be JSONL, one request per line")
-        return self.register(file_id, size, filename, "batch", expires_after_s)
+        return self.register(file_id, size, filename, "batch", expires_after_s, caller_now())
 
     def write_content(self, file_id: str, chunks: Iterator[bytes]) -> int:
         """Write a file's bytes, over those of an earlier attempt; nobody sees them before ``register``."""
@@ -72,7 +74,13 @@ class Store:
         return size
 
     def register(
-        self, file_id: str, size: int, filename: str, purpose: str, expires_after_s: int | None = None
+        self,
+        file_id: str,
+        size: int,
+        filename: str,
+        purpose: str,
+        expires_after_s: int | None = None,
+        caller: Recorded = None,
     ) -> StoredFile:
         """Let callers see a file whose content is whole."""
         now = int(time.time())
@@ -86,6 +94,7 @@ class Store:
                 "filename": PurePosixPath(filename.replace("\\", "/")).name[:255] or file_id,
                 "purpose": purpose,
                 "expires_at": None if lasts_s is None else now + lasts_s,
+                "caller": caller,
             }
         )
         self._put("files", file_id, file)
@@ -95,10 +104,10 @@ class Store:
         """Look up a file.
 
         Raises:
-            NotFound: there is none, or it has expired.
+            NotFound: there is none, or it has expired, or is another project's.
         """
         file = self._get("files", file_id, StoredFile) if FILE_ID.fullmatch(file_id) else None
-        if file is None or _expired(file):
+        if file is None or _expired(file) or not is_own(file.caller):
             raise NotFound(f"file_id: there is no file {shown(file_id)}")
         return file
 
@@ -127,7 +136,7 @@ class Store:
         """Files in the order in which they were made, those behind ``after``."""
 
         def wanted(file: StoredFile) -> bool:
-            return purpose in (None, file.purpose) and not _expired(file)
+            return purpose in (None, file.purpose) and not _expired(file) and is_own(file.caller)
 
         return self._list("files", after, limit, StoredFile, newest_first, wanted)
 
@@ -143,16 +152,16 @@ class Store:
         """Look up a batch.
 
         Raises:
-            NotFound: there is none.
+            NotFound: there is none, or it is another project's.
         """
         batch = self._get("batches", batch_id, Batch) if BATCH_ID.fullmatch(batch_id) else None
-        if batch is None:
+        if batch is None or not is_own(batch.caller):
             raise NotFound(f"batch_id: there is no batch {shown(batch_id)}")
         return batch
 
     def list_batches(self, after: str | None, limit: int) -> list[Batch]:
         """Batches, newest first, those behind ``after``."""
-        return self._list("batches", after, limit, Batch, True, lambda _: True)
+        return self._list("batches", after, limit, Batch, True, lambda batch: is_own(batch.caller))
 
     def state(self, batch_id: str) -> State:
         return self._get("state", batch_id, State) or State()

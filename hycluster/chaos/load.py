@@ -38,7 +38,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Caller:
+class LoadCaller:
     """Asks one request until it has an answer, or until it is out of patience.
 
     Attributes:

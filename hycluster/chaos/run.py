@@ -14,7 +14,7 @@ from hycluster.app import deployment_name
 from hycluster.chaos.ask import http_client
 from hycluster.chaos.faults import FaultInjector, Patience
 from hycluster.chaos.gateways import Gateways
-from hycluster.chaos.load import Caller, drive, over_and_over
+from hycluster.chaos.load import LoadCaller, drive, over_and_over
 from hycluster.chaos.pool import IngressProcesses, members, served_model
 from hycluster.chaos.report import Report, compare_outcomes
 from hycluster.chaos.requests import WORDS, Ingress, Mix, requests
@@ -107,7 +107,7 @@ async def _run(plan: ChaosPlan, http: str, grpc: str, ports: tuple[int, ...], sa
             say=say,
         )
         async with http_client() as client:
-            caller = Caller(client, http, grpc, name, plan.patience_s)
+            caller = LoadCaller(client, http, grpc, name, plan.patience_s)
             say(f"{len(asked)} requests undisturbed")
             reference = await drive(caller.ask, asked, plan.concurrency)
             say(f"the same under {plan.faults.count} faults")

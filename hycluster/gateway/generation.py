@@ -24,6 +24,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.tokenizers import TokenizerLike
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
+from hycluster.access.caller import usable
 from hycluster.adapters import check_name
 from hycluster.core import Generation, GenerationRequest, ModelCard, Priority, PromptFields, Sampling
 from hycluster.directory.directory import find_directory
@@ -261,7 +262,7 @@ class Generator:
         """The gateway for a name, and the adapter that the name stands for, if it is one's."""
         model = self.model_of(name)
         if model is None:
-            raise UnknownModel(name, self.served)
+            raise UnknownModel(name, usable(self.served))
         gateway = self.gateways[model]
         return gateway, gateway.lora_requests.get(name) if name != model else None
 

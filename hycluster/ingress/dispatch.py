@@ -9,6 +9,7 @@ from urllib.parse import parse_qs
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from hycluster.access.caller import check_model, current_caller, usable
 from hycluster.errors import InvalidInput, UnknownModel
 from hycluster.ingress.errors import answer_error
 from hycluster.ingress.metrics import MODEL_KEY
@@ -44,12 +45,37 @@ class ModelDispatch:
         if scope["type"] != "http":
             await self.default(scope, receive, send)
             return
-        several, method, path = len(self.apps) > 1, scope["method"], scope["path"]
-        if several and method == "GET" and path == MODELS:
+        caller = current_caller.get()
+        restricted = caller is not None and caller.models is not None
+        looks, method, path = restricted or len(self.apps) > 1, scope["method"], scope["path"]
+        if looks and method == "GET" and path == MODELS:
             await self._models_of_all(scope, receive, send)
             return
-        name, receive = await named_by(scope, receive, in_body=several)
+        if restricted:
+            try:
+                receive = await self._checked(scope, receive)
+            except UnknownModel as error:
+                await (await answer_error(None, error))(scope, receive, send)
+                return
+        name, receive = await named_by(scope, receive, in_body=looks)
         await (await self._app_of(name, scope))(scope, receive, send)
+
+    async def _checked(self, scope: Scope, receive: Receive) -> Receive:
+        """For a caller who may not use every model: all that he names, and what answers if his body names none.
+
+        Raises:
+            UnknownModel: one of them he may not use.
+        """
+        in_body = ""
+        elsewhere, _ = await named_by(scope, receive, in_body=False)
+        if scope["method"] == "POST":
+            body, receive = await _read_on(receive)
+            in_body = _name_in(body)
+            if not in_body:
+                check_model(self._model_of(elsewhere) or next(iter(self.apps)))
+        for name in filter(None, (in_body, elsewhere)):
+            check_model(name)
+        return receive
 
     async def _app_of(self, name: str, scope: Scope) -> ASGIApp:
         model = self._model_of(name) if name else None
@@ -57,7 +83,7 @@ class ModelDispatch:
             _name(scope, model)
             return self.apps[model]
         if name:
-            return await answer_error(None, UnknownModel(name, self._served()))
+            return await answer_error(None, UnknownModel(name, usable(self._served())))
         if len(self.apps) > 1 and self._controls(scope):
             served = ", ".join(map(repr, self.apps))
             return await answer_error(
@@ -76,6 +102,8 @@ class ModelDispatch:
                 listed += json.loads(body).get("data", [])
         # One that can't be asked yet leaves the others listed.
         status = min(statuses)
+        shown = set(usable(card["id"] for card in listed))
+        listed = [card for card in listed if card["id"] in shown]
         await JSONResponse({"object": "list", "data": listed}, status_code=status)(scope, receive, send)
 
 

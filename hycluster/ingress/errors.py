@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from hycluster.errors import HyclusterError, InvalidInput, NotFound, Overloaded, RequestFailed, kind_of
+from hycluster.errors import HyclusterError, InvalidInput, NotFound, Overloaded, RequestFailed, Unauthenticated, kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,9 @@ async def answer_error(_: Request | None, error: Exception) -> JSONResponse:
     headers = {KIND_HEADER: kind_of(error).__name__}
     if error.retry_after_s:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
-    return openai_error(error.http_status, error.message, error.openai_type, headers)
+    if isinstance(error, Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
+    return openai_error(error.http_status, error.message, error.openai_type, headers, error.openai_code)
 
 
 async def answer_http_error(_: Request, error: Exception) -> JSONResponse:
@@ -51,10 +53,14 @@ async def answer_unreadable(request: Request, error: Exception) -> JSONResponse:
     return openai_error(InvalidInput.http_status, message, InvalidInput.openai_type)
 
 
-def openai_error(status: int, message: str, kind: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+def openai_error(
+    status: int, message: str, kind: str, headers: Mapping[str, str] | None = None, code: str | None = None
+) -> JSONResponse:
     """An error as OpenAI's API tells it."""
-    return JSONResponse(error_body(status, message, kind), status_code=status, headers=headers)
+    return JSONResponse(error_body(status, message, kind, code=code), status_code=status, headers=headers)
 
 
-def error_body(status: int, message: str, kind: str, param: str | None = None) -> dict[str, object]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+def error_body(
+    status: int, message: str, kind: str, param: str | None = None, code: str | None = None
+) -> dict[str, object]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code or status}}

@@ -23,15 +23,19 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
+from hycluster.access.caller import check_model, check_scope, current_caller, usable
+from hycluster.access.guard import Guard
 from hycluster.core import Generation, GenerationRequest, ModelCard, PromptFields
 from hycluster.errors import DeadlineExceeded, HyclusterError, PromptTooLong, SettingsError, Unavailable, UnknownModel
 from hycluster.ingress import translate
 from hycluster.ingress.chats import messages_from_pb
+from hycluster.ingress.guarded_calls import GuardCalls
 from hycluster.ingress.malformed import RefuseMalformed
 from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto import inference_pb2_grpc
 from hycluster.ingress.reflection import enable_reflection
 from hycluster.ingress.status import abort
+from hycluster.ingress.tls import Certificate
 from hycluster.observe.ingresses import grpc_began, grpc_ended
 from hycluster.observe.timelines import Carried
 from hycluster.settings.ingress import Grpc
@@ -103,6 +107,7 @@ def _answer(call: Call[Request, Response]) -> Call[Request, Response]:
         timeline: Timeline | None = None
         grpc_began()
         try:
+            _check_allowed(request)
             if isinstance(request, pb.GenerateRequest):
                 with Carried(request_id, f"grpc {call.__name__}", trace_context(said), model=request.model) as timeline:
                     answer = await call(self, request, context)
@@ -131,6 +136,13 @@ def _answer(call: Call[Request, Response]) -> Call[Request, Response]:
         raise AssertionError("abort always raises")
 
     return answered
+
+
+def _check_allowed(request: Message) -> None:
+    if (model := getattr(request, "model", None)) is not None:
+        check_model(model)
+    if isinstance(request, pb.GenerateRequest) and request.priority == pb.BATCH:
+        check_scope("batch", "priority")
 
 
 def _said(context: Context) -> dict[str, str]:
@@ -215,7 +227,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         )
         cards = {card.name: card for card in await self._generator.models()}
         if request.model not in cards:
-            raise UnknownModel(request.model, list(cards))
+            raise UnknownModel(request.model, usable(cards))
         return pb.TokenizeResponse(token_ids=ids, count=len(ids), max_model_len=cards[request.model].max_model_len)
 
     @_answer
@@ -224,7 +236,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     @_answer
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
-        return translate.models_to_pb(await self._generator.models())
+        caller = current_caller.get()
+        cards = await self._generator.models()
+        return translate.models_to_pb([card for card in cards if caller is None or caller.may_use(card.name)])
 
     async def drain(self, grace_s: float) -> None:
         """Wait for the calls in flight; end those that are left after ``grace_s`` seconds with UNAVAILABLE."""
@@ -291,12 +305,16 @@ async def serve_grpc(
     settings: Grpc,
     *,
     max_members: int = MAX_MEMBERS,
+    guard: Guard | None = None,
+    certificate: Certificate | None = None,
     reuse_port: bool = False,
     ready_poll_s: float = 0.2,
 ) -> GrpcIngress:
     """Open the gRPC ingress in the running event loop.
 
     Args:
+        guard: knows who may call; None: whoever comes.
+        certificate: for TLS; None is plain text.
         reuse_port: let other processes listen on the same port; the kernel spreads connections over them.
         ready_poll_s: seconds between two looks at ``generator.ready()`` for the health service.
 
@@ -306,14 +324,17 @@ async def serve_grpc(
     servicer = InferenceServicer(generator, settings.stalled_client_timeout_s)
     health = health_aio.HealthServicer()
     server = grpc.aio.server(
-        interceptors=[RefuseMalformed(max_members, settings.stalled_client_timeout_s)],
+        interceptors=[
+            *([GuardCalls(guard)] if guard is not None else []),
+            RefuseMalformed(max_members, settings.stalled_client_timeout_s),
+        ],
         options=_options(settings, reuse_port),
         maximum_concurrent_rpcs=settings.max_calls,
     )
     inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
     add_HealthServicer_to_server(health, server)
     enable_reflection((SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name), server)
-    port = _bind(server, settings, reuse_port)
+    port = _bind(server, settings, reuse_port, certificate)
     # The first caller must find the truth, so look once before the ingress opens.
     await _report_readiness(generator, health)
     await server.start()
@@ -346,7 +367,7 @@ def _options(settings: Grpc, reuse_port: bool) -> list[tuple[str, int]]:
     ]
 
 
-def _bind(server: grpc.aio.Server, settings: Grpc, reuse_port: bool) -> int:
+def _bind(server: grpc.aio.Server, settings: Grpc, reuse_port: bool, certificate: Certificate | None) -> int:
     where = f"{settings.port} on {settings.host}"
     if not reuse_port:
         # Asks the socket layer first, because gRPC says only that it failed, and not why.
@@ -358,8 +379,11 @@ def _bind(server: grpc.aio.Server, settings: Grpc, reuse_port: bool) -> int:
         except OSError as error:
             raise SettingsError(f"grpc.port: {where} can't be opened: {error.strerror or error}") from None
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    listen = f"{host}:{settings.port}"
     try:
-        return int(server.add_insecure_port(f"{host}:{settings.port}"))
+        if certificate is not None:
+            return int(server.add_secure_port(listen, certificate.grpc_credentials()))
+        return int(server.add_insecure_port(listen))
     except RuntimeError as error:
         raise SettingsError(f"grpc.port: {where} can't be opened: {error}") from None
 

@@ -16,6 +16,7 @@ from urllib.parse import parse_qs
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from hycluster.access.caller import usable
 from hycluster.errors import Unavailable, UnknownModel
 from hycluster.ingress.errors import answer_error
 from hycluster.pool_health import PoolHealth, able
@@ -27,11 +28,17 @@ Pools = Callable[[], Awaitable[Mapping[str, PoolHealth]]]
 
 
 class WithHealth:
-    """ASGI middleware: answers ``/health`` itself. ``app`` is what serves the rest; None while there is none yet."""
+    """ASGI middleware: answers ``/health`` itself.
 
-    def __init__(self, app: ASGIApp | None, pools: Pools) -> None:
+    Args:
+        app: what serves the rest; None while there is none yet.
+        terse: name no models; for where whoever asks for the health need not be known.
+    """
+
+    def __init__(self, app: ASGIApp | None, pools: Pools, *, terse: bool = False) -> None:
         self._app = app
         self._pools = pools
+        self._terse = terse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] == PATH and scope["method"] in ("GET", "HEAD"):
@@ -44,13 +51,14 @@ class WithHealth:
 
     async def _health(self, pools: Mapping[str, PoolHealth], model: str | None) -> ASGIApp:
         if model is not None and model not in pools:
-            return await answer_error(None, UnknownModel(model, list(pools)))
+            return await answer_error(None, UnknownModel(model, [] if self._terse else list(pools)))
         if model is not None:
             pools = {model: pools[model]}
         serves = self._app is not None and able(pools)
         whole = all(pool.able for pool in pools.values())
         status = ("ready" if whole else "degraded") if serves else "starting" if self._app is None else "unavailable"
-        body = {"status": status, "models": {name: pool.told() for name, pool in pools.items()}}
+        models = {} if self._terse else {"models": {name: pool.told() for name, pool in pools.items()}}
+        body = {"status": status, **models}
         return JSONResponse(body, status_code=200 if serves else 503)
 
 
@@ -60,6 +68,7 @@ def _model_asked(scope: Scope) -> str | None:
 
 def starting(pools: Mapping[str, PoolHealth]) -> Unavailable:
     """What a caller hears that comes before the ingress process has opened."""
+    pools = {name: pools[name] for name in usable(pools)}
     waiting = [f"{name!r} has {p.replicas_ready} of {p.replicas_wanted} replicas" for name, p in pools.items()]
     troubles = [f"; {name!r}: {p.trouble.told()}" for name, p in pools.items() if p.trouble]
     return Unavailable(f"the service is starting: {', '.join(waiting)}{''.join(troubles)}", retry_after_s=5)

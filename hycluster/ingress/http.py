@@ -28,6 +28,8 @@ from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.exceptions import GenerationError
 
+from hycluster.access.caller import usable
+from hycluster.access.guard import Guard
 from hycluster.engine.patches.completion_prompts import patch_completions
 from hycluster.engine.patches.error_messages import patch_error_messages
 from hycluster.engine.patches.truncated_responses import patch_responses
@@ -42,10 +44,12 @@ from hycluster.ingress.dispatch import MODELS, ModelDispatch
 from hycluster.ingress.errors import answer_error, answer_generation_error, answer_http_error, answer_unreadable
 from hycluster.ingress.first_wrong import quick_to_validate
 from hycluster.ingress.forms import in_form
+from hycluster.ingress.guarded import Guarded
 from hycluster.ingress.health import WithHealth
 from hycluster.ingress.metrics import Counted, Families, WithMetrics, families_of_this_process
 from hycluster.ingress.ports import bind, notice_lost_callers
 from hycluster.ingress.timelines import RequestsRoute
+from hycluster.ingress.tls import Certificate
 from hycluster.ingress.wording import InOurWords
 from hycluster.settings.api import check_environment
 from hycluster.settings.ingress import Http
@@ -107,6 +111,8 @@ async def serve_http(
     settings: Http,
     *,
     max_members: int = MAX_MEMBERS,
+    guard: Guard | None = None,
+    certificate: Certificate | None = None,
     around: Callable[[ASGIApp], ASGIApp] = lambda app: app,
     before_models: Callable[[ASGIApp], ASGIApp] = lambda app: app,
     page: Callable[[ASGIApp], ASGIApp] = lambda app: app,
@@ -118,6 +124,8 @@ async def serve_http(
     """Open the HTTP ingress.
 
     Args:
+        guard: knows who may call; None: whoever comes.
+        certificate: for TLS; None is plain text.
         sock: listens already; None opens the settings' port.
         before_models: puts a layer before the app of all models.
         metrics: what ``/metrics`` shows.
@@ -140,13 +148,16 @@ async def serve_http(
     if settings.serves_ui:
         # All gateways follow the same directory, and have found it when somebody asks.
         app = RequestsRoute(app, lambda: next((g.directory for g in generator.gateways.values()), None))
-    app = WithMetrics(WithHealth(page(app), generator.pools), metrics)
+    app = WithMetrics(WithHealth(page(app), generator.pools, terse=guard is not None), metrics)
+    if guard is not None:
+        app = Guarded(app, guard)
     app = Counted(in_form(app, settings.allowed_origins), OPEN_ROUTES)
     sock = sock or bind(settings.host, settings.port, "http.port", reuse_port=reuse_port)
     notice_lost_callers(sock, settings.stalled_client_timeout_s)
     config = uvicorn.Config(
         app,
         http=protocol(settings),
+        ssl_context_factory=None if certificate is None else lambda *_: certificate.context,
         ws="none",
         log_config=None,
         access_log=False,
@@ -300,7 +311,7 @@ def _model_cards(models: Any) -> APIRouter:
     async def retrieve(name: str) -> JSONResponse:
         cards = {card.id: card for card in (await models.show_available_models()).data}
         if name not in cards:
-            raise UnknownModel(name, list(cards))
+            raise UnknownModel(name, usable(cards))
         return JSONResponse(cards[name].model_dump())
 
     return routes

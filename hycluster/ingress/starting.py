@@ -18,6 +18,8 @@ from typing import Unpack
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from hycluster.access.caller import usable
+from hycluster.access.guard import Guard
 from hycluster.core import Generation, GenerationRequest, ModelCard, PromptFields
 from hycluster.errors import UnknownModel
 from hycluster.ingress import health
@@ -27,7 +29,9 @@ from hycluster.ingress.dispatch import named_by
 from hycluster.ingress.errors import answer_error
 from hycluster.ingress.forms import in_form
 from hycluster.ingress.grpc import GrpcBackend, GrpcIngress, serve_grpc
+from hycluster.ingress.guarded import Guarded
 from hycluster.ingress.ports import bind, check_port
+from hycluster.ingress.tls import Certificate
 from hycluster.settings.settings import Settings
 
 # Of all models and adapters that are served, or are to be; None while that is not known.
@@ -38,7 +42,7 @@ JSON = b"application/json"
 async def _unknown(model: str, names: Names) -> UnknownModel | None:
     """The error for a name that no model is going to have."""
     served = await names() if model else None
-    return None if served is None or model in served else UnknownModel(model, list(served))
+    return None if served is None or model in served else UnknownModel(model, usable(served))
 
 
 class WithoutUnknown:
@@ -139,12 +143,19 @@ class StartingIngress:
 
 @contextlib.asynccontextmanager
 async def starting_ingress(
-    settings: Settings, pools: health.Pools, names: Names, around: Callable[[ASGIApp], ASGIApp] = lambda app: app
+    settings: Settings,
+    pools: health.Pools,
+    names: Names,
+    around: Callable[[ASGIApp], ASGIApp] = lambda app: app,
+    guard: Guard | None = None,
+    certificate: Certificate | None = None,
 ) -> AsyncIterator[StartingIngress]:
     """Open both ingresses with nothing behind them.
 
     Args:
         around: puts routes beside ``/health`` that need no model.
+        guard: knows who may call; None: whoever comes.
+        certificate: for TLS; None is plain text.
 
     Raises:
         SettingsError: a port is in use.
@@ -155,21 +166,30 @@ async def starting_ingress(
     sock = bind(settings.http.host, settings.http.port, "http.port", reuse_port=True)
     try:
         generator = WaitingGenerator(pools, names)
-        grpc = await serve_grpc(generator, settings.grpc, max_members=settings.admission.max_members, reuse_port=True)
+        grpc = await serve_grpc(
+            generator,
+            settings.grpc,
+            max_members=settings.admission.max_members,
+            guard=guard,
+            certificate=certificate,
+            reuse_port=True,
+        )
     except BaseException:
         sock.close()
         raise
     app = BodyLimit(
-        WithoutUnknown(health.WithHealth(None, pools), names),
+        WithoutUnknown(health.WithHealth(None, pools, terse=guard is not None), names),
         settings.http.max_body_mib << 20,
         max_total_bytes=settings.http.max_bodies_mib << 20,
         stall_s=settings.http.stalled_client_timeout_s,
     )
+    known = around(app) if guard is None else Guarded(around(app), guard)
     server = uvicorn.Server(
         uvicorn.Config(
-            in_form(around(app), settings.http.allowed_origins),
+            in_form(known, settings.http.allowed_origins),
             # What comes next on a connection is for the ingress that serves.
             http=protocol(settings.http, keep_alive=False),
+            ssl_context_factory=None if certificate is None else lambda *_: certificate.context,
             log_config=None,
             access_log=False,
             lifespan="off",

@@ -38,6 +38,7 @@ PORTS = {"http": 8000, "grpc": 9000}
 INGRESS_RESOURCES = {"ingress": 0.5}
 # So that the Batch API's process is on an ingress pod, not on one with GPUs. Every ingress pod has one.
 BATCHES_RESOURCES = {"batches": 1}
+OPEN_ACCESS = {"open": True}
 INGRESS_REPLICAS = 2
 # A pod each, also while one of the pods is not there yet, or not there any more.
 INGRESS_REPLICAS_PER_POD = 1
@@ -47,9 +48,10 @@ def for_pods(settings: dict[str, Any], *, groups: bool = True) -> dict[str, Any]
     """The settings, as a mapping, fitted to the base's pods.
 
     Ingress and replicas are in pods of their own, so all listen for other pods, and ingress processes are where the
-    Service looks for them. There are two of them, if the settings do not say otherwise. The Batch API is closed where
-    its store is the folder of one machine: in another pod it would be another folder. Several models have pods of their
-    own each, which only their replicas fit.
+    Service looks for them; where the settings have no callers asked who they are, they say so in words. There are two
+    of them, if the settings do not say otherwise. The Batch API is closed where its store is the folder of one
+    machine: in another pod it would be another folder. Several models have pods of their own each, which only their
+    replicas fit.
 
     Args:
         groups: whether there are groups of pods by model; a job's cluster has one for all.
@@ -57,6 +59,10 @@ def for_pods(settings: dict[str, Any], *, groups: bool = True) -> dict[str, Any]
     fitted = copy.deepcopy(settings)
     for ingress, port in PORTS.items():
         fitted[ingress] = (fitted.get(ingress) or {}) | {"host": "0.0.0.0", "port": port}
+    # Network policies say who reaches the ingress pods.
+    access = fitted.get("access") or {}
+    if not (access.get("keys") or access.get("oidc") or "open" in access):
+        fitted["access"] = access | OPEN_ACCESS
     if "data_plane" in fitted:
         fitted["data_plane"] = {key: value for key, value in fitted["data_plane"].items() if key != "host"}
     chosen = {"replicas": INGRESS_REPLICAS, "replicas_per_node": INGRESS_REPLICAS_PER_POD} | (

@@ -86,7 +86,8 @@ class ModelStats:
 
     def _count_decodes(self, number: int) -> None:
         """As vLLM's logger counts them, but for what stays as it is."""
-        logger, steps = self._of(number).logger, self._decodes.pop(number, [])
+        logger: Any = self._of(number).logger
+        steps = self._decodes.pop(number, [])
         logger.counter_generation_tokens[ENGINE].inc(sum(step.num_generation_tokens for step in steps))
         for step in steps:
             logger.histogram_iteration_tokens[ENGINE].observe(step.num_generation_tokens)

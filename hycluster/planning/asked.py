@@ -11,7 +11,7 @@ from typing import Any
 from hycluster.engine.weights import prepare
 from hycluster.errors import SettingsError, shown
 from hycluster.planning.machine import Available, of_nodes, this_machine
-from hycluster.planning.source import near_file, source_config
+from hycluster.planning.source import source_config
 from hycluster.planning.suggest import Suggestion, suggest
 from hycluster.planning.write import write_settings_file
 from hycluster.settings.base import home
@@ -42,8 +42,6 @@ def asked_settings(
         path = DEFAULT_SETTINGS if what is None else Path(what)
         if save is not None:
             raise SettingsError(f"--save: is for the settings of a MODEL; {path} is a settings file already")
-        if not path.exists():
-            raise SettingsError(f"{path}: no such file{near_file(path)}")
         return load_settings(path, assignments)
     made = _suggested(what)
     text = made.text(shlex.join(["hycluster", "serve", what]))

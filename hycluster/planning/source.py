@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from hycluster.errors import SettingsError, one_line, shown
+from hycluster.explain import near_file
 from hycluster.planning.families import read_config
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -40,13 +40,6 @@ def source_config(source: str, field: str, revision: str | None = None) -> dict[
             " folder that has one, or a hub id (org/name)"
         )
     return _cached(source, revision) or _fetched(source, field, revision)
-
-
-def near_file(path: Path) -> str:
-    """A hint at what the user may have meant: what lies beside it, by nearly its name."""
-    beside = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, beside, n=1)
-    return f" (did you mean {str(path.with_name(near[0]))!r}?)" if near else ""
 
 
 def _cached(source: str, revision: str | None) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from typing import Any
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from hycluster.access.caller import caller_now
 from hycluster.errors import HyclusterError, InvalidInput, NotFound, Overloaded, Unavailable, shown
 from hycluster.ingress.errors import answer_error
 from hycluster.ingress.in_process import InProcessAnswer
@@ -59,7 +60,9 @@ class AskedResponse:
         return {**told, **self.given, "store": self.store}
 
     def record(self, told: dict[str, Any]) -> StoredResponse:
-        return StoredResponse(id=self.body["request_id"], items=self.items, response=self.response(told))
+        return StoredResponse(
+            id=self.body["request_id"], items=self.items, response=self.response(told), caller=caller_now()
+        )
 
 
 class WithResponses:

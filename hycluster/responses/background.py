@@ -17,6 +17,7 @@ from typing import Any
 
 from starlette.types import ASGIApp
 
+from hycluster.access.caller import calling, recorded
 from hycluster.errors import NotFound, Overloaded, Unavailable
 from hycluster.ingress.in_process import InProcessAnswer, post
 from hycluster.responses.events import EventReader, event_of
@@ -312,7 +313,8 @@ class Background:
             why = f"the ingress process that streamed it {left}"
         else:
             logger.warning("response %s: its ingress process %s; answering it here", response_id, left)
-            self._start(response_id, record.asked, record, size).stored.set()
+            with calling(recorded(record.caller)):
+                self._start(response_id, record.asked, record, size).stored.set()
             return
         ended = failed_response(record.response, why)
         events = await asyncio.to_thread(self._store.all_events, response_id) if record.streamed else []

@@ -10,6 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from hycluster.access.caller import Recorded
+
 RESPONSE_ID = re.compile(r"resp_([0-9a-f]{12})[0-9a-f]{24}")
 FINAL_STATUSES = frozenset({"completed", "incomplete", "failed", "cancelled"})
 # What can be gone on from.
@@ -37,6 +39,7 @@ class StoredResponse(BaseModel):
     response: dict[str, Any]
     asked: dict[str, Any] | None = None
     streamed: bool = False
+    caller: Recorded = None
 
     @property
     def conversation(self) -> list[Item]:

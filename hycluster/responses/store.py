@@ -21,6 +21,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
+from hycluster.access.caller import is_own
 from hycluster.errors import NotFound, shown
 from hycluster.responses.records import RESPONSE_ID, EndedResponse, StoredResponse, made_at
 from hycluster.settings.ingress import Batches, Responses
@@ -50,7 +51,8 @@ class Claim:
 
 
 class ResponseStore:
-    """All stored responses of a service. Every method blocks; any number of processes may use one folder."""
+    """All stored responses of a service; where callers are known, those of the current one's project. Every method
+    blocks; any number of processes may use one folder."""
 
     def __init__(self, settings: Responses, batches: Batches) -> None:
         self.folder: WritableFolder = locate(batches.place, "batches.store").writable().below("responses")
@@ -79,12 +81,14 @@ class ResponseStore:
         """A response as it is now.
 
         Raises:
-            NotFound: there is none, or it has expired.
+            NotFound: there is none, or it has expired, or is another project's.
         """
         data = self.folder.read_whole(f"asked/{response_id}.json") if self._may_be(response_id) else None
         if data is None:
             raise NotFound(f"response_id: there is no response {shown(response_id)}")
         record = StoredResponse.model_validate_json(data)
+        if not is_own(record.caller):
+            raise NotFound(f"response_id: there is no response {shown(response_id)}")
         ended = self.ended(response_id) if record.asked is not None else None
         return record if ended is None else record.model_copy(update={"response": ended.response})
 

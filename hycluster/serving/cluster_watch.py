@@ -67,6 +67,8 @@ class ClusterWatch:
         say: prints a line.
         drain: has callers' work end, within so many seconds; called only where there is a way to.
         end: ends this process with an exit code.
+        code: that exit code.
+        advice: what is to be done then.
     """
 
     def __init__(
@@ -75,11 +77,15 @@ class ClusterWatch:
         say: Callable[[str], None],
         drain: Callable[[float], None],
         end: Callable[[int], Any] = os._exit,
+        code: int = ClusterLost.exit_code,
+        advice: str = "start it again",
     ) -> None:
         self._ray = ray
         self._say = say
         self._drain = drain
         self._end = end
+        self._code = code
+        self._advice = advice
         self._closed = threading.Event()
         self._once = threading.Lock()
         self._family: set[psutil.Process] = set()
@@ -128,7 +134,9 @@ class ClusterWatch:
                 return
             with connection:
                 self._wait_for_end(connection)
-            connection = _connect(host, int(port))
+            connection = None if self._closed.is_set() else _connect(host, int(port))
+        if connection is not None:
+            connection.close()
 
     def _wait_for_end(self, connection: socket.socket) -> None:
         with contextlib.suppress(OSError):
@@ -168,7 +176,7 @@ class ClusterWatch:
         pid = {"gcs_server": self._ray.gcs, "raylet": self._ray.raylet}.get(name)
         which = f"Ray's {name} (pid {pid})" if pid else f"Ray's {name} at {self._ray.address}"
         if not self._ray.own:
-            self._say(f"lost: {which}; this command ends, with exit code {ClusterLost.exit_code}; start it again")
+            self._say(f"lost: {which}; this command ends, with exit code {self._code}; {self._advice}")
         elif name == "raylet":
             self._say(f"lost: {which}, and all replicas and ingress processes with it; this command ends")
         else:
@@ -181,8 +189,8 @@ class ClusterWatch:
             self._try_to_drain(limit_s)
         if self._ray.own:
             self._stop_all()
-        self._say(f"stopped after {time.monotonic() - begun_s:.1f} s; exit code {ClusterLost.exit_code}")
-        self._end(ClusterLost.exit_code)
+        self._say(f"stopped after {time.monotonic() - begun_s:.1f} s; exit code {self._code}")
+        self._end(self._code)
 
     def _try_to_drain(self, limit_s: float) -> None:
         # A thread, as Ray may keep whoever asks it.

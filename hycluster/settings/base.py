@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import stat
 from pathlib import Path
@@ -40,6 +41,13 @@ def keep_private(path: Path) -> None:
         # A volume may not have it; then whoever mounts it says who may.
         with contextlib.suppress(OSError):
             path.chmod(stat.S_IMODE(found.st_mode) & ~0o077)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether no other machine reaches what listens there; False for a name that may be any."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 class Strict(BaseModel):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import ipaddress
 import re
 from typing import Annotated
 
 from pydantic import Field, field_validator
 
 from hycluster.errors import shown
-from hycluster.settings.base import Port, Strict, home
+from hycluster.settings.base import Port, Strict, home, is_loopback
 
 URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/|s3:", re.IGNORECASE)
 BUCKET = re.compile(r"s3://([^/@\s]+@)?[A-Za-z0-9]")
@@ -69,11 +67,7 @@ class Http(Strict):
     @property
     def serves_ui(self) -> bool:
         """Whether there is a page."""
-        if self.ui is not None:
-            return self.ui
-        with contextlib.suppress(ValueError):
-            return ipaddress.ip_address(self.host).is_loopback
-        return self.host == "localhost"
+        return is_loopback(self.host) if self.ui is None else self.ui
 
 
 class Grpc(Strict):
@@ -101,8 +95,8 @@ class Grpc(Strict):
 
 class Responses(Strict):
     """Responses that can be asked for again, continued (``previous_response_id``) and answered in the background, at
-    every ingress process. They lie in ``batches.store``, for all to read who can reach an ingress process and know
-    their ids.
+    every ingress process. They lie in ``batches.store``. With ``access.keys`` they are their project's; else all can
+    read them who can reach an ingress process and know their ids.
 
     Attributes:
         keep_days: age at which they are deleted.

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from hycluster.errors import SettingsError, shown
-from hycluster.explain import explain
+from hycluster.explain import explain, near_file
 from hycluster.settings.api import PATHS
 from hycluster.settings.embedded import embedded_settings
 from hycluster.settings.settings import Settings
@@ -32,7 +32,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     try:
         data = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise SettingsError(f"{path}: no such file") from None
+        raise SettingsError(f"{path}: no such file{near_file(path)}") from None
     except OSError as error:
         raise SettingsError(f"{path}: can't be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -107,7 +107,12 @@ def load_settings(path: str | Path | None = None, assignments: Sequence[str] = (
     if path is None and not DEFAULT_SETTINGS.exists():
         return validate(Settings, override(embedded_settings(), assignments, Settings), "the embedded model's settings")
     path = Path(path or DEFAULT_SETTINGS)
-    data = override(load_yaml(path), assignments, Settings)
+    read = load_yaml(path)
+    if "task" in read and "models" not in read:
+        raise SettingsError(
+            f"{path}: is a batch job, not a deployment's settings; 'hycluster batch run {path}' takes it"
+        )
+    data = override(read, assignments, Settings)
     _resolve_paths(data, path.parent)
     return validate(Settings, data, str(path))
 

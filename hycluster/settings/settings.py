@@ -5,7 +5,8 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from hycluster.errors import SettingsError, shown
-from hycluster.settings.base import Strict
+from hycluster.settings.access import Access
+from hycluster.settings.base import Strict, is_loopback
 from hycluster.settings.ingress import Batches, Grpc, Http, Ingress, Responses
 from hycluster.settings.load import Admission, DataPlane, Router
 from hycluster.settings.model import Model
@@ -32,6 +33,7 @@ class Settings(Strict):
     models: tuple[Model, ...] = Field(min_length=1)
     http: Http = Http()
     grpc: Grpc = Grpc()
+    access: Access = Access()
     ingress: Ingress = Ingress()
     router: Router = Router()
     admission: Admission = Admission()
@@ -51,6 +53,16 @@ class Settings(Strict):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"models: the name {name!r} is given {names.count(name)} times; names must differ")
+        return self
+
+    @model_validator(mode="after")
+    def _who_is_let_in(self) -> Settings:
+        for name, host in (("http", self.http.host), ("grpc", self.grpc.host)):
+            if not (self.access.asks or self.access.open or is_loopback(host)):
+                raise ValueError(
+                    f"{name}.host: {shown(host)} lets other machines in, and nobody is asked who he is; set"
+                    " 'access.keys: true', or say that it is meant so: 'access.open: true'"
+                )
         return self
 
     def model(self, name: str) -> Model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -55,7 +56,12 @@ class DiskFolder(WritableFolder):
         return True
 
     def check_creates_once(self, path: str) -> None:
-        """A hard link is not made over a file."""
+        """A hard link is not made over a file. Whether any can be made is looked at, and nothing is left behind."""
+        folder = Path(self.at(path)).parent
+        there = next(made for made in (folder, *folder.parents) if made.exists())
+        if not os.access(there, os.W_OK | os.X_OK):
+            number = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+            raise OSError(number, os.strerror(number), str(there))
 
     @contextmanager
     def writing(self, path: str) -> Iterator[Any]:

@@ -6,6 +6,7 @@ import pytest
 
 from hycluster.batch.job import load_job
 from hycluster.errors import SettingsError
+from hycluster.settings.read import load_settings
 
 JOBS = Path(__file__).parents[2] / "jobs"
 GOOD = {
@@ -28,6 +29,20 @@ def write_job(folder: Path, **changes: str | None) -> Path:
 def test_shipped_jobs_need_only_input_and_output(path: Path) -> None:
     job = load_job(path, input_path="in", output_path="out")
     assert (job.input.path, job.output.path, job.engine) == ("in", "out", "shared")
+
+
+def test_a_file_of_the_other_kind_is_told_in_one_line() -> None:
+    deployment, job = JOBS.parent / "deployments" / "local.yaml", JOBS / "summarize.yaml"
+    with pytest.raises(SettingsError, match=r"^.*local.yaml: is a deployment's settings, not a batch job; .*$"):
+        load_job(deployment, input_path="in", output_path="out")
+    with pytest.raises(SettingsError, match=r"^.*summarize.yaml: is a batch job, not a deployment's settings; .*$"):
+        load_settings(job)
+
+
+def test_a_near_miss_of_the_files_name_is_told(tmp_path: Path) -> None:
+    write_job(tmp_path)
+    with pytest.raises(SettingsError, match=r"jbo.yaml: no such file \(did you mean '.*/job.yaml'\?\)$"):
+        load_job(tmp_path / "jbo.yaml")
 
 
 @pytest.mark.parametrize(("section", "option"), [("input", "--input"), ("output", "--output")])
@@ -62,6 +77,8 @@ def test_a_prompt_is_set_as_it_stands(tmp_path: Path, prompt: str) -> None:
     ("changes", "said"),
     [
         ({"shards": "3"}, "shards: unknown key.*shard_rows"),
+        ({"max_tokens": "3"}, r"max_tokens: unknown key; did you mean 'sampling\.max_tokens'\? "),
+        ({"path": "3"}, r"path: unknown key; did you mean 'input\.path' or 'output\.path'\? "),
         ({"task": "sumarize"}, "task: 'sumarize' is not allowed.*'summarize'"),
         ({"engine": "own"}, "engine: 'own' is not allowed.*'dedicated'"),
         ({"sampling": "{max_tokens: 0}"}, "sampling.max_tokens: 0 is not allowed; must be at least 1"),

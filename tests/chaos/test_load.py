@@ -8,7 +8,7 @@ from itertools import count
 
 import httpx
 
-from hycluster.chaos.load import Caller, Outcome, drive, over_and_over
+from hycluster.chaos.load import LoadCaller, Outcome, drive, over_and_over
 from hycluster.chaos.requests import Request
 from tests.chaos.answers import request
 
@@ -33,7 +33,7 @@ async def asked(*answers: httpx.Response | Exception, patience_s: float = 5) -> 
         return answer
 
     async with httpx.AsyncClient(transport=httpx.MockTransport(handle)) as client:
-        return await Caller(client, "http://ingress", "", "m", patience_s).ask(request())
+        return await LoadCaller(client, "http://ingress", "", "m", patience_s).ask(request())
 
 
 async def test_a_whole_answer() -> None:

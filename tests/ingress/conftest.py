@@ -13,7 +13,7 @@ from hycluster.ingress.proto import inference_pb2_grpc
 from tests.ingress.stand_in import StandInGenerator, open_ingress
 
 # What they test are the transports of an ingress process, which runs on this loop.
-ON_UVLOOP = {"test_connection", "test_keep_alive", "test_odd_bytes"}
+ON_UVLOOP = {"test_connection", "test_keep_alive", "test_odd_bytes", "test_tls"}
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:

@@ -102,7 +102,12 @@ async def test_nobody_answers_for_another(models: tuple[str, ...], method: str, 
         answer = await http.request(method, path)
     assert answer.status_code == 404
     says = "model: 'none' is not served here; served are 'a', 'b', 'c/d'"
-    assert answer.json()["error"] == {"message": says, "type": "NotFoundError", "param": None, "code": 404}
+    assert answer.json()["error"] == {
+        "message": says,
+        "type": "NotFoundError",
+        "param": None,
+        "code": "model_not_found",
+    }
 
 
 async def test_an_unknown_model_is_unknown_whether_or_not_the_first_serves() -> None:

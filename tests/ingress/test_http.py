@@ -115,6 +115,7 @@ async def test_errors_in_openais_form(error: HyclusterError, status: int, kind: 
     async with client(api) as http:
         answer = await http.get("/")
     assert answer.status_code == status
-    assert answer.json() == {"error": {"message": error.message, "type": kind, "param": None, "code": status}}
+    code = error.openai_code or status
+    assert answer.json() == {"error": {"message": error.message, "type": kind, "param": None, "code": code}}
     assert answer.headers.get("retry-after") == retry_after
     assert answer.headers["x-hycluster-error"] == type(error).__name__

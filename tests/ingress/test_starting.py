@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -17,7 +18,9 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
-from hycluster.errors import SettingsError
+from hycluster.access.api_key import new_key
+from hycluster.client import AsyncClient
+from hycluster.errors import SettingsError, Unauthenticated, Unavailable
 from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto.inference_pb2_grpc import InferenceStub
 from hycluster.ingress.starting import StartingIngress, starting_ingress
@@ -25,6 +28,7 @@ from hycluster.pool_health import PoolHealth
 from hycluster.settings.ingress import Grpc, Http
 from hycluster.settings.model import Model
 from hycluster.settings.settings import Settings
+from tests.access.keyed import keyed
 from tests.ingress.stand_in import MODEL, StandInGenerator
 
 pytestmark = pytest.mark.timeout(60)
@@ -170,3 +174,22 @@ async def test_the_page_is_there_before_anything_serves() -> None:
     ):
         assert (await http.get("/ui")).text == "the page"
         assert (await http.get("/health")).status_code == 503
+
+
+async def test_nobody_is_let_in_sooner_than_later(tmp_path: Path) -> None:
+    with keyed(tmp_path) as keys:
+        async with (
+            starting_ingress(SETTINGS, pools, names, guard=keys.guard) as ingresses,
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{ingresses.http_port}") as http,
+            AsyncClient(f"127.0.0.1:{ingresses.grpc.port}", api_key=keys.key(models=["other"])) as restricted,
+            AsyncClient(f"127.0.0.1:{ingresses.grpc.port}", api_key=new_key()) as stranger,
+        ):
+            assert (await http.get("/health")).json() == {"status": "starting"}
+            assert (await http.get("/v1/models")).status_code == 401
+            answer = await http.get("/v1/models", headers={"authorization": f"Bearer {keys.key()}"})
+            assert (answer.status_code, MODEL in answer.text) == (503, True)
+            with pytest.raises(Unauthenticated):
+                await stranger.list_models()
+            with pytest.raises(Unavailable) as error:
+                await restricted.list_models()
+            assert MODEL not in error.value.message

@@ -40,8 +40,8 @@ def pid_of(model: str, replica_id: str) -> int:
     """Of the process that has a replica."""
     (address,) = {each.address for each in replicas(model) if each.address.replica_id == replica_id}
     port = int(address.requests.rpartition(":")[2])
-    listening = (c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr.port == port)
-    (pid,) = {each.pid for each in listening}
+    listening = (c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN)
+    (pid,) = {each.pid for each in listening if tuple(each.laddr)[1:] == (port,)}
     assert pid is not None
     return pid
 

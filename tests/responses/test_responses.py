@@ -15,6 +15,7 @@ import httpx
 import openai
 import pytest
 
+from hycluster.access.caller import Caller, calling
 from hycluster.responses.app import WithResponses
 from hycluster.responses.background import Background
 from hycluster.responses.store import ResponseStore
@@ -265,6 +266,28 @@ class TestKept:
         await second.client.responses.delete(one.id)
         for ingress in (first, second):
             assert (await ingress.http.get(f"/v1/responses/{one.id}")).status_code == 404
+
+    async def test_another_projects_is_not_there(self, first: IngressInProcess, second: IngressInProcess) -> None:
+        mine, colleague, other = (Caller("acme", *names) for names in (("a", "k"), ("a", "l"), ("b", "k")))
+        with calling(mine):
+            kept = (await first.create()).json()
+            begun = (await first.create(background=True)).json()
+            await first.ended(begun["id"])
+        for each in (kept, begun):
+            path, goes_on = f"/v1/responses/{each['id']}", {"previous_response_id": each["id"]}
+            assert "caller" not in each
+            with calling(other):
+                answers = [
+                    await second.http.get(path),
+                    await second.http.get(f"{path}/input_items"),
+                    await second.http.post(f"{path}/cancel"),
+                    await second.http.delete(path),
+                    await second.create(**goes_on),
+                ]
+            assert [answer.status_code for answer in answers] == [404] * 5
+            with calling(colleague):
+                assert (await second.http.get(path)).status_code == 200
+                assert (await second.create(**goes_on)).status_code == 200
 
     @pytest.mark.parametrize("name", ["resp_x", "..%2F..%2Fetc", "none kept", "resp_" + "f" * 36])
     async def test_one_that_is_not_there(self, first: IngressInProcess, name: str) -> None:

@@ -169,3 +169,26 @@ def test_other_processes_are_left_alone(children: list[subprocess.Popen[bytes]])
     assert {child.pid for child in children} <= family
     assert os.getpid() not in family
     assert os.getppid() not in family
+
+
+def test_no_connection_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[socket.socket] = []
+    connect = cluster_watch._connect
+
+    def connected(host: str, port: int) -> socket.socket | None:
+        if (connection := connect(host, port)) is not None:
+            made.append(connection)
+        return connection
+
+    monkeypatch.setattr(cluster_watch, "_connect", connected)
+    with socket.create_server(("127.0.0.1", 0)) as gcs:
+        address = f"127.0.0.1:{gcs.getsockname()[1]}"
+        before = {*threading.enumerate()}
+        watch = ClusterWatch(RayProcesses(address, None, None), lambda _: None, lambda _: None)
+        watching = {*threading.enumerate()} - before
+        while not made:
+            time.sleep(0.01)
+        watch.close()
+        for thread in watching:
+            thread.join(10)
+    assert [connection.fileno() for connection in made] == [-1] * len(made)

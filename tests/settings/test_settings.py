@@ -184,6 +184,11 @@ def test_an_unknown_key_like_no_other() -> None:
     )
 
 
+def test_a_key_of_another_section_is_found_there() -> None:
+    (line,) = refusal(Settings, {"models": [MODEL], "kv_cache_gib": 1})
+    assert line.startswith("job.yaml: kv_cache_gib: unknown key; did you mean 'models[].hardware.kv_cache_gib'? ")
+
+
 def test_sampling_in_settings() -> None:
     job = validate(Job, {"name": "j", "sampling": {"max_tokens": 3, "stop": ["a"]}}, "job.yaml")
     assert job.sampling == Sampling(max_tokens=3, stop=("a",))

@@ -6,12 +6,14 @@ import fnmatch
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
 import pyarrow.fs as pafs
 
 from hycluster.batch.input.snapshots import DELTA, ICEBERG, Snapshot, snapshot_of
 from hycluster.errors import SettingsError
+from hycluster.explain import near_file
 from hycluster.storage import Folder, masked_line
 
 EVERYTHING = ("**", "*.parquet")
@@ -84,7 +86,8 @@ def _list(place: Folder, snapshot: int | None) -> Listing:
         if folder.info().type != pafs.FileType.Directory:
             raise SettingsError(f"input.path: {place.masked!r}: there is no folder {folder.root!r}")
     else:
-        raise SettingsError(f"input.path: {place.masked!r}: no such file or folder")
+        near = near_file(Path(place.root)) if place.filesystem.type_name == "local" else ""
+        raise SettingsError(f"input.path: {place.masked!r}: no such file or folder{near}")
     found = sorted(
         (info.path[len(folder.root) + 1 :], info.size)
         for info in folder.entries(recursive=True)
@@ -94,21 +97,23 @@ def _list(place: Folder, snapshot: int | None) -> Listing:
     if table is not None:
         return _of_table(place, dict(found), table)
     sizes = {path: size for path, size in found if wanted(path, pattern)}
-    left_out = tuple(_left_out([path for path, _ in found if path not in sizes], pattern))
+    left_out = tuple(_left_out(folder, [path for path, _ in found if path not in sizes], pattern))
     if not sizes:
         what = "no *.parquet file in this folder" if folder is place else "no file matches"
         raise SettingsError("; ".join([f"input.path: {place.masked!r}: {what}", *left_out]))
     return Listing(folder, pattern, sizes, left_out)
 
 
-def _left_out(paths: list[str], pattern: tuple[str, ...]) -> Iterator[str]:
+def _left_out(folder: Folder, paths: list[str], pattern: tuple[str, ...]) -> Iterator[str]:
     hidden = [path for path in paths if _is_hidden(path) and _is_like_parquet(path)]
     if hidden:
         yield f"{_files(hidden)}: names and folders that begin with '.' or '_' are passed by"
     # Of a glob the rest was not asked for.
     others = [path for path in paths if not _is_hidden(path)] if pattern == EVERYTHING else []
     if others:
-        yield f"{_files(others)}: not named *.parquet; a glob such as '**/*' takes them too"
+        ends = {PurePosixPath(path).suffix for path in others}
+        glob = folder.below(f"**/*{ends.pop() if len(ends) == 1 else ''}").masked
+        yield f"{_files(others)}: not named *.parquet; the glob {glob!r} takes them too"
 
 
 def _files(paths: list[str]) -> str:

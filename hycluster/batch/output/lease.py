@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from hycluster.errors import JobFailed
-from hycluster.storage import WritableFolder, leftover_of
+from hycluster.storage import Folder, WritableFolder, leftover_of
 
 FOLDER = "_coordinator"
 RENEW_S = 5.0
@@ -160,6 +160,20 @@ class Lease:
 
     def _content(self, renewals: int) -> bytes:
         return json.dumps({**self._card, "renewals": renewals}).encode()
+
+
+def holder_has_died(output: Folder) -> bool:
+    """Whether the lease is that of a process of this machine which is gone; of others that takes watching."""
+    folder = output.below(FOLDER)
+    try:
+        held = max((name for name in folder.names() if leftover_of(name) is None), default=None)
+        holder = (folder.read_json(held) if held else None) or {}
+    except (OSError, ValueError):
+        return False
+    here = _machine()
+    if here is None or holder.get("machine") != here:
+        return False
+    return bool(_started(holder["pid"]) != holder["started"])
 
 
 def _name(number: int) -> str:

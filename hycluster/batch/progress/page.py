@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -59,8 +60,10 @@ def reader_lines(output: str) -> dict[str, str]:
     def quoted(text: str) -> str:
         return json.dumps(text, ensure_ascii=False)
 
-    folder, parts = quoted(output), quoted(f"{output}/*.parquet")
-    in_sql = f"{output}/*.parquet".replace("'", "''")
+    # Brackets in a folder's name are none of the pattern's.
+    pattern = f"{glob.escape(output)}/*.parquet"
+    folder, parts = quoted(output), quoted(pattern)
+    in_sql = pattern.replace("'", "''")
     return {
         "pandas": f"pandas.read_parquet({folder})",
         "pyarrow": f"pyarrow.dataset.dataset({folder})",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Self
@@ -21,6 +22,7 @@ PROGRESS = "_progress.json"
 TELL_EVERY_S = 5.0
 # A job is silent for longer than this only if it has stopped.
 SILENT_S = 60.0
+STOPPED = "stopped; its own command resumes it"
 log = logging.getLogger(__name__)
 
 
@@ -83,14 +85,22 @@ class Teller:
 def tell_end(output: WritableFolder, edition: str, why: str) -> None:
     """Say why a run has ended before its job was done, so that nobody waits until it has been silent for long."""
     said = last_word(output, edition) or ProgressEntry(0.0, 0, RunProgress())
-    _write(output, edition, replace(said, told_at=time.time(), ended=why))
+    ended = replace(said, told_at=time.time(), ended=why)
+    if _write(output, edition, ended):
+        return
+    # On a disk that is full the word before makes room; without any nobody says that the job runs.
+    with suppress(OSError):
+        output.delete([PROGRESS])
+    _write(output, edition, ended)
 
 
-def _write(output: WritableFolder, edition: str, entry: ProgressEntry) -> None:
+def _write(output: WritableFolder, edition: str, entry: ProgressEntry) -> bool:
     try:
         output.replace(PROGRESS, json.dumps({"edition": edition, **asdict(entry)}).encode())
     except OSError as error:
         log.debug("%s: can't be written: %s", PROGRESS, masked_line(error))
+        return False
+    return True
 
 
 def last_word(output: Folder, edition: str) -> ProgressEntry | None:

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -21,9 +21,10 @@ from rich.table import Table
 
 from hycluster import terminal
 from hycluster.batch.output.commit import OutputFolder
+from hycluster.batch.output.lease import holder_has_died
 from hycluster.batch.output.record import ShardRecord, Totals
 from hycluster.batch.output.shard_set import ShardSet
-from hycluster.batch.progress.progress_file import SILENT_S, ProgressEntry, last_word
+from hycluster.batch.progress.progress_file import SILENT_S, STOPPED, ProgressEntry, last_word
 from hycluster.batch.progress.terminal import LINE_EVERY_S, WAITING, RunProgress, duration, per_second
 from hycluster.errors import SettingsError
 from hycluster.storage import Folder, masked_line
@@ -160,6 +161,9 @@ class Watcher:
         finished = self._folder.exists("_SUCCESS")
         new = self._output.done() - self._seen
         word = None if finished else last_word(self._folder, edition)
+        if word is not None and word.ended is None and holder_has_died(self._folder):
+            # Killed, or ended by Ray: it could not say so itself.
+            word = replace(word, ended=STOPPED)
         for record in self._records(new):
             self._seen.add(record.shard)
             self._done += Totals(record.rows, record.quarantined, record.prompt_tokens, record.completion_tokens)

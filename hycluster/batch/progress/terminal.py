@@ -160,7 +160,9 @@ def print_totals(
     console: Console, title: str, all_time: Totals, this_run: Totals, seconds: float, in_work_s: float
 ) -> None:
     """Print the final table. Rates are of this run, while rows were in work; counts are of the whole output."""
-    table = Table(title=title, show_header=False, title_justify="left")
+    # Not the table's, which would cut a path at its own width.
+    console.print(title, soft_wrap=True)
+    table = Table(show_header=False)
     table.add_column()
     table.add_column(justify="right")
     rated = this_run.rows and in_work_s

@@ -11,6 +11,9 @@
       "port": 9000
     }
   },
+  "openAccess": {
+    "open": true
+  },
   "ingressReplicas": 2,
   "ingressResources": {
     "ingress": 0.5

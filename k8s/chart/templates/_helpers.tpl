@@ -61,6 +61,10 @@
 {{- range $protocol := list "http" "grpc" -}}
 {{- $_ := set $fitted $protocol (mergeOverwrite (deepCopy (get $fitted $protocol | default dict)) (get $constants.listen $protocol)) -}}
 {{- end -}}
+{{- $access := $fitted.access | default dict -}}
+{{- if not (or $access.keys $access.oidc (hasKey $access "open")) -}}
+{{- $_ := set $fitted "access" (mergeOverwrite (deepCopy $access) $constants.openAccess) -}}
+{{- end -}}
 {{- with $fitted.data_plane -}}
 {{- $_ := set $fitted "data_plane" (omit . "host") -}}
 {{- end -}}

@@ -94,7 +94,8 @@ def test_a_file_with_a_glob_in_its_name_is_taken_by_its_name(corpus: Path) -> No
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        ("nowhere.parquet", "no such file or folder"),
+        ("nowhere.parquet", "no such file or folder$"),
+        ("emtpy", r"no such file or folder \(did you mean '.*/empty'\?\)$"),
         ("empty", r"no \*.parquet file in this folder"),
         ("*.csv", "no file matches"),
         ("nowhere/*.parquet", "there is no folder"),

@@ -116,16 +116,17 @@ def test_what_is_left_out_is_told(corpus: Path) -> None:
     (corpus / ".part-0.parquet.crc").touch()
     assert planned(corpus).left_out == (
         "1 file, '_tmp/x.parquet': names and folders that begin with '.' or '_' are passed by",
-        "4 files, such as '20240101_000000_00001_abcde': not named *.parquet; a glob such as '**/*' takes them too",
+        f"4 files, such as '20240101_000000_00001_abcde': not named *.parquet; the glob '{corpus}/**/*' takes them too",
     )
     assert planned(corpus / "*.parquet").left_out == (
         "1 file, '_tmp/x.parquet': names and folders that begin with '.' or '_' are passed by",
     )
     empty = corpus / "only-others"
-    empty.mkdir()
-    (empty / "x.PARQUET").touch()
-    with pytest.raises(SettingsError, match=r"no \*.parquet file in this folder; 1 file, 'x.PARQUET': not named"):
+    write_texts(empty / "x.PARQUET", ["a"])
+    with pytest.raises(SettingsError, match=r"no \*.parquet file in this folder; 1 file, 'x.PARQUET'") as refused:
         planned(empty)
+    assert refused.value.message.endswith(f": not named *.parquet; the glob '{empty}/**/*.PARQUET' takes them too")
+    assert [file.path for file in planned(empty / "**" / "*.PARQUET").files] == ["x.PARQUET"]
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,11 @@ from hycluster.batch.input import row_groups
 from hycluster.batch.input.apart import footers_apart
 from hycluster.batch.input.corpus import ROW_ID, plan_shards, read_shards
 from hycluster.batch.input.tables import pack, unpack, unwritable
+from hycluster.batch.job import Job
 from hycluster.batch.output.verify import verify_output
 from hycluster.batch.prompts import prompt_of
+from hycluster.batch.run import run_job
+from hycluster.errors import SettingsError
 from tests.batch.committed import commit_all, parts
 from tests.batch.conftest import MakeJob, damage, write_texts
 from tests.located import at
@@ -207,6 +210,21 @@ def test_a_file_that_ends_its_reader_costs_itself(make_job: MakeJob, corpus: Pat
     assert files[1].fault.error_message.endswith(
         "aa.parquet: is not a readable Parquet file: its footer ends the process that reads it (SIGABRT)"
     )
+    through(make_job, corpus)
+
+
+def test_a_job_reads_no_footer_in_its_own_process(
+    make_job: MakeJob, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_encrypted(corpus / "c.parquet", plaintext_footer=True)
+
+    def engines(_: Job) -> Any:
+        raise SettingsError("planned")
+
+    with pytest.raises(SettingsError, match="planned"):
+        run_job(make_job(max_quarantined_fraction=1), engines=engines)
+    said = "quarantined: UnreadableFile: input: c.parquet: is not a readable Parquet file: its footer ends the process"
+    assert said in capsys.readouterr().out
 
 
 def patch_rows(path: Path, claimed: int) -> None:

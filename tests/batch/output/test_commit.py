@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -107,6 +109,19 @@ def test_a_folder_with_anything_else_is_left_alone(tmp_path: Path) -> None:
         OutputFolder(at(tmp_path / "thesis.doc")).finished({})
     with pytest.raises(SettingsError, match=r"^output.path: .* can't be written"):
         OutputFolder(at(tmp_path / "thesis.doc" / "below")).claim({})
+
+
+@pytest.mark.parametrize("flag", [0, os.ST_RDONLY])
+def test_a_folder_that_cannot_be_written_is_told_before_there_are_engines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: int
+) -> None:
+    """Root may write anywhere but on what is mounted read-only, and no test can mount."""
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path))
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=flag))
+    why = "Read-only file system" if flag else "Permission denied"
+    with pytest.raises(SettingsError, match=rf"^output.path: '.*/a/b' can't be written: .*{why}: '{tmp_path}'$"):
+        OutputFolder(at(tmp_path / "a" / "b")).check_store()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_claim_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import re
@@ -12,11 +13,13 @@ import pytest
 from rich.console import Console
 
 from hycluster.batch.output.commit import OutputFolder
+from hycluster.batch.output.lease import Lease
 from hycluster.batch.output.record import Totals
 from hycluster.batch.progress.progress_file import Teller, tell_end
 from hycluster.batch.progress.status import Status, Watcher, _Recent, recent_rates, show_status
 from hycluster.batch.progress.terminal import RunProgress
 from hycluster.errors import SettingsError
+from hycluster.storage.disk import DiskFolder
 from tests.batch.committed import commit_all
 from tests.batch.conftest import MakeJob, write_texts
 from tests.located import at
@@ -135,6 +138,39 @@ def test_a_store_that_takes_no_word_does_not_end_the_job(make_job: MakeJob) -> N
     shutil.rmtree(out)
     Teller(at(out), "e", 0).tell(RunProgress())
     assert not out.exists()
+
+
+def test_a_job_that_was_killed_on_this_machine_does_not_run(make_job: MakeJob) -> None:
+    """Until it had been silent for a minute it was said to run."""
+    folder = at(commit_all(make_job(), first=1, finish=False))
+    Teller(folder, OutputFolder(folder).edition(), 0).tell(RunProgress(in_flight=3))
+    with Lease(folder) as lease:
+        lease.take()
+        assert Watcher(folder).look().line().startswith("state running, last commit ")
+        held = folder.read_json("_coordinator/00000001.json")
+        assert held is not None
+        for changed, dead in (({"started": "long ago"}, True), ({"started": "long ago", "machine": "another"}, False)):
+            folder.replace("_coordinator/00000002.json", json.dumps({**held, **changed}).encode())
+            status = Watcher(folder).look()
+            assert status.over == dead
+            assert status.line().startswith("state ended: stopped; its own command resumes it, ") == dead
+
+
+def test_a_full_disk_does_not_leave_it_running(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last word was that it runs, for a minute more."""
+    folder = at(commit_all(make_job(), first=1, finish=False))
+    edition = OutputFolder(folder).edition()
+    Teller(folder, edition, 0).tell(RunProgress(in_flight=3))
+    replace = DiskFolder.replace
+
+    def full(self: DiskFolder, path: str, data: bytes) -> None:
+        if self.exists(path):
+            raise OSError(errno.ENOSPC, "No space left on device", path)
+        replace(self, path, data)
+
+    monkeypatch.setattr(DiskFolder, "replace", full)
+    tell_end(folder, edition, "no space left")
+    assert "state ended: no space left" in Watcher(folder).look().line()
 
 
 def test_another_job_in_the_same_folder_is_counted_anew(make_job: MakeJob) -> None:

@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import io
 import time
+from types import SimpleNamespace
 
 import pytest
+import ray
 from rich.console import Console
 
 from hycluster.batch.output.record import Totals
 from hycluster.batch.progress import terminal as report
 from hycluster.batch.progress.terminal import JobProgress, Reporter, RunProgress, per_second, print_totals
+from hycluster.batch.run import _polled
 
 
 def test_processes_say_totals_so_a_word_lost_or_said_twice_does_no_harm() -> None:
@@ -33,6 +36,29 @@ def shown(terminal: bool, monkeypatch: pytest.MonkeyPatch, said: RunProgress = B
     with Reporter("job", 100, 40, lambda: said, console):
         time.sleep(0.2)
     return text.getvalue()
+
+
+def test_what_counts_may_be_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error was a traceback amid the lines, and the end of them."""
+    answers: list[RunProgress | Exception] = [
+        RunProgress(in_flight=1),
+        ray.exceptions.ActorUnavailableError("away", None),
+        ray.exceptions.GetTimeoutError(),
+        RunProgress(in_flight=2),
+    ]
+
+    def get(_: object, timeout: float) -> RunProgress:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(ray, "get", get)
+    told: list[RunProgress] = []
+    progress = SimpleNamespace(total=SimpleNamespace(remote=lambda: None))
+    poll = _polled(progress, SimpleNamespace(tell=told.append))  # type: ignore[arg-type]
+    assert [poll().in_flight for _ in range(4)] == [1, 1, 1, 2]
+    assert [said.in_flight for said in told] == [1, 2]
 
 
 def test_plain_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,112 @@
+"""Who calls: what a credential says of its bearer, and what the rest of the house asks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self, get_args
+
+from hycluster.errors import PermissionDenied, UnknownModel
+
+Scope = Literal["batch", "admin"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whoever bears a credential.
+
+    Attributes:
+        key: the name of the API key, or the subject of the token.
+        models: names of models and adapters that it may use; None: all.
+        scopes: ``batch``: files, batches and requests at batch priority; ``admin``: all that is not a model's.
+        expires_at: seconds since the epoch; None: never.
+    """
+
+    tenant: str
+    project: str
+    key: str
+    models: frozenset[str] | None = None
+    scopes: frozenset[str] = frozenset()
+    expires_at: float | None = None
+
+    @property
+    def owner(self) -> str:
+        """What files, batches and responses are marked with: no name of either has a slash."""
+        return f"{self.tenant}/{self.project}"
+
+    def may_use(self, model: str) -> bool:
+        return self.models is None or model in self.models
+
+    def as_json(self) -> dict[str, Any]:
+        """For a record of what is done for this caller later on."""
+        models = None if self.models is None else sorted(self.models)
+        return asdict(self) | {"models": models, "scopes": sorted(self.scopes)}
+
+    @classmethod
+    def from_json(cls, told: dict[str, Any]) -> Self:
+        models = None if told["models"] is None else frozenset(told["models"])
+        return cls(**{**told, "models": models, "scopes": frozenset(told["scopes"])})
+
+
+# None where nobody is asked who he is.
+current_caller: ContextVar[Caller | None] = ContextVar("current_caller", default=None)
+
+
+@contextmanager
+def calling(caller: Caller | None) -> Iterator[None]:
+    """What is done within, and what is begun within, is done for this caller."""
+    token = current_caller.set(caller)
+    try:
+        yield
+    finally:
+        current_caller.reset(token)
+
+
+def check_model(name: str) -> None:
+    """
+    Raises:
+        UnknownModel: the caller may not use it, which for him is as if it were not there.
+    """
+    caller = current_caller.get()
+    if caller is not None and caller.models is not None and name not in caller.models:
+        raise UnknownModel(name, sorted(caller.models))
+
+
+def check_scope(scope: Scope, what: str) -> None:
+    """
+    Raises:
+        PermissionDenied: the caller has not this scope.
+    """
+    caller = current_caller.get()
+    if caller is not None and scope not in caller.scopes:
+        raise PermissionDenied(f"{what}: needs the scope {scope!r}, which this key does not have")
+
+
+def usable(names: Iterable[str]) -> list[str]:
+    """Those models of which the caller may hear."""
+    caller = current_caller.get()
+    return [name for name in names if caller is None or caller.may_use(name)]
+
+
+# A caller as a record of files, batches and responses has it; None where nobody was asked who he is.
+Recorded = dict[str, Any] | None
+
+
+def caller_now() -> Recorded:
+    """For whom it is that is done now."""
+    caller = current_caller.get()
+    return None if caller is None else caller.as_json()
+
+
+def recorded(record: Recorded) -> Caller | None:
+    """For whom it was."""
+    return None if record is None else Caller.from_json(record)
+
+
+def is_own(record: Recorded) -> bool:
+    """Whether the caller may know of what was done for the one on record: it is of his project."""
+    caller, other = current_caller.get(), recorded(record)
+    return caller is None or (other is not None and other.owner == caller.owner)

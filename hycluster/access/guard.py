@@ -1,0 +1,83 @@
+"""What stands at both doors: a credential becomes a caller."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+from hycluster.access.caller import Caller
+from hycluster.errors import Unauthenticated
+from hycluster.settings.access import Access
+
+if TYPE_CHECKING:
+    from hycluster.access.keyring import Keyring
+    from hycluster.access.tokens import Tokens
+
+BEARER = "bearer"
+# Longer than any key or token.
+MAX_CREDENTIAL = 8192
+
+
+class Guard:
+    """Knows who may come in."""
+
+    def __init__(self, keyring: Keyring | None, tokens: Tokens | None = None) -> None:
+        self._keyring = keyring
+        self._tokens = tokens
+
+    async def caller(self, credential: str | None) -> Caller:
+        """Who bears a credential.
+
+        Raises:
+            Unauthenticated: nobody.
+            Unavailable: that can't be told now.
+        """
+        if not credential:
+            raise Unauthenticated("API key: is missing; give it as 'Authorization: Bearer KEY'")
+        if len(credential) > MAX_CREDENTIAL:
+            raise Unauthenticated(f"API key: is longer than {MAX_CREDENTIAL} characters")
+        # No key has a dot, and every token has two.
+        if self._tokens is not None and ("." in credential or self._keyring is None):
+            caller = await self._tokens.caller(credential)
+        elif self._keyring is not None:
+            caller = self._keyring.caller(credential)
+        else:
+            raise Unauthenticated("API key: is not correct")
+        if self._keyring is not None and self._keyring.is_archived(caller):
+            raise Unauthenticated("API key: its project is archived")
+        return caller
+
+
+def bearer(authorization: str) -> str | None:
+    """The credential in what ``authorization`` says; None if it is of another kind."""
+    kind, _, credential = authorization.partition(" ")
+    return credential.strip() if kind.lower() == BEARER else None
+
+
+@contextlib.asynccontextmanager
+async def open_guard(settings: Access) -> AsyncIterator[Guard | None]:
+    """The guard of these settings; None where whoever comes is let in.
+
+    Raises:
+        SettingsError: the database's URL is none.
+    """
+    if not settings.asks:
+        yield None
+        return
+    async with contextlib.AsyncExitStack() as stack:
+        keyring = tokens = None
+        if settings.oidc:
+            from hycluster.access.tokens import Tokens
+
+            tokens = Tokens(settings.oidc)
+        if settings.keys:
+            from hycluster.access.database import open_database
+            from hycluster.access.keyring import Keyring
+
+            keyring = Keyring(open_database(settings), settings)
+            # It may have to wait for the database.
+            await asyncio.to_thread(keyring.__enter__)
+            stack.push_async_callback(asyncio.to_thread, keyring.__exit__, None, None, None)
+        yield Guard(keyring, tokens)

@@ -1,0 +1,112 @@
+"""The keys that one ingress process knows, and the thread that looks for changes.
+
+A request is answered by what is in memory; no request waits for the database, or makes it work.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from sqlalchemy import Engine
+
+from hycluster.access.api_key import digest, is_whole
+from hycluster.access.caller import Caller
+from hycluster.access.database import bring_up_to_date
+from hycluster.access.store import KeyStore, KnownKeys
+from hycluster.errors import HyclusterError, Unauthenticated, Unavailable
+from hycluster.settings.access import Access
+
+logger = logging.getLogger(__name__)
+
+# Unheard of for so long, the database counts as away: what it would say of a key that is not known can't be told.
+AWAY_AFTER_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    keys: KnownKeys
+    at_s: float
+
+
+class Keyring:
+    """Use it as a context manager: it looks once before it is entered, then again and again."""
+
+    def __init__(self, engine: Engine, settings: Access, clock: Callable[[], float] = time.monotonic) -> None:
+        self._engine = engine
+        self._store = KeyStore(engine)
+        self._settings = settings
+        self._clock = clock
+        # Replaced as one, so that readers need no lock.
+        self._seen = _Seen(KnownKeys(0, {}, frozenset()), float("-inf"))
+        self._migrated = self._said_away = False
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="keyring", daemon=True)
+
+    def __enter__(self) -> Self:
+        self.look()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.set()
+        self._thread.join()
+        self._engine.dispose()
+
+    def caller(self, secret: str) -> Caller:
+        """Who bears this key.
+
+        Raises:
+            Unauthenticated: nobody, or not any more.
+            Unavailable: that can't be told now.
+        """
+        seen = self._seen
+        # Whatever it is, it is hashed as a whole and looked up by that: time tells nothing of any key.
+        caller = seen.keys.callers.get(digest(secret))
+        silent_s = self._clock() - seen.at_s
+        if caller is None and not is_whole(secret):
+            raise Unauthenticated("API key: is not correct: not a whole key of this service")
+        if silent_s > (AWAY_AFTER_S if caller is None else max(AWAY_AFTER_S, self._settings.grace_s)):
+            raise Unavailable("API key: can't be checked now, the database of keys is away", retry_after_s=1)
+        if caller is None:
+            raise Unauthenticated("API key: is not correct: not known here, or revoked")
+        if caller.expires_at is not None and caller.expires_at <= time.time():
+            raise Unauthenticated("API key: has expired")
+        return caller
+
+    def is_archived(self, caller: Caller) -> bool:
+        return caller.owner in self._seen.keys.archived
+
+    def look(self) -> None:
+        """Take in what has changed. Never raises: what is known goes on for a while."""
+        began_s, seen = self._clock(), self._seen
+        try:
+            if not self._migrated:
+                # Where no `hycluster serve` has done it.
+                bring_up_to_date(self._engine)
+                self._migrated = True
+            changed = self._store.count_changes() != seen.keys.changes
+            self._seen = _Seen(self._store.known_keys() if changed else seen.keys, began_s)
+        except HyclusterError as error:
+            if not self._said_away:
+                logger.warning("%s; known keys go on for %g s", error.message, self._settings.grace_s)
+            self._said_away = True
+        else:
+            if self._said_away:
+                logger.warning("access.database: is back")
+            self._said_away = False
+
+    def _run(self) -> None:
+        while not self._closing.wait(self._settings.poll_s):
+            try:
+                self.look()
+            except Exception:
+                # Or no revoked key would ever be dead.
+                logger.exception("access.database: can't be looked at; trying again")

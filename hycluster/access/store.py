@@ -1,0 +1,296 @@
+"""Projects and their keys in the database, and the log of who changed what. Every method blocks.
+
+Each change is one transaction with its line in the audit log, and counts one up in ``changes``.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Engine, Row, insert, select, update
+from sqlalchemy.exc import DBAPIError, IntegrityError
+
+from hycluster.access import tables
+from hycluster.access.api_key import digest, new_key
+from hycluster.access.caller import SCOPES, Caller
+from hycluster.access.database import away
+from hycluster.access.names import NAME
+from hycluster.errors import InvalidInput, NotFound, shown
+
+
+@dataclass(frozen=True, slots=True)
+class Project:
+    """Times are in seconds since the epoch."""
+
+    id: str
+    tenant: str
+    name: str
+    created_at: int
+    archived_at: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """What is known of a key; not the key. Times are in seconds since the epoch."""
+
+    id: str
+    tenant: str
+    project: str
+    name: str
+    models: tuple[str, ...] | None
+    scopes: tuple[str, ...]
+    created_at: int
+    expires_at: int | None
+    revoked_at: int | None
+
+    @property
+    def caller(self) -> Caller:
+        models = None if self.models is None else frozenset(self.models)
+        return Caller(self.tenant, self.project, self.name, models, frozenset(self.scopes), self.expires_at)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A line of the audit log."""
+
+    at: int
+    actor: str
+    action: str
+    subject: str
+    detail: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class KnownKeys:
+    """All that let somebody in, by their digests, as of a count of changes; and the owners that are let in no more."""
+
+    changes: int
+    callers: dict[bytes, Caller]
+    archived: frozenset[str]
+
+
+class KeyStore:
+    """Args: actor: who makes the changes, for the audit log."""
+
+    def __init__(self, engine: Engine, actor: str = "") -> None:
+        self._engine = engine
+        self._actor = actor
+
+    # -- what ingress processes ask ---------------------------------------------------------------------
+
+    def count_changes(self) -> int:
+        """Grows with each change.
+
+        Raises:
+            Unavailable: the database is away; so does everything below.
+        """
+        with self._reading() as connection:
+            number: int = connection.execute(select(tables.changes.c.number)).scalar_one()
+            return number
+
+    def known_keys(self) -> KnownKeys:
+        with self._reading() as connection:
+            # First: what changes meanwhile is then read once more, and not missed.
+            changes = connection.execute(select(tables.changes.c.number)).scalar_one()
+            callers = {row.digest: _api_key(row).caller for row in connection.execute(_KEYS.where(_LIVE))}
+            rows = connection.execute(select(tables.projects).where(tables.projects.c.archived_at.is_not(None)))
+            return KnownKeys(changes, callers, frozenset(f"{row.tenant}/{row.name}" for row in rows))
+
+    # -- projects ---------------------------------------------------------------------------------------
+
+    def create_project(self, tenant: str, name: str) -> Project:
+        """
+        Raises:
+            InvalidInput: there is or was one of that name, or the name is none.
+        """
+        _check_name("tenant", tenant)
+        _check_name("project", name)
+        made = Project(_new_id("proj_"), tenant, name, _now(), None)
+        values = {"id": made.id, "tenant": tenant, "name": name, "created_at": made.created_at}
+        try:
+            with self._changing("project.created", made.id, {"tenant": tenant, "project": name}) as connection:
+                connection.execute(insert(tables.projects).values(values))
+        except IntegrityError:
+            raise InvalidInput(f"project: there is or was a project {tenant}/{name}; names are given once") from None
+        return made
+
+    def projects(self) -> list[Project]:
+        with self._reading() as connection:
+            columns = tables.projects.c
+            rows = connection.execute(select(tables.projects).order_by(columns.tenant, columns.name))
+            return [Project(**row) for row in rows.mappings()]
+
+    def project(self, tenant: str, name: str) -> Project:
+        """
+        Raises:
+            NotFound: there is none of that name.
+        """
+        for project in self.projects():
+            if (project.tenant, project.name) == (tenant, name):
+                return project
+        raise NotFound(f"project: there is no project {shown(f'{tenant}/{name}')}")
+
+    def archive_project(self, project: Project) -> None:
+        """Its keys let nobody in any more, for ever; what belongs to it stays."""
+        with self._changing("project.archived", project.id, {}) as connection:
+            columns = tables.projects.c
+            archived = update(tables.projects).where(columns.id == project.id, columns.archived_at.is_(None))
+            connection.execute(archived.values(archived_at=_now()))
+
+    # -- keys -------------------------------------------------------------------------------------------
+
+    def create_key(
+        self,
+        project: Project,
+        name: str,
+        *,
+        models: Iterable[str] | None = None,
+        scopes: Iterable[str] = (),
+        expires_at: int | None = None,
+    ) -> tuple[ApiKey, str]:
+        """What is known of the new key, and the key itself, which nobody is told again.
+
+        Raises:
+            InvalidInput: a name or a scope is none, or the project is archived.
+        """
+        _check_name("name", name)
+        for scope in scopes:
+            if scope not in SCOPES:
+                raise InvalidInput(f"scopes: {shown(scope)} is not allowed; there are {', '.join(SCOPES)}")
+        if project.archived_at is not None:
+            raise InvalidInput(f"project: {project.tenant}/{project.name} is archived")
+        secret = new_key()
+        made = ApiKey(
+            _new_id("key_"),
+            project.tenant,
+            project.name,
+            name,
+            None if models is None else tuple(models),
+            tuple(sorted(set(scopes))),
+            _now(),
+            expires_at,
+            None,
+        )
+        told = {"tenant": made.tenant, "project": made.project, "name": name, "models": made.models,
+                "scopes": made.scopes, "expires_at": expires_at}  # fmt: skip
+        with self._changing("key.created", made.id, told) as connection:
+            connection.execute(
+                insert(tables.keys).values(
+                    id=made.id,
+                    project_id=project.id,
+                    name=name,
+                    digest=digest(secret),
+                    models=made.models,
+                    scopes=made.scopes,
+                    created_at=made.created_at,
+                    expires_at=expires_at,
+                )
+            )
+        return made, secret
+
+    def all_keys(self) -> list[ApiKey]:
+        """All, revoked ones too, the newest last."""
+        with self._reading() as connection:
+            rows = connection.execute(_KEYS.order_by(tables.keys.c.created_at, tables.keys.c.id))
+            return [_api_key(row) for row in rows]
+
+    def key(self, key_id: str) -> ApiKey:
+        """
+        Raises:
+            NotFound: there is none of that id.
+        """
+        with self._reading() as connection:
+            row = connection.execute(_KEYS.where(tables.keys.c.id == key_id)).one_or_none()
+        if row is None:
+            raise NotFound(f"key: there is no key {shown(key_id)}")
+        return _api_key(row)
+
+    def revoke_key(self, key_id: str) -> None:
+        """It lets nobody in any more, for ever.
+
+        Raises:
+            NotFound: there is none of that id.
+        """
+        self.key(key_id)
+        with self._changing("key.revoked", key_id, {}) as connection:
+            columns = tables.keys.c
+            revoked = update(tables.keys).where(columns.id == key_id, columns.revoked_at.is_(None))
+            connection.execute(revoked.values(revoked_at=_now()))
+
+    def rotate_key(self, key_id: str, *, overlap_s: int = 0) -> tuple[ApiKey, str]:
+        """Another key for the same; the old one lets in for so long yet."""
+        old = self.key(key_id)
+        if old.revoked_at is not None:
+            raise InvalidInput(f"key: {key_id} is revoked; create another one")
+        project = self.project(old.tenant, old.project)
+        new = self.create_key(project, old.name, models=old.models, scopes=old.scopes, expires_at=old.expires_at)
+        if not overlap_s:
+            self.revoke_key(key_id)
+            return new
+        ends_at = min(_now() + overlap_s, old.expires_at or _now() + overlap_s)
+        with self._changing("key.expires", key_id, {"expires_at": ends_at, "successor": new[0].id}) as connection:
+            connection.execute(update(tables.keys).where(tables.keys.c.id == key_id).values(expires_at=ends_at))
+        return new
+
+    def audit(self) -> list[Change]:
+        """Every change, the oldest first."""
+        with self._reading() as connection:
+            rows = connection.execute(select(tables.audit).order_by(tables.audit.c.id))
+            return [Change(row.at, row.actor, row.action, row.subject, row.detail) for row in rows]
+
+    # -- transactions -----------------------------------------------------------------------------------
+
+    @contextmanager
+    def _reading(self) -> Iterator[Connection]:
+        try:
+            with self._engine.connect() as connection:
+                yield connection
+        except DBAPIError as error:
+            raise away(error) from None
+
+    @contextmanager
+    def _changing(self, action: str, subject: str, detail: dict[str, Any]) -> Iterator[Connection]:
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+                line = {"at": _now(), "actor": self._actor, "action": action, "subject": subject, "detail": detail}
+                connection.execute(insert(tables.audit).values(line))
+                connection.execute(update(tables.changes).values(number=tables.changes.c.number + 1))
+        except IntegrityError:
+            raise
+        except DBAPIError as error:
+            raise away(error) from None
+
+
+_KEYS = select(tables.keys, tables.projects.c.tenant, tables.projects.c.name.label("project")).join(tables.projects)
+_LIVE = tables.keys.c.revoked_at.is_(None) & tables.projects.c.archived_at.is_(None)
+
+
+def _api_key(row: Row[Any]) -> ApiKey:
+    models = None if row.models is None else tuple(row.models)
+    scopes = tuple(row.scopes)
+    return ApiKey(
+        row.id, row.tenant, row.project, row.name, models, scopes, row.created_at, row.expires_at, row.revoked_at
+    )
+
+
+def _check_name(field: str, name: str) -> None:
+    if not NAME.fullmatch(name):
+        raise InvalidInput(
+            f"{field}: {shown(name)} is not allowed; must be 1 to 63 letters, digits, '.', '_' and '-', beginning with"
+            " a letter or digit"
+        )
+
+
+def _new_id(prefix: str) -> str:
+    # By time, so that lists are in the order in which things were made.
+    return f"{prefix}{time.time_ns() // 1_000_000:012x}{secrets.token_hex(6)}"
+
+
+def _now() -> int:
+    return int(time.time())

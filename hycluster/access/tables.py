@@ -1,0 +1,56 @@
+"""What the database of keys holds. A change here needs a migration (``migrations/versions``); a test compares."""
+
+from __future__ import annotations
+
+from sqlalchemy import JSON, BigInteger, Column, ForeignKey, Integer, LargeBinary, MetaData, String, Table
+from sqlalchemy import UniqueConstraint as Unique
+
+metadata = MetaData()
+# SQLite counts by itself in INTEGER columns only.
+_COUNTED = BigInteger().with_variant(Integer, "sqlite")
+NAME = String(63)
+
+# Times are in seconds since the epoch.
+projects = Table(
+    "projects",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("tenant", NAME, nullable=False),
+    Column("name", NAME, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("archived_at", BigInteger),
+    # Of archived ones too: what belongs to a project is marked with its name.
+    Unique("tenant", "name", name="one_project_of_a_name"),
+)
+keys = Table(
+    "keys",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("project_id", String(40), ForeignKey("projects.id"), nullable=False),
+    Column("name", NAME, nullable=False),
+    Column("digest", LargeBinary(32), nullable=False, unique=True),
+    # A list; null is all.
+    Column("models", JSON(none_as_null=True)),
+    Column("scopes", JSON, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger),
+    Column("revoked_at", BigInteger),
+)
+# Who changed what; never a key, nor its digest.
+audit = Table(
+    "audit",
+    metadata,
+    Column("id", _COUNTED, primary_key=True, autoincrement=True),
+    Column("at", BigInteger, nullable=False),
+    Column("actor", String(200), nullable=False),
+    Column("action", String(40), nullable=False),
+    Column("subject", String(200), nullable=False),
+    Column("detail", JSON, nullable=False),
+)
+# One row, which counts the changes: who has seen this number has seen them all.
+changes = Table(
+    "changes",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("number", BigInteger, nullable=False),
+)

@@ -1,0 +1,115 @@
+"""TLS at both ingresses, by a certificate in files that may be replaced while they are in use."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import ssl
+import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from hycluster.errors import SettingsError, one_line
+from hycluster.settings.access import Tls
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    chain: bytes
+    key: bytes
+
+
+class Certificate:
+    """What both ingresses show their callers. A pair of files that do not belong together, as while they are being
+    replaced, is not taken: what was taken before goes on.
+
+    Raises:
+        SettingsError: there is no such pair to begin with.
+    """
+
+    def __init__(self, settings: Tls) -> None:
+        self._settings = settings
+        # Of the HTTP ingress. A pair that is loaded into it is that of all handshakes from then on.
+        self.context = _context()
+        try:
+            self._pair = self._read()
+            _load(self.context, self._pair)
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"access.tls: {settings.certificate} with {settings.key}: {_said(error)}") from None
+
+    def grpc_credentials(self) -> grpc.ServerCredentials:
+        """Of the gRPC ingress; asks for the pair at each handshake."""
+        return grpc.dynamic_ssl_server_credentials(self._grpc_pair(), self._grpc_pair)
+
+    def look(self) -> None:
+        """Take the files if they have changed. Never raises."""
+        try:
+            found = self._read()
+            if found == self._pair:
+                return
+            # Loaded in halves, it would leave no pair at all.
+            _load(_context(), found)
+            _load(self.context, found)
+            self._pair = found
+            logger.warning("access.tls: %s is taken from now on", self._settings.certificate)
+        except (OSError, ValueError) as error:
+            logger.warning("access.tls: the files can't be taken, the ones before go on: %s", _said(error))
+
+    def _read(self) -> _Pair:
+        return _Pair(Path(self._settings.certificate).read_bytes(), Path(self._settings.key).read_bytes())
+
+    def _grpc_pair(self) -> grpc.ServerCertificateConfiguration:
+        return grpc.ssl_server_certificate_configuration([(self._pair.key, self._pair.chain)])
+
+
+@contextlib.asynccontextmanager
+async def open_certificate(settings: Tls | None) -> AsyncIterator[Certificate | None]:
+    """The certificate of these settings, followed; None where nothing is encrypted.
+
+    Raises:
+        SettingsError: there is no such certificate.
+    """
+    if settings is None:
+        yield None
+        return
+    certificate = Certificate(settings)
+
+    async def follow() -> None:
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            await asyncio.to_thread(certificate.look)
+
+    following = asyncio.create_task(follow())
+    try:
+        yield certificate
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+
+
+def _context() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def _load(context: ssl.SSLContext, pair: _Pair) -> None:
+    """Both as they were read at one moment; OpenSSL reads files alone."""
+    with tempfile.TemporaryDirectory(prefix="hycluster-tls") as folder:
+        chain, key = Path(folder) / "chain", Path(folder) / "key"
+        chain.write_bytes(pair.chain)
+        key.write_bytes(pair.key)
+        # Without a password, it would ask for one at the terminal.
+        context.load_cert_chain(chain, key, password="")
+
+
+def _said(error: Exception) -> str:
+    return one_line(getattr(error, "strerror", None) or error, 200)

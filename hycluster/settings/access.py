@@ -1,0 +1,100 @@
+"""Who is let in, by which credentials, and over what."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from hycluster.errors import shown
+from hycluster.settings.base import Strict
+
+Algorithm = Literal[
+    "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"
+]  # fmt: skip
+_LOCAL = re.compile(r"http://(127\.0\.0\.1|localhost|\[::1\])(:[0-9]+)?/")
+
+
+class Oidc(Strict):
+    """An identity provider whose tokens (JWTs) let in; docs/access.md.
+
+    Attributes:
+        issuer: the ``iss`` of its tokens, to the letter.
+        audience: what its tokens have as ``aud`` that are for this service.
+        jwks_url: where it publishes its public keys; https, or on this machine.
+        algorithms: with which tokens may be signed; public keys only.
+        tenant_claim: of a token's claims the one with the tenant's name.
+        project_claim: that with the project's.
+        scopes_claim: that with the scopes, in a text with spaces or in a list: ``batch``, ``admin``, and ``model:NAME``
+            for each model if it may not use all.
+        keys_refresh_s: how old its keys get before they are fetched anew; one that is not known is fetched at once.
+        keys_last_s: how old its keys may be while they can't be fetched; after that its tokens are answered 503.
+    """
+
+    issuer: str = Field(min_length=1)
+    audience: str = Field(min_length=1)
+    jwks_url: str
+    algorithms: tuple[Algorithm, ...] = Field(default=("RS256", "ES256"), min_length=1)
+    tenant_claim: str = Field(default="tenant", min_length=1)
+    project_claim: str = Field(default="project", min_length=1)
+    scopes_claim: str = Field(default="scope", min_length=1)
+    keys_refresh_s: float = Field(default=300, gt=0)
+    keys_last_s: float = Field(default=3600, gt=0)
+
+    @field_validator("jwks_url")
+    @classmethod
+    def _is_safe(cls, url: str) -> str:
+        if not url.startswith("https://") and not _LOCAL.match(url):
+            raise ValueError(f"{shown(url)} is not allowed; must be https://..., as whoever changes it lets himself in")
+        return url
+
+
+class Tls(Strict):
+    """The certificate of both ingresses. The files may be replaced while they are in use: what is new is taken within
+    two seconds.
+
+    Attributes:
+        certificate: absolute path of a file with the certificate and those that vouch for it (PEM), at each node that
+            has an ingress process.
+        key: that of its private key, without a password.
+    """
+
+    certificate: str = Field(pattern=r"^/.")
+    key: str = Field(pattern=r"^/.")
+
+
+class Access(Strict):
+    """Who is let in at both ingresses; docs/access.md.
+
+    Attributes:
+        keys: ask for API keys, which ``hycluster keys`` makes.
+        open: in words, that whoever reaches an ingress is let in: the network, or what stands in front, decides who
+            that is. Without it, without ``keys`` and without ``oidc``, both ingresses listen on loopback only.
+        oidc: identity providers whose tokens let in, with or without ``keys``.
+        tls: encrypt what callers say and hear; null does not. It asks nobody who he is.
+        database: where projects and keys are, as a URL of SQLAlchemy's, the same for all nodes; null is the variable
+            HYCLUSTER_ACCESS_DATABASE or, without it, an SQLite file in ``HYCLUSTER_HOME``, which is enough for one
+            machine. Give one with a password by the variable: settings are shown in places.
+        poll_s: how often an ingress process looks for changes: a new key is known, a revoked one is dead after it.
+        grace_s: how long known keys go on while the database is away; unknown ones are answered 503 then.
+    """
+
+    keys: bool = False
+    open: bool = False
+    oidc: tuple[Oidc, ...] = ()
+    tls: Tls | None = None
+    database: str | None = Field(default=None, min_length=1)
+    poll_s: float = Field(default=0.5, gt=0, le=1)
+    grace_s: float = Field(default=3600, ge=0)
+
+    @model_validator(mode="after")
+    def _open_or_not(self) -> Access:
+        if self.open and self.asks:
+            raise ValueError("open: true is not allowed with 'keys' or 'oidc'; it says that nobody is asked")
+        return self
+
+    @property
+    def asks(self) -> bool:
+        """Whether callers are asked who they are."""
+        return self.keys or bool(self.oidc)

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import Engine, text
+
+from hycluster.access.database import VARIABLE, bring_up_to_date, open_database
+from hycluster.access.store import KeyStore
+from hycluster.access.tables import metadata
+from hycluster.errors import SettingsError, Unavailable
+from hycluster.settings.access import Access
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def test_the_steps_lead_to_the_tables(engine: Engine) -> None:
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+
+
+def test_many_processes_may_make_it(settings: Access) -> None:
+    engines = [open_database(settings) for _ in range(4)]
+    with ThreadPoolExecutor(len(engines)) as threads:
+        assert sorted(threads.map(bring_up_to_date, engines)) == [False, False, False, True]
+    for engine in engines:
+        engine.dispose()
+
+
+def test_a_newer_one_is_left_alone(engine: Engine) -> None:
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(SettingsError, match="of version 9999, which a newer hycluster has made"):
+        bring_up_to_date(engine)
+
+
+def test_by_default_it_is_a_file_for_its_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYCLUSTER_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv(VARIABLE, raising=False)
+    engine = open_database(Access(keys=True))
+    bring_up_to_date(engine)
+    KeyStore(engine).create_project("a", "b")
+    assert {file.name: stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "home").iterdir()} == {
+        "keys.db": 0o600,
+        "keys.db.lock": 0o600,
+    }
+
+
+def test_a_file_that_is_gone_is_away_and_not_empty(tmp_path: Path) -> None:
+    engine = open_database(Access(database=f"sqlite:///{tmp_path / 'keys.db'}"))
+    with pytest.raises(Unavailable, match=r"access\.database: can't be used now"):
+        KeyStore(engine).count_changes()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "nonsense",
+        "sqlite://",
+        "sqlite:///:memory:",
+        "oracle+none://u:hunter2@h/d",
+        "postgresql+psycopg://u:hunter2@h:x/d",
+    ],
+)
+def test_what_is_no_database(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, url)
+    with pytest.raises(SettingsError) as error:
+        open_database(Access())
+    assert "hunter2" not in error.value.message
