@@ -28,6 +28,7 @@ from hycluster.imports import without_collector
 from tests.lanes import SHARED, Lanes, check_shared, is_heavy, place, room_of
 from tests.object_store import ObjectStore, object_store
 from tests.ray_apart import ray_apart
+from tests.ray_forks import RAY_FORKS
 from tests.vllm_forks import VllmForks
 
 # How long an example takes says something of the machine, which others use too.
@@ -99,6 +100,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_BEGAN] = time.monotonic(), _busy_s()
     # Each node of Ray's looks through all processes every five seconds, for a dashboard that no test looks at.
     os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
+    # Else each worker of each cluster imports for itself.
+    os.environ.setdefault(*RAY_FORKS)
     if getattr(config.option, "testrunuid", "") is None:
         config.option.testrunuid = secrets.token_hex(16)
     if worker := os.environ.get("PYTEST_XDIST_WORKER"):

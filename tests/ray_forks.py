@@ -1,0 +1,267 @@
+"""Ray's Python workers as forks of a process that has imported what they need.
+
+A worker's import of Ray, pyarrow and hycluster takes one to three seconds of CPU time, of vLLM ten, in every replica,
+ingress process and batch executor of every test's cluster. Ray's node is told to run ``ray_forks_launcher.py`` instead
+of a worker. That hands its command, environment, folder and standard files to the node's fork server, which the first
+one starts, and ends; the fork becomes that worker. A server has one thread, and imports while the first worker waits.
+Those that need vLLM come from a second one, itself a fork of the first.
+
+To Ray and to tests a fork is what a worker is otherwise: a child of the node's raylet (which adopts orphans) with the
+same environment. What a fork can't be (another interpreter, other values of variables that were read at the import) is
+started the usual way.
+
+    RAY_RUNTIME_ENV_HOOK=tests.ray_forks.into_ray
+
+has each ``ray.init`` that starts a node do so.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
+from unittest.mock import patch
+
+ROOT = Path(__file__).parents[1]
+# Ray's variable and what it is to be.
+RAY_FORKS = ("RAY_RUNTIME_ENV_HOOK", "tests.ray_forks.into_ray")
+_ADOPT_ORPHANS = 36  # PR_SET_CHILD_SUBREAPER
+FORKED = b"y"
+_MOST_BYTES = 1 << 20
+_COMMAND, _SESSION = "--python_worker_command=", "--session_dir="
+PLAIN = (
+    "ray._private.workers.default_worker",
+    "ray.data",
+    "hycluster.batch_api.executor",
+    "hycluster.directory.directory",
+    "hycluster.door",
+    "hycluster.replica.replica",
+)
+VLLM = (
+    "hycluster.app",
+    "hycluster.engine.vllm",
+    "hycluster.gateway.generation",
+    "hycluster.ingress.http",
+    "hycluster.responses.process",
+    "torch._inductor",
+    "vllm.entrypoints.llm",
+    "vllm.lora.request",
+    "vllm.v1.executor.uniproc_executor",
+    "vllm.v1.worker.cpu_worker",
+)
+# The servers' own (``ray_forks_launcher.py``): read when libraries are loaded.
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+_PRELOAD = "LD_PRELOAD"
+_LOADED = {*THREADS, _PRELOAD, "JE_ARROW_MALLOC_CONF"}
+# Read by a worker itself, after the import.
+_LATER = {
+    "HYCLUSTER_LOG_FORMAT", "HYCLUSTER_LOG_LEVEL", "RAY_JOB_ID", "TOKENIZERS_PARALLELISM", "VLLM_CPU_OMP_THREADS_BIND",
+    "VLLM_NO_USAGE_STATS",
+}  # fmt: skip
+# Read by what only the second server imports.
+_WITH_VLLM = ("RAY_SERVE_", "SAGEMAKER_", "VLLM_")
+
+
+# -- in the process that starts Ray's node ---------------------------------------------------------------------------
+
+
+def into_ray(runtime_env: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Ray's hook: the node that this process starts, if it starts one, forks its workers."""
+    from ray._private import services
+
+    if not isinstance(services.ConsolePopen, functools.partial):
+        vars(services)["ConsolePopen"] = functools.partial(_popen, services.ConsolePopen)
+    return runtime_env
+
+
+def _popen(start: Callable[..., Any], command: list[str], **options: Any) -> Any:
+    if command[0].endswith("/raylet"):
+        from hycluster.engine.arguments import _preloads
+
+        launcher = str(Path(__file__).with_name("ray_forks_launcher.py"))
+        (session,) = (word.removeprefix(_SESSION) for word in command if word.startswith(_SESSION))
+        through = " ".join([sys.executable, "-I", "-S", launcher, f"{session}/sockets", ":".join(_preloads()) or "-"])
+        usual = f"{_COMMAND}{sys.executable} "
+        command = [word.replace(usual, f"{_COMMAND}{through} ", 1) for word in command]
+        options["preexec_fn"] = functools.partial(_adopting, options["preexec_fn"], ctypes.CDLL(None).prctl)
+    return start(command, **options)
+
+
+def _adopting(before: Callable[[], None], prctl: Any) -> None:
+    prctl(_ADOPT_ORPHANS, 1, 0, 0, 0)
+    before()
+
+
+# -- the fork servers ------------------------------------------------------------------------------------------------
+
+
+def serve(plain: socket.socket, vllm: socket.socket, preloaded: str) -> NoReturn:
+    """Until the raylet has gone.
+
+    Args:
+        plain, vllm: listeners, each for a kind of worker.
+        preloaded: this process' ``LD_PRELOAD``.
+    """
+    raylet = os.pidfd_open(int(os.environ["RAY_RAYLET_PID"]))
+    server = _Server(preloaded.split(":"))
+    listeners = {plain.fileno(): plain, vllm.fileno(): vllm}
+    while raylet not in (ready := select.select([*listeners, raylet], [], [])[0]):
+        if len(listeners) > 1 and vllm.fileno() in ready:
+            # Whoever waits there is accepted by the new one.
+            server.with_vllm = not os.fork()
+            others = plain if server.with_vllm else vllm
+            del listeners[others.fileno()]
+            others.close()
+            continue
+        asked, _ = listeners[ready[0]].accept()
+        message, files, *_ = socket.recv_fds(asked, _MOST_BYTES, 3)
+        if message and (worker := server.worker(json.loads(message))):
+            if not _fork_orphan():
+                for number in (*listeners, raylet, asked.detach()):
+                    os.close(number)
+                _become(worker, files)
+            asked.send(FORKED)
+        for number in (*files, asked.detach()):
+            os.close(number)
+    os._exit(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Worker:
+    arguments: list[str]
+    environment: dict[str, str]
+    folder: str
+    group: int
+
+
+class _Server:
+    """Knows what has been imported, and with which environment."""
+
+    def __init__(self, preloaded: Sequence[str]) -> None:
+        self.with_vllm = False
+        self._preloaded = preloaded
+        self._read = {name: value for name, value in os.environ.items() if name not in _LOADED}
+        self._unread: tuple[str, ...] = _WITH_VLLM
+        sys.path[0] = str(ROOT)
+        _import(PLAIN)
+
+    def worker(self, request: Mapping[str, Any]) -> _Worker | None:
+        """The one that is asked for; None if no fork can be it."""
+        context = request["context"]
+        environment: dict[str, str] = {**request["environment"], **(context.get("env_vars") or {})}
+        usual = context.get("py_executable", sys.executable) == sys.executable
+        if not usual or context.get("command_prefix") or context.get("override_worker_entrypoint"):
+            return None
+        if any("$" in value for value in (context.get("env_vars") or {}).values()):
+            return None
+        if not self._honours(environment):
+            return None
+        if self.with_vllm and self._unread:
+            self._read |= {name: value for name, value in environment.items() if name.startswith(self._unread)}
+            self._unread = ()
+            os.environ.update(self._read)
+            _import(VLLM)
+        _, program, *arguments = request["command"]
+        return _Worker([program, *arguments], environment, request["folder"], request["group"])
+
+    def _honours(self, environment: Mapping[str, str]) -> bool:
+        others = {name for name, _ in environment.items() ^ self._read.items()} - _LATER - _LOADED
+        return (
+            all(name.startswith(self._unread) for name in others)
+            and all(environment.get(name, os.environ[name]) == os.environ[name] for name in THREADS)
+            and set(environment.get(_PRELOAD, "").split(":")) <= {"", *self._preloaded}
+        )
+
+
+def _import(names: Sequence[str]) -> None:
+    import ray.actor
+    from ray._raylet import ActorClassID
+
+    from hycluster.imports import without_collector
+
+    # Ray's generator of ids, once used, would give the same to all forks; each module's actor classes get one.
+    drawn = SimpleNamespace(from_random=lambda: ActorClassID(os.urandom(ActorClassID.size())))
+    with without_collector(), patch.object(ray.actor, "ActorClassID", drawn):
+        for name in names:
+            importlib.import_module(name)
+    gc.freeze()
+    running = os.listdir("/proc/self/task")
+    assert len(running) == 1, f"a fork has none of the {len(running)} threads"
+    assert _drawn_by_a_fork() != _drawn_by_a_fork(), "all forks would draw the same ids"
+
+
+def _drawn_by_a_fork() -> bytes:
+    import ray
+
+    reading, writing = os.pipe()
+    if not (child := os.fork()):
+        os.write(writing, ray.ObjectRef.from_random().binary())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writing)
+    with open(reading, "rb") as drawn:
+        return drawn.read()
+
+
+def _fork_orphan() -> int:
+    """As ``os.fork``, but the child's parent is not this process: the raylet adopts it."""
+    if between := os.fork():
+        os.waitpid(between, 0)
+        return between
+    between = os.getpid()
+    if os.fork():
+        os._exit(0)
+    while os.getppid() == between:
+        time.sleep(0.001)
+    return 0
+
+
+def _become(worker: _Worker, files: Sequence[int]) -> NoReturn:
+    """Be the process that runs it."""
+    os.setpgid(0, worker.group)
+    os.chdir(worker.folder)
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    os.environ.clear()
+    os.environ.update(worker.environment)
+    sys.argv = worker.arguments
+    # Imports may have put something before the first.
+    sys.path[sys.path.index(str(ROOT))] = os.path.dirname(os.path.realpath(worker.arguments[0]))
+    sys.modules["numpy"].random.seed()
+    code = 0
+    try:
+        runpy.run_path(worker.arguments[0], run_name="__main__")
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    # Without taking a million objects apart, which would take seconds: the process' end frees them too.
+    vars(threading)["_shutdown"]()
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    serve(socket.socket(fileno=int(sys.argv[1])), socket.socket(fileno=int(sys.argv[2])), sys.argv[3])
