@@ -4,7 +4,8 @@ A worker's import of Ray, pyarrow and hycluster takes one to three seconds of CP
 ingress process and batch executor of every test's cluster. Ray's node is told to run ``ray_forks_launcher.py`` instead
 of a worker. That hands its command, environment, folder and standard files to the node's fork server, which the first
 one starts, and ends; the fork becomes that worker. A server has one thread, and imports while the first worker waits.
-Those that need vLLM come from a second one, itself a fork of the first.
+Those that need vLLM come from a second one, itself a fork of the first. Once it is there, so do those that may come to
+need it, as a batch job's.
 
 To Ray and to tests a fork is what a worker is otherwise: a child of the node's raylet (which adopts orphans) with the
 same environment. What a fork can't be (another interpreter, other values of variables that were read at the import) is
@@ -44,6 +45,7 @@ ROOT = Path(__file__).parents[1]
 RAY_FORKS = ("RAY_RUNTIME_ENV_HOOK", "tests.ray_forks.into_ray")
 _ADOPT_ORPHANS = 36  # PR_SET_CHILD_SUBREAPER
 FORKED = b"y"
+IMPORTED = ".imported"
 _MOST_BYTES = 1 << 20
 _COMMAND, _SESSION = "--python_worker_command=", "--session_dir="
 PLAIN = (
@@ -126,6 +128,7 @@ def serve(plain: socket.socket, vllm: socket.socket, preloaded: str) -> NoReturn
         if len(listeners) > 1 and vllm.fileno() in ready:
             # Whoever waits there is accepted by the new one.
             server.with_vllm = not os.fork()
+            imported = Path(vllm.getsockname()).with_suffix(IMPORTED)
             others = plain if server.with_vllm else vllm
             del listeners[others.fileno()]
             others.close()
@@ -138,6 +141,8 @@ def serve(plain: socket.socket, vllm: socket.socket, preloaded: str) -> NoReturn
                     os.close(number)
                 _become(worker, files)
             asked.send(FORKED)
+            if server.with_vllm:
+                imported.touch()
         for number in (*files, asked.detach()):
             os.close(number)
     os._exit(0)
@@ -184,7 +189,8 @@ class _Server:
     def _honours(self, environment: Mapping[str, str]) -> bool:
         others = {name for name, _ in environment.items() ^ self._read.items()} - _LATER - _LOADED
         return (
-            all(name.startswith(self._unread) for name in others)
+            # Who imports vLLM without its variables has them by then (``hycluster/logs.py``).
+            all(name.startswith(self._unread if name in environment else _WITH_VLLM) for name in others)
             and all(environment.get(name, os.environ[name]) == os.environ[name] for name in THREADS)
             and set(environment.get(_PRELOAD, "").split(":")) <= {"", *self._preloaded}
         )

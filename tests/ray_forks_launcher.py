@@ -31,7 +31,8 @@ def main() -> None:
 def _forked(path: str, preloaded: str, command: list[str]) -> bool:
     contexts = [word.removeprefix(_CONTEXT) for word in command if word.startswith(_CONTEXT)]
     context = json.loads(contexts[0]) if contexts else {}
-    kind = "vllm" if WANTS_VLLM in (context.get("env_vars") or {}) else "plain"
+    variables = context.get("env_vars") or {}
+    kind = "vllm" if WANTS_VLLM in variables or (not variables and os.path.exists(f"{path}.imported")) else "plain"
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
         with open(f"{path}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
