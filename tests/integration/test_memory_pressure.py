@@ -24,6 +24,7 @@ from hycluster.client import AsyncClient
 from hycluster.memory import GIB, THRESHOLD_VARIABLE, usage
 from tests.integration.conftest import SIMULATED, Served, launch, stop
 from tests.integration.test_rolling import ENGINE, PROMPTS, Answer, Load, until
+from tests.ray_forks import RAY_FORKS
 
 pytestmark = [
     pytest.mark.slow,
@@ -72,7 +73,9 @@ class Pressed:
 
 
 @pytest.fixture
-def pressed(tiny_model: Path, tmp_path: Path) -> Iterator[Pressed]:
+def pressed(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pressed]:
+    # Forks share what each worker otherwise has for itself.
+    monkeypatch.delenv(RAY_FORKS[0], raising=False)
     model = {
         "name": SIMULATED,
         "source": str(tiny_model),

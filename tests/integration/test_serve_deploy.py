@@ -61,7 +61,8 @@ def overlay(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     (folder / OVERLAY_MANIFEST).write_text(yaml.safe_dump({"spec": {"serveConfigV2": yaml.safe_dump(config)}}))
     log = folder / "serve.log"
     with log.open("w") as errors:
-        env = {"HYCLUSTER_HOME": str(folder / "home"), "RAY_AUTH_TOKEN": TOKEN}
+        # A script's path is without the tests, which Ray's hook is among (``tests/ray_forks.py``).
+        env = {"HYCLUSTER_HOME": str(folder / "home"), "RAY_AUTH_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)}
         process = subprocess.Popen(
             as_ordinary_user([sys.executable, str(ROOT / "scripts" / "serve_overlay.py"), str(folder)], env),
             stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True, env={**os.environ, **env},
