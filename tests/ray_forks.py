@@ -55,13 +55,24 @@ PLAIN = (
     "hycluster.directory.directory",
     "hycluster.door",
     "hycluster.replica.replica",
+    # What an actor's first call and Serve's controller import, but for Serve itself: it reads its variables then.
+    "opentelemetry.sdk.trace",
+    "pyarrow.json",
+    "ray._common.pydantic_compat",
+    "ray._private.arrow_serialization",
+    "ray.dag",
 )
 VLLM = (
+    "anyio._backends._asyncio",
+    "compressed_tensors",
     "hycluster.app",
+    "hycluster.engine.simulated",
     "hycluster.engine.vllm",
     "hycluster.gateway.generation",
     "hycluster.ingress.http",
+    "hycluster.models.plugin",
     "hycluster.responses.process",
+    "ray.serve._private.replica",
     "torch._inductor",
     "vllm.entrypoints.llm",
     "vllm.lora.request",
@@ -239,6 +250,17 @@ def _fork_orphan() -> int:
     return 0
 
 
+def _renew() -> None:
+    """What our modules make at their import for this process alone."""
+    from hycluster.observe import catalogue
+    from hycluster.replica import listener
+
+    ingress, key = f"{socket.gethostname()}:{os.getpid()}", os.urandom(len(listener._KEY))
+    for before, now in ((catalogue.INGRESS, ingress), (listener._KEY, key)):
+        for module in [module for name, module in sys.modules.items() if name.startswith("hycluster.")]:
+            vars(module).update({name: now for name, value in vars(module).items() if value is before})
+
+
 def _become(worker: _Worker, files: Sequence[int]) -> NoReturn:
     """Be the process that runs it."""
     os.setpgid(0, worker.group)
@@ -252,6 +274,7 @@ def _become(worker: _Worker, files: Sequence[int]) -> NoReturn:
     # Imports may have put something before the first.
     sys.path[sys.path.index(str(ROOT))] = os.path.dirname(os.path.realpath(worker.arguments[0]))
     sys.modules["numpy"].random.seed()
+    _renew()
     code = 0
     try:
         runpy.run_path(worker.arguments[0], run_name="__main__")
