@@ -129,7 +129,7 @@ class Traced:
         """One that decodes one of them."""
         for name in self._ids:
             told = await self._timeline(name)
-            routed = [event["replica"] for event in told["events"] if event["name"] == "routed"]
+            routed = [event["attributes"]["replica"] for event in told["events"] if event["name"] == "routed"]
             if any(event["name"] == "first_token" for event in told["events"]):
                 return str(routed[-1])
         raise AssertionError("none of them has begun")
