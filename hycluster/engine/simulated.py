@@ -63,7 +63,10 @@ class SimulatedEngine:
             request_id = messages.request_id_of(frames)
             log.warning("request %s refused: %s", request_id, error)
             if request_id is not None:
-                refused = EngineCoreOutput(request_id=request_id, new_token_ids=[], finish_reason=FinishReason.ERROR)
+                reason = error.message if isinstance(error, InvalidInput) else None
+                refused = EngineCoreOutput(
+                    request_id=request_id, new_token_ids=[], finish_reason=FinishReason.ERROR, stop_reason=reason
+                )
                 self._send(client, EngineCoreOutputs(outputs=[refused], timestamp=time.monotonic()))
 
     def _add(self, client: int, request: EngineCoreRequest) -> None:

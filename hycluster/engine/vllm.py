@@ -51,6 +51,7 @@ from hycluster.engine.parsers import with_parsers
 from hycluster.engine.patches.adapter_loading import AdaptersFirst
 from hycluster.engine.patches.cpu_executor import patch_executor
 from hycluster.engine.patches.grammar_backends import patch_backends
+from hycluster.engine.patches.grammar_errors import patch_reasons
 from hycluster.engine.patches.migrated_grammar import patch_grammars
 from hycluster.engine.patches.migrated_state import patch_states
 from hycluster.engine.protocol import NOBODY, SIBLINGS, EngineInfo, Frame, GroupRank
@@ -374,6 +375,7 @@ class _EngineCore(AdaptersFirst):
             log_stats=True,
         )
         patch_backends(self.structured_output_manager)
+        patch_reasons(self.scheduler)
         patch_grammars(self.structured_output_manager, tokens_of, take_over)
         if not config.use_v2_model_runner:
             self.model_executor.collective_rpc(patch_states, args=(tokens_of,))

@@ -24,7 +24,8 @@ class Failover:
 
     Args:
         send: sends a request to a replica; raises Unavailable if none takes it now.
-        on_lost: told of each request that ends because its replica was lost: Unavailable, ReplicaLost, KillsReplicas.
+        on_lost: told of each request that ends because its replica was lost: Unavailable, ReplicaLost, KillsReplicas;
+            or because its engine knows what is wrong with it: InvalidInput.
         wait_s: how long a request whose replica was lost waits for another one.
 
     Attributes:
@@ -70,6 +71,12 @@ class Failover:
         if flight.suspected:
             self.wake()
         self.lost(flight, heard_s, died=False)
+
+    def refused(self, flight: Flight, error: HyclusterError) -> None:
+        """Its engine has found that no engine can do it."""
+        if flight.suspected:
+            self.wake()
+        self.tasks.spawn(self._give_up(flight, error))
 
     def wait_for_first(self, flight: Flight, wait_s: float, error: HyclusterError) -> None:
         """Send a new request as soon as there is a replica; if there is none for so long, it ends with this error."""

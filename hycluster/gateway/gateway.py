@@ -293,7 +293,8 @@ class Gateway(AsyncLLM):
     async def _request_lost(self, request_id: str, error: HyclusterError) -> None:
         state = self.output_processor.request_states.get(request_id)
         if state is not None and state.queue is not None:
-            self.traffic.fail(type(error).__name__)
+            if not isinstance(error, InvalidInput):
+                self.traffic.fail(type(error).__name__)
             lost = LOST[type(error)](error.message)
             lost.retry_after_s = error.retry_after_s or lost.retry_after_s
             state.queue.put(lost)

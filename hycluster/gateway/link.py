@@ -18,7 +18,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from hycluster.core import ReplicaLoad
 from hycluster.engine.protocol import EngineInfo
-from hycluster.errors import Unavailable
+from hycluster.errors import InvalidInput, Unavailable
 from hycluster.gateway.bulk import EngineRoom
 from hycluster.gateway.connection import ReplicaConnection
 from hycluster.gateway.failover import Failover
@@ -205,6 +205,11 @@ class Link:
                 self.accepting = False
                 self.drop(flight)
                 failover.gave_back(flight, self.heard_s)
+                continue
+            if output.finish_reason is FinishReason.ERROR and isinstance(output.stop_reason, str):
+                # vLLM says so of no error: its engine knows what is wrong with the request itself.
+                self.drop(flight)
+                failover.refused(flight, InvalidInput(output.stop_reason))
                 continue
             output.request_id = flight.request_id
             heard.append(output)

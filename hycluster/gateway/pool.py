@@ -38,7 +38,8 @@ class PoolClient(ControlCalls):
         wait_s: how long a request whose replica was lost waits for another one.
         cold_start_wait_s: how long a new request waits for a replica where there is none; None: it is refused.
         failover: keep each request's tokens, so that it can go on elsewhere; without, one that has begun ends.
-        on_lost: told of each request that ends because its replica was lost: Unavailable, ReplicaLost, KillsReplicas.
+        on_lost: told of each request that ends because its replica was lost: Unavailable, ReplicaLost, KillsReplicas;
+            or because its engine knows what is wrong with it: InvalidInput.
 
     Attributes:
         gateway_id: random; tells this gateway's load from that of others.

@@ -41,4 +41,10 @@ class PoolKillsReplicas(KillsReplicas, GracefulHTTPError):  # type: ignore[misc]
         self.retry_after_s = None
 
 
-LOST = {ReplicaLost: PoolReplicaLost, Unavailable: PoolUnavailable, KillsReplicas: PoolKillsReplicas}
+# By what a pool tells of a request that has been taken.
+LOST = {
+    InvalidInput: PoolInvalidInput,
+    ReplicaLost: PoolReplicaLost,
+    Unavailable: PoolUnavailable,
+    KillsReplicas: PoolKillsReplicas,
+}

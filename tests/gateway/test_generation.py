@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
 from hycluster.core import Generation, GenerationRequest, ModelCard, Priority, Sampling
@@ -208,11 +209,27 @@ async def test_bad_input_is_named_and_costs_the_others_nothing(
         assert (await generator.generate(ask())).outputs[0].token_ids == predicted(PROMPT, 8, FAST)
 
 
-async def test_a_request_that_the_engine_fails(opened: Open) -> None:
+async def test_a_request_that_the_engine_fails(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise msgspec.ValidationError("not as it should be")
+
+    monkeypatch.setattr("hycluster.engine.simulated.messages.decode_request", fail)
     async with opened() as (generator, _):
-        # The engine has no logprobs and says so with an error.
         with pytest.raises(RequestFailed, match=r"the engine ended this request early \(error\)"):
-            await generator.generate(ask(sampling={"logprobs": 1}))
+            await generator.generate(ask())
+
+
+@pytest.mark.parametrize("n", [1, 3])
+async def test_a_request_that_the_engine_knows_to_be_wrong(opened: Open, n: int) -> None:
+    """Its end has a reason; all that is asked for with it is dropped, and nobody counts it as the engine's failure."""
+    async with opened() as (generator, simulated):
+        with pytest.raises(InvalidInput, match="a simulated engine has none"):
+            await generator.generate(ask(sampling={"logprobs": 1, "n": n, "temperature": 1.0}))
+        await asyncio.to_thread(eventually, lambda: simulated[0].requests == 0)
+        gateway, _ = generator._gateway("tiny")
+        assert gateway.traffic.failed == {}
+        assert gateway.engine_core.requests_in_flight == 0
+        assert (await generator.generate(ask())).outputs[0].token_ids == predicted(PROMPT, 8, FAST)
 
 
 async def test_a_request_that_finds_no_other_replica_is_told_so(opened: Open) -> None:

@@ -219,6 +219,15 @@ def test_a_form_is_kept_to_whichever_library_takes_it(ingress: httpx.Client) -> 
         assert re.fullmatch(kept, answer.json()["choices"][0]["text"])
 
 
+def test_a_grammar_that_only_the_engine_refuses_is_the_callers_fault(ingress: httpx.Client) -> None:
+    """Two rules that are nothing but each other: all that is tried out before takes them."""
+    asked = {"grammar": "root ::= a\na ::= b\nb ::= a"}
+    body = {"model": TINY, "prompt": "x", "max_tokens": 9, "structured_outputs": asked}
+    answer = ingress.post("/v1/completions", json=body)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["message"].startswith("structured_outputs: no engine can compile it: ")
+
+
 def test_a_list_of_prompts_counts_as_many(ingress: httpx.Client) -> None:
     body = {"model": SIMULATED, "prompt": ["x"] * 600, "n": 2, "max_tokens": 2}
     answer = ingress.post("/v1/completions", json=body)

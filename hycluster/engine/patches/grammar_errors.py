@@ -1,0 +1,47 @@
+"""Whose grammar an engine can't compile hears why.
+
+What: the output that ends such a request has the reason as its ``stop_reason``.
+Why: vLLM ends it as it ends one that the engine's own fault has lost, so its caller is told 503, and a service that
+repeats those repeats it for ever.
+Upstream: none filed.
+Version: vLLM 0.32.0. Applied by the engine, on its own scheduler. Watched by
+``tests/engine/patches/test_grammar_errors.py``.
+"""
+
+from __future__ import annotations
+
+from hycluster.engine.patches.pinned import pinned_to
+
+pinned_to("vllm", "0.32.0", __name__)
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from vllm.v1.engine import EngineCoreOutputs
+
+from hycluster.errors import one_line
+
+
+def patch_reasons(scheduler: Any) -> None:
+    """
+    Args:
+        scheduler: vLLM's, which compiles grammars beside its steps.
+    """
+    update: Callable[..., dict[int, EngineCoreOutputs]] = scheduler.update_from_output
+
+    @functools.wraps(update)
+    def update_from_output(*arguments: Any, **named: Any) -> dict[int, EngineCoreOutputs]:
+        reasons = {name: _reason(scheduler.requests.get(name)) for name in scheduler.grammar_compile_error_reqs}
+        outputs = update(*arguments, **named)
+        if reasons:
+            for output in (output for step in outputs.values() for output in step.outputs):
+                output.stop_reason = reasons.get(output.request_id, output.stop_reason)
+        return outputs
+
+    scheduler.update_from_output = update_from_output
+
+
+def _reason(request: Any) -> str | None:
+    asked = None if request is None else request.structured_output_request
+    return None if asked is None else f"structured_outputs: no engine can compile it: {one_line(asked.grammar, 300)}"
