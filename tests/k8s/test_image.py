@@ -201,8 +201,10 @@ for name in {names!r}:
 print("imported", hycluster.__file__)
 """
 # `hycluster k8s check` and the making of dashboards are for a platform's own machine, and have their packages from an
-# extra, hycluster[k8s].
-OTHERS = ("hycluster.__main__", "hycluster.k8s.schema", "hycluster.monitoring.dashboards")
+# extra, hycluster[k8s]. Alembic runs its script itself.
+OTHERS = (
+    "hycluster.__main__", "hycluster.access.migrations.env", "hycluster.k8s.schema", "hycluster.monitoring.dashboards",
+)  # fmt: skip
 # What a head, an ingress process and an engine import besides. The first is what Ray's dashboard refuses to start
 # without.
 PARTS = [
