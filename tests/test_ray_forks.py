@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -67,12 +64,12 @@ def test_a_fork_that_is_killed_is_gone() -> None:
 
     fork = worker(HYCLUSTER_LOG_LEVEL="INFO")
     assert forked(fork)
-    pid = ray.get(fork.itself.remote())["pid"]
-    assert "Worker" in Path(f"/proc/{pid}/cmdline").read_text()
-    os.kill(pid, signal.SIGKILL)
+    process = psutil.Process(ray.get(fork.itself.remote())["pid"])
+    assert "Worker" in " ".join(process.cmdline())
+    process.kill()
     with pytest.raises(ray.exceptions.ActorDiedError):
         ray.get(fork.itself.remote())
-    assert psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], 10)[1] == []
+    assert psutil.wait_procs([process], 10)[1] == []
 
 
 @pytest.mark.parametrize("variable", ["OMP_NUM_THREADS", "LD_PRELOAD"])

@@ -91,7 +91,8 @@ class StepRoom:
         least = LEAST_CHUNK_TOKENS
         if cost.prefill_token_s > 0:
             # A chunk that costs less than its row does is not worth the row.
-            least = max(1, min(least, math.ceil(cost.sequence_s / cost.prefill_token_s)))
+            # Rounded first: which last bit a fit ends with is up to the libraries and the machine.
+            least = max(1, min(least, math.ceil(round(cost.sequence_s / cost.prefill_token_s, 6))))
         return cls(
             bulk_s=bulk_s,
             sequences=max(GROWTH * cost.most_sequences, FIRST_SEQUENCES),
