@@ -161,7 +161,8 @@ async def test_what_gives_way(pressed: Pressed) -> None:
             load.ending.set()
             await asyncio.gather(*asking)
     # Its rows, each once, though its workers were killed.
-    assert out.decode().splitlines()[-1:] == ["sum 12"], errors.decode()
+    # Ray may say its own after it.
+    assert "sum 12" in out.decode().splitlines(), errors.decode()
     assert load.wrong == []
     assert min(load.outcomes[f"{way} right"] for way in ("HTTP", "gRPC")) > 20
     assert workers(served, *KEPT) == before
