@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+from cryptography import x509
 
 from hycluster.errors import SettingsError, one_line
+from hycluster.observe.ingresses import certificate_taken
+from hycluster.replica.sparing_log import SparingLog
 from hycluster.settings.access import Tls
 
 logger = logging.getLogger(__name__)
@@ -26,6 +29,11 @@ class _Pair:
     chain: bytes
     key: bytes
 
+    @property
+    def expires_at(self) -> float:
+        """The first certificate's end, which is the ingress' own."""
+        return x509.load_pem_x509_certificate(self.chain).not_valid_after_utc.timestamp()
+
 
 class Certificate:
     """What both ingresses show their callers. A pair of files that do not belong together, as while they are being
@@ -37,11 +45,14 @@ class Certificate:
 
     def __init__(self, settings: Tls) -> None:
         self._settings = settings
+        # It is tried again each second.
+        self._not_taken = SparingLog(logger, logging.WARNING)
         # Of the HTTP ingress. A pair that is loaded into it is that of all handshakes from then on.
         self.context = _context()
         try:
             self._pair = self._read()
             _load(self.context, self._pair)
+            certificate_taken(self._pair.expires_at)
         except (OSError, ValueError) as error:
             raise SettingsError(f"access.tls: {settings.certificate} with {settings.key}: {_said(error)}") from None
 
@@ -59,9 +70,10 @@ class Certificate:
             _load(_context(), found)
             _load(self.context, found)
             self._pair = found
+            certificate_taken(found.expires_at)
             logger.warning("access.tls: %s is taken from now on", self._settings.certificate)
         except (OSError, ValueError) as error:
-            logger.warning("access.tls: the files can't be taken, the ones before go on: %s", _said(error))
+            self._not_taken.write("access.tls: the files can't be taken, the ones before go on: %s", _said(error))
 
     def _read(self) -> _Pair:
         return _Pair(Path(self._settings.certificate).read_bytes(), Path(self._settings.key).read_bytes())

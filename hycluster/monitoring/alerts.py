@@ -3,8 +3,7 @@
 ``page``: callers are not served, or will not be soon. ``ticket``: look at it in working hours.
 
 All rules group by ``namespace`` too, which an operator's Prometheus adds, so that one Prometheus may watch several
-installations; elsewhere it is empty. There is no alert on a certificate's end, as no process here has one: callers' TLS
-ends before the ingress.
+installations; elsewhere it is empty.
 """
 
 from __future__ import annotations
@@ -185,6 +184,13 @@ def alerts(objectives: Objectives) -> list[Alert]:
             "10m",
             "ticket",
             "Batch {{ $labels.batch_job }} on {{ $labels.model }} will not be through by the end of its window.",
+        ),
+        Alert(
+            "HyclusterCertificateEnds",
+            "min by (namespace) (hycluster_certificate_expires_timestamp_seconds > 0) - time() < 14 * 86400",
+            "1h",
+            "ticket",
+            "The certificate of the ingresses ends in {{ $value | humanizeDuration }}.",
         ),
     ]
 

@@ -129,6 +129,10 @@ SERVING = DashboardSpec(
             ),
         ),
         PanelSpec(
+            "The certificate ends in", "Of the ingress process whose certificate ends first; 0 where there is none.", "s",
+            (Query("clamp_min(min(hycluster_certificate_expires_timestamp_seconds) - time(), 0)", "certificate"),),
+        ),
+        PanelSpec(
             "Prompt lengths", "Of requests that have ended.", "short", _quantiles("vllm:request_prompt_tokens"),
         ),
     ),

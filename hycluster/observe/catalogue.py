@@ -78,6 +78,12 @@ HTTP_REQUEST_BYTES = _family(
     "summary", "http_request_size_bytes", "Bodies of requests, as far as they were read.", ("handler", "ingress")
 )
 HTTP_RESPONSE_BYTES = _family("summary", "http_response_size_bytes", "Bodies of answers.", ("handler", "ingress"))
+CERTIFICATE_EXPIRES = _family(
+    "gauge",
+    "hycluster_certificate_expires_timestamp_seconds",
+    "When the certificate ends that both ingresses show their callers; 0 where they have none (`access.tls`).",
+    ("ingress",),
+)
 HTTP_RUNNING = _family("gauge", "http_requests_inprogress", "Requests over HTTP that are being answered.", ("ingress",))
 GRPC_CALLS = _family(
     "counter", "grpc_server_handled_total",

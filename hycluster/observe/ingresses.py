@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from prometheus_client import Counter, Gauge, Histogram, Summary
 
 from hycluster.observe.catalogue import (
+    CERTIFICATE_EXPIRES,
     GRPC_CALLS,
     GRPC_RUNNING,
     GRPC_SECONDS,
@@ -48,6 +49,12 @@ _http_running = Gauge(HTTP_RUNNING.name, HTTP_RUNNING.what)
 _grpc_calls = Counter(GRPC_CALLS.name, GRPC_CALLS.what, _own(GRPC_CALLS))
 _grpc_seconds = Histogram(GRPC_SECONDS.name, GRPC_SECONDS.what, _own(GRPC_SECONDS), buckets=BUCKETS_S)
 _grpc_running = Gauge(GRPC_RUNNING.name, GRPC_RUNNING.what)
+_certificate_expires = Gauge(CERTIFICATE_EXPIRES.name, CERTIFICATE_EXPIRES.what)
+
+
+def certificate_taken(expires_at: float) -> None:
+    """Callers are shown another certificate from now on; in seconds since the epoch."""
+    _certificate_expires.set(expires_at)
 
 
 def http_began() -> None:

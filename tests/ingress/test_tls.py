@@ -17,6 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from prometheus_client import REGISTRY
 from starlette.responses import JSONResponse
 
 from hycluster.client import AUTHORITIES_VARIABLE, AsyncClient
@@ -26,6 +27,7 @@ from hycluster.ingress.connection import protocol
 from hycluster.ingress.grpc import serve_grpc
 from hycluster.ingress.ports import bind
 from hycluster.ingress.tls import Certificate, open_certificate
+from hycluster.observe.ingresses import certificate_taken
 from hycluster.settings.access import Tls
 from hycluster.settings.ingress import Grpc, Http
 from tests.ingress.stand_in import MODEL, StandInGenerator
@@ -180,3 +182,19 @@ async def test_there_must_be_one_to_begin_with(settings: Tls, folder: Path) -> N
 def test_paths_are_the_same_for_every_process() -> None:
     with pytest.raises(ValueError, match="certificate"):
         Tls(certificate="cert.pem", key="/key.pem")
+
+
+def test_its_end_is_told(tmp_path: Path) -> None:
+    def told() -> float | None:
+        return REGISTRY.get_sample_value("hycluster_certificate_expires_timestamp_seconds")
+
+    write_pair(tmp_path, "one")
+    certificate = Certificate(Tls(certificate=f"{tmp_path}/cert.pem", key=f"{tmp_path}/key.pem"))
+    try:
+        assert told() == pytest.approx(dt.datetime.now(dt.UTC).timestamp() + 86400, abs=300)
+        before = told()
+        (tmp_path / "cert.pem").write_text("no certificate")
+        certificate.look()
+        assert told() == before
+    finally:
+        certificate_taken(0)

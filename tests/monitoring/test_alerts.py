@@ -157,6 +157,15 @@ CASES: dict[str, Case] = {
         [of_model("hycluster_requests_without_replica", "3x10 0x20", ',ingress="i"')],
         "25m",
     ),
+    "HyclusterCertificateEnds": Case(
+        # The thirteenth day after the beginning, and the thirtieth; none at all.
+        [("hycluster_certificate_expires_timestamp_seconds{ingress=\"i\"}", f"{13 * 86400}x150"),
+         ("hycluster_certificate_expires_timestamp_seconds{ingress=\"j\"}", f"{30 * 86400}x150")],
+        [("hycluster_certificate_expires_timestamp_seconds{ingress=\"i\"}", f"{30 * 86400}x150"),
+         ("hycluster_certificate_expires_timestamp_seconds{ingress=\"j\"}", "0x150")],
+        "2h",
+        labels={},
+    ),
     "HyclusterBatchLate": Case(
         [of_model("hycluster_job_late_deadline_timestamp_seconds", "1700000000x30", ',batch_job="b"')],
         # It has caught up.

@@ -23,6 +23,7 @@ from hycluster.core import GenerationRequest, Priority, Sampling
 from hycluster.directory.autoscaling import Scaling
 from hycluster.errors import Overloaded, Unavailable
 from hycluster.monitoring.alerts import BURN_RATES, alerts
+from hycluster.observe.ingresses import certificate_taken
 from hycluster.settings.ingress import Http
 from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
@@ -61,7 +62,7 @@ FIRES = {
     "broken": {"HyclusterServerErrors"},
     "behind": {"HyclusterBatchLate"},
 }
-SILENT = "HyclusterSilent"
+SILENT, ENDING = "HyclusterSilent", "HyclusterCertificateEnds"
 
 
 class Cluster:
@@ -246,6 +247,8 @@ async def opened(source: Path) -> AsyncIterator[tuple[str, Callable[[], Coroutin
 
     async with contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as others:
         cluster = Cluster(source, stack, others)
+        certificate_taken(time.time() + 86400)
+        stack.callback(certificate_taken, 0)
         for fault in (calm, dead, late, short, dying, hung, asleep, full, crowded, broken, behind):
             await fault(cluster)
         # Which shows what this process has, whatever models it serves itself.
@@ -268,11 +271,11 @@ async def opened(source: Path) -> AsyncIterator[tuple[str, Callable[[], Coroutin
 
 
 async def test_each_fires_by_its_fault_and_by_no_other(tiny_model: Path, tmp_path: Path) -> None:
-    assert set().union(*FIRES.values(), {SILENT}) == {alert.name for alert in alerts(OBJECTIVES)}
+    assert set().union(*FIRES.values(), {SILENT, ENDING}) == {alert.name for alert in alerts(OBJECTIVES)}
     rules = hastened(OBJECTIVES, windows=WINDOWS, waits=WAITS)
     async with opened(tiny_model) as (target, close):
         with prometheus([target], tmp_path, rules, SCRAPES_EVERY_S) as running:
-            wanted = {(name, model) for model, names in FIRES.items() for name in names}
+            wanted = {(name, model) for model, names in FIRES.items() for name in names} | {(ENDING, "")}
             await fires(running, wanted)
             await close()
             # What looks back furthest goes on to fire.
