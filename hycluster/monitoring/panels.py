@@ -129,7 +129,7 @@ SERVING = DashboardSpec(
             ),
         ),
         PanelSpec(
-            "The certificate ends in", "Of the ingress process whose certificate ends first; 0 where there is none.", "s",
+            "The certificate ends in", "Of the ingress process where that is first; 0 where there is none.", "s",
             (Query("clamp_min(min(hycluster_certificate_expires_timestamp_seconds) - time(), 0)", "certificate"),),
         ),
         PanelSpec(
