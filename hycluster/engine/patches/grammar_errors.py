@@ -20,7 +20,8 @@ from typing import Any
 
 from vllm.v1.engine import EngineCoreOutputs
 
-from hycluster.errors import one_line
+# Libraries show what they were given.
+MOST_SAID = 300
 
 
 def patch_reasons(scheduler: Any) -> None:
@@ -44,4 +45,6 @@ def patch_reasons(scheduler: Any) -> None:
 
 def _reason(request: Any) -> str | None:
     asked = None if request is None else request.structured_output_request
-    return None if asked is None else f"structured_outputs: no engine can compile it: {one_line(asked.grammar, 300)}"
+    if asked is None:
+        return None
+    return f"structured_outputs: no engine can compile it: {' '.join(str(asked.grammar).split())[:MOST_SAID]}"
