@@ -82,7 +82,14 @@ class Keyring:
         return caller
 
     def is_archived(self, caller: Caller) -> bool:
-        return caller.owner in self._seen.keys.archived
+        """
+        Raises:
+            Unavailable: that can't be told: the database has been away for too long, or since the beginning.
+        """
+        seen = self._seen
+        if self._clock() - seen.at_s > max(AWAY_AFTER_S, self._settings.grace_s):
+            raise Unavailable("token: can't be checked now, the database of projects is away", retry_after_s=1)
+        return caller.owner in seen.keys.archived
 
     def look(self) -> None:
         """Take in what has changed. Never raises: what is known goes on for a while."""

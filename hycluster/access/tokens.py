@@ -30,6 +30,7 @@ FETCH_TIMEOUT_S = 5.0
 MAX_KEYS_BYTES = 1 << 20
 # In a token's scopes: a model that it may use.
 MODEL = "model:"
+ALL_MODELS = f"{MODEL}*"
 MAX_SUBJECT = 200
 _REQUIRED = ["exp", "iss", "aud", "sub"]
 # What somebody else's text can make of the parsers below: none of it is a token.
@@ -96,10 +97,16 @@ class _Issuer:
                 raise jwt.InvalidTokenError(f"the claim {name!r} is no name")
         said = claims.get(settings.scopes_claim, ())
         scopes = [str(each) for each in (said.split() if isinstance(said, str) else said)]
-        models = frozenset(scope.removeprefix(MODEL) for scope in scopes if scope.startswith(MODEL))
+        models = (
+            None
+            if ALL_MODELS in scopes
+            else frozenset(scope.removeprefix(MODEL) for scope in scopes if scope.startswith(MODEL))
+        )
+        if settings.tenants is not None and tenant not in settings.tenants:
+            raise jwt.InvalidTokenError(f"its issuer may not speak for the tenant {tenant!r}")
         subject = str(claims["sub"])[:MAX_SUBJECT]
         allowed = frozenset(scopes) & frozenset(SCOPES)
-        return Caller(tenant, project, subject, models or None, allowed, float(claims["exp"]))
+        return Caller(tenant, project, subject, models, allowed, float(claims["exp"]))
 
 
 class _PublishedKeys:
@@ -118,12 +125,15 @@ class _PublishedKeys:
             Unauthenticated: the issuer has no such key.
             Unavailable: that can't be told.
         """
-        if not self._has(key_id):
+        # One that is known but old goes on while somebody has them fetched.
+        if not self._has(key_id) and not (self._fetching.locked() and self._lasts(key_id)):
             async with self._fetching:
-                # Whoever waited may have had it fetched.
+                # Whoever waited may have had it fetched, or have waited for that in vain.
                 if not self._has(key_id) and self._clock() - self._tried_s >= FETCH_AGAIN_AFTER_S:
-                    self._tried_s = self._clock()
-                    await self._fetch()
+                    try:
+                        await self._fetch()
+                    finally:
+                        self._tried_s = self._clock()
         known_for_s = self._clock() - self._fetched_s
         if known_for_s > self._settings.keys_last_s:
             raise Unavailable("token: can't be checked now, its issuer's keys can't be had", retry_after_s=5)
@@ -134,6 +144,10 @@ class _PublishedKeys:
     def _has(self, key_id: Any) -> bool:
         fresh = self._clock() - self._fetched_s < self._settings.keys_refresh_s
         return fresh and isinstance(key_id, str) and key_id in self._keys
+
+    def _lasts(self, key_id: Any) -> bool:
+        known = isinstance(key_id, str) and key_id in self._keys
+        return known and self._clock() - self._fetched_s <= self._settings.keys_last_s
 
     async def _fetch(self) -> None:
         url = self._settings.jwks_url

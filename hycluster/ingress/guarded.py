@@ -13,14 +13,15 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hycluster.access.caller import calling, check_scope
+from hycluster.access.caller import Caller, calling, check_scope
 from hycluster.access.guard import Guard, bearer
 from hycluster.errors import HyclusterError, Unauthenticated
 from hycluster.ingress.errors import answer_error
 from hycluster.ingress.metrics import PAGE
 
-# For probes, which have no key.
-OPEN = frozenset({"/health", "/ping"})
+# For probes, which have no key, send nothing, and hear of no model.
+OPEN, PROBES = frozenset({"/health", "/ping"}), frozenset({"GET", "HEAD"})
+NOBODY = Caller("", "", "", models=frozenset())
 # Paths of OpenAI's, Anthropic's and vLLM's APIs that ask a model, or tell what there is.
 FOR_ALL = frozenset(
     {
@@ -44,8 +45,9 @@ class Guarded:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path: str = scope.get("path", "")
-        if scope["type"] == "http" and path in OPEN:
-            await self._app(scope, receive, send)
+        if scope["type"] == "http" and path in OPEN and scope["method"] in PROBES:
+            with calling(NOBODY):
+                await self._app(scope, receive, send)
             return
         try:
             if scope["type"] != "http":

@@ -25,7 +25,9 @@ LOOK_EVERY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Pair:
+class Pair:
+    """A certificate with those that vouch for it, and its key, as their files had them."""
+
     chain: bytes
     key: bytes
 
@@ -60,23 +62,28 @@ class Certificate:
         """Of the gRPC ingress; asks for the pair at each handshake."""
         return grpc.dynamic_ssl_server_credentials(self._grpc_pair(), self._grpc_pair)
 
-    def look(self) -> None:
-        """Take the files if they have changed. Never raises."""
+    def look(self) -> Pair | None:
+        """What is in the files, if that has changed and is a pair. Never raises."""
         try:
             found = self._read()
             if found == self._pair:
-                return
-            # Loaded in halves, it would leave no pair at all.
+                return None
             _load(_context(), found)
-            _load(self.context, found)
-            self._pair = found
             certificate_taken(found.expires_at)
-            logger.warning("access.tls: %s is taken from now on", self._settings.certificate)
         except (OSError, ValueError) as error:
             self._not_taken.write("access.tls: the files can't be taken, the ones before go on: %s", _said(error))
+            return None
+        return found
 
-    def _read(self) -> _Pair:
-        return _Pair(Path(self._settings.certificate).read_bytes(), Path(self._settings.key).read_bytes())
+    def take(self, pair: Pair) -> None:
+        """Show it from now on. In the event loop: between its two halves a handshake of another thread's would find
+        none."""
+        _load(self.context, pair)
+        self._pair = pair
+        logger.warning("access.tls: %s is taken from now on", self._settings.certificate)
+
+    def _read(self) -> Pair:
+        return Pair(Path(self._settings.certificate).read_bytes(), Path(self._settings.key).read_bytes())
 
     def _grpc_pair(self) -> grpc.ServerCertificateConfiguration:
         return grpc.ssl_server_certificate_configuration([(self._pair.key, self._pair.chain)])
@@ -97,7 +104,8 @@ async def open_certificate(settings: Tls | None) -> AsyncIterator[Certificate | 
     async def follow() -> None:
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
-            await asyncio.to_thread(certificate.look)
+            if (pair := await asyncio.to_thread(certificate.look)) is not None:
+                certificate.take(pair)
 
     following = asyncio.create_task(follow())
     try:
@@ -113,7 +121,7 @@ def _context() -> ssl.SSLContext:
     return context
 
 
-def _load(context: ssl.SSLContext, pair: _Pair) -> None:
+def _load(context: ssl.SSLContext, pair: Pair) -> None:
     """Both as they were read at one moment; OpenSSL reads files alone."""
     with tempfile.TemporaryDirectory(prefix="hycluster-tls") as folder:
         chain, key = Path(folder) / "chain", Path(folder) / "key"

@@ -27,7 +27,9 @@ class Oidc(Strict):
         tenant_claim: of a token's claims the one with the tenant's name.
         project_claim: that with the project's.
         scopes_claim: that with the scopes, in a text with spaces or in a list: ``batch``, ``admin``, and ``model:NAME``
-            for each model if it may not use all.
+            for each model that it may use, or ``model:*`` for all.
+        tenants: those that its tokens may be of; null is any. With several issuers, or with ``keys`` too, say it:
+            whoever issues a token for a tenant is that tenant.
         keys_refresh_s: how old its keys get before they are fetched anew; one that is not known is fetched at once.
         keys_last_s: how old its keys may be while they can't be fetched; after that its tokens are answered 503.
     """
@@ -39,6 +41,7 @@ class Oidc(Strict):
     tenant_claim: str = Field(default="tenant", min_length=1)
     project_claim: str = Field(default="project", min_length=1)
     scopes_claim: str = Field(default="scope", min_length=1)
+    tenants: tuple[str, ...] | None = None
     keys_refresh_s: float = Field(default=300, gt=0)
     keys_last_s: float = Field(default=3600, gt=0)
 
@@ -92,6 +95,10 @@ class Access(Strict):
     def _open_or_not(self) -> Access:
         if self.open and self.asks:
             raise ValueError("open: true is not allowed with 'keys' or 'oidc'; it says that nobody is asked")
+        issuers = [each.issuer for each in self.oidc]
+        for issuer in issuers:
+            if issuers.count(issuer) > 1:
+                raise ValueError(f"oidc: the issuer {shown(issuer)} is not allowed twice; it has one audience")
         return self
 
     @property

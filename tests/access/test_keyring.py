@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from hycluster.access.api_key import digest, new_key
+from hycluster.access.caller import Caller
 from hycluster.access.database import open_database
 from hycluster.access.keyring import AWAY_AFTER_S, Keyring
 from hycluster.access.store import KeyStore, Project
@@ -173,5 +174,8 @@ def test_without_a_database_nobody_is_let_in_and_it_is_made_when_it_can_be(tmp_p
         with pytest.raises(Unavailable) as error:
             ring.caller(new_key())
         assert error.value.retry_after_s == 1
+        # Nor whoever has a token: nobody can tell whether his project is archived.
+        with pytest.raises(Unavailable):
+            ring.is_archived(Caller("acme", "search", "alice"))
         folder.mkdir()
         until(lambda: answered(ring, new_key()) == "Unauthenticated")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
+from unittest import mock
 
 import jwt
 import pytest
@@ -22,7 +24,7 @@ from hycluster.access.caller import Caller
 from hycluster.access.guard import Guard
 from hycluster.access.tokens import FETCH_AGAIN_AFTER_S, Tokens
 from hycluster.errors import HyclusterError, Unauthenticated, Unavailable
-from hycluster.settings.access import Oidc
+from hycluster.settings.access import Access, Oidc
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -113,11 +115,14 @@ async def answered(guard: Guard, credential: str) -> Caller | type[HyclusterErro
 
 async def test_who_it_is(guard: Guard, provider: Provider) -> None:
     ends_at = int(time.time()) + 600
-    assert await guard.caller(token(exp=ends_at)) == Caller("acme", "search", "alice", None, frozenset(), ends_at)
+    assert await guard.caller(token(exp=ends_at)) == Caller(
+        "acme", "search", "alice", frozenset(), frozenset(), ends_at
+    )
     asked = token(EC, "ES256", "curve", scope="openid batch model:a model:b root", aud=["x", AUDIENCE])
     caller = await guard.caller(asked)
     assert (caller.models, caller.scopes) == (frozenset({"a", "b"}), frozenset({"batch"}))
-    assert (await guard.caller(token(scope=["admin"]))).scopes == {"admin"}
+    caller = await guard.caller(token(scope=["admin", "model:*", "model:a"]))
+    assert (caller.models, caller.scopes) == (None, {"admin"})
     assert provider.asked == 1
 
 
@@ -215,6 +220,41 @@ async def test_its_keys_can_not_be_had(guard: Guard, provider: Provider, clock: 
     assert isinstance(await answered(guard, token()), Caller)
     clock.now_s += 1000
     assert await answered(guard, token()) is Unavailable
+
+
+async def test_who_is_known_waits_for_no_provider_that_hangs(provider: Provider, clock: Clock) -> None:
+    asked, hangs = asyncio.Event(), asyncio.Event()
+    settings = Oidc(issuer=ISSUER, audience=AUDIENCE, jwks_url=provider.url, keys_refresh_s=300, keys_last_s=3600)
+    tokens = Tokens([settings], clock)
+    guard = Guard(None, tokens)
+    assert isinstance(await answered(guard, token()), Caller)
+    clock.now_s += 301
+
+    async def hang() -> None:
+        asked.set()
+        await hangs.wait()
+        clock.now_s += 5
+
+    with mock.patch.object(tokens._issuers[ISSUER]._keys, "_fetch", side_effect=hang) as fetch:
+        first = asyncio.create_task(answered(guard, token()))
+        await asked.wait()
+        # Whoever comes meanwhile is let in by what is known; unknown keys wait, and it is asked once for all of them.
+        assert isinstance(await answered(guard, token()), Caller)
+        unknown = [asyncio.create_task(answered(guard, token(OTHER, kid="two"))) for _ in range(8)]
+        await asyncio.sleep(0)
+        hangs.set()
+        assert isinstance(await first, Caller)
+        assert await asyncio.gather(*unknown) == [Unauthenticated] * 8
+        assert fetch.call_count == 1
+
+
+async def test_an_issuer_speaks_for_its_tenants(provider: Provider, clock: Clock) -> None:
+    settings = Oidc(issuer=ISSUER, audience=AUDIENCE, jwks_url=provider.url, tenants=("acme",))
+    guard = Guard(None, Tokens([settings], clock))
+    assert isinstance(await answered(guard, token()), Caller)
+    assert await answered(guard, token(tenant="other")) is Unauthenticated
+    with pytest.raises(ValueError, match="not allowed twice"):
+        Access(oidc=(settings, settings))
 
 
 async def test_a_secret_that_is_published_is_no_key(guard: Guard, provider: Provider) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import importlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from hycluster.access.api_key import digest, new_key
 from hycluster.access.caller import current_caller
 from hycluster.ingress.dispatch import ModelDispatch
 from hycluster.ingress.forms import in_form
-from hycluster.ingress.guarded import Guarded
+from hycluster.ingress.guarded import OPEN, PROBES, Guarded
 from tests.access.keyed import Keyed, keyed
 
 pytestmark = pytest.mark.timeout(60)
@@ -86,6 +86,24 @@ def by_openai(app: ASGIApp) -> Callable[[str], openai.AsyncOpenAI]:
 
 def bearing(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
+
+
+async def test_probes_send_nothing_and_hear_of_no_model(http: httpx.AsyncClient) -> None:
+    sent = 0
+
+    async def body() -> AsyncIterator[bytes]:
+        nonlocal sent
+        for _ in range(100):
+            sent += 1
+            yield b"{"
+
+    for path in ("/health", "/ping"):
+        assert (await http.get(path)).status_code == 200
+        answer = await http.post(path, content=body())
+        assert answer.status_code == 401
+        assert sent == 0
+        for asked in (await http.get(f"{path}?model=z"), await http.post(f"{path}?model=z")):
+            assert not any(f"'{name}'" in asked.text for name in "abc"), asked.text
 
 
 async def test_openais_client(keys: Keyed, by_openai: Callable[[str], openai.AsyncOpenAI]) -> None:
@@ -198,6 +216,8 @@ async def test_who_may_what(
     answers += [
         await http.request(method, path, headers=bearing(keys.key(*scopes))) for scopes in ((), ("batch",), ("admin",))
     ]
+    if path in OPEN and method not in PROBES:
+        status = (401, 403, 403, 200)
     assert tuple(answer.status_code for answer in answers) == status
     for answer in answers:
         assert answer.headers["x-request-id"]

@@ -154,17 +154,17 @@ async def test_halves_are_not_taken(settings: Tls, folder: Path) -> None:
         for name, content in (("key.pem", b"half"), ("cert.pem", b"")):
             kept = (folder / name).read_bytes()
             (folder / name).write_bytes(content)
-            certificate.look()
+            assert certificate.look() is None
             assert await by_http(url, first)
             (folder / name).unlink()
-            certificate.look()
+            assert certificate.look() is None
             assert await by_http(url, first)
             (folder / name).write_bytes(kept)
         other = folder / "other"
         other.mkdir()
         write_pair(other, "other")
         (folder / "key.pem").write_bytes((other / "key.pem").read_bytes())
-        certificate.look()
+        assert certificate.look() is None
         assert await by_http(url, first)
 
 
@@ -194,7 +194,7 @@ def test_its_end_is_told(tmp_path: Path) -> None:
         assert told() == pytest.approx(dt.datetime.now(dt.UTC).timestamp() + 86400, abs=300)
         before = told()
         (tmp_path / "cert.pem").write_text("no certificate")
-        certificate.look()
+        assert certificate.look() is None
         assert told() == before
     finally:
         certificate_taken(0)
