@@ -606,7 +606,7 @@ async def test_calls_left_after_the_grace_end_as_unavailable(
     await stand_in.until_busy()
     began = time.monotonic()
     await ingress.stop(0.2)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 60, "they would have taken 500 s"
     assert stand_in.running == 0
     code, message, _ = await failure(drained(call) if method == "GenerateStream" else call)
     assert (code, "shut down" in message) == (grpc.StatusCode.UNAVAILABLE, True)

@@ -36,14 +36,15 @@ def replica_processes(served: Served, model: str) -> list[psutil.Process]:
     return [p for p in below if p.name() != "" and f"replica-{model}" in " ".join(p.cmdline())]
 
 
-def pid_of(model: str, replica_id: str) -> int:
-    """Of the process that has a replica."""
-    (address,) = {each.address for each in replicas(model) if each.address.replica_id == replica_id}
-    port = int(address.requests.rpartition(":")[2])
-    listening = (c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN)
-    (pid,) = {each.pid for each in listening if tuple(each.laddr)[1:] == (port,)}
-    assert pid is not None
-    return pid
+def pids(model: str) -> dict[str, int]:
+    """Of the processes that have replicas, by the replicas' ids."""
+    listening = {
+        tuple(each.laddr)[1]: each.pid for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN
+    }
+    found = {
+        each.address.replica_id: listening[int(each.address.requests.rpartition(":")[2])] for each in replicas(model)
+    }
+    return {replica: pid for replica, pid in found.items() if pid is not None}
 
 
 async def over_http(caller: httpx.AsyncClient, model: str, prompt: str, tokens: int, kind: dict[str, Any]) -> Any:
@@ -125,18 +126,14 @@ class Traced:
             await asyncio.sleep(0.02)
             self._held_up_s += time.monotonic() - begun_s - 0.02
 
-    async def replica(self) -> str:
-        """One that decodes one of them."""
+    async def replica(self) -> str | None:
+        """One that decodes one of them; None if none does yet."""
         for name in self._ids:
-            told = await self._timeline(name)
-            routed = [event["attributes"]["replica"] for event in told["events"] if event["name"] == "routed"]
-            if any(event["name"] == "first_token" for event in told["events"]):
+            events = (await self._timeline(name))["events"]
+            routed = [event["attributes"]["replica"] for event in events if event["name"] == "routed"]
+            if any(event["name"] == "first_token" for event in events):
                 return str(routed[-1])
-        raise AssertionError("none of them has begun")
-
-    async def begun(self) -> bool:
-        told = [await self._timeline(name) for name in self._ids]
-        return all(any(event["name"] == "first_token" for event in each["events"]) for each in told)
+        return None
 
     async def _timeline(self, name: str) -> dict[str, Any]:
         answer = await self._http.get(f"/hycluster/requests/{name}")
@@ -182,14 +179,14 @@ async def test_streams_of_a_killed_replica_go_on(served: Served, model: str, tok
     await whole(served, model)
     async with callers(served) as (http, grpc):
         expected = await ask_all(http, grpc, model, tokens)
+        processes = await asyncio.to_thread(pids, model)
         asking = asyncio.create_task(ask_all(http, grpc, model, tokens))
         traced = Traced(http, model, tokens)
         async with asyncio.timeout(120):
-            while not await traced.begun():  # noqa: ASYNC110 - from outside
-                await asyncio.sleep(0.2)
-        killed = await asyncio.to_thread(pid_of, model, await traced.replica())
+            while (replica := await traced.replica()) is None:  # noqa: ASYNC110 - from outside
+                await asyncio.sleep(0.05)
         assert not asking.done()
-        os.kill(killed, signal.SIGKILL)
+        os.kill(processes[replica], signal.SIGKILL)
         assert await asking == expected
         await traced.look(collector)
         assert (await http.get("/health")).status_code == 200
