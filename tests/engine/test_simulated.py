@@ -108,11 +108,12 @@ def test_unreadable_and_impossible_requests_are_answered(start: Start) -> None:
     engine.add(0, [b"\xc1"])
     engine.add(0, [msgspec.msgpack.encode(["half", "not ids"])])
     engine.add(1, frames("logprobs", logprobs=1))
-    for client, name in ((0, "half"), (1, "logprobs")):
+    # What is the request's own fault is said.
+    for client, name, reason in ((0, "half", None), (1, "logprobs", "logprobs: a simulated engine has none")):
         got_client, message = receive(engine)
         assert got_client == client
         assert message.outputs == [
-            EngineCoreOutput(request_id=name, new_token_ids=[], finish_reason=FinishReason.ERROR)
+            EngineCoreOutput(request_id=name, new_token_ids=[], finish_reason=FinishReason.ERROR, stop_reason=reason)
         ]
     engine.add(0, frames("good", max_tokens=1))
     assert (0, "good") in finish(engine, 1)
