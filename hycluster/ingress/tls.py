@@ -69,18 +69,25 @@ class Certificate:
             if found == self._pair:
                 return None
             _load(_context(), found)
-            certificate_taken(found.expires_at)
         except (OSError, ValueError) as error:
-            self._not_taken.write("access.tls: the files can't be taken, the ones before go on: %s", _said(error))
+            self._refuse(error)
             return None
         return found
 
     def take(self, pair: Pair) -> None:
         """Show it from now on. In the event loop: between its two halves a handshake of another thread's would find
-        none."""
-        _load(self.context, pair)
+        none. Never raises."""
+        try:
+            _load(self.context, pair)
+            certificate_taken(pair.expires_at)
+        except (OSError, ValueError) as error:
+            self._refuse(error)
+            return
         self._pair = pair
         logger.warning("access.tls: %s is taken from now on", self._settings.certificate)
+
+    def _refuse(self, error: Exception) -> None:
+        self._not_taken.write("access.tls: the files can't be taken, the ones before go on: %s", _said(error))
 
     def _read(self) -> Pair:
         return Pair(Path(self._settings.certificate).read_bytes(), Path(self._settings.key).read_bytes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import errno
 import ipaddress
 import ssl
 from collections.abc import AsyncIterator
@@ -182,6 +183,32 @@ async def test_there_must_be_one_to_begin_with(settings: Tls, folder: Path) -> N
 def test_paths_are_the_same_for_every_process() -> None:
     with pytest.raises(ValueError, match="certificate"):
         Tls(certificate="cert.pem", key="/key.pem")
+
+
+async def test_one_that_can_not_be_taken_now_is_taken_later(
+    settings: Tls, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full when it is, say."""
+    monkeypatch.setattr(tls, "LOOK_EVERY_S", 0.02)
+    load, failed = tls._load, 0
+    async with open_certificate(settings) as certificate:
+        assert certificate is not None
+
+        def full(context: ssl.SSLContext, pair: tls.Pair) -> None:
+            nonlocal failed
+            if context is certificate.context and not failed:
+                failed += 1
+                raise OSError(errno.ENOSPC, "No space left on device")
+            load(context, pair)
+
+        monkeypatch.setattr(tls, "_load", full)
+        write_pair(folder, "second")
+        second = folder / "cert.pem"
+        async with http_server(certificate) as url:
+            async with asyncio.timeout(30):
+                while not await by_http(url, second):
+                    pass
+    assert failed == 1
 
 
 def test_its_end_is_told(tmp_path: Path) -> None:
