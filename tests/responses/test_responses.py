@@ -108,7 +108,7 @@ async def second(opened: Open) -> IngressInProcess:
     return opened()
 
 
-async def until(condition: Callable[[], Any], timeout_s: float = 5) -> None:
+async def until(condition: Callable[[], Any], timeout_s: float = 30) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 - what is waited for has no event
             await asyncio.sleep(0.01)
