@@ -16,7 +16,6 @@ import typer
 from typer.core import TyperGroup
 
 from hycluster import __version__, aside
-from hycluster.access.cli import keys_app, projects_app
 from hycluster.batch import cli as batch
 from hycluster.batch.job import Job
 from hycluster.chaos.cli import chaos
@@ -36,6 +35,8 @@ from hycluster.settings.settings import Settings
 from hycluster.simulate.cli import simulate
 from hycluster.submit.cli import cancel, jobs, logs, show_submitted, submit
 from hycluster.summarize.cli import summarize
+from hycluster.tenants.keys import keys_app
+from hycluster.tenants.projects import projects_app
 from hycluster.terminal import INTERRUPTED_EXIT, PrintableFormatter, echo
 from hycluster.top import AddressOption, status, top
 from hycluster.why import why
@@ -164,10 +165,12 @@ def serve(
         check_port(settings.http.host, settings.http.port, "http.port")
         check_port(settings.grpc.host, settings.grpc.port, "grpc.port")
 
-    if settings.access.keys:
-        from hycluster.access.database import bring_up_to_date, open_database
+    database: str | None = None
+    if settings.auth.enabled and settings.auth.keys:
+        from hycluster.auth.database import bring_up_to_date, database_url, open_database
 
-        if bring_up_to_date(open_database(settings.access)):
+        database = database_url(settings.auth)
+        if bring_up_to_date(open_database(settings.auth)):
             say("the database of keys is now of this version")
 
     import ray
@@ -180,7 +183,7 @@ def serve(
     started_ray = cluster.start()
     say(f"logs in {log_files.folder()}")
     say(f"{'started' if started_ray else 'joined'} Ray after {time.monotonic() - begun:.1f} s")
-    running.remember_models([model.name for model in settings.models])
+    running.remember_service([model.name for model in settings.models], database)
 
     asked_by: list[int] = []
 

@@ -26,8 +26,8 @@ import ray
 from starlette.types import ASGIApp
 
 from hycluster import logs
-from hycluster.access.caller import calling
-from hycluster.access.guard import Guard, open_guard
+from hycluster.auth.caller import calling
+from hycluster.auth.guard import Guard, open_guard
 from hycluster.directory.directory import FORGET_AFTER_S, IngressReport, Overview, Survey, open_directory
 from hycluster.errors import HyclusterError, SettingsError, Unavailable, start_failure
 from hycluster.imports import without_collector
@@ -144,8 +144,8 @@ class IngressProcess:
             stack.push_async_callback(asyncio.to_thread, export.close)
             log_requests(recorder, self._settings.logs)
             stack.push_async_callback(self._state.close)
-            guard = await stack.enter_async_context(open_guard(self._settings.access))
-            certificate = await stack.enter_async_context(open_certificate(self._settings.access.tls))
+            guard = await stack.enter_async_context(open_guard(self._settings.auth))
+            certificate = await stack.enter_async_context(open_certificate(self._settings.auth.tls))
             starting: StartingIngress | None = None
             # Where ingress processes share their ports, callers would come to one that can't serve in place of one that
             # can. A port in use is that of a predecessor; if it is somebody else's, opening it in the end says so.

@@ -20,7 +20,7 @@ import pyarrow as pa
 from starlette.types import ASGIApp
 
 from hycluster import errors
-from hycluster.access.caller import calling, recorded
+from hycluster.auth.caller import calling, recorded
 from hycluster.batch.ask import FIRST_BACKOFF_S, Asker
 from hycluster.batch.prompts import Row
 from hycluster.batch.task import Answer

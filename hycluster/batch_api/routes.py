@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hycluster.access.caller import caller_now
+from hycluster.auth.caller import caller_now
 from hycluster.batch_api.records import FINAL, Batch, ExpiresAfter, NewBatch, StoredFile, batch_object, new_record_id
 from hycluster.batch_api.store import Store
 from hycluster.errors import HyclusterError, InvalidInput, NotFound

@@ -26,7 +26,7 @@ from typing import BinaryIO, TypeVar
 
 import pyarrow.fs as pafs
 
-from hycluster.access.caller import Recorded, caller_now, is_own
+from hycluster.auth.caller import Recorded, caller_now, is_own
 from hycluster.batch_api.records import BATCH_ID, FILE_ID, Batch, Record, State, StoredFile, new_record_id
 from hycluster.errors import InvalidInput, NotFound, shown
 from hycluster.settings.ingress import Batches

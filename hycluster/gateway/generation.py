@@ -24,8 +24,8 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.tokenizers import TokenizerLike
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from hycluster.access.caller import usable
 from hycluster.adapters import check_name
+from hycluster.auth.caller import usable
 from hycluster.core import Generation, GenerationRequest, ModelCard, Priority, PromptFields, Sampling
 from hycluster.directory.directory import find_directory
 from hycluster.errors import (

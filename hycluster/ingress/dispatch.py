@@ -9,7 +9,7 @@ from urllib.parse import parse_qs
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hycluster.access.caller import check_model, current_caller, usable
+from hycluster.auth.caller import check_model, current_caller, usable
 from hycluster.errors import InvalidInput, UnknownModel
 from hycluster.ingress.errors import answer_error
 from hycluster.ingress.metrics import MODEL_KEY

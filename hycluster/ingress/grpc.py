@@ -23,8 +23,8 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
-from hycluster.access.caller import check_model, check_scope, current_caller, usable
-from hycluster.access.guard import Guard
+from hycluster.auth.caller import check_model, check_scope, current_caller, usable
+from hycluster.auth.guard import Guard
 from hycluster.core import Generation, GenerationRequest, ModelCard, PromptFields
 from hycluster.errors import DeadlineExceeded, HyclusterError, PromptTooLong, SettingsError, Unavailable, UnknownModel
 from hycluster.ingress import translate

@@ -13,19 +13,19 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hycluster.access.caller import Caller, calling, check_scope
-from hycluster.access.guard import Guard, bearer
+from hycluster.auth.caller import Caller, calling, check_scope
+from hycluster.auth.guard import Guard, bearer
 from hycluster.errors import HyclusterError, Unauthenticated
 from hycluster.ingress.errors import answer_error
 from hycluster.ingress.metrics import PAGE
 
 # For probes, which have no key, send nothing, and hear of no model.
-OPEN, PROBES = frozenset({"/health", "/ping"}), frozenset({"GET", "HEAD"})
+OPEN, PROBES = frozenset({"/health"}), frozenset({"GET", "HEAD"})
 NOBODY = Caller("", "", "", models=frozenset())
 # Paths of OpenAI's, Anthropic's and vLLM's APIs that ask a model, or tell what there is.
 FOR_ALL = frozenset(
     {
-        "/version", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/v1/models", "/v1/chat/completions",
+        "/ping", "/version", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/v1/models", "/v1/chat/completions",
         "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens", "/v1/embeddings", "/v1/score",
         "/v1/rerank", "/pooling", "/classify", "/tokenize", "/detokenize",
     }

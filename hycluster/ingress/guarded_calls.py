@@ -8,8 +8,8 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2
 
-from hycluster.access.caller import Caller, calling
-from hycluster.access.guard import Guard, bearer
+from hycluster.auth.caller import Caller, calling
+from hycluster.auth.guard import Guard, bearer
 from hycluster.errors import HyclusterError
 from hycluster.ingress.status import abort
 from hycluster.observe.ingresses import grpc_began, grpc_ended

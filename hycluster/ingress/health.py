@@ -16,7 +16,7 @@ from urllib.parse import parse_qs
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hycluster.access.caller import usable
+from hycluster.auth.caller import usable
 from hycluster.errors import Unavailable, UnknownModel
 from hycluster.ingress.errors import answer_error
 from hycluster.pool_health import PoolHealth, able

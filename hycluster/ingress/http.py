@@ -28,8 +28,8 @@ from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.exceptions import GenerationError
 
-from hycluster.access.caller import usable
-from hycluster.access.guard import Guard
+from hycluster.auth.caller import usable
+from hycluster.auth.guard import Guard
 from hycluster.engine.patches.completion_prompts import patch_completions
 from hycluster.engine.patches.error_messages import patch_error_messages
 from hycluster.engine.patches.truncated_responses import patch_responses

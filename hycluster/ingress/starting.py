@@ -18,8 +18,8 @@ from typing import Unpack
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hycluster.access.caller import usable
-from hycluster.access.guard import Guard
+from hycluster.auth.caller import usable
+from hycluster.auth.guard import Guard
 from hycluster.core import Generation, GenerationRequest, ModelCard, PromptFields
 from hycluster.errors import UnknownModel
 from hycluster.ingress import health

@@ -17,7 +17,7 @@ from cryptography import x509
 from hycluster.errors import SettingsError, one_line
 from hycluster.observe.ingresses import certificate_taken
 from hycluster.replica.sparing_log import SparingLog
-from hycluster.settings.access import Tls
+from hycluster.settings.auth import Tls
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Certificate:
             _load(self.context, self._pair)
             certificate_taken(self._pair.expires_at)
         except (OSError, ValueError) as error:
-            raise SettingsError(f"access.tls: {settings.certificate} with {settings.key}: {_said(error)}") from None
+            raise SettingsError(f"auth.tls: {settings.certificate} with {settings.key}: {_said(error)}") from None
 
     def grpc_credentials(self) -> grpc.ServerCredentials:
         """Of the gRPC ingress; asks for the pair at each handshake."""
@@ -84,10 +84,10 @@ class Certificate:
             self._refuse(error)
             return
         self._pair = pair
-        logger.warning("access.tls: %s is taken from now on", self._settings.certificate)
+        logger.warning("auth.tls: %s is taken from now on", self._settings.certificate)
 
     def _refuse(self, error: Exception) -> None:
-        self._not_taken.write("access.tls: the files can't be taken, the ones before go on: %s", _said(error))
+        self._not_taken.write("auth.tls: the files can't be taken, the ones before go on: %s", _said(error))
 
     def _read(self) -> Pair:
         return Pair(Path(self._settings.certificate).read_bytes(), Path(self._settings.key).read_bytes())

@@ -38,7 +38,7 @@ PORTS = {"http": 8000, "grpc": 9000}
 INGRESS_RESOURCES = {"ingress": 0.5}
 # So that the Batch API's process is on an ingress pod, not on one with GPUs. Every ingress pod has one.
 BATCHES_RESOURCES = {"batches": 1}
-OPEN_ACCESS = {"open": True}
+OPEN_AUTH = {"open": True}
 INGRESS_REPLICAS = 2
 # A pod each, also while one of the pods is not there yet, or not there any more.
 INGRESS_REPLICAS_PER_POD = 1
@@ -60,9 +60,9 @@ def for_pods(settings: dict[str, Any], *, groups: bool = True) -> dict[str, Any]
     for ingress, port in PORTS.items():
         fitted[ingress] = (fitted.get(ingress) or {}) | {"host": "0.0.0.0", "port": port}
     # Network policies say who reaches the ingress pods.
-    access = fitted.get("access") or {}
-    if not (access.get("keys") or access.get("oidc") or "open" in access):
-        fitted["access"] = access | OPEN_ACCESS
+    auth = fitted.get("auth") or {}
+    if not (auth.get("enabled") or "open" in auth):
+        fitted["auth"] = auth | OPEN_AUTH
     if "data_plane" in fitted:
         fitted["data_plane"] = {key: value for key, value in fitted["data_plane"].items() if key != "host"}
     chosen = {"replicas": INGRESS_REPLICAS, "replicas_per_node": INGRESS_REPLICAS_PER_POD} | (

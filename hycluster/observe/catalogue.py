@@ -81,7 +81,7 @@ HTTP_RESPONSE_BYTES = _family("summary", "http_response_size_bytes", "Bodies of 
 CERTIFICATE_EXPIRES = _family(
     "gauge",
     "hycluster_certificate_expires_timestamp_seconds",
-    "When the certificate ends that both ingresses show their callers; 0 where they have none (`access.tls`).",
+    "When the certificate ends that both ingresses show their callers; 0 where they have none (`auth.tls`).",
     ("ingress",),
 )
 HTTP_RUNNING = _family("gauge", "http_requests_inprogress", "Requests over HTTP that are being answered.", ("ingress",))

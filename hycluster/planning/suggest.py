@@ -80,7 +80,7 @@ def suggest(source: str, config: Mapping[str, Any], hardware: Available) -> Sugg
     settings: dict[str, Any] = {"models": [{"name": callers_name(source), "source": source} | model]}
     settings |= {"http": listen | {"port": 8000}, "grpc": listen | {"port": 9000}}
     if not hardware.alone:
-        settings["access"] = {"open": True}
+        settings["auth"] = {"open": True}
     if hardware.gpu is not None:
         settings |= {"start_timeout_s": 3600, "drain_timeout_s": 300}
     return Suggestion(settings, (str(hardware), *reasons))

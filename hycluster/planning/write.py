@@ -91,7 +91,7 @@ def _settings(plan: Plan, name: str, source: str) -> dict[str, Any]:
         model["routing"] = {"expert_metrics": True}
     settings: dict[str, Any] = {"models": [model], "http": {"host": "0.0.0.0"}, "grpc": {"host": "0.0.0.0"}}
     # Nobody knows yet who is to be let in.
-    settings["access"] = {"open": True}
+    settings["auth"] = {"open": True}
     if plan.demand.concurrency > MAX_REQUESTS:
         settings["admission"] = {"max_requests": plan.demand.concurrency}
     # Reading and placing weights takes minutes; a long answer takes as long.

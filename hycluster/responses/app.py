@@ -17,7 +17,7 @@ from typing import Any
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hycluster.access.caller import caller_now
+from hycluster.auth.caller import caller_now
 from hycluster.errors import HyclusterError, InvalidInput, NotFound, Overloaded, Unavailable, shown
 from hycluster.ingress.errors import answer_error
 from hycluster.ingress.in_process import InProcessAnswer

@@ -17,7 +17,7 @@ from typing import Any
 
 from starlette.types import ASGIApp
 
-from hycluster.access.caller import calling, recorded
+from hycluster.auth.caller import calling, recorded
 from hycluster.errors import NotFound, Overloaded, Unavailable
 from hycluster.ingress.in_process import InProcessAnswer, post
 from hycluster.responses.events import EventReader, event_of

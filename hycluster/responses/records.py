@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from hycluster.access.caller import Recorded
+from hycluster.auth.caller import Recorded
 
 RESPONSE_ID = re.compile(r"resp_([0-9a-f]{12})[0-9a-f]{24}")
 FINAL_STATUSES = frozenset({"completed", "incomplete", "failed", "cancelled"})

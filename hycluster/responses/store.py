@@ -21,7 +21,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from hycluster.access.caller import is_own
+from hycluster.auth.caller import is_own
 from hycluster.errors import NotFound, shown
 from hycluster.responses.records import RESPONSE_ID, EndedResponse, StoredResponse, made_at
 from hycluster.settings.ingress import Batches, Responses

@@ -39,6 +39,7 @@ class Started:
     Attributes:
         begun: tells the process from a later one of the same number; see :func:`_begun`.
         since: seconds since the epoch.
+        database: URL of the keys that its callers are asked for; None: they are not, or it holds a password.
     """
 
     address: str
@@ -47,6 +48,7 @@ class Started:
     host: str
     since: float
     models: tuple[str, ...] = ()
+    database: str | None = None
 
     def __str__(self) -> str:
         models = f" for {', '.join(self.models)}" if self.models else ""
@@ -77,10 +79,10 @@ def remember(address: str) -> None:
     _write(Started(address, os.getpid(), _begun(os.getpid()) or "", socket.gethostname(), time.time()))
 
 
-def remember_models(models: Sequence[str]) -> None:
-    """Add what is served there; without effect if this process has started none."""
+def remember_service(models: Sequence[str], database: str | None) -> None:
+    """Add what is served there, and whom it lets in; without effect if this process has started none."""
     with contextlib.suppress(OSError, ValueError, TypeError):
-        _write(dataclasses.replace(_read(_file(os.getpid())), models=tuple(models)))
+        _write(dataclasses.replace(_read(_file(os.getpid())), models=tuple(models), database=database))
 
 
 def forget() -> None:

@@ -42,7 +42,7 @@ _INSTEAD = {
     "allowed_headers": "CORS is 'http.allowed_origins'",
     "allowed_methods": "CORS is 'http.allowed_origins'",
     "allowed_origins": "set 'http.allowed_origins'",
-    "api_key": "it would lock a part of what can be asked, and no gRPC; set 'access.keys'",
+    "api_key": "it would lock a part of what can be asked, and no gRPC; set 'auth.enabled'",
     "data_parallel_supervisor_port": _OF_A_SCALED_SERVER,
     "disable_access_log_for_endpoints": _FOR_THE_INGRESS,
     "disable_fastapi_docs": "close '/docs' in front of the ingress",
@@ -84,7 +84,7 @@ def check_environment(variables: Mapping[str, str]) -> None:
 def instead_of(name: str) -> str | None:
     """Why an argument is refused, and what to do; None for one that is not known."""
     if name.startswith(("ssl_", "enable_ssl")):
-        return "set 'access.tls'"
+        return "set 'auth.tls'"
     return _INSTEAD.get(name)
 
 

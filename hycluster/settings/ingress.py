@@ -95,7 +95,7 @@ class Grpc(Strict):
 
 class Responses(Strict):
     """Responses that can be asked for again, continued (``previous_response_id``) and answered in the background, at
-    every ingress process. They lie in ``batches.store``. With ``access.keys`` they are their project's; else all can
+    every ingress process. They lie in ``batches.store``. With ``auth.enabled`` they are their project's; else all can
     read them who can reach an ingress process and know their ids.
 
     Attributes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from hycluster.errors import SettingsError, shown
-from hycluster.settings.access import Access
+from hycluster.settings.auth import Auth
 from hycluster.settings.base import Strict, is_loopback
 from hycluster.settings.ingress import Batches, Grpc, Http, Ingress, Responses
 from hycluster.settings.load import Admission, DataPlane, Router
@@ -33,7 +33,7 @@ class Settings(Strict):
     models: tuple[Model, ...] = Field(min_length=1)
     http: Http = Http()
     grpc: Grpc = Grpc()
-    access: Access = Access()
+    auth: Auth = Auth()
     ingress: Ingress = Ingress()
     router: Router = Router()
     admission: Admission = Admission()
@@ -58,10 +58,10 @@ class Settings(Strict):
     @model_validator(mode="after")
     def _who_is_let_in(self) -> Settings:
         for name, host in (("http", self.http.host), ("grpc", self.grpc.host)):
-            if not (self.access.asks or self.access.open or is_loopback(host)):
+            if not (self.auth.enabled or self.auth.open or is_loopback(host)):
                 raise ValueError(
                     f"{name}.host: {shown(host)} lets other machines in, and nobody is asked who he is; set"
-                    " 'access.keys: true', or say that it is meant so: 'access.open: true'"
+                    " 'auth.enabled: true', or say that it is meant so: 'auth.open: true'"
                 )
         return self
 

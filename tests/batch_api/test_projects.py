@@ -11,7 +11,7 @@ import pytest
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hycluster.access.caller import Caller, calling, current_caller
+from hycluster.auth.caller import Caller, calling, current_caller
 from hycluster.batch_api.batch_states import batch_states
 from hycluster.batch_api.lines import BatchEngines
 from hycluster.batch_api.routes import WithBatches, batch_api
@@ -22,7 +22,7 @@ from hycluster.ingress.dispatch import ModelDispatch
 from hycluster.ingress.forms import in_form
 from hycluster.ingress.guarded import Guarded
 from hycluster.settings.ingress import Batches
-from tests.access.keyed import keyed
+from tests.auth.keyed import keyed
 from tests.batch_api.stand_in import ENDPOINT, StandIn, jsonl, lines_of, submit
 
 pytestmark = pytest.mark.timeout(60)

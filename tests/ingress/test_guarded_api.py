@@ -14,15 +14,15 @@ import httpx
 import openai
 import pytest
 
-from hycluster.access.api_key import new_key
+from hycluster.auth.api_key import new_key
 from hycluster.page.app import with_page
-from hycluster.settings.access import Tls
+from hycluster.settings.auth import Tls
 from hycluster.settings.ingress import Batches, Http
 from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
 from hycluster.settings.simulated import Simulated
 from hycluster.state.cluster_state import ClusterState
-from tests.access.keyed import Keyed, keyed
+from tests.auth.keyed import Keyed, keyed
 from tests.ingress.test_tls import write_pair
 from tests.simulated_pool import SimulatedPool
 

@@ -14,8 +14,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 from prometheus_client import REGISTRY
 
-from hycluster.access.api_key import new_key
-from hycluster.access.caller import current_caller
+from hycluster.auth.api_key import new_key
+from hycluster.auth.caller import current_caller
 from hycluster.client import KEY_VARIABLE, AsyncClient
 from hycluster.core import Generation, GenerationRequest, ModelCard, Priority
 from hycluster.errors import HyclusterError, PermissionDenied, Unauthenticated, Unavailable, UnknownModel
@@ -23,7 +23,7 @@ from hycluster.ingress.grpc import SERVICE, GrpcIngress, serve_grpc
 from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto import inference_pb2_grpc
 from hycluster.settings.ingress import Grpc
-from tests.access.keyed import Keyed, keyed
+from tests.auth.keyed import Keyed, keyed
 from tests.ingress.stand_in import CARD, MODEL, StandInGenerator
 
 pytestmark = pytest.mark.timeout(60)

@@ -18,7 +18,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
-from hycluster.access.api_key import new_key
+from hycluster.auth.api_key import new_key
 from hycluster.client import AsyncClient
 from hycluster.errors import SettingsError, Unauthenticated, Unavailable
 from hycluster.ingress.proto import inference_pb2 as pb
@@ -28,7 +28,7 @@ from hycluster.pool_health import PoolHealth
 from hycluster.settings.ingress import Grpc, Http
 from hycluster.settings.model import Model
 from hycluster.settings.settings import Settings
-from tests.access.keyed import keyed
+from tests.auth.keyed import keyed
 from tests.ingress.stand_in import MODEL, StandInGenerator
 
 pytestmark = pytest.mark.timeout(60)

@@ -29,7 +29,7 @@ from hycluster.ingress.grpc import serve_grpc
 from hycluster.ingress.ports import bind
 from hycluster.ingress.tls import Certificate, open_certificate
 from hycluster.observe.ingresses import certificate_taken
-from hycluster.settings.access import Tls
+from hycluster.settings.auth import Tls
 from hycluster.settings.ingress import Grpc, Http
 from tests.ingress.stand_in import MODEL, StandInGenerator
 
@@ -172,7 +172,7 @@ async def test_halves_are_not_taken(settings: Tls, folder: Path) -> None:
 async def test_there_must_be_one_to_begin_with(settings: Tls, folder: Path) -> None:
     (folder / "key.pem").write_bytes(b"half")
     for _ in range(2):
-        with pytest.raises(SettingsError, match=r"access\.tls: .*cert\.pem with .*key\.pem: "):
+        with pytest.raises(SettingsError, match=r"auth\.tls: .*cert\.pem with .*key\.pem: "):
             async with open_certificate(settings):
                 pass
         (folder / "key.pem").unlink(missing_ok=True)

@@ -177,7 +177,7 @@ def test_the_image_has_the_data_that_comes_with_the_code(image: Path) -> None:
 
 def test_it_plans_a_model_whose_config_comes_with_it(image: Path) -> None:
     (config,) = image.glob("opt/hycluster/lib/python*/site-packages/hycluster/models/hunyuan_large.json")
-    # A relative path: os.access looks without the capability that `started` gives.
+    # A relative path: os.auth looks without the capability that `started` gives.
     command = 'cp "$0" "$HOME/config.json" && cd "$HOME" && hycluster plan config.json --gpu H20 --json'
     done = started(image, "sh", "-c", command, str(config))
     assert done.returncode == 0, done.stderr
@@ -203,7 +203,7 @@ print("imported", hycluster.__file__)
 # `hycluster k8s check` and the making of dashboards are for a platform's own machine, and have their packages from an
 # extra, hycluster[k8s]. Alembic runs its script itself.
 OTHERS = (
-    "hycluster.__main__", "hycluster.access.migrations.env", "hycluster.k8s.schema", "hycluster.monitoring.dashboards",
+    "hycluster.__main__", "hycluster.auth.migrations.env", "hycluster.k8s.schema", "hycluster.monitoring.dashboards",
 )  # fmt: skip
 # What a head, an ingress process and an engine import besides. The first is what Ray's dashboard refuses to start
 # without.

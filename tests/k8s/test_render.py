@@ -69,8 +69,8 @@ def test_pods_run_what_the_file_says(overlay: Path) -> None:
     serve = yaml.safe_load(load_yaml(manifest)["spec"]["serveConfigV2"])
     run = validate(Settings, serve["applications"][0]["args"], "manifest")
     assert run.models == given.models
-    fitted = {"http", "grpc", "access", "data_plane", "ingress", "batches"}
-    assert run.access == given.access.model_copy(update={"open": True})
+    fitted = {"http", "grpc", "auth", "data_plane", "ingress", "batches"}
+    assert run.auth == given.auth.model_copy(update={"open": True})
     assert run.model_dump(exclude=fitted) == given.model_dump(exclude=fitted)
 
 
@@ -90,9 +90,9 @@ def test_pods_listen_for_each_other() -> None:
     fitted = for_pods(settings)
     assert fitted["http"] == {"host": "0.0.0.0", "port": 8000, "max_body_mib": 8}
     assert fitted["grpc"] == {"host": "0.0.0.0", "port": 9000}
-    assert fitted["access"] == {"open": True}
-    for access in ({"keys": True}, {"keys": True, "grace_s": 5}, {"open": False}):
-        assert for_pods({**settings, "access": access})["access"] == access
+    assert fitted["auth"] == {"open": True}
+    for auth in ({"enabled": True}, {"enabled": True, "grace_s": 5}, {"open": False}):
+        assert for_pods({**settings, "auth": auth})["auth"] == auth
     assert fitted["data_plane"] == {"port_min": 7000, "port_max": 7100}
     assert settings["http"]["port"] == 0, "the settings given were changed"
 

@@ -15,7 +15,7 @@ import httpx
 import openai
 import pytest
 
-from hycluster.access.caller import Caller, calling
+from hycluster.auth.caller import Caller, calling
 from hycluster.responses.app import WithResponses
 from hycluster.responses.background import Background
 from hycluster.responses.store import ResponseStore

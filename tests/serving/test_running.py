@@ -14,7 +14,7 @@ import pytest
 
 from hycluster.errors import SettingsError
 from hycluster.serving import running
-from hycluster.serving.running import choose, forget, remember, remember_models, started_here
+from hycluster.serving.running import choose, forget, remember, remember_service, started_here
 
 MINE = "127.0.0.1:1234"
 
@@ -45,7 +45,7 @@ def known(pid: int, address: str, folder: Path, **changed: Any) -> Path:
 
 def test_the_only_one_is_taken_and_named() -> None:
     remember(MINE)
-    remember_models(["a", "b"])
+    remember_service(["a", "b"], "sqlite:////x/keys.db")
     chosen = choose()
     assert (chosen.address, chosen.said_by) == (MINE, "this HYCLUSTER_HOME")
     assert str(chosen).startswith(f"{MINE} (started by process {os.getpid()} of this machine at 20")
@@ -55,7 +55,7 @@ def test_the_only_one_is_taken_and_named() -> None:
 
 
 def test_without_one_nothing_is_taken(tmp_path: Path) -> None:
-    remember_models(["a"])
+    remember_service(["a"], None)
     with pytest.raises(SettingsError, match=rf"^--address: .* \({tmp_path}\); give --address HOST:PORT or RAY_ADDRESS"):
         choose()
 

@@ -11,7 +11,7 @@ from hycluster import __version__
 from hycluster.errors import SettingsError
 from hycluster.k8s.chart import source
 from hycluster.k8s.patches import beside, pods_patch
-from hycluster.k8s.render import APP_NAME, INGRESS_REPLICAS, OPEN_ACCESS, manifest_in, serve_config, settings_of
+from hycluster.k8s.render import APP_NAME, INGRESS_REPLICAS, OPEN_AUTH, manifest_in, serve_config, settings_of
 from hycluster.settings.read import load_yaml, validate
 from hycluster.settings.settings import Settings
 
@@ -152,8 +152,8 @@ def _settings(serve_config: str) -> dict[str, Any]:
     settings: dict[str, Any] = yaml.safe_load(serve_config)["applications"][0]["args"]
     for ingress in ("http", "grpc"):
         settings[ingress] = {key: value for key, value in settings[ingress].items() if key not in ("host", "port")}
-    if settings.get("access") == OPEN_ACCESS:
-        del settings["access"]
+    if settings.get("auth") == OPEN_AUTH:
+        del settings["auth"]
     settings["ingress"].pop("resources")
     if settings["ingress"]["replicas"] == INGRESS_REPLICAS:
         del settings["ingress"]["replicas"]

@@ -23,7 +23,7 @@ from hycluster.k8s.render import (
     INGRESS_REPLICAS,
     INGRESS_REPLICAS_PER_POD,
     INGRESS_RESOURCES,
-    OPEN_ACCESS,
+    OPEN_AUTH,
     PORTS,
     serve_config,
 )
@@ -225,7 +225,7 @@ def _constants() -> str:
     serve["applications"][0]["args"] = {}
     constants = {
         "listen": {ingress: {"host": "0.0.0.0", "port": port} for ingress, port in PORTS.items()},
-        "openAccess": OPEN_ACCESS,
+        "openAuth": OPEN_AUTH,
         "ingressReplicas": INGRESS_REPLICAS,
         "ingressResources": INGRESS_RESOURCES,
         "ingressReplicasPerPod": INGRESS_REPLICAS_PER_POD,

@@ -11,7 +11,7 @@
       "port": 9000
     }
   },
-  "openAccess": {
+  "openAuth": {
     "open": true
   },
   "ingressReplicas": 2,

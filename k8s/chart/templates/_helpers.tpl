@@ -61,9 +61,9 @@
 {{- range $protocol := list "http" "grpc" -}}
 {{- $_ := set $fitted $protocol (mergeOverwrite (deepCopy (get $fitted $protocol | default dict)) (get $constants.listen $protocol)) -}}
 {{- end -}}
-{{- $access := $fitted.access | default dict -}}
-{{- if not (or $access.keys $access.oidc (hasKey $access "open")) -}}
-{{- $_ := set $fitted "access" (mergeOverwrite (deepCopy $access) $constants.openAccess) -}}
+{{- $auth := $fitted.auth | default dict -}}
+{{- if not (or $auth.enabled (hasKey $auth "open")) -}}
+{{- $_ := set $fitted "auth" (mergeOverwrite (deepCopy $auth) $constants.openAuth) -}}
 {{- end -}}
 {{- with $fitted.data_plane -}}
 {{- $_ := set $fitted "data_plane" (omit . "host") -}}

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from hycluster.access.api_key import digest
-from hycluster.access.caller import Caller
-from hycluster.access.store import KeyStore, Project
+from hycluster.auth.api_key import digest
+from hycluster.auth.caller import Caller
+from hycluster.auth.store import KeyStore, Project
 from hycluster.errors import InvalidInput, NotFound
 
 pytestmark = pytest.mark.timeout(120)

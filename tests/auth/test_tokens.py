@@ -20,11 +20,11 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 
-from hycluster.access.caller import Caller
-from hycluster.access.guard import Guard
-from hycluster.access.tokens import FETCH_AGAIN_AFTER_S, Tokens
+from hycluster.auth.caller import Caller
+from hycluster.auth.guard import Guard
+from hycluster.auth.tokens import FETCH_AGAIN_AFTER_S, Tokens
 from hycluster.errors import HyclusterError, Unauthenticated, Unavailable
-from hycluster.settings.access import Access, Oidc
+from hycluster.settings.auth import Auth, Oidc
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -255,7 +255,7 @@ async def test_an_issuer_speaks_for_its_tenants(provider: Provider, clock: Clock
     assert isinstance(await answered(guard, token()), Caller)
     assert await answered(guard, token(tenant="other")) is Unauthenticated
     with pytest.raises(ValueError, match="not allowed twice"):
-        Access(oidc=(settings, settings))
+        Auth(enabled=True, oidc=(settings, settings))
 
 
 async def test_a_secret_that_is_published_is_no_key(guard: Guard, provider: Provider) -> None:

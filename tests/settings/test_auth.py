@@ -21,10 +21,10 @@ def test_another_machine_is_let_in_by_keys_or_in_words(ingress: str, host: str) 
         validate(Settings, data, "s.yaml")
     assert error.value.message == (
         f"s.yaml: {ingress}.host: {host!r} lets other machines in, and nobody is asked who he is; set"
-        " 'access.keys: true', or say that it is meant so: 'access.open: true'"
+        " 'auth.enabled: true', or say that it is meant so: 'auth.open: true'"
     )
-    for access in ({"keys": True}, {"open": True}):
-        validate(Settings, {**data, "access": access}, "s.yaml")
+    for auth in ({"enabled": True}, {"open": True}):
+        validate(Settings, {**data, "auth": auth}, "s.yaml")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
@@ -33,5 +33,18 @@ def test_this_machine_is(host: str) -> None:
 
 
 def test_it_can_not_be_both() -> None:
-    with pytest.raises(SettingsError, match=r"access\.open: true is not allowed with 'keys' or 'oidc'"):
-        validate(Settings, {**MODEL, "access": {"keys": True, "open": True}}, "s.yaml")
+    with pytest.raises(SettingsError, match=r"auth\.open: true is not allowed with 'enabled: true'"):
+        validate(Settings, {**MODEL, "auth": {"enabled": True, "open": True}}, "s.yaml")
+
+
+@pytest.mark.parametrize(
+    ("auth", "said"),
+    [
+        ({"oidc": [{"issuer": "i", "audience": "a", "jwks_url": "https://i/"}]}, r"oidc: is not asked for without"),
+        ({"enabled": True, "keys": False}, r"keys: false is not allowed without 'oidc'"),
+    ],
+    ids=["not-enabled", "nobody"],
+)
+def test_it_is_not_without_effect(auth: dict[str, Any], said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        validate(Settings, {**MODEL, "auth": auth}, "s.yaml")

@@ -5,7 +5,7 @@ import hashlib
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hycluster.access.api_key import ALPHABET, PREFIX, RANDOM, digest, is_whole, new_key
+from hycluster.auth.api_key import ALPHABET, PREFIX, RANDOM, digest, is_whole, new_key
 
 
 def test_a_key_is_whole_and_like_no_other() -> None:

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from hycluster.access import caller
-from hycluster.access.caller import Caller, calling
+from hycluster.auth import caller
+from hycluster.auth.caller import Caller, calling
 from hycluster.errors import PermissionDenied, UnknownModel
 
 ALICE = Caller("acme", "search", "laptop", frozenset({"a", "b"}), frozenset({"batch"}), 12.5)

@@ -15,11 +15,11 @@ from typing import Any
 from sqlalchemy import Connection, Engine, Row, insert, select, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from hycluster.access import tables
-from hycluster.access.api_key import digest, new_key
-from hycluster.access.caller import SCOPES, Caller
-from hycluster.access.database import away
-from hycluster.access.names import NAME
+from hycluster.auth import tables
+from hycluster.auth.api_key import digest, new_key
+from hycluster.auth.caller import SCOPES, Caller
+from hycluster.auth.database import away
+from hycluster.auth.names import NAME
 from hycluster.errors import InvalidInput, NotFound, shown
 
 
@@ -144,6 +144,17 @@ class KeyStore:
 
     # -- keys -------------------------------------------------------------------------------------------
 
+    @staticmethod
+    def check_key(name: str, scopes: Iterable[str]) -> None:
+        """
+        Raises:
+            InvalidInput: a name or a scope is none.
+        """
+        _check_name("name", name)
+        for scope in scopes:
+            if scope not in SCOPES:
+                raise InvalidInput(f"scopes: {shown(scope)} is not allowed; there are {', '.join(SCOPES)}")
+
     def create_key(
         self,
         project: Project,
@@ -158,10 +169,7 @@ class KeyStore:
         Raises:
             InvalidInput: a name or a scope is none, or the project is archived.
         """
-        _check_name("name", name)
-        for scope in scopes:
-            if scope not in SCOPES:
-                raise InvalidInput(f"scopes: {shown(scope)} is not allowed; there are {', '.join(SCOPES)}")
+        self.check_key(name, scopes)
         if project.archived_at is not None:
             raise InvalidInput(f"project: {project.tenant}/{project.name} is archived")
         secret = new_key()

@@ -15,12 +15,12 @@ from typing import Self
 
 from sqlalchemy import Engine
 
-from hycluster.access.api_key import digest, is_whole
-from hycluster.access.caller import Caller
-from hycluster.access.database import bring_up_to_date
-from hycluster.access.store import KeyStore, KnownKeys
+from hycluster.auth.api_key import digest, is_whole
+from hycluster.auth.caller import Caller
+from hycluster.auth.database import bring_up_to_date
+from hycluster.auth.store import KeyStore, KnownKeys
 from hycluster.errors import HyclusterError, Unauthenticated, Unavailable
-from hycluster.settings.access import Access
+from hycluster.settings.auth import Auth
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class _Seen:
 class Keyring:
     """Use it as a context manager: it looks once before it is entered, then again and again."""
 
-    def __init__(self, engine: Engine, settings: Access, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, engine: Engine, settings: Auth, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine = engine
         self._store = KeyStore(engine)
         self._settings = settings
@@ -107,7 +107,7 @@ class Keyring:
             self._said_away = True
         else:
             if self._said_away:
-                logger.warning("access.database: is back")
+                logger.warning("auth.database: is back")
             self._said_away = False
 
     def _run(self) -> None:
@@ -116,4 +116,4 @@ class Keyring:
                 self.look()
             except Exception:
                 # Or no revoked key would ever be dead.
-                logger.exception("access.database: can't be looked at; trying again")
+                logger.exception("auth.database: can't be looked at; trying again")

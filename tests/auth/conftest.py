@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, text
 
-from hycluster.access.database import bring_up_to_date, open_database
-from hycluster.access.store import KeyStore
-from hycluster.settings.access import Access
+from hycluster.auth.database import bring_up_to_date, open_database
+from hycluster.auth.store import KeyStore
+from hycluster.settings.auth import Auth
 from tests.postgres import Postgres, postgres
 
 
@@ -21,21 +21,21 @@ def server() -> Iterator[Postgres]:
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Access:
+def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Auth:
     """Of an empty database."""
     url = f"sqlite:///{tmp_path / 'keys.db'}"
     if request.param == "postgresql":
         url = request.getfixturevalue("server").url
-        engine = open_database(Access(database=url))
+        engine = open_database(Auth(database=url))
         with engine.begin() as connection:
             connection.execute(text("DROP SCHEMA public CASCADE"))
             connection.execute(text("CREATE SCHEMA public"))
         engine.dispose()
-    return Access(keys=True, database=url, poll_s=0.05)
+    return Auth(enabled=True, database=url, poll_s=0.05)
 
 
 @pytest.fixture
-def engine(settings: Access) -> Iterator[Engine]:
+def engine(settings: Auth) -> Iterator[Engine]:
     engine = open_database(settings)
     bring_up_to_date(engine)
     yield engine

@@ -16,10 +16,10 @@ import httpx
 import jwt
 from jwt import PyJWK, PyJWKSet
 
-from hycluster.access.caller import SCOPES, Caller
-from hycluster.access.names import NAME
+from hycluster.auth.caller import SCOPES, Caller
+from hycluster.auth.names import NAME
 from hycluster.errors import Unauthenticated, Unavailable, one_line
-from hycluster.settings.access import Oidc
+from hycluster.settings.auth import Oidc
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ class _PublishedKeys:
                         raise ValueError(f"it is over {MAX_KEYS_BYTES} bytes")
             published = PyJWKSet.from_json(body.decode())
         except (httpx.HTTPError, TimeoutError, *_NO_TOKEN) as error:
-            logger.warning("access.oidc: keys of %s can't be had: %s", url, one_line(error))
+            logger.warning("auth.oidc: keys of %s can't be had: %s", url, one_line(error))
             return
         self._keys = {key.key_id: key for key in published.keys if key.key_id and key.key_type != "oct"}
         self._fetched_s = self._clock()

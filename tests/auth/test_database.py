@@ -9,11 +9,11 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Engine, text
 
-from hycluster.access.database import VARIABLE, bring_up_to_date, open_database
-from hycluster.access.store import KeyStore
-from hycluster.access.tables import metadata
+from hycluster.auth.database import VARIABLE, bring_up_to_date, open_database
+from hycluster.auth.store import KeyStore
+from hycluster.auth.tables import metadata
 from hycluster.errors import SettingsError, Unavailable
-from hycluster.settings.access import Access
+from hycluster.settings.auth import Auth
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -23,7 +23,7 @@ def test_the_steps_lead_to_the_tables(engine: Engine) -> None:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
 
 
-def test_many_processes_may_make_it(settings: Access) -> None:
+def test_many_processes_may_make_it(settings: Auth) -> None:
     engines = [open_database(settings) for _ in range(4)]
     with ThreadPoolExecutor(len(engines)) as threads:
         assert sorted(threads.map(bring_up_to_date, engines)) == [False, False, False, True]
@@ -41,7 +41,7 @@ def test_a_newer_one_is_left_alone(engine: Engine) -> None:
 def test_by_default_it_is_a_file_for_its_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYCLUSTER_HOME", str(tmp_path / "home"))
     monkeypatch.delenv(VARIABLE, raising=False)
-    engine = open_database(Access(keys=True))
+    engine = open_database(Auth(enabled=True))
     bring_up_to_date(engine)
     KeyStore(engine).create_project("a", "b")
     assert {file.name: stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "home").iterdir()} == {
@@ -51,8 +51,8 @@ def test_by_default_it_is_a_file_for_its_user_alone(tmp_path: Path, monkeypatch:
 
 
 def test_a_file_that_is_gone_is_away_and_not_empty(tmp_path: Path) -> None:
-    engine = open_database(Access(database=f"sqlite:///{tmp_path / 'keys.db'}"))
-    with pytest.raises(Unavailable, match=r"access\.database: can't be used now"):
+    engine = open_database(Auth(database=f"sqlite:///{tmp_path / 'keys.db'}"))
+    with pytest.raises(Unavailable, match=r"auth\.database: can't be used now"):
         KeyStore(engine).count_changes()
     assert list(tmp_path.iterdir()) == []
 
@@ -70,5 +70,5 @@ def test_a_file_that_is_gone_is_away_and_not_empty(tmp_path: Path) -> None:
 def test_what_is_no_database(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, url)
     with pytest.raises(SettingsError) as error:
-        open_database(Access())
+        open_database(Auth())
     assert "hunter2" not in error.value.message

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hycluster.access.database import bring_up_to_date, open_database
-from hycluster.access.guard import Guard
-from hycluster.access.keyring import Keyring
-from hycluster.access.store import KeyStore
-from hycluster.settings.access import Access
+from hycluster.auth.database import bring_up_to_date, open_database
+from hycluster.auth.guard import Guard
+from hycluster.auth.keyring import Keyring
+from hycluster.auth.store import KeyStore
+from hycluster.settings.auth import Auth
 
 
 class Keyed:
@@ -47,7 +47,7 @@ class Keyed:
 
 @contextmanager
 def keyed(folder: Path) -> Iterator[Keyed]:
-    settings = Access(keys=True, database=f"sqlite:///{folder / 'keys.db'}", poll_s=0.05)
+    settings = Auth(enabled=True, database=f"sqlite:///{folder / 'keys.db'}", poll_s=0.05)
     engine = open_database(settings)
     bring_up_to_date(engine)
     with Keyring(engine, settings) as keyring:

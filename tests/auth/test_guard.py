@@ -7,25 +7,25 @@ from pathlib import Path
 import pytest
 from jwt import PyJWKSet
 
-from hycluster.access.api_key import new_key
-from hycluster.access.caller import Caller
-from hycluster.access.guard import MAX_CREDENTIAL, Guard, bearer, open_guard
-from hycluster.access.tokens import Tokens
+from hycluster.auth.api_key import new_key
+from hycluster.auth.caller import Caller
+from hycluster.auth.guard import MAX_CREDENTIAL, Guard, bearer, open_guard
+from hycluster.auth.tokens import Tokens
 from hycluster.errors import Unauthenticated
-from hycluster.settings.access import Access, Oidc
-from tests.access.keyed import keyed
-from tests.access.test_tokens import AUDIENCE, ISSUER, RSA, published, token
+from hycluster.settings.auth import Auth, Oidc
+from tests.auth.keyed import keyed
+from tests.auth.test_tokens import AUDIENCE, ISSUER, RSA, published, token
 
 URL = "http://127.0.0.1:9/keys"
 
 
 async def test_nobody_is_asked_by_default() -> None:
-    async with open_guard(Access()) as guard:
+    async with open_guard(Auth()) as guard:
         assert guard is None
 
 
 async def test_it_opens_and_closes(tmp_path: Path) -> None:
-    settings = Access(keys=True, database=f"sqlite:///{tmp_path / 'keys.db'}")
+    settings = Auth(enabled=True, database=f"sqlite:///{tmp_path / 'keys.db'}")
     async with open_guard(settings) as guard:
         assert guard is not None
         with pytest.raises(Unauthenticated, match="not known here"):

@@ -21,10 +21,10 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.pool import NullPool
 
 from hycluster.errors import SettingsError, Unavailable, one_line
-from hycluster.settings.access import Access
+from hycluster.settings.auth import Auth
 from hycluster.settings.base import private_home
 
-VARIABLE = "HYCLUSTER_ACCESS_DATABASE"
+VARIABLE = "HYCLUSTER_AUTH_DATABASE"
 # Longer, and a revoked key would be known too late to be dead in 2 s.
 ANSWER_TIMEOUT_S = 2
 # Any number that nobody else takes: who holds it migrates.
@@ -32,15 +32,14 @@ _MIGRATING = 0x687963
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
 
-def open_database(settings: Access) -> Engine:
+def open_database(settings: Auth) -> Engine:
     """The engine; connects nowhere yet.
 
     Raises:
         SettingsError: the URL is none, or its driver is not installed.
     """
-    said = settings.database or os.environ.get(VARIABLE)
     try:
-        url = make_url(said or f"sqlite:///{private_home() / 'keys.db'}")
+        url = make_url(_said(settings))
         return _sqlite(url) if url.get_backend_name() == "sqlite" else _server(url)
     except SettingsError:
         raise
@@ -48,14 +47,26 @@ def open_database(settings: Access) -> Engine:
     except (ArgumentError, ValueError, ModuleNotFoundError) as error:
         missing = f"; {error.name!r} is not installed" if isinstance(error, ModuleNotFoundError) else ""
         raise SettingsError(
-            f"access.database: is no URL that can be used{missing}; must be like"
+            f"auth.database: is no URL that can be used{missing}; must be like"
             " postgresql+psycopg://USER:PASSWORD@HOST/NAME or sqlite:////FOLDER/FILE"
         ) from None
 
 
+def database_url(settings: Auth) -> str | None:
+    """Where it is, for others to find it; None if that holds a password."""
+    said = _said(settings)
+    with contextlib.suppress(ArgumentError):
+        return None if make_url(said).password else said
+    return None
+
+
+def _said(settings: Auth) -> str:
+    return settings.database or os.environ.get(VARIABLE) or f"sqlite:///{private_home() / 'keys.db'}"
+
+
 def _sqlite(url: URL) -> Engine:
     if not url.database or url.database == ":memory:":
-        raise SettingsError("access.database: sqlite needs a file; other processes have to see it")
+        raise SettingsError("auth.database: sqlite needs a file; other processes have to see it")
     # Never made by looking at it: a file that is gone is a database that is away, and not an empty one.
     opened = url.set(database=f"file:{url.database}", query={"mode": "rw", "uri": "true"})
     # A connection that is kept would go on with a file that has been moved.
@@ -110,14 +121,14 @@ def _is_current(connection: Connection) -> bool:
     scripts = ScriptDirectory.from_config(_config())
     found = MigrationContext.configure(connection).get_current_revision()
     if found is not None and found not in {script.revision for script in scripts.walk_revisions()}:
-        raise SettingsError(f"access.database: is of version {found}, which a newer hycluster has made; use that one")
+        raise SettingsError(f"auth.database: is of version {found}, which a newer hycluster has made; use that one")
     return found == scripts.get_current_head()
 
 
 def away(error: Exception) -> Unavailable:
     """The database's error in one line, without what it was asked."""
     said = error.orig if isinstance(error, DBAPIError) else error
-    return Unavailable(f"access.database: can't be used now: {one_line(said or error, 200)}")
+    return Unavailable(f"auth.database: can't be used now: {one_line(said or error, 200)}")
 
 
 def _config() -> Config:

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from hycluster.access.api_key import digest, new_key
-from hycluster.access.caller import Caller
-from hycluster.access.database import open_database
-from hycluster.access.keyring import AWAY_AFTER_S, Keyring
-from hycluster.access.store import KeyStore, Project
+from hycluster.auth.api_key import digest, new_key
+from hycluster.auth.caller import Caller
+from hycluster.auth.database import open_database
+from hycluster.auth.keyring import AWAY_AFTER_S, Keyring
+from hycluster.auth.store import KeyStore, Project
 from hycluster.errors import HyclusterError, Unauthenticated, Unavailable
-from hycluster.settings.access import Access
+from hycluster.settings.auth import Auth
 from tests.postgres import Postgres
 
 pytestmark = pytest.mark.timeout(120)
@@ -39,7 +39,7 @@ def project(store: KeyStore) -> Project:
 
 
 @pytest.fixture
-def ring(settings: Access, store: KeyStore) -> Iterator[Keyring]:
+def ring(settings: Auth, store: KeyStore) -> Iterator[Keyring]:
     with Keyring(open_database(settings), settings) as ring:
         yield ring
 
@@ -63,12 +63,12 @@ def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
 # Says when a key lets in, and when it does no more.
 FOLLOW = """
 import sys, time
-from hycluster.access.database import open_database
-from hycluster.access.keyring import Keyring
+from hycluster.auth.database import open_database
+from hycluster.auth.keyring import Keyring
 from hycluster.errors import Unauthenticated
-from hycluster.settings.access import Access
+from hycluster.settings.auth import Auth
 
-settings = Access(keys=True, database=sys.argv[1])
+settings = Auth(enabled=True, database=sys.argv[1])
 with Keyring(open_database(settings), settings) as ring:
     for wanted in (True, False):
         known = not wanted
@@ -82,7 +82,7 @@ with Keyring(open_database(settings), settings) as ring:
 """
 
 
-def test_a_revoked_key_is_dead_at_each_process(settings: Access, store: KeyStore, project: Project) -> None:
+def test_a_revoked_key_is_dead_at_each_process(settings: Auth, store: KeyStore, project: Project) -> None:
     made, secret = store.create_key(project, "laptop")
     command = [sys.executable, "-c", FOLLOW, str(settings.database), secret]
     with ExitStack() as stack:
@@ -90,7 +90,7 @@ def test_a_revoked_key_is_dead_at_each_process(settings: Access, store: KeyStore
             stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)) for _ in range(2)
         ]
         for wanted in ("True\n", "False\n"):
-            # The test's own limit is the bound; how long it takes by default is in docs/access.md.
+            # The test's own limit is the bound; how long it takes by default is in docs/auth.md.
             assert [follower.stdout.readline() for follower in followers if follower.stdout] == [wanted] * 2
             store.revoke_key(made.id)
     assert [follower.returncode for follower in followers] == [0, 0]
@@ -122,7 +122,7 @@ def test_an_expired_one(ring: Keyring, store: KeyStore, project: Project) -> Non
 
 
 def test_the_database_goes_and_comes_back(
-    settings: Access, store: KeyStore, project: Project, tmp_path: Path, request: pytest.FixtureRequest,
+    settings: Auth, store: KeyStore, project: Project, tmp_path: Path, request: pytest.FixtureRequest,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     caplog.set_level(logging.DEBUG)
@@ -143,14 +143,14 @@ def test_the_database_goes_and_comes_back(
         assert answered(ring, known_key) == "known"
         new = store.create_key(project, "new")[1]
         until(lambda: answered(ring, new) == "new")
-    said = [record for record in caplog.messages if "access.database" in record]
+    said = [record for record in caplog.messages if "auth.database" in record]
     assert len(said) == 2, said
     for secret in (known_key, strange, new):
         assert secret not in caplog.text
         assert digest(secret).hex() not in caplog.text
 
 
-def test_known_keys_go_on_for_the_grace(settings: Access, store: KeyStore, project: Project) -> None:
+def test_known_keys_go_on_for_the_grace(settings: Auth, store: KeyStore, project: Project) -> None:
     secret, clock = store.create_key(project, "laptop")[1], Clock()
     ring = Keyring(open_database(settings), settings.model_copy(update={"grace_s": 60.0}), clock)
     assert answered(ring, secret) == "Unavailable"
@@ -169,7 +169,7 @@ def test_known_keys_go_on_for_the_grace(settings: Access, store: KeyStore, proje
 
 def test_without_a_database_nobody_is_let_in_and_it_is_made_when_it_can_be(tmp_path: Path) -> None:
     folder = tmp_path / "later"
-    settings = Access(keys=True, database=f"sqlite:///{folder / 'keys.db'}", poll_s=0.05)
+    settings = Auth(enabled=True, database=f"sqlite:///{folder / 'keys.db'}", poll_s=0.05)
     with Keyring(open_database(settings), settings) as ring:
         with pytest.raises(Unavailable) as error:
             ring.caller(new_key())

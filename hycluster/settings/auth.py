@@ -17,7 +17,7 @@ _LOCAL = re.compile(r"http://(127\.0\.0\.1|localhost|\[::1\])(:[0-9]+)?/")
 
 
 class Oidc(Strict):
-    """An identity provider whose tokens (JWTs) let in; docs/access.md.
+    """An identity provider whose tokens (JWTs) let in; docs/auth.md.
 
     Attributes:
         issuer: the ``iss`` of its tokens, to the letter.
@@ -67,23 +67,25 @@ class Tls(Strict):
     key: str = Field(pattern=r"^/.")
 
 
-class Access(Strict):
-    """Who is let in at both ingresses; docs/access.md.
+class Auth(Strict):
+    """Who is let in at both ingresses; docs/auth.md.
 
     Attributes:
-        keys: ask for API keys, which ``hycluster keys`` makes.
+        enabled: ask every caller for a credential.
+        keys: whether API keys, which ``hycluster keys`` makes, are one.
         open: in words, that whoever reaches an ingress is let in: the network, or what stands in front, decides who
-            that is. Without it, without ``keys`` and without ``oidc``, both ingresses listen on loopback only.
-        oidc: identity providers whose tokens let in, with or without ``keys``.
+            that is. Without it and without ``enabled``, both ingresses listen on loopback only.
+        oidc: identity providers whose tokens are one.
         tls: encrypt what callers say and hear; null does not. It asks nobody who he is.
         database: where projects and keys are, as a URL of SQLAlchemy's, the same for all nodes; null is the variable
-            HYCLUSTER_ACCESS_DATABASE or, without it, an SQLite file in ``HYCLUSTER_HOME``, which is enough for one
+            HYCLUSTER_AUTH_DATABASE or, without it, an SQLite file in ``HYCLUSTER_HOME``, which is enough for one
             machine. Give one with a password by the variable: settings are shown in places.
         poll_s: how often an ingress process looks for changes: a new key is known, a revoked one is dead after it.
         grace_s: how long known keys go on while the database is away; unknown ones are answered 503 then.
     """
 
-    keys: bool = False
+    enabled: bool = False
+    keys: bool = True
     open: bool = False
     oidc: tuple[Oidc, ...] = ()
     tls: Tls | None = None
@@ -92,16 +94,15 @@ class Access(Strict):
     grace_s: float = Field(default=3600, ge=0)
 
     @model_validator(mode="after")
-    def _open_or_not(self) -> Access:
-        if self.open and self.asks:
-            raise ValueError("open: true is not allowed with 'keys' or 'oidc'; it says that nobody is asked")
+    def _open_or_not(self) -> Auth:
+        if self.open and self.enabled:
+            raise ValueError("open: true is not allowed with 'enabled: true'; it says that nobody is asked")
+        if self.oidc and not self.enabled:
+            raise ValueError("oidc: is not asked for without 'enabled: true'")
+        if self.enabled and not self.keys and not self.oidc:
+            raise ValueError("keys: false is not allowed without 'oidc'; nobody could ever be let in")
         issuers = [each.issuer for each in self.oidc]
         for issuer in issuers:
             if issuers.count(issuer) > 1:
                 raise ValueError(f"oidc: the issuer {shown(issuer)} is not allowed twice; it has one audience")
         return self
-
-    @property
-    def asks(self) -> bool:
-        """Whether callers are asked who they are."""
-        return self.keys or bool(self.oidc)

@@ -7,13 +7,13 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
-from hycluster.access.caller import Caller
+from hycluster.auth.caller import Caller
 from hycluster.errors import Unauthenticated
-from hycluster.settings.access import Access
+from hycluster.settings.auth import Auth
 
 if TYPE_CHECKING:
-    from hycluster.access.keyring import Keyring
-    from hycluster.access.tokens import Tokens
+    from hycluster.auth.keyring import Keyring
+    from hycluster.auth.tokens import Tokens
 
 BEARER = "bearer"
 # Longer than any key or token.
@@ -57,24 +57,24 @@ def bearer(authorization: str) -> str | None:
 
 
 @contextlib.asynccontextmanager
-async def open_guard(settings: Access) -> AsyncIterator[Guard | None]:
+async def open_guard(settings: Auth) -> AsyncIterator[Guard | None]:
     """The guard of these settings; None where whoever comes is let in.
 
     Raises:
         SettingsError: the database's URL is none.
     """
-    if not settings.asks:
+    if not settings.enabled:
         yield None
         return
     async with contextlib.AsyncExitStack() as stack:
         keyring = tokens = None
         if settings.oidc:
-            from hycluster.access.tokens import Tokens
+            from hycluster.auth.tokens import Tokens
 
             tokens = Tokens(settings.oidc)
         if settings.keys:
-            from hycluster.access.database import open_database
-            from hycluster.access.keyring import Keyring
+            from hycluster.auth.database import open_database
+            from hycluster.auth.keyring import Keyring
 
             keyring = Keyring(open_database(settings), settings)
             # It may have to wait for the database.

@@ -1,0 +1,4 @@
+"""The commands about who may call: ``hycluster keys`` and ``hycluster projects``.
+
+They work on the database of keys (``hycluster/auth``), whether or not a service runs; ``acted_on`` finds it.
+"""

@@ -1,0 +1,72 @@
+"""Which database of keys a command acts on: the one that is named, that of the running service, or the default one."""
+
+from __future__ import annotations
+
+import getpass
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from sqlalchemy import Engine
+
+from hycluster.serving import running
+from hycluster.settings.auth import Auth
+from hycluster.settings.read import load_settings
+from hycluster.terminal import echo
+
+if TYPE_CHECKING:
+    from hycluster.auth.store import KeyStore, Project
+
+DEFAULT_TENANT = "default"
+
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="Settings file whose auth.database it is. Default: that of the"
+                 " running service of this HYCLUSTER_HOME, HYCLUSTER_AUTH_DATABASE, or the default database."),
+]  # fmt: skip
+ProjectName = Annotated[str, typer.Option("--project", metavar="NAME", help="A project of the tenant.")]
+TenantName = Annotated[str, typer.Option("--tenant", metavar="NAME", help="Whose project it is.")]
+
+
+def database_of(config: Path | None) -> Engine:
+    """
+    Raises:
+        SettingsError: the settings can't be read, or their URL is none.
+    """
+    from hycluster.auth.database import open_database
+
+    if config is None:
+        services = [one for one in running.started_here() if one.database]
+        if os.environ.get("RAY_ADDRESS"):
+            services = [one for one in services if one.address == os.environ["RAY_ADDRESS"]]
+        # The last one that was started, should there be several.
+        if services:
+            return open_database(Auth(database=services[-1].database))
+    return open_database(load_settings(config).auth)
+
+
+def store_of(config: Path | None) -> KeyStore:
+    from hycluster.auth.database import bring_up_to_date
+    from hycluster.auth.store import KeyStore
+
+    engine = database_of(config)
+    bring_up_to_date(engine)
+    return KeyStore(engine, f"cli {_user()}")
+
+
+def project_or_new(store: KeyStore, tenant: str, name: str) -> Project:
+    """The project, made if it is not there, which is said."""
+    found = next((one for one in store.projects() if (one.tenant, one.name) == (tenant, name)), None)
+    if found is None:
+        found = store.create_project(tenant, name)
+        echo(f"project {tenant}/{name} is new", err=True)
+    return found
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    # In a container its number may have no name.
+    except (KeyError, OSError):
+        return str(os.getuid())
