@@ -80,6 +80,7 @@ class Auth(Strict):
         database: where projects and keys are, as a URL of SQLAlchemy's, the same for all nodes; null is the variable
             HYCLUSTER_AUTH_DATABASE or, without it, an SQLite file in ``HYCLUSTER_HOME``, which is enough for one
             machine. Give one with a password by the variable: settings are shown in places.
+        currency: of prices and budgets (ISO 4217, in small letters).
         poll_s: how often an ingress process looks for changes: a new key is known, a revoked one is dead after it.
         grace_s: how long known keys go on while the database is away; unknown ones are answered 503 then.
     """
@@ -90,6 +91,7 @@ class Auth(Strict):
     oidc: tuple[Oidc, ...] = ()
     tls: Tls | None = None
     database: str | None = Field(default=None, min_length=1)
+    currency: str = Field(default="usd", pattern=r"^[a-z]{3}$")
     poll_s: float = Field(default=0.5, gt=0, le=1)
     grace_s: float = Field(default=3600, ge=0)
 

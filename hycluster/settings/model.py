@@ -10,6 +10,7 @@ from hycluster.settings.api import check_api
 from hycluster.settings.base import Name, Strict
 from hycluster.settings.parallel import Parallel
 from hycluster.settings.pool import Autoscaling, Hardware, Health, Replicas
+from hycluster.settings.price import Price
 from hycluster.settings.simulated import Simulated
 
 
@@ -87,6 +88,7 @@ class Model(Strict):
         colocation: how online and bulk work share its engines.
         health: when a replica counts as unhealthy and is replaced.
         autoscaling: when replicas are added and removed.
+        price: what its tokens and its adapters' cost, for budgets and usage; null is nothing.
         simulated: replaces the engine by a timing model, for tests and simulation.
     """
 
@@ -102,6 +104,7 @@ class Model(Strict):
     colocation: Colocation = Colocation()
     health: Health = Health()
     autoscaling: Autoscaling = Autoscaling()
+    price: Price | None = None
     simulated: Simulated | None = None
 
     @model_validator(mode="after")
