@@ -51,7 +51,7 @@ class ApiKey:
     @property
     def caller(self) -> Caller:
         models = None if self.models is None else frozenset(self.models)
-        return Caller(self.tenant, self.project, self.name, models, frozenset(self.scopes), self.expires_at)
+        return Caller(self.tenant, self.project, self.name, models, frozenset(self.scopes), self.expires_at, self.id)
 
 
 @dataclass(frozen=True, slots=True)
