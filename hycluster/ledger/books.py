@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from hycluster.ledger.entry import SCHEMA, Entry, as_table
+from hycluster.ledger.entry import DAY, SCHEMA, Entry, as_table, day_of
 from hycluster.ledger.journal import read_open
 from hycluster.settings.base import home
 from hycluster.settings.settings import Settings
@@ -37,7 +37,6 @@ from hycluster.storage import WritableFolder, leftover_of, locate
 KEPT_S = 3600.0
 # A day is folded when what was written in it has had time to be committed.
 FOLD_AFTER_S = 3600.0
-_DAY = "%Y-%m-%d"
 READ_TRIES = 3
 
 
@@ -85,7 +84,7 @@ class Books:
 
     def tables(self, since: float | None = None, until: float | None = None) -> Iterator[pa.Table]:
         """All entries of the days of a span of time; first what this machine has not committed."""
-        first, last = _day_of(since or 0), "9999" if until is None else _day_of(until)
+        first, last = day_of(since or 0), "9999" if until is None else day_of(until)
         # Before the records: what is committed meanwhile is there twice, and known by its name.
         pending: dict[tuple[str, str], list[Entry]] = {}
         for piece, entries in read_open(self.journals) if self.journals is not None else ():
@@ -111,7 +110,7 @@ class Books:
         """Fold days that are over into a file each, and delete what counts no more."""
         now = time.time() if now is None else now
         for day in self.days():
-            if datetime.strptime(day, _DAY).replace(tzinfo=UTC).timestamp() + 86400 + FOLD_AFTER_S > now:
+            if datetime.strptime(day, DAY).replace(tzinfo=UTC).timestamp() + 86400 + FOLD_AFTER_S > now:
                 continue
             manifest = self._manifest(day)
             if manifest is None:
@@ -227,13 +226,9 @@ def _attempt() -> str:
     return uuid.uuid4().hex[:12]
 
 
-def _day_of(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime(_DAY)
-
-
 def _is_day(name: str) -> bool:
     with suppress(ValueError):
-        return datetime.strptime(name, _DAY).strftime(_DAY) == name  # noqa: DTZ007 - a day, not a time
+        return datetime.strptime(name, DAY).strftime(DAY) == name  # noqa: DTZ007 - a day, not a time
     return False
 
 

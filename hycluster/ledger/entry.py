@@ -16,6 +16,7 @@ Tier = Literal["online", "batch"]
 Outcome = Literal["finished", "refused", "cancelled", "failed"]
 # A price has at most six places behind the point for it to be exact, and is of a million tokens.
 COST_PLACES = 12
+DAY = "%Y-%m-%d"
 COST = pa.decimal128(38, COST_PLACES)
 
 
@@ -56,8 +57,13 @@ class Entry:
 
     @property
     def day(self) -> str:
-        """UTC's, of its end."""
-        return datetime.fromtimestamp(self.ended_at, UTC).strftime("%Y-%m-%d")
+        """Of its end."""
+        return day_of(self.ended_at)
+
+
+def day_of(seconds: float) -> str:
+    """UTC's, of a time in seconds since the epoch."""
+    return datetime.fromtimestamp(seconds, UTC).strftime(DAY)
 
 
 _TYPES = {"int": pa.int64(), "float": pa.float64(), "Decimal": COST}
