@@ -46,13 +46,14 @@ class CountingOutputs(OutputProcessor):
 
 
 def _count(account: Account, collector: RequestOutputCollector) -> None:
-    put = collector.put
+    put, delta = collector.put, collector.aggregate
     # Of cumulative outputs, by sequence, what is counted.
     counted: dict[int, int] = {}
-    begun, cached, ended = False, 0, False
+    cached, begun, ended = 0, False, False
 
+    # Called for each step of each stream.
     def tell(output: RequestOutput | PoolingRequestOutput | Exception) -> None:
-        nonlocal begun, cached, ended
+        nonlocal cached, begun, ended
         if isinstance(output, Exception):
             if not ended:
                 ended = True
@@ -62,19 +63,18 @@ def _count(account: Account, collector: RequestOutputCollector) -> None:
         if not begun:
             begun = True
             account.input_tokens += len(output.prompt_token_ids or ())
-        if (found := output.num_cached_tokens or 0) != cached:
+        if output.num_cached_tokens != cached:
+            found = output.num_cached_tokens or 0
             account.cached_tokens += found - cached
             cached = found
-        reasons: set[str | None] = set()
-        if isinstance(output, RequestOutput):
-            for sequence in output.outputs:
-                tokens = len(sequence.token_ids)
-                if not collector.aggregate:
-                    tokens, counted[sequence.index] = tokens - counted.get(sequence.index, 0), tokens
-                account.output_tokens += tokens
-                reasons.add(sequence.finish_reason)
+        for sequence in output.outputs if isinstance(output, RequestOutput) else ():
+            tokens = len(sequence.token_ids)
+            if not delta:
+                tokens, counted[sequence.index] = tokens - counted.get(sequence.index, 0), tokens
+            account.output_tokens += tokens
         if output.finished and not ended:
             ended = True
+            reasons = {each.finish_reason for each in output.outputs} if isinstance(output, RequestOutput) else ()
             account.end(failed=FAILED in reasons, aborted=ABORTED in reasons)
         put(output)
 

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, Literal
 
+import msgspec
 import pyarrow as pa
 
 Tier = Literal["online", "batch"]
@@ -53,7 +54,7 @@ class Entry:
     ended_at: float
 
     def line(self) -> bytes:
-        return json.dumps(asdict(self) | {"cost": str(self.cost)}, separators=(",", ":")).encode() + b"\n"
+        return msgspec.json.encode(self) + b"\n"
 
     @property
     def day(self) -> str:

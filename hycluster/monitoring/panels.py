@@ -105,7 +105,7 @@ SERVING = DashboardSpec(
                    "{{grpc_method}} {{grpc_code}}"),),
         ),
         PanelSpec(
-            "Usage ledger: lines", "Written, and given up because a disk took none; 0 where there is no ledger.", "short",
+            "Usage ledger: lines", "Written, and given up as a disk took none; 0 where there is no ledger.", "short",
             (
                 Query(f"sum by (ingress) (rate(hycluster_ledger_entries_total{RATE})) or vector(0)", "{{ingress}}"),
                 Query(f"sum by (ingress) (rate(hycluster_ledger_lost_entries_total{RATE})) or vector(0)",
