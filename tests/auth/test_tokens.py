@@ -26,7 +26,7 @@ from hycluster.auth.tokens import FETCH_AGAIN_AFTER_S, Tokens
 from hycluster.errors import HyclusterError, Unauthenticated, Unavailable
 from hycluster.settings.auth import Auth, Oidc
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 
 ISSUER, AUDIENCE = "https://id.example", "hycluster"
 RSA = rsa.generate_private_key(public_exponent=65537, key_size=2048)
