@@ -24,6 +24,7 @@ class Caller:
         models: names of models and adapters that it may use; None: all.
         scopes: ``batch``: files, batches and requests at batch priority; ``admin``: all that is not a model's.
         expires_at: seconds since the epoch; None: never.
+        key_id: the API key's id; empty for a token.
     """
 
     tenant: str
@@ -32,6 +33,7 @@ class Caller:
     models: frozenset[str] | None = None
     scopes: frozenset[str] = frozenset()
     expires_at: float | None = None
+    key_id: str = ""
 
     @property
     def owner(self) -> str:
