@@ -19,13 +19,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
 from starlette.types import ASGIApp
 
 from hycluster import logs
+from hycluster.admin_api.app import open_administration, with_admin
 from hycluster.auth.caller import calling
 from hycluster.auth.guard import Guard, open_guard
 from hycluster.directory.directory import FORGET_AFTER_S, IngressReport, Overview, Survey, open_directory
@@ -50,6 +50,7 @@ from hycluster.traffic import ModelTraffic
 from hycluster.watchdog import Watchdog
 
 if TYPE_CHECKING:
+    from hycluster.admin_api.administration import Administration
     from hycluster.gateway.generation import Generator
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,7 @@ class IngressProcess:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._able = False
         self._state: StateWatch | None = None
+        self._administration: Administration | None = None
         self._watchdog = Watchdog(silent_after_s=SILENT_AFTER_S)
         recorder.process = "ingress"
         open_directory(directory)
@@ -150,6 +152,7 @@ class IngressProcess:
             if keeper is not None:
                 ledger_metrics.watch("", keeper)
             guard = await stack.enter_async_context(open_guard(self._settings.auth))
+            self._administration = await stack.enter_async_context(open_administration(self._settings.auth))
             certificate = await stack.enter_async_context(open_certificate(self._settings.auth.tls))
             starting: StartingIngress | None = None
             # Where ingress processes share their ports, callers would come to one that can't serve in place of one that
@@ -241,7 +244,7 @@ class IngressProcess:
                 max_members=settings.admission.max_members,
                 guard=guard,
                 certificate=certificate,
-                around=self._batch_api(),
+                around=self._beside_models,
                 page=self._page,
                 before_models=responses.before,
                 metrics=neighbours.families,
@@ -306,13 +309,14 @@ class IngressProcess:
                 await generator.end("the server shut down before the answer was complete")
             await closing
 
-    def _batch_api(self) -> Callable[[ASGIApp], ASGIApp]:
-        """Puts the Batch API's routes beside the models', if there are to be any."""
-        if self._settings.batches is None:
-            return lambda app: app
-        from hycluster.batch_api.routes import with_batches
+    def _beside_models(self, app: ASGIApp) -> ASGIApp:
+        """Puts the admin API's and the Batch API's routes beside the models', if there are to be any."""
+        settings = self._settings
+        if settings.batches is not None:
+            from hycluster.batch_api.routes import with_batches
 
-        return partial(with_batches, self._settings.batches, self._settings.http)
+            app = with_batches(settings.batches, settings.http, app)
+        return with_admin(self._administration, settings.http, app)
 
     async def addresses(self) -> IngressAddresses | None:
         """Where this ingress process listens; None while no request would succeed.

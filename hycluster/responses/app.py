@@ -274,12 +274,14 @@ class WithResponses:
     def _sweep_if_due(self) -> None:
         assert self._store is not None
         if self._store.sweep_is_due and (self._sweeping is None or self._sweeping.done()):
-            self._sweeping = asyncio.ensure_future(asyncio.to_thread(self._swept))
+            self._sweeping = asyncio.ensure_future(self._sweep())
 
-    def _swept(self) -> None:
+    async def _sweep(self) -> None:
         assert self._store is not None
         try:
-            self._store.sweep()
+            # What is stored meanwhile may have come too late to be seen.
+            while self._store.sweep_is_due:
+                await asyncio.to_thread(self._store.sweep)
         except OSError as error:
             logger.warning("batches.store: old responses can't be deleted: %s", masked_line(error))
 

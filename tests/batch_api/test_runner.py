@@ -33,8 +33,9 @@ from hycluster.ledger.usage import sum_usage
 from hycluster.settings.ingress import Batches
 from tests.batch_api.stand_in import StandIn, jsonl, line, lines_of, submit
 from tests.object_store import ObjectStore
+from tests.waiting import PATIENCE_S, until
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture
@@ -44,12 +45,6 @@ def api() -> StandIn:
 
 def runner(store: Store, settings: Batches, api: StandIn) -> Runner:
     return Runner(store, settings, api.connect)
-
-
-async def until(check: Any, timeout_s: float = 10) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not check():  # noqa: ASYNC110 - tests look from outside
-            await asyncio.sleep(0.01)
 
 
 def worked(store: Store, batch: Batch) -> bool:
@@ -164,9 +159,8 @@ async def test_cancel_keeps_what_is_answered(store: Store, settings: Batches, ap
     await until(lambda: api.asked["p10"])
     await until(lambda: store.state(batch.id).completed > 0)
     store.cancel(batch.id)
-    begun_s = time.monotonic()
-    await running
-    assert time.monotonic() - begun_s < 5
+    async with asyncio.timeout(PATIENCE_S):
+        await running
     state = store.state(batch.id)
     assert state.status == "cancelled"
     assert "p2" in api.aborted
@@ -226,7 +220,7 @@ async def both(store: Store, settings: Batches, api: StandIn, **windows_s: int) 
     one = runner(store, settings, api)
     running = [asyncio.create_task(one.run(batch.id)) for batch in batches.values()]
     # What is counted begins when both are at work: one may have been validated long before the other.
-    await until(lambda: all(api.by_user[user] for user in batches), 30)
+    await until(lambda: all(api.by_user[user] for user in batches))
     yield batches
     for each in running:
         each.cancel()
@@ -236,7 +230,7 @@ async def both(store: Store, settings: Batches, api: StandIn, **windows_s: int) 
 async def test_batches_share_what_the_engines_have_room_for(store: Store, followed: Batches, api: StandIn) -> None:
     async with both(store, followed, api, first=3600, second=3600):
         before = api.by_user.copy()
-        await until(lambda: api.answered >= before.total() + 200, 30)
+        await until(lambda: api.answered >= before.total() + 200)
         done = api.by_user - before
         assert abs(done["first"] - done["second"]) < 40, done
 
@@ -250,7 +244,7 @@ async def test_a_batch_that_would_miss_its_window_goes_first(
     async with both(store, followed, api, calm=10**9, hurried=3600) as batches:
         await until(lambda: (demand := api.lanes.demands.get(batches["hurried"].id)) and demand.urgent_at)
         before = api.by_user.copy()
-        await until(lambda: api.by_user["hurried"] >= before["hurried"] + 200, 30)
+        await until(lambda: api.by_user["hurried"] >= before["hurried"] + 200)
         # What it has in the engines already, and the one place that every batch keeps.
         assert (api.by_user - before)["calm"] < 200 / 3, api.by_user - before
 
