@@ -7,16 +7,20 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
+from hycluster.auth.caller import Caller
 from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.lease import Lease
 from hycluster.batch_api import runner as runner_module
 from hycluster.batch_api.executor import StoreWatch
+from hycluster.batch_api.ledger_lines import LedgerLines
 from hycluster.batch_api.lines import BatchEngines
 from hycluster.batch_api.records import Batch, State, batch_object
 from hycluster.batch_api.runner import Runner
@@ -24,6 +28,8 @@ from hycluster.batch_api.store import Store
 from hycluster.core import ColocationLoad, Priority, ReplicaLoad
 from hycluster.errors import JobFailed, NotFound
 from hycluster.gateway.bulk import FIXED_ROWS, RESERVE_ROWS, EngineRoom
+from hycluster.ledger.books import Books
+from hycluster.ledger.usage import sum_usage
 from hycluster.settings.ingress import Batches
 from tests.batch_api.stand_in import StandIn, jsonl, line, lines_of, submit
 from tests.object_store import ObjectStore
@@ -478,3 +484,40 @@ def test_output_lines_are_ascii_and_one_a_line(store: Store, settings: Batches, 
     content = b"".join(store.chunks(store.open_content(store.state(batch.id).output_file_id or "")))
     text = content.decode("ascii")
     assert [json.loads(each)["custom_id"] for each in text.splitlines()] == ["c0", "c1", "c2"]
+
+
+async def test_answered_lines_are_in_the_ledger_once_whoever_is_killed(
+    store: Store, settings: Batches, api: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    books = Books(store.folder.below("ledger"))
+    ledger = LedgerLines(books, lambda model, *tokens: Decimal(sum(tokens)) if model == "m" else Decimal(0))
+    api.statuses["p3"] = [400]
+    caller = Caller("acme", "search", "ci", key_id="key_1").as_json()
+    batch = submit(store, jsonl(10), caller=caller)
+    # Between a shard's commit and its entry, and then between the entries and the end.
+    for holder, step in ((LedgerLines, "enter"), (LedgerLines, "_entries"), (Runner, "_write_files")):
+        with monkeypatch.context() as patched:
+            patched.setattr(holder, step, _killed)
+            with pytest.raises(JobFailed):
+                await Runner(store, settings, api.connect, ledger=ledger).run(batch.id)
+    asked = api.answered
+    await Runner(store, settings, api.connect, ledger=ledger).run(batch.id)
+    assert api.answered == asked
+    usage = store.state(batch.id).usage
+    assert usage is not None
+    (found,) = sum_usage(books, ["tenant", "project", "key", "model", "tier", "outcome"])
+    assert found.group == {
+        "tenant": "acme", "project": "search", "key": "key_1", "key_name": "ci", "model": "m", "tier": "batch",
+        "outcome": "finished",
+    }  # fmt: skip
+    assert found.requests == 9
+    assert found.cost == Decimal(9 * (3 + 1 + 2))
+    told = found.input_tokens, found.cached_tokens, found.output_tokens
+    assert told == (usage.input_tokens, usage.cached_tokens, usage.output_tokens) == (27, 9, 18)
+    answered = {line["response"]["request_id"] for line in lines_of(store, store.state(batch.id).output_file_id)}
+    table = pa.concat_tables(books.tables())
+    assert set(table.column("request_id").to_pylist()) == answered
+
+
+def _killed(*_: object) -> None:
+    raise JobFailed("killed")
