@@ -31,6 +31,7 @@ from hycluster.auth.guard import Guard, open_guard
 from hycluster.directory.directory import FORGET_AFTER_S, IngressReport, Overview, Survey, open_directory
 from hycluster.errors import HyclusterError, SettingsError, Unavailable, start_failure
 from hycluster.imports import without_collector
+from hycluster.ingress.ending import ending
 from hycluster.ingress.grpc import serve_grpc
 from hycluster.ingress.ports import TURNED_AWAY_AFTER_S, let_in, turn_away
 from hycluster.ingress.starting import StartingIngress, starting_ingress
@@ -237,6 +238,7 @@ class IngressProcess:
                 # However long that takes: callers hear meanwhile what is missing.
                 wait_s=None,
             ) as generator,
+            ending(generator, guard if settings.auth.end_streams else None),
         ):
             http = await serve_http(
                 generator,
@@ -306,7 +308,7 @@ class IngressProcess:
             )
             late = not (await asyncio.wait([closing], timeout=settings.drain_timeout_s))[0]
             if late:
-                await generator.end("the server shut down before the answer was complete")
+                await generator.end(Unavailable("the server shut down before the answer was complete"))
             await closing
 
     def _beside_models(self, app: ASGIApp) -> ASGIApp:

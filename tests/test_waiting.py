@@ -26,7 +26,8 @@ def short(tree: ast.AST, expected: bool = False) -> Iterator[ast.Call]:
             # Of a scheduler's own clock.
             if name in LIMITS and ast.unparse(node.func) != "case.until":
                 given = [*node.args[LIMITS[name] :][:1], *(k.value for k in node.keywords if k.arg == "timeout_s")]
-                if any(isinstance(limit, ast.Constant) and limit.value < LEAST_S for limit in given):
+                numbers = [limit.value for limit in given if isinstance(limit, ast.Constant)]
+                if any(isinstance(number, int | float) and number < LEAST_S for number in numbers):
                     yield node
         yield from short(node, expected)
 

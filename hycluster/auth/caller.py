@@ -13,6 +13,8 @@ from hycluster.errors import PermissionDenied, UnknownModel
 
 Scope = Literal["batch", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+# By so much clocks may differ where a token's time is looked at.
+LEEWAY_S = 30
 
 
 @dataclass(frozen=True, slots=True)

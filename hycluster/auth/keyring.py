@@ -32,6 +32,7 @@ AWAY_AFTER_S = 2.0
 class _Seen:
     keys: KnownKeys
     at_s: float
+    by_id: dict[str, Caller]
 
 
 class Keyring:
@@ -43,7 +44,7 @@ class Keyring:
         self._settings = settings
         self._clock = clock
         # Replaced as one, so that readers need no lock.
-        self._seen = _Seen(KnownKeys(0, {}, frozenset()), float("-inf"))
+        self._seen = _Seen(KnownKeys(0, {}, frozenset()), float("-inf"), {})
         self._migrated = self._said_away = False
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="keyring", daemon=True)
@@ -91,6 +92,14 @@ class Keyring:
             raise Unavailable("token: can't be checked now, the database of projects is away", retry_after_s=1)
         return caller.owner in seen.keys.archived
 
+    def has_ended(self, caller: Caller) -> bool:
+        """Whether one that was let in would not be any more. While the database is away, nobody that it knew of."""
+        seen = self._seen
+        if not caller.key_id:
+            return caller.owner in seen.keys.archived
+        now = seen.by_id.get(caller.key_id)
+        return now is None or (now.expires_at is not None and now.expires_at <= time.time())
+
     def look(self) -> None:
         """Take in what has changed. Never raises: what is known goes on for a while."""
         began_s, seen = self._clock(), self._seen
@@ -100,7 +109,11 @@ class Keyring:
                 bring_up_to_date(self._engine)
                 self._migrated = True
             changed = self._store.count_changes() != seen.keys.changes
-            self._seen = _Seen(self._store.known_keys() if changed else seen.keys, began_s)
+            if changed:
+                keys = self._store.known_keys()
+                self._seen = _Seen(keys, began_s, {caller.key_id: caller for caller in keys.callers.values()})
+            else:
+                self._seen = _Seen(seen.keys, began_s, seen.by_id)
         except HyclusterError as error:
             if not self._said_away:
                 logger.warning("%s; known keys go on for %g s", error.message, self._settings.grace_s)

@@ -16,9 +16,10 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Container, Iterable, Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import ray
 from ray.actor import ActorHandle
@@ -32,11 +33,12 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
+from hycluster.auth.caller import Caller, current_caller
 from hycluster.directory.directory import FORGET_AFTER_S, REPORT_EVERY_S, Demand, PoolView
 from hycluster.engine.arguments import model_files
 from hycluster.engine.parsers import with_parsers
 from hycluster.engine.vllm import engine_config
-from hycluster.errors import HyclusterError, InvalidInput, Overloaded, Unavailable
+from hycluster.errors import HyclusterError, InvalidInput, Overloaded, Unauthenticated, Unavailable
 from hycluster.gateway.adapters import PoolAdapters
 from hycluster.gateway.admission import Gate, check_id, check_priority, check_sampling
 from hycluster.gateway.api_arguments import model_arguments
@@ -147,6 +149,7 @@ class Gateway(AsyncLLM):
         self.adapters = PoolAdapters(model, self.engine_core, takes=config.lora_config is not None, say=self._say_now)
         self.lora_requests = self.adapters.requests
         self.traffic = TrafficMeter()
+        self._callers: WeakKeyDictionary[RequestOutputCollector, Caller] = WeakKeyDictionary()
         self.logger_manager = None
         if metrics:
             # Where it is asked for, it is all that ``AsyncLLM`` calls of its own.
@@ -220,6 +223,8 @@ class Gateway(AsyncLLM):
         except InvalidInput as error:
             raise PoolInvalidInput(error.message) from None
 
+        if (caller := current_caller.get()) is not None:
+            self._callers[collector] = caller
         capture(prompt, collector, self.renderer.tokenizer)
         return collector
 
@@ -298,7 +303,9 @@ class Gateway(AsyncLLM):
     async def _request_lost(self, request_id: str, error: HyclusterError) -> None:
         state = self.output_processor.request_states.get(request_id)
         if state is not None and state.queue is not None:
-            if not isinstance(error, InvalidInput):
+            if isinstance(error, Unauthenticated):
+                self.traffic.cancel()
+            elif not isinstance(error, InvalidInput):
                 self.traffic.fail(type(error).__name__)
             lost = LOST[type(error)](error.message)
             lost.retry_after_s = error.retry_after_s or lost.retry_after_s
@@ -314,10 +321,17 @@ class Gateway(AsyncLLM):
         self.traffic.cancel(len(left))
         await self.engine_core.abort_requests_async(left)
 
-    async def end_requests(self, why: str) -> None:
-        """End all that is in flight with PoolUnavailable, whatever it waits for."""
-        for request_id in list(self.output_processor.request_states):
-            await self._request_lost(request_id, Unavailable(why))
+    async def end_requests(self, error: HyclusterError, of: Container[Caller] | None = None) -> None:
+        """End what is in flight for these callers with an error, whatever it waits for; None: all that is."""
+        for request_id, state in list(self.output_processor.request_states.items()):
+            if of is None or (state.queue is not None and self._callers.get(state.queue) in of):
+                await self._request_lost(request_id, error)
+
+    @property
+    def callers(self) -> set[Caller]:
+        """For whom something is in flight."""
+        queues = [state.queue for state in self.output_processor.request_states.values() if state.queue is not None]
+        return {self._callers[queue] for queue in queues if queue in self._callers}
 
     async def _add_request(self, request: EngineCoreRequest, *rest: Any) -> None:
         try:
