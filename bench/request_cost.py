@@ -7,8 +7,9 @@ part is small and the same on all sides; its callers (``bench.load``) and the co
 It is CPU time of all of its threads that is counted, the exporter's and its last flush among them, since wall time of a
 machine with other work says little. Sides take turns, every other round backwards; ratios are medians of the rounds'.
 
-off: nothing is counted. metrics: what ``/metrics`` has, and nothing exported. traces-1, traces-100: that, and so many
-per cent of the requests' traces are exported. ledger: metrics, and a line for each request. Timelines, of which ``hycluster why`` lives, are kept on all sides.
+off: nothing is counted. metrics: what ``/metrics`` has, and nothing exported. ledger: that, and a line of the usage
+ledger for each request. traces-1, traces-100: metrics, and so many per cent of the requests' traces are exported.
+Timelines, of which ``hycluster why`` lives, are kept on all sides.
 """
 
 from __future__ import annotations
