@@ -24,7 +24,7 @@ from hycluster.settings.ledger import Ledger
 from hycluster.storage import locate
 from tests.ledger.entries import MARCH, entry
 from tests.ledger.test_journal import WRITER
-from tests.simulated_pool import eventually
+from tests.waiting import eventually
 
 
 @pytest.fixture
