@@ -36,7 +36,9 @@ from hycluster.ingress.grpc import serve_grpc
 from hycluster.ingress.ports import TURNED_AWAY_AFTER_S, let_in, turn_away
 from hycluster.ingress.starting import StartingIngress, starting_ingress
 from hycluster.ingress.tls import Certificate, open_certificate
+from hycluster.ledger.keeper import open_ledger
 from hycluster.observe.export import Export
+from hycluster.observe.ledger import ledger_metrics
 from hycluster.observe.request_log import log_requests
 from hycluster.observe.scrape import Neighbours
 from hycluster.observe.timelines import recorder
@@ -147,6 +149,9 @@ class IngressProcess:
             stack.push_async_callback(asyncio.to_thread, export.close)
             log_requests(recorder, self._settings.logs)
             stack.push_async_callback(self._state.close)
+            keeper = await stack.enter_async_context(open_ledger(self._settings))
+            if keeper is not None:
+                ledger_metrics.watch("", keeper)
             guard = await stack.enter_async_context(open_guard(self._settings.auth))
             self._administration = await stack.enter_async_context(open_administration(self._settings.auth))
             certificate = await stack.enter_async_context(open_certificate(self._settings.auth.tls))

@@ -15,7 +15,7 @@ COMMANDS = {
     "batch verify", "chaos", "doctor", "k8s check", "k8s render", "k8s values", "keys audit", "keys create",
     "keys list", "keys migrate", "keys revoke", "keys rotate", "metrics reference", "metrics render", "metrics rules",
     "plan", "projects archive", "projects create", "projects list", "serve", "settings reference", "settings schema",
-    "simulate", "status", "summarize", "tiny-model", "top", "upgrade", "why",
+    "simulate", "status", "summarize", "tiny-model", "top", "upgrade", "usage", "why",
 }  # fmt: skip
 
 

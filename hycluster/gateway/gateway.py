@@ -31,7 +31,7 @@ from vllm.transformers_utils.config import maybe_register_config_serialize_by_va
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
-from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from hycluster.auth.caller import Caller, current_caller
 from hycluster.directory.directory import FORGET_AFTER_S, REPORT_EVERY_S, Demand, PoolView
@@ -46,10 +46,12 @@ from hycluster.gateway.asking import answer_questions
 from hycluster.gateway.bulk import BulkLanes
 from hycluster.gateway.captured import capture
 from hycluster.gateway.coldstart import ColdStart
+from hycluster.gateway.counted import CountingOutputs
 from hycluster.gateway.grammars import GrammarCheck
 from hycluster.gateway.pool import PoolClient
 from hycluster.gateway.pool_errors import LOST, PoolInvalidInput, PoolOverloaded, PoolUnavailable
 from hycluster.gateway.router import make_policy
+from hycluster.ledger.account import account_now
 from hycluster.observe.colocation import colocation_metrics
 from hycluster.observe.experts import expert_metrics
 from hycluster.observe.failover import failover_metrics
@@ -126,7 +128,8 @@ class Gateway(AsyncLLM):
         self.admission_stats = None
         self.log_requests = False
         self.log_stats = metrics
-        self.output_processor = OutputProcessor(
+        self.output_processor = CountingOutputs(
+            model.name,
             self.renderer.tokenizer,
             log_stats=self.log_stats,
             stream_interval=config.scheduler_config.stream_interval,
@@ -196,6 +199,8 @@ class Gateway(AsyncLLM):
             raise PoolInvalidInput(error.message) from None
         if (timeline := current.get()) is not None:
             timeline.admitted()
+        if (account := account_now.get()) is not None:
+            account.admit(self.model.name)
 
     async def add_request(
         self, request_id: str, prompt: Any, params: SamplingParams | PoolingParams, *rest: Any, **named: Any
