@@ -23,6 +23,7 @@ class Caller:
         models: names of models and adapters that it may use; None: all.
         scopes: ``batch``: files, batches and requests at batch priority; ``admin``: all that is not a model's.
         expires_at: seconds since the epoch; None: never.
+        key_id: of the API key; None for a token's bearer.
     """
 
     tenant: str
@@ -31,6 +32,7 @@ class Caller:
     models: frozenset[str] | None = None
     scopes: frozenset[str] = frozenset()
     expires_at: float | None = None
+    key_id: str | None = None
 
     @property
     def owner(self) -> str:

@@ -18,6 +18,7 @@ from sqlalchemy import Engine
 from hycluster.auth.api_key import digest, is_whole
 from hycluster.auth.caller import Caller
 from hycluster.auth.database import bring_up_to_date
+from hycluster.auth.limits import Limit
 from hycluster.auth.store import KeyStore, KnownKeys
 from hycluster.errors import HyclusterError, Unauthenticated, Unavailable
 from hycluster.settings.auth import Auth
@@ -90,6 +91,11 @@ class Keyring:
         if self._clock() - seen.at_s > max(AWAY_AFTER_S, self._settings.grace_s):
             raise Unavailable("token: can't be checked now, the database of projects is away", retry_after_s=1)
         return caller.owner in seen.keys.archived
+
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        """Those that are known; the same object for as long as nothing has changed."""
+        return self._seen.keys.limits
 
     def look(self) -> None:
         """Take in what has changed. Never raises: what is known goes on for a while."""

@@ -23,7 +23,7 @@ def project(store: KeyStore) -> Project:
 def test_a_key_is_known_by_its_digest_and_shown_once(store: KeyStore, project: Project) -> None:
     made, secret = store.create_key(project, "laptop", models=["m"], scopes=["batch"], expires_at=2_000_000_000)
     known = store.known_keys()
-    caller = Caller("acme", "search", "laptop", frozenset({"m"}), frozenset({"batch"}), 2_000_000_000)
+    caller = Caller("acme", "search", "laptop", frozenset({"m"}), frozenset({"batch"}), 2_000_000_000, made.id)
     assert known.callers == {digest(secret): caller}
     assert store.all_keys() == [made]
     assert store.key(made.id) == made
