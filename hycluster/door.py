@@ -35,6 +35,7 @@ from hycluster.ingress.grpc import serve_grpc
 from hycluster.ingress.ports import TURNED_AWAY_AFTER_S, let_in, turn_away
 from hycluster.ingress.starting import StartingIngress, starting_ingress
 from hycluster.ingress.tls import Certificate, open_certificate
+from hycluster.limits.limiter import Limiter, open_limiter
 from hycluster.observe.export import Export
 from hycluster.observe.request_log import log_requests
 from hycluster.observe.scrape import Neighbours
@@ -154,7 +155,10 @@ class IngressProcess:
                     starting = await stack.enter_async_context(
                         starting_ingress(self._settings, self._pools, self._names, self._page, guard, certificate)
                     )
-            await self._serve_models(starting, guard, certificate)
+            limiter = await stack.enter_async_context(
+                open_limiter(guard.keyring if guard else None, partial(open_directory, self._directory))
+            )
+            await self._serve_models(starting, guard, certificate, limiter)
 
     async def _pools(self) -> dict[str, PoolHealth]:
         """What the directory knows of the replicas, while there is no gateway to ask."""
@@ -203,7 +207,11 @@ class IngressProcess:
         return [*given, *(name for name in known if name not in given)]
 
     async def _serve_models(
-        self, starting: StartingIngress | None, guard: Guard | None, certificate: Certificate | None
+        self,
+        starting: StartingIngress | None,
+        guard: Guard | None,
+        certificate: Certificate | None,
+        limiter: Limiter | None,
     ) -> None:
         # Half a minute on a slow machine, and callers are to be told meanwhile.
         with without_collector():
@@ -230,6 +238,7 @@ class IngressProcess:
                 wait_s=None,
             ) as generator,
         ):
+            generator.limiter = limiter
             http = await serve_http(
                 generator,
                 settings.http,

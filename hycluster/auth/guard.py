@@ -21,10 +21,14 @@ MAX_CREDENTIAL = 8192
 
 
 class Guard:
-    """Knows who may come in."""
+    """Knows who may come in.
+
+    Attributes:
+        keyring: which knows keys and limits; None where only tokens let in.
+    """
 
     def __init__(self, keyring: Keyring | None, tokens: Tokens | None = None) -> None:
-        self._keyring = keyring
+        self.keyring = keyring
         self._tokens = tokens
 
     async def caller(self, credential: str | None) -> Caller:
@@ -39,13 +43,13 @@ class Guard:
         if len(credential) > MAX_CREDENTIAL:
             raise Unauthenticated(f"API key: is longer than {MAX_CREDENTIAL} characters")
         # No key has a dot, and every token has two.
-        if self._tokens is not None and ("." in credential or self._keyring is None):
+        if self._tokens is not None and ("." in credential or self.keyring is None):
             caller = await self._tokens.caller(credential)
-        elif self._keyring is not None:
-            caller = self._keyring.caller(credential)
+        elif self.keyring is not None:
+            caller = self.keyring.caller(credential)
         else:
             raise Unauthenticated("API key: is not correct")
-        if self._keyring is not None and self._keyring.is_archived(caller):
+        if self.keyring is not None and self.keyring.is_archived(caller):
             raise Unauthenticated("API key: its project is archived")
         return caller
 

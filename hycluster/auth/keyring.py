@@ -36,11 +36,15 @@ class _Seen:
 
 
 class Keyring:
-    """Use it as a context manager: it looks once before it is entered, then again and again."""
+    """Use it as a context manager: it looks once before it is entered, then again and again.
+
+    Attributes:
+        store: of the database that it looks into.
+    """
 
     def __init__(self, engine: Engine, settings: Auth, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine = engine
-        self._store = KeyStore(engine)
+        self.store = KeyStore(engine)
         self._settings = settings
         self._clock = clock
         # Replaced as one, so that readers need no lock.
@@ -105,8 +109,8 @@ class Keyring:
                 # Where no `hycluster serve` has done it.
                 bring_up_to_date(self._engine)
                 self._migrated = True
-            changed = self._store.count_changes() != seen.keys.changes
-            self._seen = _Seen(self._store.known_keys() if changed else seen.keys, began_s)
+            changed = self.store.count_changes() != seen.keys.changes
+            self._seen = _Seen(self.store.known_keys() if changed else seen.keys, began_s)
         except HyclusterError as error:
             if not self._said_away:
                 logger.warning("%s; known keys go on for %g s", error.message, self._settings.grace_s)

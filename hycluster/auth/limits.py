@@ -47,7 +47,7 @@ class Limit:
         return f"{self.of}:{whose}" + (f"|{self.model}" if self.model else "")
 
     @property
-    def values(self) -> dict[Kind, int]:
+    def values(self) -> dict[str, int]:
         """What is limited."""
         return {kind: value for kind in KINDS if (value := getattr(self, kind)) is not None}
 

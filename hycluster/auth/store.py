@@ -262,7 +262,7 @@ class KeyStore:
     def set_limit(self, limit: Limit) -> None:
         """Put it in the place of the one that its subject has, if it has one."""
         row = {**asdict(limit), "subject": limit.subject, "changed_at": _now()}
-        with self._changing("limit.set", limit.subject[:200], {**limit.values}) as connection:
+        with self._changing("limit.set", limit.subject[:200], limit.values) as connection:
             connection.execute(delete(tables.limits).where(tables.limits.c.subject == limit.subject))
             connection.execute(insert(tables.limits).values(row))
 

@@ -12,15 +12,18 @@ import contextlib
 import logging
 import threading
 import time
+from functools import partial
 from typing import Self
 
 from hycluster import logs
+from hycluster.auth.guard import open_guard
 from hycluster.batch_api.lines import BatchEngines
 from hycluster.batch_api.runner import Runner
 from hycluster.batch_api.store import Store
 from hycluster.directory.directory import open_directory
 from hycluster.gateway.bulk import BulkLane
 from hycluster.imports import without_collector
+from hycluster.limits.limiter import open_limiter
 from hycluster.observe.export import Export
 from hycluster.observe.request_log import log_requests
 from hycluster.observe.timelines import recorder
@@ -186,6 +189,10 @@ class _Api:
                     metrics=False,
                     patient=True,
                 )
+            )
+            guard = await stack.enter_async_context(open_guard(settings.auth))
+            generator.limiter = await stack.enter_async_context(
+                open_limiter(guard.keyring if guard else None, partial(open_directory, self._directory))
             )
             apps = await model_apps(generator, settings.http, settings.admission.max_members)
             self._stack.push_async_exit(stack.pop_all())

@@ -45,13 +45,16 @@ from hycluster.gateway.bulk import BulkLanes
 from hycluster.gateway.captured import capture
 from hycluster.gateway.coldstart import ColdStart
 from hycluster.gateway.grammars import GrammarCheck
+from hycluster.gateway.limited import metered
 from hycluster.gateway.pool import PoolClient
 from hycluster.gateway.pool_errors import LOST, PoolInvalidInput, PoolOverloaded, PoolUnavailable
 from hycluster.gateway.router import make_policy
+from hycluster.limits.reservation import current_reservation
 from hycluster.observe.colocation import colocation_metrics
 from hycluster.observe.experts import expert_metrics
 from hycluster.observe.failover import failover_metrics
 from hycluster.observe.gateways import gateway_metrics
+from hycluster.observe.limits import LimitMetrics  # noqa: F401  # registers itself
 from hycluster.observe.scaling import scaling_metrics
 from hycluster.observe.vllm_requests import ModelStats, vllm_metrics
 from hycluster.pool_health import PoolHealth
@@ -193,6 +196,18 @@ class Gateway(AsyncLLM):
             raise PoolInvalidInput(error.message) from None
         if (timeline := current.get()) is not None:
             timeline.admitted()
+
+    def generate(self, *asked: Any, **named: Any) -> Any:
+        """As ``AsyncLLM`` does it; what is used is told to the request's reservation, if it has one."""
+        outputs = super().generate(*asked, **named)
+        reservation = current_reservation.get()
+        return outputs if reservation is None else metered(outputs, reservation)
+
+    def encode(self, *asked: Any, **named: Any) -> Any:
+        """The same for what does not generate."""
+        outputs = super().encode(*asked, **named)
+        reservation = current_reservation.get()
+        return outputs if reservation is None else metered(outputs, reservation)
 
     async def add_request(
         self, request_id: str, prompt: Any, params: SamplingParams | PoolingParams, *rest: Any, **named: Any
