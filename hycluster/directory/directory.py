@@ -23,7 +23,7 @@ from hycluster.core import BulkDemand, ReplicaAddress, ReplicaLoad
 from hycluster.directory.autoscaling import PoolLoad, Scaling
 from hycluster.directory.faults import FaultLog, ReplicaFault
 from hycluster.directory.starts import StartingReplica, Starts
-from hycluster.limits.book import Answer, Ask, LeaseBook, Name
+from hycluster.limits.book import LeaseAnswer, LeaseAsk, LeaseBook, Name
 from hycluster.pool_health import StartTrouble
 from hycluster.settings.model import Model
 from hycluster.traffic import KEEP_MINUTES, ModelTraffic
@@ -297,7 +297,7 @@ class Directory:
         # What one had counted that has ended since was asked all the same.
         self._traffic = {who: said for who, said in self._traffic.items() if now - said[0] < KEEP_MINUTES * 60}
 
-    def lease(self, who: str, book: str, asks: dict[Name, Ask]) -> Answer:
+    def lease(self, who: str, book: str, asks: dict[Name, LeaseAsk]) -> LeaseAnswer:
         """A process wants leases of limits; see :class:`hycluster.limits.book.LeaseBook`."""
         return self._limits.lease(who, book, asks)
 

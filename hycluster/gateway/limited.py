@@ -11,7 +11,7 @@ from hycluster.auth.caller import current_caller
 from hycluster.core import GenerationRequest
 from hycluster.errors import Overloaded, Unavailable
 from hycluster.limits.limiter import Limiter
-from hycluster.limits.reservation import Reservation, Tokens, reserving
+from hycluster.limits.reservation import RequestTokens, Reservation, reserving
 from hycluster.settings.model import Model
 
 # Of a prompt that is not yet tokens: how long one is.
@@ -44,7 +44,7 @@ async def limited(limiter: Limiter, gateway: LimitedGateway, request: Generation
         yield
         return
     output = expected_output_tokens(gateway, request.sampling.max_tokens, request.sampling.n)
-    reservation = await limiter.reserve(met, Tokens(_prompt_tokens(request), 0, output), gateway.model.price)
+    reservation = await limiter.reserve(met, RequestTokens(_prompt_tokens(request), 0, output), gateway.model.price)
     counts = True
     try:
         with reserving(reservation):
@@ -84,4 +84,4 @@ async def metered(outputs: AsyncGenerator[Any, None], reservation: Reservation) 
             reservation.add(reservation.expected)
         raise
     finally:
-        reservation.add(Tokens(prompt, min(cached, prompt), sum(lengths.values())))
+        reservation.add(RequestTokens(prompt, min(cached, prompt), sum(lengths.values())))

@@ -14,10 +14,12 @@ from hycluster.gateway.generation import Generator
 from hycluster.gateway.limited import BYTES_PER_TOKEN, expected_output_tokens
 from hycluster.ingress.dispatch import name_in, read_on
 from hycluster.ingress.errors import answer_error
-from hycluster.limits.reservation import Tokens, reserving
+from hycluster.limits.reservation import RequestTokens, reserving
 
 GENERATE = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
 ASK = GENERATE | {"/v1/embeddings", "/v1/score", "/v1/rerank", "/pooling", "/classify"}
+# Where prompts are.
+PROMPTS = ("messages", "prompt", "input", "instructions", "system", "tools", "query", "documents")
 # What callers name the most tokens of an answer by.
 MOST = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 # What turns a request away that has done nothing.
@@ -66,22 +68,23 @@ class Limited:
             reservation.end(counts=reservation.began or status not in TURNED_AWAY)
 
 
-def _expected(gateway: Any, path: str, body: bytes) -> Tokens:
+def _expected(gateway: Any, path: str, body: bytes) -> RequestTokens:
     try:
         asked = json.loads(body)
     except (ValueError, RecursionError):
         # The app refuses it.
-        return Tokens(1)
+        return RequestTokens(1)
     if not isinstance(asked, dict):
-        return Tokens(1)
-    prompt = len(body) // BYTES_PER_TOKEN + 1
+        return RequestTokens(1)
+    said = [json.dumps(asked[part], ensure_ascii=False) for part in PROMPTS if asked.get(part)]
+    prompt = sum(len(each.encode("utf-8", "replace")) for each in said) // BYTES_PER_TOKEN + 1
     if isinstance(ids := asked.get("prompt"), list) and ids and all(isinstance(each, int) for each in ids):
         prompt = len(ids)
     n = asked.get("n") or 1
     prompts = len(asked["prompt"]) if isinstance(asked.get("prompt"), list) else 1
     prompt = min(prompt, gateway.model_config.max_model_len * max(1, prompts))
     if path not in GENERATE:
-        return Tokens(prompt)
+        return RequestTokens(prompt)
     most = next((asked[name] for name in MOST if isinstance(asked.get(name), int) and asked[name] > 0), None)
     n = n if isinstance(n, int) and 0 < n <= 10_000 else 1
-    return Tokens(prompt, 0, expected_output_tokens(gateway, most, n))
+    return RequestTokens(prompt, 0, expected_output_tokens(gateway, most, n))

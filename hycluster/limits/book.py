@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hycluster.auth.limits import Kind
-from hycluster.limits.bucket import SLOT_S, Bucket, Places, Slot
+from hycluster.limits.bucket import SLOT_S, Bucket, PlacesInUse, Slot
 
 PLACES: Kind = "concurrent_requests"
 PERIODS: frozenset[str] = frozenset({"tokens_per_day", "budget_per_month"})
@@ -29,7 +29,7 @@ Name = tuple[str, Kind]
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class LeaseAsk:
     """What a process says of one limit.
 
     Attributes:
@@ -60,7 +60,7 @@ class Ask:
     known: tuple[tuple[float | str, int], ...] | None = None
 
 
-def is_short(ask: Ask, given: int) -> bool:
+def is_short(ask: LeaseAsk, given: int) -> bool:
     """Whether requests have to be refused that met this."""
     return given < ask.want and (ask.refused or given < max(ask.need, ask.least))
 
@@ -84,7 +84,7 @@ class Told:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class LeaseAnswer:
     """What the book says.
 
     Attributes:
@@ -113,12 +113,12 @@ class LeaseBook:
         self._id = secrets.token_hex(8)
         self._began_s = clock()
         self._buckets: dict[Name, Bucket] = {}
-        self._places: dict[Name, Places] = {}
+        self._places: dict[Name, PlacesInUse] = {}
         self._asked_s: dict[Name, float] = {}
         self._heard_s: dict[str, float] = {}
         self._forgets_s = self._began_s + FORGOTTEN_AFTER_S
 
-    def lease(self, who: str, book: str, asks: dict[Name, Ask]) -> Answer:
+    def lease(self, who: str, book: str, asks: dict[Name, LeaseAsk]) -> LeaseAnswer:
         """A process says what it has used and wants, and hears what it gets.
 
         Args:
@@ -131,15 +131,15 @@ class LeaseBook:
         gone = {other for other, at_s in self._heard_s.items() if now_s - at_s > GONE_AFTER_S}
         self._heard_s = {other: at_s for other, at_s in self._heard_s.items() if other not in gone}
         if book != self._id and any(ask.known is None for ask in asks.values()):
-            return Answer(self._id, now_s, len(self._heard_s), recovers=True)
+            return LeaseAnswer(self._id, now_s, len(self._heard_s), recovers=True)
         recovers = now_s - self._began_s < RECOVERS_S
         told = {name: self._tell(who, name, ask, now_s, gone, recovers=recovers) for name, ask in asks.items()}
-        return Answer(self._id, now_s, len(self._heard_s), recovers, told)
+        return LeaseAnswer(self._id, now_s, len(self._heard_s), recovers, told)
 
-    def _tell(self, who: str, name: Name, ask: Ask, now_s: float, gone: set[str], *, recovers: bool) -> Told:
+    def _tell(self, who: str, name: Name, ask: LeaseAsk, now_s: float, gone: set[str], *, recovers: bool) -> Told:
         self._asked_s[name] = now_s
         if name[1] == PLACES:
-            places = self._places.setdefault(name, Places())
+            places = self._places.setdefault(name, PlacesInUse())
             want = 0 if recovers else ask.want
             given = places.give(who, limit=ask.limit, want=want, holds=ask.holds, gone=gone)
             return Told(given, used=places.used, wait_s=ASK_EVERY_S if is_short(ask, given) else 0.0)

@@ -30,7 +30,7 @@ Slot = int | str
 
 
 @dataclass(slots=True)
-class Usage:
+class SlotUsage:
     """What was given, by slots of time.
 
     Args:
@@ -94,7 +94,7 @@ class Bucket:
     """
 
     def __init__(self, *, period: bool) -> None:
-        self.usage = Usage(period)
+        self.usage = SlotUsage(period)
         self.sequence = 0
         self._marks: dict[Slot, int] = {}
         self._paced = not period
@@ -199,7 +199,7 @@ class Bucket:
         self._marks[self.usage.note(amount, now_s, period)] = self.sequence
 
 
-class Places:
+class PlacesInUse:
     """The book on one limit of concurrent requests: who has how many places."""
 
     def __init__(self) -> None:
@@ -220,7 +220,7 @@ class Places:
 
     @property
     def used(self) -> int:
-        """Places that processes have."""
+        """PlacesInUse that processes have."""
         return sum(self._held.values())
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hycluster.limits.book import ASK_EVERY_S, PERIODS, PLACES, Answer, Ask, Name, Told, is_short
-from hycluster.limits.bucket import MINUTE_S, PRESSED_S, SLOT_S, Usage
+from hycluster.limits.book import ASK_EVERY_S, PERIODS, PLACES, LeaseAnswer, LeaseAsk, Name, Told, is_short
+from hycluster.limits.bucket import MINUTE_S, PRESSED_S, SLOT_S, SlotUsage
 
 # A lease that lies unused for so long goes back.
 HELD_S = 1.0
@@ -29,20 +29,20 @@ class Holding:
         # Since it last asked.
         self._demand = 0
         # What to charge, by slots of this process's clock.
-        self._charges = Usage(period=False)
+        self._charges = SlotUsage(period=False)
         self._refunds: list[tuple[float, int]] = []
         self._least = 0
         self._refused = False
         self._dry_until_s, self._wait_s = float("-inf"), 0.0
         self._told_holds = 0
         # What it has heard: of which book, by whose clock.
-        self._usage = Usage(name[1] in PERIODS)
+        self._usage = SlotUsage(name[1] in PERIODS)
         self._book, self._heard, self._ahead_s, self._processes = "", -1, 0.0, 1
         self._places_used = 0
         self._told = False
         # What all processes together have helped themselves to since the book's last word, if all do as this one; and
         # may while requests are refused.
-        self._helped = Usage(self._usage.period)
+        self._helped = SlotUsage(self._usage.period)
         self._own, self._own_s, self._refused_s = 0.0, float("-inf"), float("-inf")
 
     # -- requests -----------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ class Holding:
         told = not (self._balance or self._in_use or self._told_holds or self._charges.slots or self._refunds)
         return told and now_s - self._active_s > MINUTE_S + HELD_S
 
-    def ask(self, book: str, period: str, waiting: int, least: int, now_s: float) -> Ask:
+    def ask(self, book: str, period: str, waiting: int, least: int, now_s: float) -> LeaseAsk:
         """What to say to the book of that name.
 
         Args:
@@ -158,7 +158,7 @@ class Holding:
                 for slot, amount in self._usage.slots.items()
             )
         self._told_holds = self._in_use + self._balance if self._places else 0
-        asked = Ask(
+        asked = LeaseAsk(
             limit=self.limit,
             want=min(want, self.limit),
             need=waiting,
@@ -177,14 +177,14 @@ class Holding:
         self._charges.slots.clear()
         return asked
 
-    def unheard(self, asked: Ask, at_s: float) -> None:
+    def unheard(self, asked: LeaseAsk, at_s: float) -> None:
         """The book did not answer this, which was asked then, or is to be told more first."""
         for age_s, amount in asked.charges:
             self._charges.note(amount, at_s - age_s)
         self._refused |= asked.refused
         self._demand = max(self._demand, asked.want)
 
-    def hear(self, asked: Ask, told: Told, answer: Answer, now_s: float) -> None:
+    def hear(self, asked: LeaseAsk, told: Told, answer: LeaseAnswer, now_s: float) -> None:
         """The book's answer."""
         self._processes = max(1, answer.processes)
         self._balance += told.given

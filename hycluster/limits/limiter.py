@@ -20,9 +20,9 @@ from hycluster.auth.caller import Caller
 from hycluster.auth.limits import Limit
 from hycluster.auth.store import Spent
 from hycluster.errors import HyclusterError, QuotaExhausted, RateLimited, Unavailable
-from hycluster.limits.book import ASK_EVERY_S, GONE_AFTER_S, PERIODS, Answer, Ask, Name
+from hycluster.limits.book import ASK_EVERY_S, GONE_AFTER_S, PERIODS, LeaseAnswer, LeaseAsk, Name
 from hycluster.limits.holding import HELD_S, Holding
-from hycluster.limits.reservation import Reservation, Share, Tokens
+from hycluster.limits.reservation import RequestTokens, Reservation, Share
 from hycluster.settings.price import Price
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ UNITS = {
 }
 
 # (who, the book it believes to talk to, what it asks) -> the book's answer.
-Lease = Callable[[str, str, dict[Name, Ask]], Awaitable[Answer]]
+Lease = Callable[[str, str, dict[Name, LeaseAsk]], Awaitable[LeaseAnswer]]
 
 # Since the process began, requests that were refused, by the kind of limit and by whose it was.
 refused: Counter[tuple[str, str]] = Counter()
@@ -125,7 +125,7 @@ class Limiter:
             self._met[key] = [limit for limit in limits if limit.concerns(caller, model)]
         return self._met[key]
 
-    async def reserve(self, met: list[Limit], expected: Tokens, price: Price | None = None) -> Reservation:
+    async def reserve(self, met: list[Limit], expected: RequestTokens, price: Price | None = None) -> Reservation:
         """Let a request in that meets these limits, with what it may use of them.
 
         Raises:
@@ -227,7 +227,7 @@ class Limiter:
     # -- the book -----------------------------------------------------------------------------------------
 
     async def follow(self) -> None:
-        """Ask the book again and again; runs until cancelled."""
+        """LeaseAsk the book again and again; runs until cancelled."""
         while True:
             with contextlib.suppress(TimeoutError):
                 # Where nothing is limited there is nothing to do.
@@ -263,7 +263,7 @@ class Limiter:
             if not self._lacks_base(holding)
         }
         holdings = dict(self._holdings)
-        answer: Answer | None = None
+        answer: LeaseAnswer | None = None
         try:
             async with asyncio.timeout(AWAY_AFTER_S):
                 answer = await self._lease(self._id, self._book, asked)
@@ -338,8 +338,8 @@ async def open_limiter(keyring: Keyring | None, directory: Callable[[], Any]) ->
         return
     handle = await asyncio.to_thread(directory)
 
-    async def lease(who: str, book: str, asks: dict[Name, Ask]) -> Answer:
-        answer: Answer = await handle.lease.remote(who, book, asks)
+    async def lease(who: str, book: str, asks: dict[Name, LeaseAsk]) -> LeaseAnswer:
+        answer: LeaseAnswer = await handle.lease.remote(who, book, asks)
         return answer
 
     async with following(Limiter(lambda: keyring.limits, lease, keyring.store)) as limiter:

@@ -13,7 +13,7 @@ from hycluster.settings.price import Price, cost_of
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
+class RequestTokens:
     """What a request has used, or may use."""
 
     prompt: int = 0
@@ -56,7 +56,7 @@ class Reservation:
     def __init__(
         self,
         shares: list[Share],
-        expected: Tokens,
+        expected: RequestTokens,
         price: Price | None,
         at_s: float,
         spend: Callable[[Share, int], None],
@@ -64,7 +64,7 @@ class Reservation:
     ) -> None:
         self.shares = shares
         self.expected = expected
-        self.tokens = Tokens()
+        self.tokens = RequestTokens()
         self.began = False
         self._price = price
         self._at_s = at_s
@@ -72,10 +72,12 @@ class Reservation:
         self._clock = clock
         self._ended = False
 
-    def add(self, tokens: Tokens) -> None:
+    def add(self, tokens: RequestTokens) -> None:
         """One of the prompts of the request has been answered, or given up: so much was used."""
         now = self.tokens
-        self.tokens = Tokens(now.prompt + tokens.prompt, now.cached + tokens.cached, now.completion + tokens.completion)
+        self.tokens = RequestTokens(
+            now.prompt + tokens.prompt, now.cached + tokens.cached, now.completion + tokens.completion
+        )
 
     def end(self, *, counts: bool = True) -> None:
         """Settle. Whoever was let in and then turned away for the service's own sake has used nothing (``counts``)."""

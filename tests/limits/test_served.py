@@ -93,17 +93,17 @@ async def serving(keys: Keyed, tiny_model: Path) -> AsyncIterator[Served]:
 
 
 @pytest.fixture
-async def served(keys: Keyed, tiny_model: Path) -> AsyncIterator[Served]:
-    async with serving(keys, tiny_model) as served:
-        yield served
+async def limited(keys: Keyed, tiny_model: Path) -> AsyncIterator[Served]:
+    async with serving(keys, tiny_model) as limited:
+        yield limited
 
 
 ASK: Any = {"model": "tiny", "prompt": "hi", "max_tokens": 4, "extra_body": {"ignore_eos": True}}
 
 
-async def test_requests_by_the_minute(served: Served) -> None:
-    served.limit(Limit("acme", "search", requests_per_minute=3))
-    async with served.openai(max_retries=0) as client:
+async def test_requests_by_the_minute(limited: Served) -> None:
+    limited.limit(Limit("acme", "search", requests_per_minute=3))
+    async with limited.openai(max_retries=0) as client:
         for left in (2, 1, 0):
             raw = await client.completions.with_raw_response.create(**ASK)
             assert raw.headers["x-ratelimit-limit-requests"] == "3"
@@ -118,14 +118,14 @@ async def test_requests_by_the_minute(served: Served) -> None:
         assert headers["x-ratelimit-reset-requests"].endswith("s")
         assert "x-should-retry" not in headers
         # Others' limit it is not.
-        async with openai.AsyncOpenAI(base_url=f"{served.http}/v1", api_key=served.keys.key(other=True)) as other:
+        async with openai.AsyncOpenAI(base_url=f"{limited.http}/v1", api_key=limited.keys.key(other=True)) as other:
             await other.completions.create(**ASK)
     # The same bucket.
-    async with grpc.aio.insecure_channel(served.grpc) as channel:
+    async with grpc.aio.insecure_channel(limited.grpc) as channel:
         stub: Any = inference_pb2_grpc.InferenceStub(channel)
         asked = pb.GenerateRequest(model="tiny", prompt="hi")
         with pytest.raises(grpc.aio.AioRpcError) as failed:
-            await stub.Generate(asked, metadata=(("authorization", f"Bearer {served.key}"),))
+            await stub.Generate(asked, metadata=(("authorization", f"Bearer {limited.key}"),))
     assert failed.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     status = rpc_status.from_call(failed.value)  # type: ignore[arg-type]
     assert status is not None
@@ -136,24 +136,24 @@ async def test_requests_by_the_minute(served: Served) -> None:
     assert quota.violations[0].subject == "project"
 
 
-async def test_a_budget_that_is_used_up(served: Served, keys: Keyed) -> None:
+async def test_a_budget_that_is_used_up(limited: Served, keys: Keyed) -> None:
     # A token of an answer costs a thousandth; four are reserved, and the next four are too many.
-    served.limit(Limit("acme", budget_per_month=BILLION * 6 // 1000))
-    async with served.openai() as client:
+    limited.limit(Limit("acme", budget_per_month=BILLION * 6 // 1000))
+    async with limited.openai() as client:
         await client.completions.create(**ASK)
         with pytest.raises(openai.RateLimitError) as refused:
             await client.completions.create(**ASK)
     assert refused.value.code == refused.value.type == "insufficient_quota"
     assert refused.value.response.headers["x-should-retry"] == "false"
-    await served.limiter.exchange_counts()
-    (spent,) = keys.store.spent([served.limiter._period("budget_per_month")]).items()
+    await limited.limiter.exchange_counts()
+    (spent,) = keys.store.spent([limited.limiter._period("budget_per_month")]).items()
     assert spent[0][:2] == ("tenant:acme", "budget_per_month")
     assert spent[1] == BILLION * 4 // 1000
 
 
-async def test_what_was_reserved_and_not_used_comes_back(served: Served) -> None:
-    served.limit(Limit("acme", tokens_per_minute=100))
-    async with served.openai(max_retries=0) as client:
+async def test_what_was_reserved_and_not_used_comes_back(limited: Served) -> None:
+    limited.limit(Limit("acme", tokens_per_minute=100))
+    async with limited.openai(max_retries=0) as client:
         for _ in range(8):
             # Of 50 that are reserved 4 are used, and what a prompt is.
             stops = {**ASK, "max_tokens": 50, "extra_body": {"stop_token_ids": list(range(256))}}
@@ -171,19 +171,19 @@ async def test_what_was_reserved_and_not_used_comes_back(served: Served) -> None
         assert refused.value.response.headers["x-should-retry"] == "false"
 
 
-async def test_requests_at_a_time(served: Served) -> None:
-    served.limit(Limit("acme", concurrent_requests=2))
-    async with served.openai() as client:
+async def test_requests_at_a_time(limited: Served) -> None:
+    limited.limit(Limit("acme", concurrent_requests=2))
+    async with limited.openai() as client:
         # The client comes back when it is told to.
         await asyncio.gather(*(client.completions.create(**ASK) for _ in range(4)))
 
 
-async def test_the_official_client_comes_back_when_it_is_told_to(served: Served) -> None:
-    served.limit(Limit("acme", requests_per_minute=6000))
+async def test_the_official_client_comes_back_when_it_is_told_to(limited: Served) -> None:
+    limited.limit(Limit("acme", requests_per_minute=6000))
     slept: list[float] = []
-    async with served.openai(max_retries=3) as client:
+    async with limited.openai(max_retries=3) as client:
         await client.completions.create(**ASK)
-        holding = next(iter(served.limiter._holdings.values()))
+        holding = next(iter(limited.limiter._holdings.values()))
         holding._balance, holding._wait_s, holding._dry_until_s = 0, 0.7, float("inf")
         real = asyncio.sleep
 
@@ -198,10 +198,10 @@ async def test_the_official_client_comes_back_when_it_is_told_to(served: Served)
     assert 0.7 in slept
 
 
-async def test_without_limits_nothing_is_told(served: Served) -> None:
-    headers = {"authorization": f"Bearer {served.key}"}
-    async with httpx.AsyncClient(base_url=served.http, headers=headers) as http:
+async def test_without_limits_nothing_is_told(limited: Served) -> None:
+    headers = {"authorization": f"Bearer {limited.key}"}
+    async with httpx.AsyncClient(base_url=limited.http, headers=headers) as http:
         answer = await http.post("/v1/completions", json={"model": "tiny", "prompt": "hi", "max_tokens": 2})
     assert answer.status_code == 200
     assert not [name for name in answer.headers if name.startswith("x-ratelimit")]
-    assert not served.limiter._holdings
+    assert not limited.limiter._holdings

@@ -10,7 +10,7 @@ import pytest
 
 from hycluster.auth.limits import Limit
 from hycluster.errors import HyclusterError
-from hycluster.limits.reservation import Tokens
+from hycluster.limits.reservation import RequestTokens
 from tests.limits.virtual import ME, Process, World, run
 
 PROCESSES, OVERLOAD = 4, 5
@@ -45,14 +45,14 @@ class Load:
     async def _request(self, process: Process) -> None:
         limiter = process.limiter
         try:
-            reservation = await limiter.reserve(limiter.concerning(ME, "m"), Tokens(1, 0, self._asks_for - 1))
+            reservation = await limiter.reserve(limiter.concerning(ME, "m"), RequestTokens(1, 0, self._asks_for - 1))
         except HyclusterError:
             return
         if process in self.dead:
             return
         self.admitted.append((self.world.now_s() - self._began_s, self._tokens))
         await asyncio.sleep(1.0)
-        reservation.add(Tokens(1, 0, self._tokens - 1))
+        reservation.add(RequestTokens(1, 0, self._tokens - 1))
         reservation.end()
 
     def share(self, limit: int, until_s: float, *, tokens: bool = False) -> float:

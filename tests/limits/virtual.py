@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from hycluster.auth.caller import Caller
 from hycluster.auth.limits import Limit
 from hycluster.auth.store import Spent
-from hycluster.limits.book import Answer, Ask, LeaseBook, Name
+from hycluster.limits.book import LeaseAnswer, LeaseAsk, LeaseBook, Name
 from hycluster.limits.limiter import Limiter
 
 T = TypeVar("T")
@@ -78,7 +78,7 @@ class World:
     def process(self) -> Process:
         return Process(self)
 
-    async def lease(self, who: str, book: str, asks: dict[Name, Ask]) -> Answer:
+    async def lease(self, who: str, book: str, asks: dict[Name, LeaseAsk]) -> LeaseAnswer:
         self.calls += 1
         await asyncio.sleep(0.002)
         if self.book is None:
