@@ -38,6 +38,7 @@ from hycluster.summarize.cli import summarize
 from hycluster.tenants.keys import keys_app
 from hycluster.tenants.limits import limits_app
 from hycluster.tenants.projects import projects_app
+from hycluster.tenants.usage import print_usage
 from hycluster.terminal import INTERRUPTED_EXIT, PrintableFormatter, echo
 from hycluster.top import AddressOption, status, top
 from hycluster.why import why
@@ -89,6 +90,7 @@ app.add_typer(projects_app, name="projects")
 app.add_typer(metrics_app, name="metrics")
 # What a job is made of is above the settings' room.
 app.add_typer(settings_app, name="settings", context_settings={"obj": Job})
+app.command("usage")(print_usage)
 app.command("summarize")(summarize)
 app.command("chaos")(chaos)
 app.command("plan")(plan)
@@ -185,7 +187,7 @@ def serve(
     started_ray = cluster.start()
     say(f"logs in {log_files.folder()}")
     say(f"{'started' if started_ray else 'joined'} Ray after {time.monotonic() - begun:.1f} s")
-    running.remember_service([model.name for model in settings.models], database)
+    running.remember_service([model.name for model in settings.models], database, _shown_ledger(settings))
 
     asked_by: list[int] = []
 
@@ -224,6 +226,16 @@ def serve(
         # A cluster of our own ends with this, whatever became of the application.
         running.forget()
         ray.shutdown()
+
+
+def _shown_ledger(settings: Settings) -> str | None:
+    """Where the service's ledger is; None if it is off, or that holds a secret."""
+    from hycluster.storage import masked
+
+    place = settings.ledger_place
+    if not settings.keeps_ledger or masked(place) != place:
+        return None
+    return place if "://" in place else str(Path(place).absolute())
 
 
 def _check_models(settings: Settings) -> None:

@@ -26,17 +26,21 @@ import ray
 from starlette.types import ASGIApp
 
 from hycluster import logs
+from hycluster.admin_api.app import open_administration, with_admin
 from hycluster.auth.caller import calling
 from hycluster.auth.guard import Guard, open_guard
 from hycluster.directory.directory import FORGET_AFTER_S, IngressReport, Overview, Survey, open_directory
 from hycluster.errors import HyclusterError, SettingsError, Unavailable, start_failure
 from hycluster.imports import without_collector
+from hycluster.ingress.ending import ending
 from hycluster.ingress.grpc import serve_grpc
 from hycluster.ingress.ports import TURNED_AWAY_AFTER_S, let_in, turn_away
 from hycluster.ingress.starting import StartingIngress, starting_ingress
 from hycluster.ingress.tls import Certificate, open_certificate
+from hycluster.ledger.keeper import open_ledger
 from hycluster.limits.limiter import Limiter, open_limiter
 from hycluster.observe.export import Export
+from hycluster.observe.ledger import ledger_metrics
 from hycluster.observe.request_log import log_requests
 from hycluster.observe.scrape import Neighbours
 from hycluster.observe.timelines import recorder
@@ -49,6 +53,7 @@ from hycluster.traffic import ModelTraffic
 from hycluster.watchdog import Watchdog
 
 if TYPE_CHECKING:
+    from hycluster.admin_api.administration import Administration
     from hycluster.gateway.generation import Generator
 
 logger = logging.getLogger(__name__)
@@ -108,6 +113,7 @@ class IngressProcess:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._able = False
         self._state: StateWatch | None = None
+        self._administration: Administration | None = None
         self._watchdog = Watchdog(silent_after_s=SILENT_AFTER_S)
         recorder.process = "ingress"
         open_directory(directory)
@@ -145,7 +151,11 @@ class IngressProcess:
             stack.push_async_callback(asyncio.to_thread, export.close)
             log_requests(recorder, self._settings.logs)
             stack.push_async_callback(self._state.close)
+            keeper = await stack.enter_async_context(open_ledger(self._settings))
+            if keeper is not None:
+                ledger_metrics.watch("", keeper)
             guard = await stack.enter_async_context(open_guard(self._settings.auth))
+            self._administration = await stack.enter_async_context(open_administration(self._settings.auth))
             certificate = await stack.enter_async_context(open_certificate(self._settings.auth.tls))
             starting: StartingIngress | None = None
             # Where ingress processes share their ports, callers would come to one that can't serve in place of one that
@@ -237,6 +247,7 @@ class IngressProcess:
                 # However long that takes: callers hear meanwhile what is missing.
                 wait_s=None,
             ) as generator,
+            ending(generator, guard if settings.auth.end_streams else None),
         ):
             generator.limiter = limiter
             http = await serve_http(
@@ -245,7 +256,7 @@ class IngressProcess:
                 max_members=settings.admission.max_members,
                 guard=guard,
                 certificate=certificate,
-                around=self._batch_api(),
+                around=self._beside_models,
                 page=self._page,
                 before_models=responses.before,
                 metrics=neighbours.families,
@@ -307,16 +318,17 @@ class IngressProcess:
             )
             late = not (await asyncio.wait([closing], timeout=settings.drain_timeout_s))[0]
             if late:
-                await generator.end("the server shut down before the answer was complete")
+                await generator.end(Unavailable("the server shut down before the answer was complete"))
             await closing
 
-    def _batch_api(self) -> Callable[[ASGIApp], ASGIApp]:
-        """Puts the Batch API's routes beside the models', if there are to be any."""
-        if self._settings.batches is None:
-            return lambda app: app
-        from hycluster.batch_api.routes import with_batches
+    def _beside_models(self, app: ASGIApp) -> ASGIApp:
+        """Puts the admin API's and the Batch API's routes beside the models', if there are to be any."""
+        settings = self._settings
+        if settings.batches is not None:
+            from hycluster.batch_api.routes import with_batches
 
-        return partial(with_batches, self._settings.batches, self._settings.http)
+            app = with_batches(settings.batches, settings.http, app)
+        return with_admin(self._administration, settings.http, app)
 
     async def addresses(self) -> IngressAddresses | None:
         """Where this ingress process listens; None while no request would succeed.

@@ -25,7 +25,7 @@ from httpx._transports import default as httpx_transports
 
 from bench import tiny_llama
 from hycluster.imports import without_collector
-from tests.lanes import SHARED, Lanes, check_shared, is_heavy, place, room_of
+from tests.lanes import SHARED, Lanes, check_shared, is_heavy, place, room_of, spent
 from tests.object_store import ObjectStore, object_store
 from tests.ray_apart import ray_apart
 from tests.ray_forks import RAY_FORKS
@@ -214,6 +214,10 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     terminalreporter.write_line(
         f"this machine's {cores} cores spent {cpu:.0f} CPU seconds in {wall:.0f} s ({cpu / wall / cores:.0%})"
     )
+    if config.getoption("numprocesses", None):
+        done = [report for kind in terminalreporter.stats.values() for report in kind if hasattr(report, "duration")]
+        for line in spent(done, time.time() - wall):
+            terminalreporter.write_line(line)
     reports = [report for kind in ("failed", "error") for report in terminalreporter.stats.get(kind, ())]
     reasons = {report.nodeid: dict(getattr(report, "user_properties", ())).get(_MACHINE) for report in reports}
     # Where CI wants to read what is worth another run: all that failed, if all of that depends on the machine.

@@ -13,7 +13,8 @@ import functools
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -41,8 +42,8 @@ FORKS = (
 )  # fmt: skip
 # What starts clusters or engines of its own, the longest first; ``served``, ``featured``, ``forks`` are those above.
 HEAVY = (
-    "served", "integration/test_expert_parallel", "integration/test_rehearsal", "forks", "integration/test_start",
-    "integration/test_control_plane", "integration/test_rolling", "featured", "integration/test_spread",
+    "served", "integration/test_expert_parallel", "integration/test_rehearsal", "forks", "featured",
+    "integration/test_control_plane", "integration/test_start", "integration/test_rolling", "integration/test_spread",
     "integration/test_serve_deploy", "integration/test_load_curve", "integration/test_submit", "integration/test_drain",
 )  # fmt: skip
 # Before vLLM's threads are in the process: these fork one that starts Ray.
@@ -102,6 +103,25 @@ def _rank(room: str, light: bool) -> tuple[int, int]:
 def _imports_vllm(room: str) -> bool:
     """Whether the worker does; the one that has once should have the others' too."""
     return "vllm_imported" in (ROOT / "tests" / f"{room}.py").read_text(encoding="utf-8")
+
+
+def spent(reports: Iterable[pytest.TestReport], began_s: float) -> Iterator[str]:
+    """Lines by which HEAVY is kept in order: what each of these rooms takes, and when each worker had nothing left.
+
+    Args:
+        began_s: when the run began, as ``time.time`` says.
+    """
+    rooms: defaultdict[str, float] = defaultdict(float)
+    ends: dict[str, float] = {}
+    for report in reports:
+        room = room_of(report.nodeid)
+        rooms[room if is_heavy(room) else "light"] += report.duration
+        if worker := getattr(report, "worker_id", None):
+            ends[worker] = max(ends.get(worker, 0.0), report.stop - began_s)
+    longest = sorted(rooms.items(), key=lambda room: -room[1])
+    yield "rooms: " + ", ".join(f"{room} {seconds:.0f} s" for room, seconds in longest)
+    for worker, end_s in sorted(ends.items()):
+        yield f"{worker} ended its last test after {end_s:.0f} s"
 
 
 @contextlib.contextmanager

@@ -20,6 +20,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
 )
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+from tests.waiting import PATIENCE_S
+
 
 class Collector:
     """Listens on loopback.
@@ -65,7 +67,7 @@ class Collector:
                     self._spans += scope.spans
             self._came.notify_all()
 
-    def traces(self, most_s: float = 10.0, *, roots: int = 1) -> dict[str, list[Span]]:
+    def traces(self, most_s: float = PATIENCE_S, *, roots: int = 1) -> dict[str, list[Span]]:
         """By trace, its spans, once there are so many whose requests have been told of."""
         end_s = time.monotonic() + most_s
         with self._came:
@@ -76,7 +78,7 @@ class Collector:
                 found.setdefault(span.trace_id.hex(), []).append(span)
             return found
 
-    def trace(self, trace_id: str, most_s: float = 20.0) -> list[Span]:
+    def trace(self, trace_id: str, most_s: float = PATIENCE_S) -> list[Span]:
         """Of one trace its spans, once its request has been told of."""
         end_s = time.monotonic() + most_s
         with self._came:

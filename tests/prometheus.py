@@ -137,5 +137,5 @@ def prometheus(
 
 def _ready(running: Prometheus) -> bool:
     with contextlib.suppress(httpx.HTTPError):
-        return httpx.get(f"{running.url}/-/ready", timeout=2).status_code == 200
+        return httpx.get(f"{running.url}/-/ready", timeout=20).status_code == 200
     return False

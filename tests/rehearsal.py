@@ -292,13 +292,16 @@ class Load:
     Attributes:
         ingress processes: by name, the address.
         long_tokens: beside the short ones, one long answer after the other at each ingress process; 0: none.
+        silent: an ingress process of whose answers none comes any more; at the end nobody waits for them.
     """
 
     model: str
     ingresses: dict[str, str]
     per_s: float = 10.0
     long_tokens: int = 0
+    silent: str = ""
     calls: list[Call] = field(default_factory=list)
+    _limits: dict[asyncio.Timeout, str] = field(default_factory=dict)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     @contextlib.contextmanager
@@ -335,6 +338,9 @@ class Load:
                 ]
             await asyncio.to_thread(ended.wait)
             ending.set()
+            for limit, ingress in list(self._limits.items()):
+                if ingress == self.silent and not limit.expired():
+                    limit.reschedule(asyncio.get_running_loop().time())
             await asyncio.gather(*callers)
             await asyncio.gather(*self._tasks)
 
@@ -365,7 +371,8 @@ class Load:
         self.calls.append(call)
         last = call.began
         try:
-            async with asyncio.timeout(CALL_TIMEOUT_S):
+            async with asyncio.timeout(CALL_TIMEOUT_S) as limit:
+                self._limits[limit] = call.ingress
                 async for tokens in chunks:
                     now = time.monotonic()
                     call.pause_s, last = max(call.pause_s, now - last), now
@@ -374,6 +381,7 @@ class Load:
                 call.error = f"{call.tokens} tokens in place of {expected}"
         except Exception as error:
             call.error = f"{type(error).__name__}: {error}"[:200]
+        del self._limits[limit]
         call.ended = time.monotonic()
 
     async def _over_http(self, http: httpx.AsyncClient) -> AsyncIterator[int]:

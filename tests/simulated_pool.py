@@ -156,11 +156,3 @@ def predicted(prompt: list[int], max_tokens: int, settings: Simulated) -> list[i
         for output in scheduler.step(0.0).outputs.get(0, []):
             tokens += output.new_token_ids
     return tokens
-
-
-def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    """Wait until it holds; for what other threads do."""
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.005)

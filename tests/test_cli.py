@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hycluster import cli
+from tests.waiting import PATIENCE_S
 
 HEAVY = {"ray", "vllm", "torch", "transformers", "pyarrow", "grpc", "pandas"}
 
@@ -174,12 +175,12 @@ def test_how_serve_ends(
         if is_ready:
             return SimpleNamespace(ingresses=SimpleNamespace(http="h", grpc="g"), models=["m"])
         os.kill(os.getpid(), number)
-        assert stopping.wait(10)
+        assert stopping.wait(PATIENCE_S)
         return None
 
     def attend(stopping: threading.Event) -> None:
         os.kill(os.getpid(), number)
-        assert stopping.wait(10)
+        assert stopping.wait(PATIENCE_S)
 
     monkeypatch.setenv("HYCLUSTER_HOME", str(tmp_path))
     monkeypatch.setattr(cli, "_check_models", lambda _: None)

@@ -397,11 +397,11 @@ async def test_a_prompt_of_256k_tokens(client: Both, stand_in: StandInGenerator)
 @pytest.mark.parametrize("method", ["generate", "stream"])
 async def test_timeout(client: Both, stand_in: StandInGenerator, method: str) -> None:
     stand_in.pause_s = 0.05
-    ask: dict[str, Any] = {"prompt": "a", "max_tokens": 10_000, "timeout_s": 0.4}
+    ask: dict[str, Any] = {"prompt": "a", "max_tokens": 10_000, "timeout_s": 1.5}
     with pytest.raises(errors.DeadlineExceeded):
         await (client.stream(MODEL, **ask) if method == "stream" else client.call(method, MODEL, **ask))
     await stand_in.until_idle()
-    assert 0 < (stand_in.requests[0][1] or 0) < 0.45
+    assert 0 < (stand_in.requests[0][1] or 0) < 1.55
 
 
 async def test_leaving_a_stream_cancels_it(client: Both, stand_in: StandInGenerator) -> None:

@@ -16,7 +16,7 @@ COMMANDS = {
     "keys list", "keys migrate", "keys revoke", "keys rotate", "limits list", "limits remove", "limits set",
     "metrics reference", "metrics render", "metrics rules", "plan", "projects archive", "projects create",
     "projects list", "serve", "settings reference", "settings schema", "simulate", "status", "summarize", "tiny-model",
-    "top", "upgrade", "why",
+    "top", "upgrade", "usage", "why",
 }  # fmt: skip
 
 

@@ -16,7 +16,8 @@ from hycluster.errors import InvalidInput, JobFailed, KillsReplicas, Unavailable
 from hycluster.first_rows import EARLY_ROWS, open_first_rows
 from tests.batch import stand_in as batch_stand_in
 from tests.ingress import stand_in as ingress_stand_in
-from tests.ingress.stand_in import MODEL, open_ingress, until
+from tests.ingress.stand_in import MODEL, open_ingress
+from tests.waiting import until
 
 NEVER_S = 60.0
 

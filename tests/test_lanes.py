@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import lanes
+from tests.waiting import PATIENCE_S
 
 
 def test_every_file_in_the_tables_is_there() -> None:
@@ -40,6 +41,28 @@ def test_each_lane_takes_its_own_first_then_the_others_and_last_who_must_be_alon
     assert order == [*(others + heavy if light else heavy + others), *lanes.LAST]
 
 
+def test_what_rooms_take_and_when_each_worker_ended_is_told() -> None:
+    def report(file: str, worker: str, begun_s: float, took_s: float) -> pytest.TestReport:
+        made = pytest.TestReport(
+            f"tests/{file}.py::test_it", ("", 0, ""), {}, "passed", None, "call",
+            duration=took_s, start=begun_s, stop=begun_s + took_s,
+        )  # fmt: skip
+        made.worker_id = worker  # type: ignore[attr-defined]
+        return made
+
+    reports = [
+        report("integration/test_health", "gw0", 100, 20),
+        report("integration/test_chaos", "gw0", 120, 30),
+        report("test_cli", "gw1", 100, 5),
+        report("test_top", "gw1", 105, 6),
+    ]
+    assert list(lanes.spent(reports, 90)) == [
+        "rooms: served 50 s, light 11 s",
+        "gw0 ended its last test after 60 s",
+        "gw1 ended its last test after 21 s",
+    ]
+
+
 @pytest.fixture
 def _own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -54,7 +77,7 @@ def test_who_is_alone_waits_for_the_others_and_they_for_it() -> None:
         with lanes.place(alone=True):
             said.append("alone")
             there.set()
-            goes.wait(5)
+            goes.wait(PATIENCE_S)
             said.append("alone no more")
 
     def beside() -> None:
@@ -66,10 +89,10 @@ def test_who_is_alone_waits_for_the_others_and_they_for_it() -> None:
         first.start()
         first.join(0.3)
         assert said == []
-    assert there.wait(5)
+    assert there.wait(PATIENCE_S)
     second.start()
     second.join(0.3)
     goes.set()
-    first.join(5)
-    second.join(5)
+    first.join(PATIENCE_S)
+    second.join(PATIENCE_S)
     assert said == ["alone", "alone no more", "beside"]

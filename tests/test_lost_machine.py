@@ -20,6 +20,7 @@ from hycluster.core import ReplicaAddress
 from hycluster.directory.directory import ReplicaReport
 from hycluster.engine.simulated import SimulatedEngine
 from hycluster.errors import HyclusterError
+from hycluster.gateway.connection import HELLO_TIMEOUT_S
 from hycluster.gateway.router import make_policy
 from hycluster.ingress.ports import bind, notice_lost_callers
 from hycluster.replica.wire import EngineServer
@@ -28,15 +29,16 @@ from hycluster.settings.simulated import Simulated
 from tests.cable import Cable, cable
 from tests.engine_requests import PROMPT, ask
 from tests.ingress.stand_in import MODEL, StandInGenerator, open_ingress
-from tests.simulated_pool import eventually, predicted
+from tests.simulated_pool import predicted
+from tests.waiting import eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 SETTINGS = Simulated(step_base_s=0.01, decode_token_s=0.0)
 LOST_AFTER_S = 2.0
 STALLED_S = 3.0
-# The tests' own looks, and what a busy machine takes.
-SLACK_S = 1.5
+# The tests' own looks, and what a busy machine takes; the kernel by itself takes a quarter of an hour.
+SLACK_S = 20.0
 
 # Holds an engine; says where, then does what each line of its standard input tells it to.
 REPLICA = """
@@ -152,7 +154,7 @@ async def test_streams_of_a_replica_whose_machine_is_gone_go_on(far: Cable) -> N
             began = time.monotonic()
             reports = [ReplicaReport(there, engine.load()), ReplicaReport(near.address, engine.load(), accepting=False)]
             await client.update(reports)
-            assert time.monotonic() - began < LOST_AFTER_S + SLACK_S
+            assert time.monotonic() - began < HELLO_TIMEOUT_S / 2
             assert not client.able
         print(f"lost machine: the stream paused for {pause:.1f} s")
     engine.shutdown()
@@ -241,4 +243,4 @@ async def test_an_http_caller_whose_machine_is_gone_is_given_up(far: Cable, spea
             assert process.stdout is not None
             assert await asyncio.to_thread(process.stdout.readline) == "hears\n"
             far.pull()
-            await asyncio.wait_for(ended.wait(), STALLED_S + 2 * SLACK_S)
+            await asyncio.wait_for(ended.wait(), STALLED_S + SLACK_S)

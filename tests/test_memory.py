@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from hycluster import memory
 from hycluster.memory import GIB, Journal, MemoryGuard, MemoryUsage, bound_bytes, usage
 from hycluster.settings.model import Model
 from hycluster.settings.simulated import Simulated
+from tests.waiting import eventually
 
 TOTAL = psutil.virtual_memory().total
 
@@ -213,9 +213,7 @@ def test_the_terminal_hears_of_all_that_goes_and_that_nothing_may(full: Callable
     guard.start()
     Journal(os.getpid()).write("said by another")
     full(True)
-    deadline = time.monotonic() + 10
-    while len(said) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    eventually(lambda: len(said) >= 2)
     guard.stop()
     assert said[0] == "said by another"
     assert "nothing here is over its bounds, so nothing is ended; the largest: " in said[1]

@@ -128,7 +128,7 @@ def _is_current(connection: Connection) -> bool:
 def away(error: Exception) -> Unavailable:
     """The database's error in one line, without what it was asked."""
     said = error.orig if isinstance(error, DBAPIError) else error
-    return Unavailable(f"auth.database: can't be used now: {one_line(said or error, 200)}")
+    return Unavailable(f"auth.database: can't be used now: {one_line(said or error, 200)}", retry_after_s=1)
 
 
 def _config() -> Config:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
-from hycluster.auth.caller import Caller
+from hycluster.auth.caller import LEEWAY_S, Caller
 from hycluster.errors import Unauthenticated
 from hycluster.settings.auth import Auth
 
@@ -52,6 +53,13 @@ class Guard:
         if self.keyring is not None and self.keyring.is_archived(caller):
             raise Unauthenticated("API key: its project is archived")
         return caller
+
+    def has_ended(self, caller: Caller) -> bool:
+        """Whether one that was let in would not be any more: his key is revoked or has expired, his token has, or
+        their project is archived."""
+        if not caller.key_id and caller.expires_at is not None and caller.expires_at + LEEWAY_S <= time.time():
+            return True
+        return self._keyring is not None and self._keyring.has_ended(caller)
 
 
 def bearer(authorization: str) -> str | None:

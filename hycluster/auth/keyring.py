@@ -33,6 +33,7 @@ AWAY_AFTER_S = 2.0
 class _Seen:
     keys: KnownKeys
     at_s: float
+    by_id: dict[str, Caller]
 
 
 class Keyring:
@@ -48,7 +49,7 @@ class Keyring:
         self._settings = settings
         self._clock = clock
         # Replaced as one, so that readers need no lock.
-        self._seen = _Seen(KnownKeys(0, {}, frozenset()), float("-inf"))
+        self._seen = _Seen(KnownKeys(0, {}, frozenset()), float("-inf"), {})
         self._migrated = self._said_away = False
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="keyring", daemon=True)
@@ -101,6 +102,14 @@ class Keyring:
         """Those that are known; the same object for as long as nothing has changed."""
         return self._seen.keys.limits
 
+    def has_ended(self, caller: Caller) -> bool:
+        """Whether one that was let in would not be any more. While the database is away, nobody that it knew of."""
+        seen = self._seen
+        if not caller.key_id:
+            return caller.owner in seen.keys.archived
+        now = seen.by_id.get(caller.key_id)
+        return now is None or (now.expires_at is not None and now.expires_at <= time.time())
+
     def look(self) -> None:
         """Take in what has changed. Never raises: what is known goes on for a while."""
         began_s, seen = self._clock(), self._seen
@@ -110,7 +119,11 @@ class Keyring:
                 bring_up_to_date(self._engine)
                 self._migrated = True
             changed = self.store.count_changes() != seen.keys.changes
-            self._seen = _Seen(self.store.known_keys() if changed else seen.keys, began_s)
+            if changed:
+                keys = self.store.known_keys()
+                self._seen = _Seen(keys, began_s, {caller.key_id: caller for caller in keys.callers.values()})
+            else:
+                self._seen = _Seen(seen.keys, began_s, seen.by_id)
         except HyclusterError as error:
             if not self._said_away:
                 logger.warning("%s; known keys go on for %g s", error.message, self._settings.grace_s)

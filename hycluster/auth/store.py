@@ -29,18 +29,29 @@ Spent = tuple[str, str, str]
 
 @dataclass(frozen=True, slots=True)
 class Project:
-    """Times are in seconds since the epoch."""
+    """Times are in seconds since the epoch.
+
+    Attributes:
+        name: what belongs to it is marked with; for ever.
+        title: how people call it; None: by its name.
+    """
 
     id: str
     tenant: str
     name: str
     created_at: int
     archived_at: int | None
+    title: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """What is known of a key; not the key. Times are in seconds since the epoch."""
+    """What is known of a key; not the key. Times are in seconds since the epoch.
+
+    Attributes:
+        title: how people call it; None: by its name.
+        account_id: the service account that has it; None: none.
+    """
 
     id: str
     tenant: str
@@ -51,12 +62,13 @@ class ApiKey:
     created_at: int
     expires_at: int | None
     revoked_at: int | None
+    title: str | None = None
+    account_id: str | None = None
 
     @property
     def caller(self) -> Caller:
         models = None if self.models is None else frozenset(self.models)
-        scopes = frozenset(self.scopes)
-        return Caller(self.tenant, self.project, self.name, models, scopes, self.expires_at, self.id)
+        return Caller(self.tenant, self.project, self.name, models, frozenset(self.scopes), self.expires_at, self.id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,24 +116,25 @@ class KeyStore:
         with self._reading() as connection:
             # First: what changes meanwhile is then read once more, and not missed.
             changes = connection.execute(select(tables.changes.c.number)).scalar_one()
-            callers = {row.digest: _api_key(row).caller for row in connection.execute(_KEYS.where(_LIVE))}
+            callers = {row.digest: api_key_of(row).caller for row in connection.execute(KEYS.where(LIVE))}
             rows = connection.execute(select(tables.projects).where(tables.projects.c.archived_at.is_not(None)))
             archived = frozenset(f"{row.tenant}/{row.name}" for row in rows)
             return KnownKeys(changes, callers, archived, read_limits(connection))
 
     # -- projects ---------------------------------------------------------------------------------------
 
-    def create_project(self, tenant: str, name: str) -> Project:
+    def create_project(self, tenant: str, name: str, title: str | None = None) -> Project:
         """
         Raises:
             InvalidInput: there is or was one of that name, or the name is none.
         """
         _check_name("tenant", tenant)
         _check_name("project", name)
-        made = Project(_new_id("proj_"), tenant, name, _now(), None)
-        values = {"id": made.id, "tenant": tenant, "name": name, "created_at": made.created_at}
+        made = Project(new_id("proj_"), tenant, name, now_s(), None, title)
+        values = {"id": made.id, "tenant": tenant, "name": name, "created_at": made.created_at, "title": title}
+        told = {"tenant": tenant, "project": name} | ({} if title is None else {"title": title})
         try:
-            with self._changing("project.created", made.id, {"tenant": tenant, "project": name}) as connection:
+            with self._changing("project.created", made.id, told) as connection:
                 connection.execute(insert(tables.projects).values(values))
         except IntegrityError:
             raise InvalidInput(f"project: there is or was a project {tenant}/{name}; names are given once") from None
@@ -148,7 +161,7 @@ class KeyStore:
         with self._changing("project.archived", project.id, {}) as connection:
             columns = tables.projects.c
             archived = update(tables.projects).where(columns.id == project.id, columns.archived_at.is_(None))
-            connection.execute(archived.values(archived_at=_now()))
+            connection.execute(archived.values(archived_at=now_s()))
 
     # -- keys -------------------------------------------------------------------------------------------
 
@@ -171,6 +184,8 @@ class KeyStore:
         models: Iterable[str] | None = None,
         scopes: Iterable[str] = (),
         expires_at: int | None = None,
+        title: str | None = None,
+        account_id: str | None = None,
     ) -> tuple[ApiKey, str]:
         """What is known of the new key, and the key itself, which nobody is told again.
 
@@ -178,42 +193,30 @@ class KeyStore:
             InvalidInput: a name or a scope is none, or the project is archived.
         """
         self.check_key(name, scopes)
-        if project.archived_at is not None:
-            raise InvalidInput(f"project: {project.tenant}/{project.name} is archived")
-        secret = new_key()
+        check_open(project)
         made = ApiKey(
-            _new_id("key_"),
+            new_id("key_"),
             project.tenant,
             project.name,
             name,
             None if models is None else tuple(models),
             tuple(sorted(set(scopes))),
-            _now(),
+            now_s(),
             expires_at,
             None,
+            title,
+            account_id,
         )
-        told = {"tenant": made.tenant, "project": made.project, "name": name, "models": made.models,
-                "scopes": made.scopes, "expires_at": expires_at}  # fmt: skip
-        with self._changing("key.created", made.id, told) as connection:
-            connection.execute(
-                insert(tables.keys).values(
-                    id=made.id,
-                    project_id=project.id,
-                    name=name,
-                    digest=digest(secret),
-                    models=made.models,
-                    scopes=made.scopes,
-                    created_at=made.created_at,
-                    expires_at=expires_at,
-                )
-            )
+        secret = new_key()
+        with self._changing("key.created", made.id, told_of(made)) as connection:
+            connection.execute(insert(tables.keys).values(key_row(made, project, secret)))
         return made, secret
 
     def all_keys(self) -> list[ApiKey]:
         """All, revoked ones too, the newest last."""
         with self._reading() as connection:
-            rows = connection.execute(_KEYS.order_by(tables.keys.c.created_at, tables.keys.c.id))
-            return [_api_key(row) for row in rows]
+            rows = connection.execute(KEYS.order_by(tables.keys.c.created_at, tables.keys.c.id))
+            return [api_key_of(row) for row in rows]
 
     def key(self, key_id: str) -> ApiKey:
         """
@@ -221,10 +224,10 @@ class KeyStore:
             NotFound: there is none of that id.
         """
         with self._reading() as connection:
-            row = connection.execute(_KEYS.where(tables.keys.c.id == key_id)).one_or_none()
+            row = connection.execute(KEYS.where(tables.keys.c.id == key_id)).one_or_none()
         if row is None:
             raise NotFound(f"key: there is no key {shown(key_id)}")
-        return _api_key(row)
+        return api_key_of(row)
 
     def revoke_key(self, key_id: str) -> None:
         """It lets nobody in any more, for ever.
@@ -236,7 +239,7 @@ class KeyStore:
         with self._changing("key.revoked", key_id, {}) as connection:
             columns = tables.keys.c
             revoked = update(tables.keys).where(columns.id == key_id, columns.revoked_at.is_(None))
-            connection.execute(revoked.values(revoked_at=_now()))
+            connection.execute(revoked.values(revoked_at=now_s()))
 
     def rotate_key(self, key_id: str, *, overlap_s: int = 0) -> tuple[ApiKey, str]:
         """Another key for the same; the old one lets in for so long yet."""
@@ -244,11 +247,14 @@ class KeyStore:
         if old.revoked_at is not None:
             raise InvalidInput(f"key: {key_id} is revoked; create another one")
         project = self.project(old.tenant, old.project)
-        new = self.create_key(project, old.name, models=old.models, scopes=old.scopes, expires_at=old.expires_at)
+        new = self.create_key(
+            project, old.name, models=old.models, scopes=old.scopes, expires_at=old.expires_at, title=old.title,
+            account_id=old.account_id,
+        )  # fmt: skip
         if not overlap_s:
             self.revoke_key(key_id)
             return new
-        ends_at = min(_now() + overlap_s, old.expires_at or _now() + overlap_s)
+        ends_at = min(now_s() + overlap_s, old.expires_at or now_s() + overlap_s)
         with self._changing("key.expires", key_id, {"expires_at": ends_at, "successor": new[0].id}) as connection:
             connection.execute(update(tables.keys).where(tables.keys.c.id == key_id).values(expires_at=ends_at))
         return new
@@ -261,7 +267,7 @@ class KeyStore:
 
     def set_limit(self, limit: Limit) -> None:
         """Put it in the place of the one that its subject has, if it has one."""
-        row = {**asdict(limit), "subject": limit.subject, "changed_at": _now()}
+        row = {**asdict(limit), "subject": limit.subject, "changed_at": now_s()}
         with self._changing("limit.set", limit.subject[:200], limit.values) as connection:
             connection.execute(delete(tables.limits).where(tables.limits.c.subject == limit.subject))
             connection.execute(insert(tables.limits).values(row))
@@ -317,25 +323,50 @@ class KeyStore:
         try:
             with self._engine.begin() as connection:
                 yield connection
-                line = {"at": _now(), "actor": self._actor, "action": action, "subject": subject, "detail": detail}
-                connection.execute(insert(tables.audit).values(line))
+                self._write_down(connection, action, subject, detail)
                 connection.execute(update(tables.changes).values(number=tables.changes.c.number + 1))
         except IntegrityError:
             raise
         except DBAPIError as error:
             raise away(error) from None
 
+    def _write_down(self, connection: Connection, action: str, subject: str, detail: dict[str, Any]) -> None:
+        line = {"at": now_s(), "actor": self._actor, "action": action, "subject": subject, "detail": detail}
+        connection.execute(insert(tables.audit).values(line))
 
-_KEYS = select(tables.keys, tables.projects.c.tenant, tables.projects.c.name.label("project")).join(tables.projects)
-_LIVE = tables.keys.c.revoked_at.is_(None) & tables.projects.c.archived_at.is_(None)
+
+KEYS = select(tables.keys, tables.projects.c.tenant, tables.projects.c.name.label("project")).join(tables.projects)
+LIVE = tables.keys.c.revoked_at.is_(None) & tables.projects.c.archived_at.is_(None)
 
 
-def _api_key(row: Row[Any]) -> ApiKey:
+def api_key_of(row: Row[Any]) -> ApiKey:
+    """A row of :data:`KEYS`."""
     models = None if row.models is None else tuple(row.models)
-    scopes = tuple(row.scopes)
     return ApiKey(
-        row.id, row.tenant, row.project, row.name, models, scopes, row.created_at, row.expires_at, row.revoked_at
-    )
+        row.id, row.tenant, row.project, row.name, models, tuple(row.scopes), row.created_at, row.expires_at,
+        row.revoked_at, row.title, row.account_id,
+    )  # fmt: skip
+
+
+def key_row(key: ApiKey, project: Project, secret: str) -> dict[str, Any]:
+    """What the table has of a key."""
+    kept = ("id", "name", "models", "scopes", "created_at", "expires_at", "revoked_at", "title", "account_id")
+    return {name: getattr(key, name) for name in kept} | {"project_id": project.id, "digest": digest(secret)}
+
+
+def told_of(key: ApiKey) -> dict[str, Any]:
+    """What the audit log has of a new key."""
+    told = ("tenant", "project", "name", "models", "scopes", "expires_at", "account_id")
+    return {name: getattr(key, name) for name in told}
+
+
+def check_open(project: Project) -> None:
+    """
+    Raises:
+        InvalidInput: it is archived.
+    """
+    if project.archived_at is not None:
+        raise InvalidInput(f"project: {project.tenant}/{project.name} is archived")
 
 
 def _check_name(field: str, name: str) -> None:
@@ -346,10 +377,12 @@ def _check_name(field: str, name: str) -> None:
         )
 
 
-def _new_id(prefix: str) -> str:
+def new_id(prefix: str) -> str:
+    """An id that nothing has yet."""
     # By time, so that lists are in the order in which things were made.
     return f"{prefix}{time.time_ns() // 1_000_000:012x}{secrets.token_hex(6)}"
 
 
-def _now() -> int:
+def now_s() -> int:
+    """Seconds since the epoch."""
     return int(time.time())

@@ -9,6 +9,8 @@ metadata = MetaData()
 # SQLite counts by itself in INTEGER columns only.
 _COUNTED = BigInteger().with_variant(Integer, "sqlite")
 NAME = String(63)
+# As people write it: any text.
+TITLE = String(255)
 
 # Times are in seconds since the epoch.
 projects = Table(
@@ -19,8 +21,20 @@ projects = Table(
     Column("name", NAME, nullable=False),
     Column("created_at", BigInteger, nullable=False),
     Column("archived_at", BigInteger),
+    # Null: as its name.
+    Column("title", TITLE),
     # Of archived ones too: what belongs to a project is marked with its name.
     Unique("tenant", "name", name="one_project_of_a_name"),
+)
+# Owners of keys of a project, as OpenAI's admin API has them.
+service_accounts = Table(
+    "service_accounts",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("project_id", String(40), ForeignKey("projects.id"), nullable=False),
+    Column("title", TITLE, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("deleted_at", BigInteger),
 )
 keys = Table(
     "keys",
@@ -35,6 +49,9 @@ keys = Table(
     Column("created_at", BigInteger, nullable=False),
     Column("expires_at", BigInteger),
     Column("revoked_at", BigInteger),
+    Column("title", TITLE),
+    # Null: nobody's but the project's. SQLite can't add a foreign key to a table that is there.
+    Column("account_id", String(40)),
 )
 # Who changed what; never a key, nor its digest.
 audit = Table(

@@ -16,14 +16,13 @@ import httpx
 import jwt
 from jwt import PyJWK, PyJWKSet
 
-from hycluster.auth.caller import SCOPES, Caller
+from hycluster.auth.caller import LEEWAY_S, SCOPES, Caller
 from hycluster.auth.names import NAME
 from hycluster.errors import Unauthenticated, Unavailable, one_line
 from hycluster.settings.auth import Oidc
 
 logger = logging.getLogger(__name__)
 
-LEEWAY_S = 30
 # A token that names a key which is not known has the keys fetched anew, and anybody can write such tokens.
 FETCH_AGAIN_AFTER_S = 5.0
 FETCH_TIMEOUT_S = 5.0

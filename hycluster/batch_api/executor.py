@@ -17,12 +17,15 @@ from typing import Self
 
 from hycluster import logs
 from hycluster.auth.guard import open_guard
+from hycluster.batch_api.ledger_lines import LedgerLines
 from hycluster.batch_api.lines import BatchEngines
 from hycluster.batch_api.runner import Runner
 from hycluster.batch_api.store import Store
 from hycluster.directory.directory import open_directory
 from hycluster.gateway.bulk import BulkLane
 from hycluster.imports import without_collector
+from hycluster.ledger.books import books_of
+from hycluster.ledger.keeper import PriceList
 from hycluster.limits.limiter import open_limiter
 from hycluster.observe.export import Export
 from hycluster.observe.request_log import log_requests
@@ -72,7 +75,9 @@ class BatchExecutor:
         log_requests(recorder, self._settings.logs)
         try:
             async with _Api(self._settings, self._directory) as api:
-                runner = Runner(store, self._batches, api.engines, self._settings.admission.max_members)
+                books = books_of(self._settings)
+                ledger = LedgerLines(books, PriceList(self._settings.models)) if books is not None else None
+                runner = Runner(store, self._batches, api.engines, self._settings.admission.max_members, ledger)
                 await StoreWatch(store, runner, self._batches.concurrent_batches, self._batches.poll_s).run()
         finally:
             export.close()

@@ -7,30 +7,26 @@ each sees what is his project's.
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, FastAPI, Query, Request
-from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import FormData, UploadFile
-from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hycluster.auth.caller import caller_now
 from hycluster.batch_api.records import FINAL, Batch, ExpiresAfter, NewBatch, StoredFile, batch_object, new_record_id
 from hycluster.batch_api.store import Store
-from hycluster.errors import HyclusterError, InvalidInput, NotFound
+from hycluster.errors import InvalidInput, NotFound
 from hycluster.errors import shown as echoed
 from hycluster.ingress.body import BodyLimit
-from hycluster.ingress.errors import answer_error, openai_error
+from hycluster.ingress.json_api import json_api, json_body, list_page
 from hycluster.ingress.schema import WithSchema
 from hycluster.settings.ingress import Batches, Http
 from hycluster.settings.read import validate
 
 ROOTS = ("/v1/files", "/v1/batches")
-MAX_JSON_BYTES = 1 << 20
 MULTIPART_BYTES = 64 << 10
 MAX_LISTED_FILES = 10_000
 MAX_LISTED_BATCHES = 100
@@ -61,12 +57,9 @@ def with_batches(batches: Batches, http: Http, others: ASGIApp) -> ASGIApp:
 
 def batch_api(store: Store) -> FastAPI:
     """The app of the Batch API."""
-    app = FastAPI(title="hycluster", openapi_url=None, redirect_slashes=False)
+    app = json_api()
     app.include_router(_files(store))
     app.include_router(_batches(store))
-    app.add_exception_handler(HyclusterError, answer_error)
-    app.add_exception_handler(HTTPException, _answer_http_error)
-    app.add_exception_handler(RequestValidationError, _answer_wrong_query)
     return app
 
 
@@ -94,7 +87,7 @@ def _files(store: Store) -> APIRouter:
         found: list[StoredFile] = await asyncio.to_thread(
             store.list_files, after, limit + 1, purpose=purpose, newest_first=newest_first
         )
-        return _page([file.shown() for file in found], limit)
+        return list_page([file.shown() for file in found], limit)
 
     @routes.get("/{file_id}")
     async def retrieve(file_id: str) -> Any:
@@ -120,7 +113,7 @@ def _batches(store: Store) -> APIRouter:
 
     @routes.post("")
     async def create(request: Request) -> Any:
-        asked = validate(NewBatch, await _json(request), "body")
+        asked = validate(NewBatch, await json_body(request), "body")
         return await asyncio.to_thread(_create, store, asked)
 
     @routes.get("")
@@ -128,7 +121,7 @@ def _batches(store: Store) -> APIRouter:
         def look() -> list[dict[str, Any]]:
             return [_seen(store, batch) for batch in store.list_batches(after, limit + 1)]
 
-        return _page(await asyncio.to_thread(look), limit)
+        return list_page(await asyncio.to_thread(look), limit)
 
     @routes.get("/{batch_id}")
     async def retrieve(batch_id: str) -> Any:
@@ -198,42 +191,3 @@ def _cancel(store: Store, batch_id: str) -> dict[str, Any]:
 
 def _seen(store: Store, batch: Batch) -> dict[str, Any]:
     return batch_object(batch, store.state(batch.id), store.cancelling_at(batch.id))
-
-
-def _page(found: list[dict[str, Any]], limit: int) -> dict[str, Any]:
-    """A page of a list, given one more than it holds if there is one."""
-    data = found[:limit]
-    return {
-        "object": "list",
-        "data": data,
-        "first_id": data[0]["id"] if data else None,
-        "last_id": data[-1]["id"] if data else None,
-        "has_more": len(found) > limit,
-    }
-
-
-async def _json(request: Request) -> dict[str, Any]:
-    body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_JSON_BYTES:
-            raise HTTPException(413, f"body: is over the limit of {MAX_JSON_BYTES} bytes")
-    try:
-        asked = json.loads(body)
-    except (ValueError, RecursionError):
-        raise InvalidInput("body: is not JSON") from None
-    if not isinstance(asked, dict):
-        raise InvalidInput(f"body: must be a JSON object, not {type(asked).__name__}")
-    return asked
-
-
-async def _answer_http_error(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    return openai_error(error.status_code, str(error.detail), InvalidInput.openai_type, error.headers)
-
-
-async def _answer_wrong_query(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
-    problem = error.errors()[0]
-    message = f"{problem['loc'][-1]}: {echoed(problem['input'])} is not allowed: {problem['msg']}"
-    return openai_error(InvalidInput.http_status, message, InvalidInput.openai_type)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, closing, nullcontext
 from itertools import islice
 from typing import Any
@@ -25,6 +25,7 @@ from hycluster.batch.input.tables import pack
 from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.lease import Lease
 from hycluster.batch_api.lateness import Lateness
+from hycluster.batch_api.ledger_lines import LedgerLines
 from hycluster.batch_api.lines import BatchEngines, LinesTask
 from hycluster.batch_api.records import FINAL, Batch, Ending, LineError, State, new_record_id
 from hycluster.batch_api.requests import Refused, convert
@@ -47,9 +48,21 @@ OPEN_LINES = 4096
 
 
 class Runner:
-    """Runs batches, any number side by side."""
+    """Runs batches, any number side by side.
 
-    def __init__(self, store: Store, settings: Batches, connect: Connect, max_members: int = MAX_MEMBERS) -> None:
+    Args:
+        ledger: takes what lines are answered; None where there is no ledger.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        settings: Batches,
+        connect: Connect,
+        max_members: int = MAX_MEMBERS,
+        ledger: LedgerLines | None = None,
+    ) -> None:
+        self._ledger = ledger
         self._store = store
         self._settings = settings
         self._connect = connect
@@ -157,7 +170,7 @@ class Runner:
             return ending
         earlier = await asyncio.to_thread(_committed, output)
         open_lines = self._settings.lines_in_flight or OPEN_LINES
-        feed = _Feed(self._connect, batch, plan, output, self._in_flight, open_lines)
+        feed = _Feed(self._connect, batch, plan, output, self._in_flight, open_lines, self._ledger)
         lateness = Lateness(batch.expires_at - time.time(), batch.expires_at)
         feeding = asyncio.create_task(feed.run())
         try:
@@ -194,6 +207,8 @@ class Runner:
 
     def _write_files(self, batch: Batch, state: State, plan: ShardPlan, output: OutputFolder) -> State:
         assert state.ending is not None
+        # Before anybody has an answer; of shards that were committed by one who was killed then, too.
+        _enter(self._ledger, batch, output, output.done())
         results = Results(plan, output, name=batch.id, ending=state.ending)
         update: dict[str, Any] = {"status": state.ending, "ended_at": _now()}
         for field, kind, lines in (
@@ -232,7 +247,9 @@ class _Feed:
         output: OutputFolder,
         in_flight: asyncio.Semaphore | None,
         open_lines: int,
+        ledger: LedgerLines | None,
     ) -> None:
+        self._ledger = ledger
         self._connect = connect
         self._batch = batch
         self._plan = plan
@@ -277,9 +294,10 @@ class _Feed:
         generate = Generate(self._output, lambda: nullcontext(lines), lambda *_: None, name=self._batch.id)
         ahead = _ReadAhead()
 
-        async def commit(block: pa.Table, size: int) -> None:
+        async def commit(shards: list[Shard], block: pa.Table, size: int) -> None:
             try:
                 await generate(block)
+                await asyncio.to_thread(_enter, self._ledger, self._batch, self._output, (s.number for s in shards))
             finally:
                 ahead.done(size)
 
@@ -290,7 +308,7 @@ class _Feed:
                     await ahead.begin(size)
                     if self._stopped:
                         break
-                    group.create_task(commit(await asyncio.to_thread(self._read, block), size))
+                    group.create_task(commit(block, await asyncio.to_thread(self._read, block), size))
         except* Exception as errors:
             raise first_error(errors) from None
 
@@ -331,6 +349,12 @@ def _committed(output: OutputFolder) -> tuple[int, int]:
         completed += record.rows - record.quarantined
         failed += record.quarantined
     return completed, failed
+
+
+def _enter(ledger: LedgerLines | None, batch: Batch, output: OutputFolder, shards: Iterable[int]) -> None:
+    if ledger is not None:
+        for shard in shards:
+            ledger.enter(batch, output, shard)
 
 
 def _identity(batch: Batch, plan: ShardPlan) -> dict[str, Any]:

@@ -9,6 +9,7 @@ Layout:
     state/<batch>.json    how far it is
     jobs/<batch>/         input and output of the batch as a job, see runner.py; gone when it has ended
     responses/            not of batches: see hycluster/responses/store.py
+    ledger/               nor this: see hycluster/ledger/books.py
 
 Records are written in one step. No two processes write the same one, so ingress processes and executor need no lock;
 ids sort by time, so lists read only the records that they show.

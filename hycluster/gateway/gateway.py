@@ -16,9 +16,10 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Container, Iterable, Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import ray
 from ray.actor import ActorHandle
@@ -28,15 +29,15 @@ from vllm.renderers import renderer_from_config
 from vllm.sampling_params import SamplingParams
 from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
 from vllm.v1.engine import EngineCoreRequest
-from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
-from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+from vllm.v1.engine.output_processor import RequestOutputCollector
 
+from hycluster.auth.caller import Caller, current_caller
 from hycluster.directory.directory import FORGET_AFTER_S, REPORT_EVERY_S, Demand, PoolView
 from hycluster.engine.arguments import model_files
 from hycluster.engine.parsers import with_parsers
 from hycluster.engine.vllm import engine_config
-from hycluster.errors import HyclusterError, InvalidInput, Overloaded, Unavailable
+from hycluster.errors import HyclusterError, InvalidInput, Overloaded, Unauthenticated, Unavailable
 from hycluster.gateway.adapters import PoolAdapters
 from hycluster.gateway.admission import Gate, check_id, check_priority, check_sampling
 from hycluster.gateway.api_arguments import model_arguments
@@ -44,17 +45,17 @@ from hycluster.gateway.asking import answer_questions
 from hycluster.gateway.bulk import BulkLanes
 from hycluster.gateway.captured import capture
 from hycluster.gateway.coldstart import ColdStart
+from hycluster.gateway.counted import CountingOutputs
 from hycluster.gateway.grammars import GrammarCheck
-from hycluster.gateway.limited import metered
+from hycluster.gateway.limited import MeteredLLM
 from hycluster.gateway.pool import PoolClient
 from hycluster.gateway.pool_errors import LOST, PoolInvalidInput, PoolOverloaded, PoolUnavailable
 from hycluster.gateway.router import make_policy
-from hycluster.limits.reservation import current_reservation
+from hycluster.ledger.account import account_now
 from hycluster.observe.colocation import colocation_metrics
 from hycluster.observe.experts import expert_metrics
 from hycluster.observe.failover import failover_metrics
 from hycluster.observe.gateways import gateway_metrics
-from hycluster.observe.limits import LimitMetrics  # noqa: F401  # registers itself
 from hycluster.observe.scaling import scaling_metrics
 from hycluster.observe.vllm_requests import ModelStats, vllm_metrics
 from hycluster.pool_health import PoolHealth
@@ -70,7 +71,7 @@ logger = logging.getLogger(__name__)
 CUT_OFF_AFTER_S = FORGET_AFTER_S + 5.0
 
 
-class Gateway(AsyncLLM):
+class Gateway(MeteredLLM):
     """A vLLM engine client whose engine is every replica of one model.
 
     Build it with :func:`open_gateway`.
@@ -127,7 +128,8 @@ class Gateway(AsyncLLM):
         self.admission_stats = None
         self.log_requests = False
         self.log_stats = metrics
-        self.output_processor = OutputProcessor(
+        self.output_processor = CountingOutputs(
+            model.name,
             self.renderer.tokenizer,
             log_stats=self.log_stats,
             stream_interval=config.scheduler_config.stream_interval,
@@ -147,6 +149,7 @@ class Gateway(AsyncLLM):
         self.adapters = PoolAdapters(model, self.engine_core, takes=config.lora_config is not None, say=self._say_now)
         self.lora_requests = self.adapters.requests
         self.traffic = TrafficMeter()
+        self._callers: WeakKeyDictionary[RequestOutputCollector, Caller] = WeakKeyDictionary()
         self.logger_manager = None
         if metrics:
             # Where it is asked for, it is all that ``AsyncLLM`` calls of its own.
@@ -196,18 +199,8 @@ class Gateway(AsyncLLM):
             raise PoolInvalidInput(error.message) from None
         if (timeline := current.get()) is not None:
             timeline.admitted()
-
-    def generate(self, *asked: Any, **named: Any) -> Any:
-        """As ``AsyncLLM`` does it; what is used is told to the request's reservation, if it has one."""
-        outputs = super().generate(*asked, **named)
-        reservation = current_reservation.get()
-        return outputs if reservation is None else metered(outputs, reservation)
-
-    def encode(self, *asked: Any, **named: Any) -> Any:
-        """The same for what does not generate."""
-        outputs = super().encode(*asked, **named)
-        reservation = current_reservation.get()
-        return outputs if reservation is None else metered(outputs, reservation)
+        if (account := account_now.get()) is not None:
+            account.admit(self.model.name)
 
     async def add_request(
         self, request_id: str, prompt: Any, params: SamplingParams | PoolingParams, *rest: Any, **named: Any
@@ -230,6 +223,8 @@ class Gateway(AsyncLLM):
         except InvalidInput as error:
             raise PoolInvalidInput(error.message) from None
 
+        if (caller := current_caller.get()) is not None:
+            self._callers[collector] = caller
         capture(prompt, collector, self.renderer.tokenizer)
         return collector
 
@@ -308,7 +303,9 @@ class Gateway(AsyncLLM):
     async def _request_lost(self, request_id: str, error: HyclusterError) -> None:
         state = self.output_processor.request_states.get(request_id)
         if state is not None and state.queue is not None:
-            if not isinstance(error, InvalidInput):
+            if isinstance(error, Unauthenticated):
+                self.traffic.cancel()
+            elif not isinstance(error, InvalidInput):
                 self.traffic.fail(type(error).__name__)
             lost = LOST[type(error)](error.message)
             lost.retry_after_s = error.retry_after_s or lost.retry_after_s
@@ -324,10 +321,17 @@ class Gateway(AsyncLLM):
         self.traffic.cancel(len(left))
         await self.engine_core.abort_requests_async(left)
 
-    async def end_requests(self, why: str) -> None:
-        """End all that is in flight with PoolUnavailable, whatever it waits for."""
-        for request_id in list(self.output_processor.request_states):
-            await self._request_lost(request_id, Unavailable(why))
+    async def end_requests(self, error: HyclusterError, of: Container[Caller] | None = None) -> None:
+        """End what is in flight for these callers with an error, whatever it waits for; None: all that is."""
+        for request_id, state in list(self.output_processor.request_states.items()):
+            if of is None or (state.queue is not None and self._callers.get(state.queue) in of):
+                await self._request_lost(request_id, error)
+
+    @property
+    def callers(self) -> set[Caller]:
+        """For whom something is in flight."""
+        queues = [state.queue for state in self.output_processor.request_states.values() if state.queue is not None]
+        return {self._callers[queue] for queue in queues if queue in self._callers}
 
     async def _add_request(self, request: EngineCoreRequest, *rest: Any) -> None:
         try:

@@ -11,7 +11,7 @@ import copy
 import gc
 import secrets
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
 from ray.actor import ActorHandle
@@ -25,7 +25,7 @@ from vllm.tokenizers import TokenizerLike
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from hycluster.adapters import check_name
-from hycluster.auth.caller import usable
+from hycluster.auth.caller import Caller, usable
 from hycluster.core import Generation, GenerationRequest, ModelCard, Priority, PromptFields, Sampling
 from hycluster.directory.directory import find_directory
 from hycluster.errors import (
@@ -130,10 +130,15 @@ class Generator:
             raise UnknownModel(name, [name for gateway in self.gateways.values() for name in gateway.lora_requests])
         await self.gateways[model].adapters.unload(name)
 
-    async def end(self, why: str) -> None:
-        """End all that is in flight, at either ingress, with Unavailable."""
+    async def end(self, error: HyclusterError, of: Container[Caller] | None = None) -> None:
+        """End what is in flight for these callers, at either ingress, with an error; None: all that is."""
         for gateway in self.gateways.values():
-            await gateway.end_requests(why)
+            await gateway.end_requests(error, of)
+
+    @property
+    def callers(self) -> set[Caller]:
+        """For whom something is in flight, where they are asked who they are."""
+        return {caller for gateway in self.gateways.values() for caller in gateway.callers}
 
     async def ready(self) -> bool:
         """Whether callers are to come here; see :func:`hycluster.pool_health.able`."""

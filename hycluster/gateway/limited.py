@@ -7,11 +7,14 @@ import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, Protocol
 
+from vllm.v1.engine.async_llm import AsyncLLM
+
 from hycluster.auth.caller import current_caller
 from hycluster.core import GenerationRequest
 from hycluster.errors import Overloaded, Unavailable
 from hycluster.limits.limiter import Limiter
-from hycluster.limits.reservation import RequestTokens, Reservation, reserving
+from hycluster.limits.reservation import RequestTokens, Reservation, current_reservation, reserving
+from hycluster.observe.limits import LimitMetrics  # noqa: F401  # registers itself
 from hycluster.settings.model import Model
 
 # Of a prompt that is not yet tokens: how long one is.
@@ -60,6 +63,23 @@ def _prompt_tokens(request: GenerationRequest) -> int:
     if request.token_ids is not None:
         return len(request.token_ids)
     return len((request.prompt or str(request.messages)).encode()) // BYTES_PER_TOKEN + 1
+
+
+class MeteredLLM(AsyncLLM):
+    """Tells the reservation of a request, if it has one, what is used."""
+
+    def generate(self, *asked: Any, **named: Any) -> Any:
+        """As ``AsyncLLM`` does it."""
+        return _metered(super().generate(*asked, **named))
+
+    def encode(self, *asked: Any, **named: Any) -> Any:
+        """As ``AsyncLLM`` does it."""
+        return _metered(super().encode(*asked, **named))
+
+
+def _metered(outputs: Any) -> Any:
+    reservation = current_reservation.get()
+    return outputs if reservation is None else metered(outputs, reservation)
 
 
 async def metered(outputs: AsyncGenerator[Any, None], reservation: Reservation) -> AsyncGenerator[Any, None]:

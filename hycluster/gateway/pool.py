@@ -15,6 +15,7 @@ from typing import Any
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackEncoder
 
+from hycluster.auth.caller import own_salt
 from hycluster.core import BulkDemand, ColocationLoad, EngineSample, ExpertLoad
 from hycluster.directory.directory import ReplicaReport
 from hycluster.engine.migrated import migrate
@@ -196,6 +197,7 @@ class PoolClient(ControlCalls):
             Unavailable: no replica can serve, and new requests don't wait.
             InvalidInput: the request holds what no message can.
         """
+        request.cache_salt = self._salted(request)
         flight = Flight(request, keep=self._keep, track=self._begin_track(request))
         try:
             await self._send(flight)
@@ -209,6 +211,12 @@ class PoolClient(ControlCalls):
             if flight.track is not None:
                 flight.track.note("waiting", reason="model start")
             self._failover.wait_for_first(flight, wait_s, error)
+
+    def _salted(self, request: EngineCoreRequest) -> str | None:
+        try:
+            return own_salt(request.cache_salt)
+        except UnicodeEncodeError:
+            raise InvalidInput("cache_salt: is not allowed; must be text that UTF-8 can hold") from None
 
     def _begin_track(self, request: EngineCoreRequest) -> Track | None:
         timeline = current.get()

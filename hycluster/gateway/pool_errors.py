@@ -6,7 +6,7 @@ from http import HTTPStatus
 
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
 
-from hycluster.errors import InvalidInput, KillsReplicas, Overloaded, ReplicaLost, Unavailable
+from hycluster.errors import InvalidInput, KillsReplicas, Overloaded, ReplicaLost, Unauthenticated, Unavailable
 
 
 class PoolOverloaded(Overloaded, GracefulHTTPError):  # type: ignore[misc]  # both have an http_status, the same
@@ -41,10 +41,19 @@ class PoolKillsReplicas(KillsReplicas, GracefulHTTPError):  # type: ignore[misc]
         self.retry_after_s = None
 
 
+class PoolUnauthenticated(Unauthenticated, GracefulHTTPError):  # type: ignore[misc]  # as above
+    """:class:`Unauthenticated` in a form that vLLM's own code passes on unchanged."""
+
+    def __init__(self, message: str) -> None:
+        GracefulHTTPError.__init__(self, message, HTTPStatus(Unauthenticated.http_status))
+        self.retry_after_s = None
+
+
 # By what a pool tells of a request that has been taken.
 LOST = {
     InvalidInput: PoolInvalidInput,
     ReplicaLost: PoolReplicaLost,
     Unavailable: PoolUnavailable,
     KillsReplicas: PoolKillsReplicas,
+    Unauthenticated: PoolUnauthenticated,
 }

@@ -36,6 +36,7 @@ from hycluster.ingress.proto import inference_pb2_grpc
 from hycluster.ingress.reflection import enable_reflection
 from hycluster.ingress.status import abort
 from hycluster.ingress.tls import Certificate
+from hycluster.ledger.account import account_book, account_now
 from hycluster.observe.ingresses import grpc_began, grpc_ended
 from hycluster.observe.timelines import Carried
 from hycluster.settings.ingress import Grpc
@@ -109,7 +110,11 @@ def _answer(call: Call[Request, Response]) -> Call[Request, Response]:
         try:
             _check_allowed(request)
             if isinstance(request, pb.GenerateRequest):
-                with Carried(request_id, f"grpc {call.__name__}", trace_context(said), model=request.model) as timeline:
+                operation = f"grpc {call.__name__}"
+                with (
+                    Carried(request_id, operation, trace_context(said), model=request.model) as timeline,
+                    account_book.account(request_id, operation),
+                ):
                     answer = await call(self, request, context)
             else:
                 answer = await call(self, request, context)
@@ -200,6 +205,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 for chunk in translate.chunks_to_pb(delta):
                     # Waits while HTTP/2's flow control has no room; the deltas that come meanwhile grow into one. It
                     # can't be cut short: gRPC has no way to take a message back.
+                    if (account := account_now.get()) is not None:
+                        account.settle()
                     patience = loop.call_later(self._stall_s, give_up)
                     try:
                         await context.write(chunk)

@@ -32,6 +32,8 @@ FOR_ALL = frozenset(
 )  # fmt: skip
 BELOW_FOR_ALL = ("/v1/models/", "/v1/responses/", "/static/")
 BATCH = ("/v1/files", "/v1/batches")
+# Below it is the admin API (``hycluster/admin_api``), for administrators as all that is not listed here.
+ORGANIZATION = "/v1/organization"
 # Where Anthropic's clients give their key by a header of their own.
 ANTHROPIC, API_KEY = "/v1/messages", "x-api-key"
 

@@ -10,16 +10,19 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp
 
+from hycluster.ledger.account import Account, account_book
 from hycluster.observe.timelines import Carried
 
 logger = logging.getLogger(__name__)
 
+OK, BAD_REQUEST = 200, 400
 # For an app that listens, to end what it has begun.
 WINDS_UP_S = 5.0
 
@@ -40,14 +43,17 @@ async def post(
     headers: Mapping[str, str],
     *,
     heard: Callable[[MutableMapping[str, Any]], None] | None = None,
+    once: str | None = None,
 ) -> InProcessAnswer:
     """Ask the app. Cancelled, it ends when the app has ended what it had begun, and returns what had been answered by
     then all the same. An app that breaks answers 500.
 
     Args:
         heard: is told each ASGI message of the answer as it comes; a body that it is told is not kept.
+        once: it is a request by itself, also where it is asked within another one, and of those that are begun again
+            under this name the last one counts; None: it is part of who asks.
     """
-    call = _Call(app, path, body, headers, heard)
+    call = _Call(app, path, body, headers, heard, once)
     running = asyncio.create_task(call.run())
     try:
         return await asyncio.shield(running)
@@ -66,8 +72,11 @@ class _Call:
         body: bytes,
         headers: Mapping[str, str],
         heard: Callable[[MutableMapping[str, Any]], None] | None,
+        once: str | None,
     ) -> None:
         self._app = app
+        self._once = once
+        self._account: Account | None = None
         self._heard = heard
         self._scope: MutableMapping[str, Any] = {
             "type": "http",
@@ -97,13 +106,19 @@ class _Call:
     async def run(self) -> InProcessAnswer:
         named = Headers(raw=self._scope["headers"]).get("x-request-id") or secrets.token_hex(16)
         try:
-            with Carried(named, f"POST {self._scope['path']}"):
+            operation = f"POST {self._scope['path']}"
+            with Carried(named, operation), self._opened(named, operation) as self._account:
                 await self._app(self._scope, self._receive, self._send)
+                if self._account is not None:
+                    self._account.left = not self._over.is_set()
         except Exception:
             logger.warning("%s: the app broke", self._scope["path"], exc_info=True)
         finally:
             self._over.set()
         return InProcessAnswer(self._status, self._headers, bytes(self._answer))
+
+    def _opened(self, named: str, operation: str) -> AbstractContextManager[Account | None]:
+        return nullcontext() if self._once is None else account_book.account(named, operation, once=self._once)
 
     async def leave(self, running: asyncio.Task[InProcessAnswer]) -> None:
         self._over.set()
@@ -125,6 +140,9 @@ class _Call:
         return {"type": "http.disconnect"}
 
     async def _send(self, message: MutableMapping[str, Any]) -> None:
+        if self._account is not None:
+            self._account.error |= message.get("status", OK) >= BAD_REQUEST
+            self._account.settle()
         if self._heard is not None:
             self._heard(message)
         if message["type"] == "http.response.start":

@@ -33,8 +33,8 @@ UNCOUNTED = frozenset({METRICS, health.PATH})
 OTHER = "none"
 # Where the page is (``hycluster/page``), and the state that it shows.
 PAGE, PAGE_STATUS = "/ui", "/hycluster/status"
-# Paths below these are a file's, a batch's, a response's, a model's, a request's, or parts of the page.
-BELOW = ("/v1/files", "/v1/batches", "/v1/responses", "/v1/models", REQUESTS, PAGE)
+# Paths below these are a file's, a batch's, a response's, a model's, a project's, a request's, or parts of the page.
+BELOW = ("/v1/files", "/v1/batches", "/v1/responses", "/v1/models", "/v1/organization", REQUESTS, PAGE)
 # As nginx has it: the caller left before the answer began.
 LEFT = 499
 

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from hycluster.errors import InvalidInput, NotFound, shown
 from hycluster.gateway.asking import slowest, timeline_of
 from hycluster.ingress.errors import answer_error
+from hycluster.ledger.account import account_book
 from hycluster.observe.timelines import MOST_LISTED, Carried
 from hycluster.trace_context import trace_context
 
@@ -77,7 +78,8 @@ class WithTimelines:
 
     async def _timed(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
         parent = trace_context(_texts(scope["headers"]))
-        with Carried(request_id, f"POST {scope['path']}", parent) as timeline:
+        operation = f"POST {scope['path']}"
+        with Carried(request_id, operation, parent) as timeline, account_book.account(request_id, operation) as account:
             scope.get(TIMELINE_KEY, []).append(timeline)
             whole = False
 
@@ -87,12 +89,18 @@ class WithTimelines:
                     status = timeline.attributes["http.response.status_code"] = message["status"]
                     if status >= 500:
                         timeline.error = f"HTTP {status}"
+                    if account is not None:
+                        account.error = status >= 400
+                elif account is not None:
+                    account.settle()
                 await send(message)
                 whole |= message["type"] == "http.response.body" and not message.get("more_body")
 
             await self._app(scope, receive, seen)
             # Else its caller has left, and the app has seen that.
             timeline.cancelled = not whole
+            if account is not None:
+                account.left = not whole
 
 
 def _texts(headers: list[tuple[bytes, bytes]]) -> Mapping[str, str]:

@@ -86,7 +86,7 @@ class Limiter:
         self._clock = clock
         self._date = date
         self._id = secrets.token_hex(8)
-        self._met: dict[tuple[str, str, str | None, str], list[Limit]] = {}
+        self._met: dict[tuple[str, str, str, str], list[Limit]] = {}
         self._met_of: tuple[Limit, ...] = ()
         self._holdings: dict[Name, Holding] = {}
         self._waiting: dict[Name, list[int]] = {}

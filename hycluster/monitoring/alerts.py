@@ -16,6 +16,8 @@ from hycluster.settings.objectives import Objectives
 
 RUNBOOK = "docs/runbook.md"
 BY = "namespace, model"
+# Age of what is not committed, with the default of `ledger.cut_every_s` ten times over.
+LEDGER_LATE_S = 600
 # Windows of recorded ratios, as burn rates are looked at over a long one and a short one.
 WINDOWS = ("5m", "30m", "1h", "6h", "3d")
 
@@ -191,6 +193,20 @@ def alerts(objectives: Objectives) -> list[Alert]:
             "1h",
             "ticket",
             "The certificate of the ingresses ends in {{ $value | humanizeDuration }}.",
+        ),
+        Alert(
+            "HyclusterLedgerBehind",
+            f"max by (namespace) (hycluster_ledger_lag_seconds) > {LEDGER_LATE_S}",
+            "5m",
+            "ticket",
+            "What requests have had is in no committed part of the usage ledger for {{ $value | humanizeDuration }}.",
+        ),
+        Alert(
+            "HyclusterLedgerLoses",
+            "max by (namespace) (increase(hycluster_ledger_lost_entries_total[10m])) > 0",
+            "0m",
+            "page",
+            "Lines of the usage ledger are given up: a disk takes none.",
         ),
     ]
 

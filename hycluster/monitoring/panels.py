@@ -109,6 +109,18 @@ SERVING = DashboardSpec(
                    "{{grpc_method}} {{grpc_code}}"),),
         ),
         PanelSpec(
+            "Usage ledger: lines", "Written, and given up as a disk took none; 0 where there is no ledger.", "short",
+            (
+                Query(f"sum by (ingress) (rate(hycluster_ledger_entries_total{RATE})) or vector(0)", "{{ingress}}"),
+                Query(f"sum by (ingress) (rate(hycluster_ledger_lost_entries_total{RATE})) or vector(0)",
+                      "{{ingress}} lost"),
+            ),
+        ),
+        PanelSpec(
+            "Usage ledger: behind", "Age of what is not committed to its store; 0 where there is no ledger.", "s",
+            (Query("max by (ingress) (hycluster_ledger_lag_seconds) or vector(0)", "{{ingress}}"),),
+        ),
+        PanelSpec(
             "Time to first token", "From a request's arrival to its first token.", "s",
             _quantiles("vllm:time_to_first_token_seconds"),
         ),

@@ -84,6 +84,20 @@ CERTIFICATE_EXPIRES = _family(
     "When the certificate ends that both ingresses show their callers; 0 where they have none (`auth.tls`).",
     ("ingress",),
 )
+LEDGER_ENTRIES = _family(
+    "counter", "hycluster_ledger_entries_total", "Lines of the usage ledger that this process has written.",
+    ("ingress",),
+)  # fmt: skip
+LEDGER_LOST = _family(
+    "counter", "hycluster_ledger_lost_entries_total",
+    "Lines of the usage ledger that were given up: the disk took none, and too many waited for it.", ("ingress",),
+)  # fmt: skip
+LEDGER_LAG = _family(
+    "gauge", "hycluster_ledger_lag_seconds",
+    "Age of the oldest line of the usage ledger that is not committed to its store, of this process or of one of its"
+    " machine that has ended; 0 if all are. Up to `ledger.cut_every_s` is as it should be.",
+    ("ingress",),
+)  # fmt: skip
 HTTP_RUNNING = _family("gauge", "http_requests_inprogress", "Requests over HTTP that are being answered.", ("ingress",))
 GRPC_CALLS = _family(
     "counter", "grpc_server_handled_total",

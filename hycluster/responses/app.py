@@ -21,6 +21,7 @@ from hycluster.auth.caller import caller_now
 from hycluster.errors import HyclusterError, InvalidInput, NotFound, Overloaded, Unavailable, shown
 from hycluster.ingress.errors import answer_error
 from hycluster.ingress.in_process import InProcessAnswer
+from hycluster.ledger.account import account_now
 from hycluster.responses.background import PATH, Answering, Background
 from hycluster.responses.events import EventReader, as_sse, event_of
 from hycluster.responses.records import ANSWERED, FINAL_EVENTS, StoredResponse, as_items, new_response_id
@@ -258,6 +259,9 @@ class WithResponses:
         if not asked.store:
             return response
         assert self._store is not None
+        if (account := account_now.get()) is not None:
+            # Who asks for what is kept has it too.
+            account.settle()
         try:
             await asyncio.to_thread(self._store.put, asked.record(told))
         except OSError as error:
@@ -270,12 +274,14 @@ class WithResponses:
     def _sweep_if_due(self) -> None:
         assert self._store is not None
         if self._store.sweep_is_due and (self._sweeping is None or self._sweeping.done()):
-            self._sweeping = asyncio.ensure_future(asyncio.to_thread(self._swept))
+            self._sweeping = asyncio.ensure_future(self._sweep())
 
-    def _swept(self) -> None:
+    async def _sweep(self) -> None:
         assert self._store is not None
         try:
-            self._store.sweep()
+            # What is stored meanwhile may have come too late to be seen.
+            while self._store.sweep_is_due:
+                await asyncio.to_thread(self._store.sweep)
         except OSError as error:
             logger.warning("batches.store: old responses can't be deleted: %s", masked_line(error))
 

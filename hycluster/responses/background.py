@@ -219,7 +219,7 @@ class Background:
         """Hear the answer out; the response as it ended."""
         began, why, flushed, flushed_s = record.response, "", 0, time.monotonic()
         pieces = 0
-        async with contextlib.aclosing(_events(self._app, asked)) as events:
+        async with contextlib.aclosing(_events(self._app, asked, response_id)) as events:
             async for event in events:
                 if isinstance(response := event.get("response"), dict):
                     response |= frame
@@ -334,7 +334,7 @@ class _Refused(Exception):
         self.answer = answer
 
 
-async def _events(app: ASGIApp, asked: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
+async def _events(app: ASGIApp, asked: dict[str, Any], once: str) -> AsyncGenerator[dict[str, Any]]:
     """The events of the app's answer.
 
     Raises:
@@ -355,7 +355,7 @@ async def _events(app: ASGIApp, asked: dict[str, Any]) -> AsyncGenerator[dict[st
                     heard.put_nowait(event)
 
     headers = {"content-type": "application/json"}
-    asking = asyncio.create_task(post(app, PATH, json.dumps(asked).encode(), headers, heard=hear))
+    asking = asyncio.create_task(post(app, PATH, json.dumps(asked).encode(), headers, heard=hear, once=once))
     asking.add_done_callback(lambda _: heard.put_nowait(None))
     try:
         while (event := await heard.get()) is not None:

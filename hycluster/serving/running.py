@@ -40,6 +40,7 @@ class Started:
         begun: tells the process from a later one of the same number; see :func:`_begun`.
         since: seconds since the epoch.
         database: URL of the keys that its callers are asked for; None: they are not, or it holds a password.
+        ledger: folder or URI of the usage ledger; None: it is off, or that holds a secret.
     """
 
     address: str
@@ -49,6 +50,7 @@ class Started:
     since: float
     models: tuple[str, ...] = ()
     database: str | None = None
+    ledger: str | None = None
 
     def __str__(self) -> str:
         models = f" for {', '.join(self.models)}" if self.models else ""
@@ -79,10 +81,11 @@ def remember(address: str) -> None:
     _write(Started(address, os.getpid(), _begun(os.getpid()) or "", socket.gethostname(), time.time()))
 
 
-def remember_service(models: Sequence[str], database: str | None) -> None:
-    """Add what is served there, and whom it lets in; without effect if this process has started none."""
+def remember_service(models: Sequence[str], database: str | None, ledger: str | None = None) -> None:
+    """Add what is served there, whom it lets in and where its ledger is; without effect if this process has started
+    none."""
     with contextlib.suppress(OSError, ValueError, TypeError):
-        _write(dataclasses.replace(_read(_file(os.getpid())), models=tuple(models), database=database))
+        _write(dataclasses.replace(_read(_file(os.getpid())), models=tuple(models), database=database, ledger=ledger))
 
 
 def forget() -> None:

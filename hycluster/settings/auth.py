@@ -83,6 +83,8 @@ class Auth(Strict):
         currency: of prices and budgets (ISO 4217, in small letters).
         poll_s: how often an ingress process looks for changes: a new key is known, a revoked one is dead after it.
         grace_s: how long known keys go on while the database is away; unknown ones are answered 503 then.
+        end_streams: end answers that run, at both ingresses, within two seconds after their key is revoked, expires, or
+            its project is archived; without it they run to their end.
     """
 
     enabled: bool = False
@@ -94,11 +96,14 @@ class Auth(Strict):
     currency: str = Field(default="usd", pattern=r"^[a-z]{3}$")
     poll_s: float = Field(default=0.5, gt=0, le=1)
     grace_s: float = Field(default=3600, ge=0)
+    end_streams: bool = False
 
     @model_validator(mode="after")
     def _open_or_not(self) -> Auth:
         if self.open and self.enabled:
             raise ValueError("open: true is not allowed with 'enabled: true'; it says that nobody is asked")
+        if self.end_streams and not self.enabled:
+            raise ValueError("end_streams: true is not allowed without 'enabled: true'; there are no keys to end")
         if self.oidc and not self.enabled:
             raise ValueError("oidc: is not asked for without 'enabled: true'")
         if self.enabled and not self.keys and not self.oidc:

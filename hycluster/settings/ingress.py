@@ -14,6 +14,14 @@ URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/|s3:", re.IGNORECASE)
 BUCKET = re.compile(r"s3://([^/@\s]+@)?[A-Za-z0-9]")
 
 
+def is_no_typo(store: str | None) -> str | None:
+    """What looks like a URI and is none that is known would be a folder's name; raises ValueError."""
+    if store and URI.match(store) and not BUCKET.match(store):
+        told = re.sub(r"//[^/@]*@", "//...@", store)
+        raise ValueError(f"{shown(told)} is not allowed; must be s3://BUCKET, with a path or without, or a folder")
+    return store
+
+
 class Ingress(Strict):
     """The processes that callers connect to: each is an HTTP and a gRPC ingress, with a gateway for each model.
 
@@ -146,14 +154,7 @@ class Batches(Strict):
     keep_days: float | None = Field(default=None, gt=0)
     resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
 
-    @field_validator("store")
-    @classmethod
-    def _store_is_no_typo(cls, store: str | None) -> str | None:
-        """What looks like a URI and is none that is known would be a folder's name."""
-        if store and URI.match(store) and not BUCKET.match(store):
-            told = re.sub(r"//[^/@]*@", "//...@", store)
-            raise ValueError(f"{shown(told)} is not allowed; must be s3://BUCKET, with a path or without, or a folder")
-        return store
+    _store_is_no_typo = field_validator("store")(is_no_typo)
 
     @property
     def place(self) -> str:

@@ -6,8 +6,9 @@ from pydantic import Field, model_validator
 
 from hycluster.errors import SettingsError, shown
 from hycluster.settings.auth import Auth
-from hycluster.settings.base import Strict, is_loopback
+from hycluster.settings.base import Strict, home, is_loopback
 from hycluster.settings.ingress import Batches, Grpc, Http, Ingress, Responses
+from hycluster.settings.ledger import Ledger
 from hycluster.settings.load import Admission, DataPlane, Router
 from hycluster.settings.model import Model
 from hycluster.settings.objectives import Objectives
@@ -40,6 +41,7 @@ class Settings(Strict):
     data_plane: DataPlane = DataPlane()
     batches: Batches | None = Batches()
     responses: Responses | None = Responses()
+    ledger: Ledger = Ledger()
     tracing: Tracing = Tracing()
     logs: Logs = Logs()
     objectives: Objectives = Objectives()
@@ -64,6 +66,16 @@ class Settings(Strict):
                     " 'auth.enabled: true', or say that it is meant so: 'auth.open: true'"
                 )
         return self
+
+    @property
+    def keeps_ledger(self) -> bool:
+        """Whether what requests have had is written down."""
+        return self.auth.enabled if self.ledger.enabled is None else self.ledger.enabled
+
+    @property
+    def ledger_place(self) -> str:
+        """The folder or URI that the ledger is."""
+        return self.ledger.store or f"{self.batches.place if self.batches else home()}/ledger"
 
     def model(self, name: str) -> Model:
         """The model of that name, or the one that has an adapter of that name.

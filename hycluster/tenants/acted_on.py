@@ -1,4 +1,5 @@
-"""Which database of keys a command acts on: the one that is named, that of the running service, or the default one."""
+"""Which database of keys and which ledger a command acts on: those of the settings that are named, those of the running
+service, or the default ones."""
 
 from __future__ import annotations
 
@@ -17,13 +18,14 @@ from hycluster.terminal import echo
 
 if TYPE_CHECKING:
     from hycluster.auth.store import KeyStore, Project
+    from hycluster.ledger.books import Books
 
 DEFAULT_TENANT = "default"
 
 Config = Annotated[
     Path | None,
-    typer.Option("--config", metavar="FILE", help="Settings file whose auth.database it is. Default: that of the"
-                 " running service of this HYCLUSTER_HOME, HYCLUSTER_AUTH_DATABASE, or the default database."),
+    typer.Option("--config", metavar="FILE", help="Settings file whose database or ledger it is. Default: that of the"
+                 " running service of this HYCLUSTER_HOME, HYCLUSTER_AUTH_DATABASE, or the default one."),
 ]  # fmt: skip
 ProjectName = Annotated[str, typer.Option("--project", metavar="NAME", help="A project of the tenant.")]
 TenantName = Annotated[str, typer.Option("--tenant", metavar="NAME", help="Whose project it is.")]
@@ -36,14 +38,30 @@ def database_of(config: Path | None) -> Engine:
     """
     from hycluster.auth.database import open_database
 
-    if config is None:
-        services = [one for one in running.started_here() if one.database]
-        if os.environ.get("RAY_ADDRESS"):
-            services = [one for one in services if one.address == os.environ["RAY_ADDRESS"]]
-        # The last one that was started, should there be several.
-        if services:
-            return open_database(Auth(database=services[-1].database))
+    services = [one.database for one in _services(config) if one.database]
+    # The last one that was started, should there be several.
+    if services:
+        return open_database(Auth(database=services[-1]))
     return open_database(load_settings(config).auth)
+
+
+def ledger_of(config: Path | None) -> Books:
+    """
+    Raises:
+        SettingsError: the settings can't be read, or the ledger's store can't be used.
+    """
+    from hycluster.ledger.books import open_books
+
+    services = [one.ledger for one in _services(config) if one.ledger]
+    return open_books(services[-1] if services else load_settings(config).ledger_place)
+
+
+def _services(config: Path | None) -> list[running.Started]:
+    """Those that run from this home, where no settings file is named."""
+    if config is not None:
+        return []
+    named = os.environ.get("RAY_ADDRESS")
+    return [one for one in running.started_here() if not named or one.address == named]
 
 
 def store_of(config: Path | None) -> KeyStore:

@@ -30,7 +30,7 @@ def create_project(
 @projects_app.command("list")
 def list_projects(config: Config = None, as_json: AsJson = False) -> None:
     """List projects, archived ones too."""
-    print_records(store_of(config).projects(), as_json, ("id", "tenant", "name", "created_at", "archived_at"))
+    print_records(store_of(config).projects(), as_json, ("id", "tenant", "name", "title", "created_at", "archived_at"))
 
 
 @projects_app.command("archive")

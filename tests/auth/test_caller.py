@@ -49,3 +49,19 @@ async def test_what_is_begun_for_a_caller_goes_on_for_him() -> None:
     with calling(Caller("other", "one", "key")):
         assert await begun == "acme/search"
     assert caller.current_caller.get() is None
+
+
+def test_the_prefix_cache_is_a_projects_own() -> None:
+    others = [Caller("acme", "other", "laptop"), Caller("acm", "e/search", "x"), Caller("umbrella", "search", "laptop")]
+
+    def salt(one: Caller | None, asked: str | None) -> str | None:
+        with calling(one):
+            return caller.own_salt(asked)
+
+    asked = (None, "", "x", "x\n", salt(ALICE, None), salt(others[0], None), salt(others[0], "x"), "acme/other")
+    colleague = Caller("acme", "search", "another", scopes=frozenset({"admin"}))
+    mine = [salt(ALICE, each) for each in asked]
+    assert mine == [salt(colleague, each) for each in asked]
+    theirs = [salt(other, each) for other in others for each in asked]
+    assert len({*mine, *theirs}) == len(asked) * (1 + len(others)), "no two are equal"
+    assert [salt(None, each) for each in asked] == list(asked), "where nobody is asked who he is"

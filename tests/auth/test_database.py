@@ -9,6 +9,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Engine, text
 
+from hycluster.auth.api_key import digest
 from hycluster.auth.database import VARIABLE, bring_up_to_date, open_database
 from hycluster.auth.store import KeyStore
 from hycluster.auth.tables import metadata
@@ -21,6 +22,23 @@ pytestmark = pytest.mark.timeout(120)
 def test_the_steps_lead_to_the_tables(engine: Engine) -> None:
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+
+
+def test_what_is_in_an_older_one_stays(settings: Auth) -> None:
+    engine = open_database(settings)
+    bring_up_to_date(engine)
+    store = KeyStore(engine, "test")
+    made, secret = store.create_key(store.create_project("acme", "search"), "laptop", scopes=["admin"])
+    with engine.begin() as connection:
+        # As the first version made it.
+        for table, column in (("projects", "title"), ("keys", "title"), ("keys", "account_id")):
+            connection.execute(text(f"ALTER TABLE {table} DROP COLUMN {column}"))
+        connection.execute(text("DROP TABLE service_accounts"))
+        connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))
+    assert bring_up_to_date(engine)
+    assert store.all_keys() == [made]
+    assert list(store.known_keys().callers) == [digest(secret)]
+    engine.dispose()
 
 
 def test_many_processes_may_make_it(settings: Auth) -> None:

@@ -6,7 +6,7 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from hycluster.auth.store import KeyStore, Project
 from hycluster.errors import HyclusterError, Unauthenticated, Unavailable
 from hycluster.settings.auth import Auth
 from tests.postgres import Postgres
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -50,14 +51,6 @@ def answered(ring: Keyring, key: str) -> str:
         return ring.caller(key).key
     except HyclusterError as error:
         return type(error).__name__
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    """Wait until it holds."""
-    began_s = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began_s < timeout_s, "it never came true"
-        time.sleep(0.005)
 
 
 # Says when a key lets in, and when it does no more.
@@ -98,16 +91,16 @@ def test_a_revoked_key_is_dead_at_each_process(settings: Auth, store: KeyStore, 
 
 def test_a_new_key_is_known_and_a_revoked_one_is_not(ring: Keyring, store: KeyStore, project: Project) -> None:
     made, secret = store.create_key(project, "laptop")
-    until(lambda: answered(ring, secret) == "laptop")
+    eventually(lambda: answered(ring, secret) == "laptop")
     store.revoke_key(made.id)
-    until(lambda: answered(ring, secret) == "Unauthenticated")
+    eventually(lambda: answered(ring, secret) == "Unauthenticated")
     for _ in range(3):
         assert answered(ring, secret) == "Unauthenticated"
 
 
 def test_ten_thousand_others(ring: Keyring, store: KeyStore, project: Project) -> None:
     _, secret = store.create_key(project, "laptop")
-    until(lambda: answered(ring, secret) == "laptop")
+    eventually(lambda: answered(ring, secret) == "laptop")
     others = [new_key() for _ in range(10_000)] + [secret[:size] for size in range(len(secret))]
     others += [secret + "x", secret.lower(), secret.upper(), f" {secret}", digest(secret).hex(), "", "\0", "ä" * 50]
     assert {answered(ring, key) for key in others} == {"Unauthenticated"}
@@ -116,7 +109,7 @@ def test_ten_thousand_others(ring: Keyring, store: KeyStore, project: Project) -
 def test_an_expired_one(ring: Keyring, store: KeyStore, project: Project) -> None:
     _, secret = store.create_key(project, "laptop", expires_at=int(time.time()) - 1)
     _, later = store.create_key(project, "later", expires_at=int(time.time()) + 3600)
-    until(lambda: answered(ring, later) == "later")
+    eventually(lambda: answered(ring, later) == "later")
     with pytest.raises(Unauthenticated, match="has expired"):
         ring.caller(secret)
 
@@ -134,15 +127,15 @@ def test_the_database_goes_and_comes_back(
         file.rename(elsewhere) if server is None else server.kill()
         strange = new_key()
         assert AWAY_AFTER_S <= 2
-        until(lambda: answered(ring, strange) == "Unavailable")
+        eventually(lambda: answered(ring, strange) == "Unavailable")
         assert answered(ring, known_key) == "known"
         # Wrong without a look.
         assert answered(ring, known_key[:-1]) == "Unauthenticated"
         elsewhere.rename(file) if server is None else server.start()
-        until(lambda: answered(ring, strange) == "Unauthenticated")
+        eventually(lambda: answered(ring, strange) == "Unauthenticated")
         assert answered(ring, known_key) == "known"
         new = store.create_key(project, "new")[1]
-        until(lambda: answered(ring, new) == "new")
+        eventually(lambda: answered(ring, new) == "new")
     said = [record for record in caplog.messages if "auth.database" in record]
     assert len(said) == 2, said
     for secret in (known_key, strange, new):
@@ -178,4 +171,4 @@ def test_without_a_database_nobody_is_let_in_and_it_is_made_when_it_can_be(tmp_p
         with pytest.raises(Unavailable):
             ring.is_archived(Caller("acme", "search", "alice"))
         folder.mkdir()
-        until(lambda: answered(ring, new_key()) == "Unauthenticated")
+        eventually(lambda: answered(ring, new_key()) == "Unauthenticated")

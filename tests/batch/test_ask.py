@@ -13,6 +13,7 @@ from hycluster.batch import ask as module
 from hycluster.batch.ask import Asker
 from hycluster.batch.refusal import RowRefused
 from hycluster.errors import JobFailed, KillsReplicas, Overloaded, ReplicaLost, RequestFailed, Unavailable
+from tests.waiting import PATIENCE_S
 
 
 @pytest.fixture(autouse=True)
@@ -181,5 +182,5 @@ async def test_a_call_that_is_cancelled_is_not_made_again() -> None:
     await asyncio.sleep(0.01)
     asking.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await asyncio.wait_for(asking, 5)
+        await asyncio.wait_for(asking, PATIENCE_S)
     assert calls == 1

@@ -37,6 +37,7 @@ from hycluster.gateway.bulk import RESERVE_ROWS, BulkLanes, EngineRoom
 from tests.batch.conftest import MakeJob, broken_utf8
 from tests.batch.stand_in import StandInGenerator
 from tests.located import at
+from tests.waiting import PATIENCE_S, until
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +148,7 @@ async def test_shards_of_very_large_cells_are_written_one_at_a_time(
         nonlocal now, most
         now += 1
         most = max(most, now)
-        all_in.wait(5)
+        all_in.wait(PATIENCE_S)
         record = commit(*arguments, **named)
         now -= 1
         return record
@@ -360,9 +361,8 @@ async def test_answers_are_kept_while_a_shard_is_in_work(
     down.touch()
     run = Run(make_job, StandInGenerator(), tmp_path / "out", retry_s=60)
     running = asyncio.create_task(run(block(["one", f"die {down}", "two"], shard_rows=3)))
-    async with asyncio.timeout(20):
-        while not (found := list((tmp_path / "out").glob("_answers/*.json"))):  # noqa: ASYNC110 - looks from outside
-            await asyncio.sleep(0.01)
+    await until(lambda: list((tmp_path / "out").glob("_answers/*.json")))
+    found = list((tmp_path / "out").glob("_answers/*.json"))
     assert not list((tmp_path / "out").glob("part-*"))
     held = json.loads(found[0].read_text())
     assert held.keys() <= {"f.parquet#0", "f.parquet#2"}

@@ -31,6 +31,7 @@ from tests.batch.conftest import MakeJob, broken_utf8, damage, write_texts
 from tests.batch.stand_in import stand_in
 from tests.located import at
 from tests.object_store import BUCKET, ObjectStore
+from tests.waiting import PATIENCE_S
 
 pytestmark = [
     pytest.mark.slow,
@@ -339,7 +340,7 @@ def test_a_running_job_says_how_far_it_is(make_job: MakeJob, corpus: Path, tmp_p
 
     def look() -> None:
         watcher = Watcher(at(job.output.path))
-        end_s = time.monotonic() + 40
+        end_s = time.monotonic() + 2 * PATIENCE_S
         while not (seen and seen[-1].word and seen[-1].word.progress.retries) and time.monotonic() < end_s:
             time.sleep(0.1)
             if (Path(job.output.path) / "_job.json").exists():

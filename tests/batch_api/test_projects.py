@@ -25,7 +25,7 @@ from hycluster.settings.ingress import Batches
 from tests.auth.keyed import keyed
 from tests.batch_api.stand_in import ENDPOINT, StandIn, jsonl, lines_of, submit
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 
 ALICE = Caller("acme", "search", "laptop", frozenset({"m"}), frozenset({"batch"}))
 COLLEAGUE = Caller("acme", "search", "other")

@@ -20,7 +20,7 @@ from hycluster.batch_api.store import Store
 from hycluster.settings.ingress import Batches, Http
 from tests.batch_api.stand_in import ENDPOINT, StandIn, jsonl, submit
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture

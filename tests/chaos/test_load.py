@@ -11,6 +11,7 @@ import httpx
 from hycluster.chaos.load import LoadCaller, Outcome, drive, over_and_over
 from hycluster.chaos.requests import Request
 from tests.chaos.answers import request
+from tests.waiting import PATIENCE_S
 
 WHOLE = (
     {"choices": [{"index": 0, "text": "a", "token_ids": [1], "finish_reason": "length"}]},
@@ -22,7 +23,7 @@ def stream(*said: object, done: bool = True) -> httpx.Response:
     return httpx.Response(200, text="".join(f"data: {json.dumps(s)}\n\n" for s in said) + "data: [DONE]\n\n" * done)
 
 
-async def asked(*answers: httpx.Response | Exception, patience_s: float = 5) -> Outcome:
+async def asked(*answers: httpx.Response | Exception, patience_s: float = PATIENCE_S) -> Outcome:
     """What becomes of a request whose attempts are answered so; the last for ever."""
     coming: Iterator[int] = count()
 
@@ -51,11 +52,14 @@ async def test_a_lost_connection_is_asked_again() -> None:
 
 
 async def test_a_refusal_is_asked_again_when_the_ingress_process_says() -> None:
-    begun = time.monotonic()
-    outcome = await asked(httpx.Response(503, json={}, headers={"retry-after": "0.05"}), stream(*WHOLE))
-    assert outcome.answer is not None
-    assert outcome.refusals == 1
-    assert 0.05 <= time.monotonic() - begun < 0.5
+    took_s = []
+    for _ in range(5):
+        begun_s = time.monotonic()
+        outcome = await asked(httpx.Response(503, json={}, headers={"retry-after": "0.05"}), stream(*WHOLE))
+        took_s.append(time.monotonic() - begun_s)
+        assert outcome.answer is not None
+        assert outcome.refusals == 1
+    assert 0.05 <= min(took_s) < 0.5
 
 
 async def test_a_stream_that_breaks_after_its_first_token_has_failed() -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from hycluster.chaos.schedule import Where
 from hycluster.chaos.targets import Hand, TargetProcess, Targets
+from tests.waiting import PATIENCE_S
 
 # A process and, below it, one that is titled like a tensor worker and one that is not.
 FAMILY = """
@@ -41,7 +42,7 @@ def family() -> Iterator[psutil.Process]:
 
 def comes_to(pid: int, *, stopped: bool) -> bool:
     """Whether it stops, or runs on, soon."""
-    end = time.monotonic() + 10
+    end = time.monotonic() + PATIENCE_S
     while (psutil.Process(pid).status() == psutil.STATUS_STOPPED) is not stopped:
         if time.monotonic() > end:
             return False

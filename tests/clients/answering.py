@@ -127,7 +127,7 @@ async def _serving(folder: Path) -> AsyncIterator[str]:
     responses = ServedResponses(settings)
     with SimulatedPool(ENGINE, 1, kind=_AnsweringEngine) as pool:
         async with open_gateway(
-            model, pool.directory(model), router=Router(), admission=Admission(), wait_s=10
+            model, pool.directory(model), router=Router(), admission=Admission(), wait_s=60
         ) as gateway:
             ingress = await serve_http(
                 Generator({MODEL: gateway}), settings.http, before_models=responses.before, drain_timeout_s=1

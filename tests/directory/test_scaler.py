@@ -20,7 +20,7 @@ from hycluster.directory.scaler import LOGGER, Scaler, autoscaling_config
 from hycluster.settings.model import Model
 from hycluster.settings.parallel import Parallel
 from hycluster.settings.pool import Autoscaling, Replicas
-from tests.simulated_pool import eventually
+from tests.waiting import eventually
 
 MODEL = Model(
     name="m",
@@ -97,8 +97,8 @@ def test_what_waits_at_an_ingress_process_wakes_the_pool(serve: Serve, caplog: p
 
 def test_a_start_is_timed_from_the_decision_on(serve: Serve) -> None:
     serve.want(waiting=1, tokens=1)
-    eventually(lambda: serve.tick() == 1)
     begun = time.monotonic()
+    eventually(lambda: serve.tick() == 1)
     serve.tick()
     time.sleep(0.1)
     serve.tick()

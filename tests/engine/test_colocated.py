@@ -137,6 +137,6 @@ def test_no_bulk_row_is_in_a_step_with_an_online_one(engine: VllmEngine) -> None
 
 def test_what_it_measured(engine: VllmEngine) -> None:
     now = load(engine)
-    assert 0 < now.predicted_step_s < 1
-    assert 0 < now.real_step_s < 1
+    assert 0 < now.predicted_step_s < 30
+    assert 0 < now.real_step_s < 30
     assert min(now.bulk_tokens, now.online_tokens) > 1000

@@ -13,9 +13,10 @@ from hycluster.engine.messages import EngineCoreOutput, EngineCoreOutputs, Engin
 from hycluster.engine.protocol import Engine, EngineInfo
 from hycluster.engine.simulated import SimulatedEngine
 from hycluster.settings.simulated import Simulated
+from tests.waiting import PATIENCE_S, eventually
 
 # A message that doesn't come would block for ever.
-pytestmark = pytest.mark.timeout(30)
+pytestmark = pytest.mark.timeout(120)
 
 Start = Callable[..., SimulatedEngine]
 
@@ -60,13 +61,6 @@ def finish(engine: Engine, requests: int) -> dict[tuple[int, str], list[EngineCo
     return got
 
 
-def eventually(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.002)
-
-
 def test_requests_of_two_clients(start: Start) -> None:
     engine: Engine = start()
     for client in (0, 1):
@@ -100,7 +94,7 @@ def test_real_time_takes_the_modelled_time(start: Start) -> None:
     began = time.monotonic()
     engine.add(0, frames(max_tokens=5))
     finish(engine, 1)
-    assert 0.1 <= time.monotonic() - began < 1.0
+    assert time.monotonic() - began >= 0.1
 
 
 def test_unreadable_and_impossible_requests_are_answered(start: Start) -> None:
@@ -154,7 +148,7 @@ def test_shutdown_wakes_the_reader_and_is_no_error(start: Start) -> None:
     eventually(lambda: engine.load().running == 1)
     engine.shutdown()
     for reader in readers:
-        reader.join(timeout=5)
+        reader.join(PATIENCE_S)
     assert sorted(end is None for end in ends) == [False, True]
     # The other one was told that what is in work is given back.
     (told,) = [messages.decode_outputs(end[1]) for end in ends if end is not None]
@@ -181,11 +175,11 @@ def test_a_hanging_engine_shows_by_the_age_of_its_last_step(start: Start) -> Non
     finish(engine, 1)
     eventually(lambda: engine.last_step_age_s is None)
     engine.hang()
-    time.sleep(0.05)
+    time.sleep(0.5)
     engine.add(0, frames())
     age = engine.last_step_age_s
     assert age is not None
-    assert age < 0.05, "the clock starts with the work"
+    assert age < 0.5, "the clock starts with the work"
     eventually(lambda: (engine.last_step_age_s or 0) > 0.1)
     assert engine.load().waiting == 1
     engine.abort_client(0)

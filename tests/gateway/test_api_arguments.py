@@ -11,7 +11,7 @@ import pytest
 from hycluster.errors import SettingsError
 from hycluster.settings.model import Model
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(60), pytest.mark.usefixtures("vllm_imported")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), pytest.mark.usefixtures("vllm_imported")]
 
 
 def arguments(**api: Any) -> Namespace:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hycluster.core import BulkDemand, ColocationLoad, ReplicaLoad
 from hycluster.gateway.bulk import FIXED_ROWS, RESERVE_ROWS, STARVED_AFTER_S, BulkLane, BulkLanes, EngineRoom, share_of
+from tests.waiting import PATIENCE_S
 
 SLOTS = 16
 # Of so many slots.
@@ -248,7 +249,7 @@ async def test_a_place_that_is_waited_for_no_longer_is_not_lost() -> None:
     # Given to the second before the first knows.
     lane.release()
     waiting[1].cancel()
-    await asyncio.wait(waiting, timeout=1)
+    await asyncio.wait(waiting, timeout=PATIENCE_S)
     assert [task.cancelled() for task in waiting] == [True, True, False]
     assert (lane.held, lanes.demands) == (1, {"a": BulkDemand(1, more=False)})
     lane.release()
@@ -267,7 +268,7 @@ async def test_work_that_is_done_waits_for_no_place() -> None:
     await asyncio.sleep(0)
     assert not later.done()
     lane.release()
-    await asyncio.wait_for(later, 1)
+    await asyncio.wait_for(later, PATIENCE_S)
 
 
 class Engine:

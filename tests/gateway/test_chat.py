@@ -138,7 +138,7 @@ def doors(marking_model: Path) -> Callable[..., contextlib.AbstractAsyncContextM
         model = Model(name="m", source=str(marking_model), simulated=ENGINE, engine={"max_model_len": 2048}, api=api)
         with SimulatedPool(ENGINE, 1) as simulated:
             async with open_gateway(
-                model, simulated.directory(model), router=Router(), admission=Admission(), wait_s=10
+                model, simulated.directory(model), router=Router(), admission=Admission(), wait_s=60
             ) as gateway:
                 transport = httpx.ASGITransport(await model_app(gateway, Http()))
                 async with (

@@ -25,12 +25,13 @@ from hycluster.settings.model import Model
 from hycluster.settings.pool import Replicas
 from hycluster.settings.simulated import Simulated
 from tests.engine_requests import PROMPT, ask
-from tests.simulated_pool import SimulatedPool, eventually, predicted
+from tests.simulated_pool import SimulatedPool, predicted
+from tests.waiting import PATIENCE_S, eventually, until
 
 if TYPE_CHECKING:
     from hycluster.gateway.pool import PoolClient
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(60), pytest.mark.usefixtures("vllm_imported")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), pytest.mark.usefixtures("vllm_imported")]
 
 ENGINE = Simulated(vocab_size=256, max_model_len=512, step_base_s=0.01, decode_token_s=0.0)
 LOST = "the replica was lost before it answered"
@@ -120,7 +121,7 @@ async def opened(replicas: int = 3) -> AsyncIterator[Pool]:
 
     with SimulatedPool(ENGINE, replicas, ControlledSimulatedEngine) as simulated:
         policy = make_policy("least_outstanding_tokens", "me", seed=0)
-        client = PoolClient("tiny", policy, "me", wait_s=5, on_lost=on_lost)
+        client = PoolClient("tiny", policy, "me", wait_s=60, on_lost=on_lost)
         try:
             pool = Pool(client, simulated, lost)
             await pool.hear()
@@ -236,7 +237,7 @@ async def test_a_replica_that_is_lost_before_the_call_leaves() -> None:
         calling = asyncio.create_task(pool.client.sleep_async(1, "keep"))
         await asyncio.sleep(0)
         pool.client._members.links["r1"].lose("the test says so")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             with pytest.raises(Unavailable, match=LOST):
                 await calling
 
@@ -344,12 +345,10 @@ async def test_the_calls_of_vllms_front_end(tiny_model: Path) -> None:
     )
     with SimulatedPool(ENGINE, 2, ControlledSimulatedEngine) as simulated:
         opening = open_gateway(
-            model, simulated.directory(model), router=Router(), admission=Admission(), wait_s=10, metrics=False
+            model, simulated.directory(model), router=Router(), admission=Admission(), wait_s=60, metrics=False
         )
         async with opening as gateway:
-            async with asyncio.timeout(10):
-                while gateway.engine_core.links < 2:  # noqa: ASYNC110 - the first one opens it
-                    await asyncio.sleep(0.01)
+            await until(lambda: gateway.engine_core.links == 2)
 
             async def answer(name: str) -> list[int]:
                 params = SamplingParams(max_tokens=20, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY)

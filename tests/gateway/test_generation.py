@@ -26,16 +26,19 @@ from hycluster.errors import (
 from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
 from hycluster.settings.simulated import Simulated
-from tests.simulated_pool import SimulatedPool, SimulatedReplica, eventually, predicted
+from tests.simulated_pool import SimulatedPool, SimulatedReplica, predicted
+from tests.waiting import PATIENCE_S, eventually
 
 if TYPE_CHECKING:
     from hycluster.gateway.generation import Generator
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(60), pytest.mark.usefixtures("vllm_imported")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), pytest.mark.usefixtures("vllm_imported")]
 
 ENGINE: dict[str, Any] = {"vocab_size": 256, "max_model_len": 512}
 FAST = Simulated(**ENGINE, realtime=False)
 SLOW = Simulated(**ENGINE, step_base_s=0.02, decode_token_s=0.0)
+# 400 tokens take longer than anybody waits.
+ENDLESS = Simulated(**ENGINE, step_base_s=0.1, decode_token_s=0.0)
 PROMPT = [10, 20, 30]
 
 Open = Callable[..., contextlib.AbstractAsyncContextManager[tuple["Generator", SimulatedPool]]]
@@ -61,7 +64,7 @@ def opened(tiny_model: Path) -> Open:
                 simulated.directory(model),
                 router=changes.pop("router", Router()),
                 admission=changes.pop("admission", Admission()),
-                wait_s=10,
+                wait_s=60,
             ) as gateway:
                 yield Generator({"tiny": gateway}), simulated
 
@@ -149,7 +152,7 @@ async def test_models(opened: Open) -> None:
         assert await generator.models() == [ModelCard("tiny", 512, 1)]
         assert await generator.ready()
         simulated[0].die()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while await generator.ready():  # noqa: ASYNC110 - tests look from outside
                 await asyncio.sleep(0.01)
         assert await generator.models() == [ModelCard("tiny", 512, 0)]
@@ -233,7 +236,7 @@ async def test_a_request_that_the_engine_knows_to_be_wrong(opened: Open, n: int)
 
 
 async def test_a_request_that_finds_no_other_replica_is_told_so(opened: Open) -> None:
-    async with opened(SLOW, router=Router(failover_wait_s=0.1)) as (generator, simulated):
+    async with opened(ENDLESS, router=Router(failover_wait_s=0.1)) as (generator, simulated):
         asking = asyncio.create_task(generator.generate(ask(max_tokens=400)))
         await asyncio.to_thread(eventually, lambda: simulated[0].requests == 1)
         simulated[0].die()
@@ -339,26 +342,26 @@ async def until_deadline(stream: AsyncIterator[Generation]) -> list[Generation]:
 
 
 async def test_deadline(opened: Open) -> None:
-    async with opened(SLOW) as (generator, simulated):
+    async with opened(ENDLESS) as (generator, simulated):
         with pytest.raises(DeadlineExceeded):
             await generator.generate(ask(max_tokens=400), deadline_s=0.3)
         await asyncio.to_thread(eventually, lambda: simulated[0].requests == 0)
-        assert len(await until_deadline(generator.stream(ask(max_tokens=400), deadline_s=0.5))) > 2
+        assert len(await until_deadline(generator.stream(ask(max_tokens=400), deadline_s=2))) > 2
         await asyncio.to_thread(eventually, lambda: simulated[0].requests == 0)
-        assert len((await generator.generate(ask(), deadline_s=10)).outputs[0].token_ids) == 8
+        assert len((await generator.generate(ask(), deadline_s=PATIENCE_S)).outputs[0].token_ids) == 8
 
 
 async def test_a_deadline_is_not_the_callers_fault(opened: Open) -> None:
     """What the caller does between two chunks is not cut off by its deadline."""
     async with opened(SLOW) as (generator, _):
-        stream = generator.stream(ask(max_tokens=400), deadline_s=0.2)
+        stream = generator.stream(ask(max_tokens=400), deadline_s=1)
         await anext(stream)
-        await asyncio.sleep(0.4)
+        await asyncio.sleep(1.1)
         await until_deadline(stream)
 
 
 async def test_leaving_a_stream_aborts_it(opened: Open) -> None:
-    async with opened(SLOW) as (generator, simulated):
+    async with opened(ENDLESS) as (generator, simulated):
         async with contextlib.aclosing(generator.stream(ask(max_tokens=400))) as stream:
             await anext(stream)
         await asyncio.to_thread(eventually, lambda: simulated[0].requests == 0)

@@ -102,9 +102,9 @@ def test_references_that_lead_back(schema: dict[str, Any]) -> None:
     ],
 )
 def test_what_is_in_bounds(schema: Any) -> None:
-    begun = time.monotonic()
+    begun = time.thread_time()
     check("json", schema)
-    assert time.monotonic() - begun < 1
+    assert time.thread_time() - begun < 1
 
 
 @pytest.mark.parametrize("spec", ["{", "[" * 60_000, '{"a":' * 10_000, "\ud800"])
@@ -122,10 +122,10 @@ def test_deep_ones_take_no_time() -> None:
 @pytest.mark.parametrize("back", [False, True])
 def test_long_chains_of_references_take_no_time(back: bool) -> None:
     chain = {f"a{n}": {"$ref": f"#/$defs/a{n + 1}"} for n in range(2000)} | {"a2000": {"$ref": "#"} if back else {}}
-    begun = time.monotonic()
+    begun = time.thread_time()
     with pytest.raises(InvalidInput) if back else contextlib.nullcontext():
         check("json", {"$ref": "#/$defs/a0", "$defs": chain})
-    assert time.monotonic() - begun < 1
+    assert time.thread_time() - begun < 1
 
 
 def names(number: int) -> str:
@@ -155,9 +155,9 @@ def test_what_is_hard_to_look_at_takes_neither_time_nor_memory(kind: str, asked:
     spec = asked if isinstance(asked, str) else json.dumps(asked, separators=(",", ":"))
     assert len(spec) < 64 << 10
     tracemalloc.start()
-    begun = time.process_time()
+    begun = time.thread_time()
     check(kind, spec)
-    took = time.process_time() - begun
+    took = time.thread_time() - begun
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert took < 0.5

@@ -20,6 +20,7 @@ from hycluster.errors import InvalidInput, Overloaded
 from hycluster.gateway import grammars
 from hycluster.gateway.grammars import KINDS, GrammarCheck
 from hycluster.settings.load import Admission
+from tests.waiting import until
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -55,14 +56,15 @@ def no_more_memory_than(mib: int) -> Iterator[None]:
     "costly", [{"json": MANY_PATTERNS}, {"json": MANY_ITEMS}, {"structural_tag": json.dumps(TAGGED)}]
 )
 async def test_what_costs_too_much_ends_its_own_process(check: GrammarCheck, costly: dict[str, Any]) -> None:
-    begun = time.monotonic()
+    took_s = []
     with no_more_memory_than(50):
-        for again in (False, True):
+        for _ in range(5):
+            begun_s = time.monotonic()
             with pytest.raises(InvalidInput, match=r"takes more to compile than is allowed, 0\.5 s of"):
                 await check.check(asked(**costly))
-            begun = begun if not again else time.monotonic()
+            took_s.append(time.monotonic() - begun_s)
     # It is remembered.
-    assert time.monotonic() - begun < 0.1
+    assert min(took_s) < 0.1
     await check.check(asked(json=ORDINARY))
 
 
@@ -135,20 +137,21 @@ async def test_an_ordinary_one_takes_milliseconds(shared: GrammarCheck) -> None:
         begun = time.monotonic()
         await shared.check(asked(json=ORDINARY | {"title": str(number)}))
         took.append(time.monotonic() - begun)
-    assert sorted(took)[10] < 0.05
+    assert min(took) < 0.05
 
 
 async def test_costly_ones_hold_up_neither_the_loop_nor_what_is_known(check: GrammarCheck) -> None:
     await check.check(asked(json=ORDINARY))
     costly = [asyncio.create_task(check.check(asked(json=MANY_ITEMS | {"title": str(n)}))) for n in range(2)]
-    lags, begun = [], time.monotonic()
+    lags = []
     while not all(one.done() for one in costly):
         before = time.monotonic()
         await check.check(asked(json=ORDINARY))
         await asyncio.sleep(0.01)
         lags.append(time.monotonic() - before)
-    assert time.monotonic() - begun > 0.2
-    assert max(lags) < 1
+    # Each of them takes half a second of its own process, and the loop would turn but a few times.
+    assert len(lags) > 10
+    assert sorted(lags)[len(lags) // 2] < 0.2
     assert all(isinstance(error, InvalidInput) for error in await asyncio.gather(*costly, return_exceptions=True))
 
 
@@ -178,7 +181,5 @@ async def test_nothing_is_left(check: GrammarCheck) -> None:
     pids = [worker._process.pid for worker in check._workers]
     check.close()
     await asyncio.gather(asking, return_exceptions=True)
-    async with asyncio.timeout(10):
-        while any(psutil.pid_exists(pid) for pid in pids):  # noqa: ASYNC110 - tests look from outside
-            await asyncio.sleep(0.05)
+    await until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
     assert pids

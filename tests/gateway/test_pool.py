@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -25,14 +25,15 @@ from hycluster.replica.wire import READY, encode_info
 from hycluster.settings.load import DataPlane
 from hycluster.settings.simulated import Simulated
 from tests.engine_requests import PROMPT, ask
-from tests.simulated_pool import ColocatedEngine, SimulatedPool, SimulatedReplica, eventually, predicted
+from tests.simulated_pool import ColocatedEngine, SimulatedPool, SimulatedReplica, predicted
+from tests.waiting import PATIENCE_S, eventually, until
 
 if TYPE_CHECKING:
     from hycluster.gateway.flight import Flight
     from hycluster.gateway.link import Link
     from hycluster.gateway.pool import PoolClient
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(60), pytest.mark.usefixtures("vllm_imported")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), pytest.mark.usefixtures("vllm_imported")]
 
 FAST = Simulated(realtime=False)
 SLOW = Simulated(step_base_s=0.01, decode_token_s=0.0)
@@ -72,7 +73,7 @@ class Pool:
 
 @asynccontextmanager
 async def opened(
-    settings: Simulated, replicas: int = 2, wait_s: float = 5.0, kind: type[SimulatedEngine] = SimulatedEngine
+    settings: Simulated, replicas: int = 2, wait_s: float = 60.0, kind: type[SimulatedEngine] = SimulatedEngine
 ) -> AsyncIterator[Pool]:
     from hycluster.gateway.pool import PoolClient
 
@@ -91,13 +92,6 @@ async def opened(
             await client.close()
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what other tasks of this loop do."""
-    async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110 - tests look from outside
-            await asyncio.sleep(0.005)
-
-
 async def test_requests_are_spread_and_answered() -> None:
     async with opened(SLOW) as pool:
         assert pool.client.first_replica.is_set()
@@ -105,7 +99,7 @@ async def test_requests_are_spread_and_answered() -> None:
         names = [str(number) for number in range(8)]
         for name in names:
             await pool.client.add_request_async(ask(name))
-        await pool.running(4, 4)
+        assert [len(link.flights) for link in pool.links.values()] == [4, 4]
         assert await pool.finish(8) == dict.fromkeys(names, predicted(PROMPT, 5, SLOW))
 
 
@@ -170,7 +164,7 @@ async def test_what_other_gateways_have_there_counts() -> None:
         busy = ReplicaReport(busy.address, ReplicaLoad(outstanding_tokens={"another": 1_000_000}))
         await pool.client.update([busy, idle])
         for name in "abc":
-            await pool.client.add_request_async(ask(name, max_tokens=1000))
+            await pool.client.add_request_async(ask(name, max_tokens=10_000))
         await pool.running(0, 3)
 
 
@@ -460,26 +454,32 @@ async def test_two_updates_at_once_connect_once() -> None:
         assert pool.client.requests_in_flight == 0
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is given up because it has taken long."""
+    monkeypatch.setattr("hycluster.gateway.members.JOIN_PATIENCE_S", 600)
+    monkeypatch.setattr("hycluster.gateway.connection.HELLO_TIMEOUT_S", 600)
+
+
+@pytest.mark.usefixtures("patient")
 async def test_a_dead_address_is_given_up_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     async with opened(FAST) as pool:
-        began = time.monotonic()
-        await pool.client.update(
-            [*pool.replicas.reports, ReplicaReport(address(f"tcp://127.0.0.1:{port}"), ReplicaLoad())]
-        )
-        assert time.monotonic() - began < 1
+        dead = ReplicaReport(address(f"tcp://127.0.0.1:{port}"), ReplicaLoad())
+        async with asyncio.timeout(PATIENCE_S):
+            await pool.client.update([*pool.replicas.reports, dead])
         assert pool.client.outstanding.keys() == {"r0", "r1"}
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("wrong", ["token", "server_key", "client_key"])
 async def test_wrong_credentials_are_given_up_at_once(wrong: str) -> None:
     async with opened(FAST) as pool:
         changed: Any = {wrong: Credentials.made(encrypted=True).client_key}
         stranger = replace(pool.replicas[0].address, replica_id="other", **changed)
-        began = time.monotonic()
-        await pool.client.update([ReplicaReport(stranger, ReplicaLoad())])
-        assert time.monotonic() - began < 1
+        async with asyncio.timeout(PATIENCE_S):
+            await pool.client.update([ReplicaReport(stranger, ReplicaLoad())])
         assert pool.client.outstanding.keys() == {"r0", "r1"}
 
 
@@ -561,10 +561,11 @@ async def test_bulk_rows_go_where_online_requests_leave_room() -> None:
 
 async def test_bulk_rows_are_counted_to_none() -> None:
     async with opened(SLOW, kind=ColocatedEngine) as pool:
+        begun_s = time.monotonic()
         for number in range(4):
             await pool.client.add_request_async(ask(f"bulk-{number}", priority=Priority.BATCH))
         assert sum(link.bulk_rows for link in pool.links.values()) == 4
         await pool.client.abort_requests_async(["bulk-3"])
         await pool.finish(3)
         assert [link.bulk_rows for link in pool.links.values()] == [0, 0]
-        assert 0 < time.monotonic() - pool.client.progress_s < 5
+        assert begun_s < pool.client.progress_s < time.monotonic()

@@ -15,11 +15,12 @@ from hycluster.gateway.router import make_policy
 from hycluster.settings.simulated import Simulated
 from tests.engine_requests import PROMPT, ask
 from tests.simulated_pool import SimulatedPool, predicted
+from tests.waiting import PATIENCE_S
 
 if TYPE_CHECKING:
     from hycluster.gateway.pool import PoolClient
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(60), pytest.mark.usefixtures("vllm_imported")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), pytest.mark.usefixtures("vllm_imported")]
 
 SLOW = Simulated(step_base_s=0.01, decode_token_s=0.0)
 
@@ -32,7 +33,7 @@ async def client_of(pool: SimulatedPool, lost: dict[str, str], *, failover: bool
         lost[request_id] = type(error).__name__
 
     policy = make_policy("least_outstanding_tokens", "me", seed=0)
-    client = PoolClient("tiny", policy, "me", wait_s=10, failover=failover, on_lost=on_lost)
+    client = PoolClient("tiny", policy, "me", wait_s=60, failover=failover, on_lost=on_lost)
     try:
         await client.update(pool.reports)
         yield client
@@ -79,7 +80,7 @@ async def test_without_failover_what_has_begun_ends_at_once() -> None:
             (victim,) = client._members.links["r0"].flights
             assert client._failover.flights[victim].output == [], "nobody needs them"
             pool[0].die()
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE_S):
                 while not lost:
                     await outputs(client, tokens)
             assert lost == {victim: "ReplicaLost"}

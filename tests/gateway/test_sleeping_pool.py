@@ -18,6 +18,7 @@ from hycluster.settings.model import Model
 from hycluster.settings.pool import Autoscaling, Replicas
 from hycluster.settings.simulated import Simulated
 from tests.simulated_pool import SimulatedPool, predicted
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from hycluster.gateway.generation import Generator
@@ -45,9 +46,7 @@ class Sleeping:
 
     async def told(self, **wanted: int) -> PoolLoad:
         """What the scaler hears, once it is this."""
-        async with asyncio.timeout(5):
-            while any(getattr(self.load(), name) != value for name, value in wanted.items()):  # noqa: ASYNC110
-                await asyncio.sleep(0.02)
+        await until(lambda: all(getattr(self.load(), name) == value for name, value in wanted.items()))
         return self.load()
 
 
@@ -70,7 +69,7 @@ async def asleep(
         directory = simulated.directory(model)
         directory.known.scale("tiny", ASLEEP)
         opening = open_gateway(
-            model, directory, router=Router(), admission=admission or Admission(), wait_s=10, patient=patient
+            model, directory, router=Router(), admission=admission or Admission(), wait_s=60, patient=patient
         )
         async with opening as gateway:
             yield Sleeping(Generator({"tiny": gateway}), simulated, directory.known)
@@ -116,9 +115,7 @@ async def test_who_gives_up_waits_no_more(tiny_model: Path) -> None:
         # Nothing of them is left behind, and nothing is sent when there is a replica.
         assert not sleeping.pool._failover.tasks
         replica = sleeping.replicas.start()
-        async with asyncio.timeout(5):
-            while not sleeping.pool.able:  # noqa: ASYNC110 - the pool tells nobody
-                await asyncio.sleep(0.01)
+        await until(lambda: sleeping.pool.able)
         assert replica.requests == 0
 
 
@@ -142,9 +139,7 @@ async def test_what_waits_is_bounded_like_what_runs(tiny_model: Path) -> None:
 
 async def test_who_is_refused_hears_when_to_come_back_and_wakes_it(tiny_model: Path) -> None:
     async with asleep(tiny_model, cold_start="refuse") as sleeping:
-        async with asyncio.timeout(5):
-            while sleeping.generator.gateways["tiny"].cold_start.scaling is None:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+        await until(lambda: sleeping.generator.gateways["tiny"].cold_start.scaling is not None)
         # Those who are refused must come, and so it says that it can serve.
         assert await sleeping.generator.ready()
         assert sleeping.load().waiting_requests == 0
@@ -153,9 +148,7 @@ async def test_who_is_refused_hears_when_to_come_back_and_wakes_it(tiny_model: P
         assert 20 <= (refused.value.retry_after_s or 0) <= 25
         await sleeping.told(waiting_requests=1, outstanding_tokens=0)
         sleeping.replicas.start()
-        async with asyncio.timeout(5):
-            while not sleeping.pool.able:  # noqa: ASYNC110 - the pool tells nobody
-                await asyncio.sleep(0.01)
+        await until(lambda: sleeping.pool.able)
         assert (await sleeping.generator.generate(ASK)).outputs[0].token_ids == predicted(PROMPT, 8, ENGINE)
 
 

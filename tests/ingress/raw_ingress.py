@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hycluster.ingress.connection import protocol
 from hycluster.settings.ingress import Http
+from tests.waiting import PATIENCE_S
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
@@ -116,7 +117,7 @@ async def serve(*, keep_alive: bool = True, **settings: Any) -> AsyncIterator[Ra
 
 async def whole_answer(reader: asyncio.StreamReader) -> bytes:
     """Head and body of an answer in chunks, as they came."""
-    return await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), 5)
+    return await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), PATIENCE_S)
 
 
 def text(answer: bytes) -> bytes:
@@ -127,7 +128,7 @@ def text(answer: bytes) -> bytes:
 
 async def answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and body of what comes until the connection ends."""
-    head, _, body = (await asyncio.wait_for(reader.read(), 10)).partition(b"\r\n\r\n")
+    head, _, body = (await asyncio.wait_for(reader.read(), PATIENCE_S)).partition(b"\r\n\r\n")
     status, *lines = head.decode().split("\r\n")
     headers = dict(line.lower().split(": ", 1) for line in lines)
     return int(status.split()[1]), headers, body

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from typing import Any, Unpack
@@ -21,6 +21,7 @@ from hycluster.core import (
 from hycluster.errors import InvalidInput, UnknownModel
 from hycluster.ingress.grpc import GrpcBackend, GrpcIngress, serve_grpc
 from hycluster.settings.ingress import Grpc
+from tests.waiting import until
 
 MODEL = "stand-in"
 CARD = ModelCard(name=MODEL, max_model_len=262_144, ready_replicas=2)
@@ -123,20 +124,13 @@ class StandInGenerator:
                 self.failures_left -= 1
             raise self.error
 
-    async def until_busy(self, timeout_s: float = 2.0) -> None:
-        """Wait until a request is being answered; fails after ``timeout_s``."""
-        await until(lambda: self.running > 0, timeout_s)
+    async def until_busy(self) -> None:
+        """Wait until a request is being answered."""
+        await until(lambda: self.running > 0)
 
     async def until_idle(self) -> None:
-        """Wait until no request is being answered; fails after 1 s, the time in which a cancel must arrive."""
-        await until(lambda: self.running == 0, timeout_s=1.0)
-
-
-async def until(condition: Callable[[], bool], timeout_s: float = 2.0) -> None:
-    """Wait until the condition holds; fails after ``timeout_s``."""
-    async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110  # what is waited for has no event
-            await asyncio.sleep(0.005)
+        """Wait until no request is being answered; shows a cancel where an answer takes longer than that waits."""
+        await until(lambda: self.running == 0)
 
 
 def join(deltas: list[Generation]) -> Generation:

@@ -17,14 +17,14 @@ from hycluster.settings.ingress import Http
 from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
 from hycluster.settings.simulated import Simulated
-from tests.ingress.stand_in import until
 from tests.simulated_pool import SimulatedPool
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from hycluster.gateway.gateway import Gateway
     from hycluster.gateway.generation import Generator
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(60), pytest.mark.usefixtures("vllm_imported")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), pytest.mark.usefixtures("vllm_imported")]
 
 ENGINE = Simulated(vocab_size=256, max_model_len=512, realtime=False)
 ORIGIN = "https://page.example"
@@ -37,7 +37,7 @@ async def opened(model: Model) -> AsyncIterator[tuple[Gateway, SimulatedPool]]:
 
     with SimulatedPool(ENGINE, 1) as pool:
         async with open_gateway(
-            model, pool.directory(model), router=Router(), admission=Admission(), wait_s=10
+            model, pool.directory(model), router=Router(), admission=Admission(), wait_s=60
         ) as gateway:
             yield gateway, pool
 
@@ -75,7 +75,7 @@ async def test_what_clients_rely_on(model: Model) -> None:
         await pages_of_other_origins_may_read_all_answers(page)
         await errors_are_in_the_form_of_the_api(anthropics)
         pool[0].die()
-        await until(lambda: not gateway.able, timeout_s=5)
+        await until(lambda: not gateway.able)
         await an_unknown_model_is_unknown_while_nothing_serves(client, model.name)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from hycluster.ingress.body import BodyLimit
+from tests.waiting import PATIENCE_S, until
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
@@ -39,9 +40,7 @@ async def test_all_bodies_in_work_have_a_bound_together() -> None:
     app = Slow()
     async with client(BodyLimit(app, 1000, max_total_bytes=1500)) as http:
         first = asyncio.create_task(http.post("/", content=b"x" * 1000))
-        async with asyncio.timeout(5):
-            while app.read < 1000:  # noqa: ASYNC110 - tests look from outside
-                await asyncio.sleep(0.01)
+        await until(lambda: app.read >= 1000)
         shed = await http.post("/", content=b"x" * 1000)
         assert (shed.status_code, shed.headers["retry-after"]) == (429, "1")
         assert shed.json()["error"]["type"] == "RateLimitError"
@@ -66,7 +65,7 @@ async def test_a_body_that_stops() -> None:
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "query_string": b""}
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await app(scope, receive, send)
     assert sent[0]["status"] == 408
     assert b"body: nothing came for 0.2 s" in sent[1]["body"]

@@ -11,16 +11,17 @@ import pytest
 from hycluster.ingress import connection
 from hycluster.ingress.connection import MAX_HEADER_BYTES, MAX_HEADERS
 from tests.ingress.raw_ingress import ASK, answer, hello, refusal, serve, whole_answer
+from tests.waiting import PATIENCE_S, until
 
-pytestmark = pytest.mark.timeout(30)
+pytestmark = pytest.mark.timeout(120)
 
 
 async def test_a_connection_that_says_nothing_is_closed() -> None:
     async with serve(stalled_client_timeout_s=0.3) as ingress:
         reader, writer = await ingress.dial()
         begun = time.monotonic()
-        assert await asyncio.wait_for(reader.read(), 5) == b""
-        assert 0.2 < time.monotonic() - begun < 3
+        assert await asyncio.wait_for(reader.read(), PATIENCE_S) == b""
+        assert time.monotonic() - begun > 0.2
         writer.close()
 
 
@@ -47,7 +48,7 @@ async def test_the_second_request_of_a_connection_has_the_same_bounds() -> None:
         reader, writer = await ingress.dial()
         for _ in range(2):
             writer.write(ASK)
-            await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), 5)
+            await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), PATIENCE_S)
         writer.write(b"GET / HT")
         assert (await refusal(reader))[0] == 408
         writer.close()
@@ -93,7 +94,7 @@ async def test_headers_at_the_bound_and_a_long_body() -> None:
         # Many small requests in one piece are not one large one.
         writer.write(ASK * 4000)
         for _ in range(4001):
-            assert (await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), 5)).startswith(b"HTTP/1.1 200")
+            assert (await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), PATIENCE_S)).startswith(b"HTTP/1.1 200")
         writer.close()
 
 
@@ -110,7 +111,7 @@ async def test_one_on_which_nothing_is_asked_any_more_makes_room(monkeypatch: py
         assert (await refusal(reader))[0] == 429
         await asyncio.sleep(0.4)
         await hello(ingress)
-        assert await asyncio.wait_for(idle.read(), 1) == b""
+        assert await asyncio.wait_for(idle.read(), PATIENCE_S) == b""
         writer.write(b"\r\n")
         await whole_answer(begun)
         for one in (writer, other, refused):
@@ -137,24 +138,22 @@ async def test_a_client_that_does_not_read_is_cut_off_and_holds_up_nobody() -> N
     async with serve(stalled_client_timeout_s=1) as ingress:
         _, writer = await ingress.dial()
         writer.write(b"GET /flood HTTP/1.1\r\nhost: x\r\n\r\n")
+        await until(lambda: ingress.flooding)
         await asyncio.sleep(0.5)
-        assert ingress.flooding == 1
         taken = ingress.sent
         await hello(ingress)
         # Only what kernel and transport buffer is ever taken from the app.
         assert ingress.sent == taken < 64 << 20
-        async with asyncio.timeout(5):
-            while ingress.flooding:  # noqa: ASYNC110 - tests look from outside
-                await asyncio.sleep(0.05)
+        await until(lambda: not ingress.flooding)
         assert not ingress.server.server_state.connections
         writer.close()
 
 
 async def test_a_client_that_reads_slowly_but_reads_is_served() -> None:
-    async with serve(stalled_client_timeout_s=0.5) as ingress:
+    async with serve(stalled_client_timeout_s=1) as ingress:
         reader, writer = await ingress.dial()
         writer.write(b"GET /flood HTTP/1.1\r\nhost: x\r\n\r\n")
-        end = time.monotonic() + 1.5
+        end = time.monotonic() + 2
         while time.monotonic() < end:
             assert await reader.read(4 << 20)
             await asyncio.sleep(0.02)

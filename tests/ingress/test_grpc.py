@@ -30,7 +30,8 @@ from hycluster.ingress.proto import inference_pb2_grpc
 from hycluster.ingress.status import rich_status
 from hycluster.settings.ingress import Grpc
 from hycluster.settings.load import MAX_MEMBERS
-from tests.ingress.stand_in import CARD, MODEL, StandInGenerator, open_ingress, until
+from tests.ingress.stand_in import CARD, MODEL, StandInGenerator, open_ingress
+from tests.waiting import PATIENCE_S, until
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -61,7 +62,7 @@ async def until_status(channel: grpc.aio.Channel, wanted: int) -> None:
     """Wait until both services have that status."""
     for service in ("", SERVICE):
         watch = Health(channel).Watch(health_pb2.HealthCheckRequest(service=service))
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(PATIENCE_S):
             async for answer in watch:
                 if answer.status == wanted:
                     break
@@ -71,7 +72,7 @@ async def until_status(channel: grpc.aio.Channel, wanted: int) -> None:
 
 async def until_closed(port: int) -> None:
     """Wait until nobody listens on the port."""
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(PATIENCE_S):
         while True:
             try:
                 _, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -113,7 +114,7 @@ async def test_stream_has_a_chunk_a_token_and_usage_in_the_last(stub: Stub) -> N
 async def test_first_chunk_comes_before_the_answer_is_complete(stub: Stub, stand_in: StandInGenerator) -> None:
     stand_in.pause_s = 0.05
     call = stub.GenerateStream(ask(sampling=pb.Sampling(max_tokens=1000)))
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(PATIENCE_S):
         assert (await call.read()).text == "w0 "
     call.cancel()
 
@@ -397,7 +398,7 @@ async def test_a_client_that_does_not_read_for_too_long_is_cut_off(stand_in: Sta
         await asyncio.sleep(0.2)
         # Others of the same connection are served meanwhile.
         assert (await stub.Generate(ask())).outputs
-        await until(lambda: stand_in.running == 0, 5)
+        await until(lambda: stand_in.running == 0)
         code, says, _ = await failure(drained(call))
         assert code == grpc.StatusCode.DEADLINE_EXCEEDED
         assert says == "the stream was not read for 0.5 s"
@@ -476,7 +477,7 @@ async def test_a_call_whose_request_does_not_come_keeps_nobodys_place(stand_in: 
     ):
         call_of: Any = channel.stream_unary
         calls = [call_of(f"/{SERVICE}/{name}")(nothing()) for name in ("Generate", "Tokenize")]
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             for call in calls:
                 code, says, _ = await failure(call)
                 assert (code, says) == (grpc.StatusCode.DEADLINE_EXCEEDED, "request: did not come within 0.5 s")
@@ -488,7 +489,7 @@ async def test_a_call_whose_request_does_not_come_keeps_nobodys_place(stand_in: 
 async def test_a_call_without_a_request(channel: Any, method: str) -> None:
     kind = channel.stream_stream if method == "GenerateStream" else channel.stream_unary
     call = kind(f"/{SERVICE}/{method}")(iter([]))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         code, says, _ = await failure(drained(call) if method == "GenerateStream" else call)
     assert (code, says) == (grpc.StatusCode.INVALID_ARGUMENT, "request: is missing; this method takes one")
 
@@ -584,7 +585,7 @@ async def test_stop_lets_calls_finish_and_takes_no_new_ones(
     chunks = aiter(call)
     await anext(chunks)
     began = time.monotonic()
-    stopping = asyncio.create_task(ingress.stop(30))
+    stopping = asyncio.create_task(ingress.stop(600))
     assert (await watch.read()).status == NOT_SERVING
     await until_closed(ingress.port)
     # Over a connection of its own: on the old one a call may cross the server's good-bye, and ends as CANCELLED.
@@ -594,7 +595,7 @@ async def test_stop_lets_calls_finish_and_takes_no_new_ones(
     assert code is grpc.StatusCode.UNAVAILABLE
     assert len([chunk async for chunk in chunks]) == 19
     await stopping
-    assert time.monotonic() - began < 5, "a client that watches the health must not hold the drain"
+    assert time.monotonic() - began < 120, "a client that watches the health must not hold the drain"
 
 
 @pytest.mark.parametrize("method", ["Generate", "GenerateStream"])

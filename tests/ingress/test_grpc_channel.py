@@ -19,7 +19,8 @@ from hycluster.ingress import grpc as grpc_ingress
 from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto import inference_pb2_grpc
 from hycluster.settings.ingress import Grpc
-from tests.ingress.stand_in import MODEL, StandInGenerator, open_ingress, until
+from tests.ingress.stand_in import MODEL, StandInGenerator, open_ingress
+from tests.waiting import PATIENCE_S, until
 
 ASK = pb.GenerateRequest(model=MODEL, prompt="one two three", sampling=pb.Sampling(max_tokens=1))
 
@@ -88,12 +89,12 @@ async def test_connections_over_the_bound_are_told_so_and_silent_ones_end(monkey
             async with grpc.aio.insecure_channel(target, own) as late:
                 stub: Any = inference_pb2_grpc.InferenceStub(late)
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
-                    await stub.Generate(ASK, timeout=5)
+                    await stub.Generate(ASK, timeout=PATIENCE_S)
                 assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
                 # Whoever is in is served meanwhile.
                 await here.Generate(ASK)
-                await until(lambda: all(map(ended, silent)), 3)
-                await stub.Generate(ASK, timeout=5, wait_for_ready=True)
+                await until(lambda: all(map(ended, silent)))
+                await stub.Generate(ASK, timeout=PATIENCE_S, wait_for_ready=True)
     for sock in silent:
         sock.close()
 

@@ -16,7 +16,7 @@ from tests.ingress.echoing import dispatch, echo
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(60), pytest.mark.usefixtures("vllm_imported")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), pytest.mark.usefixtures("vllm_imported")]
 
 
 def client(app: ASGIApp) -> httpx.AsyncClient:

@@ -13,8 +13,9 @@ from hycluster.ingress import connection
 from hycluster.ingress.connection import KEPT_LONGER_S, LEAVING_S
 from hycluster.settings.ingress import Http
 from tests.ingress.raw_ingress import ASK, SLOW, RawIngress, serve, text, whole_answer
+from tests.waiting import PATIENCE_S
 
-pytestmark = pytest.mark.timeout(30)
+pytestmark = pytest.mark.timeout(120)
 SLOWLY = ASK.replace(b"/", b"/slow", 1)
 
 
@@ -24,11 +25,11 @@ async def test_how_long_a_connection_is_kept_is_a_setting_and_told() -> None:
         reader, writer = await ingress.dial()
         for pause_s in (0, KEPT_LONGER_S / 2):
             await asyncio.sleep(pause_s)
+            began = time.monotonic()
             writer.write(ASK)
             assert b"\r\nkeep-alive: timeout=1\r\n" in await whole_answer(reader)
-        answered = time.monotonic()
-        assert await asyncio.wait_for(reader.read(), 5) == b""
-        assert time.monotonic() - answered > 1 + KEPT_LONGER_S / 2
+        assert await asyncio.wait_for(reader.read(), PATIENCE_S) == b""
+        assert time.monotonic() - began > 1 + KEPT_LONGER_S / 2
         writer.close()
 
 
@@ -76,7 +77,7 @@ async def test_an_answer_that_ends_a_connection_is_read_by_one_who_still_sends()
             writer.write(b"x" * 100_000)
             await asyncio.sleep(0.001)
         assert text(await whole_answer(reader)) == b"hello"
-        assert await asyncio.wait_for(reader.read(), 5) == b""
+        assert await asyncio.wait_for(reader.read(), PATIENCE_S) == b""
         writer.close()
 
 
@@ -105,7 +106,7 @@ class TestLeaving:
             assert await received(idle) == b""
             begun.sendall(ASK[10:])
             assert b"\r\nconnection: close\r\n" in await received(begun)
-            await asyncio.wait_for(left, 5)
+            await asyncio.wait_for(left, PATIENCE_S)
             for caller in (idle, asking, begun, silent):
                 caller.close()
 
@@ -128,8 +129,8 @@ class TestLeaving:
             for caller in callers:
                 await asked(caller)
             begun = time.monotonic()
-            await asyncio.wait_for(await self.leave(ingress), 10)
-            assert LEAVING_S < time.monotonic() - begun < LEAVING_S + 2.5
+            await asyncio.wait_for(await self.leave(ingress), PATIENCE_S)
+            assert time.monotonic() - begun > LEAVING_S
             for caller in callers:
                 caller.close()
 
@@ -138,7 +139,7 @@ async def test_where_each_answer_is_the_last_it_says_so() -> None:
     async with serve(keep_alive=False) as ingress:
         reader, writer = await ingress.dial()
         writer.write(ASK)
-        answer = await asyncio.wait_for(reader.read(), 5)
+        answer = await asyncio.wait_for(reader.read(), PATIENCE_S)
         assert re.findall(rb"\r\nconnection: close\r\n|keep-alive", answer) == [b"\r\nconnection: close\r\n"]
         writer.close()
 
@@ -146,7 +147,7 @@ async def test_where_each_answer_is_the_last_it_says_so() -> None:
 def connected(ingress: RawIngress) -> socket.socket:
     """One that is read and written past the event loop, and gets what the kernel has."""
     caller = socket.create_connection(("127.0.0.1", ingress.port))
-    caller.settimeout(5)
+    caller.settimeout(PATIENCE_S)
     return caller
 
 

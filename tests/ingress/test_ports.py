@@ -16,6 +16,7 @@ from hycluster.errors import SettingsError
 from hycluster.ingress import ports
 from hycluster.ingress.ports import TURNED_AWAY_AFTER_S, bind, check_port, let_in, turn_away
 from tests.ordinary_user import as_ordinary_user
+from tests.waiting import PATIENCE_S
 
 
 def test_a_free_port_listens() -> None:
@@ -23,7 +24,7 @@ def test_a_free_port_listens() -> None:
         port = listening.getsockname()[1]
         assert port > 0
         assert not listening.getblocking()
-        with socket.create_connection(("127.0.0.1", port), timeout=5):
+        with dialled(port):
             accepted, _ = listening.accept()
             accepted.close()
 
@@ -57,7 +58,7 @@ def test_who_is_turned_away_reaches_the_other_ingress_process() -> None:
     with bind("127.0.0.1", 0, "http.port", reuse_port=True) as going:
         port = going.getsockname()[1]
         with bind("127.0.0.1", port, "http.port", reuse_port=True) as coming, contextlib.ExitStack() as stack:
-            kept = [stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5)) for _ in range(30)]
+            kept = [stack.enter_context(dialled(port)) for _ in range(30)]
             before = accepted(going, stack)
             accepted(coming, stack)
             # By chance all 30 may have gone to one of the two: once in half a billion times.
@@ -65,10 +66,7 @@ def test_who_is_turned_away_reaches_the_other_ingress_process() -> None:
             turn_away(port)
             # Both are this process', so nobody is let in but who tries again once the port is listened on anew.
             with ThreadPoolExecutor(20) as pool:
-                calls = [
-                    pool.submit(lambda: stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5)))
-                    for _ in range(20)
-                ]
+                calls = [pool.submit(lambda: stack.enter_context(dialled(port))) for _ in range(20)]
                 time.sleep(TURNED_AWAY_AFTER_S)
                 assert (accepted(going, stack), accepted(coming, stack)) == (0, 0)
                 going.close()
@@ -81,12 +79,12 @@ def test_who_is_turned_away_reaches_the_other_ingress_process() -> None:
 def test_connections_that_there_are_stay() -> None:
     with bind("127.0.0.1", 0, "http.port", reuse_port=True) as ingress:
         port = ingress.getsockname()[1]
-        with socket.create_connection(("127.0.0.1", port), timeout=5) as caller:
+        with dialled(port) as caller:
             inside, _ = ingress.accept()
             with inside:
                 turn_away(port)
                 caller.sendall(b"ask")
-                inside.settimeout(5)
+                inside.settimeout(PATIENCE_S)
                 assert inside.recv(3) == b"ask"
 
 
@@ -98,7 +96,7 @@ async def test_who_was_half_open_is_heard(host: str) -> None:
         port = ingress.getsockname()[1]
         # Half open until its first word, which comes after the ingress process has begun to leave.
         ingress.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 30)
-        with socket.create_connection((host, port), timeout=5) as caller:
+        with dialled(port, host) as caller:
             with pytest.raises(BlockingIOError):
                 ingress.accept()
             turn_away(port)
@@ -111,12 +109,12 @@ async def test_who_was_half_open_is_heard(host: str) -> None:
                 with pytest.raises(TimeoutError):
                     inside.recv(4)
                 await let_in([port], TURNED_AWAY_AFTER_S)
-                inside.settimeout(5)
+                inside.settimeout(PATIENCE_S)
                 assert inside.recv(4) == b"more"
 
 
 def patiently_accepted(ingress: socket.socket) -> tuple[socket.socket, Any]:
-    ingress.settimeout(5)
+    ingress.settimeout(PATIENCE_S)
     return ingress.accept()
 
 
@@ -138,6 +136,10 @@ def test_an_ordinary_user_may_do_all_of_it() -> None:
     done = subprocess.run(as_ordinary_user(command), check=False, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout
     assert "1 skipped" in done.stdout
+
+
+def dialled(port: int, host: str = "127.0.0.1") -> socket.socket:
+    return socket.create_connection((host, port), timeout=PATIENCE_S)
 
 
 def accepted(ingress: socket.socket, stack: contextlib.ExitStack) -> int:

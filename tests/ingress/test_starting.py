@@ -31,7 +31,7 @@ from hycluster.settings.settings import Settings
 from tests.auth.keyed import keyed
 from tests.ingress.stand_in import MODEL, StandInGenerator
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 
 SETTINGS = Settings(models=(Model(name=MODEL, source="/m"),), http=Http(port=0), grpc=Grpc(port=0))
 

@@ -32,8 +32,9 @@ from hycluster.observe.ingresses import certificate_taken
 from hycluster.settings.auth import Tls
 from hycluster.settings.ingress import Grpc, Http
 from tests.ingress.stand_in import MODEL, StandInGenerator
+from tests.waiting import PATIENCE_S
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 
 
 def write_pair(folder: Path, name: str) -> None:
@@ -104,7 +105,7 @@ async def by_http(url: str, authorities: Path) -> bool:
 async def by_grpc(target: str) -> bool:
     async with AsyncClient(target) as client:
         try:
-            return bool(await client.list_models(timeout_s=5))
+            return bool(await client.list_models(timeout_s=PATIENCE_S))
         except Unavailable:
             return False
 
@@ -205,7 +206,7 @@ async def test_one_that_can_not_be_taken_now_is_taken_later(
         write_pair(folder, "second")
         second = folder / "cert.pem"
         async with http_server(certificate) as url:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(PATIENCE_S):
                 while not await by_http(url, second):
                     pass
     assert failed == 1

@@ -142,7 +142,7 @@ async def served(tiny_model: Path) -> AsyncIterator[Service]:
     model = Model(name="tiny", source=str(tiny_model), simulated=ENGINE, engine={"max_model_len": 512})
     with SimulatedPool(ENGINE, 2) as pool:
         async with open_gateway(
-            model, pool.directory(model), router=Router(), admission=Admission(), wait_s=10
+            model, pool.directory(model), router=Router(), admission=Admission(), wait_s=60
         ) as gateway:
             generator = Generator({model.name: gateway})
             http = await serve_http(generator, Http(port=0), drain_timeout_s=1)

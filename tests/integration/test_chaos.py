@@ -89,7 +89,7 @@ class Meddler:
         self._opened: Future[tuple[int, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
         self._thread.start()
-        self.port, self._loop, self._closing = self._opened.result(10)
+        self.port, self._loop, self._closing = self._opened.result(60)
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._closing.set)

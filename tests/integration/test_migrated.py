@@ -103,7 +103,7 @@ async def gateway_to(replica: Replica, model: Model) -> AsyncIterator[Gateway]:
         return directory.sync(name, gateway_id, outstanding, adapters)
 
     asked: Any = SimpleNamespace(sync=SimpleNamespace(remote=sync))
-    async with open_gateway(model, asked, router=Router(), admission=Admission(), wait_s=10) as gateway:
+    async with open_gateway(model, asked, router=Router(), admission=Admission(), wait_s=60) as gateway:
         yield gateway
 
 

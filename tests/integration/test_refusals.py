@@ -68,12 +68,12 @@ def test_engine_that_can_not_start_ends_serve(tmp_path: Path, tiny_model: Path) 
     model = {"name": "m", "source": str(tiny_model), "hardware": {"cpus": 0.1, "kv_cache_gib": 9000}}
     path = tmp_path / "settings.yaml"
     # Memory may be free later, so it is tried again until then; no request has ever succeeded.
-    settings = {"models": [model], "http": {"port": 0}, "grpc": {"port": 0}, "start_timeout_s": 60}
+    settings = {"models": [model], "http": {"port": 0}, "grpc": {"port": 0}, "start_timeout_s": 40}
     path.write_text(json.dumps(settings))
     done = command("serve", str(path))
     assert done.returncode == 1
     error = only_error(done.stderr)
-    assert "start_timeout_s: no model could be served after 60 s: m: " in error
+    assert "start_timeout_s: no model could be served after 40 s: m: " in error
     assert "not started: model m: a replica did not start: " in done.stderr
     assert "the engine did not start" in error
     assert "9000" in error

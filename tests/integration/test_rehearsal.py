@@ -188,6 +188,7 @@ def ingress_node_lost(rehearsal: Rehearsal, *, silently: bool) -> None:
     with load.going():
         if silently:
             lost.cut()
+            load.silent = lost.name
         else:
             lost.kill()
         at = time.monotonic()

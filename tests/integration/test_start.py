@@ -154,12 +154,12 @@ async def test_what_serves_serves_on(half_broken: Starting) -> None:
     service = half_broken
     await asyncio.to_thread(eventually, service.healthy, 200, "callers of the fine model are served")
     # The start is not over: the other one has only begun, or is trying again.
-    asking = asyncio.create_task(streams(service.http, "fine", 20, 100))
+    asking = asyncio.create_task(streams(service.http, "fine", 20, 60))
     await asyncio.sleep(2)
     ingresses = service.below("hycluster:ingress")
     for part in ("replica-fine", "hycluster:batches"):
         os.kill(service.below(part)[0].pid, signal.SIGKILL)
-    assert await asking == [100] * 20
+    assert await asking == [60] * 20
     assert await asyncio.to_thread(service.ready) == "fine"
     assert [p.pid for p in service.below("hycluster:ingress")] == [p.pid for p in ingresses]
     async with httpx.AsyncClient(base_url=service.http, timeout=60) as caller:

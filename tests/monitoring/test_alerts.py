@@ -166,6 +166,20 @@ CASES: dict[str, Case] = {
         "2h",
         labels={},
     ),
+    "HyclusterLedgerBehind": Case(
+        [("hycluster_ledger_lag_seconds{ingress=\"i\"}", "0+60x30"),
+         ("hycluster_ledger_lag_seconds{ingress=\"j\"}", "30x30")],
+        # Away for a while, and back.
+        [("hycluster_ledger_lag_seconds{ingress=\"i\"}", "0+60x12 0x18")],
+        "20m",
+        labels={},
+    ),
+    "HyclusterLedgerLoses": Case(
+        [("hycluster_ledger_lost_entries_total{ingress=\"i\"}", "0x5 7x10")],
+        [("hycluster_ledger_lost_entries_total{ingress=\"i\"}", "7x15")],
+        "8m",
+        labels={},
+    ),
     "HyclusterBatchLate": Case(
         [of_model("hycluster_job_late_deadline_timestamp_seconds", "1700000000x30", ',batch_job="b"')],
         # It has caught up.

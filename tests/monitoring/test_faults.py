@@ -32,6 +32,7 @@ from hycluster.settings.pool import Replicas
 from hycluster.settings.simulated import Simulated
 from tests.prometheus import Prometheus, hastened, prometheus
 from tests.simulated_pool import SimulatedPool
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from hycluster.gateway.gateway import Gateway
@@ -104,9 +105,7 @@ class Cluster:
         return directory
 
     async def connected(self, name: str, replicas: int) -> None:
-        async with asyncio.timeout(30):
-            while self.gateways[name].engine_core.links != replicas:  # noqa: ASYNC110 - a pool tells nobody
-                await asyncio.sleep(0.05)
+        await until(lambda: self.gateways[name].engine_core.links == replicas)
 
     async def kill(self, name: str, number: int) -> None:
         """One replica; returns when that has been noticed."""

@@ -72,7 +72,7 @@ def test_a_collector_that_is_away_holds_nobody_up(monkeypatch: pytest.MonkeyPatc
     recorder.end(timeline)
     begun_s = time.monotonic()
     export.close()
-    assert time.monotonic() - begun_s < 2
+    assert time.monotonic() - begun_s < 10
     assert recorder.ended == []
     assert not recorder.samples(1, None)
 

@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from hycluster.observe import scrape
 from hycluster.observe.catalogue import INGRESS
 from hycluster.observe.scrape import Neighbours, merged, of_replica, own_families, page
+from tests.waiting import PATIENCE_S
 
 PLACE = "node-8000"
 # A process beside this one, which has counted 3 of its own and shows one series of the pool's.
@@ -78,7 +79,7 @@ def series(text: bytes) -> dict[tuple[str, str | None], float]:
     return {(one.name, one.labels.get("ingress")): one.value for family in families for one in family.samples}
 
 
-async def test_a_scrape_reads_all_processes_of_the_address(root: Path) -> None:
+async def test_a_scrape_reads_all_processes_of_the_address(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with Neighbours(PLACE, root).told(), other(root) as (process, name):
         neighbours = Neighbours(PLACE, root)
         found = series((await page(await neighbours.families()))[0])
@@ -89,11 +90,12 @@ async def test_a_scrape_reads_all_processes_of_the_address(root: Path) -> None:
         assert not [what for what, _ in found if what.endswith("_created")]
         # One that is stopped holds up nobody for long, one that is killed nobody at all.
         os.kill(process.pid, signal.SIGSTOP)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             assert ("tests_events_total", name) not in series((await page(await neighbours.families()))[0])
         process.kill()
         await process.wait()
-        async with asyncio.timeout(1):
+        monkeypatch.setattr(scrape, "NEIGHBOUR_TIMEOUT_S", 600)
+        async with asyncio.timeout(PATIENCE_S):
             assert ("tests_events_total", name) not in series((await page(await neighbours.families()))[0])
         assert [path.stem for path in (root / PLACE).iterdir()] == [str(os.getpid())]
     assert list((root / PLACE).iterdir()) == []

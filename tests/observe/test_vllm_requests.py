@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,12 @@ from hycluster.settings.pool import Replicas
 from hycluster.settings.simulated import Simulated
 from hycluster.traffic import TrafficMeter
 from tests.simulated_pool import SimulatedPool, SimulatedReplica
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from hycluster.gateway.gateway import Gateway
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(60), pytest.mark.usefixtures("vllm_imported")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), pytest.mark.usefixtures("vllm_imported")]
 
 ENGINE = Simulated(vocab_size=256, max_model_len=512, decode_token_s=0.002)
 PROMPT = list(range(40, 60))
@@ -42,19 +43,13 @@ async def gateways(tiny_model: Path) -> AsyncIterator[tuple[list[Gateway], Simul
         async with contextlib.AsyncExitStack() as stack:
             opened = [
                 await stack.enter_async_context(
-                    open_gateway(model, directory, router=Router(), admission=Admission(), wait_s=10, metrics=metrics)
+                    open_gateway(model, directory, router=Router(), admission=Admission(), wait_s=60, metrics=metrics)
                 )
                 # The last one is a job's.
                 for metrics in (True, True, False)
             ]
             await until(lambda: all(gateway.engine_core.links == 2 for gateway in opened))
             yield opened, pool
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 - tests look from outside
-            await asyncio.sleep(0.01)
 
 
 async def ask(gateway: Gateway, request_id: str, max_tokens: int = 5) -> None:

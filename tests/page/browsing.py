@@ -16,6 +16,7 @@ import uvicorn
 from selenium import webdriver
 
 from tests.page.stand_in import StandInIngress
+from tests.waiting import PATIENCE_S
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = (
@@ -68,7 +69,7 @@ def complaints(driver: webdriver.Chrome) -> list[str]:
     return [entry["message"] for entry in log.get_log("browser")]
 
 
-def until(condition: Callable[[], Any], timeout_s: float = 15.0) -> Any:
+def until(condition: Callable[[], Any], timeout_s: float = PATIENCE_S) -> Any:
     """What comes true; fails after ``timeout_s``."""
     end = time.monotonic() + timeout_s
     while not (found := condition()):

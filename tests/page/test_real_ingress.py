@@ -19,10 +19,10 @@ from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
 from hycluster.settings.simulated import Simulated
 from hycluster.state.watch import StateWatch
-from tests.ingress.stand_in import until
 from tests.page.browsing import CHROMIUM, DRIVER, browsing, complaints
 from tests.page.browsing import until as until_seen
 from tests.simulated_pool import SimulatedPool
+from tests.waiting import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), pytest.mark.usefixtures("vllm_imported")]
 
@@ -44,7 +44,7 @@ async def serving(model: Model, look: Callable[[str, Any, SimulatedPool], Any]) 
     with SimulatedPool(ENGINE, 1) as pool:
         directory = pool.directory(model)
         async with open_gateway(
-            model, directory, router=Router(), admission=Admission(max_requests=2), wait_s=10, metrics=True
+            model, directory, router=Router(), admission=Admission(max_requests=2), wait_s=60, metrics=True
         ) as gateway:
             generator = Generator({model.name: gateway})
 
@@ -91,14 +91,14 @@ async def test_what_callers_got_is_counted(model: Model) -> None:
             leaving = asyncio.create_task(
                 http.post("/v1/chat/completions", json={**CHAT, "max_completion_tokens": 400})
             )
-            await until(lambda: gateway.engine_core.requests_in_flight == 1, timeout_s=5)
+            await until(lambda: gateway.engine_core.requests_in_flight == 1)
             leaving.cancel()
-            await until(lambda: gateway.traffic.cancelled == 1, timeout_s=5)
+            await until(lambda: gateway.traffic.cancelled == 1)
             full = await asyncio.gather(*(http.post("/v1/chat/completions", json=CHAT) for _ in range(20)))
             shed = sum(answer.status_code == 429 for answer in full)
             assert shed
             pool[0].die()
-            await until(lambda: not gateway.able, timeout_s=5)
+            await until(lambda: not gateway.able)
             assert (await http.post("/v1/chat/completions", json=CHAT)).status_code == 503
             # The page and the scrape are told the same.
             minutes = gateway.traffic.report().minutes.values()

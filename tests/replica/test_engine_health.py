@@ -15,9 +15,9 @@ from hycluster.replica import engine_health as health
 from hycluster.replica.engine_health import EngineHealth
 from hycluster.settings.pool import Health
 from hycluster.settings.simulated import Simulated
-from tests.simulated_pool import eventually
+from tests.waiting import PATIENCE_S, eventually
 
-pytestmark = pytest.mark.timeout(30)
+pytestmark = pytest.mark.timeout(120)
 
 
 class Ended(queue.SimpleQueue[str]):
@@ -71,7 +71,7 @@ def test_a_hung_engine_ends_the_process(engine: SimulatedEngine, watch: Watch, e
     watching = watch(hung_after_s=0.3)
     engine.hang()
     ask(engine)
-    assert "hung: no step for 0 s while it has work" in ended.get(timeout=10)
+    assert "hung: no step for 0 s while it has work" in ended.get(timeout=PATIENCE_S)
     assert "hung" in (watching.problem() or "")
 
 
@@ -79,13 +79,13 @@ def test_an_idle_engine_that_is_broken_is_found(engine: SimulatedEngine, watch: 
     watching = watch(hung_after_s=0.2, probe_after_s=0.1)
     engine.hang()
     assert watching.problem() is None
-    assert "hung" in ended.get(timeout=10)
+    assert "hung" in ended.get(timeout=PATIENCE_S)
 
 
 def test_a_dead_engine_ends_the_process(engine: SimulatedEngine, watch: Watch, ended: Ended) -> None:
     watch()
     engine.kill(RuntimeError("device lost"))
-    assert ended.get(timeout=10) == "engine died: device lost"
+    assert ended.get(timeout=PATIENCE_S) == "engine died: device lost"
 
 
 def test_a_sound_engine_is_left_alone(engine: SimulatedEngine, watch: Watch, ended: Ended) -> None:

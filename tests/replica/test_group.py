@@ -23,7 +23,7 @@ from hycluster.settings.model import Model
 from hycluster.settings.parallel import Parallel
 from hycluster.settings.pool import Hardware
 from hycluster.settings.simulated import Simulated
-from tests.simulated_pool import eventually
+from tests.waiting import eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), pytest.mark.usefixtures("some_ray")]
 
@@ -77,7 +77,7 @@ def reports(directory: str) -> list[ReplicaReport]:
 def test_every_rank_is_there_for_gateways(start: Start, directory: str) -> None:
     replica = start()
     assert len({process.pid for process in processes(replica)}) == 3
-    eventually(lambda: len(reports(directory)) == 3, 10)
+    eventually(lambda: len(reports(directory)) == 3)
     there = reports(directory)
     assert len({report.group for report in there}) == 1
     assert len({report.address.requests for report in there}) == 3
@@ -97,7 +97,7 @@ def test_the_ranks_end_together(start: Start, victim: int) -> None:
 def test_a_stopped_group_has_left(start: Start, directory: str) -> None:
     replica = start()
     first, *others = processes(replica)
-    eventually(lambda: len(reports(directory)) == 3, 10)
+    eventually(lambda: len(reports(directory)) == 3)
     ray.get(replica.stop.remote())
     assert reports(directory) == []
     _, alive = psutil.wait_procs(others, 10)

@@ -11,6 +11,7 @@ import zmq
 from hycluster.replica import listener as listener_module
 from hycluster.replica.listener import Listener
 from hycluster.settings.load import DataPlane
+from tests.waiting import PATIENCE_S
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def test_nobody_comes_in_while_it_is_shut_and_who_is_in_stays(
         assert sock.recv_multipart()[1] == b"still"
         for _ in range(2):
             listener.let_in(True)
-        socket.create_connection(("127.0.0.1", port(listener)), timeout=5).close()
+        socket.create_connection(("127.0.0.1", port(listener)), timeout=PATIENCE_S).close()
         listener.close()
 
 
@@ -55,7 +56,7 @@ def test_a_closed_one_listens_no_more(context: zmq.Context[zmq.Socket[bytes]]) -
     listener.let_in(False)
     context.term()
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", port(listener)), timeout=5)
+        socket.create_connection(("127.0.0.1", port(listener)), timeout=PATIENCE_S)
 
 
 def test_a_kernel_that_has_neither_serves_and_says_so(
@@ -67,7 +68,7 @@ def test_a_kernel_that_has_neither_serves_and_says_so(
         listener = Listener(sock, "127.0.0.1", DataPlane())
         for _ in range(3):
             listener.let_in(False)
-        socket.create_connection(("127.0.0.1", port(listener)), timeout=5).close()
+        socket.create_connection(("127.0.0.1", port(listener)), timeout=PATIENCE_S).close()
         listener.close()
     (line,) = caplog.messages
     assert "can't be held off here" in line

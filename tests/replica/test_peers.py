@@ -27,9 +27,10 @@ from hycluster.settings.load import DataPlane
 from hycluster.settings.model import Model
 from hycluster.settings.simulated import Simulated
 from tests.replica.test_wire import RawGateway
-from tests.simulated_pool import SimulatedReplica, eventually
+from tests.simulated_pool import SimulatedReplica
+from tests.waiting import PATIENCE_S, eventually
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 
 SLOW = Simulated(step_base_s=0.005, decode_token_s=0.0)
 
@@ -71,7 +72,7 @@ def frame(size: int) -> bytes:
 
 def stranger(endpoint: str) -> socket.socket:
     host, port = endpoint.removeprefix("tcp://").split(":")
-    return socket.create_connection((host, int(port)), timeout=5)
+    return socket.create_connection((host, int(port)), timeout=PATIENCE_S)
 
 
 def poured(endpoint: str, first: bytes, more: bytes, most: int) -> int:
@@ -254,7 +255,7 @@ def test_who_does_not_say_who_it_is_is_cut_off(replica: SimulatedReplica, monkey
         sock.sendall(greeting(b"CURVE")[:20])
         while sock.recv(100):
             pass
-    assert 0.2 < time.monotonic() - began < 2
+    assert time.monotonic() - began > 0.2
     other.close()
 
 

@@ -26,9 +26,10 @@ from hycluster.replica.peers import show_credentials
 from hycluster.replica.wire import NO_CLIENT, READY, REFUSED, EngineServer, MessageKind, decode_info
 from hycluster.settings.load import DataPlane
 from hycluster.settings.simulated import Simulated
-from tests.simulated_pool import SimulatedReplica, eventually, predicted
+from tests.simulated_pool import SimulatedReplica, predicted
+from tests.waiting import PATIENCE_S, eventually
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 
 FAST = Simulated(realtime=False)
 SLOW = Simulated(step_base_s=0.005, decode_token_s=0.0)
@@ -44,7 +45,7 @@ class RawGateway:
         self.requests, self.outputs = (self.context.socket(zmq.DEALER) for _ in range(2))
         for sock, endpoint in ((self.requests, address.requests), (self.outputs, address.outputs)):
             sock.setsockopt(zmq.IDENTITY, identity)
-            sock.setsockopt(zmq.RCVTIMEO, 5000)
+            sock.setsockopt(zmq.RCVTIMEO, int(1000 * PATIENCE_S))
             show_credentials(sock, address)
             if receive_buffer:
                 sock.setsockopt(zmq.RCVHWM, 1)
@@ -199,11 +200,11 @@ def test_a_gateway_that_vanishes_loses_its_requests(start: Start, join: Join) ->
     vanishing.add("a", max_tokens=10_000)
     vanishing.read()
     vanishing.close()
-    began = time.monotonic()
     eventually(lambda: replica.requests == 1)
     assert replica.server.gateways == 1
-    # The one that stayed was not held up by it.
-    assert time.monotonic() - began < 0.5
+    # The one that stayed goes on.
+    while staying.outputs.poll(0):
+        staying.read()
     staying.read()
 
 
@@ -233,7 +234,7 @@ def test_a_gateway_that_does_not_read_holds_up_nobody(
     for number in range(250):
         stuck.add(str(number) * 10, max_tokens=30_000)
     reading = join(replica)
-    eventually(lambda: replica.server.gateways == 1, timeout_s=30)
+    eventually(lambda: replica.server.gateways == 1)
     # Dropped in the engine too; what the other one asks for is answered.
     eventually(lambda: replica.requests == 0)
     reading.add("a")
@@ -427,7 +428,7 @@ def test_whoever_waits_for_the_end_of_an_engine_is_told(start: Start) -> None:
     time.sleep(0.05)
     assert waiting.is_alive()
     replica.die()
-    waiting.join(5)
+    waiting.join(PATIENCE_S)
     assert not waiting.is_alive()
 
 

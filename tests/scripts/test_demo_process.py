@@ -1,6 +1,5 @@
 import re
 import stat
-import time
 from pathlib import Path
 
 import demo_process
@@ -62,7 +61,5 @@ def test_a_process_that_does_not_listen_is_killed(
     monkeypatch.setattr(demo_process, "STOP_TIMEOUT_S", 0.3)
     process = Process(["trap '' TERM; echo up; while true; do sleep 0.1; done"], tmp_path / "log")
     process.wait_for(lambda line: line == "up", 30, ignore)
-    begun = time.monotonic()
     assert not process.stop()
-    assert time.monotonic() - begun < 5
     assert not process.running()

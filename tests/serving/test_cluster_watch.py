@@ -16,6 +16,7 @@ import pytest
 
 from hycluster.serving import cluster_watch
 from hycluster.serving.cluster_watch import ClusterWatch, RayProcesses, gcs_patience_s
+from tests.waiting import PATIENCE_S, eventually
 
 EXIT_CODE = 4
 
@@ -61,7 +62,7 @@ def test_gcs_dies(children: list[subprocess.Popen[bytes]], monkeypatch: pytest.M
     ended = Ended()
     only(ended.watch(RayProcesses("127.0.0.1:1", gcs.pid, raylet.pid)), monkeypatch, children)
     gcs.kill()
-    assert ended.code.get(timeout=10) == EXIT_CODE
+    assert ended.code.get(timeout=PATIENCE_S) == EXIT_CODE
     assert ended.drained == [gcs_patience_s() - cluster_watch.MARGIN_S]
     assert ended.lines[0].startswith(f"lost: Ray's gcs_server (pid {gcs.pid}); without it nothing is replaced")
     assert ended.lines[-1].endswith("exit code 4")
@@ -74,7 +75,7 @@ def test_the_raylet_dies(children: list[subprocess.Popen[bytes]], monkeypatch: p
     ended = Ended()
     only(ended.watch(RayProcesses("127.0.0.1:1", gcs.pid, raylet.pid)), monkeypatch, children)
     raylet.kill()
-    assert ended.code.get(timeout=10) == EXIT_CODE
+    assert ended.code.get(timeout=PATIENCE_S) == EXIT_CODE
     assert ended.lines[0] == (
         f"lost: Ray's raylet (pid {raylet.pid}), and all replicas and ingress processes with it; this command ends"
     )
@@ -89,12 +90,12 @@ def test_a_drain_that_does_not_end_holds_nothing_up(
 ) -> None:
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "11")
     ended = Ended()
-    monkeypatch.setattr(ended, "drain", lambda _: time.sleep(60))
+    monkeypatch.setattr(ended, "drain", lambda _: time.sleep(600))
     only(ended.watch(RayProcesses("127.0.0.1:1", children[0].pid, None)), monkeypatch, children)
     begun = time.monotonic()
     children[0].kill()
-    assert ended.code.get(timeout=10) == EXIT_CODE
-    assert 1 <= time.monotonic() - begun < 8
+    assert ended.code.get(timeout=PATIENCE_S) == EXIT_CODE
+    assert time.monotonic() - begun >= 1
 
 
 def test_what_ends_on_purpose_is_no_loss(children: list[subprocess.Popen[bytes]]) -> None:
@@ -146,15 +147,15 @@ def test_a_cluster_that_was_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     time.sleep(1)
     assert ended.lines == []
     port.close()
-    time.sleep(1)
+    eventually(lambda: ended.lines)
     (lost,) = ended.lines
     assert lost.startswith(f"lost: Ray's GCS at 127.0.0.1:{port.number}; what runs serves on")
     port = Port(port.number)
-    time.sleep(0.5)
+    eventually(lambda: len(ended.lines) > 1)
     assert ended.lines[1].startswith("back: Ray's GCS at ")
     assert not ended.code.qsize()
     port.close()
-    assert ended.code.get(timeout=15) == EXIT_CODE
+    assert ended.code.get(timeout=PATIENCE_S) == EXIT_CODE
     assert "exit code 4; start it again" in ended.lines[-2]
     del watch
 
@@ -190,5 +191,5 @@ def test_no_connection_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
             time.sleep(0.01)
         watch.close()
         for thread in watching:
-            thread.join(10)
+            thread.join(PATIENCE_S)
     assert [connection.fileno() for connection in made] == [-1] * len(made)

@@ -13,6 +13,7 @@ from hycluster.submit import job_api
 from hycluster.submit.job_api import JobApi
 from hycluster.submit.submission import Submission
 from tests.submit.job_api_server import JobApiServer, job_api_server
+from tests.waiting import PATIENCE_S
 
 SENT = Submission(
     "nightly-x7k2pq", "exec hycluster", {"hycluster_job": "nightly", "hycluster_output": "s3://b/out"}, ()
@@ -177,7 +178,7 @@ def test_a_log_is_followed_to_the_end_by_whole_lines_and_over_an_outage(server: 
         heard.set()
 
     def go_on() -> None:
-        heard.wait(10)
+        heard.wait(PATIENCE_S)
         server.away = 2
         server.logs["a"] = "one\ntwó\nthree"
         server.add("a", "FAILED", driver_exit_code=3)

@@ -16,6 +16,7 @@ from hycluster.cli import app
 from hycluster.errors import SettingsError
 from hycluster.summarize import cli
 from tests.summarize.stand_in import SummarizingGenerator
+from tests.waiting import PATIENCE_S
 
 # Says at its end what was imported.
 SPY = """
@@ -101,11 +102,11 @@ async def test_no_cluster_is_one_line(tmp_path: Path) -> None:
 
 
 async def test_ctrl_c_stops_and_cancels_the_calls(address: str, stand_in: SummarizingGenerator, tmp_path: Path) -> None:
-    stand_in.pause_s = 30
+    stand_in.pause_s = 600
     (tmp_path / "a.txt").write_text("word " * 20_000)
     process = await start(tmp_path, "--address", address)
-    async with asyncio.timeout(60):
-        await stand_in.until_busy(timeout_s=30)
+    async with asyncio.timeout(2 * PATIENCE_S):
+        await stand_in.until_busy()
         process.send_signal(signal.SIGINT)
         _, errors = await process.communicate()
     assert process.returncode == 130

@@ -169,7 +169,7 @@ async def test_a_refused_part_is_its_documents_end(
 
 
 async def test_cancelling_cancels_the_calls(address: str, stand_in: SummarizingGenerator, long: Path) -> None:
-    stand_in.pause_s = 5
+    stand_in.pause_s = 600
     running = asyncio.create_task(summarized(address, long))
     await stand_in.until_busy()
     running.cancel()

@@ -16,6 +16,7 @@ from hycluster.batch.output.lease import Lease
 from hycluster.errors import JobFailed
 from tests.located import at
 from tests.object_store import ObjectStore
+from tests.waiting import PATIENCE_S
 
 HOLD = """
 import sys, time
@@ -77,13 +78,11 @@ def test_a_killed_process_of_this_machine_is_succeeded_at_once(output: str) -> N
         second.take()
     driver.kill()
     driver.communicate()
-    begun_s = time.monotonic()
-    with Lease(at(output)) as third:
+    # Nobody waits for what a holder on another machine would be given.
+    with Lease(at(output), expire_s=600) as third:
         third.look()
         third.take()
         assert files(output) == ["00000001.json", "00000002.json"]
-    # Far less than the 30 s that a holder on another machine would be given.
-    assert time.monotonic() - begun_s < 10
     assert files(output) == []
 
 
@@ -127,7 +126,7 @@ def test_of_many_who_find_a_dead_holder_one_succeeds_it(output: str, monkeypatch
                 lease.take()
             except JobFailed:
                 return False
-            done.wait(20)
+            done.wait(PATIENCE_S)
             return True
 
     with ThreadPoolExecutor(6) as runs:

@@ -41,10 +41,10 @@ def test_it_takes_no_longer_than_the_message_is_long(run: str) -> None:
     from hycluster.engine.patches.error_messages import patch_error_messages
 
     patch_error_messages()
-    begun = time.process_time()
+    begun = time.thread_time()
     for end in ("", 'File "', "x"):
         create_error_response(f"'{run * (100_000 // len(run))}{end}' is not allowed")
-    assert time.process_time() - begun < 1
+    assert time.thread_time() - begun < 5
 
 
 def test_what_nobody_reads_is_cut_off() -> None:
@@ -65,8 +65,11 @@ def test_vllms_own_still_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(utils, "re", SimpleNamespace(sub=regex.sub))
 
     def seconds(length: int) -> float:
-        begun = time.process_time()
-        utils.sanitize_message("/a" * (length // 2))
-        return time.process_time() - begun
+        took = []
+        for _ in range(3):
+            begun = time.thread_time()
+            utils.sanitize_message("/a" * (length // 2))
+            took.append(time.thread_time() - begun)
+        return min(took)
 
     assert seconds(1000) > 4 * seconds(250)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from hycluster.engine.patches.kv_offload import HostCopies
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(60), pytest.mark.usefixtures("vllm_imported")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), pytest.mark.usefixtures("vllm_imported")]
 
 
 @pytest.fixture

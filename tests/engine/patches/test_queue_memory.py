@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.sources import set_on_self
+from tests.waiting import PATIENCE_S
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("vllm_imported")]
 
@@ -31,7 +32,7 @@ def ready(*, patched: bool) -> tuple[bool, object]:
     waiting.join()
     named = segment.exists()
     writer.enqueue({"step": 1})
-    return named, reader.dequeue(timeout=5)
+    return named, reader.dequeue(timeout=PATIENCE_S)
 
 
 def test_a_queue_loses_its_name_and_still_works() -> None:

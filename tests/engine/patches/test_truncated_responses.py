@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.waiting import PATIENCE_S
+
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("vllm_imported")]
 
 
@@ -52,7 +54,7 @@ async def last_event(status: str) -> Any:
     patch_responses(handler)
     kept += [event async for event in handler.responses_stream_generator("asked", created_time=1)]
     assert [event.type for event in kept[:-1]] == ["response.in_progress"]
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         assert [event async for event in handler.responses_background_stream_generator("r", None)] == kept
     return kept[-1]
 

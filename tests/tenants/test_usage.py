@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from hycluster.cli import app
+from hycluster.errors import HyclusterError
+from hycluster.ledger.books import open_books
+from hycluster.serving.running import forget, remember, remember_service
+from tests.ledger.entries import entry
+
+Usage = Callable[..., Any]
+
+
+@pytest.fixture
+def usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Usage:
+    """Runs the command on a home of its own and returns what it told as JSON; its errors are raised."""
+    monkeypatch.setenv("HYCLUSTER_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: str, as_json: bool = True) -> Any:
+        done = CliRunner().invoke(app, ["usage", *arguments, *(["--json"] if as_json else [])])
+        if isinstance(done.exception, HyclusterError):
+            raise done.exception
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout) if as_json else done.stdout
+
+    return command
+
+
+def test_sums_of_the_home_s_own_ledger(usage: Usage, tmp_path: Path) -> None:
+    assert usage() == []
+    now = time.time()
+    open_books(str(tmp_path / "batches/ledger")).commit(
+        "a", [entry(ended_at=now), entry(ended_at=now - 7200, tier="batch"), entry(project="chat", ended_at=now)]
+    )
+    assert usage() == [
+        {"project": "chat", "model": "m", "requests": 1, "input_tokens": 10, "cached_tokens": 4, "output_tokens": 5,
+         "cost": 0.25},
+        {"project": "search", "model": "m", "requests": 2, "input_tokens": 20, "cached_tokens": 8, "output_tokens": 10,
+         "cost": 0.5},
+    ]  # fmt: skip
+    (mine,) = usage("--by", "tenant,key", "--since", "1h")
+    assert (mine["tenant"], mine["key"], mine["key_name"], mine["requests"]) == ("acme", "key_1", "ci", 2)
+    assert [each["tier"] for each in usage("--by", "tier")] == ["batch", "online"]
+    assert sum(each["requests"] for each in usage("--by", "day", "--since", "2026-01-01")) == 3
+    shown = usage("--by", "project", as_json=False)
+    assert "search" in shown
+    assert "20" in shown
+
+
+def test_what_is_wrong_is_said(usage: Usage) -> None:
+    for arguments, says in ((("--by", "user"), "--by: 'user'"), (("--since", "soon"), "--since: 'soon'")):
+        with pytest.raises(HyclusterError, match=says):
+            usage(*arguments)
+
+
+def test_the_ledger_of_the_running_service_or_of_a_settings_file(usage: Usage, tmp_path: Path) -> None:
+    place = str(tmp_path / "elsewhere")
+    open_books(place).commit("a", [entry()])
+    assert usage() == []
+    remember("127.0.0.1:6379")
+    remember_service(["m"], None, place)
+    assert [each["requests"] for each in usage()] == [1]
+    forget()
+    assert usage() == []
+    (tmp_path / "s.yaml").write_text(f"models: [{{name: m, source: x}}]\nledger: {{store: '{place}'}}\n")
+    assert [each["requests"] for each in usage("--config", "s.yaml")] == [1]
