@@ -59,7 +59,7 @@ class Guard:
         their project is archived."""
         if not caller.key_id and caller.expires_at is not None and caller.expires_at + LEEWAY_S <= time.time():
             return True
-        return self._keyring is not None and self._keyring.has_ended(caller)
+        return self.keyring is not None and self.keyring.has_ended(caller)
 
 
 def bearer(authorization: str) -> str | None:

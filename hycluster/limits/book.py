@@ -11,10 +11,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from hycluster.auth.limits import Kind
 from hycluster.limits.bucket import SLOT_S, Bucket, PlacesInUse, Slot
 
-PLACES: Kind = "concurrent_requests"
+PLACES = "concurrent_requests"
 PERIODS: frozenset[str] = frozenset({"tokens_per_day", "budget_per_month"})
 # Processes ask twice a second as long as they hold anything.
 ASK_EVERY_S = 0.5
@@ -25,7 +24,7 @@ GONE_AFTER_S = 10.0
 FORGOTTEN_AFTER_S = 120.0
 
 # Whose limit, and of which kind.
-Name = tuple[str, Kind]
+Name = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)

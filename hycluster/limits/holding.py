@@ -165,7 +165,7 @@ class Holding:
             least=least or self._least,
             refused=self._refused,
             refunds=tuple(self._refunds),
-            charges=tuple((now_s - slot * SLOT_S, amount) for slot, amount in self._charges.slots.items()),
+            charges=tuple((now_s - int(slot) * SLOT_S, amount) for slot, amount in self._charges.slots.items()),
             holds=self._told_holds,
             heard=self._heard,
             period=period,

@@ -166,7 +166,7 @@ class Limiter:
         now_s, told = self._clock(), {}
         for kind, unit in TOLD.items():
             names = [(limit.subject, kind) for limit in met if kind in limit.values]
-            holdings = [self._holdings[name] for name in names if name in self._holdings]  # type: ignore[index]
+            holdings = [self._holdings[name] for name in names if name in self._holdings]
             if holdings:
                 tightest = min(holdings, key=lambda holding: holding.remaining)
                 told[f"x-ratelimit-limit-{unit}"] = str(tightest.limit)

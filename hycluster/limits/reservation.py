@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from hycluster.auth.limits import BILLION, Kind
+from hycluster.auth.limits import BILLION
 from hycluster.limits.holding import Holding
 from hycluster.settings.price import Price, cost_of
 
@@ -20,7 +20,7 @@ class RequestTokens:
     cached: int = 0
     completion: int = 0
 
-    def amount(self, kind: Kind, price: Price | None) -> int:
+    def amount(self, kind: str, price: Price | None) -> int:
         """In the unit of a limit."""
         if kind in ("requests_per_minute", "concurrent_requests"):
             return 1
