@@ -78,7 +78,7 @@ def test_equal_ones_are_taken_by_chance(name: str) -> None:
 
 @pytest.mark.parametrize("name", PREFIX_POLICIES)
 def test_without_knowledge_of_caches_it_goes_by_load(name: str) -> None:
-    busy = {key: [5000, 0] for key in ("outstanding_tokens", "prefill_tokens", "kv_tokens")}
+    busy: dict[str, Any] = {key: [5000, 0] for key in ("outstanding_tokens", "prefill_tokens", "kv_tokens")}
     pool = view(**busy, requests=[5, 0], decoding=[5, 0])
     assert choose(name, pool, PrefixRequest(prompt_tokens=1000, output_tokens=1)) == 1
 
