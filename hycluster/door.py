@@ -37,6 +37,7 @@ from hycluster.ingress.grpc import serve_grpc
 from hycluster.ingress.ports import TURNED_AWAY_AFTER_S, let_in, turn_away
 from hycluster.ingress.starting import StartingIngress, starting_ingress
 from hycluster.ingress.tls import Certificate, open_certificate
+from hycluster.ledger.books import books_of
 from hycluster.ledger.keeper import open_ledger
 from hycluster.limits.limiter import Limiter, open_limiter
 from hycluster.observe.export import Export
@@ -155,7 +156,9 @@ class IngressProcess:
             if keeper is not None:
                 ledger_metrics.watch("", keeper)
             guard = await stack.enter_async_context(open_guard(self._settings.auth))
-            self._administration = await stack.enter_async_context(open_administration(self._settings.auth))
+            self._administration = await stack.enter_async_context(
+                open_administration(self._settings.auth, books_of(self._settings))
+            )
             certificate = await stack.enter_async_context(open_certificate(self._settings.auth.tls))
             starting: StartingIngress | None = None
             # Where ingress processes share their ports, callers would come to one that can't serve in place of one that

@@ -13,6 +13,7 @@ from sqlalchemy import Engine
 from hycluster.auth.admin_store import AdminStore
 from hycluster.auth.caller import Caller, current_caller
 from hycluster.errors import Unavailable
+from hycluster.ledger.books import Books
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +28,16 @@ T = TypeVar("T")
 
 
 class Administration:
-    """Asks the database for whoever calls."""
+    """Asks the database for whoever calls.
 
-    def __init__(self, engine: Engine) -> None:
+    Attributes:
+        books: the usage ledger; None where it is off.
+        currency: of what it has as costs.
+    """
+
+    def __init__(self, engine: Engine, books: Books | None = None, currency: str = "usd") -> None:
+        self.books = books
+        self.currency = currency
         self._engine = engine
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="admin-api")
         self._waiting = 0

@@ -24,11 +24,15 @@ from hycluster.settings.ingress import Http
 
 if TYPE_CHECKING:
     from hycluster.admin_api.administration import Administration
+    from hycluster.ledger.books import Books
 
 
 @contextlib.asynccontextmanager
-async def open_administration(auth: Auth) -> AsyncIterator[Administration | None]:
+async def open_administration(auth: Auth, books: Books | None = None) -> AsyncIterator[Administration | None]:
     """What the admin API works with; None where there are no keys. Connects nowhere yet.
+
+    Args:
+        books: the usage ledger; None where it is off.
 
     Raises:
         SettingsError: the database's URL is none.
@@ -40,7 +44,7 @@ async def open_administration(auth: Auth) -> AsyncIterator[Administration | None
     from hycluster.admin_api.administration import Administration
     from hycluster.auth.database import open_database
 
-    administration = Administration(open_database(auth))
+    administration = Administration(open_database(auth), books, auth.currency)
     try:
         yield administration
     finally:

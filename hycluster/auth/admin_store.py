@@ -92,6 +92,12 @@ class AdminStore(KeyStore):
             rows = connection.execute(found if archived else found.where(columns.archived_at.is_(None)))
             return [Project(**row) for row in rows.mappings()]
 
+    def managed_projects(self) -> dict[tuple[str, str], Project]:
+        """By tenant and name, archived ones too."""
+        with self._reading() as connection:
+            rows = connection.execute(select(tables.projects).where(self._managed)).mappings()
+            return {(row["tenant"], row["name"]): Project(**row) for row in rows}
+
     def project_by_id(self, project_id: str) -> Project:
         """
         Raises:

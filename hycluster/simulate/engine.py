@@ -17,10 +17,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import KVEventsConfig, VllmConfig
+from vllm.distributed.kv_events import BlockRemoved, BlockStored, EventBatch, NullEventPublisher
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash, maybe_convert_block_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
@@ -41,6 +42,11 @@ _STUCK_STEPS = 100
 
 class StuckEngine(RuntimeError):
     """No request that an engine has can ever run."""
+
+
+def block_names(request: Request) -> list[int]:
+    """Of its whole blocks, as in vLLM's KV events."""
+    return [maybe_convert_block_hash(each) for each in request.block_hashes]  # type: ignore[misc]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,25 @@ class _Flight:
     end_s: float
 
 
+# What was stored, and what was dropped, in this order of each message.
+BlocksChanged = Callable[[Sequence[int], Sequence[int]], None]
+
+
+class _Published(NullEventPublisher):
+    """In the place of vLLM's ZMQ socket."""
+
+    def __init__(self, tell: BlocksChanged) -> None:
+        super().__init__()
+        self._tell = tell
+
+    def publish(self, events: EventBatch) -> None:
+        for event in events.events:
+            if isinstance(event, BlockStored):
+                self._tell(event.block_hashes, ())  # type: ignore[arg-type]
+            elif isinstance(event, BlockRemoved):
+                self._tell((), event.block_hashes)  # type: ignore[arg-type]
+
+
 class VirtualEngine:
     """One engine; whoever calls ``step`` owns the time.
 
@@ -76,6 +101,7 @@ class VirtualEngine:
         kv_blocks: how many blocks the KV cache has.
         step_time: seconds that a step of this work takes.
         experts: what its scheduler knows of the model's experts.
+        blocks: told of what its KV cache stores and drops, by vLLM's KV events; None: nobody wants to know.
 
     Attributes:
         now_s: the virtual clock; set it to move on while the engine is idle.
@@ -88,8 +114,11 @@ class VirtualEngine:
         kv_blocks: int,
         step_time: Callable[[VirtualWork], float],
         experts: RoutedWeights | None = None,
+        blocks: BlocksChanged | None = None,
     ) -> None:
         cache = config.cache_config
+        if blocks is not None:
+            config.kv_events_config = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
         cache.num_gpu_blocks = kv_blocks
         self.now_s = self.busy_s = 0.0
         self.steps = self._idle_steps = 0
@@ -104,6 +133,8 @@ class VirtualEngine:
             block_size=cache.block_size,
             log_stats=True,
         )
+        if blocks is not None:
+            self.scheduler.kv_event_publisher = _Published(blocks)
         if isinstance(self.scheduler, ColocationScheduler):
             self.scheduler.clock = lambda: self.now_s
             self.scheduler.step_time = StepTime(experts)
@@ -123,18 +154,25 @@ class VirtualEngine:
         Args:
             arrival_s: when it came, if that was within the step that is over now.
         """
-        params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
-        self.scheduler.add_request(
-            Request(
-                request_id=request_id,
-                prompt_token_ids=list(prompt),
-                sampling_params=params,
-                pooling_params=None,
-                arrival_time=self.now_s if arrival_s is None else arrival_s,
-                priority=priority,
-                block_hasher=self._hasher,
-            )
+        self.add_made(self.made(request_id, prompt, max_tokens, priority, arrival_s))
+
+    def made(
+        self, request_id: str, prompt: Sequence[int], max_tokens: int, priority: int, arrival_s: float | None = None
+    ) -> Request:
+        """A request that any engine of this kind takes; it has the hashes of its blocks."""
+        return Request(
+            request_id=request_id,
+            prompt_token_ids=list(prompt),
+            sampling_params=SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True),
+            pooling_params=None,
+            arrival_time=self.now_s if arrival_s is None else arrival_s,
+            priority=priority,
+            block_hasher=self._hasher,
         )
+
+    def add_made(self, request: Request) -> None:
+        """Queue it."""
+        self.scheduler.add_request(request)
 
     def step(self) -> list[TokenAt]:
         """Compute one step to its end, where the clock then stands; those behind it are scheduled before."""

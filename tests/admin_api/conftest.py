@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import openai
@@ -19,8 +20,10 @@ from hycluster.auth.keyring import Keyring
 from hycluster.auth.store import KeyStore
 from hycluster.ingress.forms import in_form
 from hycluster.ingress.guarded import Guarded
+from hycluster.ledger.books import Books
 from hycluster.settings.auth import Auth
 from hycluster.settings.ingress import Http
+from hycluster.storage import locate
 
 # The same databases.
 from tests.auth.conftest import engine, server, settings
@@ -33,6 +36,7 @@ class Admin:
     """An ingress's door and the admin API behind it, on a socket.
 
     Attributes:
+        books: the usage ledger.
         root: of tenant ``acme`` and its project ``ops``, with the scope ``admin``.
     """
 
@@ -40,6 +44,7 @@ class Admin:
     root: str
     keyring: Keyring
     store: KeyStore
+    books: Books
 
     def client(self, key: str | None = None) -> openai.AsyncOpenAI:
         # As whoever administrates has it: its admin key alone.
@@ -76,13 +81,14 @@ async def listening(app: object) -> AsyncIterator[str]:
 
 
 @pytest.fixture
-async def admin(settings: Auth, engine: Engine) -> AsyncIterator[Admin]:
+async def admin(settings: Auth, engine: Engine, tmp_path: Path) -> AsyncIterator[Admin]:
     store = KeyStore(engine, "cli root")
     ops = store.create_project("acme", "ops")
     _, root = store.create_key(ops, "root", scopes=["admin"])
+    books = Books(locate(str(tmp_path / "ledger"), "ledger.store").writable())
     keyring = Keyring(open_database(settings), settings)
-    async with open_administration(settings) as administration:
+    async with open_administration(settings, books) as administration:
         behind = with_admin(administration, Http(), JSONResponse({"app": "other"}))
         with keyring:
             async with listening(in_form(Guarded(behind, Guard(keyring)), [])) as url:
-                yield Admin(url, root, keyring, store)
+                yield Admin(url, root, keyring, store, books)

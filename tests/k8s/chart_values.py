@@ -36,6 +36,12 @@ EVERYTHING: dict[str, Any] = {
     "tokenSecretName": "ray-token",
     "hubTokenSecretName": "hub-token",
     "redis": {"enabled": False, "address": "redis.data:6380", "passwordSecret": {"name": "redis", "key": "secret"}},
+    "keysDatabase": {
+        "enabled": True,
+        "secret": {"name": "keys", "key": "url"},
+        "cidrs": ["203.0.113.9/32"],
+        "port": 6432,
+    },
     "weights": {"size": "3Ti", "storageClassName": "shared"},
     "hosts": {"http": ["a.example.com", "b.example.com"], "grpc": ["c.example.com"]},
     "gateway": {"enabled": True, "name": "edge", "namespace": "edge"},

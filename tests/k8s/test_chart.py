@@ -13,6 +13,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from hycluster.auth.database import VARIABLE as KEYS_DATABASE
 from hycluster.cli import app
 from hycluster.k8s.chart.defaults import values_of
 from hycluster.k8s.chart.make import chart_files, surplus
@@ -80,9 +81,11 @@ def test_its_own_values_are_the_dev_overlay() -> None:
     assert said(chart) == ""
 
 
-def test_it_makes_what_components_make(tmp_path: Path) -> None:
-    components = [K8S / "components" / name for name in COMPONENTS]
-    resources = with_components(K8S / "overlays" / LARGE, components, tmp_path)
+# Variables are in the order of components, which an overlay with weights has otherwise.
+@pytest.mark.parametrize(("folder", "names"), [(LARGE, COMPONENTS), ("dev", ("keys-database",))], ids=[LARGE, "dev"])
+def test_it_makes_what_components_make(tmp_path: Path, folder: str, names: tuple[str, ...]) -> None:
+    components = [K8S / "components" / name for name in names]
+    resources = with_components(K8S / "overlays" / folder, components, tmp_path)
     chart = template(values_of(copy.deepcopy(resources)) | CLUSTER)
     assert normal(chart) == normal(resources)
     assert said(chart) == ""
@@ -152,6 +155,10 @@ def test_every_value_arrives() -> None:
     assert ingresses["template"]["spec"]["terminationGracePeriodSeconds"] == 600
     (store,) = ingresses["template"]["spec"]["containers"][0]["envFrom"]
     assert store["secretRef"]["name"] == "hycluster-s3"
+    (keys,) = (e for e in ingresses["template"]["spec"]["containers"][0]["env"] if e["name"] == KEYS_DATABASE)
+    assert keys["valueFrom"]["secretKeyRef"] == {"name": "keys", "key": "url"}
+    (way,) = found["NetworkPolicy/hycluster-keys-database"]["spec"]["egress"]
+    assert way == {"to": [{"ipBlock": {"cidr": "203.0.113.9/32"}}], "ports": [{"port": 6432}]}
     assert found["PersistentVolumeClaim/hycluster-weights"]["spec"]["storageClassName"] == "shared"
     assert found["HTTPRoute/hycluster"]["spec"]["hostnames"] == ["a.example.com", "b.example.com"]
     ingress = found["Ingress/hycluster"]["spec"]

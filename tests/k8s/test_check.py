@@ -13,6 +13,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from hycluster.auth.database import VARIABLE as KEYS_DATABASE
 from hycluster.cli import app
 from hycluster.k8s.check import broken, faults, refused
 from hycluster.k8s.render import render_manifests
@@ -84,6 +85,27 @@ def test_without_the_configuration_a_prefix_breaks_the_names_and_is_refused(tmp_
     said = "\n".join(map(str, broken(made)))
     assert "hycluster; must be one of the ServiceAccounts here: prod-hycluster" in said
     assert "hycluster-redis:6379, of which there is no Service here" in said
+
+
+def test_keys_want_a_database_that_all_pods_have(tmp_path: Path) -> None:
+    def asking(resources: list[dict[str, Any]], **auth: Any) -> str:
+        (service,) = (r for r in resources if r["kind"] == "RayService")
+        serve = yaml.safe_load(service["spec"]["serveConfigV2"])
+        serve["applications"][0]["args"]["auth"] = {"enabled": True, **auth}
+        service["spec"]["serveConfigV2"] = yaml.safe_dump(serve)
+        return "\n".join(map(str, faults(resources)))
+
+    for folder in ("with", "without"):
+        (tmp_path / folder).mkdir()
+    given = built(platform(tmp_path / "with", components=[K8S / "components/keys-database"]))
+    ingresses = next(g for g in groups_of(given) if g["groupName"] == "ingress")
+    (url,) = (e for e in ingresses["template"]["spec"]["containers"][0]["env"] if e["name"] == KEYS_DATABASE)
+    assert url["valueFrom"]["secretKeyRef"] == {"name": "hycluster-auth", "key": "database"}
+    assert asking(given) == ""
+    bare = built(platform(tmp_path / "without"))
+    assert "have HYCLUSTER_AUTH_DATABASE from a secret" in asking(bare)
+    assert "have HYCLUSTER_AUTH_DATABASE from a secret" in asking(bare, database="sqlite:////tmp/keys.db")
+    assert asking(bare, database="postgresql+psycopg://hycluster@db/keys") == ""
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,11 @@ def defaults(root: Path) -> dict[str, Any]:
     routes = source.add_component({}, root / "k8s/components/gateway-routes", "")["routes.yaml"]
     found["gateway"] = {"authFilter": routes[0]["spec"]["rules"][0]["filters"][0]["extensionRef"]}
     (fabric,) = source.read_kustomization(root / "k8s/components" / RDMA)["configMapGenerator"]
+    k8s = root / "k8s"
+    (keys,) = source.add_component(source.base(k8s / "base"), k8s / "components/keys-database", "")[
+        "network-policy.yaml"
+    ]
+    found["keysDatabase"] = {"cidrs": _cidrs(keys)}
     # As private as the API server's, until it is known better.
     found["redis"]["cidrs"] = found["networkPolicies"]["apiServerCidrs"]
     found[RDMA] = {"environment": dict(literal.split("=", 1) for literal in fabric["literals"])}
@@ -101,7 +106,6 @@ def values_of(resources: list[dict[str, Any]]) -> dict[str, Any]:
 def _values(by_name: dict[str, Any], spec: dict[str, Any], cluster: dict[str, Any]) -> dict[str, Any]:
     ingresses, *engines = cluster["workerGroupSpecs"]
     autoscaler = cluster["autoscalerOptions"]
-    api_server = by_name["NetworkPolicy/hycluster-head"]["spec"]["egress"][0]["to"]
     found: dict[str, Any] = {
         "image": _image(_main(ingresses)["image"]),
         "settings": _settings(spec["serveConfigV2"]),
@@ -112,13 +116,15 @@ def _values(by_name: dict[str, Any], spec: dict[str, Any], cluster: dict[str, An
         "redis": _redis(by_name, cluster),
         "networkPolicies": {
             "clients": _clients(by_name["NetworkPolicy/hycluster-ingress"]),
-            "apiServerCidrs": [peer["ipBlock"]["cidr"] for peer in api_server],
+            "apiServerCidrs": _cidrs(by_name["NetworkPolicy/hycluster-head"]),
         },
     }
     if secrets := ingresses["template"]["spec"].get("imagePullSecrets"):
         found["imagePullSecrets"] = [secret["name"] for secret in secrets]
     if "PersistentVolumeClaim/hycluster-weights" in by_name:
         found["weights"] = _weights(by_name)
+    if (policy := by_name.get("NetworkPolicy/hycluster-keys-database")) is not None:
+        found["keysDatabase"] = _keys_database(policy, ingresses)
     if "ConfigMap/hycluster-nccl" in by_name:
         found[RDMA] = _rdma(by_name["ConfigMap/hycluster-nccl"], engines[0])
         for group in found["engines"]:
@@ -204,6 +210,16 @@ def _rdma(fabric: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
     (device,) = (name for name in container["resources"]["limits"] if "/" in name and not name.endswith("/gpu"))
     lock = "add" in container["securityContext"]["capabilities"]
     return {"enabled": True, "resource": device, "environment": fabric["data"], "ipcLock": lock}
+
+
+def _cidrs(policy: dict[str, Any]) -> list[str]:
+    return [peer["ipBlock"]["cidr"] for peer in policy["spec"]["egress"][0]["to"]]
+
+
+def _keys_database(policy: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+    (url,) = (entry for entry in _main(group)["env"] if entry["name"] == "HYCLUSTER_AUTH_DATABASE")
+    port = policy["spec"]["egress"][0]["ports"][0]["port"]
+    return {"enabled": True, "secret": url["valueFrom"]["secretKeyRef"], "cidrs": _cidrs(policy), "port": port}
 
 
 def _clients(policy: dict[str, Any]) -> list[dict[str, Any]]:

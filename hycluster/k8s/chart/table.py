@@ -18,6 +18,7 @@ COMPONENTS: dict[str, str | None] = {
     "gateway-routes": "$.Values.gateway.enabled",
     "gpu": None,
     "hub-egress": "$.Values.hubEgress",
+    "keys-database": "$.Values.keysDatabase.enabled",
     "kueue": None,
     "monitoring": None,
     "name-references": None,
@@ -99,6 +100,13 @@ REPLACED: dict[str, Any] = {
     f"{INGRESS}/template/spec/terminationGracePeriodSeconds": Scalar('include "hycluster.grace" $ | int'),
     f"{INGRESS}/template/spec/containers/ray-worker/{DRAIN}": Scalar('include "hycluster.drain" $'),
     f"{INGRESS}/template/spec/containers/ray-worker/resources": Block("$.Values.ingressPods.resources"),
+    f"{INGRESS}/template/spec/containers/ray-worker/env/HYCLUSTER_AUTH_DATABASE/valueFrom/secretKeyRef": Block(
+        "$.Values.keysDatabase.secret"
+    ),
+    "NetworkPolicy/hycluster-keys-database/spec/egress/0/to": [
+        Each("$cidr := $.Values.keysDatabase.cidrs", {"ipBlock": {"cidr": Scalar("$cidr")}})
+    ],
+    "NetworkPolicy/hycluster-keys-database/spec/egress/0/ports/0/port": Scalar("$.Values.keysDatabase.port | int"),
     f"{ENGINES}/replicas": Scalar("$group.replicas"),
     f"{ENGINES}/minReplicas": Scalar("$group.minReplicas"),
     f"{ENGINES}/maxReplicas": Scalar("$group.maxReplicas"),

@@ -240,6 +240,24 @@ class ObjectStore(Values):
     )
 
 
+class DatabaseSecret(Values):
+    name: DnsName = Field(default="hycluster-auth", description="A Secret in the same namespace.")
+    key: str = Field(default="database", min_length=1, description="Key of the URL in it.")
+
+
+class KeysDatabase(Values):
+    enabled: bool = Field(
+        default=False,
+        description="Ingress pods get its URL, and a way to it: where settings.auth.enabled is true, as API keys are"
+        " asked for then.",
+    )
+    secret: DatabaseSecret = Field(
+        default=DatabaseSecret(), description="Where its URL is: postgresql+psycopg://USER:PASSWORD@HOST/NAME."
+    )
+    cidrs: tuple[Cidr, ...] = Field(min_length=1, description="Where it is.")
+    port: int = Field(default=5432, ge=1, le=65535, description="At which it listens.")
+
+
 class Chart(Values):
     """All of them, in the order of values.yaml."""
 
@@ -281,6 +299,7 @@ class Chart(Values):
         default=False, description="Ingress and engines may reach the Internet, for a source that is a hub id."
     )
     object_store: ObjectStore = Field(default=ObjectStore(), description="Credentials of the Batch API's store.")
+    keys_database: KeysDatabase = Field(description="The database of API keys, a PostgreSQL of yours.")
     redis: Redis = Field(description="What Ray's head must not lose.")
     hosts: Hosts = Field(default=Hosts(), description="Names that callers from outside use (gateway, ingress).")
     gateway: GatewayRoutes = Field(description="Callers from outside, by the Gateway API.")

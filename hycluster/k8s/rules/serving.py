@@ -22,6 +22,8 @@ from hycluster.settings.settings import Settings
 from hycluster.settings.unique_keys import read_yaml
 
 STORE_PORT = 443
+# As ``hycluster/auth/database.py`` reads it.
+KEYS_DATABASE = "HYCLUSTER_AUTH_DATABASE"
 SERVE = "spec.serveConfigV2"
 
 
@@ -291,6 +293,21 @@ def _store_is_reachable(resource: Resource, every: All) -> Iterator[Broken]:
             )
 
 
+def _keys_have_a_database(resource: Resource, _all: All) -> Iterator[Broken]:
+    settings = settings_of_service(resource)
+    if settings is None or not (settings.auth.enabled and settings.auth.keys):
+        return
+    given = settings.auth.database or ""
+    for pod in _roles(resource, "ingress"):
+        if given.startswith("sqlite") or not (given or KEYS_DATABASE in pod.env):
+            yield Broken(
+                f"{pod.path}.spec.containers[0].env",
+                given or f"no {KEYS_DATABASE}, and no auth.database in the settings",
+                f"have {KEYS_DATABASE} from a secret (components/keys-database)",
+                "each pod would have a file of keys of its own, and lose it",
+            )
+
+
 def _hub_is_reachable(resource: Resource, every: All) -> Iterator[Broken]:
     settings = settings_of_service(resource)
     hubs = [m.source for m in settings.models if not m.source.startswith(("/", "package:"))] if settings else []
@@ -312,5 +329,6 @@ RULES = (
     _engines,
     _batches_have_a_home,
     _store_is_reachable,
+    _keys_have_a_database,
     _hub_is_reachable,
 )
