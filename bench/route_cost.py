@@ -72,7 +72,7 @@ def measure(index: BlockIndex, block_tokens: int, rounds: int, rng: random.Rando
         index.store(replica, hasher.names(shared))
 
     def choose(tokens: list[int], hasher: BlockHasher) -> None:
-        cached = index.cached_blocks(hasher.names(tokens, held=held)) * float(block_tokens)
+        cached = index.cached_blocks(hasher.names(tokens, held=held)).astype(np.float64) * block_tokens
         outstanding, requests, prefill, decoding, kv_tokens = columns
         view = PoolColumns(
             replica_ids=replicas, outstanding_tokens=outstanding, requests=requests, prefill_tokens=prefill,
