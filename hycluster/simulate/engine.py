@@ -71,7 +71,9 @@ class _Flight:
 
     output: SchedulerOutput
     sampled: list[list[int]]
+    begin_s: float
     end_s: float
+    prefill_tokens: int
 
 
 # What was stored, and what was dropped, in this order of each message.
@@ -124,6 +126,7 @@ class VirtualEngine:
         self.steps = self._idle_steps = 0
         self._step_time = step_time
         self._flights: deque[_Flight] = deque()
+        self._over: _Flight | None = None
         self._most_flights = config.max_concurrent_batches
         spec = FullAttentionSpec(block_size=cache.block_size, num_kv_heads=1, head_size=1, dtype=torch.float32)
         self.scheduler: Scheduler = config.scheduler_config.get_scheduler_cls()(  # type: ignore[call-arg, assignment]
@@ -174,11 +177,20 @@ class VirtualEngine:
         """Queue it."""
         self.scheduler.add_request(request)
 
+    def prefill_in_flight(self, at_s: float) -> float:
+        """Tokens of prompts that count as computed, and are not at that time: the clock stands at a step's end."""
+        flights = self._flights if self._over is None else (self._over, *self._flights)
+        return sum(
+            each.prefill_tokens * min(1.0, (each.end_s - at_s) / (each.end_s - each.begin_s))
+            for each in flights
+            if each.end_s > max(at_s, each.begin_s)
+        )
+
     def step(self) -> list[TokenAt]:
         """Compute one step to its end, where the clock then stands; those behind it are scheduled before."""
         while len(self._flights) < self._most_flights and self.scheduler.has_requests():
             self._schedule()
-        flight = self._flights.popleft()
+        self._over = flight = self._flights.popleft()
         self.now_s = flight.end_s
         ids = list(flight.output.num_scheduled_tokens)
         self._watch(bool(ids))
@@ -205,14 +217,15 @@ class VirtualEngine:
         output = self.scheduler.schedule()
         begin_s = max(self.now_s, self._flights[-1].end_s) if self._flights else self.now_s
         requests, rows = self.scheduler.requests, output.num_scheduled_tokens
-        duration_s = 0.0
+        duration_s, prefill_tokens = 0.0, 0
         if rows:
-            duration_s = self._step_time(self._work(output))
+            work = self._work(output)
+            duration_s, prefill_tokens = self._step_time(work), work.prefill_tokens
             self.steps += 1
             self.busy_s += duration_s
         # As it is now: the next step may be scheduled before this one is over.
         sampled = [[] if requests[one].is_prefill_chunk else [TOKEN] for one in rows]
-        self._flights.append(_Flight(output, sampled, begin_s + duration_s))
+        self._flights.append(_Flight(output, sampled, begin_s, begin_s + duration_s, prefill_tokens))
 
     def _work(self, output: SchedulerOutput) -> VirtualWork:
         """After ``schedule``, which has counted this step's tokens as computed already."""

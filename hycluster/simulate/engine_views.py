@@ -38,8 +38,12 @@ class EngineViews:
         """Whom an engine is to tell of its blocks; None: nobody."""
         return None if self._state is None else partial(self._changed, self._state, engine)
 
-    def view(self, request: Request) -> tuple[PoolColumns, PrefixRequest]:
-        """Of all engines, for a request that comes now."""
+    def view(self, request: Request, in_flight: Sequence[float]) -> tuple[PoolColumns, PrefixRequest]:
+        """Of all engines, for a request that comes now.
+
+        Args:
+            in_flight: by engine, tokens of prompts in steps that are not over.
+        """
         self._now_s = request.arrival_time
         names = [] if self._state is None else block_names(request)
         prompt = request.num_prompt_tokens
@@ -51,7 +55,8 @@ class EngineViews:
             replica_ids=self._ids,
             outstanding_tokens=np.array(self._outstanding, float),
             requests=np.array([len(a) + len(b) for a, b in zip(self._unbegun, self._decoding, strict=True)], float),
-            prefill_tokens=np.array([sum(map(_to_prefill, each.values())) for each in self._unbegun]),
+            prefill_tokens=np.array([sum(map(_to_prefill, each.values())) for each in self._unbegun])
+            + np.array(in_flight),
             decoding=np.array([len(each) for each in self._decoding], float),
             kv_tokens=np.array(
                 [

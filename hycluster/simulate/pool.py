@@ -106,7 +106,7 @@ class VirtualPool:
             f"online-{next(self._names)}", self._prompts.of(request), request.output_tokens, Priority.ONLINE, at_s
         )
         begun = time.perf_counter()
-        view, asked = self._views.view(made)
+        view, asked = self._views.view(made, [engine.prefill_in_flight(at_s) for engine in self.engines])
         served.replica = number = self._choice.choose(view, asked)
         self._choice.note_time(begun)
         self._views.sent(number, made, view, at_s)

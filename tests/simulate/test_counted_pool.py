@@ -95,7 +95,7 @@ def test_both_fidelities_say_the_same(policy: str, asynchronous: bool) -> None:
         assert fast[kind]["mean"] == pytest.approx(exact[kind]["mean"], rel=0.05)
         assert fast[kind]["p50"] == pytest.approx(exact[kind]["p50"], rel=0.1)
     assert fast["duration_s"] == pytest.approx(exact["duration_s"], rel=0.02)
-    assert fast["busy_share"] == pytest.approx(exact["busy_share"], rel=0.05)
+    assert fast["busy_share"] == pytest.approx(exact["busy_share"], rel=0.1)
 
 
 @pytest.mark.usefixtures("vllm_imported")
