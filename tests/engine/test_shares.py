@@ -66,6 +66,7 @@ class Run:
     first: dict[str, float] = field(default_factory=dict)
     over: dict[str, float] = field(default_factory=dict)
     owner: dict[str, str] = field(default_factory=dict)
+    prompt: dict[str, int] = field(default_factory=dict)
     # By tenant, tokens as they are charged.
     served: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
@@ -81,7 +82,7 @@ class Run:
     ) -> str:
         name = f"{tenant}-{len(self.come)}"
         self.come[name] = self.engine.now_s if at_s is None else at_s
-        self.owner[name] = tenant
+        self.owner[name], self.prompt[name] = tenant, prompt
         tokens = [len(self.come), *((i * 31) % 250 for i in range(prompt - 1))]
         paid = (tenant, self.weights.get(tenant, 1.0)) if payer else None
         self.engine.add(name, tokens, output, priority, self.come[name], paid)
@@ -92,7 +93,7 @@ class Run:
         ended = []
         for token in self.engine.step():
             name = token.request_id
-            self.served[self.owner[name]] += OUTPUT_COST if name in self.first else 0
+            self.served[self.owner[name]] += OUTPUT_COST if name in self.first else self.prompt[name]
             self.first.setdefault(name, token.at_s)
             if token.last:
                 self.over[name] = token.at_s
