@@ -60,6 +60,7 @@ from hycluster.engine.scheduler import ColocationScheduler, colocation_load, use
 from hycluster.engine.scratch import Scratch
 from hycluster.engine.step_time import StepTime
 from hycluster.engine.vllm_metrics import SchedulerMetrics
+from hycluster.engine.waiting import take_payer
 from hycluster.errors import EngineStartFailed, SettingsError
 from hycluster.models.routing import layer_counts
 from hycluster.settings.model import Adapter, Model
@@ -266,8 +267,7 @@ class VllmEngine:
             self._core._send_error_outputs_to_client([request.request_id], client)
             return
         take_over(prepared[0])
-        # Else vLLM gives them back with each token. Spans are made where the timeline is: docs/tracing.md.
-        prepared[0].trace_headers = None
+        take_payer(prepared[0])
         if self._core.siblings and request.priority < Priority.BATCH:
             self._core.siblings.tell_arrival()
         self._queue(EngineCoreRequestType.ADD, prepared)

@@ -15,9 +15,10 @@ from typing import Any
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackEncoder
 
-from hycluster.auth.caller import own_salt
+from hycluster.auth.caller import current_caller, own_salt
 from hycluster.core import BulkDemand, ColocationLoad, EngineSample, ExpertLoad
 from hycluster.directory.directory import ReplicaReport
+from hycluster.engine.fairness import payer_headers
 from hycluster.engine.migrated import migrate
 from hycluster.engine.protocol import EngineInfo
 from hycluster.errors import InvalidInput, Unavailable
@@ -197,8 +198,9 @@ class PoolClient(ControlCalls):
             Unavailable: no replica can serve, and new requests don't wait.
             InvalidInput: the request holds what no message can.
         """
-        request.cache_salt = self._salted(request)
-        flight = Flight(request, keep=self._keep, track=self._begin_track(request))
+        track = self._begin_track(request)
+        self._for_its_caller(request)
+        flight = Flight(request, keep=self._keep, track=track)
         try:
             await self._send(flight)
         except Unavailable:
@@ -212,11 +214,15 @@ class PoolClient(ControlCalls):
                 flight.track.note("waiting", reason="model start")
             self._failover.wait_for_first(flight, wait_s, error)
 
-    def _salted(self, request: EngineCoreRequest) -> str | None:
+    def _for_its_caller(self, request: EngineCoreRequest) -> None:
+        """Have the engine compute it for whoever calls."""
         try:
-            return own_salt(request.cache_salt)
+            request.cache_salt = own_salt(request.cache_salt)
         except UnicodeEncodeError:
             raise InvalidInput("cache_salt: is not allowed; must be text that UTF-8 can hold") from None
+        if (caller := current_caller.get()) is not None:
+            payer = payer_headers(caller.tenant, caller.weight)
+            request.trace_headers = {**(request.trace_headers or {}), **payer}
 
     def _begin_track(self, request: EngineCoreRequest) -> Track | None:
         timeline = current.get()

@@ -29,9 +29,11 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from hycluster.engine.fairness import payer_headers
 from hycluster.engine.routed_weights import RoutedWeights
 from hycluster.engine.scheduler import ColocationScheduler
 from hycluster.engine.step_time import StepTime
+from hycluster.engine.waiting import take_payer
 from hycluster.simulate.step_work import VirtualWork
 
 # What comes out; no token of a prompt that a trace's hash makes.
@@ -150,14 +152,25 @@ class VirtualEngine:
         return bool(self._flights) or self.scheduler.has_requests()
 
     def add(
-        self, request_id: str, prompt: Sequence[int], max_tokens: int, priority: int, arrival_s: float | None = None
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        max_tokens: int,
+        priority: int,
+        arrival_s: float | None = None,
+        payer: tuple[str, float] | None = None,
     ) -> None:
         """Queue a request.
 
         Args:
             arrival_s: when it came, if that was within the step that is over now.
+            payer: the tenant whose it is, and its weight.
         """
-        self.add_made(self.made(request_id, prompt, max_tokens, priority, arrival_s))
+        request = self.made(request_id, prompt, max_tokens, priority, arrival_s)
+        if payer is not None:
+            request.trace_headers = payer_headers(*payer)
+        take_payer(request)
+        self.add_made(request)
 
     def made(
         self, request_id: str, prompt: Sequence[int], max_tokens: int, priority: int, arrival_s: float | None = None
