@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +28,7 @@ from hycluster.gateway.failover import Failover, Tell
 from hycluster.gateway.flight import Flight
 from hycluster.gateway.link import Link
 from hycluster.gateway.members import Members
+from hycluster.gateway.prefixes import Prefixes
 from hycluster.gateway.router import Candidate, Policy, RouteRequest, outstanding_tokens
 from hycluster.observe.gateways import KnownReplica, ReplicaBooks
 from hycluster.timeline import Track, current
@@ -40,6 +41,7 @@ class PoolClient(ControlCalls):
         wait_s: how long a request whose replica was lost waits for another one.
         cold_start_wait_s: how long a new request waits for a replica where there is none; None: it is refused.
         failover: keep each request's tokens, so that it can go on elsewhere; without, one that has begun ends.
+        follow_blocks: know which KV blocks each replica has.
         on_lost: told of each request that ends because its replica was lost: Unavailable, ReplicaLost, KillsReplicas;
             or because its engine knows what is wrong with it: InvalidInput.
 
@@ -50,6 +52,7 @@ class PoolClient(ControlCalls):
         resources: what ``AsyncLLM`` reads of its client's state; a pool as such never dies.
         shows_pool: of all ingress processes, this one shows the metrics that concern the pool.
         jobs: by gateway, what each of its jobs has and wants, as the directory last said.
+        prefixes: what is known of replicas' KV caches; None: nothing.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class PoolClient(ControlCalls):
         wait_s: float,
         cold_start_wait_s: float | None = None,
         failover: bool = True,
+        follow_blocks: bool = False,
         on_lost: Tell,
     ) -> None:
         self.model = model
@@ -73,7 +77,8 @@ class PoolClient(ControlCalls):
         self._encoder = MsgpackEncoder()
         self._arrived: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._failover = Failover(self._send, on_lost, wait_s=wait_s)
-        self._members = Members(self._failover, self._arrived)
+        self.prefixes = Prefixes() if follow_blocks else None
+        self._members = Members(self._failover, self._arrived, self.prefixes)
         self.shows_pool = False
         self.jobs: dict[str, dict[str, BulkDemand]] = {}
         self.migrated = self._failover.migrated
@@ -234,12 +239,16 @@ class PoolClient(ControlCalls):
         return timeline.begin_track(name, self.model, len(request.prompt_token_ids or ()))
 
     async def _send(self, flight: Flight) -> None:
+        if self.prefixes is not None:
+            flight.prefix = self.prefixes.of(flight.request, flight.output)
         link = self._choose(flight)
         request = migrate(flight.request, flight.engine_id, flight.output) if flight.moves else flight.request
         message = self._encoded(request)
         self._failover.flights[flight.request_id] = flight
         if flight.track is not None:
             self._told_of_route(flight.track, flight, link)
+        if self.prefixes is not None and flight.prefix is not None:
+            self.prefixes.send(flight.prefix, link.replica_id)
         await link.send(flight, message)
 
     def _told_of_route(self, track: Track, flight: Flight, link: Link) -> None:
@@ -260,6 +269,7 @@ class PoolClient(ControlCalls):
             raise self._no_replica()
         if len(links) == 1:
             return links[0]
+        cached = self._cached_tokens(flight, links)
         candidates = [
             Candidate(
                 replica_id=link.replica_id,
@@ -267,11 +277,17 @@ class PoolClient(ControlCalls):
                 own_requests=len(link.flights),
                 load=link.load,
                 spare_rows=link.room.spare(link.bulk_rows) if flight.bulk else None,
+                cached_tokens=cached.get(link.replica_id),
             )
             for link in links
         ]
         route = RouteRequest(tokens=flight.tokens_to_compute, session_id=flight.request.session_id, bulk=flight.bulk)
         return self._members.links[self._policy.choose(candidates, route)]
+
+    def _cached_tokens(self, flight: Flight, links: Iterable[Link]) -> Mapping[str, int | None]:
+        if self.prefixes is None or flight.prefix is None:
+            return {}
+        return self.prefixes.cached_tokens(flight.prefix, (link.replica_id for link in links))
 
     def _no_replica(self) -> Unavailable:
         return Unavailable(f"model: no replica of {self.model!r} can serve now", retry_after_s=1.0)

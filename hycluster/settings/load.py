@@ -50,12 +50,15 @@ class Router(Strict):
         session_slack_tokens: requests of one session go to one replica, which has the earlier turns in its KV cache,
             unless it has more than this many tokens more outstanding than the least loaded one. None: sessions are
             ignored.
+        follow_kv_blocks: gateways know which KV blocks each replica has, for policies that go by it, which turn it on
+            themselves; and for metrics of how well they know it.
         failover: migrate a request whose replica is lost or drained to another one; False ends it once it has begun.
         failover_wait_s: how long such a request waits for another replica that can take it.
     """
 
     policy: Literal["least_outstanding_tokens", "power_of_two"] = "least_outstanding_tokens"
     session_slack_tokens: int | None = Field(default=8192, ge=0)
+    follow_kv_blocks: bool = False
     failover: bool = True
     failover_wait_s: float = Field(default=120, ge=0)
 
