@@ -36,6 +36,7 @@ from hycluster.simulate.cli import simulate
 from hycluster.submit.cli import cancel, jobs, logs, show_submitted, submit
 from hycluster.summarize.cli import summarize
 from hycluster.tenants.keys import keys_app
+from hycluster.tenants.limits import limits_app
 from hycluster.tenants.projects import projects_app
 from hycluster.tenants.usage import print_usage
 from hycluster.terminal import INTERRUPTED_EXIT, PrintableFormatter, echo
@@ -84,6 +85,7 @@ for name, command in BATCH.items():
 app.add_typer(batch_app)
 app.add_typer(k8s_app, name="k8s")
 app.add_typer(keys_app, name="keys")
+app.add_typer(limits_app, name="limits")
 app.add_typer(projects_app, name="projects")
 app.add_typer(metrics_app, name="metrics")
 # What a job is made of is above the settings' room.

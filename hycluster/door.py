@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -38,6 +39,7 @@ from hycluster.ingress.starting import StartingIngress, starting_ingress
 from hycluster.ingress.tls import Certificate, open_certificate
 from hycluster.ledger.books import books_of
 from hycluster.ledger.keeper import open_ledger
+from hycluster.limits.limiter import Limiter, open_limiter
 from hycluster.observe.export import Export
 from hycluster.observe.ledger import ledger_metrics
 from hycluster.observe.request_log import log_requests
@@ -166,7 +168,10 @@ class IngressProcess:
                     starting = await stack.enter_async_context(
                         starting_ingress(self._settings, self._pools, self._names, self._page, guard, certificate)
                     )
-            await self._serve_models(starting, guard, certificate)
+            limiter = await stack.enter_async_context(
+                open_limiter(guard.keyring if guard else None, partial(open_directory, self._directory))
+            )
+            await self._serve_models(starting, guard, certificate, limiter)
 
     async def _pools(self) -> dict[str, PoolHealth]:
         """What the directory knows of the replicas, while there is no gateway to ask."""
@@ -215,7 +220,11 @@ class IngressProcess:
         return [*given, *(name for name in known if name not in given)]
 
     async def _serve_models(
-        self, starting: StartingIngress | None, guard: Guard | None, certificate: Certificate | None
+        self,
+        starting: StartingIngress | None,
+        guard: Guard | None,
+        certificate: Certificate | None,
+        limiter: Limiter | None,
     ) -> None:
         # Half a minute on a slow machine, and callers are to be told meanwhile.
         with without_collector():
@@ -243,6 +252,7 @@ class IngressProcess:
             ) as generator,
             ending(generator, guard if settings.auth.end_streams else None),
         ):
+            generator.limiter = limiter
             http = await serve_http(
                 generator,
                 settings.http,

@@ -154,6 +154,25 @@ class Overloaded(HyclusterError):
     reason = "OVERLOADED"
 
 
+class RateLimited(Overloaded):
+    """A limit of the caller's own is reached, whose kind (``limit``) and owner (``of``) ``metadata`` names;
+    ``retry_after_s`` says when to come back."""
+
+    openai_code = "rate_limit_exceeded"
+    reason = "RATE_LIMITED"
+
+
+class QuotaExhausted(HyclusterError):
+    """The caller's tokens of the day or money of the month are used up; coming back soon is of no use. ``metadata`` as
+    of :class:`RateLimited`."""
+
+    http_status = 429
+    openai_type = "insufficient_quota"
+    openai_code = "insufficient_quota"
+    grpc_status = "RESOURCE_EXHAUSTED"
+    reason = "QUOTA_EXHAUSTED"
+
+
 class Unavailable(HyclusterError):
     """No replica can serve this now, or the one that did was lost; a retry may succeed."""
 

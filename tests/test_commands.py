@@ -13,9 +13,10 @@ from hycluster.cli import app
 COMMANDS = {
     "batch cancel", "batch jobs", "batch logs", "batch report", "batch run", "batch status", "batch submit",
     "batch verify", "chaos", "doctor", "k8s check", "k8s render", "k8s values", "keys audit", "keys create",
-    "keys list", "keys migrate", "keys revoke", "keys rotate", "metrics reference", "metrics render", "metrics rules",
-    "plan", "projects archive", "projects create", "projects list", "serve", "settings reference", "settings schema",
-    "simulate", "status", "summarize", "tiny-model", "top", "upgrade", "usage", "why",
+    "keys list", "keys migrate", "keys revoke", "keys rotate", "limits list", "limits remove", "limits set",
+    "metrics reference", "metrics render", "metrics rules", "plan", "projects archive", "projects create",
+    "projects list", "serve", "settings reference", "settings schema", "simulate", "status", "summarize", "tiny-model",
+    "top", "upgrade", "usage", "why",
 }  # fmt: skip
 
 

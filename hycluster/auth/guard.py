@@ -22,10 +22,14 @@ MAX_CREDENTIAL = 8192
 
 
 class Guard:
-    """Knows who may come in."""
+    """Knows who may come in.
+
+    Attributes:
+        keyring: which knows keys and limits; None where only tokens let in.
+    """
 
     def __init__(self, keyring: Keyring | None, tokens: Tokens | None = None) -> None:
-        self._keyring = keyring
+        self.keyring = keyring
         self._tokens = tokens
 
     async def caller(self, credential: str | None) -> Caller:
@@ -40,13 +44,13 @@ class Guard:
         if len(credential) > MAX_CREDENTIAL:
             raise Unauthenticated(f"API key: is longer than {MAX_CREDENTIAL} characters")
         # No key has a dot, and every token has two.
-        if self._tokens is not None and ("." in credential or self._keyring is None):
+        if self._tokens is not None and ("." in credential or self.keyring is None):
             caller = await self._tokens.caller(credential)
-        elif self._keyring is not None:
-            caller = self._keyring.caller(credential)
+        elif self.keyring is not None:
+            caller = self.keyring.caller(credential)
         else:
             raise Unauthenticated("API key: is not correct")
-        if self._keyring is not None and self._keyring.is_archived(caller):
+        if self.keyring is not None and self.keyring.is_archived(caller):
             raise Unauthenticated("API key: its project is archived")
         return caller
 
@@ -55,7 +59,7 @@ class Guard:
         their project is archived."""
         if not caller.key_id and caller.expires_at is not None and caller.expires_at + LEEWAY_S <= time.time():
             return True
-        return self._keyring is not None and self._keyring.has_ended(caller)
+        return self.keyring is not None and self.keyring.has_ended(caller)
 
 
 def bearer(authorization: str) -> str | None:

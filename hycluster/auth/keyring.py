@@ -18,6 +18,7 @@ from sqlalchemy import Engine
 from hycluster.auth.api_key import digest, is_whole
 from hycluster.auth.caller import Caller
 from hycluster.auth.database import bring_up_to_date
+from hycluster.auth.limits import Limit
 from hycluster.auth.store import KeyStore, KnownKeys
 from hycluster.errors import HyclusterError, Unauthenticated, Unavailable
 from hycluster.settings.auth import Auth
@@ -36,11 +37,15 @@ class _Seen:
 
 
 class Keyring:
-    """Use it as a context manager: it looks once before it is entered, then again and again."""
+    """Use it as a context manager: it looks once before it is entered, then again and again.
+
+    Attributes:
+        store: of the database that it looks into.
+    """
 
     def __init__(self, engine: Engine, settings: Auth, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine = engine
-        self._store = KeyStore(engine)
+        self.store = KeyStore(engine)
         self._settings = settings
         self._clock = clock
         # Replaced as one, so that readers need no lock.
@@ -92,6 +97,11 @@ class Keyring:
             raise Unavailable("token: can't be checked now, the database of projects is away", retry_after_s=1)
         return caller.owner in seen.keys.archived
 
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        """Those that are known; the same object for as long as nothing has changed."""
+        return self._seen.keys.limits
+
     def has_ended(self, caller: Caller) -> bool:
         """Whether one that was let in would not be any more. While the database is away, nobody that it knew of."""
         seen = self._seen
@@ -108,9 +118,9 @@ class Keyring:
                 # Where no `hycluster serve` has done it.
                 bring_up_to_date(self._engine)
                 self._migrated = True
-            changed = self._store.count_changes() != seen.keys.changes
+            changed = self.store.count_changes() != seen.keys.changes
             if changed:
-                keys = self._store.known_keys()
+                keys = self.store.known_keys()
                 self._seen = _Seen(keys, began_s, {caller.key_id: caller for caller in keys.callers.values()})
             else:
                 self._seen = _Seen(seen.keys, began_s, seen.by_id)

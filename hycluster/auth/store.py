@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Row, insert, select, update
+from sqlalchemy import Connection, Engine, Row, delete, insert, select, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from hycluster.auth import tables
 from hycluster.auth.api_key import digest, new_key
 from hycluster.auth.caller import SCOPES, Caller
 from hycluster.auth.database import away
+from hycluster.auth.limits import Limit, read_limits
 from hycluster.auth.names import NAME
 from hycluster.errors import InvalidInput, NotFound, shown
+
+# Whose, of which kind, on which day or in which month.
+Spent = tuple[str, str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +84,13 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class KnownKeys:
-    """All that let somebody in, by their digests, as of a count of changes; and the owners that are let in no more."""
+    """All that let somebody in, by their digests, as of a count of changes; the owners that are let in no more; and
+    what limits there are."""
 
     changes: int
     callers: dict[bytes, Caller]
     archived: frozenset[str]
+    limits: tuple[Limit, ...] = ()
 
 
 class KeyStore:
@@ -112,7 +118,8 @@ class KeyStore:
             changes = connection.execute(select(tables.changes.c.number)).scalar_one()
             callers = {row.digest: api_key_of(row).caller for row in connection.execute(KEYS.where(LIVE))}
             rows = connection.execute(select(tables.projects).where(tables.projects.c.archived_at.is_not(None)))
-            return KnownKeys(changes, callers, frozenset(f"{row.tenant}/{row.name}" for row in rows))
+            archived = frozenset(f"{row.tenant}/{row.name}" for row in rows)
+            return KnownKeys(changes, callers, archived, read_limits(connection))
 
     # -- projects ---------------------------------------------------------------------------------------
 
@@ -251,6 +258,49 @@ class KeyStore:
         with self._changing("key.expires", key_id, {"expires_at": ends_at, "successor": new[0].id}) as connection:
             connection.execute(update(tables.keys).where(tables.keys.c.id == key_id).values(expires_at=ends_at))
         return new
+
+    # -- limits -----------------------------------------------------------------------------------------
+
+    def limits(self) -> list[Limit]:
+        with self._reading() as connection:
+            return list(read_limits(connection))
+
+    def set_limit(self, limit: Limit) -> None:
+        """Put it in the place of the one that its subject has, if it has one."""
+        row = {**asdict(limit), "subject": limit.subject, "changed_at": now_s()}
+        with self._changing("limit.set", limit.subject[:200], limit.values) as connection:
+            connection.execute(delete(tables.limits).where(tables.limits.c.subject == limit.subject))
+            connection.execute(insert(tables.limits).values(row))
+
+    def remove_limit(self, subject: str) -> None:
+        """
+        Raises:
+            NotFound: it has none.
+        """
+        if all(limit.subject != subject for limit in self.limits()):
+            raise NotFound(f"limit: there is none of {shown(subject)}")
+        with self._changing("limit.removed", subject[:200], {}) as connection:
+            connection.execute(delete(tables.limits).where(tables.limits.c.subject == subject))
+
+    def spend(self, spent: Mapping[Spent, int]) -> None:
+        """Add to what has been used. No change that anybody has to hear of."""
+        columns = tables.spent.c
+        try:
+            with self._engine.begin() as connection:
+                for (subject, kind, period), amount in spent.items():
+                    which = (columns.subject == subject) & (columns.kind == kind) & (columns.period == period)
+                    more = update(tables.spent).where(which).values(amount=columns.amount + amount)
+                    if connection.execute(more).rowcount == 0:
+                        row = {"subject": subject, "kind": kind, "period": period, "amount": amount}
+                        connection.execute(insert(tables.spent).values(row))
+        except DBAPIError as error:
+            raise away(error) from None
+
+    def spent(self, periods: Iterable[str]) -> dict[Spent, int]:
+        """What has been used within these days and months."""
+        with self._reading() as connection:
+            rows = connection.execute(select(tables.spent).where(tables.spent.c.period.in_(list(periods))))
+            return {(row.subject, row.kind, row.period): row.amount for row in rows}
 
     def audit(self) -> list[Change]:
         """Every change, the oldest first."""

@@ -71,3 +71,31 @@ changes = Table(
     Column("id", Integer, primary_key=True, autoincrement=False),
     Column("number", BigInteger, nullable=False),
 )
+# One for each of whom a limit is, with or without a model; what is null is not limited.
+limits = Table(
+    "limits",
+    metadata,
+    # As ``Limit.subject`` writes whose it is.
+    Column("subject", String(400), primary_key=True),
+    Column("tenant", NAME, nullable=False),
+    Column("project", NAME),
+    Column("key_id", String(40)),
+    Column("model", String(200)),
+    Column("requests_per_minute", BigInteger),
+    Column("tokens_per_minute", BigInteger),
+    Column("tokens_per_day", BigInteger),
+    Column("concurrent_requests", BigInteger),
+    # In billionths of the currency.
+    Column("budget_per_month", BigInteger),
+    Column("changed_at", BigInteger, nullable=False),
+)
+# What has been used of limits by day and by month.
+spent = Table(
+    "spent",
+    metadata,
+    Column("subject", String(400), primary_key=True),
+    Column("kind", String(40), primary_key=True),
+    # ``2026-11-30`` or ``2026-11``, UTC.
+    Column("period", String(10), primary_key=True),
+    Column("amount", BigInteger, nullable=False),
+)

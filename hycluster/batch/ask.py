@@ -19,6 +19,7 @@ from hycluster.errors import (
     KillsReplicas,
     Overloaded,
     PermissionDenied,
+    QuotaExhausted,
     RequestFailed,
     Unauthenticated,
     UnknownModel,
@@ -31,7 +32,7 @@ LONGEST_BACKOFF_S = 15.0
 MOST_FAILURES = 3
 # What says that an engine is away or has failed; anything else may be what this one request makes of our own code.
 AWAY = (HyclusterError, ConnectionError, TimeoutError)
-FINAL = (InvalidInput, UnknownModel, Unauthenticated, PermissionDenied, JobFailed)
+FINAL = (InvalidInput, UnknownModel, Unauthenticated, PermissionDenied, QuotaExhausted, JobFailed)
 
 T = TypeVar("T")
 

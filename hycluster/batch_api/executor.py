@@ -12,9 +12,11 @@ import contextlib
 import logging
 import threading
 import time
+from functools import partial
 from typing import Self
 
 from hycluster import logs
+from hycluster.auth.guard import open_guard
 from hycluster.batch_api.ledger_lines import LedgerLines
 from hycluster.batch_api.lines import BatchEngines
 from hycluster.batch_api.runner import Runner
@@ -24,6 +26,7 @@ from hycluster.gateway.bulk import BulkLane
 from hycluster.imports import without_collector
 from hycluster.ledger.books import books_of
 from hycluster.ledger.keeper import PriceList
+from hycluster.limits.limiter import open_limiter
 from hycluster.observe.export import Export
 from hycluster.observe.request_log import log_requests
 from hycluster.observe.timelines import recorder
@@ -191,6 +194,10 @@ class _Api:
                     metrics=False,
                     patient=True,
                 )
+            )
+            guard = await stack.enter_async_context(open_guard(settings.auth))
+            generator.limiter = await stack.enter_async_context(
+                open_limiter(guard.keyring if guard else None, partial(open_directory, self._directory))
             )
             apps = await model_apps(generator, settings.http, settings.admission.max_members)
             self._stack.push_async_exit(stack.pop_all())

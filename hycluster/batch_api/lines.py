@@ -27,7 +27,7 @@ from hycluster.batch.task import Answer
 from hycluster.batch_api.records import Batch
 from hycluster.batch_api.requests import BODY
 from hycluster.core import Priority
-from hycluster.errors import HyclusterError, InvalidInput, KillsReplicas, Overloaded, Unavailable
+from hycluster.errors import HyclusterError, InvalidInput, KillsReplicas, Overloaded, QuotaExhausted, Unavailable
 from hycluster.gateway.bulk import BulkLane
 from hycluster.ingress.errors import KIND_HEADER, error_body
 from hycluster.ingress.in_process import InProcessAnswer, post
@@ -205,7 +205,7 @@ class LinesTask:
             answer = error_body(response.status, message, HyclusterError.openai_type)
         if response.headers.get(KIND_HEADER) == KillsReplicas.__name__:
             raise KillsReplicas(_message(answer))
-        if response.status in COME_BACK:
+        if response.status in COME_BACK and response.headers.get(KIND_HEADER) != QuotaExhausted.__name__:
             raise _kind(response)(_message(answer), retry_after_s=_retry_after_s(response))
         return response.status, answer
 
@@ -254,5 +254,7 @@ def _message(answer: Any) -> str:
 
 
 def _retry_after_s(response: InProcessAnswer) -> float | None:
-    given = response.headers.get("retry-after", "")
-    return float(given) if given.isdigit() else None
+    for name, unit_s in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        if (given := response.headers.get(name, "")).isdigit():
+            return float(given) * unit_s
+    return None

@@ -23,6 +23,7 @@ from hycluster.core import BulkDemand, ReplicaAddress, ReplicaLoad
 from hycluster.directory.autoscaling import PoolLoad, Scaling
 from hycluster.directory.faults import FaultLog, ReplicaFault
 from hycluster.directory.starts import StartingReplica, Starts
+from hycluster.limits.book import LeaseAnswer, LeaseAsk, LeaseBook, Name
 from hycluster.pool_health import StartTrouble
 from hycluster.settings.model import Model
 from hycluster.traffic import KEEP_MINUTES, ModelTraffic
@@ -173,6 +174,7 @@ class Directory:
         self._closing = False
         self._questions: dict[str, _Said[Any]] = {}
         self._answers: dict[str, list[Any]] = {}
+        self._limits = LeaseBook()
 
     def report(self, model: Model, report: ReplicaReport) -> None:
         """A replica is there."""
@@ -294,6 +296,10 @@ class Directory:
         self._traffic[ingress] = (now, traffic)
         # What one had counted that has ended since was asked all the same.
         self._traffic = {who: said for who, said in self._traffic.items() if now - said[0] < KEEP_MINUTES * 60}
+
+    def lease(self, who: str, book: str, asks: dict[Name, LeaseAsk]) -> LeaseAnswer:
+        """A process wants leases of limits; see :class:`hycluster.limits.book.LeaseBook`."""
+        return self._limits.lease(who, book, asks)
 
     def survey(self) -> Survey:
         """All that is known, for whoever looks."""

@@ -29,7 +29,6 @@ from vllm.renderers import renderer_from_config
 from vllm.sampling_params import SamplingParams
 from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
 from vllm.v1.engine import EngineCoreRequest
-from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
@@ -48,6 +47,7 @@ from hycluster.gateway.captured import capture
 from hycluster.gateway.coldstart import ColdStart
 from hycluster.gateway.counted import CountingOutputs
 from hycluster.gateway.grammars import GrammarCheck
+from hycluster.gateway.limited import MeteredLLM
 from hycluster.gateway.pool import PoolClient
 from hycluster.gateway.pool_errors import LOST, PoolInvalidInput, PoolOverloaded, PoolUnavailable
 from hycluster.gateway.router import make_policy
@@ -71,7 +71,7 @@ logger = logging.getLogger(__name__)
 CUT_OFF_AFTER_S = FORGET_AFTER_S + 5.0
 
 
-class Gateway(AsyncLLM):
+class Gateway(MeteredLLM):
     """A vLLM engine client whose engine is every replica of one model.
 
     Build it with :func:`open_gateway`.

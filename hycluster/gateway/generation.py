@@ -43,7 +43,9 @@ from hycluster.gateway.admission import check_id
 from hycluster.gateway.bulk import FIXED_ROWS, BulkLane
 from hycluster.gateway.chat import ModelChat, Turn, structured_outputs
 from hycluster.gateway.gateway import Gateway, open_gateway, until_one_can_serve
+from hycluster.gateway.limited import limited
 from hycluster.gateway.outputs import lengths_of, output_of, usage_of
+from hycluster.limits.limiter import Limiter
 from hycluster.observe.timelines import Carried
 from hycluster.pool_health import PoolHealth, able
 from hycluster.settings.load import Admission, Router
@@ -55,12 +57,17 @@ LENGTH_PARAMETERS = ("input_text", "input_tokens")
 
 
 class Generator:
-    """All models of a cluster behind one interface; see :func:`open_generator`."""
+    """All models of a cluster behind one interface; see :func:`open_generator`.
+
+    Attributes:
+        limiter: of this process; None where nobody has limits.
+    """
 
     def __init__(self, gateways: Mapping[str, Gateway]) -> None:
         self.gateways = dict(gateways)
         self._counters: dict[str, Callable[[Sequence[str]], list[int]]] = {}
         self._chats: dict[str, ModelChat] = {}
+        self.limiter: Limiter | None = None
 
     async def models(self) -> list[ModelCard]:
         """What is served, adapters after their model, and by how many replicas now."""
@@ -223,6 +230,9 @@ class Generator:
                     async with asyncio.timeout_at(deadline):
                         await stack.enter_async_context(gateway.bulk.shared_lane(request.job))
             gateway.check_admission(request.sampling.n)
+            if self.limiter is not None:
+                async with asyncio.timeout_at(deadline):
+                    await stack.enter_async_context(limited(self.limiter, gateway, request))
             outputs = self._admitted(gateway, lora_request, request, kind, deadline)
             async with contextlib.aclosing(outputs):
                 async for output in outputs:

@@ -69,8 +69,8 @@ class ModelDispatch:
         in_body = ""
         elsewhere, _ = await named_by(scope, receive, in_body=False)
         if scope["method"] == "POST":
-            body, receive = await _read_on(receive)
-            in_body = _name_in(body)
+            body, receive = await read_on(receive)
+            in_body = name_in(body)
             if not in_body:
                 check_model(self._model_of(elsewhere) or next(iter(self.apps)))
         for name in filter(None, (in_body, elsewhere)):
@@ -124,12 +124,12 @@ async def named_by(scope: Scope, receive: Receive, *, in_body: bool) -> tuple[st
     if method == "GET" and path.startswith(f"{MODELS}/"):
         name = path.removeprefix(f"{MODELS}/")
     if in_body and method == "POST":
-        body, receive = await _read_on(receive)
-        name = _name_in(body) or name
+        body, receive = await read_on(receive)
+        name = name_in(body) or name
     return name, receive
 
 
-async def _read_on(receive: Receive) -> tuple[bytes, Receive]:
+async def read_on(receive: Receive) -> tuple[bytes, Receive]:
     """A request's body, and what lets the app read it again."""
     messages, body = [], b""
     while True:
@@ -148,7 +148,8 @@ async def _read_on(receive: Receive) -> tuple[bytes, Receive]:
     return body, replayed
 
 
-def _name_in(body: bytes) -> str:
+def name_in(body: bytes) -> str:
+    """The model that a body names; empty if it names none."""
     try:
         model = json.loads(body).get("model")
     except (ValueError, AttributeError, RecursionError):

@@ -10,7 +10,16 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from hycluster.errors import HyclusterError, InvalidInput, NotFound, Overloaded, RequestFailed, Unauthenticated, kind_of
+from hycluster.errors import (
+    HyclusterError,
+    InvalidInput,
+    NotFound,
+    Overloaded,
+    QuotaExhausted,
+    RequestFailed,
+    Unauthenticated,
+    kind_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +33,10 @@ async def answer_error(_: Request | None, error: Exception) -> JSONResponse:
     headers = {KIND_HEADER: kind_of(error).__name__}
     if error.retry_after_s:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+        headers["Retry-After-Ms"] = str(math.ceil(error.retry_after_s * 1000))
+    if isinstance(error, QuotaExhausted) or error.metadata.get("never"):
+        # What OpenAI's clients obey before all else.
+        headers["X-Should-Retry"] = "false"
     if isinstance(error, Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"
     return openai_error(error.http_status, error.message, error.openai_type, headers, error.openai_code)

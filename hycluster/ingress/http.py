@@ -46,6 +46,7 @@ from hycluster.ingress.first_wrong import quick_to_validate
 from hycluster.ingress.forms import in_form
 from hycluster.ingress.guarded import Guarded
 from hycluster.ingress.health import WithHealth
+from hycluster.ingress.limited import Limited
 from hycluster.ingress.metrics import Counted, Families, WithMetrics, families_of_this_process
 from hycluster.ingress.ports import bind, notice_lost_callers
 from hycluster.ingress.timelines import RequestsRoute
@@ -247,7 +248,7 @@ def over_all_models(apps: Mapping[str, ModelApp], generator: Generator) -> ASGIA
     def controls(scope: Scope) -> bool:
         return any(app.controls(scope) for app in apps.values())
 
-    return ModelDispatch(apps, generator.model_of, lambda: generator.served, controls)
+    return Limited(ModelDispatch(apps, generator.model_of, lambda: generator.served, controls), generator)
 
 
 class _Server(uvicorn.Server):

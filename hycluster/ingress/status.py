@@ -16,11 +16,11 @@ import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError, Message
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
-from hycluster.errors import HyclusterError, InvalidInput, kind_of
+from hycluster.errors import HyclusterError, InvalidInput, QuotaExhausted, RateLimited, kind_of
 
 DOMAIN = "hycluster"
 # In the metadata at the end of a call that failed: the name of the ingress' error.
@@ -66,6 +66,11 @@ def rich_status(error: HyclusterError, request: Message | None = None) -> Status
         delay = Duration()
         delay.FromNanoseconds(round(error.retry_after_s * 1e9))
         details.append(RetryInfo(retry_delay=delay))
+    if isinstance(error, RateLimited | QuotaExhausted):
+        violation = QuotaFailure.Violation(
+            subject=error.metadata.get("of", ""), description=_cut(error.message, MAX_DETAIL_BYTES)
+        )
+        details.append(QuotaFailure(violations=[violation]))
     if isinstance(error, InvalidInput) and request is not None:
         violations = list(_violations(error.message, request))
         details += [BadRequest(field_violations=violations)] if violations else []

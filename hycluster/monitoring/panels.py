@@ -96,6 +96,10 @@ SERVING = DashboardSpec(
             ),
         ),
         PanelSpec(
+            "Refused by limits", "By limits of keys, projects and tenants; lines of batches come again.", "reqps",
+            (Query(f"sum by (limit, of) (rate(hycluster_limits_refused_total{RATE}))", "{{limit}} of the {{of}}"),),
+        ),
+        PanelSpec(
             "HTTP by route and status", "All that came by HTTP, models' or not.", "reqps",
             (Query(f"sum by (handler, status) (rate(http_requests_total{RATE}))", "{{handler}} {{status}}"),),
         ),

@@ -128,6 +128,12 @@ CANCELLED = _family(
     "Requests whose caller left, or whose deadline passed, before the answer was whole.",
     AT_INGRESS,
 )  # fmt: skip
+LIMITED = _family(
+    "counter", "hycluster_limits_refused_total",
+    "Requests that were refused by a limit of their caller's own (429): which limit, and whether it is a key's, a"
+    " project's or a tenant's. Those of batches come again.",
+    ("limit", "of", "ingress"),
+)  # fmt: skip
 
 # -- the pool -----------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The commands about who may call: ``hycluster keys`` and ``hycluster projects``.
+"""The commands about who may call: ``hycluster keys``, ``projects`` and ``limits``.
 
 They work on the database of keys (``hycluster/auth``), whether or not a service runs; ``acted_on`` finds it.
 """

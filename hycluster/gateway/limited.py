@@ -1,0 +1,107 @@
+"""Where a gateway's requests meet the limits of their callers: what they may use, and what they have used."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any, Protocol
+
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from hycluster.auth.caller import current_caller
+from hycluster.core import GenerationRequest
+from hycluster.errors import Overloaded, Unavailable
+from hycluster.limits.limiter import Limiter
+from hycluster.limits.reservation import RequestTokens, Reservation, current_reservation, reserving
+from hycluster.observe.limits import LimitMetrics  # noqa: F401  # registers itself
+from hycluster.settings.model import Model
+
+# Of a prompt that is not yet tokens: how long one is.
+BYTES_PER_TOKEN = 4
+
+
+class LimitedGateway(Protocol):
+    """What is asked of a gateway here."""
+
+    model: Model
+    model_config: Any
+
+
+def expected_output_tokens(gateway: LimitedGateway, asked_for: int | None, n: int = 1) -> int:
+    """What is reserved for the answer: as much as the request allows, or what the model's settings expect."""
+    most: int = gateway.model_config.max_model_len
+    return n * min(asked_for or gateway.model.autoscaling.expected_output_tokens, most)
+
+
+@contextlib.asynccontextmanager
+async def limited(limiter: Limiter, gateway: LimitedGateway, request: GenerationRequest) -> AsyncIterator[None]:
+    """Around a request that comes by gRPC.
+
+    Raises:
+        RateLimited, QuotaExhausted: its caller has no room for it.
+        Unavailable: that can't be told now.
+    """
+    met = limiter.concerning(current_caller.get(), request.model)
+    if not met:
+        yield
+        return
+    output = expected_output_tokens(gateway, request.sampling.max_tokens, request.sampling.n)
+    reservation = await limiter.reserve(met, RequestTokens(_prompt_tokens(request), 0, output), gateway.model.price)
+    counts = True
+    try:
+        with reserving(reservation):
+            yield
+    except (Overloaded, Unavailable):
+        counts = reservation.began
+        raise
+    finally:
+        reservation.end(counts=counts)
+
+
+def _prompt_tokens(request: GenerationRequest) -> int:
+    if request.token_ids is not None:
+        return len(request.token_ids)
+    return len((request.prompt or str(request.messages)).encode()) // BYTES_PER_TOKEN + 1
+
+
+class MeteredLLM(AsyncLLM):
+    """Tells the reservation of a request, if it has one, what is used."""
+
+    def generate(self, *asked: Any, **named: Any) -> Any:
+        """As ``AsyncLLM`` does it."""
+        return _metered(super().generate(*asked, **named))
+
+    def encode(self, *asked: Any, **named: Any) -> Any:
+        """As ``AsyncLLM`` does it."""
+        return _metered(super().encode(*asked, **named))
+
+
+def _metered(outputs: Any) -> Any:
+    reservation = current_reservation.get()
+    return outputs if reservation is None else metered(outputs, reservation)
+
+
+async def metered(outputs: AsyncGenerator[Any, None], reservation: Reservation) -> AsyncGenerator[Any, None]:
+    """The outputs of one prompt, counted."""
+    prompt = cached = 0
+    lengths: dict[int, int] = {}
+    try:
+        async with contextlib.aclosing(outputs):
+            async for output in outputs:
+                reservation.began = True
+                prompt = len(output.prompt_token_ids or ()) or prompt
+                cached = getattr(output, "num_cached_tokens", None) or cached
+                for sequence in getattr(output, "outputs", None) or ():
+                    new = len(sequence.token_ids)
+                    # Whoever wants the whole gets it again and again, or once.
+                    lengths[sequence.index] = lengths.get(sequence.index, 0) + new
+                yield output
+    except (asyncio.CancelledError, GeneratorExit):
+        if not reservation.began:
+            # Its caller has left, and what engines have done for it until then nobody has told.
+            reservation.began = True
+            reservation.add(reservation.expected)
+        raise
+    finally:
+        reservation.add(RequestTokens(prompt, min(cached, prompt), sum(lengths.values())))

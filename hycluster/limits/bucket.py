@@ -1,0 +1,230 @@
+"""One limit in the directory's book: what has been given of it, and what may be given now.
+
+By the minute: within a minute no more than the limit. A limit that has not been used may be used at once. While
+requests are refused, what comes free is given out at an even pace, so that over any longer time it is the limit's share
+of that time, however often callers come back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+MINUTE_S = 60.0
+SLOT_S = 0.25
+# What a process has is used up to a second later than it was given.
+WINDOW_S = 58.8
+# Paced, what comes late is not to hold up what comes a minute after it.
+PACED_WINDOW_S = 57.5
+# The even pace by the limit's: a little of what is given is on its way back all the time.
+PACE = 1.004
+# Requests were refused so lately: there are more than fit.
+PRESSED_S = 2.0
+# What has come free for so long is not made up for later.
+BACKLOG_S = 4.0
+# How long what comes free is kept for one whose request needs more than there is.
+SAVED_S = 1.0
+
+# A stretch of time by its number, or a day or month by its name.
+Slot = int | str
+
+
+@dataclass(slots=True)
+class SlotUsage:
+    """What was given, by slots of time.
+
+    Args:
+        period: whether slots are days or months, which their names tell; else what is older than a minute is forgotten.
+    """
+
+    period: bool
+    slots: dict[Slot, int] = field(default_factory=dict)
+
+    def used(self, now_s: float, period: str = "", *, lately_s: float = WINDOW_S) -> int:
+        """Within the last minute, or so lately, or within the period."""
+        if self.period:
+            return self.slots.get(period, 0)
+        self.slots = {slot: amount for slot, amount in self.slots.items() if _ends_s(slot) > now_s}
+        if lately_s < WINDOW_S:
+            earlier_s = now_s + WINDOW_S - lately_s
+            return sum(amount for slot, amount in self.slots.items() if _ends_s(slot) > earlier_s)
+        return sum(self.slots.values())
+
+    def note(self, amount: int, now_s: float, period: str = "") -> Slot:
+        """Count what is given now; returns where."""
+        slot: Slot = period if self.period else int(now_s // SLOT_S)
+        self.slots[slot] = self.slots.get(slot, 0) + amount
+        return slot
+
+    def take_back(self, amount: int, now_s: float, period: str = "", age_s: float = 0.0) -> list[Slot]:
+        """Count it no more: what was given so long ago, or else after that, or else before; returns where."""
+        if self.period:
+            self.slots[period] = max(0, self.slots.get(period, 0) - amount)
+            return [period]
+        given = int((now_s - age_s) // SLOT_S)
+        numbers = sorted(slot for slot in self.slots if isinstance(slot, int))
+        changed: list[Slot] = []
+        for slot in (*(each for each in numbers if each >= given), *(each for each in numbers[::-1] if each < given)):
+            part = min(amount, self.slots[slot])
+            self.slots[slot] -= part
+            amount -= part
+            changed.append(slot)
+            if not amount:
+                break
+        return changed
+
+    def until_free_s(self, amount: int, limit: int, now_s: float) -> float:
+        """Seconds until so much is free, if nothing more is given meanwhile."""
+        over = self.used(now_s) + amount - limit
+        for slot in sorted(slot for slot in self.slots if isinstance(slot, int)):
+            if over <= 0:
+                break
+            over -= self.slots[slot]
+            if over <= 0:
+                return max(0.0, _ends_s(slot) - now_s)
+        return 0.0
+
+
+class Bucket:
+    """The book on one limit by the minute, the day or the month.
+
+    Attributes:
+        usage: what was given.
+        sequence: counts the changes of ``usage``.
+    """
+
+    def __init__(self, *, period: bool) -> None:
+        self.usage = SlotUsage(period)
+        self.sequence = 0
+        self._marks: dict[Slot, int] = {}
+        self._paced = not period
+        self._at_s = self._pressed_s = float("-inf")
+        self._free = 0.0
+        self._saving: tuple[str, float] | None = None
+        self._recovered = -1
+        self._baseline: dict[Slot, int] = {}
+
+    def press(self, now_s: float) -> None:
+        """Requests were refused."""
+        self._pressed_s = now_s
+
+    def give(
+        self, who: str, *, limit: int, want: int, need: int, least: int, processes: int, now_s: float, period: str = ""
+    ) -> int:
+        """Give a process a lease.
+
+        Args:
+            want: what it may use within a second, by what it was asked for lately.
+            need: that part of it for which requests wait.
+            least: what the smallest of those that wait, or were refused, needs; less is of no use to it.
+            processes: that have asked lately.
+        """
+        free = int(self._free_now(limit, least, now_s, period))
+        if want <= 0 or (self._saving is not None and self._saving[0] != who and now_s < self._saving[1]):
+            return 0
+        given = min(want, free)
+        if not self._is_pressed(now_s):
+            # What is held somewhere ahead of its time is not there for others who need it.
+            given = max(min(need, free), min(given, free // (2 * processes)))
+        if given < least:
+            self._saving = (who, now_s + SAVED_S)
+            return 0
+        self._saving = None
+        self._count(given, now_s, period)
+        return given
+
+    def charge(self, amount: int, now_s: float, period: str = "", age_s: float = 0.0) -> None:
+        """So long ago a request has used more than was reserved, or a process has helped itself."""
+        self._count(amount, now_s - age_s, period)
+
+    def take_back(self, amount: int, now_s: float, period: str = "", age_s: float = 0.0) -> None:
+        """What was given so long ago has not been used."""
+        self.sequence += 1
+        self._free += amount
+        for slot in self.usage.take_back(amount, now_s, period, age_s):
+            self._marks[slot] = self.sequence
+
+    def at_least(self, amount: int, period: str) -> None:
+        """So much is known to have been used, from elsewhere."""
+        if self.usage.slots.get(period, 0) < amount:
+            self.sequence += 1
+            self.usage.slots[period] = amount
+            self._marks[period] = self.sequence
+
+    def changed_since(self, sequence: int) -> list[tuple[Slot, int]]:
+        """Slots that are not any more as they were then."""
+        slots = self.usage.slots
+        self._marks = {slot: mark for slot, mark in self._marks.items() if slot in slots}
+        return [(slot, slots[slot]) for slot, mark in self._marks.items() if mark > sequence]
+
+    def recover(self, heard: int, given: Iterable[tuple[Slot, int]], now_s: float) -> None:
+        """Go on from what a process has heard of a book that is lost; who heard last knows most."""
+        if heard <= self._recovered:
+            return
+        # It may have been, and then what is free is not to be given out at once, but at its pace from the last time on.
+        self.press(now_s)
+        now, before, known = self.usage.slots, self._baseline, dict(given)
+        # What was charged here meanwhile is in nobody's memory.
+        since = {slot: now[slot] - before.get(slot, 0) for slot in now}
+        self._recovered, self._baseline = heard, known
+        self._at_s = max((slot * SLOT_S for slot in known if isinstance(slot, int)), default=now_s)
+        self.usage.slots = {slot: known.get(slot, 0) + since.get(slot, 0) for slot in {*known, *since}}
+        self.sequence = max(self.sequence, heard) + 1
+        self._marks = dict.fromkeys(self.usage.slots, self.sequence)
+
+    def wait_s(self, amount: int, limit: int, now_s: float) -> float:
+        """When so much may be had, as far as can be told."""
+        wait_s = self.usage.until_free_s(amount, limit, now_s)
+        return wait_s or max(0.0, amount - self._free) * MINUTE_S / limit
+
+    def _is_pressed(self, now_s: float) -> bool:
+        return self._paced and now_s - self._pressed_s < PRESSED_S
+
+    def _free_now(self, limit: int, least: int, now_s: float, period: str) -> float:
+        room = max(0, limit - self.usage.used(now_s, period))
+        if not self._is_pressed(now_s):
+            self._free = room
+        else:
+            per_s = PACE * limit / MINUTE_S
+            if room or self._free > 0:
+                self._free = min(self._free + (now_s - self._at_s) * per_s, BACKLOG_S * per_s + least)
+            room = max(0, limit - self.usage.used(now_s, lately_s=PACED_WINDOW_S))
+            self._free = min(self._free, room)
+        self._at_s = now_s
+        return min(room, self._free)
+
+    def _count(self, amount: int, now_s: float, period: str) -> None:
+        self.sequence += 1
+        self._free -= amount
+        self._marks[self.usage.note(amount, now_s, period)] = self.sequence
+
+
+class PlacesInUse:
+    """The book on one limit of concurrent requests: who has how many places."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, int] = {}
+
+    def give(self, who: str, *, limit: int, want: int, holds: int, gone: set[str]) -> int:
+        """Give a process more places.
+
+        Args:
+            holds: that it has already.
+            gone: processes that have not been heard of for so long that their requests have ended.
+        """
+        self._held = {other: held for other, held in self._held.items() if other not in gone}
+        self._held[who] = holds
+        given = max(0, min(want, limit - self.used))
+        self._held[who] += given
+        return given
+
+    @property
+    def used(self) -> int:
+        """PlacesInUse that processes have."""
+        return sum(self._held.values())
+
+
+def _ends_s(slot: Slot) -> float:
+    """When a slot is forgotten."""
+    assert isinstance(slot, int)
+    return (slot + 1) * SLOT_S + WINDOW_S

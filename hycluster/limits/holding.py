@@ -1,0 +1,221 @@
+"""What one process holds of one limit: its lease, and what it has heard of the whole."""
+
+from __future__ import annotations
+
+from hycluster.limits.book import ASK_EVERY_S, PERIODS, PLACES, LeaseAnswer, LeaseAsk, Name, Told, is_short
+from hycluster.limits.bucket import MINUTE_S, PRESSED_S, SLOT_S, SlotUsage
+
+# A lease that lies unused for so long goes back.
+HELD_S = 1.0
+
+
+class Holding:
+    """One limit at one process. Times are by the process's own monotonic clock, in seconds.
+
+    Attributes:
+        limit: as the database has it.
+        period: the day or month that it is.
+    """
+
+    def __init__(self, name: Name, limit: int) -> None:
+        self.name = name
+        self.limit = limit
+        self.period = ""
+        self._base = 0
+        self._base_of = ""
+        self._places = name[1] == PLACES
+        self._balance = self._in_use = 0
+        self._leased_s = self._active_s = float("-inf")
+        # Since it last asked.
+        self._demand = 0
+        # What to charge, by slots of this process's clock.
+        self._charges = SlotUsage(period=False)
+        self._refunds: list[tuple[float, int]] = []
+        self._least = 0
+        self._refused = False
+        self._dry_until_s, self._wait_s = float("-inf"), 0.0
+        self._told_holds = 0
+        # What it has heard: of which book, by whose clock.
+        self._usage = SlotUsage(name[1] in PERIODS)
+        self._book, self._heard, self._ahead_s, self._processes = "", -1, 0.0, 1
+        self._places_used = 0
+        self._told = False
+        # What all processes together have helped themselves to since the book's last word, if all do as this one; and
+        # may while requests are refused.
+        self._helped = SlotUsage(self._usage.period)
+        self._own, self._own_s, self._refused_s = 0.0, float("-inf"), float("-inf")
+
+    # -- requests -----------------------------------------------------------------------------------------
+
+    def has(self, amount: int, now_s: float) -> bool:
+        """Whether the lease has so much left."""
+        if not self._places:
+            self.expire(now_s)
+        return self._balance >= amount
+
+    def is_dry(self, now_s: float) -> bool:
+        """The book has said lately that there is no more."""
+        return now_s < self._dry_until_s
+
+    def want(self, amount: int, now_s: float) -> None:
+        """A request needs so much."""
+        self._active_s = now_s
+        self._demand += amount
+
+    def take(self, amount: int) -> None:
+        """It gets it."""
+        self._balance -= amount
+        if self._places:
+            self._in_use += amount
+
+    def refuse(self, amount: int, now_s: float) -> float:
+        """It is refused; returns the seconds after which it may come back."""
+        self._refused, self._refused_s = True, now_s
+        self._least = min(amount, self._least or amount)
+        return self._wait_s
+
+    def settle(self, reserved: int, used: int, age_s: float, period: str, now_s: float) -> None:
+        """A request that had reserved so much, so long ago, has ended."""
+        if self._places:
+            self._in_use -= reserved
+            self._balance += reserved
+            self._leased_s = self._active_s = now_s
+        elif used < reserved and period == self.period:
+            self._refunds.append((age_s, reserved - used))
+        elif used > reserved:
+            self._charges.note(used - reserved, now_s)
+
+    def help_itself(self, amount: int, now_s: float) -> bool:
+        """Take a part for this process while there is no book: that which all others leave if they do the same."""
+        if self._places or not self._book:
+            return False
+        theirs_s = now_s + self._ahead_s
+        room = self.limit - self._usage.used(theirs_s, self.period) - self._helped.used(theirs_s, self.period)
+        if not self._usage.period and now_s - self._refused_s < PRESSED_S:
+            per_s = self.limit / MINUTE_S
+            self._own = min(self._own + (now_s - self._own_s) * per_s, PRESSED_S * per_s + amount)
+            room = min(room, int(self._own))
+        self._own_s = now_s
+        if room < amount * self._processes:
+            return False
+        self._own -= amount * self._processes
+        self._helped.note(amount * self._processes, theirs_s, self.period)
+        self._balance += amount
+        self._leased_s = now_s
+        self._charges.note(amount, now_s)
+        return True
+
+    @property
+    def remaining(self) -> int:
+        """Of the limit, as far as is known here."""
+        used = self._places_used if self._places else sum(self._usage.slots.values())
+        return max(0, min(self.limit, self.limit - used + max(0, self._balance)))
+
+    def reset_s(self, now_s: float) -> float:
+        """When all of a limit by the minute is there again, if nothing more is used."""
+        newest = max((slot for slot, amount in self._usage.slots.items() if amount), default=None)
+        if not isinstance(newest, int):
+            return 0.0
+        return min(MINUTE_S, max(0.0, (newest + 1) * SLOT_S + MINUTE_S - (now_s + self._ahead_s)))
+
+    @property
+    def known(self) -> bool:
+        """Something has been heard of it."""
+        return self._told
+
+    def has_base(self, period: str) -> bool:
+        """It is known what the database says of a period."""
+        return self._base_of == period
+
+    def set_base(self, period: str, amount: int) -> None:
+        """The database says that so much was used of this period."""
+        self._base_of, self._base = period, amount
+
+    # -- the book -----------------------------------------------------------------------------------------
+
+    def is_idle(self, now_s: float) -> bool:
+        """There is nothing to tell, and nothing that a new book would have to hear."""
+        told = not (self._balance or self._in_use or self._told_holds or self._charges.slots or self._refunds)
+        return told and now_s - self._active_s > MINUTE_S + HELD_S
+
+    def ask(self, book: str, period: str, waiting: int, least: int, now_s: float) -> LeaseAsk:
+        """What to say to the book of that name.
+
+        Args:
+            waiting: what requests wait for now; the smallest of them needs ``least``.
+        """
+        self.expire(now_s)
+        if period != self.period:
+            self.period, self._refunds, self._balance = period, [], 0
+        # What comes next is asked for ahead, but for places: they would lie idle while others need them.
+        ahead = self._demand if self._refused or not self._places else 0
+        want = max(0, max(ahead, waiting) - self._balance)
+        known = None
+        if book != self._book:
+            theirs_s = now_s + self._ahead_s
+            known = tuple(
+                (slot if isinstance(slot, str) else theirs_s - slot * SLOT_S, amount)
+                for slot, amount in self._usage.slots.items()
+            )
+        self._told_holds = self._in_use + self._balance if self._places else 0
+        asked = LeaseAsk(
+            limit=self.limit,
+            want=min(want, self.limit),
+            need=waiting,
+            least=least or self._least,
+            refused=self._refused,
+            refunds=tuple(self._refunds),
+            charges=tuple((now_s - int(slot) * SLOT_S, amount) for slot, amount in self._charges.slots.items()),
+            holds=self._told_holds,
+            heard=self._heard,
+            period=period,
+            base=self._base if period == self._base_of else 0,
+            known=known,
+        )
+        # A refund that is lost on its way is lost; what is charged is told until it is heard.
+        self._demand, self._least, self._refused, self._refunds = 0, 0, False, []
+        self._charges.slots.clear()
+        return asked
+
+    def unheard(self, asked: LeaseAsk, at_s: float) -> None:
+        """The book did not answer this, which was asked then, or is to be told more first."""
+        for age_s, amount in asked.charges:
+            self._charges.note(amount, at_s - age_s)
+        self._refused |= asked.refused
+        self._demand = max(self._demand, asked.want)
+
+    def hear(self, asked: LeaseAsk, told: Told, answer: LeaseAnswer, now_s: float) -> None:
+        """The book's answer."""
+        self._processes = max(1, answer.processes)
+        self._balance += told.given
+        self._told = self._told or not answer.recovers
+        self._places_used = told.used
+        if told.given:
+            self._leased_s = now_s
+            self._active_s = max(self._active_s, now_s)
+        # Who comes beyond a lease that was as large as was wanted may ask for more.
+        self._dry_until_s = float("-inf")
+        if is_short(asked, told.given):
+            self._wait_s = told.wait_s
+            self._dry_until_s = now_s + ASK_EVERY_S
+        if self._places or answer.recovers:
+            return
+        if answer.book != self._book:
+            self._usage.slots.clear()
+            self._book = answer.book
+        self._helped.slots.clear()
+        self._own, self._own_s = 0.0, now_s
+        self._heard, self._ahead_s = told.sequence, answer.now_s - now_s
+        self._usage.slots |= dict(told.changed)
+
+    def lose(self) -> None:
+        """The book has been silent for so long that it may have given these places to others."""
+        if self._places:
+            self._balance = 0
+
+    def expire(self, now_s: float) -> None:
+        """Give back what has lain unused."""
+        if self._balance > 0 and now_s - self._leased_s > HELD_S:
+            if not self._places:
+                self._refunds.append((HELD_S, self._balance))
+            self._balance = 0

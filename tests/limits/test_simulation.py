@@ -1,0 +1,129 @@
+"""Four processes at five times the limit: what is let in, whatever dies."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+
+import pytest
+
+from hycluster.auth.limits import Limit
+from hycluster.errors import HyclusterError
+from hycluster.limits.reservation import RequestTokens
+from tests.limits.virtual import ME, Process, World, run
+
+PROCESSES, OVERLOAD = 4, 5
+
+
+class Load:
+    """Attributes: admitted: seconds since the beginning at which requests were let in, with their tokens."""
+
+    def __init__(self, world: World, per_minute: float, tokens: int = 10, asks_for: int | None = None) -> None:
+        self.world = world
+        self.admitted: list[tuple[float, int]] = []
+        self.processes = [world.process() for _ in range(PROCESSES)]
+        self.dead: set[Process] = set()
+        self._per_s = per_minute / 60
+        self._tokens, self._asks_for = tokens, asks_for or tokens
+        self._began_s = world.now_s()
+        self._random = random.Random(7)
+
+    async def go_on(self, seconds: float) -> None:
+        ends_s = self.world.now_s() + seconds
+        async with asyncio.TaskGroup() as group:
+            while True:
+                wait_s = self._random.expovariate(self._per_s)
+                if self.world.now_s() + wait_s >= ends_s:
+                    break
+                await asyncio.sleep(wait_s)
+                process = self._random.choice(self.processes)
+                if process not in self.dead:
+                    group.create_task(self._request(process))
+        await asyncio.sleep(max(0.0, ends_s - self.world.now_s()))
+
+    async def _request(self, process: Process) -> None:
+        limiter = process.limiter
+        try:
+            reservation = await limiter.reserve(limiter.concerning(ME, "m"), RequestTokens(1, 0, self._asks_for - 1))
+        except HyclusterError:
+            return
+        if process in self.dead:
+            return
+        self.admitted.append((self.world.now_s() - self._began_s, self._tokens))
+        await asyncio.sleep(1.0)
+        reservation.add(RequestTokens(1, 0, self._tokens - 1))
+        reservation.end()
+
+    def share(self, limit: int, until_s: float, *, tokens: bool = False) -> float:
+        """What was let in, by what the limit lets in in so long a time."""
+        used = sum(each if tokens else 1 for at_s, each in self.admitted if at_s < until_s)
+        return used / (limit * until_s / 60)
+
+    def most_in_a_minute(self) -> int:
+        seconds = Counter(int(at_s) for at_s, _ in self.admitted)
+        return max(sum(seconds[first + second] for second in range(60)) for first in range(max(seconds) + 1))
+
+
+@pytest.mark.parametrize("limit", [300, 3000])
+def test_requests_by_the_minute(limit: int) -> None:
+    async def main() -> None:
+        world = World(Limit("acme", requests_per_minute=limit))
+        load = Load(world, OVERLOAD * limit)
+        await load.go_on(180)
+        for until_s in (60, 90, 120, 150, 180):
+            assert 1.0 <= load.share(limit, until_s) <= 1.02, until_s
+        assert load.most_in_a_minute() <= 1.02 * limit
+        # However many requests there are.
+        assert world.calls <= 180 * PROCESSES * 20
+
+    run(main())
+
+
+def test_one_is_killed_and_the_directory_restarts() -> None:
+    limit = 1200
+
+    async def main() -> None:
+        world = World(Limit("acme", requests_per_minute=limit))
+        load = Load(world, OVERLOAD * limit)
+        await load.go_on(75)
+        load.dead.add(load.processes[0])
+        load.processes[0].kill()
+        await load.go_on(10)
+        world.book = None
+        await load.go_on(5)
+        world.start_directory()
+        await load.go_on(90)
+        assert 0.99 <= load.share(limit, 180) <= 1.02
+        assert load.most_in_a_minute() <= 1.02 * limit
+
+    run(main())
+
+
+@pytest.mark.parametrize("after_s", [0.3, 20.0])
+def test_a_restart_while_the_first_burst_is_out(after_s: float) -> None:
+    limit = 600
+
+    async def main() -> None:
+        world = World(Limit("acme", requests_per_minute=limit))
+        load = Load(world, 60 * limit)
+        await load.go_on(after_s)
+        world.book = None
+        await load.go_on(3)
+        world.start_directory()
+        await load.go_on(60 - 3 - after_s)
+        assert 0.99 <= load.share(limit, 60) <= 1.02
+
+    run(main())
+
+
+def test_tokens_by_the_minute_of_which_less_is_used_than_reserved() -> None:
+    limit = 60_000
+
+    async def main() -> None:
+        world = World(Limit("acme", tokens_per_minute=limit))
+        load = Load(world, OVERLOAD * limit / 100, tokens=100, asks_for=160)
+        await load.go_on(180)
+        assert 1.0 <= load.share(limit, 180, tokens=True) <= 1.02
+
+    run(main())
