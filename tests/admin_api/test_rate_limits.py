@@ -18,7 +18,7 @@ async def test_limits_are_set_changed_and_taken_away(admin: Admin) -> None:
     async with admin.client() as client:
         limits = client.admin.organization.projects.rate_limits
         assert [one async for one in limits.list_rate_limits(ops)] == []
-        made = await limits.update_rate_limit("rl-org/tiny", project_id=ops, max_requests_per_1_minute=60)
+        made: Any = await limits.update_rate_limit("rl-org/tiny", project_id=ops, max_requests_per_1_minute=60)
         assert (made.id, made.model, made.object) == ("rl-org/tiny", "org/tiny", "project.rate_limit")
         assert (made.max_requests_per_1_minute, made.max_tokens_per_1_minute) == (60, None)
         # What a command has set stays, and others' are not shown.
