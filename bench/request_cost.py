@@ -7,8 +7,9 @@ part is small and the same on all sides; its callers (``bench.load``) and the co
 It is CPU time of all of its threads that is counted, the exporter's and its last flush among them, since wall time of a
 machine with other work says little. Sides take turns, every other round backwards; ratios are medians of the rounds'.
 
-off: nothing is counted. metrics: what ``/metrics`` has, and nothing exported. traces-1, traces-100: that, and so many
-per cent of the requests' traces are exported. Timelines, of which ``hycluster why`` lives, are kept on all sides.
+off: nothing is counted. metrics: what ``/metrics`` has, and nothing exported. ledger: that, and a line of the usage
+ledger for each request. traces-1, traces-100: metrics, and so many per cent of the requests' traces are exported.
+Timelines, of which ``hycluster why`` lives, are kept on all sides.
 """
 
 from __future__ import annotations
@@ -30,18 +31,26 @@ from unittest import mock
 
 from bench import tiny_llama
 from hycluster.imports import without_collector
+from hycluster.ledger.account import account_book
+from hycluster.ledger.books import Books
+from hycluster.ledger.keeper import Keeper
 from hycluster.observe.export import Export
 from hycluster.observe.timelines import recorder
 from hycluster.settings.ingress import Http
+from hycluster.settings.ledger import Ledger
 from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
 from hycluster.settings.observe import Tracing
 from hycluster.settings.simulated import Simulated
+from hycluster.storage import locate
 from tests.simulated_pool import SimulatedPool
 
 BASE = "off"
 # By side: whether it counts, and the share of traces that it exports.
-SIDES = {BASE: (False, None), "metrics": (True, None), "traces-1": (True, 0.01), "traces-100": (True, 1.0)}
+SIDES = {
+    BASE: (False, None), "metrics": (True, None), "ledger": (True, None), "traces-1": (True, 0.01),
+    "traces-100": (True, 1.0),
+}  # fmt: skip
 TOKENS = 64
 # Steps as long as the tiny model's, so that as many tokens come with each message.
 ENGINE = Simulated(vocab_size=256, max_model_len=2048, step_base_s=0.004, decode_token_s=0.0001)
@@ -80,6 +89,20 @@ async def ingress(source: Path, *, counts: bool) -> AsyncIterator[str]:
                 await served.stop()
 
 
+@contextlib.contextmanager
+def ledger(folder: Path) -> Iterator[None]:
+    """As an ingress process has it; its store is a folder."""
+    books = Books(locate(str(folder / "ledger"), "ledger.store").writable(), folder / "ledger-open")
+    keeper = Keeper(books, Ledger(cut_every_s=5))
+    keeper.start()
+    account_book.write_entry = keeper.write
+    try:
+        yield
+    finally:
+        account_book.write_entry = None
+        keeper.close()
+
+
 async def cpu_ms(url: str, share: float | None, endpoint: str, requests: int, callers: int) -> float:
     """Of a request, of so many."""
     gc.collect()
@@ -107,7 +130,8 @@ async def measure(rounds: int, requests: int, callers: int) -> dict[str, list[fl
 
             async def turn(side: str, number: int) -> float:
                 counts, share = SIDES[side]
-                return await cpu_ms(counting if counts else other, share, endpoint, number, callers)
+                with ledger(Path(folder)) if side == "ledger" else contextlib.nullcontext():
+                    return await cpu_ms(counting if counts else other, share, endpoint, number, callers)
 
             for side in SIDES:
                 await turn(side, max(callers, requests // 4))

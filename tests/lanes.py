@@ -27,8 +27,8 @@ ROOT = Path(__file__).parent.parent
 SHARED = {
     "served": (
         "test_batch_api", "test_batch_chaos", "test_chaos", "test_ingress", "test_fuzz_floods", "test_fuzz_grpc",
-        "test_fuzz_http", "test_health", "test_hunyuan_served", "test_refusals", "test_replica_loss",
-        "test_same_tokens", "test_summarize",
+        "test_fuzz_http", "test_health", "test_hunyuan_served", "test_ledger_served", "test_refusals",
+        "test_replica_loss", "test_same_tokens", "test_summarize",
     ),
     "featured": (
         "test_adapters", "test_kv_reuse", "test_metrics", "test_sleep_routes", "test_speculative",
@@ -44,7 +44,8 @@ FORKS = (
 HEAVY = (
     "served", "integration/test_expert_parallel", "integration/test_rehearsal", "forks", "featured",
     "integration/test_control_plane", "integration/test_start", "integration/test_rolling", "integration/test_spread",
-    "integration/test_serve_deploy", "integration/test_load_curve", "integration/test_submit", "integration/test_drain",
+    "integration/test_serve_deploy", "integration/test_ledger", "integration/test_load_curve",
+    "integration/test_submit", "integration/test_drain",
 )  # fmt: skip
 # Before vLLM's threads are in the process: these fork one that starts Ray.
 FORKING = ("batch/test_run", "batch/test_chaos_ray")

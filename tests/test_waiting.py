@@ -56,6 +56,28 @@ def test_a_short_one_is_found(source: str, is_short: bool) -> None:
     assert bool([*short(ast.parse(source))]) == is_short
 
 
+def clock_reads(tree: ast.Module) -> list[str]:
+    """What a file reads of the clock when it is imported, up to half an hour before its tests run."""
+    values = [node.value for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign) and node.value]
+    calls = [ast.unparse(node.func) for value in values for node in walked(value) if isinstance(node, ast.Call)]
+    return [call for call in calls if call in ("time.time", "time.time_ns") or call.endswith((".now", ".today"))]
+
+
+def walked(node: ast.AST) -> Iterator[ast.AST]:
+    """All of it that is evaluated at once."""
+    if not isinstance(node, ast.Lambda):
+        yield node
+        for child in ast.iter_child_nodes(node):
+            yield from walked(child)
+
+
+def test_no_date_is_that_of_the_import() -> None:
+    assert clock_reads(ast.parse("NOW = int(time.time())")) == ["time.time"]
+    assert clock_reads(ast.parse("FORGED = {'old': lambda: token(exp=time.time() - 1)}")) == []
+    read = {file.relative_to(TESTS): clock_reads(ast.parse(file.read_text("utf-8"))) for file in TESTS.rglob("*.py")}
+    assert {file: calls for file, calls in read.items() if calls} == {}
+
+
 async def test_what_never_comes_fails() -> None:
     with pytest.raises(AssertionError):
         eventually(lambda: False, timeout_s=0.01)

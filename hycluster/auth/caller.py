@@ -27,6 +27,7 @@ class Caller:
         scopes: ``batch``: files, batches and requests at batch priority; ``admin``: all that is not a model's.
         expires_at: seconds since the epoch; None: never.
         key_id: the API key's id; empty for a token.
+        weight: of its tenant, where tenants share an engine.
     """
 
     tenant: str
@@ -36,6 +37,7 @@ class Caller:
     scopes: frozenset[str] = frozenset()
     expires_at: float | None = None
     key_id: str = ""
+    weight: float = 1.0
 
     @property
     def owner(self) -> str:

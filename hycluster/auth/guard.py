@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hycluster.auth.caller import LEEWAY_S, Caller
@@ -24,13 +25,19 @@ MAX_CREDENTIAL = 8192
 class Guard:
     """Knows who may come in.
 
+    Args:
+        weights: of tenants, where these share an engine; all others have 1.
+
     Attributes:
         keyring: which knows keys and limits; None where only tokens let in.
     """
 
-    def __init__(self, keyring: Keyring | None, tokens: Tokens | None = None) -> None:
+    def __init__(
+        self, keyring: Keyring | None, tokens: Tokens | None = None, weights: Mapping[str, float] | None = None
+    ) -> None:
         self.keyring = keyring
         self._tokens = tokens
+        self._weights = weights or {}
 
     async def caller(self, credential: str | None) -> Caller:
         """Who bears a credential.
@@ -52,7 +59,8 @@ class Guard:
             raise Unauthenticated("API key: is not correct")
         if self.keyring is not None and self.keyring.is_archived(caller):
             raise Unauthenticated("API key: its project is archived")
-        return caller
+        weight = self._weights.get(caller.tenant)
+        return caller if weight is None else replace(caller, weight=weight)
 
     def has_ended(self, caller: Caller) -> bool:
         """Whether one that was let in would not be any more: his key is revoked or has expired, his token has, or
@@ -92,4 +100,4 @@ async def open_guard(settings: Auth) -> AsyncIterator[Guard | None]:
             # It may have to wait for the database.
             await asyncio.to_thread(keyring.__enter__)
             stack.push_async_callback(asyncio.to_thread, keyring.__exit__, None, None, None)
-        yield Guard(keyring, tokens)
+        yield Guard(keyring, tokens, settings.weights)

@@ -41,6 +41,23 @@ class GroupRank:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockNaming:
+    """How an engine names the blocks of its prefix cache, and what it makes of those that a request finds there.
+
+    Attributes:
+        tokens: of a block.
+        algorithm: vLLM's name of the hash.
+        root: what the first block of a prompt has in the place of a hash of what is before it.
+        computed_again: of the blocks that a request finds, so many are computed all the same (for drafts, 1).
+    """
+
+    tokens: int
+    algorithm: str
+    root: bytes
+    computed_again: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class EngineInfo:
     """What is known of an engine once it has started.
 
@@ -49,12 +66,14 @@ class EngineInfo:
         kv_tokens: tokens that the KV cache holds.
         block_size: tokens a KV block.
         supported_tasks: vLLM's names (``generate``, ...).
+        blocks: how it names its KV blocks; None: it does not tell which it has.
     """
 
     max_model_len: int
     kv_tokens: int
     block_size: int
     supported_tasks: tuple[str, ...] = ("generate",)
+    blocks: BlockNaming | None = None
 
 
 class Engine(Protocol):
@@ -78,8 +97,13 @@ class Engine(Protocol):
     def call(self, client: int, call_id: int, method: str, args: Sequence[Any]) -> None:
         """Call a control method; its result comes as an output with ``utility_output``."""
 
+    def follow_blocks(self, client: int) -> None:
+        """Tell this client which KV blocks there are, and from then on which come and go (``block_changes.py``)."""
+
     def next_output(self) -> tuple[int, Sequence[Frame]] | None:
         """Block for the next message: the client it is for and the frames of one ``EngineCoreOutputs``.
+
+        Before these come frames of what became of KV blocks, if the client follows them; there may be no others.
 
         Returns:
             None once the engine has ended, by ``shutdown`` or by a fatal error (see ``error``). The client may be

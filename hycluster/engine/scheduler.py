@@ -30,23 +30,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.core.sched.request_queue import PriorityRequestQueue, SchedulingPolicy
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
-from hycluster.core import ColocationLoad, Priority
+from hycluster.core import ColocationLoad
 from hycluster.engine.rank_work import RankWork, Siblings
+from hycluster.engine.shares import TenantShares
 from hycluster.engine.step_room import BulkRow, Slowdown, StepRoom
 from hycluster.engine.step_time import StepTime, StepWork
+from hycluster.engine.waiting import WaitingRequests, is_bulk
 from hycluster.settings.model import Colocation
 from hycluster.timeline import GIVEN_UP, PARKED_S
 
@@ -87,30 +89,6 @@ def colocation_load(scheduler: object) -> ColocationLoad | None:
     return scheduler.load() if isinstance(scheduler, ColocationScheduler) else None
 
 
-def is_bulk(request: Request) -> bool:
-    """Whether a request has to make room for others."""
-    return request.priority >= Priority.BATCH
-
-
-class _Queue(PriorityRequestQueue):
-    """vLLM's queue with a gate: while it is closed, bulk requests are there but not to be admitted."""
-
-    def __init__(self, requests: Iterable[Request] = ()) -> None:
-        super().__init__()
-        self.closed = False
-        for request in requests:
-            self.add_request(request)
-
-    def __bool__(self) -> bool:
-        return bool(self._heap) and not (self.closed and is_bulk(self._heap[0]))
-
-    def online(self) -> list[Request]:
-        """Those that do not wait for bulk. Cheap where there are none: the heap's top is the most urgent."""
-        if not self._heap or is_bulk(self._heap[0]):
-            return []
-        return [request for request in self._heap if not is_bulk(request)]
-
-
 class ColocationScheduler(Scheduler):
     """For engines that schedule a step when the one before is over.
 
@@ -124,12 +102,18 @@ class ColocationScheduler(Scheduler):
         self.colocation: Colocation = getattr(self.scheduler_config, _SETTINGS, Colocation())
         assert self.policy == SchedulingPolicy.PRIORITY, "colocation needs vLLM's priority policy"
         # Under names of their own too: vLLM's are declared for any queue.
-        self.waiting = self._waiting = _Queue(self.waiting)
-        self.kv_holding_waiting = self._kv_holding = _Queue(self.kv_holding_waiting)
+        self.waiting = self._waiting = WaitingRequests(self.waiting)
+        self.kv_holding_waiting = self._kv_holding = WaitingRequests(self.kv_holding_waiting)
         self.clock: Callable[[], float] = time.monotonic
         self.step_time = StepTime()
         self._slowdown = Slowdown(self.colocation.max_slowdown)
         self.siblings = Siblings()
+        self._tenants = TenantShares(
+            self._waiting,
+            self.max_num_active_reqs,
+            self.kv_cache_manager.block_pool.num_gpu_blocks * self.block_size,
+            self.max_num_scheduled_tokens,
+        )
         # Those that may not have ended yet.
         self._bulk: set[str] = set()
         self._room = StepRoom()
@@ -158,6 +142,8 @@ class ColocationScheduler(Scheduler):
     def add_request(self, request: Request) -> None:
         if is_bulk(request):
             self._bulk.add(request.request_id)
+        if request.request_id not in self.requests:
+            self._tenants.come(request, [*self._waiting.accounts, *self._kv_holding.accounts])
         super().add_request(request)
 
     # What a step is given.
@@ -166,8 +152,8 @@ class ColocationScheduler(Scheduler):
         begun = self.clock()
         if self._bulk:
             self._bulk &= self.requests.keys()
-            if len(self._set_aside) > 2 * len(self._bulk):
-                self._set_aside = {row: said for row, said in self._set_aside.items() if row in self._bulk}
+        if len(self._set_aside) > 2 * len(self._bulk):
+            self._set_aside = {row: said for row, said in self._set_aside.items() if row in self.requests}
         if not self._bulk:
             return self._schedule_online(begun, throttle_prefills)
         online = [request for request in self.running if not is_bulk(request)]
@@ -183,6 +169,7 @@ class ColocationScheduler(Scheduler):
             # vLLM serves what runs in this order.
             self.running = online + [request for request in self.running if is_bulk(request)]
             self._make_room(len(waiting))
+        self._share()
         # Nothing that waits with KV blocks in hand may end the admission before online requests had their turn.
         self._kv_holding.closed = bool(starting)
         try:
@@ -196,12 +183,32 @@ class ColocationScheduler(Scheduler):
     def _schedule_online(self, begun: float, throttle_prefills: bool) -> SchedulerOutput:
         """A step with nobody to make room."""
         self._room, self._parked, self._stalled = StepRoom(), 0, False
+        self._share()
         output = super().schedule(throttle_prefills)
         if self.step_time.known and self.current_step % _LEARN_EVERY and not self.siblings:
             self._online_tokens += output.total_num_scheduled_tokens
         else:
             self._count(output, begun)
         return output
+
+    def _share(self) -> None:
+        """Who of several tenants comes into the step, and who leaves for it."""
+        tenants = self._tenants
+        if not tenants:
+            return
+        self.running = tenants.begin(self.running, self.clock(), self.step_time)
+        if not tenants.contended or self.pause_state != PauseState.UNPAUSED:
+            return
+        free = self.max_num_active_reqs - len(self.running) - self.num_waiting_for_streaming_input
+        leaving = tenants.claim(
+            free,
+            (self.kv_cache_manager.block_pool.get_num_free_blocks() - len(self.running)) * self.block_size,
+            self.running,
+            self._request_blocks_can_be_freed,
+            lambda request: not self._is_blocked_waiting_status(request.status),
+        )
+        for request in leaving:
+            self._give_up(request)
 
     def _online_waiting(self) -> list[Request]:
         if self.pause_state != PauseState.UNPAUSED:
@@ -286,10 +293,13 @@ class ColocationScheduler(Scheduler):
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        if not tokens or not is_bulk(request):
-            self._room.others |= tokens > 0
-            return tokens
         whole = self._whole_chunks or request.has_encoder_inputs or request.num_tokens - num_computed_tokens <= 1
+        if tokens and not is_bulk(request):
+            if self._tenants:
+                tokens = self._tenants.grant(request, tokens, whole=whole)
+            self._room.others |= tokens > 0
+        if not tokens or not is_bulk(request):
+            return tokens
         row = BulkRow(request.request_id, num_computed_tokens, tokens, not whole, lora_of(request))
         return self._room.grant(row, self.step_time)
 
@@ -305,13 +315,29 @@ class ColocationScheduler(Scheduler):
         self._waiting.closed |= waiting > 0 and over == 0
 
     def _allocate_or_take(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        """Blocks for a row; for an online one those of bulk rows, if there are no others."""
-        while (blocks := self._allocate(request, *args, **kwargs)) is None and self._bulk and not is_bulk(request):
-            victim = self._cheapest()
+        """Blocks for a row; for an online one those of bulk rows, or of a tenant that has too many of them."""
+        while (blocks := self._allocate(request, *args, **kwargs)) is None and not is_bulk(request):
+            victim = self._cheapest() if self._bulk else None
+            if victim is None and self._tenants:
+                may_leave = self._request_blocks_can_be_freed
+                victim = self._tenants.victim(request, self.running, may_leave)
             if victim is None:
                 return None
             self._give_up(victim)
+        if self._tenants and blocks is not None:
+            self._note_given(request, *args, **kwargs)
         return blocks
+
+    def _note_given(
+        self,
+        request: Request,
+        tokens: int,
+        num_new_computed_tokens: int = 0,
+        num_external_computed_tokens: int = 0,
+        **_: Any,
+    ) -> None:
+        cached = request.num_computed_tokens + num_new_computed_tokens + num_external_computed_tokens
+        self._tenants.given(request, tokens, cached, is_new=request.status != RequestStatus.RUNNING)
 
     def _cheapest(self) -> Request | None:
         """The bulk row with the least to compute again, of those that are not in this step."""
@@ -327,10 +353,13 @@ class ColocationScheduler(Scheduler):
     def _give_up(self, request: Request) -> None:
         self.running.remove(request)
         self._preempt_request(request, time.monotonic(), drop_stale_output=self.requires_kv_delivery)
-        self._given_up += 1
+        if is_bulk(request):
+            self._given_up += 1
+            # It was made to leave; it must not come back in the same step.
+            self._waiting.closed = True
+        else:
+            self._tenants.gave_up(request)
         self._set_aside.setdefault(request.request_id, [0.0, 0.0])[1] += 1
-        # It was made to leave; it must not come back in the same step.
-        self._waiting.closed = True
 
     # What is known afterwards.
 

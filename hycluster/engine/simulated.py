@@ -98,6 +98,9 @@ class SimulatedEngine:
             answer = messages.UtilityOutput(call_id, failure_message=f"method: {method!r} is not simulated")
         self._send(client, EngineCoreOutputs(utility_output=answer, timestamp=time.monotonic()))
 
+    def follow_blocks(self, client: int) -> None:
+        """It has no prefix cache."""
+
     def next_output(self) -> tuple[int, Sequence[Frame]] | None:
         message = self._messages.get()
         if message is None:

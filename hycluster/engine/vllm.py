@@ -43,12 +43,12 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from hycluster.adapters import adapter_id
 from hycluster.core import Priority, ReplicaLoad
 from hycluster.engine.arguments import check_platform, engine_arguments
+from hycluster.engine.cached_blocks import BlockTeller, ToldBlocks, block_naming
 from hycluster.engine.expert_load import expert_load_meter
 from hycluster.engine.loaded_weights import routed_weights, worker_weights
 from hycluster.engine.migrated import take_over, tokens_of
 from hycluster.engine.model_checks import check_experts, check_media
 from hycluster.engine.parsers import with_parsers
-from hycluster.engine.patches.adapter_loading import AdaptersFirst
 from hycluster.engine.patches.cpu_executor import patch_executor
 from hycluster.engine.patches.grammar_backends import patch_backends
 from hycluster.engine.patches.grammar_errors import patch_reasons
@@ -60,6 +60,7 @@ from hycluster.engine.scheduler import ColocationScheduler, colocation_load, use
 from hycluster.engine.scratch import Scratch
 from hycluster.engine.step_time import StepTime
 from hycluster.engine.vllm_metrics import SchedulerMetrics
+from hycluster.engine.waiting import take_payer
 from hycluster.errors import EngineStartFailed, SettingsError
 from hycluster.models.routing import layer_counts
 from hycluster.settings.model import Adapter, Model
@@ -156,6 +157,8 @@ class VllmEngine:
         self._requests = MsgpackDecoder(EngineCoreRequest)
         self._outputs = MsgpackEncoder()
         self._metrics = SchedulerMetrics(config)
+        # By client, what it is to hear of KV blocks with its next message.
+        self._untold: dict[int, list[Frame]] = {}
         self._sleep_level = 0
         cache = config.cache_config
         self._most_running = config.scheduler_config.max_num_seqs
@@ -164,6 +167,7 @@ class VllmEngine:
             kv_tokens=(cache.num_gpu_blocks or 0) * cache.block_size,
             block_size=cache.block_size,
             supported_tasks=tuple(self._core.get_supported_tasks()),
+            blocks=block_naming(self._core.scheduler),
         )
         for adapter in model.adapters:
             self._load_adapter(model, adapter)
@@ -266,8 +270,7 @@ class VllmEngine:
             self._core._send_error_outputs_to_client([request.request_id], client)
             return
         take_over(prepared[0])
-        # Else vLLM gives them back with each token. Spans are made where the timeline is: docs/tracing.md.
-        prepared[0].trace_headers = None
+        take_payer(prepared[0])
         if self._core.siblings and request.priority < Priority.BATCH:
             self._core.siblings.tell_arrival()
         self._queue(EngineCoreRequestType.ADD, prepared)
@@ -291,11 +294,21 @@ class VllmEngine:
             self._asked_at = time.monotonic()
         self._core.input_queue.put_nowait((kind, what))
 
+    def follow_blocks(self, client: int) -> None:
+        self.call(NOBODY, 0, "follow_blocks", [client])
+
     def next_output(self) -> tuple[int, Sequence[Frame]] | None:
         while True:
+            if self._untold and self._core.output_queue.empty():
+                # The step had nothing else for it.
+                return self._untold.popitem()
             item = self._core.output_queue.get()
             if isinstance(item, bytes):
                 return None
+            if isinstance(item, ToldBlocks):
+                for follower in item.followers:
+                    self._untold.setdefault(follower, []).append(item.frame)
+                continue
             client, outputs = item
             if client == SIBLINGS:
                 return SIBLINGS, [msgspec.msgpack.encode(outputs)]
@@ -303,7 +316,7 @@ class VllmEngine:
                 # Here, where all of them come by; whom they are sent to may be anybody.
                 self._metrics.record(outputs.scheduler_stats)
             if client != NOBODY:
-                return client, cast("Sequence[Frame]", self._outputs.encode(outputs))
+                return client, [*self._untold.pop(client, ()), *self._outputs.encode(outputs)]
             if outputs.start_wave is not None:
                 return SIBLINGS, [msgspec.msgpack.encode(_Told(self._core.engine_index, wave=outputs.start_wave))]
 
@@ -361,7 +374,7 @@ class VllmEngine:
             self._scratch.remove()
 
 
-class _EngineCore(AdaptersFirst):
+class _EngineCore(BlockTeller):
     """vLLM's engine core with queues where its sockets would be."""
 
     def __init__(self, config: VllmConfig) -> None:
@@ -419,6 +432,7 @@ class _EngineCore(AdaptersFirst):
 
     def abort_client(self, client: int) -> None:
         """Drop every request of a client; called in the engine's own thread, after what it sent before."""
+        self.leave_blocks(client)
         requests = cast(Scheduler, self.scheduler).requests.values()
         gone = [request.request_id for request in requests if request.client_index == client]
         self.abort_requests(gone)

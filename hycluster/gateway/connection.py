@@ -13,7 +13,7 @@ from zmq.utils.monitor import recv_monitor_message
 from hycluster.core import ReplicaAddress
 from hycluster.engine.protocol import EngineInfo
 from hycluster.replica.peers import show_credentials
-from hycluster.replica.wire import READY, MessageKind, decode_info, notice_lost_peers
+from hycluster.replica.wire import FOLLOW_BLOCKS, READY, MessageKind, decode_info, notice_lost_peers
 
 HELLO_TIMEOUT_S = 10.0
 
@@ -38,8 +38,13 @@ class ReplicaConnection:
         _close(self.monitor, self.requests, self.outputs, linger_ms)
 
 
-async def connect(context: zmq.asyncio.Context, address: ReplicaAddress) -> ReplicaConnection:
+async def connect(
+    context: zmq.asyncio.Context, address: ReplicaAddress, *, follow_blocks: bool = False
+) -> ReplicaConnection:
     """Connect to a replica and greet it.
+
+    Args:
+        follow_blocks: hear what becomes of its KV blocks.
 
     Raises:
         ConnectionError: it does not answer, or refuses; the directory may still name one that has just died.
@@ -55,7 +60,8 @@ async def connect(context: zmq.asyncio.Context, address: ReplicaAddress) -> Repl
             if (await recv_monitor_message(monitor))["event"] != zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 raise ConnectionError(f"{address.outputs} does not answer")
             requests.connect(address.requests)
-            await requests.send_multipart([MessageKind.HELLO, address.token.encode()])
+            further = [FOLLOW_BLOCKS] if follow_blocks else []
+            await requests.send_multipart([MessageKind.HELLO, address.token.encode(), *further])
             answer, payload = await requests.recv_multipart()
         if answer != READY:
             raise ConnectionError(payload.decode(errors="replace"))

@@ -12,6 +12,8 @@ from hycluster.timeline import Track
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreRequest
 
+    from hycluster.gateway.prefixes import Prefix
+
 # A replica that made so many tokens of a request did not die of it, unless the next ones do at the same place too.
 CLEARED_AFTER_TOKENS = 8
 # From so many deaths in a row on, a request has a replica to itself among those that are suspected like it.
@@ -39,6 +41,7 @@ class Flight:
         moves: how often it has changed replicas.
         taken: this replica's engine is known to have had it.
         track: what is told of it afterwards.
+        prefix: its beginning, where it is known what replicas have in their KV caches.
     """
 
     request: EngineCoreRequest
@@ -53,6 +56,7 @@ class Flight:
     moves: int = 0
     taken: bool = False
     track: Track | None = None
+    prefix: Prefix | None = None
 
     @property
     def request_id(self) -> str:

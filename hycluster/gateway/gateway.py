@@ -50,12 +50,13 @@ from hycluster.gateway.grammars import GrammarCheck
 from hycluster.gateway.limited import MeteredLLM
 from hycluster.gateway.pool import PoolClient
 from hycluster.gateway.pool_errors import LOST, PoolInvalidInput, PoolOverloaded, PoolUnavailable
-from hycluster.gateway.router import make_policy
+from hycluster.gateway.router import BY_BLOCKS, make_policy
 from hycluster.ledger.account import account_now
 from hycluster.observe.colocation import colocation_metrics
 from hycluster.observe.experts import expert_metrics
 from hycluster.observe.failover import failover_metrics
 from hycluster.observe.gateways import gateway_metrics
+from hycluster.observe.prefixes import prefix_metrics
 from hycluster.observe.scaling import scaling_metrics
 from hycluster.observe.vllm_requests import ModelStats, vllm_metrics
 from hycluster.pool_health import PoolHealth
@@ -144,6 +145,7 @@ class Gateway(MeteredLLM):
             wait_s=router.failover_wait_s,
             cold_start_wait_s=self.cold_start.wait_s,
             failover=router.failover,
+            follow_blocks=router.follow_kv_blocks or router.policy in BY_BLOCKS,
             on_lost=self._request_lost,
         )
         self.adapters = PoolAdapters(model, self.engine_core, takes=config.lora_config is not None, say=self._say_now)
@@ -159,6 +161,8 @@ class Gateway(MeteredLLM):
             expert_metrics.watch(model.name, self.engine_core)
             colocation_metrics.watch(model.name, self.engine_core)
             failover_metrics.watch(model.name, self.engine_core)
+            if self.engine_core.prefixes is not None:
+                prefix_metrics.watch(model.name, self.engine_core.prefixes)
             if model.replicas.vary:
                 scaling_metrics.watch(model.name, self)
         self._client_count = 1

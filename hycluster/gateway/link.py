@@ -17,12 +17,14 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from zmq.utils.monitor import recv_monitor_message
 
 from hycluster.core import ReplicaLoad
+from hycluster.engine.block_changes import is_changes
 from hycluster.engine.protocol import EngineInfo
 from hycluster.errors import InvalidInput, Unavailable
 from hycluster.gateway.bulk import EngineRoom
 from hycluster.gateway.connection import ReplicaConnection
 from hycluster.gateway.failover import Failover
 from hycluster.gateway.flight import Flight
+from hycluster.gateway.prefixes import Prefixes
 from hycluster.gateway.tasks import Tasks
 from hycluster.observe.gateways import KnownReplica, ReplicaBooks
 from hycluster.replica.frames import in_pieces
@@ -41,6 +43,7 @@ class Link:
         arrived: gets what comes for callers, as it comes.
         failover: hears of each request that ends here, or has to go on elsewhere.
         on_lost: told when the replica is lost, before ``failover`` hears of its requests.
+        prefixes: told what becomes of its KV blocks, if the connection follows them.
 
     Attributes:
         known: what stays of it when it is gone; its number is what outputs carry.
@@ -62,6 +65,7 @@ class Link:
         arrived: asyncio.Queue[EngineCoreOutputs],
         failover: Failover,
         on_lost: Callable[[Link], None],
+        prefixes: Prefixes | None = None,
     ) -> None:
         self.known = known
         self.accepting = True
@@ -77,6 +81,7 @@ class Link:
         self._arrived = arrived
         self._failover = failover
         self._on_lost = on_lost
+        self._prefixes = prefixes
         self._gone = False
         self._next_call = 0
         self._calls: dict[int, asyncio.Future[Any]] = {}
@@ -167,6 +172,8 @@ class Link:
         del self.flights[flight.engine_id]
         self.bulk_rows -= flight.bulk
         self._work_off(flight.tokens_left)
+        if self._prefixes is not None and flight.prefix is not None:
+            self._prefixes.let_go(flight.prefix)
 
     def _work_off(self, tokens: int) -> None:
         self.outstanding_tokens -= tokens
@@ -181,8 +188,12 @@ class Link:
             if len(frames) == 1 and not len(frames[0].buffer):
                 self.lose("its engine ended")
                 return
-            outputs: EngineCoreOutputs = decode(frames)
             self.heard_s = time.monotonic()
+            if self._prefixes is not None:
+                self._hear_blocks(self._prefixes, frames)
+                if not frames:
+                    continue
+            outputs: EngineCoreOutputs = decode(frames)
             if outputs.utility_output is not None:
                 self._answer(outputs.utility_output)
                 continue
@@ -190,6 +201,13 @@ class Link:
             outputs.engine_index = self.known.number
             if outputs.outputs or outputs.scheduler_stats is not None:
                 self._arrived.put_nowait(outputs)
+
+    def _hear_blocks(self, prefixes: Prefixes, frames: list[zmq.Frame]) -> None:
+        """Take away what a message says of KV blocks; before its outputs are told, as they may be asked for at once."""
+        while frames and is_changes(frames[0].buffer):
+            frame = frames.pop(0).buffer
+            if self.info.blocks is not None and not self._gone:
+                prefixes.hear(self.replica_id, self.info.blocks, frame)
 
     def _book(self, outputs: EngineCoreOutputs) -> list[EngineCoreOutput]:
         """Those of a step's outputs that somebody waits for, under the ids that their callers gave them."""
@@ -215,6 +233,8 @@ class Link:
             heard.append(output)
             if flight.track is not None and (output.events or output.finish_reason is not None or not flight.begun):
                 self._note_on(flight.track, flight, output, outputs.timestamp)
+            if self._prefixes is not None and flight.prefix is not None and not flight.begun:
+                self._prefixes.begun(flight.prefix, output.prefill_stats)
             if flight.moves and not flight.begun:
                 failover.migrated.went_on(flight.request_id)
             if output.finish_reason is not None:

@@ -14,6 +14,7 @@ from hycluster.directory.directory import ReplicaReport
 from hycluster.gateway.connection import connect
 from hycluster.gateway.failover import Failover
 from hycluster.gateway.link import Link
+from hycluster.gateway.prefixes import Prefixes
 from hycluster.gateway.tasks import Tasks
 from hycluster.observe.gateways import KnownReplica
 from hycluster.replica.sparing_log import SparingLog
@@ -30,6 +31,9 @@ JOIN_PATIENCE_S = 1.0
 class Members:
     """A pool's links.
 
+    Args:
+        prefixes: hears what becomes of replicas' KV blocks; None: nobody is to.
+
     Attributes:
         links: by replica id.
         known: by the number that outputs carry, replicas that are here, and the last ones that were.
@@ -37,13 +41,16 @@ class Members:
         first: set once there has been one.
     """
 
-    def __init__(self, failover: Failover, arrived: asyncio.Queue[EngineCoreOutputs]) -> None:
+    def __init__(
+        self, failover: Failover, arrived: asyncio.Queue[EngineCoreOutputs], prefixes: Prefixes | None = None
+    ) -> None:
         self.links: dict[str, Link] = {}
         self.known: dict[int, KnownReplica] = {}
         self.lost = 0
         self.first = asyncio.Event()
         self._failover = failover
         self._arrived = arrived
+        self._prefixes = prefixes
         self._context = zmq.asyncio.Context()
         self._connecting: dict[str, asyncio.Task[None]] = {}
         # The directory names it twice a second.
@@ -84,7 +91,7 @@ class Members:
 
     async def _join(self, address: ReplicaAddress) -> None:
         try:
-            connection = await connect(self._context, address)
+            connection = await connect(self._context, address, follow_blocks=self._prefixes is not None)
         except ConnectionError as error:
             # The directory may still name a replica that has just died; its next word decides.
             self._unreached.write("no connection to replica %s: %s", address.replica_id, error)
@@ -93,13 +100,15 @@ class Members:
             del self._connecting[address.replica_id]
         known = KnownReplica(max(self.known, default=-1) + 1, address.replica_id)
         self.known[known.number] = known
-        link = Link(connection, known, self._arrived, self._failover, self._part)
+        link = Link(connection, known, self._arrived, self._failover, self._part, self._prefixes)
         self.links[address.replica_id] = link
         self.first.set()
         self._failover.wake()
 
     def _part(self, link: Link) -> None:
         del self.links[link.replica_id]
+        if self._prefixes is not None:
+            self._prefixes.forget(link.replica_id)
         self.lost += link.accepting
         link.known.gone = True
         # In the order in which they went: one that was away for a moment has a later number than those that were not.

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackEncoder
 
-from hycluster.auth.caller import own_salt
+from hycluster.auth.caller import current_caller, own_salt
 from hycluster.core import BulkDemand, ColocationLoad, EngineSample, ExpertLoad
 from hycluster.directory.directory import ReplicaReport
+from hycluster.engine.fairness import payer_headers
 from hycluster.engine.migrated import migrate
 from hycluster.engine.protocol import EngineInfo
 from hycluster.errors import InvalidInput, Unavailable
@@ -27,6 +28,7 @@ from hycluster.gateway.failover import Failover, Tell
 from hycluster.gateway.flight import Flight
 from hycluster.gateway.link import Link
 from hycluster.gateway.members import Members
+from hycluster.gateway.prefixes import Prefixes
 from hycluster.gateway.router import Candidate, Policy, RouteRequest, outstanding_tokens
 from hycluster.observe.gateways import KnownReplica, ReplicaBooks
 from hycluster.timeline import Track, current
@@ -39,6 +41,7 @@ class PoolClient(ControlCalls):
         wait_s: how long a request whose replica was lost waits for another one.
         cold_start_wait_s: how long a new request waits for a replica where there is none; None: it is refused.
         failover: keep each request's tokens, so that it can go on elsewhere; without, one that has begun ends.
+        follow_blocks: know which KV blocks each replica has.
         on_lost: told of each request that ends because its replica was lost: Unavailable, ReplicaLost, KillsReplicas;
             or because its engine knows what is wrong with it: InvalidInput.
 
@@ -49,6 +52,7 @@ class PoolClient(ControlCalls):
         resources: what ``AsyncLLM`` reads of its client's state; a pool as such never dies.
         shows_pool: of all ingress processes, this one shows the metrics that concern the pool.
         jobs: by gateway, what each of its jobs has and wants, as the directory last said.
+        prefixes: what is known of replicas' KV caches; None: nothing.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class PoolClient(ControlCalls):
         wait_s: float,
         cold_start_wait_s: float | None = None,
         failover: bool = True,
+        follow_blocks: bool = False,
         on_lost: Tell,
     ) -> None:
         self.model = model
@@ -72,7 +77,8 @@ class PoolClient(ControlCalls):
         self._encoder = MsgpackEncoder()
         self._arrived: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._failover = Failover(self._send, on_lost, wait_s=wait_s)
-        self._members = Members(self._failover, self._arrived)
+        self.prefixes = Prefixes() if follow_blocks else None
+        self._members = Members(self._failover, self._arrived, self.prefixes)
         self.shows_pool = False
         self.jobs: dict[str, dict[str, BulkDemand]] = {}
         self.migrated = self._failover.migrated
@@ -197,8 +203,9 @@ class PoolClient(ControlCalls):
             Unavailable: no replica can serve, and new requests don't wait.
             InvalidInput: the request holds what no message can.
         """
-        request.cache_salt = self._salted(request)
-        flight = Flight(request, keep=self._keep, track=self._begin_track(request))
+        track = self._begin_track(request)
+        self._for_its_caller(request)
+        flight = Flight(request, keep=self._keep, track=track)
         try:
             await self._send(flight)
         except Unavailable:
@@ -212,11 +219,15 @@ class PoolClient(ControlCalls):
                 flight.track.note("waiting", reason="model start")
             self._failover.wait_for_first(flight, wait_s, error)
 
-    def _salted(self, request: EngineCoreRequest) -> str | None:
+    def _for_its_caller(self, request: EngineCoreRequest) -> None:
+        """Have the engine compute it for whoever calls."""
         try:
-            return own_salt(request.cache_salt)
+            request.cache_salt = own_salt(request.cache_salt)
         except UnicodeEncodeError:
             raise InvalidInput("cache_salt: is not allowed; must be text that UTF-8 can hold") from None
+        if (caller := current_caller.get()) is not None:
+            payer = payer_headers(caller.tenant, caller.weight)
+            request.trace_headers = {**(request.trace_headers or {}), **payer}
 
     def _begin_track(self, request: EngineCoreRequest) -> Track | None:
         timeline = current.get()
@@ -228,12 +239,16 @@ class PoolClient(ControlCalls):
         return timeline.begin_track(name, self.model, len(request.prompt_token_ids or ()))
 
     async def _send(self, flight: Flight) -> None:
+        if self.prefixes is not None:
+            flight.prefix = self.prefixes.of(flight.request, flight.output)
         link = self._choose(flight)
         request = migrate(flight.request, flight.engine_id, flight.output) if flight.moves else flight.request
         message = self._encoded(request)
         self._failover.flights[flight.request_id] = flight
         if flight.track is not None:
             self._told_of_route(flight.track, flight, link)
+        if self.prefixes is not None and flight.prefix is not None:
+            self.prefixes.send(flight.prefix, link.replica_id)
         await link.send(flight, message)
 
     def _told_of_route(self, track: Track, flight: Flight, link: Link) -> None:
@@ -254,6 +269,7 @@ class PoolClient(ControlCalls):
             raise self._no_replica()
         if len(links) == 1:
             return links[0]
+        cached = self._cached_tokens(flight, links)
         candidates = [
             Candidate(
                 replica_id=link.replica_id,
@@ -261,11 +277,17 @@ class PoolClient(ControlCalls):
                 own_requests=len(link.flights),
                 load=link.load,
                 spare_rows=link.room.spare(link.bulk_rows) if flight.bulk else None,
+                cached_tokens=cached.get(link.replica_id),
             )
             for link in links
         ]
         route = RouteRequest(tokens=flight.tokens_to_compute, session_id=flight.request.session_id, bulk=flight.bulk)
         return self._members.links[self._policy.choose(candidates, route)]
+
+    def _cached_tokens(self, flight: Flight, links: Iterable[Link]) -> Mapping[str, int | None]:
+        if self.prefixes is None or flight.prefix is None:
+            return {}
+        return self.prefixes.cached_tokens(flight.prefix, (link.replica_id for link in links))
 
     def _no_replica(self) -> Unavailable:
         return Unavailable(f"model: no replica of {self.model!r} can serve now", retry_after_s=1.0)

@@ -25,6 +25,8 @@ class Candidate:
         own_requests: requests that this gateway has outstanding there.
         load: what the replica last said of itself, a moment old; None if it has not spoken yet.
         spare_rows: how many more rows of bulk it can use; None if it does not say enough to tell.
+        cached_tokens: of the request's prompt, what it has in its KV cache, or will have when it gets to it; None if
+            that is not known.
     """
 
     replica_id: str
@@ -32,6 +34,7 @@ class Candidate:
     own_requests: int = 0
     load: ReplicaLoad | None = None
     spare_rows: int | None = None
+    cached_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +168,10 @@ POLICIES: dict[str, Callable[[str, int | None], Policy]] = {
     "least_outstanding_tokens": LeastOutstandingTokens,
     "power_of_two": lambda _, seed: PowerOfTwoChoices(seed),
 }
+
+
+# Those of them that go by what replicas have in their KV caches.
+BY_BLOCKS: frozenset[str] = frozenset()
 
 
 def make_policy(

@@ -36,7 +36,7 @@ class Limited:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         limiter, caller = self._generator.limiter, current_caller.get()
         asks = scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in ASK
-        if limiter is None or caller is None or not asks or not limiter.limits_anybody:
+        if limiter is None or not asks or not limiter.may_limit(caller):
             await self._app(scope, receive, send)
             return
         body, receive = await read_on(receive)

@@ -10,15 +10,17 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Protocol
 
+from hycluster.errors import SettingsError
 from hycluster.ledger.account import account_book
 from hycluster.ledger.books import Books, books_of
 from hycluster.ledger.entry import Entry, entries_in
 from hycluster.ledger.journal import UsageJournal, files_in, taken
+from hycluster.settings.base import home, private_home
 from hycluster.settings.ledger import Ledger
 from hycluster.settings.model import Model
 from hycluster.settings.price import Price, cost_of
@@ -144,14 +146,13 @@ async def open_ledger(settings: Settings) -> AsyncIterator[Keeper | None]:
     """The ledger of this process, for as long as it answers; None where it is off.
 
     Raises:
-        SettingsError: its store can't be used.
-        OSError: nor can the home of this machine.
+        SettingsError: its store, or the home of this machine, can't be used. A store that is away now can.
     """
     books = books_of(settings)
     if books is None:
         yield None
         return
-    keeper = Keeper(books, settings.ledger)
+    keeper = await asyncio.to_thread(_begun, books, settings.ledger)
     keeper.start()
     account_book.cost_of = PriceList(settings.models)
     account_book.write_entry = keeper.write
@@ -160,6 +161,16 @@ async def open_ledger(settings: Settings) -> AsyncIterator[Keeper | None]:
     finally:
         account_book.write_entry = None
         await asyncio.to_thread(keeper.close)
+
+
+def _begun(books: Books, settings: Ledger) -> Keeper:
+    with suppress(OSError):
+        books.folder.check_creates_once(".check")
+    try:
+        private_home()
+        return Keeper(books, settings)
+    except OSError as error:
+        raise SettingsError(f"ledger: can't be kept below HYCLUSTER_HOME ({home()}): {error}") from None
 
 
 class PriceList:

@@ -88,6 +88,8 @@ class Limiter:
         self._id = secrets.token_hex(8)
         self._met: dict[tuple[str, str, str, str], list[Limit]] = {}
         self._met_of: tuple[Limit, ...] = ()
+        self._limited: dict[tuple[str, str, str], bool] = {}
+        self._limited_of: tuple[Limit, ...] = ()
         self._holdings: dict[Name, Holding] = {}
         self._waiting: dict[Name, list[int]] = {}
         self._wake = asyncio.Event()
@@ -100,10 +102,17 @@ class Limiter:
 
     # -- requests -----------------------------------------------------------------------------------------
 
-    @property
-    def limits_anybody(self) -> bool:
-        """There is any limit at all."""
-        return bool(self._limits())
+    def may_limit(self, caller: Caller | None) -> bool:
+        """Whether this caller has any limit, be it for one model; the rest need not be looked at more closely."""
+        limits = self._limits()
+        if caller is None or not limits:
+            return False
+        if limits is not self._limited_of:
+            self._limited, self._limited_of = {}, limits
+        key = (caller.tenant, caller.project, caller.key_id)
+        if key not in self._limited:
+            self._limited[key] = any(limit.concerns(caller, limit.model or "") for limit in limits)
+        return self._limited[key]
 
     def concerning(self, caller: Caller | None, model: str) -> list[Limit]:
         """The limits that a request meets; mostly none, which costs next to nothing to know."""

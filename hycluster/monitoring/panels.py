@@ -251,6 +251,25 @@ ROUTING = DashboardSpec(
             (Query(_hit_ratio("model, replica"), REPLICA),),
         ),
         PanelSpec(
+            "Prefix cache: prediction error", "Tokens of a prompt by which it was predicted wrongly, mean.", "short",
+            (
+                Query(
+                    f"{rate('hycluster_prefix_error_tokens_total', 'model, kind')} / ignoring (kind) group_left"
+                    f" clamp_min({rate('hycluster_prefix_predictions_total')}, 0.001)",
+                    "{{model}} {{kind}}",
+                ),
+                Query(
+                    f"{rate('hycluster_prefix_cached_tokens_total')}"
+                    f" / clamp_min({rate('hycluster_prefix_predictions_total')}, 0.001)",
+                    "{{model}} found",
+                ),
+            ),
+        ),
+        PanelSpec(
+            "Known KV blocks", "What the router's index holds, over all replicas.", "short",
+            (Query(total("hycluster_prefix_index_blocks")),),
+        ),
+        PanelSpec(
             "Prompt tokens by source", "Computed, or found in a cache.", "tokens/s",
             (Query(rate("vllm:prompt_tokens_by_source_total", "model, source"), "{{model}} {{source}}"),),
         ),

@@ -165,6 +165,24 @@ ROUTED = _family(
     "Requests sent to a replica; one that is migrated counts at each.",
     REPLICA_AT_INGRESS,
 )  # fmt: skip
+PREFIX_PREDICTIONS = _family(
+    "counter", "hycluster_prefix_predictions_total",
+    "Requests of which it was predicted how many tokens of the prompt their replica has in its KV cache, and whose"
+    " engine has said how many it found. Nothing without `router.follow_kv_blocks`; so are the other three.",
+    AT_INGRESS,
+)  # fmt: skip
+PREFIX_CACHED = _family(
+    "counter", "hycluster_prefix_cached_tokens_total", "Tokens that those engines found.", AT_INGRESS
+)
+PREFIX_ERROR = _family(
+    "counter", "hycluster_prefix_error_tokens_total",
+    "By how many tokens these predictions were wrong: `missing` were predicted and not found (evicted meanwhile, say),"
+    " `unforeseen` were found and not predicted (stored meanwhile for another ingress process, say).",
+    ("model", "kind", "ingress"),
+)  # fmt: skip
+PREFIX_BLOCKS = _family(
+    "gauge", "hycluster_prefix_index_blocks", "KV blocks of replicas that the ingress process knows of.", AT_INGRESS
+)
 IN_FLIGHT = _family(
     "gauge", "hycluster_requests_in_flight", "Requests of this ingress process on a replica.", REPLICA_AT_INGRESS
 )

@@ -7,6 +7,10 @@ each under one random identity. What travels is vLLM's own msgpack, never pickle
     replica -> gateway   on the request socket   READY with the engine's info, or REFUSED with a reason
                          on the output socket    the frames of one EngineCoreOutputs; empty = engine ended
 
+A gateway that ends its HELLO with FOLLOW_BLOCKS hears which KV blocks the replica has, and from then on which come and
+go, in frames before those of outputs (``hycluster/engine/block_changes.py``): in the message of the step that did it,
+or in one without outputs where the step had none for it.
+
 The ranks of a data-parallel group reach each other by the same request sockets:
 
     rank -> rank         [SIBLING, token, payload]   payload is the engine's own, see Engine.hear
@@ -56,6 +60,7 @@ class MessageKind(bytes, Enum):
 
 
 READY, REFUSED = b"READY", b"REFUSED"
+FOLLOW_BLOCKS = b"blocks"
 
 # Methods of vLLM's engine core that a gateway may call. ``collective_rpc``, ``save_sharded_state`` and the
 # like run arbitrary code in the engine and stay closed.
@@ -266,7 +271,7 @@ class EngineServer:
             if kind is MessageKind.SIBLING:
                 self._engine.hear(rest)
             else:
-                self._welcome(identity)
+                self._welcome(identity, follows=FOLLOW_BLOCKS in rest)
             return
         client = self._clients.get(identity)
         if client is None:
@@ -290,13 +295,15 @@ class EngineServer:
     def _refuse(self, identity: bytes, why: bytes) -> None:
         self._requests.send_multipart([identity, REFUSED, why])
 
-    def _welcome(self, identity: bytes) -> None:
+    def _welcome(self, identity: bytes, follows: bool) -> None:
         if identity not in self._clients:
             client, self._next_client = self._next_client, self._next_client + 1
             self._greeted[client] = time.monotonic()
             self._identities[client] = identity
             self._clients[identity] = client
         self._requests.send_multipart([identity, READY, encode_info(self._engine.info)])
+        if follows:
+            self._engine.follow_blocks(self._clients[identity])
 
     def _forget(self, client: int) -> None:
         identity = self._identities.pop(client, None)

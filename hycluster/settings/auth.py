@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -82,6 +82,8 @@ class Auth(Strict):
             machine. Give one with a password by the variable: settings are shown in places.
         currency: of prices and budgets (ISO 4217, in small letters).
         poll_s: how often an ingress process looks for changes: a new key is known, a revoked one is dead after it.
+        weights: by tenant, which share of an engine it gets where several want all of it, as one number against
+            another; who is not named has 1.
         grace_s: how long known keys go on while the database is away; unknown ones are answered 503 then.
         end_streams: end answers that run, at both ingresses, within two seconds after their key is revoked, expires, or
             its project is archived; without it they run to their end.
@@ -97,6 +99,7 @@ class Auth(Strict):
     poll_s: float = Field(default=0.5, gt=0, le=1)
     grace_s: float = Field(default=3600, ge=0)
     end_streams: bool = False
+    weights: dict[str, Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]] = Field(default={})
 
     @model_validator(mode="after")
     def _open_or_not(self) -> Auth:

@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from hycluster.settings.simulated import Simulated
     from hycluster.simulate.bulk import BulkJob
     from hycluster.simulate.machine import Machine
+    from hycluster.simulate.outcome import TraceOutcome
+    from hycluster.simulate.traces import TraceRequest
 
 SCHEDULERS = ("colocation", "priority")
+FIDELITIES = ("exact", "fast")
 
 
 def simulate(
@@ -42,7 +45,12 @@ def simulate(
         int | None, typer.Option(min=1, max=1000, help="Default: as many as the settings have at first.")
     ] = None,
     policy: Annotated[
-        str | None, typer.Option(metavar="NAME", help="How the router chooses; default: the settings' router.policy.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="How the router chooses: the settings' router.policy (default), or one of those that know what"
+            " replicas have cached (docs/routing.md).",
+        ),
     ] = None,
     scheduler: Annotated[
         str | None,
@@ -95,6 +103,16 @@ def simulate(
         str | None,
         typer.Option(metavar="URL", help="With --fit: take those that a running service has learned: its /metrics."),
     ] = None,
+    fidelity: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(FIDELITIES),
+            help="vLLM's own scheduler in each engine, for tens of them; or counted blocks, for hundreds.",
+        ),
+    ] = "exact",
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write a page: TTFT and hits over time, load by replica.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of what is left to chance: same seed, same numbers.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
 ) -> None:
@@ -108,6 +126,10 @@ def simulate(
         ("--metrics", metrics, fit),
         ("--bulk-in-flight", in_flight, bulk is not None),
         ("--load", load, scale is None),
+        ("--fidelity fast", bulk if fidelity == "fast" else None, False),
+        ("--fidelity fast", load if fidelity == "fast" else None, False),
+        ("--fidelity fast", scheduler if fidelity == "fast" else None, False),
+        ("--html", html, trace is not None),
         ("--trace", None if trace is not None or fit else "", False),
     ):
         if value is not None and not needs:
@@ -121,12 +143,17 @@ def simulate(
     if chosen not in SCHEDULERS:
         raise SettingsError(f"--scheduler: {shown(chosen)} is not allowed; must be one of {', '.join(SCHEDULERS)}")
 
-    from hycluster.gateway.router import make_policy
+    if fidelity not in FIDELITIES:
+        raise SettingsError(f"--fidelity: {shown(fidelity)} is not allowed; must be one of {', '.join(FIDELITIES)}")
+
+    from hycluster.simulate.choice import Choice
     from hycluster.simulate.machine import OnGpu, machine_of, simulated_machine
-    from hycluster.simulate.traces import read_trace, scaled, within
+    from hycluster.simulate.traces import read_trace, within
 
     routing = policy or settings.router.policy
-    make_policy(routing, "simulation")
+    Choice(routing, seed)
+    if html is not None and not html.parent.is_dir():
+        raise SettingsError(f"--html: {html.parent}: no such folder")
     requests = within(read_trace(trace), duration_s) if trace is not None else []
     _settle_vllm()
     machine: Machine
@@ -139,19 +166,30 @@ def simulate(
     if trace is None:
         return
 
-    from hycluster.simulate.run import Simulation
-
     begun = time.monotonic()
-    colocation = model.colocation.model_copy(update={"enabled": chosen == "colocation"})
-    simulation = Simulation(machine, colocation, replicas or max(1, model.replicas.count), routing, seed)
-    times = simulation.scale_for(requests, load) if load is not None else (scale or 1.0)
-    requests = scaled(requests, times, seed)
-    if not requests:
-        raise SettingsError(f"--trace: {trace}: nothing is left of it at a scale of {times:.3g}")
-    outcome, found = simulation.serve(requests, job)
-    if job is not None and compare:
-        found |= simulation.compare(requests, job)
-    found |= {"scale": times, "seed": seed, "scheduler": chosen, "policy": routing}
+    count = replicas or max(1, model.replicas.count)
+    outcome: TraceOutcome
+    if fidelity == "fast":
+        from hycluster.simulate.fast import serve_fast
+
+        times, chosen = scale or 1.0, "counted"
+        requests = _scaled(requests, times, seed, trace)
+        outcome, found = serve_fast(machine, requests, replicas=count, policy=routing, seed=seed)
+    else:
+        from hycluster.simulate.run import Simulation
+
+        colocation = model.colocation.model_copy(update={"enabled": chosen == "colocation"})
+        simulation = Simulation(machine, colocation, count, routing, seed)
+        times = simulation.scale_for(requests, load) if load is not None else (scale or 1.0)
+        requests = _scaled(requests, times, seed, trace)
+        outcome, found = simulation.serve(requests, job)
+        if job is not None and compare:
+            found |= simulation.compare(requests, job)
+    found |= {"scale": times, "seed": seed, "fidelity": fidelity, "scheduler": chosen, "policy": routing}
+    if html is not None:
+        from hycluster.simulate.page import html_page
+
+        html.write_text(html_page(outcome, found))
     if as_json:
         echo(json.dumps(found, indent=2))
         return
@@ -167,8 +205,20 @@ _NEEDS = {
     "--metrics": "--metrics: is where --fit reads; give --fit too, or leave it out",
     "--bulk-in-flight": "--bulk-in-flight: is of the job that --bulk makes; give --bulk too, or leave it out",
     "--load": "--load: can't be together with --scale; give one of the two",
+    "--fidelity fast": "--fidelity: fast can't be together with --bulk, --load or --scheduler, which need vLLM's"
+    " scheduler; must be exact there",
+    "--html": "--html: shows what came of a trace; give --trace too, or leave it out",
     "--trace": "--trace: is missing; must be a file of requests (or give --fit alone, to measure step times)",
 }
+
+
+def _scaled(requests: list[TraceRequest], times: float, seed: int, trace: Path) -> list[TraceRequest]:
+    from hycluster.simulate.traces import scaled
+
+    found = scaled(requests, times, seed)
+    if not found:
+        raise SettingsError(f"--trace: {trace}: nothing is left of it at a scale of {times:.3g}")
+    return found
 
 
 def _job(bulk: str | None, in_flight: int | None) -> BulkJob | None:

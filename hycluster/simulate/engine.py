@@ -17,10 +17,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import KVEventsConfig, VllmConfig
+from vllm.distributed.kv_events import BlockRemoved, BlockStored, EventBatch, NullEventPublisher
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash, maybe_convert_block_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
@@ -28,9 +29,11 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from hycluster.engine.fairness import payer_headers
 from hycluster.engine.routed_weights import RoutedWeights
 from hycluster.engine.scheduler import ColocationScheduler
 from hycluster.engine.step_time import StepTime
+from hycluster.engine.waiting import take_payer
 from hycluster.simulate.step_work import VirtualWork
 
 # What comes out; no token of a prompt that a trace's hash makes.
@@ -41,6 +44,11 @@ _STUCK_STEPS = 100
 
 class StuckEngine(RuntimeError):
     """No request that an engine has can ever run."""
+
+
+def block_names(request: Request) -> list[int]:
+    """Of its whole blocks, as in vLLM's KV events."""
+    return [maybe_convert_block_hash(each) for each in request.block_hashes]  # type: ignore[misc]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +73,28 @@ class _Flight:
 
     output: SchedulerOutput
     sampled: list[list[int]]
+    begin_s: float
     end_s: float
+    prefill_tokens: int
+
+
+# What was stored, and what was dropped, in this order of each message.
+BlocksChanged = Callable[[Sequence[int], Sequence[int]], None]
+
+
+class _Published(NullEventPublisher):
+    """In the place of vLLM's ZMQ socket."""
+
+    def __init__(self, tell: BlocksChanged) -> None:
+        super().__init__()
+        self._tell = tell
+
+    def publish(self, events: EventBatch) -> None:
+        for event in events.events:
+            if isinstance(event, BlockStored):
+                self._tell(event.block_hashes, ())  # type: ignore[arg-type]
+            elif isinstance(event, BlockRemoved):
+                self._tell((), event.block_hashes)  # type: ignore[arg-type]
 
 
 class VirtualEngine:
@@ -76,6 +105,7 @@ class VirtualEngine:
         kv_blocks: how many blocks the KV cache has.
         step_time: seconds that a step of this work takes.
         experts: what its scheduler knows of the model's experts.
+        blocks: told of what its KV cache stores and drops, by vLLM's KV events; None: nobody wants to know.
 
     Attributes:
         now_s: the virtual clock; set it to move on while the engine is idle.
@@ -88,13 +118,17 @@ class VirtualEngine:
         kv_blocks: int,
         step_time: Callable[[VirtualWork], float],
         experts: RoutedWeights | None = None,
+        blocks: BlocksChanged | None = None,
     ) -> None:
         cache = config.cache_config
+        if blocks is not None:
+            config.kv_events_config = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
         cache.num_gpu_blocks = kv_blocks
         self.now_s = self.busy_s = 0.0
         self.steps = self._idle_steps = 0
         self._step_time = step_time
         self._flights: deque[_Flight] = deque()
+        self._over: _Flight | None = None
         self._most_flights = config.max_concurrent_batches
         spec = FullAttentionSpec(block_size=cache.block_size, num_kv_heads=1, head_size=1, dtype=torch.float32)
         self.scheduler: Scheduler = config.scheduler_config.get_scheduler_cls()(  # type: ignore[call-arg, assignment]
@@ -104,6 +138,8 @@ class VirtualEngine:
             block_size=cache.block_size,
             log_stats=True,
         )
+        if blocks is not None:
+            self.scheduler.kv_event_publisher = _Published(blocks)
         if isinstance(self.scheduler, ColocationScheduler):
             self.scheduler.clock = lambda: self.now_s
             self.scheduler.step_time = StepTime(experts)
@@ -116,31 +152,58 @@ class VirtualEngine:
         return bool(self._flights) or self.scheduler.has_requests()
 
     def add(
-        self, request_id: str, prompt: Sequence[int], max_tokens: int, priority: int, arrival_s: float | None = None
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        max_tokens: int,
+        priority: int,
+        arrival_s: float | None = None,
+        payer: tuple[str, float] | None = None,
     ) -> None:
         """Queue a request.
 
         Args:
             arrival_s: when it came, if that was within the step that is over now.
+            payer: the tenant whose it is, and its weight.
         """
-        params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
-        self.scheduler.add_request(
-            Request(
-                request_id=request_id,
-                prompt_token_ids=list(prompt),
-                sampling_params=params,
-                pooling_params=None,
-                arrival_time=self.now_s if arrival_s is None else arrival_s,
-                priority=priority,
-                block_hasher=self._hasher,
-            )
+        request = self.made(request_id, prompt, max_tokens, priority, arrival_s)
+        if payer is not None:
+            request.trace_headers = payer_headers(*payer)
+        take_payer(request)
+        self.add_made(request)
+
+    def made(
+        self, request_id: str, prompt: Sequence[int], max_tokens: int, priority: int, arrival_s: float | None = None
+    ) -> Request:
+        """A request that any engine of this kind takes; it has the hashes of its blocks."""
+        return Request(
+            request_id=request_id,
+            prompt_token_ids=list(prompt),
+            sampling_params=SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True),
+            pooling_params=None,
+            arrival_time=self.now_s if arrival_s is None else arrival_s,
+            priority=priority,
+            block_hasher=self._hasher,
+        )
+
+    def add_made(self, request: Request) -> None:
+        """Queue it."""
+        self.scheduler.add_request(request)
+
+    def prefill_in_flight(self, at_s: float) -> float:
+        """Tokens of prompts that count as computed, and are not at that time: the clock stands at a step's end."""
+        flights = self._flights if self._over is None else (self._over, *self._flights)
+        return sum(
+            each.prefill_tokens * min(1.0, (each.end_s - at_s) / (each.end_s - each.begin_s))
+            for each in flights
+            if each.end_s > max(at_s, each.begin_s)
         )
 
     def step(self) -> list[TokenAt]:
         """Compute one step to its end, where the clock then stands; those behind it are scheduled before."""
         while len(self._flights) < self._most_flights and self.scheduler.has_requests():
             self._schedule()
-        flight = self._flights.popleft()
+        self._over = flight = self._flights.popleft()
         self.now_s = flight.end_s
         ids = list(flight.output.num_scheduled_tokens)
         self._watch(bool(ids))
@@ -167,14 +230,15 @@ class VirtualEngine:
         output = self.scheduler.schedule()
         begin_s = max(self.now_s, self._flights[-1].end_s) if self._flights else self.now_s
         requests, rows = self.scheduler.requests, output.num_scheduled_tokens
-        duration_s = 0.0
+        duration_s, prefill_tokens = 0.0, 0
         if rows:
-            duration_s = self._step_time(self._work(output))
+            work = self._work(output)
+            duration_s, prefill_tokens = self._step_time(work), work.prefill_tokens
             self.steps += 1
             self.busy_s += duration_s
         # As it is now: the next step may be scheduled before this one is over.
         sampled = [[] if requests[one].is_prefill_chunk else [TOKEN] for one in rows]
-        self._flights.append(_Flight(output, sampled, begin_s + duration_s))
+        self._flights.append(_Flight(output, sampled, begin_s, begin_s + duration_s, prefill_tokens))
 
     def _work(self, output: SchedulerOutput) -> VirtualWork:
         """After ``schedule``, which has counted this step's tokens as computed already."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hycluster.simulate.machine import Machine
-from hycluster.simulate.pool import TraceOutcome
+from hycluster.simulate.outcome import TraceOutcome
 from hycluster.simulate.traces import hit_tokens
 
 
@@ -48,6 +48,8 @@ def trace_figures(outcome: TraceOutcome, machine: Machine, replicas: int) -> dic
         "prefix_hit_tokens": sum(each.cached for each in served),
         **latencies(outcome),
         "load_p99_over_mean": (at_share(outcome.tokens, 0.99) or 0) / mean if mean else None,
+        # Real time: the one figure that a seed does not fix.
+        "decision_us": {f"p{share}": _micro(at_share(outcome.decisions_s, share / 100)) for share in (50, 99)},
         "duration_s": outcome.end_s,
         "busy_share": sum(outcome.busy_s) / sum(outcome.clocks_s) if sum(outcome.clocks_s) else 0.0,
         "steps": outcome.steps,
@@ -59,3 +61,7 @@ def trace_figures(outcome: TraceOutcome, machine: Machine, replicas: int) -> dic
         },
         "step_times": machine.source,
     }
+
+
+def _micro(seconds: float | None) -> float | None:
+    return seconds * 1e6 if seconds is not None else None

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hycluster.engine.routed_weights import RoutedWeights
 from hycluster.errors import SettingsError
+from hycluster.gateway.prefix_router import StepCost
 from hycluster.planning.architecture import GIB
 from hycluster.planning.families import architecture, read_config
 from hycluster.planning.gpus import gpu as gpu_named
@@ -24,7 +25,8 @@ from hycluster.planning.shares import UTILIZATION, device_share, kv_bytes_per_to
 from hycluster.planning.speed import experts_held
 from hycluster.settings.model import Colocation, Model
 from hycluster.settings.simulated import Simulated
-from hycluster.simulate.step_work import LinearStep, Roofline, StepSeconds
+from hycluster.simulate.counted_engine import CountedSizes
+from hycluster.simulate.step_work import LinearStep, Roofline, StepSeconds, step_cost
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -36,6 +38,8 @@ SCHEDULING = (
     "prefix_caching_hash_algo", "scheduler_cls", "scheduler_reserve_full_isl", "scheduling_policy", "watermark",
 )  # fmt: skip
 BLOCK_TOKENS = 16
+# Of a step, for a router that estimates, where the settings leave it to vLLM.
+USUAL_STEP_TOKENS = 2048
 # vLLM takes the settings' scheduling from a model's configuration; this one has no more than it takes to have one.
 _STAND_IN = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32", "vocab_size": 256,
@@ -94,6 +98,27 @@ class Machine:
     @property
     def max_model_len(self) -> int:
         return int(self.scheduling["max_model_len"])
+
+    @property
+    def sizes(self) -> CountedSizes:
+        """What bounds a step; vLLM is asked where the settings do not say it."""
+        said = self.scheduling
+        if not {"max_num_batched_tokens", "max_num_seqs"} <= said.keys():
+            scheduler = self.config(Colocation(enabled=False)).scheduler_config
+            said = {"max_num_batched_tokens": scheduler.max_num_batched_tokens, "max_num_seqs": scheduler.max_num_seqs}
+        return CountedSizes(
+            step_tokens=int(said["max_num_batched_tokens"]),
+            step_rows=int(said["max_num_seqs"]),
+            kv_tokens=self.kv_tokens,
+            block_tokens=self.block_tokens,
+            asynchronous=self.asynchronous,
+            prefix_caching=bool(self.scheduling.get("enable_prefix_caching", True)),
+        )
+
+    @property
+    def step_cost(self) -> StepCost:
+        """What a router is told of its steps."""
+        return step_cost(self.step_time, int(self.scheduling.get("max_num_batched_tokens", USUAL_STEP_TOKENS)))
 
     def config(self, colocation: Colocation) -> VllmConfig:
         """vLLM's configuration for a scheduler."""

@@ -20,6 +20,8 @@ def report_lines(found: Mapping[str, Any]) -> Iterator[str]:
         f" of all caches: {_share(bounds['pooled_lru_hit_tokens'], prompt)}, without limit:"
         f" {_share(bounds['unlimited_hit_tokens'], prompt)})"
     )
+    if (decision := found["decision_us"])["p50"] is not None:
+        yield f"a choice of a replica took {decision['p50']:.0f} us (p99 {decision['p99']:.0f})"
     yield f"{'ms':<18}{'mean':>10}{'p50':>10}{'p90':>10}{'p99':>10}"
     for where, part in (("", found), (" alone", found.get("alone", {}))):
         for key, title in (("ttft_s", "TTFT"), ("tpot_s", "TPOT")):

@@ -10,13 +10,15 @@ from typing import Any
 from hycluster.core import Priority
 from hycluster.engine.scheduler import colocation_load
 from hycluster.errors import SettingsError
-from hycluster.gateway.router import make_policy
 from hycluster.settings.model import Colocation
 from hycluster.simulate.bulk import LEAST_IN_FLIGHT, BulkJob, BulkRows
-from hycluster.simulate.engine import VirtualEngine
+from hycluster.simulate.choice import Choice
+from hycluster.simulate.engine import BlocksChanged, VirtualEngine
+from hycluster.simulate.engine_views import EngineViews
 from hycluster.simulate.figures import latencies, trace_figures
 from hycluster.simulate.machine import Machine
-from hycluster.simulate.pool import TraceOutcome, VirtualPool
+from hycluster.simulate.outcome import TraceOutcome
+from hycluster.simulate.pool import VirtualPool
 from hycluster.simulate.traces import TraceRequest, scaled, span_s
 
 # How long a job alone is looked at.
@@ -44,12 +46,9 @@ class Simulation:
     policy: str = "least_outstanding_tokens"
     seed: int = 0
 
-    def engines(self, colocation: Colocation) -> list[VirtualEngine]:
+    def engine(self, colocation: Colocation, blocks: BlocksChanged | None = None) -> VirtualEngine:
         machine = self.machine
-        return [
-            VirtualEngine(machine.config(colocation), machine.kv_blocks, machine.step_time, machine.experts)
-            for _ in range(self.replicas)
-        ]
+        return VirtualEngine(machine.config(colocation), machine.kv_blocks, machine.step_time, machine.experts, blocks)
 
     def serve(self, requests: Sequence[TraceRequest], job: BulkJob | None) -> tuple[TraceOutcome, dict[str, Any]]:
         """Serve a trace, beside a job if there is one.
@@ -62,11 +61,11 @@ class Simulation:
                 f"--bulk: {job.prompt_tokens}:{job.output_tokens} is not allowed; must be at most {self._longest}"
                 " tokens together"
             )
-        engines = self.engines(self.colocation)
-        outcome = self._pool(engines).run(requests, job.rows(self.machine) if job is not None else None)
+        pool = self._pool(self.colocation)
+        outcome = pool.run(requests, job.rows(self.machine) if job is not None else None)
         found = trace_figures(outcome, self.machine, self.replicas)
         if job is not None:
-            loads = [load for engine in engines if (load := colocation_load(engine.scheduler)) is not None]
+            loads = [load for engine in pool.engines if (load := colocation_load(engine.scheduler)) is not None]
             found["bulk"] = {
                 "rows": outcome.bulk.rows if job.count is None else outcome.bulk.all_rows,
                 "output_tokens": outcome.bulk.output_tokens,
@@ -89,12 +88,12 @@ class Simulation:
 
     def alone(self, requests: Sequence[TraceRequest]) -> TraceOutcome:
         """The trace without a job."""
-        return self._pool(self.engines(PRIORITY_ONLY)).run(requests)
+        return self._pool(PRIORITY_ONLY).run(requests)
 
     def bulk_alone(self, job: BulkJob) -> float:
         """Output tokens a second of a job without online work and without an end."""
         rows = job.endless.rows(self.machine)
-        outcome = self._pool(self.engines(PRIORITY_ONLY)).run([], rows, ALONE_S)
+        outcome = self._pool(PRIORITY_ONLY).run([], rows, ALONE_S)
         return outcome.bulk.output_tokens / ALONE_S
 
     def load_of(self, requests: Sequence[TraceRequest]) -> float:
@@ -106,7 +105,7 @@ class Simulation:
         span, fit = span_s(requests), [each for each in requests if self._fits(each)]
         if not span or not fit:
             return 0.0
-        pool = self._pool(self.engines(PRIORITY_ONLY))
+        pool = self._pool(PRIORITY_ONLY)
         in_flight = 2 * int(self.machine.scheduling.get("max_num_seqs", LEAST_IN_FLIGHT))
         tokens = sum(each.output_tokens for each in fit)
         feed = BulkRows(_again_and_again(fit), in_flight, endless=True, priority=Priority.ONLINE)
@@ -129,8 +128,11 @@ class Simulation:
     def _fits(self, request: TraceRequest) -> bool:
         return request.prompt_tokens + request.output_tokens <= self._longest
 
-    def _pool(self, engines: list[VirtualEngine]) -> VirtualPool:
-        return VirtualPool(engines, make_policy(self.policy, "simulation", self.seed), self._longest)
+    def _pool(self, colocation: Colocation) -> VirtualPool:
+        choice, machine = Choice(self.policy, self.seed), self.machine
+        views = EngineViews(self.replicas, machine.step_cost, machine.block_tokens, choice.by_prefix)
+        engines = [self.engine(colocation, views.told(number)) for number in range(self.replicas)]
+        return VirtualPool(engines, views, choice, self._longest)
 
 
 def _again_and_again(requests: Sequence[TraceRequest]) -> Iterator[TraceRequest]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hycluster.engine.step_time import StepWork
+from hycluster.gateway.prefix_router import StepCost
 from hycluster.planning.architecture import Architecture
 from hycluster.planning.gpus import Gpu
 from hycluster.planning.precision import Precision
@@ -79,3 +80,23 @@ class Roofline:
     def __call__(self, work: VirtualWork) -> float:
         tokens_s: float = self._tokens_s(work.prefill_tokens + work.sequences)
         return tokens_s + self._kv_token_s * work.kv_tokens + self._pair_s * work.prefill_pairs
+
+
+def step_cost(step_time: StepSeconds, step_tokens: int) -> StepCost:
+    """A plane through what steps take: by a full one, half a full one, and one that only decodes.
+
+    Args:
+        step_tokens: of a full step.
+    """
+    full, half = max(2, step_tokens - 1), max(1, step_tokens // 2)
+    full_s, half_s = (step_time(VirtualWork(prefill_tokens=tokens, sequences=1)) for tokens in (full, half))
+    lone_s = step_time(VirtualWork(sequences=1))
+    token_s = (full_s - half_s) / (full - half)
+    sequence_s = (step_time(VirtualWork(sequences=33)) - lone_s) / 32
+    return StepCost(
+        base_s=max(0.0, full_s - token_s * full - sequence_s),
+        prefill_token_s=token_s,
+        sequence_s=sequence_s,
+        kv_token_s=(step_time(VirtualWork(sequences=1, kv_tokens=1_000_000)) - lone_s) / 1e6,
+        step_tokens=step_tokens,
+    )

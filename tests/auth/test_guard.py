@@ -59,7 +59,7 @@ async def test_keys_and_tokens_side_by_side(tmp_path: Path) -> None:
     issuer._keys._keys = {"one": PyJWKSet.from_dict(published(one=RSA)).keys[0]}
     issuer._keys._fetched_s = issuer._keys._clock()
     with keyed(tmp_path) as keys:
-        guard = Guard(keys.guard._keyring, tokens)
+        guard = Guard(keys.guard.keyring, tokens)
         assert (await guard.caller(keys.key())).key == "test"
         caller = await guard.caller(token())
         assert isinstance(caller, Caller)

@@ -121,3 +121,24 @@ def test_the_queue_is_a_heap_by_priority() -> None:
 
     assert "self._heap[0]" in inspect.getsource(PriorityRequestQueue.peek_request)
     in_order(inspect.getsource(Request.__lt__), "self.priority", "self.arrival_time")
+
+
+def test_who_was_peeked_at_is_popped() -> None:
+    """Whoever came into the queue in between: rows that are given up for it."""
+    in_order(
+        schedule(),
+        "request = request_queue.peek_request()",
+        "self.kv_cache_manager.allocate_slots(",
+        "request = request_queue.pop_request()",
+        "self.running.append(request)",
+    )
+    in_order(schedule(), "def skip_request(", "from_queue.pop_request()")
+    assert schedule().count("pop_request()") == 2
+
+
+def test_blocks_are_asked_for_by_these_names() -> None:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    parameters = list(inspect.signature(KVCacheManager.allocate_slots).parameters)
+    assert parameters[1:4] == ["request", "num_new_tokens", "num_new_computed_tokens"]
+    assert "num_external_computed_tokens" in parameters

@@ -22,7 +22,7 @@ from tests.auth.keyed import Keyed, keyed
 from tests.simulated_pool import SimulatedPool
 
 if TYPE_CHECKING:
-    from hycluster.gateway.gateway import Gateway
+    from hycluster.engine.vllm import VllmEngine
 
 # A first engine in a process imports what warns of third parties' sins.
 pytestmark = [
@@ -47,7 +47,7 @@ class Ingress:
     http: str
     grpc: str
     keys: Keyed
-    gateway: Gateway
+    engine: VllmEngine
 
     async def cached(self, key: str | None, path: str, **more: Any) -> int:
         """How many tokens of a prompt the engine had, by what the answer says."""
@@ -84,7 +84,9 @@ async def opened(folder: Path, model: Path, *, guarded: bool) -> AsyncIterator[I
             http = await serve_http(generator, Http(port=0), guard=guard, drain_timeout_s=1)
             grpc = await serve_grpc(generator, Grpc(port=0), guard=guard)
             try:
-                yield Ingress(f"http://127.0.0.1:{http.port}", f"127.0.0.1:{grpc.port}", keys, gateway)
+                yield Ingress(
+                    f"http://127.0.0.1:{http.port}", f"127.0.0.1:{grpc.port}", keys, cast(Any, pool[0].engine)
+                )
             finally:
                 await grpc.stop(0)
                 await http.stop()
@@ -100,6 +102,10 @@ async def test_no_prefix_is_shared_by_two_projects(tmp_path: Path, tiny_model: P
             assert await ingress.cached(others, path) == 0, path
             assert await ingress.cached(others, path) == found, path
         # What a caller sends sets its own users apart, and brings it nowhere else.
+        scheduler: Any = ingress.engine._core.scheduler
+        (account,) = scheduler._tenants._online._accounts.values()
+        assert (account.tenant, account.weight) == ("acme", 1), "the engine knows whose it is"
+        assert account.served > 0
         path = "/v1/chat/completions"
         salts = "acme", "acme search", _salt("search"), _salt("other")
         for salt in salts:

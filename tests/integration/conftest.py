@@ -104,6 +104,7 @@ def settings_file(
         "grpc": {"port": 0},
         "data_plane": {"host": "127.0.0.1"},
         "batches": {"store": str(tmp_path_factory.mktemp("batches")), "shard_lines": 4, "poll_s": 0.2},
+        "ledger": {"enabled": True, "cut_every_s": 2},
         "drain_timeout_s": 20,
         "tracing": {"endpoint": collector.endpoint, "sample_ratio": 0},
     }

@@ -288,7 +288,7 @@ def test_idle_ranks_sleep(deployed: Deployed, name: str) -> None:
 
     processes = deployed.processes(name)
     # vLLM's workers wait for a second before they go to sleep, and one that spins has 3 s in each of these.
-    assert min(spent_s() for _ in range(4)) < 0.6
+    assert any(spent_s() < 0.6 for _ in range(4))
 
 
 @pytest.mark.parametrize(("data_rank", "tensor_process"), [(1, 0), (0, 1)])

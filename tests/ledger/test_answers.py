@@ -33,6 +33,7 @@ from hycluster.settings.settings import Settings
 from hycluster.settings.simulated import Simulated
 from tests.auth.keyed import Keyed, keyed
 from tests.simulated_pool import SimulatedPool
+from tests.waiting import PATIENCE_S, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), pytest.mark.usefixtures("vllm_imported")]
 
@@ -229,9 +230,7 @@ async def who_leaves_has_had_what_came(service: Service, http: httpx.AsyncClient
         lines = answer.aiter_lines()
         for _ in range(5):
             await anext(lines)
-    async with asyncio.timeout(10):
-        while not [entry for entry in service.entries() if entry.request_id == "left"]:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    await until(lambda: [entry for entry in service.entries() if entry.request_id == "left"])
     entry = service.entry("left")
     assert entry.outcome == "cancelled"
     assert 0 < entry.output_tokens < 400
@@ -242,7 +241,7 @@ async def what_is_answered_in_the_background(service: Service, http: httpx.Async
     body = {"model": TINY, "input": "hello", "max_output_tokens": 40, "temperature": 0, "background": True}
     begun = (await http.post("/v1/responses", json=body, headers={"x-request-id": "begun"})).json()
     assert begun["status"] in ("queued", "in_progress")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while (now := (await http.get(f"/v1/responses/{begun['id']}")).json())["status"] == begun["status"]:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     (entry,) = [entry for entry in service.entries() if entry.once]
@@ -277,8 +276,6 @@ async def by_grpc(service: Service) -> Counter[tuple[int, int]]:
                 model=TINY, prompt="hello", sampling=Sampling(max_tokens=400, ignore_eos=True), request_id="g-late",
                 timeout_s=0.1,
             )  # fmt: skip
-    async with asyncio.timeout(10):
-        while not [entry for entry in service.entries() if entry.request_id == "g-late"]:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    await until(lambda: [entry for entry in service.entries() if entry.request_id == "g-late"])
     assert service.entry("g-late").outcome in ("cancelled", "failed")
     return answers

@@ -13,18 +13,22 @@ from typing import Any
 import pytest
 
 from hycluster.auth.caller import Caller, calling
-from hycluster.ledger.account import AccountBook, account_now
+from hycluster.errors import SettingsError
+from hycluster.ledger.account import AccountBook, account_book, account_now
 from hycluster.ledger.books import Books
 from hycluster.ledger.entry import Entry
 from hycluster.ledger.journal import UsageJournal, files_in
-from hycluster.ledger.keeper import Keeper
+from hycluster.ledger.keeper import Keeper, open_ledger
 from hycluster.ledger.usage import sum_usage
 from hycluster.observe.ledger import LedgerMetrics
+from hycluster.settings.auth import Auth
 from hycluster.settings.ledger import Ledger
+from hycluster.settings.model import Model
+from hycluster.settings.settings import Settings
 from hycluster.storage import locate
 from tests.ledger.entries import MARCH, entry
 from tests.ledger.test_journal import WRITER
-from tests.simulated_pool import eventually
+from tests.waiting import eventually
 
 
 @pytest.fixture
@@ -181,3 +185,27 @@ def test_how_it_ended(admitted: bool, begun: bool, raised: type[BaseException] |
 def test_nothing_is_counted_where_there_is_no_ledger() -> None:
     with AccountBook().account("r", "grpc Generate") as account:
         assert account is account_now.get() is None
+
+
+async def test_a_home_that_takes_nothing_is_named_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HYCLUSTER_HOME", str(tmp_path / "file/home"))
+    model = Model(name="m", source="x")
+    settings = Settings(models=(model,), ledger=Ledger(enabled=True, store=str(tmp_path / "ledger")))
+    with pytest.raises(SettingsError, match="ledger: can't be kept below HYCLUSTER_HOME"):
+        async with open_ledger(settings):
+            raise AssertionError("it was opened")
+
+
+async def test_it_is_on_where_callers_are_asked_or_where_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYCLUSTER_HOME", str(tmp_path))
+    models = (Model(name="m", source="x"),)
+    for auth, said, on in ((False, None, False), (True, None, True), (True, False, False), (False, True, True)):
+        settings = Settings(models=models, auth=Auth(enabled=auth), ledger=Ledger(enabled=said))
+        async with open_ledger(settings) as keeper:
+            assert (keeper is not None) is on
+            assert (account_book.write_entry is not None) is on
+    assert settings.ledger_place == str(tmp_path / "batches/ledger")
+    assert Settings(models=models, batches=None, responses=None).ledger_place == str(tmp_path / "ledger")

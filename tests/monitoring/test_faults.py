@@ -24,6 +24,7 @@ from hycluster.directory.autoscaling import Scaling
 from hycluster.errors import Overloaded, Unavailable
 from hycluster.monitoring.alerts import BURN_RATES, alerts
 from hycluster.observe.ingresses import certificate_taken
+from hycluster.observe.ledger import ledger_metrics
 from hycluster.settings.ingress import Http
 from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
@@ -63,7 +64,8 @@ FIRES = {
     "broken": {"HyclusterServerErrors"},
     "behind": {"HyclusterBatchLate"},
 }
-SILENT, ENDING = "HyclusterSilent", "HyclusterCertificateEnds"
+SILENT = "HyclusterSilent"
+OF_NO_MODEL = {"HyclusterCertificateEnds", "HyclusterLedgerBehind", "HyclusterLedgerLoses"}
 
 
 class Cluster:
@@ -238,6 +240,22 @@ async def behind(cluster: Cluster) -> None:
     cluster.again(look)
 
 
+class FullDisk:
+    """What an ingress process's ledger tells that can't be written or committed."""
+
+    entries = 0
+
+    def __init__(self) -> None:
+        self._since_s = time.monotonic()
+
+    @property
+    def lost(self) -> int:
+        return int(10 * (time.monotonic() - self._since_s))
+
+    def lag_s(self) -> float:
+        return 3600.0
+
+
 @contextlib.asynccontextmanager
 async def opened(source: Path) -> AsyncIterator[tuple[str, Callable[[], Coroutine[Any, Any, None]]]]:
     """The faulty cluster: where its HTTP ingress is, and what closes that."""
@@ -248,6 +266,9 @@ async def opened(source: Path) -> AsyncIterator[tuple[str, Callable[[], Coroutin
         cluster = Cluster(source, stack, others)
         certificate_taken(time.time() + 86400)
         stack.callback(certificate_taken, 0)
+        # Shown for as long as it lives, which is as long as this is open.
+        full_disk = FullDisk()
+        ledger_metrics.watch("", full_disk)
         for fault in (calm, dead, late, short, dying, hung, asleep, full, crowded, broken, behind):
             await fault(cluster)
         # Which shows what this process has, whatever models it serves itself.
@@ -270,11 +291,13 @@ async def opened(source: Path) -> AsyncIterator[tuple[str, Callable[[], Coroutin
 
 
 async def test_each_fires_by_its_fault_and_by_no_other(tiny_model: Path, tmp_path: Path) -> None:
-    assert set().union(*FIRES.values(), {SILENT, ENDING}) == {alert.name for alert in alerts(OBJECTIVES)}
+    assert set().union(*FIRES.values(), {SILENT}, OF_NO_MODEL) == {alert.name for alert in alerts(OBJECTIVES)}
     rules = hastened(OBJECTIVES, windows=WINDOWS, waits=WAITS)
     async with opened(tiny_model) as (target, close):
         with prometheus([target], tmp_path, rules, SCRAPES_EVERY_S) as running:
-            wanted = {(name, model) for model, names in FIRES.items() for name in names} | {(ENDING, "")}
+            wanted = {(name, model) for model, names in FIRES.items() for name in names} | {
+                (name, "") for name in OF_NO_MODEL
+            }
             await fires(running, wanted)
             await close()
             # What looks back furthest goes on to fire.

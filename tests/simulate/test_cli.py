@@ -79,6 +79,40 @@ def test_a_trace_beside_a_job_as_json(vllm_forks: VllmForks, tmp_path: Path, set
     assert found["alone"]["ttft_s"]["p99"] > 0
 
 
+def test_counted_blocks_as_json_and_as_a_page(tmp_path: Path, settings: str, trace: str) -> None:
+    """All that is asked for, without vLLM; the same seed gives the same numbers."""
+    page = tmp_path / "page.html"
+    arguments = ("simulate", settings, "--trace", trace, "--replicas", "3", "--policy", "predicted_ttft", "--scale")
+    more = ("1.5", "--seed", "7", "--fidelity", "fast", "--json", "--html", str(page))
+    figures = []
+    for _ in range(2):
+        done, imported = run(*arguments, *more, home=tmp_path, timeout_s=VLLM_S)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert not HEAVY & imported
+        figures.append(json.loads(done.stdout))
+    for found in figures:
+        assert found.pop("decision_us").keys() == {"p50", "p99"}, "real time, so not the same"
+    found, again = figures
+    assert found == again
+    for kind in ("ttft_s", "tpot_s"):
+        assert found[kind].keys() == {"mean", "p50", "p90", "p99"}
+    assert found["bounds"].keys() == {"pooled_lru_hit_tokens", "unlimited_hit_tokens"}
+    assert 0 < found["prefix_hit_tokens"] <= found["bounds"]["unlimited_hit_tokens"]
+    for key in ("requests", "failed", "prompt_tokens", "load_p99_over_mean", "replica_hours", "gpu_hours"):
+        assert isinstance(found[key], int | float)
+    assert (found["fidelity"], found["policy"], found["failed"]) == ("fast", "predicted_ttft", 0)
+    assert "predicted_ttft" in page.read_text()
+
+
+def test_a_bad_line_of_a_trace_is_named(settings: str, trace: str) -> None:
+    with Path(trace).open("a") as file:
+        file.write('{"timestamp": 5, "input_length": 0, "output_length": 1, "hash_ids": []}\n')
+    arguments = ["simulate", settings, "--trace", trace, "--fidelity", "fast"]
+    error = CliRunner().invoke(app, arguments).exception
+    assert isinstance(error, SettingsError)
+    assert error.message.startswith(f"{trace}: line 61: input_length: 0 is not allowed; must be a whole number")
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -90,7 +124,16 @@ def test_a_trace_beside_a_job_as_json(vllm_forks: VllmForks, tmp_path: Path, set
         (("--trace", "TRACE", "--load", "0.5", "--scale", "2"), "--load: can't be together with --scale"),
         (("--trace", "TRACE", "--metrics", "http://x"), "--metrics: is where --fit reads"),
         (("--trace", "TRACE", "--scheduler", "best"), "--scheduler: 'best' is not allowed; must be one of colocation"),
-        (("--trace", "TRACE", "--policy", "best"), "router.policy: 'best' is not allowed; must be one of least_"),
+        (("--trace", "TRACE", "--policy", "best"), "--policy: 'best' is not allowed; must be one of least_"),
+        (("--trace", "TRACE", "--fidelity", "best"), "--fidelity: 'best' is not allowed; must be one of exact, fast"),
+        (("--trace", "TRACE", "--fidelity", "fast", "--bulk", "9:9"), "--fidelity: fast can't be together with --bulk"),
+        (("--trace", "TRACE", "--fidelity", "fast", "--load", "1"), "--fidelity: fast can't be together with --bulk"),
+        (("--html", "x.html", "--fit"), "--html: shows what came of a trace"),
+        (("--trace", "TRACE", "--html", "/no/where/x.html"), "--html: /no/where: no such folder"),
+        (
+            ("--trace", "TRACE", "--set", "router.policy=lmetric"),
+            "'lmetric' needs to know what each replica has",
+        ),
         (("--trace", "TRACE", "--model", "x"), "model: 'x' is not in the settings"),
         (("--trace", "TRACE", "--gpu", "H2O"), "--gpu: 'H2O' is not known (did you mean H20?)"),
         (("--trace", "TRACE", "--gpu", "H20"), "nowhere: no such file; must be a model's config.json"),

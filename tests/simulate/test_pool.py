@@ -82,6 +82,7 @@ def test_the_same_seed_gives_the_same_numbers() -> None:
 
     requests = made_trace(5, 4, seed=3)
     first, second = (simulation(replicas=2, seed=5).serve(requests, BulkJob(100, 20))[1] for _ in range(2))
+    assert all(each.pop("decision_us").keys() == {"p50", "p99"} for each in (first, second))
     assert first == second
 
 
@@ -98,9 +99,9 @@ def test_a_request_that_can_never_run_is_said_and_not_waited_for() -> None:
     from hycluster.simulate.engine import StuckEngine
 
     simulated = simulation()
-    pool = simulated._pool(simulated.engines(Colocation()))
+    pool = simulated._pool(Colocation())
     rows = BulkRows(itertools.repeat(TraceRequest(0.0, 15000, 1)), 1, endless=True, priority=Priority.ONLINE)
-    pool._engines[0].scheduler.kv_cache_manager.block_pool.get_new_blocks(8000)
+    pool.engines[0].scheduler.kv_cache_manager.block_pool.get_new_blocks(8000)
     with pytest.raises(StuckEngine, match="KV cache too small"):
         pool.run([], rows, 10)
 

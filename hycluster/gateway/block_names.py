@@ -1,0 +1,73 @@
+"""The names of a request's KV blocks, as its engine is going to have them: by vLLM's own hash.
+
+Pinned to vLLM 0.32.0, into whose internals it reaches; ``tests/gateway/test_block_names.py`` compares with what its
+``Request`` makes. A block's hash is made of the one before it, its tokens and its extra keys: the LoRA adapter's name
+and path, the caller's ``cache_salt`` (first block), ids of media in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import BlockHash, generate_block_hash_extra_keys
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.request import Request
+
+from hycluster.engine.block_changes import NAME_BYTES
+from hycluster.engine.patches.pinned import pinned_to
+from hycluster.engine.protocol import BlockNaming
+from hycluster.gateway.block_hashes import BlockHasher
+
+pinned_to("vllm", "0.32.0", __name__)
+
+
+class BlockNamer:
+    """Names blocks of requests, all of one naming at a time."""
+
+    def __init__(self) -> None:
+        self._naming: BlockNaming | None = None
+        self._hasher: BlockHasher | None = None
+
+    def names(self, request: EngineCoreRequest, naming: BlockNaming, output: Sequence[int] = ()) -> list[int]:
+        """Names of the full blocks of a request's tokens, from the first.
+
+        Args:
+            output: tokens that it has got so far.
+
+        Returns:
+            None of them where there is no telling: for prompts that are embeddings.
+        """
+        if request.prompt_token_ids is None or request.prompt_embeds is not None:
+            return []
+        tokens = [*request.prompt_token_ids, *output] if output else request.prompt_token_ids
+        if request.mm_features:
+            return _named_with_media(request, tokens, naming)
+        if self._hasher is None or naming != self._naming:
+            hash_fn = get_hash_fn_by_name(naming.algorithm)
+            self._naming, self._hasher = naming, BlockHasher(hash_fn, naming.root, naming.tokens)
+        # It reads four attributes, which both have.
+        asked, size = cast("Request", request), naming.tokens
+        first_keys, keys = (
+            generate_block_hash_extra_keys(asked, begin, begin + size, 0)[0] for begin in (0, naming.tokens)
+        )
+        names: list[int] = self._hasher.names(tokens, first_keys=first_keys, keys=keys).tolist()
+        return names
+
+
+def _named_with_media(request: EngineCoreRequest, tokens: Sequence[int], naming: BlockNaming) -> list[int]:
+    """Each block may have keys of its own."""
+    hashed, asked = get_hash_fn_by_name(naming.algorithm), cast("Request", request)
+    last, size, names, medium = BlockHash(naming.root), naming.tokens, list[int](), 0
+    for begin in range(0, len(tokens) - size + 1, size):
+        keys, medium = generate_block_hash_extra_keys(asked, begin, begin + size, medium)
+        last = BlockHash(hashed((last, tuple(tokens[begin : begin + size]), keys)))
+        names.append(int.from_bytes(last[-NAME_BYTES:], "big"))
+    return names
+
+
+def reads_cache(request: EngineCoreRequest) -> bool:
+    """Whether its engine looks for its blocks; not where each token of the prompt is to be computed."""
+    params = request.sampling_params or request.pooling_params
+    return params is not None and not params.skip_reading_prefix_cache

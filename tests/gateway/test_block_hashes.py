@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hycluster.gateway.block_hashes import CHUNK_TOKENS, BlockHasher
+
+SEED = bytes(32)
+
+
+class Counted:
+    """A hash that counts its calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, given_parts: Any) -> bytes:
+        self.calls += 1
+        return hashlib.sha256(repr(given_parts).encode()).digest()
+
+
+def tokens(count: int, begin: int = 0) -> list[int]:
+    return list(range(begin, begin + count))
+
+
+@given(one=st.lists(st.integers(0, 3), max_size=70), other=st.lists(st.integers(0, 3), max_size=70))
+def test_names_are_alike_as_far_as_the_prompts_are(one: list[int], other: list[int]) -> None:
+    hasher = BlockHasher(Counted(), SEED, 4)
+    alike = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    first, second = hasher.names(one), hasher.names(other)
+    assert (len(first), len(second)) == (len(one) // 4, len(other) // 4)
+    common = min(len(first), len(second))
+    assert (first[:common] == second[:common]).sum() == alike // 4
+
+
+def test_what_was_hashed_before_is_not_hashed_again() -> None:
+    counted = Counted()
+    hasher = BlockHasher(counted, SEED, 16)
+    first = hasher.names(tokens(4 * CHUNK_TOKENS))
+    calls = counted.calls
+    again = hasher.names(tokens(4 * CHUNK_TOKENS) + [1] * 40)
+    assert counted.calls - calls == 2
+    np.testing.assert_array_equal(again[: len(first)], first)
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    counted = Counted()
+    hasher = BlockHasher(counted, SEED, 16, memo_tokens=4 * CHUNK_TOKENS)
+    for begin in range(10):
+        hasher.names(tokens(CHUNK_TOKENS, 1000 * begin))
+    calls = counted.calls
+    hasher.names(tokens(CHUNK_TOKENS, 9000))
+    assert counted.calls == calls
+    hasher.names(tokens(CHUNK_TOKENS, 0))
+    assert counted.calls > calls
+
+
+def test_what_nobody_holds_is_not_hashed_to_its_end() -> None:
+    """And what somebody holds is in it."""
+    prompt = tokens(20 * CHUNK_TOKENS)
+    whole = BlockHasher(Counted(), SEED, 16).names(prompt)
+    for held_chunks in (0, 1, 3, 12, 20):
+        counted = Counted()
+        known = set(whole[: held_chunks * CHUNK_TOKENS // 16].tolist())
+        found = BlockHasher(counted, SEED, 16).names(prompt, held=lambda name, known=known: int(name) in known)  # type: ignore[misc]
+        np.testing.assert_array_equal(found, whole[: len(found)])
+        assert len(found) >= len(known)
+        assert counted.calls <= (2 * held_chunks + 1) * CHUNK_TOKENS / 16
+
+
+def test_extra_keys_make_other_names() -> None:
+    hasher = BlockHasher(Counted(), SEED, 16)
+    prompt = tokens(2 * CHUNK_TOKENS)
+    plain, salted, adapted = (
+        hasher.names(prompt, first_keys=first, keys=keys)
+        for first, keys in ((None, None), (("salt",), None), (("a",), ("a",)))
+    )
+    assert not set(plain) & set(salted) | set(plain) & set(adapted) | set(salted) & set(adapted)
+
+
+@pytest.mark.usefixtures("vllm_imported")
+@pytest.mark.parametrize("block_tokens", [16, 128])
+@pytest.mark.parametrize("salt", [None, "pepper"])
+def test_they_are_vllms_own(block_tokens: int, salt: str | None) -> None:
+    from vllm.sampling_params import SamplingParams
+    from vllm.utils.hashing import sha256
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.request import Request
+
+    kv_cache_utils.init_none_hash(sha256)
+    prompt = tokens(1300)
+    request = Request(
+        request_id="r",
+        prompt_token_ids=prompt,
+        sampling_params=SamplingParams(max_tokens=1),
+        pooling_params=None,
+        cache_salt=salt,
+        block_hasher=kv_cache_utils.get_request_block_hasher(block_tokens, sha256),
+    )
+    keys, _ = kv_cache_utils.generate_block_hash_extra_keys(request, 0, block_tokens, 0)
+    hasher = BlockHasher(sha256, kv_cache_utils.NONE_HASH, block_tokens)
+    theirs = [kv_cache_utils.maybe_convert_block_hash(each) for each in request.block_hashes]
+    assert hasher.names(prompt, first_keys=keys).tolist() == theirs
