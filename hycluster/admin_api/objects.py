@@ -22,6 +22,8 @@ EVENTS = {
     "key.updated": "api_key.updated",
     "key.expires": "api_key.updated",
     "key.revoked": "api_key.deleted",
+    "limit.set": "rate_limit.updated",
+    "limit.removed": "rate_limit.deleted",
 }
 
 
@@ -140,6 +142,9 @@ def _details(action: str, at: int, told: dict[str, Any]) -> dict[str, Any]:
         return {"data": {"role": "member"}}
     if action == "key.created":
         return {"data": {"scopes": list(told["scopes"])}}
+    if action == "limit.set":
+        names = {"requests_per_minute": "max_requests_per_1_minute", "tokens_per_minute": "max_tokens_per_1_minute"}
+        return {"changes_requested": {names[kind]: value for kind, value in told.items() if kind in names}}
     if action in ("key.updated", "key.expires"):
         changes = {"scopes": told["scopes"]} if "scopes" in told else {}
         if told.get("expires_at") is not None:
