@@ -13,7 +13,7 @@ from vllm.v1.core.sched.request_queue import PriorityRequestQueue
 from vllm.v1.request import Request
 
 from hycluster.core import Priority
-from hycluster.engine.fairness import TenantAccount, Bill, payer_in
+from hycluster.engine.fairness import Bill, TenantAccount, payer_in
 
 # What a request has of ours: whose it is, until the scheduler has it, and its bill from then on. Those that nobody pays
 # for have none, as where callers are not asked who they are.
