@@ -27,7 +27,7 @@ MOST_IDLE = 1024
 
 
 @dataclass(slots=True, eq=False)
-class Account:
+class TenantAccount:
     """What one tenant has had.
 
     Attributes:
@@ -68,7 +68,7 @@ class Bill:
         paid: of its tokens, prompt and output, so many have been charged.
     """
 
-    account: Account
+    account: TenantAccount
     paid: int = 0
 
     def admit(self, prompt: int, tokens: int, cached: int) -> None:
@@ -90,7 +90,7 @@ class Bill:
             self.paid = until
 
 
-class Accounts:
+class TenantAccounts:
     """Those of all tenants of one engine, for requests that go to the same queue.
 
     Args:
@@ -99,14 +99,14 @@ class Accounts:
 
     def __init__(self, burst: float = 0.0) -> None:
         self._burst = burst
-        self._accounts: dict[str, Account] = {}
+        self._accounts: dict[str, TenantAccount] = {}
         # What those had had that were let in.
         self._last = 0.0
 
     def __len__(self) -> int:
         return len(self._accounts)
 
-    def open(self, tenant: str, weight: float, waiting: Collection[Account]) -> Bill:
+    def open(self, tenant: str, weight: float, waiting: Collection[TenantAccount]) -> Bill:
         """A request comes.
 
         Args:
@@ -114,18 +114,18 @@ class Accounts:
         """
         account = self._accounts.get(tenant)
         if account is None:
-            account = self._accounts[tenant] = Account(tenant)
+            account = self._accounts[tenant] = TenantAccount(tenant)
         account.weight = weight
         if account not in waiting:
             floor = min((each.served for each in waiting), default=self._last)
             account.served = max(account.served, floor - self._burst / weight)
         return Bill(account)
 
-    def admitted(self, account: Account) -> None:
+    def admitted(self, account: TenantAccount) -> None:
         """One of its requests is about to be computed."""
         self._last = max(self._last, account.served)
 
-    def keep(self, busy: Collection[Account]) -> None:
+    def keep(self, busy: Collection[TenantAccount]) -> None:
         """Forget most of those that have nothing here, if they are many: those that would be lifted most."""
         if len(self._accounts) - len(busy) > MOST_IDLE:
             idle = sorted((each for each in self._accounts.values() if each not in busy), key=lambda each: each.served)
@@ -133,14 +133,14 @@ class Accounts:
                 del self._accounts[account.tenant]
 
 
-def fair_shares(wanted: Mapping[Account, float], whole: float) -> dict[Account, float]:
+def fair_shares(wanted: Mapping[TenantAccount, float], whole: float) -> dict[TenantAccount, float]:
     """Each account's part of something that is there at any one time: by weight, and what one does not want is the
     others'. At least 1, where it wants that.
 
     Args:
         wanted: how much each can use.
     """
-    shares: dict[Account, float] = {}
+    shares: dict[TenantAccount, float] = {}
     left, weights = whole, sum(account.weight for account in wanted)
     # Those first that want least of what is theirs: what they leave is shared by those behind them.
     for account in sorted(wanted, key=lambda each: wanted[each] / each.weight):

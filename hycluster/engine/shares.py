@@ -26,7 +26,7 @@ from typing import Any
 
 from vllm.v1.request import Request
 
-from hycluster.engine.fairness import Account, Accounts, fair_shares
+from hycluster.engine.fairness import TenantAccount, TenantAccounts, fair_shares
 from hycluster.engine.step_time import StepTime
 from hycluster.engine.waiting import WaitingRequests, bill_of, is_bulk, payer_of, put_on
 
@@ -48,7 +48,7 @@ class _Claim:
     """
 
     request: Request
-    account: Account
+    account: TenantAccount
     served: float
 
 
@@ -68,12 +68,12 @@ class TenantShares:
         self._kv_tokens = kv_tokens
         self._step_tokens = step_tokens
         self._burst = burst = max(step_tokens, kv_tokens * _BURST)
-        self._online, self._bulk = Accounts(burst), Accounts(burst)
+        self._online, self._bulk = TenantAccounts(burst), TenantAccounts(burst)
         # Those that are ahead of others, when these were last there, and what prompts of theirs may have of the step.
-        self._ahead: set[Account] = set()
+        self._ahead: set[TenantAccount] = set()
         self._contended_s = -math.inf
         self._left_ahead = 0
-        self._wanting: list[Account] = []
+        self._wanting: list[TenantAccount] = []
         self._claims: list[_Claim] = []
         self._left = 0
         self._reserved = self._met = False
@@ -90,7 +90,7 @@ class TenantShares:
         """Several tenants want something of this step."""
         return len(self._wanting) > 1
 
-    def come(self, request: Request, waiting: Iterable[Account]) -> None:
+    def come(self, request: Request, waiting: Iterable[TenantAccount]) -> None:
         """A request that is new to the queue. ``waiting`` is who has requests there."""
         payer = payer_of(request)
         if payer is None:
@@ -110,7 +110,7 @@ class TenantShares:
         self._claims.clear()
         self._taken.clear()
         self.made_way.clear()
-        rows: dict[Account, int] = {}
+        rows: dict[TenantAccount, int] = {}
         for request in running:
             if not is_bulk(request) and (bill := bill_of(request)) is not None:
                 rows[bill.account] = rows.get(bill.account, 0) + 1
@@ -128,7 +128,7 @@ class TenantShares:
             self._left_ahead = _crowding_tokens(len(running), cost)
         return sorted(running, key=_place) if self.contended else running
 
-    def _who_is_ahead(self, running: list[Request]) -> set[Account]:
+    def _who_is_ahead(self, running: list[Request]) -> set[TenantAccount]:
         """Those whose prompts would fill steps by themselves, beside others whose don't and who have had less."""
         pending = dict.fromkeys(self._wanting, 0.0)
         for row in running:
@@ -218,7 +218,7 @@ class TenantShares:
                 held[claim.account] += needs
         return more
 
-    def _kv_shares(self, held: Mapping[Account, int]) -> dict[Account, float]:
+    def _kv_shares(self, held: Mapping[TenantAccount, int]) -> dict[TenantAccount, float]:
         wanted = {
             each: float(held[each] + sum(row.num_tokens for row in self._waiting.of(each))) for each in self._wanting
         }
@@ -226,7 +226,7 @@ class TenantShares:
 
     def _over_share(
         self,
-        over: Mapping[Account, float],
+        over: Mapping[TenantAccount, float],
         running: list[Request],
         leaving: list[Request],
         may_leave: Callable[[Request], bool],
@@ -326,11 +326,11 @@ def _crowding_tokens(rows: int, cost: StepTime) -> int:
     return max(_LEAST_TOKENS, max(0, cost.free_tokens - rows) + int(more))
 
 
-def _rows_of(account: Account, running: list[Request]) -> list[Request]:
+def _rows_of(account: TenantAccount, running: list[Request]) -> list[Request]:
     return [row for row in running if _account(row) is account]
 
 
-def _account(request: Request) -> Account | None:
+def _account(request: Request) -> TenantAccount | None:
     bill = bill_of(request)
     return None if bill is None else bill.account
 
@@ -357,19 +357,19 @@ class _Turns:
     """
 
     def __init__(self, waiting: WaitingRequests, most: int, is_ready: Callable[[Request], bool]) -> None:
-        self.out: set[Account] = set()
+        self.out: set[TenantAccount] = set()
         self._turns: list[tuple[Any, ...]] = []
         for account in waiting.online_accounts:
             line = iter(heapq.nsmallest(most, filter(is_ready, waiting.of(account))))
             self._push(account, line, account.served, account.rows / account.weight)
 
-    def _push(self, account: Account, line: Iterator[Request], served: float, rows: float) -> None:
+    def _push(self, account: TenantAccount, line: Iterator[Request], served: float, rows: float) -> None:
         if (request := next(line, None)) is not None:
             # The number is no two accounts', so that what is behind it is never compared.
             turn = request.priority, served, rows, request.arrival_time, id(account), account, line, request
             heapq.heappush(self._turns, turn)
 
-    def __iter__(self) -> Iterator[tuple[Request, Account, float]]:
+    def __iter__(self) -> Iterator[tuple[Request, TenantAccount, float]]:
         while self._turns:
             _, served, rows, _, _, account, line, request = heapq.heappop(self._turns)
             if account in self.out:

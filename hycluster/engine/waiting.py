@@ -13,7 +13,7 @@ from vllm.v1.core.sched.request_queue import PriorityRequestQueue
 from vllm.v1.request import Request
 
 from hycluster.core import Priority
-from hycluster.engine.fairness import Account, Bill, payer_in
+from hycluster.engine.fairness import Bill, TenantAccount, payer_in
 
 # What a request has of ours: whose it is, until the scheduler has it, and its bill from then on. Those that nobody pays
 # for have none, as where callers are not asked who they are.
@@ -64,25 +64,25 @@ class WaitingRequests(PriorityRequestQueue):
     def __init__(self, requests: Iterable[Request] = ()) -> None:
         super().__init__()
         self.closed = False
-        self.held: Collection[Account] = ()
+        self.held: Collection[TenantAccount] = ()
         # Those of tenants, by account; all others are in vLLM's heap.
-        self._lines: dict[Account, list[Request]] = {}
+        self._lines: dict[TenantAccount, list[Request]] = {}
         # At whom vLLM looks; it is the one that is popped next, though counters may change in between.
         self._peeked: Request | None = None
         for request in requests:
             self.add_request(request)
 
     @property
-    def accounts(self) -> list[Account]:
+    def accounts(self) -> list[TenantAccount]:
         """Of whom requests wait."""
         return list(self._lines)
 
     @property
-    def online_accounts(self) -> list[Account]:
+    def online_accounts(self) -> list[TenantAccount]:
         """Those of them that do not wait for bulk; no account has requests of both kinds."""
         return [account for account, line in self._lines.items() if not is_bulk(line[0])]
 
-    def of(self, account: Account) -> Sequence[Request]:
+    def of(self, account: TenantAccount) -> Sequence[Request]:
         """Those that one pays for, in no order."""
         return self._lines.get(account, ())
 

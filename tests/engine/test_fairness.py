@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hycluster.engine.fairness import MOST_IDLE, OUTPUT_COST, Account, Accounts, fair_shares, payer_headers, payer_in
+from hycluster.engine.fairness import (
+    MOST_IDLE,
+    OUTPUT_COST,
+    TenantAccount,
+    TenantAccounts,
+    fair_shares,
+    payer_headers,
+    payer_in,
+)
 
 BURST = 50.0
 
@@ -17,7 +25,7 @@ BURST = 50.0
 )
 def test_tenants_that_always_wait_get_tokens_by_their_weights(tenants: list[tuple[float, int, int]], seed: int) -> None:
     """Whatever the length of their requests: at any time within what a single one of theirs costs, and the burst."""
-    chance, accounts = random.Random(seed), Accounts(BURST)
+    chance, accounts = random.Random(seed), TenantAccounts(BURST)
     bills = [accounts.open(str(n), weight, []) for n, (weight, _, _) in enumerate(tenants)]
     largest = max((prompt + OUTPUT_COST * output) / weight for weight, prompt, output in tenants)
     for _ in range(200):
@@ -34,7 +42,7 @@ def test_tenants_that_always_wait_get_tokens_by_their_weights(tenants: list[tupl
 
 
 def test_who_comes_back_has_saved_up_a_burst() -> None:
-    accounts = Accounts(BURST)
+    accounts = TenantAccounts(BURST)
     busy, idle = accounts.open("busy", 1, []), accounts.open("idle", 2, [])
     for _ in range(100):
         busy.account.charge(100)
@@ -50,7 +58,7 @@ def test_who_comes_back_has_saved_up_a_burst() -> None:
 
 
 def test_what_is_computed_again_or_cached_costs_nothing() -> None:
-    bill = Accounts().open("a", 2, [])
+    bill = TenantAccounts().open("a", 2, [])
     bill.admit(prompt=100, tokens=100, cached=60)
     assert bill.account.served == 40 / 2
     for until in (101, 102, 103):
@@ -73,7 +81,7 @@ def test_what_is_computed_again_or_cached_costs_nothing() -> None:
     st.floats(1, 100),
 )
 def test_shares(wanted: list[tuple[float, float]], whole: float) -> None:
-    accounts = {Account(str(n), weight): wants for n, (weight, wants) in enumerate(wanted)}
+    accounts = {TenantAccount(str(n), weight): wants for n, (weight, wants) in enumerate(wanted)}
     shares = fair_shares(accounts, whole)
     assert shares.keys() == accounts.keys()
     short = [account for account in accounts if shares[account] < accounts[account] - 1e-9]
@@ -90,7 +98,7 @@ def test_shares(wanted: list[tuple[float, float]], whole: float) -> None:
 
 
 def test_few_are_remembered() -> None:
-    accounts = Accounts()
+    accounts = TenantAccounts()
     for number in range(3 * MOST_IDLE):
         bill = accounts.open(str(number), 1, [])
         bill.account.charge(number)
