@@ -134,8 +134,13 @@ class Limiter:
             self._met[key] = [limit for limit in limits if limit.concerns(caller, model)]
         return self._met[key]
 
-    async def reserve(self, met: list[Limit], expected: RequestTokens, price: Price | None = None) -> Reservation:
+    async def reserve(
+        self, met: list[Limit], expected: RequestTokens, price: Price | None = None, prompts: int = 1
+    ) -> Reservation:
         """Let a request in that meets these limits, with what it may use of them.
+
+        Args:
+            expected: by all of its prompts together.
 
         Raises:
             RateLimited, QuotaExhausted: or not.
@@ -168,7 +173,7 @@ class Limiter:
             share.holding.take(share.reserved)
             if share.period:
                 self._spend(share, share.reserved)
-        return Reservation(shares, expected, price, now_s, self._spend, self._clock)
+        return Reservation(shares, expected, price, now_s, self._spend, self._clock, prompts)
 
     def headers(self, met: list[Limit]) -> dict[str, str]:
         """What OpenAI's clients read of the limits, the tightest of each kind."""
@@ -322,8 +327,14 @@ class Limiter:
                 for holding, period in periods.items():
                     holding.set_base(period, found.get((*holding.name, period), 0))
                 self._wake.set()
-        except HyclusterError as error:
-            logger.warning("limits: what is used of days and months can't be kept now: %s", error.message)
+        except Exception as error:
+            # Whatever it is: unless it is tried again, nothing is counted any more, nor let in from midnight on.
+            known = isinstance(error, HyclusterError)
+            logger.warning(
+                "limits: what is used of days and months can't be kept now: %s",
+                error,
+                exc_info=None if known else error,
+            )
             # Added and not set: a Counter drops what is not above zero.
             for spent, amount in pending.items():
                 self._pending[spent] += amount
