@@ -216,6 +216,8 @@ class Holding:
         self._own, self._own_s = 0.0, now_s
         self._heard, self._ahead_s = told.sequence, answer.now_s - now_s
         self._usage.slots |= dict(told.changed)
+        # Nobody says of what is older than a minute that it is.
+        self._usage.used(answer.now_s, self.period)
 
     def lose(self) -> None:
         """The book has been silent for so long that it may have given these places to others."""

@@ -37,6 +37,8 @@ WAITS_S = 2.0
 # A book that is silent for so long is away.
 AWAY_AFTER_S = 1.0
 SPEND_EVERY_S = 1.0
+# Callers, and those with models, of whom it is remembered which limits they meet.
+MOST_REMEMBERED = 10_000
 # What of limits is told with each answer.
 TOLD = {"requests_per_minute": "requests", "tokens_per_minute": "tokens"}
 UNITS = {
@@ -111,6 +113,9 @@ class Limiter:
             self._limited, self._limited_of = {}, limits
         key = (caller.tenant, caller.project, caller.key_id)
         if key not in self._limited:
+            # An identity provider may know any number of projects.
+            if len(self._limited) > MOST_REMEMBERED:
+                self._limited.clear()
             self._limited[key] = any(limit.concerns(caller, limit.model or "") for limit in limits)
         return self._limited[key]
 
@@ -129,7 +134,7 @@ class Limiter:
         key = (caller.tenant, caller.project, caller.key_id, model)
         if key not in self._met:
             # Models that are none are refused later, and callers may name any number of them.
-            if len(self._met) > 10_000:
+            if len(self._met) > MOST_REMEMBERED:
                 self._met.clear()
             self._met[key] = [limit for limit in limits if limit.concerns(caller, model)]
         return self._met[key]

@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
+from hycluster.auth.caller import Caller
 from hycluster.auth.limits import Limit
 from hycluster.auth.store import Spent
 from hycluster.errors import HyclusterError
+from hycluster.limits.bucket import SLOT_S
+from hycluster.limits.limiter import MOST_REMEMBERED
 from hycluster.limits.reservation import RequestTokens, Reservation
 from tests.limits.virtual import Counts, World, run
 
@@ -139,5 +142,32 @@ def test_counts_are_kept_again_after_whatever_failed() -> None:
         reservation.end()
         await asyncio.sleep(10)
         assert list(counts.all.values()) == [30]
+
+    run(main())
+
+
+def test_of_any_number_of_callers_not_all_are_remembered() -> None:
+    async def main() -> None:
+        limiter = World(TOKENS).process().limiter
+        for number in range(2 * MOST_REMEMBERED):
+            limiter.may_limit(Caller("other", f"p{number}", "alice"))
+        assert len(limiter._limited) <= MOST_REMEMBERED + 1
+
+    run(main())
+
+
+def test_what_was_used_earlier_is_forgotten_here_too() -> None:
+    async def main() -> None:
+        world = World(TOKENS)
+        process = world.process()
+        for _ in range(600):
+            (await reserve(process, TOKENS, 5)).end(counts=False)
+            reservation = await reserve(process, TOKENS, 5)
+            reservation.add(RequestTokens(0, 0, 5))
+            reservation.end()
+            await asyncio.sleep(1)
+        assert int(process.limiter.headers([TOKENS])["x-ratelimit-remaining-tokens"]) > 600
+        (holding,) = process.limiter._holdings.values()
+        assert len(holding._usage.slots) <= 60 / SLOT_S
 
     run(main())
