@@ -198,8 +198,9 @@ class Limiter:
         of = subject.partition(":")[0]
         what = f"{kind}: this {of}'s limit"
         metadata = {"limit": kind, "of": of}
-        # Whether there is enough is not known while there is no book that has heard of it.
-        if not share.holding.known and not never:
+        # Whether there is enough is not known while there is no book that has heard of it, nor of a day that has begun
+        # while the database is away.
+        if not never and (not share.holding.known or self._lacks_base(share.holding)):
             return Unavailable(f"{what} can't be looked up now", retry_after_s=1)
         refused[kind, of] += 1
         limit = share.holding.limit

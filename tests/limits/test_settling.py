@@ -11,7 +11,7 @@ import pytest
 from hycluster.auth.caller import Caller
 from hycluster.auth.limits import Limit
 from hycluster.auth.store import Spent
-from hycluster.errors import HyclusterError
+from hycluster.errors import HyclusterError, Unavailable
 from hycluster.limits.bucket import SLOT_S
 from hycluster.limits.limiter import MOST_REMEMBERED
 from hycluster.limits.reservation import RequestTokens, Reservation
@@ -169,5 +169,27 @@ def test_what_was_used_earlier_is_forgotten_here_too() -> None:
         assert int(process.limiter.headers([TOKENS])["x-ratelimit-remaining-tokens"]) > 600
         (holding,) = process.limiter._holdings.values()
         assert len(holding._usage.slots) <= 60 / SLOT_S
+
+    run(main())
+
+
+def test_at_midnight_nobody_is_told_of_a_quota_while_the_database_is_away() -> None:
+    limit = Limit("acme", tokens_per_day=1000)
+
+    class Away(Counts):
+        def spent(self, periods: Any) -> dict[Spent, int]:
+            raise Unavailable("auth.database: can't be used now")
+
+    async def main() -> None:
+        world = World(limit)
+        process = world.process()
+        (await reserve(process, limit, 10)).end()
+        process.limiter._counts = Away()
+        process.limiter._date = lambda: 1.8e9 + 86400
+        with pytest.raises(Unavailable):
+            await reserve(process, limit, 10)
+        process.limiter._counts = world.counts
+        await asyncio.sleep(5)
+        (await reserve(process, limit, 10)).end()
 
     run(main())
