@@ -137,7 +137,7 @@ async def gateways(running: Running, model: Model, policy: str) -> AsyncIterator
     tasks = [asyncio.create_task(tell(running, model, clients))]
     try:
         for client in clients:
-            while client.links < len(running):  # noqa: ASYNC110 - it tells nobody
+            while client.links < len(running) and not tasks[0].done():  # noqa: ASYNC110 - it tells nobody
                 await asyncio.sleep(0.05)
         await clients[0].call_all("reset_prefix_cache")
         await asyncio.sleep(2 * REPORT_EVERY_S)

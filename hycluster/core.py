@@ -417,6 +417,7 @@ class GatewayWork:
 
     Attributes:
         prefill_tokens: of prompts whose first token has not come, without what is expected to be cached.
+        bulk_prefill_tokens: the same of rows of bulk, which are not among these.
         requests: running and waiting.
         decoding: those of them whose first token has come.
         kv_tokens: of all of them, prompts and outputs so far.
@@ -426,6 +427,7 @@ class GatewayWork:
     requests: int = 0
     decoding: int = 0
     kv_tokens: int = 0
+    bulk_prefill_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,8 +112,9 @@ class Prefixes:
         """A replica is gone."""
         if self._index is not None:
             self._index.forget(replica_id)
-        for known in (self._naming, self._awaited, self._turnover):
-            known.pop(replica_id, None)  # type: ignore[attr-defined]
+        self._naming.pop(replica_id, None)
+        self._awaited.pop(replica_id, None)
+        self._turnover.pop(replica_id, None)
 
     def evicts_age_s(self, replica_id: str) -> float:
         """How long what it would drop next has not been used, about; infinite where it drops nothing."""

@@ -216,13 +216,14 @@ class ByBlocks:
         asked = PrefixRequest(
             prompt_tokens=request.prompt_tokens, output_tokens=request.output_tokens, prefix=request.prefix
         )
-        return candidates[self._policy.choose(self._columns(candidates), asked)].replica_id
+        return candidates[self._policy.choose(self._columns(candidates, bulk=request.bulk), asked)].replica_id
 
-    def _columns(self, candidates: Sequence[Candidate]) -> PoolColumns:
+    def _columns(self, candidates: Sequence[Candidate], *, bulk: bool) -> PoolColumns:
         work = np.array([self._work(candidate) for candidate in candidates], float)
         return PoolColumns(
             replica_ids=[candidate.replica_id for candidate in candidates],
-            prefill_tokens=work[:, 0],
+            # Online requests are computed first.
+            prefill_tokens=work[:, 0] + work[:, 4] if bulk else work[:, 0],
             requests=work[:, 1],
             decoding=work[:, 2],
             kv_tokens=work[:, 3],
@@ -232,10 +233,11 @@ class ByBlocks:
             step=self._step(candidates),
         )
 
-    def _work(self, candidate: Candidate) -> tuple[int, int, int, int]:
+    def _work(self, candidate: Candidate) -> tuple[int, int, int, int, int]:
         """This gateway's as it is, and others' as they last said."""
         own = candidate.own_work
         prefill, requests, decoding, kv = own.prefill_tokens, own.requests, own.decoding, own.kv_tokens
+        bulk_prefill = own.bulk_prefill_tokens
         if candidate.load is not None:
             for gateway, work in candidate.load.work.items():
                 if gateway != self._gateway_id:
@@ -243,7 +245,8 @@ class ByBlocks:
                     requests += work.requests
                     decoding += work.decoding
                     kv += work.kv_tokens
-        return prefill, requests, decoding, kv
+                    bulk_prefill += work.bulk_prefill_tokens
+        return prefill, requests, decoding, kv, bulk_prefill
 
     def _step(self, candidates: Sequence[Candidate]) -> StepCost:
         """As the first one has learned of its own steps: they are all alike."""

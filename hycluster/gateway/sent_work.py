@@ -19,18 +19,19 @@ class SentWork:
     requests: int = 0
     decoding: int = 0
     kv_tokens: int = 0
+    bulk_prefill_tokens: int = 0
 
     def add(self, flight: Flight) -> None:
         """It is sent there; from now on it counts."""
         self.requests += 1
-        self.prefill_tokens += flight.prefill_tokens
+        self._to_prefill(flight, flight.prefill_tokens)
         self.kv_tokens += flight.prompt_tokens + len(flight.output)
 
     def take(self, flight: Flight, tokens: int) -> None:
         """Output of it has come; called before the flight takes it."""
         self.kv_tokens += tokens
         if not flight.begun:
-            self.prefill_tokens -= flight.prefill_tokens
+            self._to_prefill(flight, -flight.prefill_tokens)
             self.decoding += 1
 
     def drop(self, flight: Flight) -> None:
@@ -40,9 +41,15 @@ class SentWork:
         if flight.begun:
             self.decoding -= 1
         else:
-            self.prefill_tokens -= flight.prefill_tokens
+            self._to_prefill(flight, -flight.prefill_tokens)
+
+    def _to_prefill(self, flight: Flight, tokens: int) -> None:
+        if flight.bulk:
+            self.bulk_prefill_tokens += tokens
+        else:
+            self.prefill_tokens += tokens
 
     @property
     def told(self) -> GatewayWork:
         """As it is now."""
-        return GatewayWork(self.prefill_tokens, self.requests, self.decoding, self.kv_tokens)
+        return GatewayWork(self.prefill_tokens, self.requests, self.decoding, self.kv_tokens, self.bulk_prefill_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -199,3 +200,30 @@ def test_drafting_computes_the_last_block_again() -> None:
 
     prefix = Prefix(np.arange(4, dtype=np.uint64), BlockNaming(16, "sha256", b"", computed_again=1), readable=3)
     assert [prefix.tokens(blocks) for blocks in range(5)] == [0, 0, 16, 32, 32]
+
+
+def test_what_would_go_next_is_the_older_the_slower_a_replica_drops(tiny_model: Path) -> None:
+    followed, now = Followed(tiny_model, 2, blocks=100), [0.0]
+    followed.prefixes.clock = lambda: now[0]
+    for number in range(60):
+        now[0] = float(number)
+        followed.send("r0", [number] * 320)
+        if number % 3 == 0:
+            followed.send("r1", [number] * 320)
+        followed.finish()
+    often, rarely = (followed.prefixes.evicts_age_s(replica) for replica in ("r0", "r1"))
+    # 99 blocks hold the last 5 of one a second, and of one in three.
+    assert 3 < often < 10
+    assert 9 < rarely < 30
+    assert followed.prefixes.evicts_age_s("none") == math.inf
+
+
+@pytest.mark.parametrize(
+    ("tokens", "block"), [(10, None), (16, 0), (500, 0), (513, 31), (1023, 31), (1024, 63), (2000, 63)]
+)
+def test_a_conversation_begins_as_it_began(tokens: int, block: int | None) -> None:
+    from hycluster.engine.protocol import BlockNaming
+    from hycluster.gateway.prefixes import Prefix
+
+    names = np.arange(tokens // 16, dtype=np.uint64)
+    assert Prefix(names, BlockNaming(16, "sha256", b""), readable=0).begin == block

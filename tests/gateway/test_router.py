@@ -340,3 +340,13 @@ class TestByBlocks:
         request = RouteRequest(tokens=1100, prompt_tokens=1000, output_tokens=100, bulk=True)
         assert self.policy().choose(pool, request) == "1"
         assert self.policy().choose(pool[:1], request) == "0"
+
+    def test_what_bulk_rows_have_to_prefill_is_before_other_bulk_rows_only(self) -> None:
+        bulk = GatewayWork(bulk_prefill_tokens=90_000, requests=9)
+        pool = [
+            Candidate(replica_id="bulk", cached_tokens=500, own_work=bulk),
+            Candidate(replica_id="idle", cached_tokens=0),
+        ]
+        request = RouteRequest(tokens=1100, prompt_tokens=1000, output_tokens=100, bulk=True)
+        assert self.policy().choose(pool, self.REQUEST) == "bulk"
+        assert self.policy().choose(pool, request) == "idle"
