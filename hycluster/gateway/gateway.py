@@ -140,12 +140,18 @@ class Gateway(MeteredLLM):
         self.bulk = BulkLanes(gateway_id)
         self.engine_core = PoolClient(
             model.name,
-            make_policy(router.policy, gateway_id, session_slack_tokens=router.session_slack_tokens),
+            make_policy(
+                router.policy,
+                gateway_id,
+                session_slack_tokens=router.session_slack_tokens,
+                step_tokens=config.scheduler_config.max_num_batched_tokens,
+            ),
             gateway_id,
             wait_s=router.failover_wait_s,
             cold_start_wait_s=self.cold_start.wait_s,
             failover=router.failover,
             follow_blocks=router.follow_kv_blocks or router.policy in BY_BLOCKS,
+            expected_output_tokens=model.autoscaling.expected_output_tokens,
             on_lost=self._request_lost,
         )
         self.adapters = PoolAdapters(model, self.engine_core, takes=config.lora_config is not None, say=self._say_now)
@@ -396,6 +402,7 @@ class Gateway(MeteredLLM):
                 self._demand() if self.model.replicas.vary else None,
                 self.bulk.demands,
                 self.log_stats,
+                self.engine_core.work,
             )
         self.adapters.take_over(view.adapters)
         self.cold_start.hear(view.scaling, view.trouble)
