@@ -78,7 +78,8 @@ class Asker:
 
     async def ask(self, name: str, prompt: list[int], session: str | None) -> tuple[float, list[int]]:
         """Seconds to the first token, and the answer."""
-        self._waiting[name] = answers = asyncio.Queue()
+        answers: asyncio.Queue[Any] = asyncio.Queue()
+        self._waiting[name] = answers
         params = SamplingParams(max_tokens=OUTPUT_TOKENS, temperature=0, ignore_eos=True)
         asked = EngineCoreRequest(
             request_id=name, prompt_token_ids=prompt, mm_features=None, sampling_params=params, pooling_params=None,

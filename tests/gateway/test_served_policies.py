@@ -101,7 +101,7 @@ class Gateways:
 
     async def known(self) -> None:
         """Each gateway has heard all that replicas have."""
-        held = sum(len(replica.engine._names) for replica in self.replicas.replicas)  # type: ignore[attr-defined]
+        held = sum(len(replica.engine._names) for replica in self.replicas.replicas)  # type: ignore[attr-defined, misc]
         for client in self.clients:
             assert client.prefixes is not None
             await until(lambda prefixes=client.prefixes: prefixes.blocks == held)  # type: ignore[misc]
