@@ -471,7 +471,7 @@ class TestWatch:
         store: Any = SimpleNamespace(open_batches=lambda: [*left], batch=batch, sweep=lambda: None)
         watch = StoreWatch(store, SimpleNamespace(run=run), 2, 0.01)  # type: ignore[arg-type]
         watching = asyncio.create_task(watch.run())
-        for number in (2, 3, 4, 5, 6, 7, 8, 8):
+        for number in range(2, 9):
             await until(lambda number=number: len(begun) == number)  # type: ignore[misc]
             may_end.release()
         await self.end(watching)
