@@ -48,6 +48,7 @@ from hycluster.gateway.limited import MeteredLLM
 from hycluster.gateway.pool import PoolClient
 from hycluster.gateway.pool_errors import LOST, PoolInvalidInput, PoolOverloaded, PoolUnavailable
 from hycluster.gateway.router import BY_BLOCKS, make_policy
+from hycluster.gateway.tiers import placed
 from hycluster.ledger.account import account_now
 from hycluster.observe.colocation import colocation_metrics
 from hycluster.observe.experts import expert_metrics
@@ -223,13 +224,13 @@ class Gateway(MeteredLLM):
             check_id("request_id", request_id)
             check_id("session_id", named.get("session_id"))
             check_priority(named.get("priority", 0))
+            named["priority"] = placed(named.get("priority", 0))
             if isinstance(params, SamplingParams):
                 check_sampling(params.extra_args or {}, params.bad_words or ())
                 await self._check_outputs(params)
             collector = await super().add_request(request_id, prompt, params, *rest, **named)
         except InvalidInput as error:
             raise PoolInvalidInput(error.message) from None
-
         if (caller := current_caller.get()) is not None:
             self._callers[collector] = caller
         capture(prompt, collector, self.renderer.tokenizer)

@@ -26,8 +26,8 @@ class Oidc(Strict):
         algorithms: with which tokens may be signed; public keys only.
         tenant_claim: of a token's claims the one with the tenant's name.
         project_claim: that with the project's.
-        scopes_claim: that with the scopes, in a text with spaces or in a list: ``batch``, ``admin``, and ``model:NAME``
-            for each model that it may use, or ``model:*`` for all.
+        scopes_claim: that with the scopes, in a text with spaces or in a list: ``batch``, ``admin``, ``priority``, and
+            ``model:NAME`` for each model that it may use, or ``model:*`` for all.
         tenants: those that its tokens may be of; null is any. With several issuers, or with ``keys`` too, say it:
             whoever issues a token for a tenant is that tenant.
         admins: whether its tokens may have the scope ``admin``, which is over all tenants; null is only where they may
