@@ -20,9 +20,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hycluster.gateway.router import POLICIES
 from hycluster.settings.model import Colocation, Model
 from hycluster.settings.simulated import Simulated
-from hycluster.simulate.choice import ALL_POLICIES
 from hycluster.simulate.fast import serve_fast
 from hycluster.simulate.machine import Machine, simulated_machine
 from hycluster.simulate.traces import HASH_TOKENS, TraceRequest, read_trace, scaled, within
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=8)
     parser.add_argument("--scale", type=float, help="default: an eighth of the replicas")
     parser.add_argument("--wide", action="store_true", help="64 replicas as well, with 8 times the trace")
-    parser.add_argument("--policies", nargs="+", choices=ALL_POLICIES, default=list(ALL_POLICIES))
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--json", type=Path, help="also write all figures there")
     arguments = parser.parse_args()

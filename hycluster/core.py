@@ -412,6 +412,25 @@ EngineSample = tuple[str, tuple[tuple[str, str], ...], float]
 
 
 @dataclass(frozen=True, slots=True)
+class GatewayWork:
+    """What one replica has of one gateway's requests, as that gateway knows it.
+
+    Attributes:
+        prefill_tokens: of prompts whose first token has not come, without what is expected to be cached.
+        bulk_prefill_tokens: the same of rows of bulk, which are not among these.
+        requests: running and waiting.
+        decoding: those of them whose first token has come.
+        kv_tokens: of all of them, prompts and outputs so far.
+    """
+
+    prefill_tokens: int = 0
+    requests: int = 0
+    decoding: int = 0
+    kv_tokens: int = 0
+    bulk_prefill_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaLoad:
     """What a replica last said of itself.
 
@@ -421,6 +440,7 @@ class ReplicaLoad:
         most_running: sequences that a batch holds at most; 0 if that is not known.
         kv_usage: share of the KV cache in use, 0 to 1.
         outstanding_tokens: by gateway id, tokens still to prefill or decode for it.
+        work: by gateway id, what there is of it, where gateways follow KV blocks.
         experts: None unless the settings ask for it (``routing.expert_metrics``).
         colocation: None where the engine schedules as vLLM does by itself.
         samples: vLLM's own metrics of its scheduler.
@@ -431,6 +451,7 @@ class ReplicaLoad:
     most_running: int = 0
     kv_usage: float = 0.0
     outstanding_tokens: dict[str, int] = field(default_factory=dict)
+    work: dict[str, GatewayWork] = field(default_factory=dict)
     experts: ExpertLoad | None = None
     colocation: ColocationLoad | None = None
     samples: tuple[EngineSample, ...] = field(default=(), repr=False)

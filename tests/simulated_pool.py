@@ -10,7 +10,7 @@ from types import SimpleNamespace, TracebackType
 from typing import Any, Self
 
 from hycluster.adapters import AdapterEntry
-from hycluster.core import BulkDemand, ColocationLoad, Priority, ReplicaAddress, ReplicaLoad
+from hycluster.core import BulkDemand, ColocationLoad, GatewayWork, Priority, ReplicaAddress, ReplicaLoad
 from hycluster.directory.directory import Demand, Directory, ReplicaReport
 from hycluster.engine import messages
 from hycluster.engine.simulated import SimulatedEngine
@@ -123,10 +123,11 @@ class SimulatedPool:
             demand: Demand | None,
             bulk: dict[str, BulkDemand],
             shows: bool,
+            work: dict[str, GatewayWork] | None,
         ) -> Any:
             for report in self.reports:
                 directory.report(model, report)
-            return directory.sync(name, gateway_id, outstanding, adapters, demand, bulk, shows)
+            return directory.sync(name, gateway_id, outstanding, adapters, demand, bulk, shows, work)
 
         def called(method: Callable[..., Any]) -> Any:
             # A call of an actor goes out before anybody waits for its answer.

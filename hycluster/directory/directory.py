@@ -19,7 +19,7 @@ import ray
 from ray.actor import ActorHandle
 
 from hycluster.adapters import AdapterEntry, AdapterTable
-from hycluster.core import BulkDemand, ReplicaAddress, ReplicaLoad
+from hycluster.core import BulkDemand, GatewayWork, ReplicaAddress, ReplicaLoad
 from hycluster.directory.autoscaling import PoolLoad, Scaling
 from hycluster.directory.faults import FaultLog, ReplicaFault
 from hycluster.directory.starts import StartingReplica, Starts
@@ -155,6 +155,7 @@ class _Pool:
     model: Model | None = None
     reports: dict[str, _Said[ReplicaReport]] = field(default_factory=dict)
     outstanding: dict[str, _Said[dict[str, int]]] = field(default_factory=dict)
+    work: dict[str, _Said[dict[str, GatewayWork]]] = field(default_factory=dict)
     adapters: AdapterTable = field(default_factory=AdapterTable)
     demands: dict[str, _Said[Demand]] = field(default_factory=dict)
     bulk: dict[str, _Said[dict[str, BulkDemand]]] = field(default_factory=dict)
@@ -228,6 +229,7 @@ class Directory:
         demand: Demand | None = None,
         bulk: dict[str, BulkDemand] | None = None,
         shows: bool = False,
+        work: dict[str, GatewayWork] | None = None,
     ) -> PoolView:
         """A gateway says what it has outstanding on each replica and which adapters it knows, and hears of the pool.
 
@@ -235,6 +237,7 @@ class Directory:
             demand: None for a pool of fixed size.
             bulk: by job, what it has and wants of the pool by this gateway.
             shows: it shows metrics.
+            work: by replica, what that has of this gateway's requests; None: it does not tell them apart.
         """
         now = time.monotonic()
         if demand is not None:
@@ -244,6 +247,8 @@ class Directory:
             pool.adapters.merge(adapters or {})
             pool.outstanding[gateway_id] = (now, outstanding)
             pool.outstanding = _recent(pool.outstanding, now)
+            pool.work[gateway_id] = (now, work or {})
+            pool.work = _recent(pool.work, now)
             pool.bulk[gateway_id] = (now, bulk or {})
             pool.bulk = _recent(pool.bulk, now)
             if shows:
@@ -316,8 +321,8 @@ class Directory:
         pool = self._pools.get(model)
         if pool is None:
             return PoolView(None, [])
-        outstanding = _recent(pool.outstanding, now)
-        reports = [_with_outstanding(report, outstanding) for _, report in _recent(pool.reports, now).values()]
+        outstanding, work = _recent(pool.outstanding, now), _recent(pool.work, now)
+        reports = [_of_gateways(report, outstanding, work) for _, report in _recent(pool.reports, now).values()]
         scaling = pool.scaling[1] if pool.scaling and _is_recent(pool.scaling, now) else None
         bulk = {gateway: jobs for gateway, (_, jobs) in _recent(pool.bulk, now).items() if jobs}
         shown_by = next(iter(_recent(pool.showing, now)), None)
@@ -402,10 +407,14 @@ def _recent(said: dict[str, _Said[Words]], now: float) -> dict[str, _Said[Words]
     return {who: words for who, words in said.items() if _is_recent(words, now)}
 
 
-def _with_outstanding(report: ReplicaReport, outstanding: dict[str, _Said[dict[str, int]]]) -> ReplicaReport:
+def _of_gateways(
+    report: ReplicaReport, outstanding: dict[str, _Said[dict[str, int]]], work: dict[str, _Said[dict[str, GatewayWork]]]
+) -> ReplicaReport:
+    """With what gateways say that they have there."""
     replica_id = report.address.replica_id
     tokens = {gateway: said.get(replica_id, 0) for gateway, (_, said) in outstanding.items()}
-    return replace(report, load=replace(report.load, outstanding_tokens=tokens))
+    apart = {gateway: said[replica_id] for gateway, (_, said) in work.items() if replica_id in said}
+    return replace(report, load=replace(report.load, outstanding_tokens=tokens, work=apart))
 
 
 def open_directory(name: str = SHARED_DIRECTORY) -> ActorHandle[Any]:

@@ -4,7 +4,7 @@ By vLLM's own function (``hash_fn``, of its setting ``prefix_caching_hash_algo``
 it, its tokens, and what else its content depends on. Of that, the last 64 bits are kept, as in vLLM's KV events.
 
 Hashing a long prompt takes longer than choosing a replica, and the turns of a conversation begin alike, so chunks that
-were hashed before are remembered; and what comes after a chunk that no replica holds is not hashed.
+were hashed before are remembered.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from hycluster.gateway.block_index import Hashes
+from hycluster.engine.block_changes import NAME_BYTES, Names
 
 HashFn = Callable[[Any], bytes]
 # Tokens that are remembered as one piece, and how many tokens are in all.
@@ -39,7 +39,7 @@ class BlockHasher:
         self._most = max(1, memo_tokens // self._chunk_tokens)
         # By the hash before, the tokens and the extra keys: the hash of the last block, and the names of all. Longest
         # not used first.
-        self._memo: dict[tuple[bytes, bytes, Any], tuple[bytes, Hashes]] = {}
+        self._memo: dict[tuple[bytes, bytes, Any], tuple[bytes, Names]] = {}
 
     def names(
         self,
@@ -47,47 +47,37 @@ class BlockHasher:
         *,
         first_keys: tuple[Any, ...] | None = None,
         keys: tuple[Any, ...] | None = None,
-        held: Callable[[np.uint64], bool] | None = None,
-    ) -> Hashes:
+    ) -> Names:
         """Of whole blocks, from the first.
 
         Args:
             first_keys, keys: the extra keys of the first block, and of all others.
-            held: whether any replica holds a block. Given that, the rest may be left out where none does.
         """
         packed = array("I", token_ids).tobytes()
         width = 4 * self._chunk_tokens
         whole = len(token_ids) // self._block_tokens * self._block_tokens * 4
-        parent, found, hashed, ask_at = self._seed, list[Hashes](), 0, 1
+        parent, found = self._seed, list[Names]()
         for begin in range(0, whole, width):
             piece = packed[begin : min(begin + width, whole)]
             extra = (first_keys, keys) if begin == 0 else (keys, keys)
             known = self._memo.pop((parent, piece, extra), None)
-            fresh = known is None
             if known is None:
                 tokens = token_ids[begin // 4 : (begin + len(piece)) // 4]
                 known = self._hash(parent, tokens, *extra)
             self._memo[parent, piece, extra] = known
             parent = known[0]
             found.append(known[1])
-            if fresh and held is not None:
-                hashed += 1
-                # Asking costs as much as hashing some chunks: after one, two, four, ... of them.
-                if hashed == ask_at:
-                    ask_at *= 2
-                    if not held(known[1][-1]):
-                        break
         while len(self._memo) > self._most:
             del self._memo[next(iter(self._memo))]
         return np.concatenate(found) if found else np.empty(0, np.uint64)
 
     def _hash(
         self, parent: bytes, tokens: Sequence[int], first_keys: tuple[Any, ...] | None, keys: tuple[Any, ...] | None
-    ) -> tuple[bytes, Hashes]:
+    ) -> tuple[bytes, Names]:
         hash_fn, size, last, cut = self._hash_fn, self._block_tokens, parent, list[bytes]()
         extra = first_keys
         for begin in range(0, len(tokens), size):
             last = hash_fn((last, tuple(tokens[begin : begin + size]), extra))
-            cut.append(last[-8:])
+            cut.append(last[-NAME_BYTES:])
             extra = keys
         return last, np.frombuffer(b"".join(cut), ">u8").astype(np.uint64)

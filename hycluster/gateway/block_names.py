@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
+import numpy as np
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import BlockHash, generate_block_hash_extra_keys
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.request import Request
 
-from hycluster.engine.block_changes import NAME_BYTES
+from hycluster.engine.block_changes import NAME_BYTES, Names
 from hycluster.engine.patches.pinned import pinned_to
 from hycluster.engine.protocol import BlockNaming
 from hycluster.gateway.block_hashes import BlockHasher
@@ -30,7 +31,7 @@ class BlockNamer:
         self._naming: BlockNaming | None = None
         self._hasher: BlockHasher | None = None
 
-    def names(self, request: EngineCoreRequest, naming: BlockNaming, output: Sequence[int] = ()) -> list[int]:
+    def names(self, request: EngineCoreRequest, naming: BlockNaming, output: Sequence[int] = ()) -> Names:
         """Names of the full blocks of a request's tokens, from the first.
 
         Args:
@@ -40,7 +41,7 @@ class BlockNamer:
             None of them where there is no telling: for prompts that are embeddings.
         """
         if request.prompt_token_ids is None or request.prompt_embeds is not None:
-            return []
+            return np.empty(0, np.uint64)
         tokens = [*request.prompt_token_ids, *output] if output else request.prompt_token_ids
         if request.mm_features:
             return _named_with_media(request, tokens, naming)
@@ -52,11 +53,10 @@ class BlockNamer:
         first_keys, keys = (
             generate_block_hash_extra_keys(asked, begin, begin + size, 0)[0] for begin in (0, naming.tokens)
         )
-        names: list[int] = self._hasher.names(tokens, first_keys=first_keys, keys=keys).tolist()
-        return names
+        return self._hasher.names(tokens, first_keys=first_keys, keys=keys)
 
 
-def _named_with_media(request: EngineCoreRequest, tokens: Sequence[int], naming: BlockNaming) -> list[int]:
+def _named_with_media(request: EngineCoreRequest, tokens: Sequence[int], naming: BlockNaming) -> Names:
     """Each block may have keys of its own."""
     hashed, asked = get_hash_fn_by_name(naming.algorithm), cast("Request", request)
     last, size, names, medium = BlockHash(naming.root), naming.tokens, list[int](), 0
@@ -64,7 +64,7 @@ def _named_with_media(request: EngineCoreRequest, tokens: Sequence[int], naming:
         keys, medium = generate_block_hash_extra_keys(asked, begin, begin + size, medium)
         last = BlockHash(hashed((last, tuple(tokens[begin : begin + size]), keys)))
         names.append(int.from_bytes(last[-NAME_BYTES:], "big"))
-    return names
+    return np.array(names, np.uint64)
 
 
 def reads_cache(request: EngineCoreRequest) -> bool:

@@ -33,6 +33,7 @@ class Flight:
         keep: ``output`` is kept, so that another replica can go on with it.
         replica_id: where it is; empty while no replica has it.
         tokens_left: to prefill and decode there.
+        prefill_tokens: that are to prefill there before its first token, as far as is known: what is cached is not.
         output: all tokens so far, whoever made them.
         made: tokens that this replica made of it.
         begun: this replica has said something of it.
@@ -48,6 +49,7 @@ class Flight:
     keep: bool = True
     replica_id: str = ""
     tokens_left: int = 0
+    prefill_tokens: int = 0
     output: list[int] = field(default_factory=list)
     made: int = 0
     begun: bool = False
@@ -106,7 +108,9 @@ class Flight:
 
     def sent(self, replica_id: str) -> None:
         """That replica is to compute it, from its prompt and its tokens so far."""
+        cached = self.prefix.predicted_tokens if self.prefix is not None else None
         self.replica_id, self.tokens_left = replica_id, self.tokens_to_compute
+        self.prefill_tokens = self.prompt_tokens + len(self.output) - (cached or 0)
         self.made, self.begun, self.taken = 0, False, False
 
     def take(self, tokens: list[int]) -> int:

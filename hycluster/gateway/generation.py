@@ -42,8 +42,9 @@ from hycluster.errors import (
 from hycluster.gateway.admission import check_id
 from hycluster.gateway.bulk import FIXED_ROWS, BulkLane
 from hycluster.gateway.chat import ModelChat, Turn, structured_outputs
-from hycluster.gateway.gateway import Gateway, open_gateway, until_one_can_serve
+from hycluster.gateway.gateway import Gateway
 from hycluster.gateway.limited import limited
+from hycluster.gateway.opening import open_gateway, until_one_can_serve
 from hycluster.gateway.outputs import lengths_of, output_of, usage_of
 from hycluster.limits.limiter import Limiter
 from hycluster.limits.reservation import Reservation, reserving

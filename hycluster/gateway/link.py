@@ -25,6 +25,7 @@ from hycluster.gateway.connection import ReplicaConnection
 from hycluster.gateway.failover import Failover
 from hycluster.gateway.flight import Flight
 from hycluster.gateway.prefixes import Prefixes
+from hycluster.gateway.sent_work import SentWork
 from hycluster.gateway.tasks import Tasks
 from hycluster.observe.gateways import KnownReplica, ReplicaBooks
 from hycluster.replica.frames import in_pieces
@@ -52,6 +53,7 @@ class Link:
         room: how many rows of bulk it can use, by its reports.
         bulk_rows: requests of bulk priority that it has of this gateway.
         outstanding_tokens: to prefill or decode there for this gateway.
+        work: the same, told apart by what is to be done.
         worked_off_tokens: how much less that is for what the replica did, or because requests ended; only grows.
         heard_s: on the monotonic clock, its last word, or when it was first expected to say one.
         progress_s: the same of the last tokens that came; before any, minus infinity.
@@ -73,6 +75,7 @@ class Link:
         self.room = EngineRoom()
         self.bulk_rows = 0
         self.outstanding_tokens = 0
+        self.work = SentWork()
         self.worked_off_tokens = 0
         self.heard_s = time.monotonic()
         self.progress_s = -math.inf
@@ -121,6 +124,7 @@ class Link:
         flight.sent(self.replica_id)
         self.flights[flight.engine_id] = flight
         self.outstanding_tokens += flight.tokens_left
+        self.work.add(flight)
         self.bulk_rows += flight.bulk
         self.known.routed += 1
         if flight.deaths:
@@ -171,6 +175,7 @@ class Link:
         """It is not here any more."""
         del self.flights[flight.engine_id]
         self.bulk_rows -= flight.bulk
+        self.work.drop(flight)
         self._work_off(flight.tokens_left)
         if self._prefixes is not None and flight.prefix is not None:
             self._prefixes.let_go(flight.prefix)
@@ -206,8 +211,8 @@ class Link:
         """Take away what a message says of KV blocks; before its outputs are told, as they may be asked for at once."""
         while frames and is_changes(frames[0].buffer):
             frame = frames.pop(0).buffer
-            if self.info.blocks is not None and not self._gone:
-                prefixes.hear(self.replica_id, self.info.blocks, frame)
+            if not self._gone:
+                prefixes.hear(self.replica_id, self.info, frame)
 
     def _book(self, outputs: EngineCoreOutputs) -> list[EngineCoreOutput]:
         """Those of a step's outputs that somebody waits for, under the ids that their callers gave them."""
@@ -241,6 +246,7 @@ class Link:
                 self.drop(flight)
                 failover.landed(flight)
                 continue
+            self.work.take(flight, len(output.new_token_ids))
             spent += flight.take(output.new_token_ids)
             if flight.deaths and not flight.suspected:
                 failover.wake()

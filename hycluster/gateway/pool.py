@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +16,7 @@ from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackEncoder
 
 from hycluster.auth.caller import current_caller, own_salt
-from hycluster.core import BulkDemand, ColocationLoad, EngineSample, ExpertLoad
+from hycluster.core import BulkDemand, ColocationLoad, EngineSample, ExpertLoad, GatewayWork
 from hycluster.directory.directory import ReplicaReport
 from hycluster.engine.fairness import payer_headers
 from hycluster.engine.migrated import migrate
@@ -42,6 +42,7 @@ class PoolClient(ControlCalls):
         cold_start_wait_s: how long a new request waits for a replica where there is none; None: it is refused.
         failover: keep each request's tokens, so that it can go on elsewhere; without, one that has begun ends.
         follow_blocks: know which KV blocks each replica has.
+        expected_output_tokens: of a request, if it allows more.
         on_lost: told of each request that ends because its replica was lost: Unavailable, ReplicaLost, KillsReplicas;
             or because its engine knows what is wrong with it: InvalidInput.
 
@@ -65,6 +66,7 @@ class PoolClient(ControlCalls):
         cold_start_wait_s: float | None = None,
         failover: bool = True,
         follow_blocks: bool = False,
+        expected_output_tokens: int = 512,
         on_lost: Tell,
     ) -> None:
         self.model = model
@@ -74,6 +76,7 @@ class PoolClient(ControlCalls):
         self._keep = failover
         self._cold_start_wait_s = cold_start_wait_s
         self._policy = policy
+        self._expected_output_tokens = expected_output_tokens
         self._encoder = MsgpackEncoder()
         self._arrived: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._failover = Failover(self._send, on_lost, wait_s=wait_s)
@@ -163,6 +166,13 @@ class PoolClient(ControlCalls):
     def outstanding(self) -> dict[str, int]:
         """By replica id, the tokens that this gateway has to prefill or decode there."""
         return {replica_id: link.outstanding_tokens for replica_id, link in self._members.links.items()}
+
+    @property
+    def work(self) -> dict[str, GatewayWork] | None:
+        """By replica id, what that has of this gateway's requests; None where no gateway goes by it."""
+        if self.prefixes is None:
+            return None
+        return {replica_id: link.work.told for replica_id, link in self._members.links.items()}
 
     @property
     def outstanding_tokens(self) -> int:
@@ -269,25 +279,41 @@ class PoolClient(ControlCalls):
             raise self._no_replica()
         if len(links) == 1:
             return links[0]
-        cached = self._cached_tokens(flight, links)
-        candidates = [
-            Candidate(
+        candidates = self._candidates(flight, links)
+        route = RouteRequest(
+            tokens=flight.tokens_to_compute,
+            prompt_tokens=flight.prompt_tokens + len(flight.output),
+            output_tokens=min(self._expected_output_tokens, flight.tokens_to_compute - flight.prompt_tokens),
+            prefix=flight.prefix.begin if flight.prefix is not None else None,
+            session_id=flight.request.session_id,
+            bulk=flight.bulk,
+        )
+        return self._members.links[self._policy.choose(candidates, route)]
+
+    def _candidates(self, flight: Flight, links: Sequence[Link]) -> list[Candidate]:
+        def seen(link: Link, **by_blocks: Any) -> Candidate:
+            return Candidate(
                 replica_id=link.replica_id,
                 own_tokens=link.outstanding_tokens,
                 own_requests=len(link.flights),
                 load=link.load,
                 spare_rows=link.room.spare(link.bulk_rows) if flight.bulk else None,
-                cached_tokens=cached.get(link.replica_id),
+                **by_blocks,
+            )
+
+        prefixes, prefix = self.prefixes, flight.prefix
+        if prefixes is None or prefix is None:
+            return [seen(link) for link in links]
+        cached = prefixes.cached_tokens(prefix, (link.replica_id for link in links))
+        return [
+            seen(
+                link,
+                own_work=link.work.told,
+                cached_tokens=cached[link.replica_id],
+                evicts_age_s=prefixes.evicts_age_s(link.replica_id),
             )
             for link in links
         ]
-        route = RouteRequest(tokens=flight.tokens_to_compute, session_id=flight.request.session_id, bulk=flight.bulk)
-        return self._members.links[self._policy.choose(candidates, route)]
-
-    def _cached_tokens(self, flight: Flight, links: Iterable[Link]) -> Mapping[str, int | None]:
-        if self.prefixes is None or flight.prefix is None:
-            return {}
-        return self.prefixes.cached_tokens(flight.prefix, (link.replica_id for link in links))
 
     def _no_replica(self) -> Unavailable:
         return Unavailable(f"model: no replica of {self.model!r} can serve now", retry_after_s=1.0)

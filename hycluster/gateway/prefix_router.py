@@ -2,8 +2,8 @@
 
 Pure: a view of the pool comes in, a cost for each replica comes out, in an order of magnitude of the policy's own; the
 least one is taken, of equal ones any. Columns in place of objects, since a choice among a thousand replicas is to take
-microseconds. So far only :mod:`hycluster.simulate` has such a view; a gateway that serves knows load alone
-(:mod:`hycluster.gateway.router`), until replicas tell it which blocks they hold.
+microseconds. A gateway makes them of what it has sent and what replicas say (:mod:`hycluster.gateway.router`),
+:mod:`hycluster.simulate` of engines in virtual time.
 
 Where ``cached_tokens`` is None, nothing is known of caches, and each policy goes by load.
 """

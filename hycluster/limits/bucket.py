@@ -142,13 +142,12 @@ class Bucket:
             limit: by the minute, what is beyond it counts in the minutes to come, as much as it is in each. Else
                 whoever reserves little and uses much would have that much in every minute.
         """
-        if limit is None or self.usage.period:
-            self._count(amount, now_s - age_s, period)
-            return
-        used = self.usage.used(now_s)
-        over, at = min(amount, max(0, used + amount - limit)), max(used, limit)
+        over = at = 0
+        if limit and not self.usage.period:
+            used = self.usage.used(now_s)
+            over, at = min(amount, max(0, used + amount - limit)), max(used, limit)
         self._count(amount - over, now_s - age_s, period)
-        while over > 0:
+        while limit and over > 0:
             minutes, within = divmod(at, limit)
             part = over if minutes >= MOST_OWED_MINUTES else min(over, limit - within)
             self.sequence += 1

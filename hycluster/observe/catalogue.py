@@ -168,7 +168,8 @@ ROUTED = _family(
 PREFIX_PREDICTIONS = _family(
     "counter", "hycluster_prefix_predictions_total",
     "Requests of which it was predicted how many tokens of the prompt their replica has in its KV cache, and whose"
-    " engine has said how many it found. Nothing without `router.follow_kv_blocks`; so are the other three.",
+    " engine has said how many it found. Nothing without `router.follow_kv_blocks`, or a `router.policy` that needs it;"
+    " so are the other three.",
     AT_INGRESS,
 )  # fmt: skip
 PREFIX_CACHED = _family(

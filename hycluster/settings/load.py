@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from hycluster.settings.base import Port, Strict
 
@@ -38,39 +38,32 @@ class Admission(Strict):
     grammar_memory_mib: int = Field(default=512, ge=64)
 
 
-# What a simulated router can do as well; hycluster/gateway/prefix_router.py has them.
-SIMULATED_POLICIES = ("predicted_ttft", "prefix_hash", "longest_match", "lmetric", "dynamo")
+RouterPolicy = Literal[
+    "least_outstanding_tokens", "power_of_two", "predicted_ttft", "prefix_hash", "longest_match", "lmetric", "dynamo"
+]
 
 
 class Router(Strict):
-    """Which replica a request goes to; see ``hycluster/gateway/router.py`` for the policies.
+    """Which replica a request goes to; ``docs/routing.md`` has the policies.
 
     Attributes:
-        policy: the replica with the fewest tokens outstanding, or of two random ones the one with fewer requests.
+        policy: the replica with the fewest tokens outstanding, or of two random ones the one with fewer requests. The
+            others go by what replicas have in their KV caches as well; ``predicted_ttft`` is for prompts that begin
+            alike, the rest for comparison.
         session_slack_tokens: requests of one session go to one replica, which has the earlier turns in its KV cache,
             unless it has more than this many tokens more outstanding than the least loaded one. None: sessions are
-            ignored.
+            ignored; so they are where a policy knows what replicas have cached.
         follow_kv_blocks: gateways know which KV blocks each replica has, for policies that go by it, which turn it on
             themselves; and for metrics of how well they know it.
         failover: migrate a request whose replica is lost or drained to another one; False ends it once it has begun.
         failover_wait_s: how long such a request waits for another replica that can take it.
     """
 
-    policy: Literal["least_outstanding_tokens", "power_of_two"] = "least_outstanding_tokens"
+    policy: RouterPolicy = "least_outstanding_tokens"
     session_slack_tokens: int | None = Field(default=8192, ge=0)
     follow_kv_blocks: bool = False
     failover: bool = True
     failover_wait_s: float = Field(default=120, ge=0)
-
-    @field_validator("policy", mode="before")
-    @classmethod
-    def _known_to_gateways(cls, policy: object) -> object:
-        if policy in SIMULATED_POLICIES:
-            raise ValueError(
-                f"{policy!r} needs to know what each replica has cached, which gateways do not yet; hycluster simulate"
-                " --policy tries it; must be one of least_outstanding_tokens, power_of_two"
-            )
-        return policy
 
 
 class DataPlane(Strict):

@@ -5,14 +5,12 @@ from __future__ import annotations
 import time
 
 from hycluster.errors import SettingsError
-from hycluster.gateway.prefix_router import PREFIX_POLICIES, PoolColumns, PrefixPolicy, PrefixRequest
-from hycluster.gateway.router import POLICIES, Candidate, RouteRequest, make_policy
-
-ALL_POLICIES = (*POLICIES, *PREFIX_POLICIES)
+from hycluster.gateway.prefix_router import PoolColumns, PrefixPolicy, PrefixRequest
+from hycluster.gateway.router import BY_BLOCKS, POLICIES, Candidate, RouteRequest, make_policy
 
 
 class Choice:
-    """Chooses a replica by a policy that a gateway has now, or by one that looks at prefixes.
+    """Chooses a replica by one of the router's policies.
 
     Attributes:
         by_prefix: the policy looks at what replicas have cached.
@@ -23,9 +21,9 @@ class Choice:
     """
 
     def __init__(self, name: str, seed: int) -> None:
-        if name not in ALL_POLICIES:
-            raise SettingsError(f"--policy: {name!r} is not allowed; must be one of {', '.join(ALL_POLICIES)}")
-        self.by_prefix = name in PREFIX_POLICIES
+        if name not in POLICIES:
+            raise SettingsError(f"--policy: {name!r} is not allowed; must be one of {', '.join(POLICIES)}")
+        self.by_prefix = name in BY_BLOCKS
         self.took_s: list[float] = []
         self._prefix = PrefixPolicy(name, seed) if self.by_prefix else None
         self._load = None if self.by_prefix else make_policy(name, "simulation", seed)

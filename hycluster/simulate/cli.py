@@ -48,8 +48,7 @@ def simulate(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="How the router chooses: the settings' router.policy (default), or one of those that know what"
-            " replicas have cached (docs/routing.md).",
+            help="How the router chooses (docs/routing.md). Default: the settings' router.policy.",
         ),
     ] = None,
     scheduler: Annotated[

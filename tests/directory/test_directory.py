@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from hycluster.adapters import AdapterEntry
-from hycluster.core import BulkDemand, ReplicaAddress, ReplicaLoad
+from hycluster.core import BulkDemand, GatewayWork, ReplicaAddress, ReplicaLoad
 from hycluster.directory import directory
 from hycluster.directory.autoscaling import PoolLoad, Scaling
 from hycluster.directory.directory import FORGET_AFTER_S, Demand, Directory, IngressReport, PoolView, ReplicaReport
@@ -128,6 +128,19 @@ def test_outstanding_tokens_by_gateway() -> None:
     assert [r.load.outstanding_tokens for r in view.replicas] == [{"g1": 10, "g2": 5}, {"g1": 20, "g2": 0}]
     view = there.sync(MODEL.name, "g1", {})
     assert [r.load.outstanding_tokens for r in view.replicas] == [{"g1": 0, "g2": 5}, {"g1": 0, "g2": 0}]
+
+
+def test_what_there_is_of_it_by_gateway(clock: Clock) -> None:
+    there, work = Directory(), GatewayWork(prefill_tokens=7, requests=2, decoding=1, kv_tokens=30)
+    for replica in "ab":
+        there.report(MODEL, report(replica))
+    there.sync(MODEL.name, "g1", {"a": 10, "b": 0}, work={"a": work})
+    view = there.sync(MODEL.name, "g2", {"a": 5, "b": 0})
+    assert [each.load.work for each in view.replicas] == [{"g1": work}, {}]
+    clock.now += FORGET_AFTER_S + 0.1
+    there.report(MODEL, report("a"))
+    (only,) = there.sync(MODEL.name, "g2", {}).replicas
+    assert only.load.work == {}
 
 
 def test_what_a_silent_gateway_had_outstanding_is_forgotten(clock: Clock) -> None:

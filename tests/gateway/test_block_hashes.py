@@ -60,19 +60,6 @@ def test_what_is_remembered_is_bounded() -> None:
     assert counted.calls > calls
 
 
-def test_what_nobody_holds_is_not_hashed_to_its_end() -> None:
-    """And what somebody holds is in it."""
-    prompt = tokens(20 * CHUNK_TOKENS)
-    whole = BlockHasher(Counted(), SEED, 16).names(prompt)
-    for held_chunks in (0, 1, 3, 12, 20):
-        counted = Counted()
-        known = set(whole[: held_chunks * CHUNK_TOKENS // 16].tolist())
-        found = BlockHasher(counted, SEED, 16).names(prompt, held=lambda name, known=known: int(name) in known)  # type: ignore[misc]
-        np.testing.assert_array_equal(found, whole[: len(found)])
-        assert len(found) >= len(known)
-        assert counted.calls <= (2 * held_chunks + 1) * CHUNK_TOKENS / 16
-
-
 def test_extra_keys_make_other_names() -> None:
     hasher = BlockHasher(Counted(), SEED, 16)
     prompt = tokens(2 * CHUNK_TOKENS)

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from hycluster.adapters import adapter_id
@@ -26,6 +27,7 @@ from tests.lora_adapters import attention_of, write_adapter
 
 if TYPE_CHECKING:
     from hycluster.gateway.pool import PoolClient
+    from hycluster.gateway.prefixes import Prefixes
 
 # A first engine in a process imports what warns of third parties' sins.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore"),
@@ -34,6 +36,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.filterwarn
 BLOCK_TOKENS = 32
 # A token of the tiny model in the KV cache is 1 KiB.
 KV_GIB = 2048 * 1024 / 2**30
+CONVERSATIONS, TURNS, SYSTEM_TOKENS, TURN_TOKENS = 8, 4, 200, 180
 LOOPBACK = DataPlane(host="127.0.0.1")
 
 
@@ -97,12 +100,9 @@ class Replicas:
         for gateway in self.gateways:
             prefixes = gateway.prefixes
             assert prefixes is not None
-            index = prefixes._index
             for name in self.running:
                 await until(lambda: name in prefixes._naming)  # noqa: B023
-                await until(
-                    lambda: {block for block in index._holders if index.holds(name, block)} == self.held(name)  # noqa: B023
-                )
+                await until(lambda: holds(prefixes, name, self.held(name)))  # noqa: B023
 
     async def ask(self, gateway: PoolClient, **asked: Any) -> None:
         self.sent += 1
@@ -112,6 +112,15 @@ class Replicas:
         while requests:
             outputs = (await gateway.get_output_async()).outputs
             requests -= sum(output.finish_reason is not None for output in outputs)
+
+
+def holds(prefixes: Prefixes, name: str, blocks: set[int]) -> bool:
+    """It is known that a replica holds these blocks and no others."""
+    index = prefixes._index
+    if index is None or index.held_by(name) != len(blocks):
+        return False
+    row = index.replica_ids.index(name)
+    return all(index.cached_blocks(np.array([block], np.uint64))[row] for block in blocks)
 
 
 def _die(*_: Any) -> Any:
@@ -220,6 +229,59 @@ async def test_the_error_is_0_beside_each_other(tiny_model: Path) -> None:
                 await pool.ask(gateway, prompt_token_ids=prompt, sampling_params=params)
             await pool.finish(gateway, 6)
         assert (predictions(pool), errors(pool)) == (120, (0, 0))
+
+
+async def hits(pool: Replicas, policy: str) -> int:
+    """Tokens that engines find cached for conversations with one system prompt, all at once, turn by turn."""
+    from vllm.sampling_params import SamplingParams
+
+    from hycluster.gateway.pool import PoolClient
+    from hycluster.gateway.router import make_policy
+
+    async def on_lost(request_id: str, error: HyclusterError) -> None:
+        raise AssertionError(request_id, error)
+
+    made = make_policy(policy, policy, seed=1, session_slack_tokens=8192)
+    gateway = PoolClient("tiny", made, policy, wait_s=30, follow_blocks=True, on_lost=on_lost)
+    pool.gateways = [gateway]
+    await pool.report()
+    await pool.known()
+    await gateway.call_all("reset_prefix_cache")
+    await pool.known()
+    chance = random.Random(11)
+    system = [chance.randrange(250) for _ in range(SYSTEM_TOKENS)]
+    said = [[*system, *(chance.randrange(250) for _ in range(200))] for _ in range(CONVERSATIONS)]
+    for _ in range(TURNS):
+        for prompt in said:
+            params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+            await pool.ask(gateway, prompt_token_ids=list(prompt), sampling_params=params)
+        await pool.finish(gateway, CONVERSATIONS)
+        await pool.known()
+        for prompt in said:
+            prompt += [chance.randrange(250) for _ in range(TURN_TOKENS)]
+    assert gateway.prefixes is not None
+    assert errors(pool) == (0, 0)
+    assert predictions(pool) == CONVERSATIONS * TURNS
+    await gateway.close()
+    pool.gateways = []
+    return gateway.prefixes.audit.cached_tokens
+
+
+async def test_conversations_find_what_was_computed_for_them(tiny_model: Path) -> None:
+    """The default finds less, since it does not look. What each predicts is what is found."""
+    async with opened(tiny_model, 2, 40 * KV_GIB, {}) as pool:
+        for gateway in pool.gateways:
+            await gateway.close()
+        by_load, by_prefix = await hits(pool, "least_outstanding_tokens"), await hits(pool, "predicted_ttft")
+
+        def whole(tokens: int) -> int:
+            return tokens // BLOCK_TOKENS * BLOCK_TOKENS
+
+        # The system prompt on either replica, and all that each conversation had said before.
+        before = [whole(SYSTEM_TOKENS + 200 + turn * TURN_TOKENS) for turn in range(TURNS - 1)]
+        all_there_is = CONVERSATIONS * sum(before) + (CONVERSATIONS - 2) * whole(SYSTEM_TOKENS)
+        assert by_prefix >= 0.97 * all_there_is
+        assert by_prefix > by_load
 
 
 async def test_a_gateway_that_did_not_ask_is_told_nothing(tiny_model: Path) -> None:

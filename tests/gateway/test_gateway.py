@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from hycluster.core import GatewayWork
+from hycluster.engine.simulated import SimulatedEngine
 from hycluster.errors import InvalidInput, KillsReplicas, Overloaded, Unavailable
 from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
 from hycluster.settings.pool import Replicas
 from hycluster.settings.simulated import Simulated
+from tests.gateway.test_served_policies import TellingEngine
 from tests.simulated_pool import SimulatedPool, predicted
 from tests.waiting import eventually, until
 
@@ -45,13 +48,13 @@ class Served:
         self.replicas = replicas
 
     async def generate(
-        self, request_id: str = "r", priority: int = 0, **sampling: Any
+        self, request_id: str = "r", priority: int = 0, tokens: list[int] = PROMPT, **sampling: Any
     ) -> AsyncGenerator[RequestOutput, None]:
         """Every output of one request; end of sequence is ignored, as ``predicted`` does."""
         from vllm.sampling_params import SamplingParams
 
         params = SamplingParams(**({"max_tokens": 20, "ignore_eos": True, "temperature": 0} | sampling))
-        (prompt,) = await self.gateway.renderer.render_cmpl_async([{"prompt_token_ids": PROMPT}])
+        (prompt,) = await self.gateway.renderer.render_cmpl_async([{"prompt_token_ids": tokens}])
         async with contextlib.aclosing(self.gateway.generate(prompt, params, request_id, priority=priority)) as outputs:
             async for output in outputs:
                 yield output
@@ -71,9 +74,13 @@ Open = Callable[..., contextlib.AbstractAsyncContextManager[Served]]
 def opened(tiny_model: Path) -> Open:
     @contextlib.asynccontextmanager
     async def begin(
-        settings: Simulated, replicas: int = 1, admission: Admission | None = None, router: Router | None = None
+        settings: Simulated,
+        replicas: int = 1,
+        admission: Admission | None = None,
+        router: Router | None = None,
+        kind: type[SimulatedEngine] = SimulatedEngine,
     ) -> AsyncIterator[Served]:
-        from hycluster.gateway.gateway import open_gateway
+        from hycluster.gateway.opening import open_gateway
 
         model = Model(
             name="tiny",
@@ -82,7 +89,7 @@ def opened(tiny_model: Path) -> Open:
             engine={"max_model_len": 1024},
             replicas=Replicas(min=replicas),
         )
-        with SimulatedPool(settings, replicas) as simulated:
+        with SimulatedPool(settings, replicas, kind) as simulated:
             async with open_gateway(
                 model,
                 simulated.directory(model),
@@ -107,6 +114,33 @@ async def test_tokens_and_text(opened: Open) -> None:
         assert only.finish_reason == "length"
         assert output.prompt_token_ids == PROMPT
         assert served.gateway.engine_core.outstanding == {"r0": 0}
+
+
+async def test_a_policy_that_needs_them_has_kv_blocks_followed_and_work_told(opened: Open) -> None:
+    async with opened(ENDLESS, 2, router=Router(policy="predicted_ttft"), kind=TellingEngine) as served:
+        pool = served.gateway.engine_core
+        prefixes = pool.prefixes
+        assert prefixes is not None
+        tasks = [asyncio.create_task(served.last("0", tokens=[7] * 100, max_tokens=400))]
+        await until(lambda: prefixes.blocks == 100 // ENDLESS.block_size_tokens)
+        home = next(replica for replica, tokens in pool.outstanding.items() if tokens)
+        tasks.append(asyncio.create_task(served.last("1", tokens=[7] * 100, max_tokens=400)))
+        await until(lambda: pool.requests_in_flight == 2)
+        assert pool.work is not None
+        assert pool.work[home].requests == 2
+        await until(
+            lambda: any(
+                report.address.replica_id == home and report.load.work.get(pool.gateway_id, GatewayWork()).requests == 2
+                for report in served.gateway._view.replicas  # type: ignore[union-attr]
+            )
+        )
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await until(lambda: not pool.work[home].requests)  # type: ignore[index]
+    async with opened(FAST, router=Router(policy="power_of_two"), kind=TellingEngine) as served:
+        assert served.gateway.engine_core.prefixes is None
+        assert served.gateway.engine_core.work is None
 
 
 async def test_the_engines_context_is_the_gateways(opened: Open) -> None:
@@ -436,7 +470,7 @@ async def test_a_request_that_kills_replicas_is_told_so(opened: Open) -> None:
 
 
 async def test_opening_waits_for_a_replica(tiny_model: Path) -> None:
-    from hycluster.gateway.gateway import open_gateway
+    from hycluster.gateway.opening import open_gateway
 
     model = Model(name="tiny", source=str(tiny_model), simulated=FAST, engine={"max_model_len": 1024})
     with SimulatedPool(FAST, 0) as nobody, pytest.raises(Unavailable, match="could serve within 0 s"):

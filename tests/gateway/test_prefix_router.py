@@ -17,8 +17,6 @@ from hycluster.gateway.prefix_router import (
     PrefixRequest,
     StepCost,
 )
-from hycluster.gateway.router import POLICIES
-from hycluster.settings.load import SIMULATED_POLICIES
 
 STEP = StepCost(base_s=0.01, prefill_token_s=1e-4, sequence_s=1e-4, kv_token_s=1e-9, step_tokens=1000)
 REQUEST = PrefixRequest(prompt_tokens=1000, output_tokens=100, prefix=7)
@@ -86,11 +84,6 @@ def test_without_knowledge_of_caches_it_goes_by_load(name: str) -> None:
 def test_unknown_policy() -> None:
     with pytest.raises(SettingsError, match="'nearest' is not allowed; must be one of predicted_ttft, "):
         PrefixPolicy("nearest")
-
-
-def test_settings_know_which_are_not_for_gateways() -> None:
-    assert tuple(PREFIX_POLICIES) == SIMULATED_POLICIES
-    assert not PREFIX_POLICIES.keys() & POLICIES.keys()
 
 
 class TestPredictedTtft:

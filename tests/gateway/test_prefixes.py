@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from hycluster.core import Priority
+from hycluster.engine.protocol import EngineInfo
 from hycluster.observe.prefixes import PrefixAudit
 from tests.engine.test_cached_blocks import conversations
 from tests.engine.test_scheduler import Case, make_case
@@ -42,8 +45,10 @@ class Followed:
         blocks, naming = cached_blocks(case.engine.scheduler), block_naming(case.engine.scheduler)
         assert blocks is not None
         assert naming is not None
-        self.replicas[replica] = case, blocks, naming
-        self.prefixes.hear(replica, naming, blocks.follow(1))
+        room = naming.tokens * case.engine.scheduler.kv_cache_manager.block_pool.num_gpu_blocks
+        info = EngineInfo(4096, room, naming.tokens, blocks=naming)
+        self.replicas[replica] = case, blocks, info
+        self.prefixes.hear(replica, info, blocks.follow(1))
 
     def lose(self, replica: str) -> None:
         self.prefixes.forget(replica)
@@ -59,12 +64,12 @@ class Followed:
         return name
 
     def step(self, replica: str) -> None:
-        case, blocks, naming = self.replicas[replica]
+        case, blocks, info = self.replicas[replica]
         if not case.engine.has_work:
             return
         said = case.engine.step()
         if (frame := blocks.changes()) is not None:
-            self.prefixes.hear(replica, naming, frame)
+            self.prefixes.hear(replica, info, frame)
         for token in said:
             if (prefix := self.sent.pop(token.request_id, None)) is not None:
                 found: Any = SimpleNamespace(num_local_cached_tokens=token.cached)
@@ -94,11 +99,11 @@ def test_one_after_the_other_it_is_exact(tiny_model: Path, asynchronous: bool) -
             followed.lose(chance.choice([*followed.replicas]))
             followed.start(f"later{number}")
         elif number % 100 == 49:
-            case, blocks, naming = followed.replicas[chance.choice([*followed.replicas])]
+            case, blocks, info = followed.replicas[chance.choice([*followed.replicas])]
             case.engine._flights.clear()
             assert case.engine.scheduler.reset_prefix_cache()
             replica = next(name for name, (each, _, _) in followed.replicas.items() if each is case)
-            followed.prefixes.hear(replica, naming, blocks.changes())
+            followed.prefixes.hear(replica, info, blocks.changes())
     audit = followed.audit
     assert (audit.predictions, audit.missing_tokens, audit.unforeseen_tokens) == (600, 0, 0)
     assert audit.cached_tokens > 5_000
@@ -193,5 +198,32 @@ def test_drafting_computes_the_last_block_again() -> None:
     from hycluster.engine.protocol import BlockNaming
     from hycluster.gateway.prefixes import Prefix
 
-    prefix = Prefix(range(4), BlockNaming(16, "sha256", b"", computed_again=1), readable=3)
+    prefix = Prefix(np.arange(4, dtype=np.uint64), BlockNaming(16, "sha256", b"", computed_again=1), readable=3)
     assert [prefix.tokens(blocks) for blocks in range(5)] == [0, 0, 16, 32, 32]
+
+
+def test_what_would_go_next_is_the_older_the_slower_a_replica_drops(tiny_model: Path) -> None:
+    followed, now = Followed(tiny_model, 2, blocks=100), [0.0]
+    followed.prefixes.clock = lambda: now[0]
+    for number in range(60):
+        now[0] = float(number)
+        followed.send("r0", [number] * 320)
+        if number % 3 == 0:
+            followed.send("r1", [number] * 320)
+        followed.finish()
+    often, rarely = (followed.prefixes.evicts_age_s(replica) for replica in ("r0", "r1"))
+    # 99 blocks hold the last 5 of one a second, and of one in three.
+    assert 3 < often < 10
+    assert 9 < rarely < 30
+    assert followed.prefixes.evicts_age_s("none") == math.inf
+
+
+@pytest.mark.parametrize(
+    ("tokens", "block"), [(10, None), (16, 0), (500, 0), (513, 31), (1023, 31), (1024, 63), (2000, 63)]
+)
+def test_a_conversation_begins_as_it_began(tokens: int, block: int | None) -> None:
+    from hycluster.engine.protocol import BlockNaming
+    from hycluster.gateway.prefixes import Prefix
+
+    names = np.arange(tokens // 16, dtype=np.uint64)
+    assert Prefix(names, BlockNaming(16, "sha256", b""), readable=0).begin == block

@@ -84,8 +84,8 @@ class Served:
 
 @asynccontextmanager
 async def serving(keys: Keyed, tiny_model: Path) -> AsyncIterator[Served]:
-    from hycluster.gateway.gateway import open_gateway
     from hycluster.gateway.generation import Generator
+    from hycluster.gateway.opening import open_gateway
     from hycluster.ingress.grpc import serve_grpc
     from hycluster.ingress.http import serve_http
 

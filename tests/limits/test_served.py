@@ -70,8 +70,8 @@ def keys(tmp_path: Path) -> Iterator[Keyed]:
 
 @contextlib.asynccontextmanager
 async def serving(keys: Keyed, tiny_model: Path) -> AsyncIterator[Served]:
-    from hycluster.gateway.gateway import open_gateway
     from hycluster.gateway.generation import Generator
+    from hycluster.gateway.opening import open_gateway
     from hycluster.ingress.grpc import serve_grpc
     from hycluster.ingress.http import model_apps, over_all_models, serve_http
 

@@ -7,7 +7,8 @@ import pytest
 
 from hycluster.errors import SettingsError
 from hycluster.gateway.prefix_router import PoolColumns, PrefixRequest, StepCost
-from hycluster.simulate.choice import ALL_POLICIES, Choice
+from hycluster.gateway.router import LOAD_POLICIES, POLICIES
+from hycluster.simulate.choice import Choice
 
 REQUEST = PrefixRequest(prompt_tokens=100, output_tokens=10, prefix=1)
 
@@ -25,7 +26,7 @@ def columns(outstanding: list[float]) -> PoolColumns:
     )
 
 
-@pytest.mark.parametrize("name", ALL_POLICIES)
+@pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_chooses(name: str) -> None:
     choice = Choice(name, 0)
     assert choice.choose(columns([90_000.0, 0.0]), REQUEST) == 1 or name == "prefix_hash"
@@ -34,10 +35,7 @@ def test_every_policy_chooses(name: str) -> None:
 
 
 def test_which_look_at_prefixes() -> None:
-    assert {name for name in ALL_POLICIES if not Choice(name, 0).by_prefix} == {
-        "least_outstanding_tokens",
-        "power_of_two",
-    }
+    assert {name for name in POLICIES if not Choice(name, 0).by_prefix} == LOAD_POLICIES.keys()
 
 
 def test_unknown() -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from hycluster.gateway.router import POLICIES
 from hycluster.settings.model import Colocation, Model
 from hycluster.settings.simulated import Simulated
-from hycluster.simulate.choice import ALL_POLICIES
 from hycluster.simulate.fast import serve_fast
 from hycluster.simulate.machine import Machine, simulated_machine
 from hycluster.simulate.traces import HASH_TOKENS, TraceRequest
@@ -43,7 +43,7 @@ def chats(sessions: int, seconds: float, seed: int = 0) -> list[TraceRequest]:
     return sorted(found, key=lambda request: request.at_s)
 
 
-@pytest.mark.parametrize("policy", ALL_POLICIES)
+@pytest.mark.parametrize("policy", POLICIES)
 def test_the_same_seed_gives_the_same_numbers(policy: str) -> None:
     trace = chats(40, 30)
     first, second = (serve_fast(machine(), trace, replicas=3, policy=policy, seed=5)[1] for _ in range(2))
