@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import traceback
 from collections.abc import Mapping
 
 from starlette.exceptions import HTTPException
@@ -62,9 +63,15 @@ async def answer_unreadable(request: Request, error: Exception) -> JSONResponse:
 
     It answers ``ValueError`` and ``TypeError`` with 400 itself; the engine's errors have kinds of their own.
     """
-    logger.warning("%s: a request that vLLM can't take apart", request.url.path, exc_info=error)
+    logger.warning("%s: a request that vLLM can't take apart: %s", request.url.path, raised_at(error))
     message = f"body: can't be read as a request: {type(error).__name__}: {error}"
     return openai_error(InvalidInput.http_status, message, InvalidInput.openai_type)
+
+
+def raised_at(error: BaseException) -> str:
+    """Of which kind an error is, and where it was raised. For logs in the place of what it says: that may be of a
+    prompt, as the key is that a message has not."""
+    return f"{type(error).__name__}\n{''.join(traceback.format_tb(error.__traceback__))}".rstrip()
 
 
 def openai_error(

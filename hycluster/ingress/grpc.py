@@ -30,6 +30,7 @@ from hycluster.errors import DeadlineExceeded, HyclusterError, PromptTooLong, Se
 from hycluster.gateway.tiers import served_as, tier_for
 from hycluster.ingress import translate
 from hycluster.ingress.chats import messages_from_pb
+from hycluster.ingress.errors import raised_at
 from hycluster.ingress.guarded_calls import GuardCalls
 from hycluster.ingress.malformed import RefuseMalformed
 from hycluster.ingress.proto import inference_pb2 as pb
@@ -137,8 +138,8 @@ def _answer(call: Call[Request, Response]) -> Call[Request, Response]:
                 raise
             code = Unavailable.grpc_status
             failure = Unavailable("the server shut down before the answer was complete")
-        except Exception:
-            logger.exception("%s failed", call.__name__)
+        except Exception as error:
+            logger.error("%s failed: %s", call.__name__, raised_at(error))
             code = HyclusterError.grpc_status
             failure = HyclusterError("internal error; the server's log has the details")
         finally:

@@ -17,6 +17,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp
 
+from hycluster.ingress.errors import raised_at
 from hycluster.ledger.account import Account, account_book
 from hycluster.observe.timelines import Carried
 
@@ -111,8 +112,8 @@ class _Call:
                 await self._app(self._scope, self._receive, self._send)
                 if self._account is not None:
                     self._account.left = not self._over.is_set()
-        except Exception:
-            logger.warning("%s: the app broke", self._scope["path"], exc_info=True)
+        except Exception as error:
+            logger.warning("%s: the app broke: %s", self._scope["path"], raised_at(error))
         finally:
             self._over.set()
         return InProcessAnswer(self._status, self._headers, bytes(self._answer))

@@ -6,10 +6,11 @@ import json
 
 import httpx
 import pytest
+from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
-from hycluster.ingress.errors import error_body
+from hycluster.ingress.errors import answer_unreadable, error_body
 from hycluster.ingress.forms import in_form
 
 ORIGIN = "https://page.example"
@@ -17,6 +18,18 @@ ORIGIN = "https://page.example"
 
 def client(app: ASGIApp, origins: tuple[str, ...] = ()) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(in_form(app, origins)), base_url="http://ingress")
+
+
+async def test_logs_say_where_and_not_what(caplog: pytest.LogCaptureFixture) -> None:
+    """A request that vLLM trips over, with what it tripped over in its words."""
+    try:
+        {}["of a prompt"]
+    except KeyError as error:
+        said = await answer_unreadable(Request({"type": "http", "path": "/v1/x", "headers": []}), error)
+    assert b"of a prompt" in bytes(said.body), "its caller hears it"
+    assert "of a prompt" not in caplog.text.replace('{}["of a prompt"]', "")
+    assert "KeyError" in caplog.text
+    assert "test_forms.py" in caplog.text
 
 
 def openais(status: int, headers: dict[str, str] | None = None) -> Response:

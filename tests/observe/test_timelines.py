@@ -5,6 +5,7 @@ import contextlib
 
 import pytest
 
+from hycluster.errors import InvalidInput, Unavailable
 from hycluster.observe import timelines
 from hycluster.observe.timelines import KEPT_SLOWEST, Carried, Question, Recorder
 from hycluster.timeline import Timeline, current
@@ -124,7 +125,10 @@ def own(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     ("error", "status", "said"),
     [
         (None, "ok", ""),
-        (ValueError("wrong"), "failed", "ValueError: wrong"),
+        (Unavailable("no replica"), "failed", "Unavailable: no replica"),
+        # What these say may be the caller's own words.
+        (InvalidInput("prompt: is wrong"), "failed", "InvalidInput"),
+        (ValueError("wrong"), "failed", "ValueError"),
         (asyncio.CancelledError(), "cancelled", ""),
         (GeneratorExit(), "cancelled", ""),
     ],
