@@ -43,7 +43,7 @@ class BlockIndex:
         self._free: list[int] = []
         self._table = self._new(1)
         # The same, flat.
-        self._places = memoryview(self._table.reshape(-1))
+        self._places = self._table.reshape(-1).data
         # By replica, how many it holds; by row, those that found no place.
         self._counts: dict[str, int] = {}
         self._beside: dict[int, set[int]] = {}
@@ -169,7 +169,7 @@ class BlockIndex:
             grown = self._new(2 * len(self._table))
             grown[: len(self._table)] = self._table
             self._table = grown
-            self._places = memoryview(grown.reshape(-1))
+            self._places = grown.reshape(-1).data
         self._rows[replica_id] = row = self._free.pop()
         self._counts[replica_id] = 0
         self._order = np.array(list(self._rows.values()), np.intp)
