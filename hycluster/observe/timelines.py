@@ -170,7 +170,7 @@ class Recorder:
 recorder = Recorder()
 
 
-def told_of(error: Exception) -> str:
+def kept_of(error: Exception) -> str:
     """What a timeline has of an error, and with it the log and traces: nothing that may be a caller's own words."""
     own = isinstance(error, HyclusterError) and not isinstance(error, InvalidInput)
     return f"{type(error).__name__}: {error}"[:500] if own else type(error).__name__
@@ -207,7 +207,7 @@ class Carried:
         current.set(None)
         timeline = self.timeline
         if isinstance(error, Exception):
-            recorder.end(timeline, "failed", told_of(error))
+            recorder.end(timeline, "failed", kept_of(error))
         elif error is not None or timeline.cancelled:
             recorder.end(timeline, "cancelled")
         else:

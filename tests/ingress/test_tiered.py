@@ -130,10 +130,11 @@ MESSAGES: Any = [{"role": "user", "content": 'say "service_tier":null'}]
 @pytest.mark.timeout(120)
 async def test_over_http(tiered: Served) -> None:
     async with tiered.client("priority") as client, tiered.client() as other:
-        for who, asked, got, place in (
+        asks: tuple[tuple[openai.AsyncOpenAI, Any, str, int], ...] = (
             (client, "priority", "priority", FIRST), (other, "priority", "default", 0), (other, "flex", "flex", 10),
             (other, "auto", "default", 0),
-        ):  # fmt: skip
+        )  # fmt: skip
+        for who, asked, got, place in asks:
             chat: Any = {"model": "tiny", "messages": MESSAGES, "max_completion_tokens": 3, "service_tier": asked}
             assert (await who.chat.completions.create(**chat)).service_tier == got
             chunks = [chunk async for chunk in await who.chat.completions.create(**chat, stream=True)]
