@@ -71,8 +71,8 @@ def collector() -> Iterator[str]:
 @contextlib.asynccontextmanager
 async def ingress(source: Path, *, counts: bool) -> AsyncIterator[str]:
     """One that counts what comes, or nothing."""
-    from hycluster.gateway.gateway import open_gateway
     from hycluster.gateway.generation import Generator
+    from hycluster.gateway.opening import open_gateway
     from hycluster.ingress.http import serve_http
 
     model = Model(name="tiny", source=str(source), simulated=ENGINE, engine={"max_model_len": 2048})

@@ -67,6 +67,8 @@ def ends_at(lasts_s: int | None) -> int | None:
 
 # What OpenAI calls all permissions: all that is of the key's project.
 ALL_OF_A_PROJECT: tuple[Scope, ...] = ("batch",)
+# An entitlement that somebody gives is not among all permissions.
+OF_A_PROJECT: tuple[Scope, ...] = (*ALL_OF_A_PROJECT, "priority")
 
 
 def allowed_by(said: Sequence[str] | None) -> tuple[tuple[Scope, ...], list[str] | None]:
@@ -80,7 +82,7 @@ def allowed_by(said: Sequence[str] | None) -> tuple[tuple[Scope, ...], list[str]
     models = [scope.removeprefix(MODEL) for scope in said if scope.startswith(MODEL)]
     rest = [scope for scope in said if not scope.startswith(MODEL)]
     for scope in rest:
-        if scope not in ALL_OF_A_PROJECT:
-            allowed = ", ".join(map(repr, (*ALL_OF_A_PROJECT, f"{MODEL}NAME", ALL_MODELS)))
+        if scope not in OF_A_PROJECT:
+            allowed = ", ".join(map(repr, (*OF_A_PROJECT, f"{MODEL}NAME", ALL_MODELS)))
             raise InvalidInput(f"scopes: {shown(scope)} is not allowed; must be of {allowed}")
     return tuple(scope for scope in SCOPES if scope in rest), None if ALL_MODELS in said else models

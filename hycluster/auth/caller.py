@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, get_args
 
 from hycluster.errors import PermissionDenied, UnknownModel
 
-Scope = Literal["batch", "admin"]
+Scope = Literal["batch", "admin", "priority"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 # By so much clocks may differ where a token's time is looked at.
 LEEWAY_S = 30
@@ -24,7 +24,8 @@ class Caller:
     Attributes:
         key: the name of the API key, or the subject of the token.
         models: names of models and adapters that it may use; None: all.
-        scopes: ``batch``: files, batches and requests at batch priority; ``admin``: all that is not a model's.
+        scopes: ``batch``: files, batches and requests at batch priority; ``admin``: all that is not a model's;
+            ``priority``: requests that go before others, where they ask for it.
         expires_at: seconds since the epoch; None: never.
         key_id: the API key's id; empty for a token.
         weight: of its tenant, where tenants share an engine.

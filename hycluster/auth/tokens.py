@@ -104,7 +104,12 @@ class _Issuer:
         if settings.tenants is not None and tenant not in settings.tenants:
             raise jwt.InvalidTokenError(f"its issuer may not speak for the tenant {tenant!r}")
         subject = str(claims["sub"])[:MAX_SUBJECT]
+        if not subject.isprintable():
+            # It goes into the ledger and the audit log, where half a surrogate pair or a zero can't be written.
+            raise jwt.InvalidTokenError("the claim 'sub' is no text that can be printed")
         allowed = frozenset(scopes) & frozenset(SCOPES)
+        if not settings.may_administer:
+            allowed -= {"admin"}
         return Caller(tenant, project, subject, models, allowed, float(claims["exp"]))
 
 

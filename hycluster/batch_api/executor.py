@@ -16,12 +16,14 @@ from functools import partial
 from typing import Self
 
 from hycluster import logs
+from hycluster.auth.caller import recorded
 from hycluster.auth.guard import open_guard
 from hycluster.batch_api.ledger_lines import LedgerLines
 from hycluster.batch_api.lines import BatchEngines
 from hycluster.batch_api.runner import Runner
 from hycluster.batch_api.store import Store
 from hycluster.directory.directory import open_directory
+from hycluster.errors import NotFound
 from hycluster.gateway.bulk import BulkLane
 from hycluster.imports import without_collector
 from hycluster.ledger.books import books_of
@@ -96,7 +98,8 @@ class BatchExecutor:
 
 
 class StoreWatch:
-    """Looks into the store for batches to do, and runs so many at once, oldest first."""
+    """Looks into the store for batches to do, and runs so many at once, by turns of the projects that have some: else
+    one's many would keep others' from beginning. A project's own begin oldest first."""
 
     def __init__(self, store: Store, runner: Runner, at_once: int, poll_s: float) -> None:
         self._store = store
@@ -104,6 +107,10 @@ class StoreWatch:
         self._at_once = at_once
         self._poll_s = poll_s
         self._running: dict[str, asyncio.Task[None]] = {}
+        # Of open batches, whose they are; and of these, when the last one of theirs began.
+        self._owners: dict[str, str] = {}
+        self._begun: dict[str, int] = {}
+        self._turn = 0
         # When a batch that failed is tried again, and how long it waits the next time.
         self._pauses: dict[str, tuple[float, float]] = {}
         self._swept_s = float("-inf")
@@ -123,11 +130,34 @@ class StoreWatch:
             self._swept_s = time.monotonic()
             await asyncio.to_thread(self._store.sweep)
         now = time.monotonic()
-        for batch_id in await asyncio.to_thread(self._store.open_batches):
-            if len(self._running) >= self._at_once:
-                return
-            if batch_id not in self._running and self._pauses.get(batch_id, (now, 0.0))[0] <= now:
-                self._running[batch_id] = group.create_task(self._attempt(batch_id))
+        left = await asyncio.to_thread(self._store.open_batches)
+        there = {*left}
+        self._owners = {batch_id: owner for batch_id, owner in self._owners.items() if batch_id in there}
+        owners = {*self._owners.values()}
+        self._begun = {owner: turn for owner, turn in self._begun.items() if owner in owners}
+        due = [each for each in left if each not in self._running and self._pauses.get(each, (now, 0.0))[0] <= now]
+        while due and len(self._running) < self._at_once:
+            batch_id = due[0]
+            if len(due) > self._at_once - len(self._running):
+                await asyncio.to_thread(self._learn_owners, [*due, *self._running])
+                batch_id = min(due, key=self._place)
+            due.remove(batch_id)
+            self._turn += 1
+            self._begun[self._owners.get(batch_id, "")] = self._turn
+            self._running[batch_id] = group.create_task(self._attempt(batch_id))
+
+    def _learn_owners(self, batch_ids: list[str]) -> None:
+        for batch_id in batch_ids:
+            if batch_id not in self._owners:
+                # Whose mark is written before it.
+                with contextlib.suppress(NotFound):
+                    caller = recorded(self._store.batch(batch_id).caller)
+                    self._owners[batch_id] = caller.owner if caller is not None else ""
+
+    def _place(self, batch_id: str) -> tuple[int, int, str]:
+        owner = self._owners.get(batch_id, "")
+        running = sum(self._owners.get(each, "") == owner for each in self._running)
+        return running, self._begun.get(owner, 0), batch_id
 
     async def _attempt(self, batch_id: str) -> None:
         try:

@@ -27,9 +27,9 @@ from hycluster.batch.task import Answer
 from hycluster.batch_api.records import Batch
 from hycluster.batch_api.requests import BODY
 from hycluster.core import Priority
-from hycluster.errors import HyclusterError, InvalidInput, KillsReplicas, Overloaded, QuotaExhausted, Unavailable
+from hycluster.errors import HyclusterError, InvalidInput, KillsReplicas, Overloaded, Unavailable
 from hycluster.gateway.bulk import BulkLane
-from hycluster.ingress.errors import KIND_HEADER, error_body
+from hycluster.ingress.errors import KIND_HEADER, SHOULD_RETRY, error_body
 from hycluster.ingress.in_process import InProcessAnswer, post
 from hycluster.retries import AsyncRetryingCaller
 
@@ -205,7 +205,8 @@ class LinesTask:
             answer = error_body(response.status, message, HyclusterError.openai_type)
         if response.headers.get(KIND_HEADER) == KillsReplicas.__name__:
             raise KillsReplicas(_message(answer))
-        if response.status in COME_BACK and response.headers.get(KIND_HEADER) != QuotaExhausted.__name__:
+        # What is used up for a day, or is more than is ever let in, does not change while it waits.
+        if response.status in COME_BACK and response.headers.get(SHOULD_RETRY) != "false":
             raise _kind(response)(_message(answer), retry_after_s=_retry_after_s(response))
         return response.status, answer
 

@@ -110,14 +110,16 @@ class TenantAccounts:
         """A request comes.
 
         Args:
-            waiting: the accounts that have a request in the queue, before this one comes into it.
+            waiting: the accounts that have a request in the queue, before this one comes into it. Those of requests
+                that go to another queue don't count: their counters began elsewhere.
         """
         account = self._accounts.get(tenant)
         if account is None:
             account = self._accounts[tenant] = TenantAccount(tenant)
         account.weight = weight
         if account not in waiting:
-            floor = min((each.served for each in waiting), default=self._last)
+            mine = (each for each in waiting if self._accounts.get(each.tenant) is each)
+            floor = min((each.served for each in mine), default=self._last)
             account.served = max(account.served, floor - self._burst / weight)
         return Bill(account)
 
@@ -144,7 +146,7 @@ def fair_shares(wanted: Mapping[TenantAccount, float], whole: float) -> dict[Ten
     left, weights = whole, sum(account.weight for account in wanted)
     # Those first that want least of what is theirs: what they leave is shared by those behind them.
     for account in sorted(wanted, key=lambda each: wanted[each] / each.weight):
-        shares[account] = min(wanted[account], max(1.0, left * account.weight / weights))
+        shares[account] = min(wanted[account], max(1.0, left * account.weight / max(account.weight, weights)))
         left = max(0.0, left - shares[account])
         weights -= account.weight
     return shares

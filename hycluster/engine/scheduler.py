@@ -205,10 +205,20 @@ class ColocationScheduler(Scheduler):
             (self.kv_cache_manager.block_pool.get_num_free_blocks() - len(self.running)) * self.block_size,
             self.running,
             self._request_blocks_can_be_freed,
-            lambda request: not self._is_blocked_waiting_status(request.status),
+            self._may_start,
         )
         for request in leaving:
             self._give_up(request)
+
+    def _may_start(self, request: Request) -> bool:
+        """Whether it would come in if there was a slot for it; else a row would be given up for nothing."""
+        if self._is_blocked_waiting_status(request.status):
+            return False
+        lora = lora_of(request)
+        if not lora or self.lora_config is None:
+            return True
+        loras = {lora_of(row) for row in self.running} - {0}
+        return lora in loras or len(loras) < self.lora_config.max_loras
 
     def _online_waiting(self) -> list[Request]:
         if self.pause_state != PauseState.UNPAUSED:

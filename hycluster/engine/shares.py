@@ -19,14 +19,15 @@ Nothing of this is done, or paid for, while only one tenant is there.
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vllm.v1.request import Request
 
-from hycluster.engine.fairness import TenantAccount, TenantAccounts, fair_shares
+from hycluster.engine.fairness import MOST_IDLE, TenantAccount, TenantAccounts, fair_shares
 from hycluster.engine.step_time import StepTime
 from hycluster.engine.waiting import WaitingRequests, bill_of, is_bulk, payer_of, put_on
 
@@ -119,6 +120,7 @@ class TenantShares:
             account.rows = rows.get(account, 0)
             account.pass_time(now_s)
         self._online.keep(self._wanting)
+        self._bulk.keep(self._bulk_accounts(running))
         if self.contended:
             self._contended_s = now_s
             self._ahead = self._who_is_ahead(running)
@@ -127,6 +129,13 @@ class TenantShares:
         if self._ahead:
             self._left_ahead = _crowding_tokens(len(running), cost)
         return sorted(running, key=_place) if self.contended else running
+
+    def _bulk_accounts(self, running: list[Request]) -> Collection[TenantAccount]:
+        """Of whom there is bulk work, where there are so many that it matters."""
+        if len(self._bulk) <= MOST_IDLE:
+            return ()
+        rows = (_account(row) for row in running if is_bulk(row))
+        return {*self._waiting.accounts, *(account for account in rows if account is not None)}
 
     def _who_is_ahead(self, running: list[Request]) -> set[TenantAccount]:
         """Those whose prompts would fill steps by themselves, beside others whose don't and who have had less."""
@@ -218,9 +227,13 @@ class TenantShares:
                 held[claim.account] += needs
         return more
 
-    def _kv_shares(self, held: Mapping[TenantAccount, int]) -> dict[TenantAccount, float]:
+    def _kv_shares(
+        self, held: Mapping[TenantAccount, int], elsewhere: Mapping[TenantAccount, int] | None = None
+    ) -> dict[TenantAccount, float]:
+        """Shares of the KV cache's tokens; some may be wanted by what is not in the queue."""
         wanted = {
-            each: float(held[each] + sum(row.num_tokens for row in self._waiting.of(each))) for each in self._wanting
+            each: float(tokens + sum(row.num_tokens for row in self._waiting.of(each)) + (elsewhere or {}).get(each, 0))
+            for each, tokens in held.items()
         }
         return fair_shares(wanted, self._kv_tokens)
 
@@ -283,9 +296,12 @@ class TenantShares:
         account = _account(request)
         if account is None or not self.contended:
             return None
-        held = {each: sum(row.num_computed_tokens for row in _rows_of(each, running)) for each in self._wanting}
+        # What waits with blocks in hand, as for those of the host, is not among those who want something of the step.
+        parties = dict.fromkeys((account, *self._wanting))
+        held = {each: sum(row.num_computed_tokens for row in _rows_of(each, running)) for each in parties}
         is_new = request not in running
-        shares = self._kv_shares(held)
+        elsewhere = is_new and request not in self._waiting.of(account)
+        shares = self._kv_shares(held, {account: request.num_tokens} if elsewhere else None)
         if is_new and held[account] + request.num_tokens > shares[account]:
             return None
         over = {each: held[each] - shares[each] for each in self._wanting if each.served >= account.served}
@@ -349,6 +365,17 @@ def _least_lost(request: Request) -> tuple[int, float]:
     return request.num_computed_tokens, -request.arrival_time
 
 
+def _in_order(heap: Sequence[Request]) -> Iterator[Request]:
+    """The smallest first, at a cost that goes by how many are taken: one may have thousands that wait."""
+    ahead = [(heap[0], 0)] if heap else []
+    while ahead:
+        request, place = heapq.heappop(ahead)
+        yield request
+        for below in (2 * place + 1, 2 * place + 2):
+            if below < len(heap):
+                heapq.heappush(ahead, (heap[below], below))
+
+
 class _Turns:
     """Online requests of tenants as they would be admitted, each with what its tenant will have had before it.
 
@@ -360,7 +387,7 @@ class _Turns:
         self.out: set[TenantAccount] = set()
         self._turns: list[tuple[Any, ...]] = []
         for account in waiting.online_accounts:
-            line = iter(heapq.nsmallest(most, filter(is_ready, waiting.of(account))))
+            line = itertools.islice(filter(is_ready, _in_order(waiting.of(account))), most)
             self._push(account, line, account.served, account.rows / account.weight)
 
     def _push(self, account: TenantAccount, line: Iterator[Request], served: float, rows: float) -> None:

@@ -83,7 +83,7 @@ class WaitingRequests(PriorityRequestQueue):
         return [account for account, line in self._lines.items() if not is_bulk(line[0])]
 
     def of(self, account: TenantAccount) -> Sequence[Request]:
-        """Those that one pays for, in no order."""
+        """Those that one pays for, as a heap."""
         return self._lines.get(account, ())
 
     def _first(self) -> Request | None:

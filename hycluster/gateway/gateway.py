@@ -16,7 +16,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Container, Iterable, Sequence
+from collections.abc import Container, Iterable
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -34,9 +34,6 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from hycluster.auth.caller import Caller, current_caller
 from hycluster.directory.directory import FORGET_AFTER_S, REPORT_EVERY_S, Demand, PoolView
-from hycluster.engine.arguments import model_files
-from hycluster.engine.parsers import with_parsers
-from hycluster.engine.vllm import engine_config
 from hycluster.errors import HyclusterError, InvalidInput, Overloaded, Unauthenticated, Unavailable
 from hycluster.gateway.adapters import PoolAdapters
 from hycluster.gateway.admission import Gate, check_id, check_priority, check_sampling
@@ -51,6 +48,7 @@ from hycluster.gateway.limited import MeteredLLM
 from hycluster.gateway.pool import PoolClient
 from hycluster.gateway.pool_errors import LOST, PoolInvalidInput, PoolOverloaded, PoolUnavailable
 from hycluster.gateway.router import BY_BLOCKS, make_policy
+from hycluster.gateway.tiers import placed
 from hycluster.ledger.account import account_now
 from hycluster.observe.colocation import colocation_metrics
 from hycluster.observe.experts import expert_metrics
@@ -75,7 +73,7 @@ CUT_OFF_AFTER_S = FORGET_AFTER_S + 5.0
 class Gateway(MeteredLLM):
     """A vLLM engine client whose engine is every replica of one model.
 
-    Build it with :func:`open_gateway`.
+    Build it with :func:`hycluster.gateway.opening.open_gateway`.
 
     Args:
         patient: a request that finds no replica waits for one, if one can be started for it, whatever the settings say.
@@ -226,13 +224,13 @@ class Gateway(MeteredLLM):
             check_id("request_id", request_id)
             check_id("session_id", named.get("session_id"))
             check_priority(named.get("priority", 0))
+            named["priority"] = placed(named.get("priority", 0))
             if isinstance(params, SamplingParams):
                 check_sampling(params.extra_args or {}, params.bad_words or ())
                 await self._check_outputs(params)
             collector = await super().add_request(request_id, prompt, params, *rest, **named)
         except InvalidInput as error:
             raise PoolInvalidInput(error.message) from None
-
         if (caller := current_caller.get()) is not None:
             self._callers[collector] = caller
         capture(prompt, collector, self.renderer.tokenizer)
@@ -439,69 +437,3 @@ class Gateway(MeteredLLM):
             self.model_config.max_model_len = min(self.model_config.max_model_len, info.max_model_len)
             self.vllm_config.cache_config.block_size = info.block_size
             self.vllm_config.cache_config.num_gpu_blocks = info.kv_tokens // info.block_size
-
-
-@contextlib.asynccontextmanager
-async def open_gateway(
-    model: Model,
-    directory: ActorHandle[Any],
-    *,
-    router: Router,
-    admission: Admission,
-    wait_s: float | None,
-    metrics: bool = False,
-    patient: bool = False,
-) -> AsyncIterator[Gateway]:
-    """A gateway that follows the directory.
-
-    Args:
-        wait_s: wait until a replica can serve, or the pool is known to sleep; None: not at all.
-
-    Raises:
-        Unavailable: there is none after ``wait_s`` seconds.
-    """
-    model, config = await asyncio.to_thread(_configured, model)
-    gateway = Gateway(model, config, router, admission, metrics=metrics, patient=patient)
-    follower = asyncio.create_task(gateway.follow(directory))
-    try:
-        if wait_s is not None:
-            await until_one_can_serve([gateway], wait_s)
-        yield gateway
-    finally:
-        follower.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await follower
-        if gateway.output_handler is not None:
-            gateway.output_handler.cancel()
-        await gateway.engine_core.close()
-        await asyncio.to_thread(gateway.grammars.close)
-        gateway.renderer.shutdown()
-
-
-def _configured(model: Model) -> tuple[Model, VllmConfig]:
-    path = model_files(model)
-    model = with_parsers(model, path)
-    return model, engine_config(model, path)
-
-
-async def until_one_can_serve(gateways: Sequence[Gateway], wait_s: float | None) -> None:
-    """Wait until one of the models can be served, and what can be of the others too: a model's start is its own affair.
-
-    Raises:
-        Unavailable: there is none after ``wait_s`` seconds; None waits for ever.
-    """
-    wanted = [gateway for gateway in gateways if gateway.model_config.runner_type != "generate"]
-    for gateway in wanted:
-        # It may sleep, and has to tell what it can do; see ``learn``.
-        gateway.cold_start.want()
-    try:
-        async with asyncio.timeout(wait_s):
-            while not (any(g.can_open for g in gateways) and all(g.settled for g in gateways)):  # noqa: ASYNC110
-                await asyncio.sleep(0.05)
-    except TimeoutError:
-        names = ", ".join(repr(gateway.model.name) for gateway in gateways)
-        why = "".join(f"; {g.cold_start.trouble.told()}" for g in gateways if g.cold_start.trouble)
-        raise Unavailable(f"model: no replica of {names} could serve within {wait_s:.0f} s{why}") from None
-    for gateway in gateways:
-        if gateway.engine_core.infos:
-            gateway.learn()

@@ -42,10 +42,12 @@ from hycluster.errors import (
 from hycluster.gateway.admission import check_id
 from hycluster.gateway.bulk import FIXED_ROWS, BulkLane
 from hycluster.gateway.chat import ModelChat, Turn, structured_outputs
-from hycluster.gateway.gateway import Gateway, open_gateway, until_one_can_serve
+from hycluster.gateway.gateway import Gateway
 from hycluster.gateway.limited import limited
+from hycluster.gateway.opening import open_gateway, until_one_can_serve
 from hycluster.gateway.outputs import lengths_of, output_of, usage_of
 from hycluster.limits.limiter import Limiter
+from hycluster.limits.reservation import Reservation, reserving
 from hycluster.observe.timelines import Carried
 from hycluster.pool_health import PoolHealth, able
 from hycluster.settings.load import Admission, Router
@@ -229,11 +231,13 @@ class Generator:
                         timeline.note("waiting", reason="a place in the engines")
                     async with asyncio.timeout_at(deadline):
                         await stack.enter_async_context(gateway.bulk.shared_lane(request.job))
-            gateway.check_admission(request.sampling.n)
+            reservation: Reservation | None = None
             if self.limiter is not None:
                 async with asyncio.timeout_at(deadline):
-                    await stack.enter_async_context(limited(self.limiter, gateway, request))
-            outputs = self._admitted(gateway, lora_request, request, kind, deadline)
+                    reservation = await stack.enter_async_context(limited(self.limiter, gateway, request))
+            # From here on it is in the ledger; who is over a limit is not.
+            gateway.check_admission(request.sampling.n)
+            outputs = self._admitted(gateway, lora_request, request, kind, deadline, reservation)
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
                     yield output
@@ -245,20 +249,23 @@ class Generator:
         request: GenerationRequest,
         kind: RequestOutputKind,
         deadline: float | None,
+        reservation: Reservation | None,
     ) -> AsyncGenerator[tuple[RequestOutput, Turn | None], None]:
         with _translated_errors():
             async with asyncio.timeout_at(deadline):
                 engine_input, turn = await self._render(gateway, request)
             room = gateway.model_config.max_model_len - len(_prompt_ids(engine_input))
-            outputs = gateway.generate(
-                engine_input,
-                _in_form(sampling_params(gateway, request.sampling, room, kind), request, turn),
-                request.request_id or f"gen-{secrets.token_hex(12)}",
-                lora_request=lora_request,
-                priority=int(request.priority),
-                session_id=request.session_id,
-                **(turn.engine_arguments if turn is not None else {}),
-            )
+            # Not around a yield: whoever closes this generator may do so in another context.
+            with reserving(reservation):
+                outputs = gateway.generate(
+                    engine_input,
+                    _in_form(sampling_params(gateway, request.sampling, room, kind), request, turn),
+                    request.request_id or f"gen-{secrets.token_hex(12)}",
+                    lora_request=lora_request,
+                    priority=int(request.priority),
+                    session_id=request.session_id,
+                    **(turn.engine_arguments if turn is not None else {}),
+                )
             async with contextlib.aclosing(outputs):
                 while True:
                     # Around each step, not around the loop: a deadline must not strike in the caller's code.

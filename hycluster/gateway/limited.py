@@ -13,7 +13,7 @@ from hycluster.auth.caller import current_caller
 from hycluster.core import GenerationRequest
 from hycluster.errors import Overloaded, Unavailable
 from hycluster.limits.limiter import Limiter
-from hycluster.limits.reservation import RequestTokens, Reservation, current_reservation, reserving
+from hycluster.limits.reservation import RequestTokens, Reservation, current_reservation
 from hycluster.observe.limits import LimitMetrics  # noqa: F401  # registers itself
 from hycluster.settings.model import Model
 
@@ -35,8 +35,10 @@ def expected_output_tokens(gateway: LimitedGateway, asked_for: int | None, n: in
 
 
 @contextlib.asynccontextmanager
-async def limited(limiter: Limiter, gateway: LimitedGateway, request: GenerationRequest) -> AsyncIterator[None]:
-    """Around a request that comes by gRPC.
+async def limited(
+    limiter: Limiter, gateway: LimitedGateway, request: GenerationRequest
+) -> AsyncIterator[Reservation | None]:
+    """Around a request that comes by gRPC; gives what it has reserved, for which its model is to be asked.
 
     Raises:
         RateLimited, QuotaExhausted: its caller has no room for it.
@@ -44,16 +46,15 @@ async def limited(limiter: Limiter, gateway: LimitedGateway, request: Generation
     """
     met = limiter.concerning(current_caller.get(), request.model)
     if not met:
-        yield
+        yield None
         return
     output = expected_output_tokens(gateway, request.sampling.max_tokens, request.sampling.n)
     reservation = await limiter.reserve(met, RequestTokens(_prompt_tokens(request), 0, output), gateway.model.price)
     counts = True
     try:
-        with reserving(reservation):
-            yield
+        yield reservation
     except (Overloaded, Unavailable):
-        counts = reservation.began
+        counts = False
         raise
     finally:
         reservation.end(counts=counts)
@@ -86,22 +87,23 @@ async def metered(outputs: AsyncGenerator[Any, None], reservation: Reservation) 
     """The outputs of one prompt, counted."""
     prompt = cached = 0
     lengths: dict[int, int] = {}
-    try:
-        async with contextlib.aclosing(outputs):
-            async for output in outputs:
-                reservation.began = True
-                prompt = len(output.prompt_token_ids or ()) or prompt
-                cached = getattr(output, "num_cached_tokens", None) or cached
-                for sequence in getattr(output, "outputs", None) or ():
-                    new = len(sequence.token_ids)
-                    # Whoever wants the whole gets it again and again, or once.
-                    lengths[sequence.index] = lengths.get(sequence.index, 0) + new
-                yield output
-    except (asyncio.CancelledError, GeneratorExit):
-        if not reservation.began:
-            # Its caller has left, and what engines have done for it until then nobody has told.
-            reservation.began = True
-            reservation.add(reservation.expected)
-        raise
-    finally:
-        reservation.add(RequestTokens(prompt, min(cached, prompt), sum(lengths.values())))
+    told = False
+    with reservation.asking():
+        try:
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    told = reservation.began = True
+                    prompt = len(output.prompt_token_ids or ()) or prompt
+                    cached = getattr(output, "num_cached_tokens", None) or cached
+                    for sequence in getattr(output, "outputs", None) or ():
+                        new = len(sequence.token_ids)
+                        # Whoever wants the whole gets it again and again, or once.
+                        lengths[sequence.index] = lengths.get(sequence.index, 0) + new
+                    yield output
+        except (asyncio.CancelledError, GeneratorExit):
+            if not told:
+                # Its caller has left.
+                reservation.give_up()
+            raise
+        finally:
+            reservation.add(RequestTokens(prompt, min(cached, prompt), sum(lengths.values())))

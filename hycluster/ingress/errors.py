@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 # Which of hycluster's errors it is, for callers that treat them differently.
 KIND_HEADER = "X-Hycluster-Error"
+# What OpenAI's clients obey before all else.
+SHOULD_RETRY = "X-Should-Retry"
 
 
 async def answer_error(_: Request | None, error: Exception) -> JSONResponse:
@@ -35,8 +37,7 @@ async def answer_error(_: Request | None, error: Exception) -> JSONResponse:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
         headers["Retry-After-Ms"] = str(math.ceil(error.retry_after_s * 1000))
     if isinstance(error, QuotaExhausted) or error.metadata.get("never"):
-        # What OpenAI's clients obey before all else.
-        headers["X-Should-Retry"] = "false"
+        headers[SHOULD_RETRY] = "false"
     if isinstance(error, Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"
     return openai_error(error.http_status, error.message, error.openai_type, headers, error.openai_code)

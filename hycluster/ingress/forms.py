@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hycluster.ingress.errors import KIND_HEADER
+from hycluster.ingress.errors import KIND_HEADER, SHOULD_RETRY
 from hycluster.ingress.timelines import WithTimelines
 
 MESSAGES = "/v1/messages"
@@ -26,6 +26,15 @@ ANTHROPIC_TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
+# What a page of another origin may read of an answer.
+EXPOSED = (
+    "Retry-After",
+    "Retry-After-Ms",
+    SHOULD_RETRY,
+    "X-Request-Id",
+    KIND_HEADER,
+    *(f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")),
+)
 # Made anew with the body.
 _OF_A_BODY = {"content-length", "content-type"}
 
@@ -40,7 +49,7 @@ def in_form(app: ASGIApp, allowed_origins: Iterable[str]) -> ASGIApp:
         allow_origins=origins,
         allow_methods=["*"],
         allow_headers=["*"],
-        expose_headers=["Retry-After", "X-Request-Id", KIND_HEADER],
+        expose_headers=EXPOSED,
     )
 
 

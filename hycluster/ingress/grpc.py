@@ -27,6 +27,7 @@ from hycluster.auth.caller import check_model, check_scope, current_caller, usab
 from hycluster.auth.guard import Guard
 from hycluster.core import Generation, GenerationRequest, ModelCard, PromptFields
 from hycluster.errors import DeadlineExceeded, HyclusterError, PromptTooLong, SettingsError, Unavailable, UnknownModel
+from hycluster.gateway.tiers import served_as, tier_for
 from hycluster.ingress import translate
 from hycluster.ingress.chats import messages_from_pb
 from hycluster.ingress.guarded_calls import GuardCalls
@@ -51,6 +52,8 @@ READY_TIMEOUT_S = 5.0
 # In the metadata at the end of each call; in that at its beginning, a caller may give one.
 REQUEST_ID_KEY = "x-request-id"
 MAX_ID = 512
+# Likewise: the tier that is asked for, and which it got.
+TIER_KEY = "x-service-tier"
 # Within this time a client hears that the ingress process closes, and what it has sent until then has arrived.
 SETTLE_S = 0.5
 # How often a client may ping. Clients say 10 s at the least (gRPC's own word for it is a bound on theirs), and a ping
@@ -103,7 +106,7 @@ def _answer(call: Call[Request, Response]) -> Call[Request, Response]:
         began_s, code = time.perf_counter(), "CANCELLED"
         said = _said(context)
         request_id = _name(request, said)
-        trailing = ((REQUEST_ID_KEY, request_id),)
+        trailing: tuple[tuple[str, str], ...] = ((REQUEST_ID_KEY, request_id),)
         context.set_trailing_metadata(trailing)
         timeline: Timeline | None = None
         grpc_began()
@@ -111,7 +114,12 @@ def _answer(call: Call[Request, Response]) -> Call[Request, Response]:
             _check_allowed(request)
             if isinstance(request, pb.GenerateRequest):
                 operation = f"grpc {call.__name__}"
+                tier = tier_for(said.get(TIER_KEY, "default"))
+                if TIER_KEY in said:
+                    trailing = (*trailing, (TIER_KEY, tier))
+                    context.set_trailing_metadata(trailing)
                 with (
+                    served_as(tier),
                     Carried(request_id, operation, trace_context(said), model=request.model) as timeline,
                     account_book.account(request_id, operation),
                 ):

@@ -49,6 +49,7 @@ from hycluster.ingress.health import WithHealth
 from hycluster.ingress.limited import Limited
 from hycluster.ingress.metrics import Counted, Families, WithMetrics, families_of_this_process
 from hycluster.ingress.ports import bind, notice_lost_callers
+from hycluster.ingress.tiered import Tiered
 from hycluster.ingress.timelines import RequestsRoute
 from hycluster.ingress.tls import Certificate
 from hycluster.ingress.wording import InOurWords
@@ -248,7 +249,8 @@ def over_all_models(apps: Mapping[str, ModelApp], generator: Generator) -> ASGIA
     def controls(scope: Scope) -> bool:
         return any(app.controls(scope) for app in apps.values())
 
-    return Limited(ModelDispatch(apps, generator.model_of, lambda: generator.served, controls), generator)
+    dispatched = ModelDispatch(apps, generator.model_of, lambda: generator.served, controls)
+    return Tiered(Limited(dispatched, generator))
 
 
 class _Server(uvicorn.Server):

@@ -152,7 +152,7 @@ class LeaseBook:
         for age_s, amount in ask.refunds:
             bucket.take_back(amount, now_s, ask.period, age_s)
         for age_s, amount in ask.charges:
-            bucket.charge(amount, now_s, ask.period, age_s)
+            bucket.charge(amount, now_s, ask.period, age_s, ask.limit)
         if ask.refused:
             bucket.press(now_s)
         given = 0

@@ -24,6 +24,8 @@ PRESSED_S = 2.0
 BACKLOG_S = 4.0
 # How long what comes free is kept for one whose request needs more than there is.
 SAVED_S = 1.0
+# What was used beyond a limit is paid off in so many minutes; what they don't suffice for is let go.
+MOST_OWED_MINUTES = 60
 
 # A stretch of time by its number, or a day or month by its name.
 Slot = int | str
@@ -133,9 +135,25 @@ class Bucket:
         self._count(given, now_s, period)
         return given
 
-    def charge(self, amount: int, now_s: float, period: str = "", age_s: float = 0.0) -> None:
-        """So long ago a request has used more than was reserved, or a process has helped itself."""
-        self._count(amount, now_s - age_s, period)
+    def charge(self, amount: int, now_s: float, period: str = "", age_s: float = 0.0, limit: int | None = None) -> None:
+        """So long ago a request has used more than was reserved, or a process has helped itself.
+
+        Args:
+            limit: by the minute, what is beyond it counts in the minutes to come, as much as it is in each. Else
+                whoever reserves little and uses much would have that much in every minute.
+        """
+        over = at = 0
+        if limit and not self.usage.period:
+            used = self.usage.used(now_s)
+            over, at = min(amount, max(0, used + amount - limit)), max(used, limit)
+        self._count(amount - over, now_s - age_s, period)
+        while limit and over > 0:
+            minutes, within = divmod(at, limit)
+            part = over if minutes >= MOST_OWED_MINUTES else min(over, limit - within)
+            self.sequence += 1
+            slot = self.usage.note(part, now_s + min(minutes, MOST_OWED_MINUTES) * MINUTE_S)
+            self._marks[slot] = self.sequence
+            over, at = over - part, at + part
 
     def take_back(self, amount: int, now_s: float, period: str = "", age_s: float = 0.0) -> None:
         """What was given so long ago has not been used."""

@@ -25,6 +25,8 @@ class Holding:
         self._base_of = ""
         self._places = name[1] == PLACES
         self._balance = self._in_use = 0
+        # Requests that have reserved something and have not ended.
+        self._open = 0
         self._leased_s = self._active_s = float("-inf")
         # Since it last asked.
         self._demand = 0
@@ -63,7 +65,8 @@ class Holding:
         self._demand += amount
 
     def take(self, amount: int) -> None:
-        """It gets it."""
+        """It gets it, until it is settled."""
+        self._open += 1
         self._balance -= amount
         if self._places:
             self._in_use += amount
@@ -76,6 +79,7 @@ class Holding:
 
     def settle(self, reserved: int, used: int, age_s: float, period: str, now_s: float) -> None:
         """A request that had reserved so much, so long ago, has ended."""
+        self._open -= 1
         if self._places:
             self._in_use -= reserved
             self._balance += reserved
@@ -116,7 +120,10 @@ class Holding:
         newest = max((slot for slot, amount in self._usage.slots.items() if amount), default=None)
         if not isinstance(newest, int):
             return 0.0
-        return min(MINUTE_S, max(0.0, (newest + 1) * SLOT_S + MINUTE_S - (now_s + self._ahead_s)))
+        theirs_s = now_s + self._ahead_s
+        left_s = (newest + 1) * SLOT_S + MINUTE_S - theirs_s
+        # More than a minute if something is owed.
+        return max(0.0, left_s if newest * SLOT_S > theirs_s else min(MINUTE_S, left_s))
 
     @property
     def known(self) -> bool:
@@ -135,7 +142,9 @@ class Holding:
 
     def is_idle(self, now_s: float) -> bool:
         """There is nothing to tell, and nothing that a new book would have to hear."""
-        told = not (self._balance or self._in_use or self._told_holds or self._charges.slots or self._refunds)
+        told = not (
+            self._balance or self._in_use or self._open or self._told_holds or self._charges.slots or self._refunds
+        )
         return told and now_s - self._active_s > MINUTE_S + HELD_S
 
     def ask(self, book: str, period: str, waiting: int, least: int, now_s: float) -> LeaseAsk:
@@ -207,6 +216,8 @@ class Holding:
         self._own, self._own_s = 0.0, now_s
         self._heard, self._ahead_s = told.sequence, answer.now_s - now_s
         self._usage.slots |= dict(told.changed)
+        # Nobody says of what is older than a minute that it is.
+        self._usage.used(answer.now_s, self.period)
 
     def lose(self) -> None:
         """The book has been silent for so long that it may have given these places to others."""

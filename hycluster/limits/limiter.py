@@ -37,6 +37,8 @@ WAITS_S = 2.0
 # A book that is silent for so long is away.
 AWAY_AFTER_S = 1.0
 SPEND_EVERY_S = 1.0
+# Callers, and those with models, of whom it is remembered which limits they meet.
+MOST_REMEMBERED = 10_000
 # What of limits is told with each answer.
 TOLD = {"requests_per_minute": "requests", "tokens_per_minute": "tokens"}
 UNITS = {
@@ -111,6 +113,9 @@ class Limiter:
             self._limited, self._limited_of = {}, limits
         key = (caller.tenant, caller.project, caller.key_id)
         if key not in self._limited:
+            # An identity provider may know any number of projects.
+            if len(self._limited) > MOST_REMEMBERED:
+                self._limited.clear()
             self._limited[key] = any(limit.concerns(caller, limit.model or "") for limit in limits)
         return self._limited[key]
 
@@ -129,13 +134,18 @@ class Limiter:
         key = (caller.tenant, caller.project, caller.key_id, model)
         if key not in self._met:
             # Models that are none are refused later, and callers may name any number of them.
-            if len(self._met) > 10_000:
+            if len(self._met) > MOST_REMEMBERED:
                 self._met.clear()
             self._met[key] = [limit for limit in limits if limit.concerns(caller, model)]
         return self._met[key]
 
-    async def reserve(self, met: list[Limit], expected: RequestTokens, price: Price | None = None) -> Reservation:
+    async def reserve(
+        self, met: list[Limit], expected: RequestTokens, price: Price | None = None, prompts: int = 1
+    ) -> Reservation:
         """Let a request in that meets these limits, with what it may use of them.
+
+        Args:
+            expected: by all of its prompts together.
 
         Raises:
             RateLimited, QuotaExhausted: or not.
@@ -168,7 +178,7 @@ class Limiter:
             share.holding.take(share.reserved)
             if share.period:
                 self._spend(share, share.reserved)
-        return Reservation(shares, expected, price, now_s, self._spend, self._clock)
+        return Reservation(shares, expected, price, now_s, self._spend, self._clock, prompts)
 
     def headers(self, met: list[Limit]) -> dict[str, str]:
         """What OpenAI's clients read of the limits, the tightest of each kind."""
@@ -188,8 +198,9 @@ class Limiter:
         of = subject.partition(":")[0]
         what = f"{kind}: this {of}'s limit"
         metadata = {"limit": kind, "of": of}
-        # Whether there is enough is not known while there is no book that has heard of it.
-        if not share.holding.known and not never:
+        # Whether there is enough is not known while there is no book that has heard of it, nor of a day that has begun
+        # while the database is away.
+        if not never and (not share.holding.known or self._lacks_base(share.holding)):
             return Unavailable(f"{what} can't be looked up now", retry_after_s=1)
         refused[kind, of] += 1
         limit = share.holding.limit
@@ -322,8 +333,14 @@ class Limiter:
                 for holding, period in periods.items():
                     holding.set_base(period, found.get((*holding.name, period), 0))
                 self._wake.set()
-        except HyclusterError as error:
-            logger.warning("limits: what is used of days and months can't be kept now: %s", error.message)
+        except Exception as error:
+            # Whatever it is: unless it is tried again, nothing is counted any more, nor let in from midnight on.
+            known = isinstance(error, HyclusterError)
+            logger.warning(
+                "limits: what is used of days and months can't be kept now: %s",
+                error,
+                exc_info=None if known else error,
+            )
             # Added and not set: a Counter drops what is not above zero.
             for spent, amount in pending.items():
                 self._pending[spent] += amount

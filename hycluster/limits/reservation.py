@@ -46,6 +46,7 @@ class Reservation:
         shares: what is reserved.
         at_s: when that was, on the monotonic clock.
         spend: is told what of a day's or month's limit was used beyond what was reserved, or less.
+        prompts: that ``expected`` is of.
 
     Attributes:
         expected: what it may use.
@@ -61,6 +62,7 @@ class Reservation:
         at_s: float,
         spend: Callable[[Share, int], None],
         clock: Callable[[], float],
+        prompts: int = 1,
     ) -> None:
         self.shares = shares
         self.expected = expected
@@ -70,7 +72,30 @@ class Reservation:
         self._at_s = at_s
         self._spend = spend
         self._clock = clock
-        self._ended = False
+        self._prompts = self._left = max(1, prompts)
+        self._asking = 0
+        self._ended, self._counts = False, True
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Within it engines have one of the prompts. What ends before, as a request whose caller has left, is settled
+        when it is known what was used."""
+        self._asking += 1
+        try:
+            yield
+        finally:
+            self._asking -= 1
+            if self._ended and not self._asking:
+                self._settle()
+
+    def give_up(self) -> None:
+        """Of one of the prompts nothing was told, and what engines have done for it is known to nobody: it counts as
+        expected."""
+        self.began = True
+        if self._left:
+            self._left -= 1
+            each = (-(-tokens // self._prompts) for tokens in (self.expected.prompt, 0, self.expected.completion))
+            self.add(RequestTokens(*each))
 
     def add(self, tokens: RequestTokens) -> None:
         """One of the prompts of the request has been answered, or given up: so much was used."""
@@ -80,14 +105,19 @@ class Reservation:
         )
 
     def end(self, *, counts: bool = True) -> None:
-        """Settle. Whoever was let in and then turned away for the service's own sake has used nothing (``counts``)."""
+        """Settle. Whoever was let in and then turned away for the service's own sake, before a model was asked, has
+        used nothing (``counts``)."""
         if self._ended:
             return
-        self._ended = True
+        self._ended, self._counts = True, counts
+        if not self._asking:
+            self._settle()
+
+    def _settle(self) -> None:
         now_s = self._clock()
         for share in self.shares:
             kind = share.holding.name[1]
-            used = self.tokens.amount(kind, self._price) if counts else 0
+            used = self.tokens.amount(kind, self._price) if self._counts or self.began else 0
             share.holding.settle(share.reserved, used, now_s - self._at_s, share.period, now_s)
             if share.period and used != share.reserved:
                 self._spend(share, used - share.reserved)
@@ -98,7 +128,7 @@ current_reservation: ContextVar[Reservation | None] = ContextVar("current_reserv
 
 
 @contextmanager
-def reserving(reservation: Reservation) -> Iterator[None]:
+def reserving(reservation: Reservation | None) -> Iterator[None]:
     """What is asked of models within, is asked for this one."""
     token = current_reservation.set(reservation)
     try:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from hycluster.errors import HyclusterError, InvalidInput
 from hycluster.stages import summed_up, timeline_json
 from hycluster.timeline import Timeline, current
 from hycluster.trace_context import TraceContext
@@ -169,6 +170,12 @@ class Recorder:
 recorder = Recorder()
 
 
+def kept_of(error: Exception) -> str:
+    """What a timeline has of an error, and with it the log and traces: nothing that may be a caller's own words."""
+    own = isinstance(error, HyclusterError) and not isinstance(error, InvalidInput)
+    return f"{type(error).__name__}: {error}"[:500] if own else type(error).__name__
+
+
 class Carried:
     """The request that is carried out within this block, in this task and those that it starts.
 
@@ -200,7 +207,7 @@ class Carried:
         current.set(None)
         timeline = self.timeline
         if isinstance(error, Exception):
-            recorder.end(timeline, "failed", f"{type(error).__name__}: {error}"[:500])
+            recorder.end(timeline, "failed", kept_of(error))
         elif error is not None or timeline.cancelled:
             recorder.end(timeline, "cancelled")
         else:

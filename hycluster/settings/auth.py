@@ -26,10 +26,12 @@ class Oidc(Strict):
         algorithms: with which tokens may be signed; public keys only.
         tenant_claim: of a token's claims the one with the tenant's name.
         project_claim: that with the project's.
-        scopes_claim: that with the scopes, in a text with spaces or in a list: ``batch``, ``admin``, and ``model:NAME``
-            for each model that it may use, or ``model:*`` for all.
+        scopes_claim: that with the scopes, in a text with spaces or in a list: ``batch``, ``admin``, ``priority``, and
+            ``model:NAME`` for each model that it may use, or ``model:*`` for all.
         tenants: those that its tokens may be of; null is any. With several issuers, or with ``keys`` too, say it:
             whoever issues a token for a tenant is that tenant.
+        admins: whether its tokens may have the scope ``admin``, which is over all tenants; null is only where they may
+            be of any.
         keys_refresh_s: how old its keys get before they are fetched anew; one that is not known is fetched at once.
         keys_last_s: how old its keys may be while they can't be fetched; after that its tokens are answered 503.
     """
@@ -42,6 +44,7 @@ class Oidc(Strict):
     project_claim: str = Field(default="project", min_length=1)
     scopes_claim: str = Field(default="scope", min_length=1)
     tenants: tuple[str, ...] | None = None
+    admins: bool | None = None
     keys_refresh_s: float = Field(default=300, gt=0)
     keys_last_s: float = Field(default=3600, gt=0)
 
@@ -51,6 +54,10 @@ class Oidc(Strict):
         if not url.startswith("https://") and not _LOCAL.match(url):
             raise ValueError(f"{shown(url)} is not allowed; must be https://..., as whoever changes it lets himself in")
         return url
+
+    @property
+    def may_administer(self) -> bool:
+        return self.tenants is None if self.admins is None else self.admins
 
 
 class Tls(Strict):
@@ -99,7 +106,7 @@ class Auth(Strict):
     poll_s: float = Field(default=0.5, gt=0, le=1)
     grace_s: float = Field(default=3600, ge=0)
     end_streams: bool = False
-    weights: dict[str, Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]] = Field(default={})
+    weights: dict[str, Annotated[float, Field(ge=0.001, le=1000)]] = Field(default={})
 
     @model_validator(mode="after")
     def _open_or_not(self) -> Auth:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 keys_app = typer.Typer(name="keys", help="Make, list, revoke and replace API keys.", no_args_is_help=True)
 
+SCOPES = "batch: files, batches, batch priority. admin: all beside the models. priority: the service tier."
 KeyId = Annotated[str, typer.Argument(metavar="ID", help="As 'hycluster keys list' says: key_...")]
 
 
@@ -41,7 +42,7 @@ def create_key(
     ] = None,
     scope: Annotated[
         list[str] | None,
-        typer.Option(metavar="SCOPE", help="batch: files, batches, batch priority. admin: all beside the models."),
+        typer.Option(metavar="SCOPE", help=SCOPES),
     ] = None,
     expires: Annotated[str | None, typer.Option(metavar="SPAN", help="From now on, such as 12h or 90d.")] = None,
     config: Config = None,

@@ -103,6 +103,6 @@ def test_what_is_not_there(store: KeyStore, project: Project) -> None:
     for ask in (lambda: store.key("key_x"), lambda: store.revoke_key("key_x"), lambda: store.project("acme", "x")):
         with pytest.raises(NotFound):
             ask()
-    with pytest.raises(InvalidInput, match="scopes: 'root' is not allowed; there are batch, admin"):
+    with pytest.raises(InvalidInput, match="scopes: 'root' is not allowed; there are batch, admin, priority"):
         store.create_key(project, "one", scopes=["root"])
     assert [change.action for change in store.audit()] == ["project.created"]

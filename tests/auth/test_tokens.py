@@ -163,6 +163,8 @@ FORGED: dict[str, Callable[[], str]] = {
     "not yet": lambda: token(nbf=int(time.time()) + 3600),
     "an endless number": lambda: _by_hand({"alg": "RS256", "kid": "one"}, "AAAA", exp=float("inf")),
     "nobody": lambda: token(sub=None),
+    "half a surrogate pair": lambda: token(sub="alice\ud800"),
+    "a zero": lambda: token(sub="alice\0"),
     "no tenant": lambda: token(tenant=None),
     "a tenant that is another's project": lambda: token(tenant="acme/search"),
     "tenants": lambda: token(tenant=["acme"]),
@@ -246,6 +248,19 @@ async def test_who_is_known_waits_for_no_provider_that_hangs(provider: Provider,
         assert isinstance(await first, Caller)
         assert await asyncio.gather(*unknown) == [Unauthenticated] * 8
         assert fetch.call_count == 1
+
+
+@pytest.mark.parametrize(
+    ("tenants", "admins", "may"),
+    [(None, None, True), (None, False, False), (("acme",), None, False), (("acme",), True, True)],
+)
+async def test_who_speaks_for_some_tenants_makes_nobody_an_administrator_of_all(
+    provider: Provider, clock: Clock, tenants: tuple[str, ...] | None, admins: bool | None, may: bool
+) -> None:
+    settings = Oidc(issuer=ISSUER, audience=AUDIENCE, jwks_url=provider.url, tenants=tenants, admins=admins)
+    guard = Guard(None, Tokens([settings], clock))
+    caller = await guard.caller(token(scope="admin batch"))
+    assert caller.scopes == ({"admin", "batch"} if may else {"batch"})
 
 
 async def test_an_issuer_speaks_for_its_tenants(provider: Provider, clock: Clock) -> None:

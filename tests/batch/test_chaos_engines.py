@@ -79,8 +79,8 @@ class Engines:
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Any]:
-        from hycluster.gateway.gateway import open_gateway
         from hycluster.gateway.generation import Generator
+        from hycluster.gateway.opening import open_gateway
 
         directory = self._pool.directory(self._model)
         unbounded = Admission(max_requests=None)

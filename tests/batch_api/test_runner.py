@@ -455,6 +455,28 @@ class TestWatch:
         assert all(store.state(batch.id).status == "completed" for batch in quick)
         await self.end(watching)
 
+    async def test_projects_take_turns(self) -> None:
+        """Whoever has many batches does not keep others' from beginning."""
+        owners = {f"batch_{n}": "greedy" for n in range(6)} | {"batch_7": "modest", "batch_8": "modest"}
+        left, begun, may_end = sorted(owners), list[str](), asyncio.Semaphore(0)
+
+        def batch(batch_id: str) -> Any:
+            return SimpleNamespace(caller=Caller("acme", owners[batch_id], "k").as_json())
+
+        async def run(batch_id: str) -> None:
+            begun.append(owners[batch_id])
+            await may_end.acquire()
+            left.remove(batch_id)
+
+        store: Any = SimpleNamespace(open_batches=lambda: [*left], batch=batch, sweep=lambda: None)
+        watch = StoreWatch(store, SimpleNamespace(run=run), 2, 0.01)  # type: ignore[arg-type]
+        watching = asyncio.create_task(watch.run())
+        for number in range(2, 9):
+            await until(lambda number=number: len(begun) == number)  # type: ignore[misc]
+            may_end.release()
+        await self.end(watching)
+        assert begun == ["greedy", "modest", "greedy", "modest", *["greedy"] * 4]
+
     async def test_a_batch_that_fails_is_tried_again_and_ends_after_its_window(
         self, store: Store, settings: Batches, api: StandIn, monkeypatch: pytest.MonkeyPatch
     ) -> None:

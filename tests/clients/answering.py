@@ -114,8 +114,8 @@ class _AnsweringEngine(SimulatedEngine):
 async def _serving(folder: Path) -> AsyncIterator[str]:
     from transformers import AutoTokenizer
 
-    from hycluster.gateway.gateway import open_gateway
     from hycluster.gateway.generation import Generator
+    from hycluster.gateway.opening import open_gateway
     from hycluster.ingress.http import serve_http
     from hycluster.responses.process import ServedResponses
 

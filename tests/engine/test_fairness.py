@@ -57,6 +57,19 @@ def test_who_comes_back_has_saved_up_a_burst() -> None:
     assert accounts.open("busy", 1, [back.account]).account.served == busy.account.served
 
 
+def test_those_of_another_queue_say_nothing_of_who_comes_back() -> None:
+    """Else whoever was away while bulk work waits would have all that the others have had, before any of them."""
+    online, bulk = TenantAccounts(BURST), TenantAccounts(BURST)
+    busy = online.open("busy", 1, [])
+    busy.account.charge(10_000)
+    batch = bulk.open("batch", 1, [busy.account])
+    assert batch.account.served == 0
+    assert online.open("new", 1, [busy.account, batch.account]).account.served == busy.account.served - BURST
+    # Of the same tenant's too.
+    bulk.open("busy", 1, [])
+    assert bulk.open("other", 1, [busy.account]).account.served == 0
+
+
 def test_what_is_computed_again_or_cached_costs_nothing() -> None:
     bill = TenantAccounts().open("a", 2, [])
     bill.admit(prompt=100, tokens=100, cached=60)
@@ -95,6 +108,14 @@ def test_shares(wanted: list[tuple[float, float]], whole: float) -> None:
             for account in accounts
             if account not in short and levels and shares[account] > 1
         )
+
+
+@pytest.mark.parametrize("light", [0.001, 1e-17, 1e-300])
+def test_shares_of_weights_that_are_far_apart(light: float) -> None:
+    heavy, other = TenantAccount("heavy", 1000), TenantAccount("light", light)
+    shares = fair_shares({heavy: 50, other: 50}, 40)
+    assert shares[heavy] == pytest.approx(40)
+    assert shares[other] == 1
 
 
 def test_few_are_remembered() -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import random
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from hycluster.core import Priority
-from hycluster.engine.fairness import OUTPUT_COST
+from hycluster.engine.fairness import MOST_IDLE, OUTPUT_COST, payer_headers
 from hycluster.settings.model import Colocation, Model
 from hycluster.settings.simulated import Simulated
 
@@ -240,6 +242,152 @@ def test_blocks_that_one_has_filled_are_shared(blocks: int) -> None:
     while run.engine.has_work:
         run.step()
     assert run.over.keys() == run.come.keys()
+
+
+@dataclass
+class Row:
+    """As much of a request of vLLM's as is looked at."""
+
+    request_id: str
+    trace_headers: dict[str, str] | None
+    num_computed_tokens: int
+    num_tokens: int = 400
+    priority: int = Priority.ONLINE
+    arrival_time: float = 0.0
+
+
+def test_one_that_holds_blocks_and_is_no_row_yet_finds_no_more() -> None:
+    """As where blocks were fetched from the host: it waits elsewhere, and others may have all that is left."""
+    from hycluster.engine.shares import TenantShares
+    from hycluster.engine.step_time import StepTime
+    from hycluster.engine.waiting import WaitingRequests, take_payer
+
+    shares = TenantShares(WaitingRequests(), 4, 1000, 100)
+    greedy, modest, fetched = rows = [Row(name, payer_headers(name, 1.0), 0) for name in ("greedy", "modest", "back")]
+    for row, tokens in zip(rows, (600, 100, 200), strict=True):
+        take_payer(row)  # type: ignore[arg-type]
+        shares.come(row, [])  # type: ignore[arg-type]
+        row.num_computed_tokens = tokens
+    running: list[Any] = [greedy, modest]
+    shares.begin(running, 0.0, StepTime())
+    assert shares.victim(fetched, running, lambda _: True) is greedy  # type: ignore[arg-type, comparison-overlap]
+
+
+def test_nobody_makes_way_for_one_whose_adapter_has_no_place() -> None:
+    """Else the row would come back in the next step, and make way in the one after."""
+    from vllm.lora.request import LoRARequest
+
+    from hycluster.engine.waiting import take_payer
+
+    run = Run(engine(max_num_seqs=4))
+    scheduler: Any = run.engine.scheduler
+    scheduler.lora_config = SimpleNamespace(max_loras=1)
+
+    def add(tenant: str, adapter: int, output: int) -> None:
+        name = f"{tenant}-{len(run.come)}"
+        run.come[name], run.owner[name], run.prompt[name] = run.engine.now_s, tenant, 40
+        tokens = [len(run.come), *range(39)]
+        request: Any = run.engine.made(name, tokens, output, Priority.ONLINE, run.engine.now_s)
+        request.lora_request = LoRARequest(str(adapter), adapter, "nowhere")
+        request.trace_headers = payer_headers(tenant, 1.0)
+        take_payer(request)
+        run.engine.add_made(request)
+
+    for _ in range(4):
+        add("a", 1, 100)
+    run.step()
+    add("b", 2, 10)
+    gave_up: list[Any] = []
+    real = scheduler._tenants.gave_up
+
+    def noted(row: Any) -> None:
+        gave_up.append(row)
+        real(row)
+
+    scheduler._tenants.gave_up = noted
+    while run.engine.has_work:
+        run.step()
+    assert run.over.keys() == run.come.keys()
+    assert not gave_up
+
+
+def test_of_thousands_that_wait_few_are_looked_at() -> None:
+    """In each step: else one that has them there would make everybody's steps longer."""
+    run = Run(engine(max_num_seqs=8))
+    for number in range(3000):
+        run.add("greedy", 100 + number % 7, 50)
+    for _ in range(5):
+        run.add("modest", 100, 50)
+    looked = 0
+    scheduler: Any = run.engine.scheduler
+    real = scheduler._is_blocked_waiting_status
+
+    def counted(status: Any) -> bool:
+        nonlocal looked
+        looked += 1
+        return bool(real(status))
+
+    scheduler._is_blocked_waiting_status = counted
+    for _ in range(20):
+        run.step()
+    assert run.first
+    assert looked < 20 * 100
+
+
+def test_one_s_own_come_in_the_order_in_which_they_would_be_served() -> None:
+    from hycluster.engine.shares import _in_order
+
+    for seed in range(20):
+        chance = random.Random(seed)
+        heap: Any = [chance.randint(0, 50) for _ in range(chance.randint(0, 200))]
+        heapq.heapify(heap)
+        assert list(_in_order(heap)) == sorted(heap)
+
+
+def test_tenants_of_bulk_work_are_forgotten_too() -> None:
+    from hycluster.engine.shares import TenantShares
+    from hycluster.engine.step_time import StepTime
+    from hycluster.engine.waiting import WaitingRequests, take_payer
+
+    shares = TenantShares(WaitingRequests(), 4, 1000, 100)
+    for number in range(3 * MOST_IDLE):
+        row: Any = Row(str(number), payer_headers(str(number), 1.0), 0, priority=Priority.BATCH)
+        take_payer(row)
+        shares.come(row, [])
+        shares.begin([row], 0.0, StepTime())
+        assert len(shares._bulk) <= MOST_IDLE + 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nothing_stays_of_those_who_leave(seed: int) -> None:
+    """Whatever they are at: waiting, in the slots, given up for others."""
+    from vllm.v1.request import RequestStatus
+
+    chance, left = random.Random(seed), set[str]()
+    run = Run(engine(kv_blocks=128, max_num_seqs=8, max_num_batched_tokens=128, max_model_len=1024))
+    for _ in range(150):
+        for _ in range(2):
+            run.add(
+                chance.choice("abcd"),
+                chance.randint(1, 700),
+                chance.randint(1, 120),
+                payer=chance.random() < 0.8,
+                priority=chance.choice((Priority.ONLINE, Priority.ONLINE, Priority.BATCH)),
+            )
+        there = sorted(run.come.keys() - run.over.keys() - left)
+        gone = set(chance.sample(there, min(len(there), chance.randint(0, 3))))
+        run.engine.scheduler.finish_requests(gone, RequestStatus.FINISHED_ABORTED)
+        left |= gone
+        for _ in range(chance.randint(0, 6)):
+            if run.engine.has_work:
+                run.step()
+    while run.engine.has_work:
+        run.step()
+    assert run.over.keys() | left == run.come.keys()
+    scheduler: Any = run.engine.scheduler
+    assert not scheduler.running
+    assert not len(scheduler._waiting)
+    assert not scheduler._waiting._lines
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -63,8 +63,8 @@ class Ingress:
 @contextlib.asynccontextmanager
 async def opened(folder: Path, model: Path, *, guarded: bool) -> AsyncIterator[Ingress]:
     from hycluster.engine.vllm import VllmEngine
-    from hycluster.gateway.gateway import open_gateway
     from hycluster.gateway.generation import Generator
+    from hycluster.gateway.opening import open_gateway
     from hycluster.ingress.grpc import serve_grpc
     from hycluster.ingress.http import serve_http
 

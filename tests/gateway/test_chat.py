@@ -131,8 +131,8 @@ def doors(marking_model: Path) -> Callable[..., contextlib.AbstractAsyncContextM
 
     @contextlib.asynccontextmanager
     async def opened(api: dict[str, Any]) -> AsyncIterator[Ask]:
-        from hycluster.gateway.gateway import open_gateway
         from hycluster.gateway.generation import Generator
+        from hycluster.gateway.opening import open_gateway
         from hycluster.ingress.http import model_app
 
         model = Model(name="m", source=str(marking_model), simulated=ENGINE, engine={"max_model_len": 2048}, api=api)

@@ -334,7 +334,7 @@ async def test_the_calls_of_vllms_front_end(tiny_model: Path) -> None:
     """As ``AsyncLLM`` has them, over the whole pool."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-    from hycluster.gateway.gateway import open_gateway
+    from hycluster.gateway.opening import open_gateway
 
     model = Model(
         name="tiny",

@@ -80,7 +80,7 @@ def opened(tiny_model: Path) -> Open:
         router: Router | None = None,
         kind: type[SimulatedEngine] = SimulatedEngine,
     ) -> AsyncIterator[Served]:
-        from hycluster.gateway.gateway import open_gateway
+        from hycluster.gateway.opening import open_gateway
 
         model = Model(
             name="tiny",
@@ -470,7 +470,7 @@ async def test_a_request_that_kills_replicas_is_told_so(opened: Open) -> None:
 
 
 async def test_opening_waits_for_a_replica(tiny_model: Path) -> None:
-    from hycluster.gateway.gateway import open_gateway
+    from hycluster.gateway.opening import open_gateway
 
     model = Model(name="tiny", source=str(tiny_model), simulated=FAST, engine={"max_model_len": 1024})
     with SimulatedPool(FAST, 0) as nobody, pytest.raises(Unavailable, match="could serve within 0 s"):

@@ -48,8 +48,8 @@ Open = Callable[..., contextlib.AbstractAsyncContextManager[tuple["Generator", S
 def opened(tiny_model: Path) -> Open:
     @contextlib.asynccontextmanager
     async def begin(settings: Simulated = FAST, **changes: Any) -> AsyncIterator[tuple[Generator, SimulatedPool]]:
-        from hycluster.gateway.gateway import open_gateway
         from hycluster.gateway.generation import Generator
+        from hycluster.gateway.opening import open_gateway
 
         model = Model(
             name="tiny",

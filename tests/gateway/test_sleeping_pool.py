@@ -54,8 +54,8 @@ class Sleeping:
 async def asleep(
     source: Path, admission: Admission | None = None, patient: bool = False, **rules: Any
 ) -> AsyncIterator[Sleeping]:
-    from hycluster.gateway.gateway import open_gateway
     from hycluster.gateway.generation import Generator
+    from hycluster.gateway.opening import open_gateway
 
     model = Model(
         name="tiny",

@@ -33,7 +33,7 @@ CHAT: list[Any] = [{"role": "user", "content": "hi"}]
 
 @contextlib.asynccontextmanager
 async def opened(model: Model) -> AsyncIterator[tuple[Gateway, SimulatedPool]]:
-    from hycluster.gateway.gateway import open_gateway
+    from hycluster.gateway.opening import open_gateway
 
     with SimulatedPool(ENGINE, 1) as pool:
         async with open_gateway(

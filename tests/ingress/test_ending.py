@@ -117,8 +117,8 @@ async def test_a_look_that_fails_is_not_the_last(keys: Keyed) -> None:
 @contextlib.asynccontextmanager
 async def both_ingresses(tiny_model: Path, keys: Keyed, *, end: bool) -> AsyncIterator[tuple[int, int, Any]]:
     """Their ports, over vLLM's own app and a simulated engine; and what is in flight."""
-    from hycluster.gateway.gateway import open_gateway
     from hycluster.gateway.generation import Generator
+    from hycluster.gateway.opening import open_gateway
     from hycluster.ingress.grpc import serve_grpc
     from hycluster.ingress.http import serve_http
 

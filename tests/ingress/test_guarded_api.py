@@ -40,8 +40,8 @@ BATCH = ("/v1/files", "/v1/batches")
 async def serving(folder: Path, tiny_model: Path, keys: Keyed) -> AsyncIterator[tuple[str, Any]]:
     """Where it is, and the routes of vLLM's app."""
     from hycluster.batch_api.routes import with_batches
-    from hycluster.gateway.gateway import open_gateway
     from hycluster.gateway.generation import Generator
+    from hycluster.gateway.opening import open_gateway
     from hycluster.ingress.http import ModelApp, serve_http
     from hycluster.ingress.tls import Certificate
 

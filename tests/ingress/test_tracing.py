@@ -135,8 +135,8 @@ class Service:
 
 @contextlib.asynccontextmanager
 async def served(tiny_model: Path) -> AsyncIterator[Service]:
-    from hycluster.gateway.gateway import open_gateway
     from hycluster.gateway.generation import Generator
+    from hycluster.gateway.opening import open_gateway
     from hycluster.ingress.http import serve_http
 
     model = Model(name="tiny", source=str(tiny_model), simulated=ENGINE, engine={"max_model_len": 512})

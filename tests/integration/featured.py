@@ -62,6 +62,7 @@ def featured_cluster(folder: Path, tiny_model: Path) -> Iterator[Featured]:
                 for name, config in zip(DRAFTED, speculative, strict=True)
             ),
         ],
+        "router": {"follow_kv_blocks": True},
         # Ingress processes share a port only if it is the same one.
         "http": {"port": free_port(), "control_routes": True},
         "grpc": {"port": free_port()},

@@ -87,7 +87,7 @@ class Deployed:
 
     @contextlib.asynccontextmanager
     async def gateway(self, name: str) -> AsyncIterator[Any]:
-        from hycluster.gateway.gateway import open_gateway
+        from hycluster.gateway.opening import open_gateway
 
         model = self.models[name]
         async with open_gateway(

@@ -19,11 +19,14 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from hycluster.auth.limits import KINDS
 from hycluster.client import Client
 from hycluster.core import ExpertLoad, Sampling
 from hycluster.directory.autoscaling import Scaling
+from hycluster.limits.limiter import refused
 from hycluster.monitoring.panels import DASHBOARDS
 from hycluster.observe.experts import ExpertMetrics
+from hycluster.observe.limits import LimitMetrics
 from hycluster.observe.scaling import ScalingMetrics
 from tests.integration.conftest import eventually
 from tests.integration.featured import TINY, Featured
@@ -126,10 +129,10 @@ def test_one_replica_is_what_an_endpoint_picker_reads(featured: Featured) -> Non
 
 
 @pytest.fixture
-def stood_in() -> Iterator[str]:
-    """Where series of experts and of scaling are, as the collectors make them of pools that are none."""
+def stood_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Where series of experts, scaling and limits are, as the collectors make them of pools and keys that are none."""
     registry, experts, scaling = CollectorRegistry(), ExpertMetrics(), ScalingMetrics()
-    for collector in (experts, scaling):
+    for collector in (experts, scaling, LimitMetrics()):
         registry.register(collector)
     pool: Any = SimpleNamespace(shows_pool=True, requests_waiting=1, expert_loads={})
     gateway: Any = SimpleNamespace(engine_core=pool, cold_start=SimpleNamespace(scaling=None))
@@ -148,6 +151,7 @@ def stood_in() -> Iterator[str]:
         def do_GET(self) -> None:
             Page.count += 1
             pool.expert_loads = {"r": ExpertLoad((Page.count, 2 * Page.count), Page.count, 1.3, 1.1)}
+            monkeypatch.setitem(refused, (KINDS[0], "key"), Page.count)
             gateway.cold_start.scaling = Scaling(2, 1, 3.0, 40.5, {"wake": Page.count})
             self.send_response(200)
             self.end_headers()

@@ -92,7 +92,7 @@ def replica(model: Model) -> Iterator[Replica]:
 
 @asynccontextmanager
 async def gateway_to(replica: Replica, model: Model) -> AsyncIterator[Gateway]:
-    from hycluster.gateway.gateway import open_gateway
+    from hycluster.gateway.opening import open_gateway
 
     directory = Directory()
 

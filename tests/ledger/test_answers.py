@@ -71,8 +71,8 @@ class Service:
 
 @contextlib.asynccontextmanager
 async def serving(folder: Path, tiny_model: Path) -> AsyncIterator[Service]:
-    from hycluster.gateway.gateway import open_gateway
     from hycluster.gateway.generation import Generator
+    from hycluster.gateway.opening import open_gateway
     from hycluster.ingress.grpc import serve_grpc
     from hycluster.ingress.http import serve_http
     from hycluster.responses.process import ServedResponses

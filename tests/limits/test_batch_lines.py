@@ -45,6 +45,14 @@ async def test_a_line_over_a_limit_waits() -> None:
     assert (asked.completed, asked.failed) == (1, 0)
 
 
+async def test_a_line_fails_that_is_more_than_is_ever_let_in() -> None:
+    never = RateLimited("tokens_per_minute: a request for 9 is never let in")
+    never.metadata = {"never": "true"}
+    with pytest.raises(LineFailed) as failed:
+        await task(never, never).answer(ROW, "r")
+    assert json.loads(failed.value.message)["status_code"] == 429
+
+
 async def test_a_line_fails_whose_quota_is_used_up() -> None:
     asked = task(QuotaExhausted("tokens_per_day: reached"))
     with pytest.raises(LineFailed) as failed:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import httpx
@@ -15,17 +15,24 @@ import pytest
 from google.rpc.error_details_pb2 import QuotaFailure, RetryInfo
 from grpc_status import rpc_status
 
+from hycluster.auth.caller import calling
 from hycluster.auth.limits import BILLION, Limit
 from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto import inference_pb2_grpc
+from hycluster.ledger.account import account_book
+from hycluster.ledger.entry import Entry
 from hycluster.limits.book import LeaseBook
 from hycluster.limits.limiter import Limiter, following
+from hycluster.limits.reservation import current_reservation
 from hycluster.settings.ingress import Grpc, Http
 from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
 from hycluster.settings.simulated import Simulated
 from tests.auth.keyed import Keyed, keyed
 from tests.simulated_pool import SimulatedPool
+
+if TYPE_CHECKING:
+    from hycluster.gateway.generation import Generator
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), pytest.mark.usefixtures("vllm_imported")]
 
@@ -36,7 +43,10 @@ PRICE = {"prompt_per_million_tokens": 0, "completion_per_million_tokens": 1000}
 class Served:
     """Attributes: key: with the scope ``batch``. app: of all models, as batches ask it."""
 
-    def __init__(self, keys: Keyed, limiter: Limiter, http: int, grpc_port: int, app: Any) -> None:
+    def __init__(
+        self, keys: Keyed, limiter: Limiter, http: int, grpc_port: int, app: Any, generator: Generator
+    ) -> None:
+        self.generator = generator
         self.keys = keys
         self.key = keys.key("batch")
         self.limiter = limiter
@@ -60,8 +70,8 @@ def keys(tmp_path: Path) -> Iterator[Keyed]:
 
 @contextlib.asynccontextmanager
 async def serving(keys: Keyed, tiny_model: Path) -> AsyncIterator[Served]:
-    from hycluster.gateway.gateway import open_gateway
     from hycluster.gateway.generation import Generator
+    from hycluster.gateway.opening import open_gateway
     from hycluster.ingress.grpc import serve_grpc
     from hycluster.ingress.http import model_apps, over_all_models, serve_http
 
@@ -86,7 +96,7 @@ async def serving(keys: Keyed, tiny_model: Path) -> AsyncIterator[Served]:
             rpc = await serve_grpc(generator, Grpc(port=0), guard=keys.guard)
             app = over_all_models(await model_apps(generator, settings), generator)
             try:
-                yield Served(keys, limiter, http.port, rpc.port, app)
+                yield Served(keys, limiter, http.port, rpc.port, app, generator)
             finally:
                 await http.stop()
                 await rpc.stop(1)
@@ -205,3 +215,34 @@ async def test_without_limits_nothing_is_told(limited: Served) -> None:
     assert answer.status_code == 200
     assert not [name for name in answer.headers if name.startswith("x-ratelimit")]
     assert not limited.limiter._holdings
+
+
+async def test_who_is_over_a_limit_is_not_in_the_ledger(limited: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Entry] = []
+    monkeypatch.setattr(account_book, "write_entry", written.append)
+    limited.limit(Limit("acme", "search", requests_per_minute=1))
+    asked = pb.GenerateRequest(model="tiny", prompt="hi", sampling=pb.Sampling(max_tokens=2))
+    async with grpc.aio.insecure_channel(limited.grpc) as channel:
+        stub: Any = inference_pb2_grpc.InferenceStub(channel)
+        await stub.Generate(asked, metadata=(("authorization", f"Bearer {limited.key}"),))
+        with pytest.raises(grpc.aio.AioRpcError):
+            await stub.Generate(asked, metadata=(("authorization", f"Bearer {limited.key}"),))
+    async with limited.openai(max_retries=0) as client:
+        with pytest.raises(openai.RateLimitError):
+            await client.completions.create(**ASK)
+    assert [entry.outcome for entry in written] == ["finished"]
+
+
+async def test_a_stream_that_somebody_else_closes(limited: Served) -> None:
+    """As the gRPC ingress does with one that is not read: in a task, and so a context, of its own."""
+    from hycluster.core import GenerationRequest, Sampling
+
+    limited.limit(Limit("acme", "search", concurrent_requests=1))
+    caller = limited.keys.guard.keyring.caller(limited.key)  # type: ignore[union-attr]
+    request = GenerationRequest(model="tiny", prompt="hi", sampling=Sampling(max_tokens=400, ignore_eos=True))
+    with calling(caller):
+        for _ in range(3):
+            stream = limited.generator.stream(request)
+            await anext(stream)
+            await asyncio.create_task(stream.aclose())
+            assert current_reservation.get() is None

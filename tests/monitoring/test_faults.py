@@ -87,7 +87,7 @@ class Cluster:
         admission: Admission = Admission(),  # noqa: B008
     ) -> Any:
         """One more model, when all of its replicas are connected; returns its directory."""
-        from hycluster.gateway.gateway import open_gateway
+        from hycluster.gateway.opening import open_gateway
 
         model = Model(
             name=name,

@@ -33,7 +33,7 @@ PROMPT = list(range(40, 60))
 @contextlib.asynccontextmanager
 async def gateways(tiny_model: Path) -> AsyncIterator[tuple[list[Gateway], SimulatedPool]]:
     """Two, as of two ingress processes, that follow one directory."""
-    from hycluster.gateway.gateway import open_gateway
+    from hycluster.gateway.opening import open_gateway
 
     model = Model(
         name="tiny", source=str(tiny_model), simulated=ENGINE, engine={"max_model_len": 512}, replicas=Replicas(min=2)

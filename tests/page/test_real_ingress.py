@@ -37,8 +37,8 @@ CHAT = {
 
 async def serving(model: Model, look: Callable[[str, Any, SimulatedPool], Any]) -> None:
     """Has ``look`` see an ingress with the page, its gateway, and the pool behind it."""
-    from hycluster.gateway.gateway import open_gateway
     from hycluster.gateway.generation import Generator
+    from hycluster.gateway.opening import open_gateway
     from hycluster.ingress.http import serve_http
 
     with SimulatedPool(ENGINE, 1) as pool:

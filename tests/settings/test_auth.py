@@ -37,6 +37,12 @@ def test_it_can_not_be_both() -> None:
         validate(Settings, {**MODEL, "auth": {"enabled": True, "open": True}}, "s.yaml")
 
 
+@pytest.mark.parametrize("weight", [0, -1, 1e-17, 1001, float("inf"), float("nan")])
+def test_weights_that_none_can_have(weight: float) -> None:
+    with pytest.raises(SettingsError, match=r"auth\.weights\.acme"):
+        validate(Settings, {**MODEL, "auth": {"enabled": True, "weights": {"acme": weight}}}, "s.yaml")
+
+
 @pytest.mark.parametrize(
     ("auth", "said"),
     [

@@ -1,0 +1,195 @@
+"""What becomes of a reservation, however its request goes and ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from hycluster.auth.caller import Caller
+from hycluster.auth.limits import Limit
+from hycluster.auth.store import Spent
+from hycluster.errors import HyclusterError, Unavailable
+from hycluster.limits.bucket import SLOT_S
+from hycluster.limits.limiter import MOST_REMEMBERED
+from hycluster.limits.reservation import RequestTokens, Reservation
+from tests.limits.virtual import Counts, World, run
+
+TOKENS = Limit("acme", tokens_per_minute=1000)
+
+
+async def reserve(process: Any, limit: Limit, tokens: int, prompts: int = 1) -> Reservation:
+    made: Reservation = await process.limiter.reserve([limit], RequestTokens(0, 0, tokens), None, prompts)
+    return made
+
+
+async def tokens_in(process: Any, limit: Limit, seconds: float, world: World, uses: int, reserves: int) -> int:
+    """What one who comes twice a second gets, and lets nobody see that he was refused."""
+    got, ends_s = 0, world.now_s() + seconds
+    while world.now_s() < ends_s:
+        try:
+            reservation = await reserve(process, limit, reserves)
+        except HyclusterError:
+            # Longer than until it is forgotten that he was.
+            await asyncio.sleep(5)
+            continue
+        await asyncio.sleep(0.5)
+        reservation.add(RequestTokens(0, 0, uses))
+        reservation.end()
+        got += uses
+    return got
+
+
+@pytest.mark.parametrize("uses", [150, 4000])
+def test_who_uses_more_than_was_reserved_pays_it_off(uses: int) -> None:
+    async def main() -> None:
+        world = World(TOKENS)
+        got = await tokens_in(world.process(), TOKENS, 1200, world, uses, 10)
+        # But for what it was let in with before anything was known of it.
+        assert 0.9 * 20 * 1000 <= got <= 1.1 * 20 * 1000 + 3 * uses
+
+    run(main())
+
+
+def test_what_is_owed_is_told_and_let_go_at_last() -> None:
+    async def main() -> None:
+        world = World(TOKENS)
+        process = world.process()
+        reservation = await reserve(process, TOKENS, 10)
+        reservation.add(RequestTokens(0, 0, 5000))
+        reservation.end()
+        await asyncio.sleep(3)
+        with pytest.raises(HyclusterError) as refused:
+            await reserve(process, TOKENS, 10)
+        assert 200 < (refused.value.retry_after_s or 0) < 300
+        headers = process.limiter.headers([TOKENS])
+        assert 200 < float(headers["x-ratelimit-reset-tokens"].removesuffix("s")) <= 301
+        reservation = await reserve_later(process, 310)
+        reservation.add(RequestTokens(0, 0, 10**12))
+        reservation.end()
+        await asyncio.sleep(30)
+        await reserve_later(process, 61 * 60)
+
+    async def reserve_later(process: Any, seconds: float) -> Reservation:
+        await asyncio.sleep(seconds)
+        return await reserve(process, TOKENS, 10)
+
+    run(main())
+
+
+def test_what_took_longer_than_a_minute_is_settled_too() -> None:
+    limit = Limit("acme", tokens_per_day=1000)
+
+    async def main() -> None:
+        world = World(limit)
+        process, other = world.process(), world.process()
+        long = await reserve(process, limit, 10)
+        for _ in range(10):
+            await asyncio.sleep(60)
+            # The book goes on.
+            (await reserve(other, limit, 1)).end()
+        long.add(RequestTokens(0, 0, 995))
+        long.end()
+        await asyncio.sleep(5)
+        with pytest.raises(HyclusterError):
+            await reserve(other, limit, 10)
+
+    run(main())
+
+
+def test_what_ends_before_its_prompts_is_settled_with_them() -> None:
+    async def main() -> None:
+        world = World(TOKENS)
+        process = world.process()
+        reservation = await reserve(process, TOKENS, 900, prompts=3)
+        with reservation.asking():
+            # As where a caller leaves: it is over before what it has begun has heard of that.
+            reservation.end()
+            reservation.give_up()
+            reservation.give_up()
+        await asyncio.sleep(3)
+        (await reserve(process, TOKENS, 300)).end(counts=False)
+        for _ in range(5):
+            reservation.give_up()
+        assert reservation.tokens.completion == 900
+        with pytest.raises(HyclusterError):
+            await reserve(process, TOKENS, 450)
+
+    run(main())
+
+
+def test_counts_are_kept_again_after_whatever_failed() -> None:
+    limit = Limit("acme", tokens_per_day=1000)
+
+    class Broken(Counts):
+        broken = True
+
+        def spend(self, spent: Mapping[Spent, int]) -> None:
+            if self.broken:
+                raise RuntimeError("not of the database's kinds")
+            super().spend(spent)
+
+    async def main() -> None:
+        world = World(limit)
+        world.counts = counts = Broken()
+        process = world.process()
+        reservation = await reserve(process, limit, 10)
+        await asyncio.sleep(10)
+        counts.broken = False
+        reservation.add(RequestTokens(0, 0, 30))
+        reservation.end()
+        await asyncio.sleep(10)
+        assert list(counts.all.values()) == [30]
+
+    run(main())
+
+
+def test_of_any_number_of_callers_not_all_are_remembered() -> None:
+    async def main() -> None:
+        limiter = World(TOKENS).process().limiter
+        for number in range(2 * MOST_REMEMBERED):
+            limiter.may_limit(Caller("other", f"p{number}", "alice"))
+        assert len(limiter._limited) <= MOST_REMEMBERED + 1
+
+    run(main())
+
+
+def test_what_was_used_earlier_is_forgotten_here_too() -> None:
+    async def main() -> None:
+        world = World(TOKENS)
+        process = world.process()
+        for _ in range(600):
+            (await reserve(process, TOKENS, 5)).end(counts=False)
+            reservation = await reserve(process, TOKENS, 5)
+            reservation.add(RequestTokens(0, 0, 5))
+            reservation.end()
+            await asyncio.sleep(1)
+        assert int(process.limiter.headers([TOKENS])["x-ratelimit-remaining-tokens"]) > 600
+        (holding,) = process.limiter._holdings.values()
+        assert len(holding._usage.slots) <= 60 / SLOT_S
+
+    run(main())
+
+
+def test_at_midnight_nobody_is_told_of_a_quota_while_the_database_is_away() -> None:
+    limit = Limit("acme", tokens_per_day=1000)
+
+    class Away(Counts):
+        def spent(self, periods: Any) -> dict[Spent, int]:
+            raise Unavailable("auth.database: can't be used now")
+
+    async def main() -> None:
+        world = World(limit)
+        process = world.process()
+        (await reserve(process, limit, 10)).end()
+        process.limiter._counts = Away()
+        process.limiter._date = lambda: 1.8e9 + 86400
+        with pytest.raises(Unavailable):
+            await reserve(process, limit, 10)
+        process.limiter._counts = world.counts
+        await asyncio.sleep(5)
+        (await reserve(process, limit, 10)).end()
+
+    run(main())
