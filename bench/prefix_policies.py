@@ -3,8 +3,8 @@
     python -m bench.prefix_policies                 # about 3 minutes on two cores
     python -m bench.prefix_policies --rounds 3 --policies least_outstanding_tokens predicted_ttft
 
-Engines of a tiny Llama in this process, and two gateways, each with sockets to all engines; they hear of each other
-twice a second by a directory, as ingress processes do. Conversations of many turns, over a few system prompts, each
+Engines of a tiny Llama, each in a process of its own, and two gateways in this one; they hear of each other twice a
+second by a directory, as ingress processes do. Conversations of many turns, over a few system prompts, each
 turn by either gateway: a prompt is all that was said before, answers too. Each policy in turn gets the same
 conversations, from empty caches. `by session`: the same policy, and callers that name their sessions.
 
@@ -18,6 +18,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import multiprocessing
+import os
 import random
 import statistics
 import tempfile
@@ -25,6 +27,7 @@ import time
 import warnings
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +50,44 @@ SIDES = ("least_outstanding_tokens", "least_outstanding_tokens" + BY_SESSION, *P
 CONTEXT_TOKENS, SYSTEM_TOKENS, SYSTEMS, OUTPUT_TOKENS = 4096, 400, 4, 24
 # A token of the model in the KV cache.
 KV_TOKEN_BYTES = 1024
-Running = list[tuple[VllmEngine, EngineServer]]
+
+
+class Replica:
+    """An engine and its sockets, in a process of their own: two that compute at once in one process end it."""
+
+    def __init__(self, number: int, model: Model) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(number, model, theirs), daemon=True)
+        self._process.start()
+
+    def wait(self) -> None:
+        self._address = self._pipe.recv()
+
+    def report(self) -> ReplicaReport:
+        self._pipe.send(True)
+        return ReplicaReport(self._address, self._pipe.recv(), True)
+
+    def close(self) -> None:
+        if self._process.is_alive():
+            self._pipe.send(False)
+        self._process.join()
+
+
+def _serve(number: int, model: Model, pipe: Connection) -> None:
+    warnings.simplefilter("ignore")
+    engine = VllmEngine(model, model.source)
+    server = EngineServer(
+        engine, replica_id=f"r{number}", model=model.name, host="127.0.0.1", ports=DataPlane(host="127.0.0.1")
+    )
+    pipe.send(server.address)
+    while pipe.recv():
+        pipe.send(engine.load())
+    engine.shutdown()
+    server.close()
+
+
+Running = list[Replica]
 
 
 @dataclass
@@ -114,8 +154,8 @@ async def tell(running: Running, model: Model, clients: list[PoolClient]) -> Non
     """The directory's part, for ever."""
     directory = Directory()
     while True:
-        for engine, server in running:
-            directory.report(model, ReplicaReport(server.address, engine.load(), True))
+        for replica in running:
+            directory.report(model, await asyncio.to_thread(replica.report))
         for client in clients:
             view = directory.sync(model.name, client.gateway_id, client.outstanding, work=client.work)
             await client.update(view.replicas)
@@ -186,16 +226,12 @@ def row(side: str, rounds: list[Found]) -> str:
 
 async def measure(arguments: argparse.Namespace, source: str) -> None:
     hardware = Hardware(kv_cache_gib=arguments.kv_tokens * KV_TOKEN_BYTES / 2**30)
-    engine = {"max_model_len": CONTEXT_TOKENS, "max_num_seqs": 16, "max_num_batched_tokens": 1024, "block_size": 16}
+    engine = {"max_model_len": CONTEXT_TOKENS, "max_num_seqs": 16, "max_num_batched_tokens": 1024, "block_size": 32}
     model = Model(name="tiny", source=source, engine=engine, hardware=hardware)
-    running: Running = []
+    running = [Replica(number, model) for number in range(arguments.replicas)]
     try:
-        for number in range(arguments.replicas):
-            made = await asyncio.to_thread(VllmEngine, model, source)
-            ports = DataPlane(host="127.0.0.1")
-            running.append(
-                (made, EngineServer(made, replica_id=f"r{number}", model="tiny", host="127.0.0.1", ports=ports))
-            )
+        for replica in running:
+            replica.wait()
         rounds: dict[str, list[Found]] = {side: [] for side in arguments.policies}
         # What a first request compiles is nobody's.
         await serve(running, model, "power_of_two", arguments.replicas, 2)
@@ -208,9 +244,8 @@ async def measure(arguments: argparse.Namespace, source: str) -> None:
         for side, found in rounds.items():
             print(row(side, found))
     finally:
-        for made, server in running:
-            await asyncio.to_thread(made.shutdown)
-            await asyncio.to_thread(server.close)
+        for replica in running:
+            replica.close()
 
 
 def main() -> None:
@@ -222,7 +257,8 @@ def main() -> None:
     parser.add_argument("--kv-tokens", type=int, default=16_000, help="Of a replica.")
     parser.add_argument("--policies", nargs="+", choices=SIDES, default=list(SIDES))
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
+    # For the engines' processes.
+    os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as work:
         source = tiny_llama.make(Path(work) / "model", context_tokens=CONTEXT_TOKENS)
         asyncio.run(measure(arguments, str(source)))

@@ -25,11 +25,11 @@ from hycluster.auth.store import (
     KeyStore,
     Project,
     api_key_of,
+    audited,
     check_open,
     key_row,
     new_id,
     now_s,
-    told_of,
 )
 from hycluster.errors import InvalidInput, NotFound, shown
 
@@ -195,7 +195,7 @@ class AdminStore(KeyStore):
             connection.execute(insert(tables.service_accounts).values(columns))
             if with_key:
                 connection.execute(insert(tables.keys).values(key_row(key, project, secret)))
-                self._write_down(connection, "key.created", key.id, told_of(key))
+                self._write_down(connection, "key.created", key.id, audited(key))
         return made, (key, secret) if with_key else None
 
     def add_key(

@@ -208,7 +208,7 @@ class KeyStore:
             account_id,
         )
         secret = new_key()
-        with self._changing("key.created", made.id, told_of(made)) as connection:
+        with self._changing("key.created", made.id, audited(made)) as connection:
             connection.execute(insert(tables.keys).values(key_row(made, project, secret)))
         return made, secret
 
@@ -354,7 +354,7 @@ def key_row(key: ApiKey, project: Project, secret: str) -> dict[str, Any]:
     return {name: getattr(key, name) for name in kept} | {"project_id": project.id, "digest": digest(secret)}
 
 
-def told_of(key: ApiKey) -> dict[str, Any]:
+def audited(key: ApiKey) -> dict[str, Any]:
     """What the audit log has of a new key."""
     told = ("tenant", "project", "name", "models", "scopes", "expires_at", "account_id")
     return {name: getattr(key, name) for name in told}

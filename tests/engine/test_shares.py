@@ -300,11 +300,11 @@ def test_nobody_makes_way_for_one_whose_adapter_has_no_place() -> None:
     gave_up: list[Any] = []
     real = scheduler._tenants.gave_up
 
-    def counted(row: Any) -> None:
+    def noted(row: Any) -> None:
         gave_up.append(row)
         real(row)
 
-    scheduler._tenants.gave_up = counted
+    scheduler._tenants.gave_up = noted
     while run.engine.has_work:
         run.step()
     assert run.over.keys() == run.come.keys()

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -103,7 +102,8 @@ def test_more_than_it_is_made_for_are_there_too() -> None:
     index.take("a", changes((), names[100:]))
     assert (cached(index, names), index.blocks) == ({"a": 100, "b": 0}, 100)
     index.take("a", changes((), names))
-    assert (index.blocks, index.beside, bool(index._table.any())) == (0, 0, False)
+    assert (index.blocks, index.beside) == (0, 0)
+    assert not index._table.any()
 
 
 def test_where_a_replica_was_another_one_finds_nothing_of_it() -> None:
@@ -119,8 +119,7 @@ def test_where_a_replica_was_another_one_finds_nothing_of_it() -> None:
 
 def test_many_replicas_come_and_go() -> None:
     chance = random.Random(5)
-    index = index_of(blocks=40)
-    held: dict[str, Any] = {}
+    index, held = index_of(blocks=40), dict[str, int]()
     for _ in range(500):
         replica, count = str(chance.randrange(70)), chance.randrange(41)
         if chance.random() < 0.3:

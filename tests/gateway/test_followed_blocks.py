@@ -232,7 +232,10 @@ async def test_the_error_is_0_beside_each_other(tiny_model: Path) -> None:
 
 
 async def hits(pool: Replicas, policy: str) -> int:
-    """Tokens that engines find cached for conversations with one system prompt, all at once, turn by turn."""
+    """Tokens that engines find cached for conversations with one system prompt, turn by turn.
+
+    One request after the other: two engines that compute at once in one process end it.
+    """
     from vllm.sampling_params import SamplingParams
 
     from hycluster.gateway.pool import PoolClient
@@ -255,9 +258,8 @@ async def hits(pool: Replicas, policy: str) -> int:
         for prompt in said:
             params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
             await pool.ask(gateway, prompt_token_ids=list(prompt), sampling_params=params)
-        await pool.finish(gateway, CONVERSATIONS)
-        await pool.known()
-        for prompt in said:
+            await pool.finish(gateway)
+            await pool.known()
             prompt += [chance.randrange(250) for _ in range(TURN_TOKENS)]
     assert gateway.prefixes is not None
     assert errors(pool) == (0, 0)

@@ -7,7 +7,7 @@ import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -101,7 +101,8 @@ class Gateways:
 
     async def known(self) -> None:
         """Each gateway has heard all that replicas have."""
-        held = sum(len(replica.engine._names) for replica in self.replicas.replicas)  # type: ignore[attr-defined, misc]
+        engines: list[Any] = [replica.engine for replica in self.replicas.replicas]
+        held = sum(len(engine._names) for engine in engines)
         for client in self.clients:
             assert client.prefixes is not None
             await until(lambda prefixes=client.prefixes: prefixes.blocks == held)  # type: ignore[misc]

@@ -143,13 +143,10 @@ async def test_over_http(tiered: Served) -> None:
                 model="tiny", prompt="hi", max_tokens=3, extra_body={"service_tier": asked}
             )
             assert said.service_tier == got
-            response = await who.responses.create(model="tiny", input="hi", max_output_tokens=3, service_tier=asked)
+            asking: Any = {"model": "tiny", "input": "hi", "max_output_tokens": 3, "service_tier": asked}
+            response = await who.responses.create(**asking)
             assert response.service_tier == got
-            events: list[Any] = [
-                event async for event in await who.responses.create(
-                    model="tiny", input="hi", max_output_tokens=3, service_tier=asked, stream=True
-                )
-            ]  # fmt: skip
+            events: list[Any] = [event async for event in await who.responses.create(**asking, stream=True)]
             assert events[-1].response.service_tier == got
             assert tiered.priorities == [place] * 5
             tiered.priorities.clear()
