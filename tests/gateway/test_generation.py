@@ -27,7 +27,7 @@ from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
 from hycluster.settings.simulated import Simulated
 from tests.simulated_pool import SimulatedPool, SimulatedReplica, predicted
-from tests.waiting import PATIENCE_S, eventually
+from tests.waiting import PATIENCE_S, eventually, until
 
 if TYPE_CHECKING:
     from hycluster.gateway.generation import Generator
@@ -231,7 +231,7 @@ async def test_a_request_that_the_engine_knows_to_be_wrong(opened: Open, n: int)
         await asyncio.to_thread(eventually, lambda: simulated[0].requests == 0)
         gateway, _ = generator._gateway("tiny")
         assert gateway.traffic.failed == {}
-        assert gateway.engine_core.requests_in_flight == 0
+        await until(lambda: gateway.engine_core.requests_in_flight == 0)
         assert (await generator.generate(ask())).outputs[0].token_ids == predicted(PROMPT, 8, FAST)
 
 
