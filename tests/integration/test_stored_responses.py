@@ -48,7 +48,10 @@ def replica_pids(served: Served) -> set[int]:
 
 
 def running(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    # It may go as one looks.
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def create(caller: httpx.Client, **asked: Any) -> dict[str, Any]:

@@ -130,10 +130,7 @@ def test_a_bad_line_of_a_trace_is_named(settings: str, trace: str) -> None:
         (("--trace", "TRACE", "--fidelity", "fast", "--load", "1"), "--fidelity: fast can't be together with --bulk"),
         (("--html", "x.html", "--fit"), "--html: shows what came of a trace"),
         (("--trace", "TRACE", "--html", "/no/where/x.html"), "--html: /no/where: no such folder"),
-        (
-            ("--trace", "TRACE", "--set", "router.policy=lmetric"),
-            "'lmetric' needs to know what each replica has",
-        ),
+        (("--trace", "TRACE", "--set", "router.policy=nearest"), "router.policy: 'nearest' is not allowed"),
         (("--trace", "TRACE", "--model", "x"), "model: 'x' is not in the settings"),
         (("--trace", "TRACE", "--gpu", "H2O"), "--gpu: 'H2O' is not known (did you mean H20?)"),
         (("--trace", "TRACE", "--gpu", "H20"), "nowhere: no such file; must be a model's config.json"),
