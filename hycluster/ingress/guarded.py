@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hycluster.auth.caller import Caller, calling, check_scope
+from hycluster.adapters import LOAD, UNLOAD
+from hycluster.auth.caller import Caller, calling, check_scope, has_scope
 from hycluster.auth.guard import Guard, bearer
 from hycluster.errors import HyclusterError, Unauthenticated
 from hycluster.ingress.errors import answer_error
@@ -71,6 +72,9 @@ class Guarded:
 def _check_path(path: str) -> None:
     if any(_is_below(path, root) for root in BATCH):
         check_scope("batch", path)
+    elif path in (LOAD, UNLOAD):
+        # Who manages the whole service loads them for all.
+        check_scope("admin" if has_scope("admin") else "adapters", path)
     elif path not in FOR_ALL and not path.startswith(BELOW_FOR_ALL):
         check_scope("admin", path)
 

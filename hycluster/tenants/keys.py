@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 keys_app = typer.Typer(name="keys", help="Make, list, revoke and replace API keys.", no_args_is_help=True)
 
-SCOPES = "batch: files, batches, batch priority. admin: all beside the models. priority: the service tier."
+SCOPES = (
+    "batch: files, batches, batch priority. admin: all beside the models. priority: the service tier."
+    " adapters: load and unload adapters of the project."
+)
 KeyId = Annotated[str, typer.Argument(metavar="ID", help="As 'hycluster keys list' says: key_...")]
 
 
