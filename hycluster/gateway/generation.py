@@ -24,7 +24,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.tokenizers import TokenizerLike
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from hycluster.adapters import check_name, owner_of, public_name
+from hycluster.adapters import check_name, public_name
 from hycluster.auth.caller import Caller, usable
 from hycluster.core import Generation, GenerationRequest, ModelCard, Priority, PromptFields, Sampling
 from hycluster.directory.directory import find_directory
@@ -96,7 +96,7 @@ class Generator:
         """Serve a LoRA adapter from now on, at all ingress processes and by all replicas of its model.
 
         Args:
-            name: in full, if it is to be a project's; see :mod:`hycluster.adapters`.
+            name: in full, if it is a project's (:mod:`hycluster.adapters`).
             source: a folder in PEFT's format that every node sees, or a hub id.
             model: whose adapter it is; needs not be said where only one model takes adapters.
             replace: let a name that is in use go over to another source.
@@ -109,7 +109,7 @@ class Generator:
         check_name(name, source)
         if public_name(name) in self.gateways:
             raise InvalidInput(f"lora_name: {shown(name)} is the name of a model")
-        takers = [taker for taker, gateway in self.gateways.items() if gateway.vllm_config.lora_config is not None]
+        takers = [taker for taker, each in self.gateways.items() if each.vllm_config.lora_config is not None]
         if model is None:
             if len(takers) > 1:
                 raise InvalidInput(f"model: must be one of {', '.join(map(repr, takers))}")
@@ -120,24 +120,19 @@ class Generator:
             if not replace or holder != model:
                 raise InvalidInput(f"lora_name: {called} is an adapter of {holder!r} already")
             if gateway.adapters.source_of(name) == source:
-                raise InvalidInput(
-                    f"lora_path: {called} is loaded from there already; changed weights need a path of their own"
-                )
+                why = "is loaded from there already; changed weights need a path of their own"
+                raise InvalidInput(f"lora_path: {called} {why}")
         await gateway.adapters.load(name, source)
 
     async def unload_adapter(self, name: str) -> None:
-        """Serve a LoRA adapter no more; requests that run go on.
-
-        Args:
-            name: in full, if it is a project's; see :mod:`hycluster.adapters`.
+        """Serve a LoRA adapter no more, a project's by its name in full; requests that run go on.
 
         Raises:
             UnknownModel: there is no such adapter.
         """
-        model = self._holder(name)
-        if model is None:
-            known = [name for gateway in self.gateways.values() for name in gateway.lora_requests]
-            raise UnknownModel(public_name(name) if owner_of(name) else name, usable(known))
+        if (model := self._holder(name)) is None:
+            known = (adapter for each in self.gateways.values() for adapter in each.lora_requests)
+            raise UnknownModel(public_name(name), usable(known))
         await self.gateways[model].adapters.unload(name)
 
     def _holder(self, adapter: str) -> str | None:

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hycluster.adapters import LOAD, UNLOAD
 from hycluster.auth.caller import Caller, calling, check_scope, has_scope
+from hycluster.auth.certificate import PeerCertificate, read_certificate
 from hycluster.auth.guard import Guard, bearer
 from hycluster.errors import HyclusterError, Unauthenticated
 from hycluster.ingress.errors import answer_error
@@ -55,7 +56,8 @@ class Guarded:
         try:
             if scope["type"] != "http":
                 raise Unauthenticated("connection: is of a kind that nobody is let in by")
-            caller = await self._guard.caller(_credential(scope))
+            credential = _credential(scope)
+            caller = await self._guard.caller(credential, _certificate(scope, credential))
             with calling(caller):
                 _check_path(path)
         except HyclusterError as error:
@@ -99,6 +101,16 @@ def _credential(scope: Scope) -> str | None:
     if not said and _is_below(scope["path"], ANTHROPIC):
         return headers.get(API_KEY)
     return bearer(said) or _password(said, headers)
+
+
+def _certificate(scope: Scope, credential: str | None) -> PeerCertificate | None:
+    """What the connection has shown. A browser shows it unasked, also for pages of others: by itself it counts for
+    nothing there."""
+    headers = Headers(scope=scope)
+    shown = scope.get("extensions", {}).get("tls", {}).get("client_cert_chain")
+    if not shown or not (credential or "origin" not in headers or _is_own_origin(headers)):
+        return None
+    return read_certificate(shown[0].encode())
 
 
 def _password(authorization: str, headers: Headers) -> str | None:

@@ -60,6 +60,20 @@ class Oidc(Strict):
         return self.tenants is None if self.admins is None else self.admins
 
 
+class ClientCertificates(Strict):
+    """Certificates of callers (mTLS), which let in like a key: ``hycluster keys create --certificate NAME``.
+
+    Attributes:
+        authority: absolute path of a file with the authorities (PEM) by which they must be signed; it may be replaced
+            while it is in use.
+        required: nobody comes in without one, whatever else he has; but ``/health`` does over HTTP. gRPC asks for
+            certificates only then.
+    """
+
+    authority: str = Field(pattern=r"^/.")
+    required: bool = False
+
+
 class Tls(Strict):
     """The certificate of both ingresses. The files may be replaced while they are in use: what is new is taken within
     two seconds.
@@ -68,10 +82,12 @@ class Tls(Strict):
         certificate: absolute path of a file with the certificate and those that vouch for it (PEM), at each node that
             has an ingress process.
         key: that of its private key, without a password.
+        clients: ask callers for theirs; null does not.
     """
 
     certificate: str = Field(pattern=r"^/.")
     key: str = Field(pattern=r"^/.")
+    clients: ClientCertificates | None = None
 
 
 class Auth(Strict):
@@ -120,6 +136,8 @@ class Auth(Strict):
             raise ValueError("end_streams: true is not allowed without 'enabled: true'; there are no keys to end")
         if self.adapter_folder is not None and not self.enabled:
             raise ValueError("adapter_folder: is of no use without 'enabled: true'; nobody has a project")
+        if self.tls is not None and self.tls.clients is not None and not (self.enabled and self.keys):
+            raise ValueError("tls.clients: is not allowed without 'enabled: true' and 'keys'; these know who it is")
         if self.oidc and not self.enabled:
             raise ValueError("oidc: is not asked for without 'enabled: true'")
         if self.enabled and not self.keys and not self.oidc:
