@@ -89,9 +89,10 @@ def test_sums_over_labels_are_what_was_asked(featured: Featured) -> None:
     assert total(grown, "http_request_duration_seconds_count", **completions) == BY_HTTP + 1
     assert total(grown, "http_requests_total", handler="none", status="404") == 1
     assert total(grown, "grpc_server_handled_total", model=TINY, grpc_method="Generate", grpc_code="OK") == BY_GRPC
-    # Nobody is asked here who he is. The one that was refused came to no gateway.
+    # Nobody is asked here who he is.
     nobody = {"tenant": "", "project": ""}
-    assert total(grown, "hycluster_project_requests_total", **nobody) == asked
+    assert total(grown, "hycluster_project_requests_total", **nobody, outcome="finished") == asked
+    assert total(grown, "hycluster_project_requests_total", **nobody, outcome="refused") == 1
     assert total(grown, "hycluster_project_tokens_total", **nobody, kind="output") == asked * TOKENS
     assert total(grown, "hycluster_project_tokens_total", kind="input") + total(
         grown, "hycluster_project_tokens_total", kind="cached"
