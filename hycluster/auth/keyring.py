@@ -116,6 +116,11 @@ class Keyring:
         """Those that are known; the same object for as long as nothing has changed."""
         return self._seen.keys.limits
 
+    def key_name(self, key_id: str) -> str:
+        """Of a key that lets in; else empty."""
+        caller = self._seen.by_id.get(key_id)
+        return caller.key if caller else ""
+
     def has_ended(self, caller: Caller) -> bool:
         """Whether one that was let in would not be any more. While the database is away, nobody that it knew of."""
         seen = self._seen
