@@ -91,7 +91,7 @@ def adapter_id(name: str, source: str) -> int:
     return int.from_bytes(digest) >> 1 or 1
 
 
-def owned(name: str, owner: str) -> str:
+def name_in_full(name: str, owner: str) -> str:
     """What a project's adapter goes by where all are told apart.
 
     Args:
@@ -105,7 +105,7 @@ def public_name(name: str) -> str:
     return name.partition(_OF)[0]
 
 
-def owner_of(name: str) -> str | None:
+def adapter_owner(name: str) -> str | None:
     """Whose an adapter is; None: it is there for all."""
     return name.partition(_OF)[2] or None
 
@@ -115,7 +115,7 @@ def named_by_caller(names: Iterable[str]) -> list[str]:
     caller = current_caller.get()
     if caller is None:
         return list(names)
-    return list(dict.fromkeys(public_name(name) for name in names if owner_of(name) in (None, caller.owner)))
+    return list(dict.fromkeys(public_name(name) for name in names if adapter_owner(name) in (None, caller.owner)))
 
 
 class CallersAdapters(Mapping[str, T]):
@@ -135,7 +135,7 @@ class CallersAdapters(Mapping[str, T]):
         if _OF in name:
             raise KeyError(name)
         # One's own goes before one of that name for all.
-        own = self._adapters.get(owned(name, caller.owner))
+        own = self._adapters.get(name_in_full(name, caller.owner))
         return own if own is not None else self._adapters[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 
 from vllm.lora.request import LoRARequest
 
-from hycluster.adapters import AdapterEntry, AdapterTable, CallersAdapters, adapter_id, owner_of
+from hycluster.adapters import AdapterEntry, AdapterTable, CallersAdapters, adapter_id, adapter_owner
 from hycluster.directory.directory import REPORT_EVERY_S
 from hycluster.errors import InvalidInput, Unavailable, shown
 from hycluster.gateway.pool import PoolClient
@@ -84,8 +84,8 @@ class PoolAdapters:
             raise InvalidInput(
                 f"model: {self._model.name!r} takes no adapters; its settings must have adapters or engine.enable_lora"
             )
-        owner = owner_of(name)
-        others = sum(owner_of(each) == owner for each in self._table.words.keys() - {name})
+        owner = adapter_owner(name)
+        others = sum(adapter_owner(each) == owner for each in self._table.words.keys() - {name})
         if owner is not None and others >= MAX_OF_PROJECT:
             raise InvalidInput(f"lora_name: {owner} has had {MAX_OF_PROJECT} names already; use one of them again")
         request = LoRARequest(lora_name=name, lora_int_id=adapter_id(name, source), lora_path=source)

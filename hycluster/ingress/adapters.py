@@ -15,7 +15,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import PlainTextResponse
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 
-from hycluster.adapters import LOAD, UNLOAD, owned, owner_of, public_name
+from hycluster.adapters import LOAD, UNLOAD, adapter_owner, name_in_full, public_name
 from hycluster.auth.caller import Caller, check_scope, current_caller
 from hycluster.errors import InvalidInput, UnknownModel, shown
 from hycluster.gateway.generation import Generator
@@ -39,11 +39,11 @@ def adapter_routes(generator: Generator) -> APIRouter:
         project = _for_project()
         if project is None:
             source = await asyncio.to_thread(_absolute, source)
-        elif owner_of(name) is not None:
+        elif adapter_owner(name) is not None:
             raise InvalidInput(f"lora_name: {shown(name)} is not allowed; it is your project's anyhow")
         else:
             source = await asyncio.to_thread(_in_own_folder, source, generator.adapter_folder, project)
-            name = owned(name, project.owner)
+            name = name_in_full(name, project.owner)
         await generator.load_adapter(name, source, model=request.model, replace=request.load_inplace)
         return PlainTextResponse(f"Success: LoRA adapter '{request.lora_name}' added successfully.")
 
@@ -51,9 +51,9 @@ def adapter_routes(generator: Generator) -> APIRouter:
     async def unload(request: UnloadLoRAAdapterRequest, _: Request) -> PlainTextResponse:
         name, project = request.lora_name, _for_project()
         if project is not None:
-            if owner_of(name) is not None:
+            if adapter_owner(name) is not None:
                 raise UnknownModel(name, list(generator.served))
-            name = owned(name, project.owner)
+            name = name_in_full(name, project.owner)
         await generator.unload_adapter(name)
         return PlainTextResponse(f"Success: LoRA adapter '{request.lora_name}' removed successfully.")
 
