@@ -34,6 +34,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -49,6 +50,7 @@ from hycluster.engine.shares import TenantShares
 from hycluster.engine.step_room import BulkRow, Slowdown, StepRoom
 from hycluster.engine.step_time import StepTime, StepWork
 from hycluster.engine.waiting import WaitingRequests, is_bulk
+from hycluster.engine.warm_blocks import WarmQueue
 from hycluster.settings.model import Colocation
 from hycluster.timeline import GIVEN_UP, PARKED_S
 
@@ -136,8 +138,28 @@ class ColocationScheduler(Scheduler):
             or not self.scheduler_config.enable_chunked_prefill
             or self.vllm_config.model_config.runner_type != "generate"
         )
+        self._warm = self._keep_sessions(self.kv_cache_manager.block_pool)
         self._allocate = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_or_take  # type: ignore[method-assign]
+
+    def _keep_sessions(self, pool: BlockPool) -> WarmQueue | None:
+        keep_s = self.colocation.keep_sessions_s
+        return WarmQueue(pool, keep_s, self._now_s) if keep_s and pool.enable_caching else None
+
+    def _now_s(self) -> float:
+        # The clock may be another one by then.
+        return self.clock()
+
+    def _free_request_blocks(self, request: Request) -> None:
+        """Of one that has ended or is preempted; a session's are kept for its next turn."""
+        if (warm := self._warm) is None or request.session_id is None or is_bulk(request):
+            super()._free_request_blocks(request)
+            return
+        warm.keeping = True
+        try:
+            super()._free_request_blocks(request)
+        finally:
+            warm.keeping = False
 
     def add_request(self, request: Request) -> None:
         if is_bulk(request):

@@ -159,14 +159,17 @@ class VirtualEngine:
         priority: int,
         arrival_s: float | None = None,
         payer: tuple[str, float] | None = None,
+        session_id: str | None = None,
     ) -> None:
         """Queue a request.
 
         Args:
             arrival_s: when it came, if that was within the step that is over now.
             payer: the tenant whose it is, and its weight.
+            session_id: the conversation whose turn it is.
         """
         request = self.made(request_id, prompt, max_tokens, priority, arrival_s)
+        request.session_id = session_id
         if payer is not None:
             request.trace_headers = payer_headers(*payer)
         take_payer(request)
