@@ -135,6 +135,12 @@ class LeaseBook:
         told = {name: self._tell(who, name, ask, now_s, gone, recovers=recovers) for name, ask in asks.items()}
         return LeaseAnswer(self._id, now_s, len(self._heard_s), recovers, told)
 
+    def used(self) -> dict[Name, int]:
+        """What is used of the limits by the minute and of concurrent requests that somebody has asked for lately."""
+        now_s = self._clock()
+        minutes = {name: bucket.usage.used(now_s) for name, bucket in self._buckets.items() if name[1] not in PERIODS}
+        return minutes | {name: places.used for name, places in self._places.items()}
+
     def _tell(self, who: str, name: Name, ask: LeaseAsk, now_s: float, gone: set[str], *, recovers: bool) -> Told:
         self._asked_s[name] = now_s
         if name[1] == PLACES:
