@@ -266,6 +266,7 @@ class IngressProcess:
             ending(generator, guard if settings.auth.end_streams else None),
         ):
             generator.limiter = limiter
+            generator.adapter_folder = settings.auth.adapter_folder
             http = await serve_http(
                 generator,
                 settings.http,
