@@ -30,10 +30,10 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from bench import tiny_llama
 from hycluster.core import Priority
@@ -42,6 +42,7 @@ from hycluster.settings.model import Model
 from hycluster.settings.pool import Hardware
 
 if TYPE_CHECKING:
+    from hycluster.engine.protocol import Frame
     from hycluster.engine.vllm import VllmEngine
 
 SLOTS, STEP_TOKENS, CONTEXT_TOKENS, KV_TOKENS = 32, 1024, 16384, 131072
@@ -149,7 +150,7 @@ class Load:
                 priority=int(Priority.ONLINE),
                 trace_headers=None if weight is None else payer_headers(tenant, weight),
             )
-            self._engine.add(CLIENT, MsgpackEncoder().encode(request))
+            self._engine.add(CLIENT, cast("Sequence[Frame]", MsgpackEncoder().encode(request)))
 
     def _listen(self) -> None:
         while (message := self._engine.next_output()) is not None:
@@ -186,12 +187,13 @@ def serve(
     coming: Iterator[tuple[float, str, int, int]],
     endless: Mapping[str, Endless],
     seconds: float,
-    weight_of: Callable[[str], float | None],
+    weights: Mapping[str, float | None],
 ) -> Window:
     """One window, which begins when things have settled.
 
     Args:
         coming: seconds from now, tenant, tokens in and out.
+        weights: by tenant; None: the engine is not told whose its requests are.
     """
     chance = random.Random(7)
     begun = time.monotonic()
@@ -201,7 +203,7 @@ def serve(
     def more(tenant: str) -> None:
         kind = endless[tenant]
         load.ask(
-            tenant, chance.randint(*kind.prompt), chance.randint(*kind.output), time.monotonic(), weight_of(tenant),
+            tenant, chance.randint(*kind.prompt), chance.randint(*kind.output), time.monotonic(), weights[tenant],
             kind.n,
         )  # fmt: skip
 
@@ -214,7 +216,7 @@ def serve(
         if before is None and now >= begun + SETTLE_S:
             before = load.charged()
         if now >= begun + due:
-            load.ask(tenant, prompt, output, begun + due, weight_of(tenant))
+            load.ask(tenant, prompt, output, begun + due, weights[tenant])
             due, tenant, prompt, output = next(coming)
             continue
         try:
@@ -239,12 +241,16 @@ def serve(
     return window
 
 
+def modest_tenants() -> list[str]:
+    return [f"modest-{number}" for number in range(MODEST)]
+
+
 def modest(rate: float, seed: int) -> Iterator[tuple[float, str, int, int]]:
     """So many a second, all of them together."""
     chance, at_s = random.Random(seed), 0.0
     while True:
         at_s += chance.expovariate(rate)
-        yield at_s, f"modest-{chance.randrange(MODEST)}", chance.randint(*PROMPT), chance.randint(*OUTPUT)
+        yield at_s, chance.choice(modest_tenants()), chance.randint(*PROMPT), chance.randint(*OUTPUT)
 
 
 def nobody() -> Iterator[tuple[float, str, int, int]]:
@@ -312,7 +318,7 @@ def print_sides(kind: str, found: Mapping[str, list[Window]]) -> None:
 def print_weights(load: Load, kinds: list[str], seconds: float) -> None:
     weights = {"a": 1.0, "b": 2.0, "c": 3.0}
     endless = {tenant: KINDS[kind] for tenant, kind in zip(weights, kinds, strict=True)}
-    window = serve(load, nobody(), endless, seconds, weights.__getitem__)
+    window = serve(load, nobody(), endless, seconds, weights)
     had = {tenant: window.charged[tenant] / weight for tenant, weight in weights.items()}
     mean = statistics.mean(had.values())
     said = ", ".join(f"{weights[tenant]:g} ({kinds[n]}) {had[tenant] / mean:.3f}" for n, tenant in enumerate(weights))
@@ -341,8 +347,8 @@ def main() -> None:
                 # Whoever goes first goes last in the next round.
                 for side in list(found)[:: 1 if seed % 2 == 0 else -1]:
                     endless: dict[str, Endless] = {} if side == "alone" else {GREEDY: KINDS[kind]}
-                    weight = None if side == "off" else 1.0
-                    window = serve(load, modest(rate, seed), endless, args.seconds, lambda _, weight=weight: weight)
+                    weights = dict.fromkeys((GREEDY, *modest_tenants()), None if side == "off" else 1.0)
+                    window = serve(load, modest(rate, seed), endless, args.seconds, weights)
                     found[side].append(window)
                     said = " ".join(f"{value:.1f}" for value in figures(window))
                     print(f"{kind} {side}: {len(window.ttft)} requests, {said}", file=sys.stderr, flush=True)

@@ -115,7 +115,7 @@ class Certificate:
         def go_on(handshake: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
             handshake.context = verifying
 
-        self.context.sni_callback = go_on  # type: ignore[assignment]  # a handshake is no socket here
+        self.context.sni_callback = go_on
 
     def _grpc_pair(self) -> grpc.ServerCertificateConfiguration:
         pair = self._pair

@@ -99,7 +99,7 @@ class Auth(Strict):
         open: in words, that whoever reaches an ingress is let in: the network, or what stands in front, decides who
             that is. Without it and without ``enabled``, both ingresses listen on loopback only.
         oidc: identity providers whose tokens are one.
-        tls: encrypt what callers say and hear; null does not. It asks nobody who he is.
+        tls: encrypt what callers say and hear; null does not. Without its ``clients`` it asks nobody who he is.
         database: where projects and keys are, as a URL of SQLAlchemy's, the same for all nodes; null is the variable
             HYCLUSTER_AUTH_DATABASE or, without it, an SQLite file in ``HYCLUSTER_HOME``, which is enough for one
             machine. Give one with a password by the variable: settings are shown in places.
