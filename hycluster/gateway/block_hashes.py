@@ -21,9 +21,9 @@ HashFn = Callable[[Any], bytes]
 # Tokens that are remembered as one piece, and how many tokens are in all.
 CHUNK_TOKENS = 512
 MEMO_TOKENS = 16 << 20
-# So many tokens from the begin have names whether somebody has their blocks or not, and so many more before that is
-# asked again.
-BEGIN_TOKENS = 1024
+# So many tokens from the begin have names whether somebody has their blocks or not; and so many are hashed at least
+# before that is asked again, which a conversation's turn seldom needs.
+BEGIN_TOKENS, ASK_TOKENS = 1024, 2048
 
 
 class BlockHasher:
@@ -58,7 +58,7 @@ class BlockHasher:
             first_keys, keys: the extra keys of the first block, and of all others.
             there: whether a block is of use to anyone; where one is not, those behind it are not either, and get no
                 names. It is asked now and then, so some have names for
-                nothing: as many as there are others, or two chunks. None: all get names.
+                nothing: as many as there are others, or some chunks. None: all get names.
         """
         width, whole = self._chunk_tokens, len(token_ids) // self._block_tokens * self._block_tokens
         parent, found, hashed, ask_at = self._seed, list[Names](), 0, 0
@@ -75,7 +75,7 @@ class BlockHasher:
                 if there is not None and begin >= BEGIN_TOKENS and hashed >= ask_at:
                     if not there(int(found[-1][-1])):
                         break
-                    ask_at = max(BEGIN_TOKENS, 2 * hashed)
+                    ask_at = max(ASK_TOKENS, 2 * hashed)
                 hashed += end - begin
                 known = self._hash(parent, token_ids[begin:end], *extra)
             self._memo[parent, piece, extra] = known

@@ -57,7 +57,7 @@ def rate(metric: str, by: str = "model", labels: str = "") -> str:
     return f"sum by ({by}) (rate({metric}{chosen}{RATE}))"
 
 
-def owned(what: str, by: str = "tenant, project", labels: str = "") -> str:
+def of_projects(what: str, by: str = "tenant, project", labels: str = "") -> str:
     """A second, of what projects have had."""
     chosen = f'{{tenant=~"$tenant"{", " + labels if labels else ""}}}'
     return f"sum by ({by}) (rate(hycluster_project_{what}_total{chosen}{RATE}))"
@@ -380,7 +380,7 @@ SCALING = DashboardSpec(
     ),
 )  # fmt: skip
 
-_FAILED = owned("requests", labels='outcome="failed"')
+_FAILED = of_projects("requests", labels='outcome="failed"')
 TENANTS = DashboardSpec(
     "tenants",
     "hycluster / Tenants",
@@ -389,23 +389,23 @@ TENANTS = DashboardSpec(
     (
         PanelSpec(
             "Requests", "By project and how they ended.", "reqps",
-            (Query(owned("requests", "tenant, project, outcome"), f"{OWNER} {{{{outcome}}}}"),),
+            (Query(of_projects("requests", "tenant, project, outcome"), f"{OWNER} {{{{outcome}}}}"),),
         ),
         PanelSpec(
             "Failed", "Of the requests of a project: engines were asked, and there is no whole answer.", "percentunit",
-            (Query(f"{_FAILED} / clamp_min({owned('requests')}, 0.001)", OWNER),),
+            (Query(f"{_FAILED} / clamp_min({of_projects('requests')}, 0.001)", OWNER),),
         ),
         PanelSpec(
             "Tokens out", "By project.", "tokens/s",
-            (Query(owned("tokens", labels='kind="output"'), OWNER),),
+            (Query(of_projects("tokens", labels='kind="output"'), OWNER),),
         ),
         PanelSpec(
             "Tokens in", "By project: computed, and found in the KV cache.", "tokens/s",
-            (Query(owned("tokens", "tenant, project, kind", 'kind!="output"'), f"{OWNER} {{{{kind}}}}"),),
+            (Query(of_projects("tokens", "tenant, project, kind", 'kind!="output"'), f"{OWNER} {{{{kind}}}}"),),
         ),
         PanelSpec(
             "Tokens by tenant", "All of them; a limit by the minute or the day is of these.", "tokens/s",
-            (Query(owned("tokens", "tenant"), "{{tenant}}"),),
+            (Query(of_projects("tokens", "tenant"), "{{tenant}}"),),
         ),
         PanelSpec(
             "Cost", "In the last hour, in `auth.currency`, by the models' prices.", "short",

@@ -77,7 +77,7 @@ def _environment() -> Environment:
     )
     of_state = ("span", "percent", "count", "clock", "load_of", "replicas_of", "progress_of", "left_of")
     environment.globals |= {name: getattr(words, name) for name in of_state}
-    environment.globals |= {name: getattr(usage_words, name) for name in ("money", "owner_of", "limit_of")}
+    environment.globals |= {name: getattr(usage_words, name) for name in ("money", "named_owner", "limit_of")}
     return environment
 
 

@@ -15,7 +15,7 @@ def money(amount: Decimal, currency: str) -> str:
     return f"{amount:,.{digits}f} {currency.upper()}"
 
 
-def owner_of(usage: OwnerUsage) -> str:
+def named_owner(usage: OwnerUsage) -> str:
     """A project with its tenant; where nobody is asked who he is, all are one."""
     if usage.others:
         return f"{usage.others} others"

@@ -14,7 +14,7 @@ from hycluster.ledger.books import Books
 from hycluster.state import usage_state, usage_watch
 from hycluster.state.usage_state import HOUR_S, limits_usage, span_usage
 from hycluster.state.usage_watch import UsageWatch
-from hycluster.state.usage_words import limit_of, money, owner_of
+from hycluster.state.usage_words import limit_of, money, named_owner
 from hycluster.storage import locate
 from tests.ledger.entries import MARCH, entry
 from tests.state.made import LIMITS, NOW, made_usage, usage_sum
@@ -37,11 +37,11 @@ def test_owners_the_dearest_first_and_the_rest_together(monkeypatch: pytest.Monk
     sums = [usage_sum("t", name, requests, cost) for name, requests, cost in
             (("a", 1, "0"), ("b", 2, "0"), ("c", 3, "0.5"), ("d", 4, "0"))]  # fmt: skip
     span = span_usage(HOUR_S, sums)
-    assert [owner_of(each) for each in span.owners] == ["t/c", "t/d", "2 others"]
+    assert [named_owner(each) for each in span.owners] == ["t/c", "t/d", "2 others"]
     assert [each.requests for each in span.owners] == [3, 4, 3]
     assert (span.total.requests, span.total.cost) == (10, Decimal("0.5"))
     (nobody,) = span_usage(HOUR_S, [usage_sum("", "", 1, "0")]).owners
-    assert owner_of(nobody) == "whoever comes"
+    assert named_owner(nobody) == "whoever comes"
 
 
 def test_limits_the_nearest_first() -> None:
@@ -92,7 +92,7 @@ async def test_the_watch_reads_while_somebody_looks(
     ring: Any = Ring()
     watch = UsageWatch(books, ring, used, "usd")
     state = await watch.now()
-    assert [(part.span_s, [owner_of(each) for each in part.owners]) for part in state.spans] == [
+    assert [(part.span_s, [named_owner(each) for each in part.owners]) for part in state.spans] == [
         (3600, ["acme/search"]), (86400, ["acme/search"]),
     ]  # fmt: skip
     assert [(each.kind, each.share) for each in state.limits] == [
