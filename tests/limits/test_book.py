@@ -15,14 +15,14 @@ def test_what_is_used_of_each_limit() -> None:
     now_s += 10
     name = book.lease("a", "", {}).book
 
-    def ask(who: str, **wanted: int) -> None:
-        asks = {each: LeaseAsk(limit=100, **wanted) for each in (MINUTE, PLACES)}
-        asks[DAY] = LeaseAsk(limit=100, period="2026-11-30", **wanted)
+    def ask(who: str, wanted: int) -> None:
+        asks = {each: LeaseAsk(limit=100, want=wanted, need=wanted) for each in (MINUTE, PLACES)}
+        asks[DAY] = LeaseAsk(limit=100, period="2026-11-30", want=wanted, need=wanted)
         book.lease(who, name, asks)
 
     assert book.used() == {}
-    ask("a", want=7, need=7)
-    ask("b", want=3, need=3)
+    ask("a", 7)
+    ask("b", 3)
     # Of days the database knows.
     assert book.used() == {MINUTE: 10, PLACES: 10}
     now_s += 61
