@@ -94,11 +94,6 @@ def test_lines_are_answered_as_they_would_be_online(served: Served, client: open
     assert batch.usage is not None
     assert batch.usage.output_tokens == sum(a["response"]["body"]["usage"]["completion_tokens"] for a in answers)
     assert client.batches.list(limit=1).data[0].id == batch.id
-    # Where a line's time went is known to the executor's process, which an ingress process asks.
-    for answer in answers[:2]:
-        told = httpx.get(f"{served.http}/hycluster/requests/{answer['id']}", timeout=60).raise_for_status().json()
-        assert sum(span["duration_s"] for span in told["spans"]) == pytest.approx(told["duration_s"], rel=1e-3)
-        assert {"prefill", "decode"} <= {span["name"] for span in told["spans"]}
 
 
 def test_an_executor_that_is_killed_loses_and_repeats_nothing(served: Served, client: openai.OpenAI) -> None:
