@@ -29,8 +29,9 @@ class Holding:
         # Requests that have reserved something and have not ended.
         self._open = 0
         self._leased_s = self._active_s = float("-inf")
-        # Since it last asked.
-        self._demand = 0
+        # What requests needed since it last asked; and in this half of a second, and in the one before.
+        self._demand = self._half = self._half_before = 0
+        self._half_began_s = float("-inf")
         self._corrections = Corrections()
         self._answered = 0
         self._least = 0
@@ -62,7 +63,9 @@ class Holding:
     def want(self, amount: int, now_s: float) -> None:
         """A request needs so much."""
         self._active_s = now_s
+        self._turn(now_s)
         self._demand += amount
+        self._half += amount
 
     def take(self, amount: int) -> None:
         """It gets it, until it is settled."""
@@ -139,6 +142,23 @@ class Holding:
         """The database says that so much was used of this period."""
         self._base_of, self._base = period, amount
 
+    def _turn(self, now_s: float) -> None:
+        age_s = now_s - self._half_began_s
+        if age_s >= ASK_EVERY_S:
+            self._half_before = self._half if age_s < 2 * ASK_EVERY_S else 0
+            self._half, self._half_began_s = 0, now_s
+
+    def _ahead(self, now_s: float) -> int:
+        """What is asked for beyond what requests wait for."""
+        if self._places and not self._refused:
+            # They would lie idle while others need them.
+            return 0
+        if self._places or now_s < self._pressed_until_s:
+            return self._demand
+        # For about a second, also where it is asked sooner since requests wait: else they would wait again and again.
+        self._turn(now_s)
+        return max(self._demand, self._half + self._half_before)
+
     # -- the book -----------------------------------------------------------------------------------------
 
     def is_idle(self, now_s: float) -> bool:
@@ -157,9 +177,7 @@ class Holding:
         if period != self.period:
             self.period, self._balance = period, 0
             self._corrections.clear()
-        # What comes next is asked for ahead, but for places: they would lie idle while others need them.
-        ahead = self._demand if self._refused or not self._places else 0
-        want = max(0, max(ahead, waiting) - self._balance)
+        want = max(0, max(self._ahead(now_s), waiting) - self._balance)
         known = None
         if book != self._book:
             theirs_s = now_s + self._ahead_s

@@ -127,3 +127,29 @@ def test_tokens_by_the_minute_of_which_less_is_used_than_reserved() -> None:
         assert 1.0 <= load.share(limit, 180, tokens=True) <= 1.02
 
     run(main())
+
+
+def test_far_from_its_limits_hardly_a_request_waits_for_a_lease() -> None:
+    many = 10**12
+    kinds = ("requests_per_minute", "tokens_per_minute", "tokens_per_day", "concurrent_requests", "budget_per_month")
+    waits_s: list[float] = []
+
+    async def caller(process: Process) -> None:
+        limiter = process.limiter
+        for _ in range(200):
+            began_s = asyncio.get_running_loop().time()
+            reservation = await limiter.reserve(limiter.concerning(ME, "m"), RequestTokens(16, 0, 64))
+            waits_s.append(asyncio.get_running_loop().time() - began_s)
+            await asyncio.sleep(random.Random(len(waits_s)).uniform(0.05, 0.15))
+            reservation.add(RequestTokens(16, 0, 64))
+            reservation.end()
+
+    async def main() -> None:
+        world = World(Limit("acme", **dict.fromkeys(kinds, many)))
+        process = world.process()
+        await asyncio.gather(*(caller(process) for _ in range(8)))
+
+    run(main())
+    # The first second is what it takes to know how much there is.
+    later = waits_s[100:]
+    assert sum(wait_s > 0 for wait_s in later) < 0.02 * len(later)
