@@ -131,7 +131,6 @@ def test_tokens_by_the_minute_of_which_less_is_used_than_reserved() -> None:
 
 def test_far_from_its_limits_hardly_a_request_waits_for_a_lease() -> None:
     many = 10**12
-    kinds = ("requests_per_minute", "tokens_per_minute", "tokens_per_day", "concurrent_requests", "budget_per_month")
     waits_s: list[float] = []
 
     async def caller(process: Process) -> None:
@@ -145,7 +144,10 @@ def test_far_from_its_limits_hardly_a_request_waits_for_a_lease() -> None:
             reservation.end()
 
     async def main() -> None:
-        world = World(Limit("acme", **dict.fromkeys(kinds, many)))
+        world = World(
+            Limit("acme", requests_per_minute=many, tokens_per_minute=many, tokens_per_day=many,
+                  concurrent_requests=many, budget_per_month=many)
+        )  # fmt: skip
         process = world.process()
         await asyncio.gather(*(caller(process) for _ in range(8)))
 
