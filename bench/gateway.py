@@ -9,6 +9,8 @@ which spins). The figures are medians over rounds and the ratios are against ``v
 ways to run vLLM bare (``vllm`` is how it starts by itself on a CPU: an executor process that waits by spinning).
 ``hycluster-traces-1`` and ``hycluster-traces-100`` export that per cent of the requests' traces to a collector in this
 process, which drops them (``--sides hycluster,hycluster-traces-1,hycluster-traces-100 --together``).
+``hycluster-keys`` asks every caller for a key, keeps limits that its callers don't reach and a ledger with prices
+(``--sides hycluster,hycluster-keys --together``).
 ``serve-proxy`` and ``serve-haproxy`` are hycluster's gateway and replicas with Ray Serve's proxy as the front, in
 place of an ingress process that listens itself.
 """
@@ -36,6 +38,10 @@ from pathlib import Path
 from typing import Any
 
 from bench import tiny_llama
+from hycluster.auth.database import bring_up_to_date, open_database
+from hycluster.auth.limits import Limit
+from hycluster.auth.store import KeyStore
+from hycluster.settings.auth import Auth
 
 MODEL = "tiny"
 LEVELS = {1: 24, 8: 128, 32: 512}
@@ -46,7 +52,8 @@ NO_FAILOVER = "hycluster-no-failover"
 NOT_ENCRYPTED = "hycluster-not-encrypted"
 # By side, the share of the requests whose traces are exported.
 TRACED = {"hycluster-traces-1": 0.01, "hycluster-traces-100": 1.0}
-OURS = ("hycluster", NO_FAILOVER, NOT_ENCRYPTED, *TRACED, "serve-proxy", "serve-haproxy")
+KEYS = "hycluster-keys"
+OURS = ("hycluster", NO_FAILOVER, NOT_ENCRYPTED, *TRACED, KEYS, "serve-proxy", "serve-haproxy")
 SIDES = (*OURS, "vllm-uni", "vllm", "ray-serve-llm")
 
 
@@ -56,16 +63,17 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def wait_until_served(url: str, process: subprocess.Popen[bytes], timeout_s: float = 300) -> None:
+def wait_until_served(
+    url: str, process: subprocess.Popen[bytes], timeout_s: float = 300, api_key: str | None = None
+) -> None:
     """Wait until a completion succeeds."""
+    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {api_key}"} if api_key else {})
     body = json.dumps({"model": MODEL, "prompt": "hello", "max_tokens": 2}).encode()
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise SystemExit(f"the server ended with {process.returncode}")
-        request = urllib.request.Request(
-            f"{url}/v1/completions", data=body, headers={"content-type": "application/json"}
-        )
+        request = urllib.request.Request(f"{url}/v1/completions", data=body, headers=headers)
         with (
             contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError),
             urllib.request.urlopen(request, timeout=30),
@@ -116,6 +124,24 @@ def collector() -> str:
     return f"http://127.0.0.1:{server.server_address[1]}"
 
 
+def database_url(work: Path) -> str:
+    """Where the callers' keys are."""
+    return f"sqlite:///{work / 'keys.db'}"
+
+
+def make_key(work: Path) -> str:
+    """A caller's, who has each kind of limit and reaches none."""
+    engine = open_database(Auth(enabled=True, database=database_url(work)))
+    bring_up_to_date(engine)
+    store = KeyStore(engine, "bench")
+    _, key = store.create_key(store.create_project("bench", "bench"), "bench")
+    many = 10**12
+    store.set_limit(Limit("bench", "bench", requests_per_minute=many, tokens_per_minute=many, tokens_per_day=many,
+                          concurrent_requests=many, budget_per_month=many))  # fmt: skip
+    engine.dispose()
+    return str(key)
+
+
 def side(name: str, model: Path, port: int, work: Path, cpus: float) -> tuple[list[str], dict[str, str]]:
     """Command and environment of one side."""
     kv_bytes = str(1 << 30)
@@ -136,6 +162,10 @@ def side(name: str, model: Path, port: int, work: Path, cpus: float) -> tuple[li
         }
         if name in TRACED:
             settings["tracing"] = {"endpoint": collector(), "sample_ratio": TRACED[name]}
+        if name == KEYS:
+            settings["auth"] = {"enabled": True, "database": database_url(work)}
+            settings["ledger"] = {"enabled": True}
+            settings["models"][0]["price"] = {"prompt_per_million_tokens": 1, "completion_per_million_tokens": 2.5}
         path = work / f"{name}.json"
         path.write_text(json.dumps(settings))
         if name.startswith("serve-"):
@@ -164,17 +194,19 @@ def started(name: str, model: Path, work: Path, cpus: float) -> Iterator[Callabl
     url = f"http://127.0.0.1:{port}"
     kind, _, tree = name.partition("@")
     command, env = side(kind, model, port, work, cpus)
+    api_key = make_key(work) if kind == KEYS else None
+    credential = ["--api-key", api_key] if api_key else []
 
     def load(concurrency: int, requests: int) -> dict[str, Any]:
         out = subprocess.run(
             [sys.executable, "-m", "bench.load", url, MODEL, "--concurrency", str(concurrency),
-             "--requests", str(requests), "--pid", str(process.pid)],
+             "--requests", str(requests), "--pid", str(process.pid), *credential],
             check=True, capture_output=True, text=True,
         ).stdout  # fmt: skip
         return dict(json.loads(out))
 
     with running(command, env, work / f"{name.replace('/', '-')}.log", tree) as process:
-        wait_until_served(url, process)
+        wait_until_served(url, process, api_key=api_key)
         load(32, 96)
         load(1, 4)
         yield load

@@ -50,8 +50,9 @@ def cpu_seconds(pids: list[int]) -> dict[int, float]:
 
 
 async def run(
-    url: str, model: str, *, concurrency: int, requests: int, prompt_chars: int, max_tokens: int, pids: list[int]
-) -> Result:
+    url: str, model: str, *, concurrency: int, requests: int, prompt_chars: int, max_tokens: int, pids: list[int],
+    api_key: str | None = None,
+) -> Result:  # fmt: skip
     """One run.
 
     Each request has a prompt of its own, of one length, so that neither the prefix cache nor shapes that an
@@ -91,7 +92,9 @@ async def run(
             tokens += got
 
     timeout = aiohttp.ClientTimeout(total=300)
-    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector, headers=headers) as session:
         before, begun = cpu_seconds(pids), time.perf_counter()
         await asyncio.gather(*(caller(session) for _ in range(concurrency)))
         seconds, after = time.perf_counter() - begun, cpu_seconds(pids)
@@ -119,6 +122,7 @@ def main() -> None:
     parser.add_argument("--prompt-chars", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--pid", type=int, action="append", default=[])
+    parser.add_argument("--api-key", help="of the caller")
     a = parser.parse_args()
     result = uvloop.run(
         run(
@@ -129,6 +133,7 @@ def main() -> None:
             prompt_chars=a.prompt_chars,
             max_tokens=a.max_tokens,
             pids=a.pid,
+            api_key=a.api_key,
         )
     )
     print(json.dumps(asdict(result)))

@@ -9,7 +9,8 @@ machine with other work says little. Sides take turns, every other round backwar
 
 off: nothing is counted. metrics: what ``/metrics`` has, and nothing exported. ledger: that, and a line of the usage
 ledger for each request. traces-1, traces-100: metrics, and so many per cent of the requests' traces are exported.
-Timelines, of which ``hycluster why`` lives, are kept on all sides.
+Timelines, of which ``hycluster why`` lives, are kept on all sides. What is less than some per cent, ``bench.overhead``
+tells.
 """
 
 from __future__ import annotations
@@ -69,14 +70,14 @@ def collector() -> Iterator[str]:
 
 
 @contextlib.asynccontextmanager
-async def ingress(source: Path, *, counts: bool) -> AsyncIterator[str]:
+async def ingress(source: Path, engine: Simulated = ENGINE, *, counts: bool) -> AsyncIterator[str]:
     """One that counts what comes, or nothing."""
     from hycluster.gateway.generation import Generator
     from hycluster.gateway.opening import open_gateway
     from hycluster.ingress.http import serve_http
 
-    model = Model(name="tiny", source=str(source), simulated=ENGINE, engine={"max_model_len": 2048})
-    with SimulatedPool(ENGINE, 1) as pool:
+    model = Model(name="tiny", source=str(source), simulated=engine, engine={"max_model_len": 2048})
+    with SimulatedPool(engine, 1) as pool:
         async with open_gateway(
             model, pool.directory(model), router=Router(), admission=Admission(), wait_s=60, metrics=counts
         ) as gateway:

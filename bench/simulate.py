@@ -8,7 +8,8 @@ job; then the same trace in virtual time, once with what was fitted before, once
 the first says how near a simulation comes, and the second how much of what it is off by is that the machine has become
 faster or slower meanwhile. `gpu` is virtual time only: step times by the roofline of
 H20 and H200, a real trace at 60% of the capacity, alone and beside a job without end, by hycluster's scheduler, by
-vLLM's priority policy as it is, and by that with a bound on rows in flight.
+vLLM's priority policy as it is, and by that with a bound on rows in flight. Behind what the job gets stands by how much
+its rows lengthened the steps that had online work in them: with hycluster's scheduler at most by `max_slowdown`.
 """
 
 from __future__ import annotations
@@ -194,11 +195,14 @@ def gpu(arguments: argparse.Namespace) -> None:
             for side in arguments.sides.split(","):
                 begun = time.monotonic()
                 colocation, in_flight = SIDES[side]
+                if arguments.max_slowdown is not None:
+                    colocation = colocation.model_copy(update={"max_slowdown": arguments.max_slowdown})
                 simulation = dataclasses.replace(vllm, colocation=colocation)
                 outcome, found = simulation.serve(requests, BulkJob(*BULK_ON_GPU, in_flight=in_flight))
                 bulk = found["bulk"]["tokens_per_s"]
                 beside = latencies(outcome)
-                more = f"bulk {bulk:.0f} ({bulk / left:.2f}), {time.monotonic() - begun:.0f} s"
+                slower = found["bulk"]["slowdown"] or 0.0
+                more = f"bulk {bulk:.0f} ({bulk / left:.2f}), {slower:+.1%}, {time.monotonic() - begun:.0f} s"
                 row(side, beside, more)
                 ratios = [beside[kind][at] / alone[kind][at] for kind in KINDS for at in COLUMNS]
                 print(f"{'':<28}" + "".join(f"{each:>9.2f}x" for each in ratios), flush=True)
@@ -216,6 +220,7 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, help="gpu: a file of requests")
     parser.add_argument("--load", type=float, default=0.6, help="gpu: share of the capacity")
     parser.add_argument("--scale", type=float, help="gpu: of the trace, in place of --load")
+    parser.add_argument("--max-slowdown", type=float, help="gpu: in place of the setting's default")
     parser.add_argument("--gpus", default="H20,H200")
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--sides", default=",".join(SIDES))

@@ -5,6 +5,9 @@ process keeps the whole table and shows it to the directory twice a second, the 
 every ingress process takes over the result. Of two words on one name the later one holds; an unloaded name is kept as a
 word too, or the ingress process that has not heard yet would bring it back. The directory may be lost, and so may any
 ingress process, as long as one is left.
+
+One that belongs to a project goes by ``NAME@TENANT/PROJECT`` wherever all are told apart: in the table, in engines, in
+metrics. Its callers call it ``NAME``, and for all others there is none of that name.
 """
 
 from __future__ import annotations
@@ -12,11 +15,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from hycluster.auth.caller import current_caller
+from hycluster.auth.names import NAME
 from hycluster.errors import InvalidInput, SettingsError, shown
 from hycluster.settings.base import NAME_PATTERN
 from hycluster.settings.model import Adapter, Model
@@ -27,6 +32,11 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 MAX_IN_BATCH = 8
 # Room in host memory for adapters that are loaded at run time.
 SPARE = 8
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+# Stands between an adapter's name and its owner; no name has it.
+_OF = "@"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -81,13 +91,69 @@ def adapter_id(name: str, source: str) -> int:
     return int.from_bytes(digest) >> 1 or 1
 
 
+def name_in_full(name: str, owner: str) -> str:
+    """What a project's adapter goes by where all are told apart.
+
+    Args:
+        owner: ``TENANT/PROJECT``.
+    """
+    return f"{name}{_OF}{owner}"
+
+
+def public_name(name: str) -> str:
+    """What callers call an adapter, or a model."""
+    return name.partition(_OF)[0]
+
+
+def adapter_owner(name: str) -> str | None:
+    """Whose an adapter is; None: it is there for all."""
+    return name.partition(_OF)[2] or None
+
+
+def named_by_caller(names: Iterable[str]) -> list[str]:
+    """Those of which the caller may know, as he calls them, each once. Where nobody is asked: all, in full."""
+    caller = current_caller.get()
+    if caller is None:
+        return list(names)
+    return list(dict.fromkeys(public_name(name) for name in names if adapter_owner(name) in (None, caller.owner)))
+
+
+class CallersAdapters(Mapping[str, T]):
+    """What is known of adapters, by the names by which the caller calls them. Changes with what it is made of.
+
+    Args:
+        adapters: by what they go by where all are told apart.
+    """
+
+    def __init__(self, adapters: Mapping[str, T]) -> None:
+        self._adapters = adapters
+
+    def __getitem__(self, name: str) -> T:
+        caller = current_caller.get()
+        if caller is None:
+            return self._adapters[name]
+        if _OF in name:
+            raise KeyError(name)
+        # One's own goes before one of that name for all.
+        own = self._adapters.get(name_in_full(name, caller.owner))
+        return own if own is not None else self._adapters[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(named_by_caller(list(self._adapters)))
+
+    def __len__(self) -> int:
+        return len(named_by_caller(self._adapters))
+
+
 def check_name(name: str, source: str) -> None:
-    """Refuse what the settings would refuse.
+    """Refuse what the settings would refuse. The name may be a project's adapter's in full.
 
     Raises:
         InvalidInput: names the field and what is allowed.
     """
-    if not re.fullmatch(NAME_PATTERN, name) or len(name) > 200:
+    called, _, owner = name.partition(_OF)
+    of_project = all(map(NAME.fullmatch, owner.split("/"))) and owner.count("/") == 1
+    if not re.fullmatch(NAME_PATTERN, called) or len(called) > 200 or not (of_project or called == name):
         raise InvalidInput(f"lora_name: {shown(name)} is not allowed; must be of the form {NAME_PATTERN}")
     if not source:
         raise InvalidInput("lora_path: must not be empty")

@@ -39,6 +39,7 @@ from hycluster.ingress.starting import StartingIngress, starting_ingress
 from hycluster.ingress.tls import Certificate, open_certificate
 from hycluster.ledger.books import books_of
 from hycluster.ledger.keeper import open_ledger
+from hycluster.limits.book import Name
 from hycluster.limits.limiter import Limiter, open_limiter
 from hycluster.observe.export import Export
 from hycluster.observe.ledger import ledger_metrics
@@ -49,6 +50,7 @@ from hycluster.page.app import with_page
 from hycluster.pool_health import PoolHealth
 from hycluster.settings.settings import Settings
 from hycluster.state.cluster_state import BatchState, ClusterState
+from hycluster.state.usage_watch import UsageWatch
 from hycluster.state.watch import StateWatch
 from hycluster.traffic import ModelTraffic
 from hycluster.watchdog import Watchdog
@@ -114,6 +116,7 @@ class IngressProcess:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._able = False
         self._state: StateWatch | None = None
+        self._usage: UsageWatch | None = None
         self._administration: Administration | None = None
         self._watchdog = Watchdog(silent_after_s=SILENT_AFTER_S)
         recorder.process = "ingress"
@@ -159,6 +162,10 @@ class IngressProcess:
             self._administration = await stack.enter_async_context(
                 open_administration(self._settings.auth, books_of(self._settings))
             )
+            if (books := books_of(self._settings)) is not None:
+                keyring = guard.keyring if guard else None
+                self._usage = UsageWatch(books, keyring, self._limits_used, self._settings.auth.currency)
+                stack.push_async_callback(self._usage.close)
             certificate = await stack.enter_async_context(open_certificate(self._settings.auth.tls))
             starting: StartingIngress | None = None
             # Where ingress processes share their ports, callers would come to one that can't serve in place of one that
@@ -188,6 +195,10 @@ class IngressProcess:
         survey: Survey = await open_directory(self._directory).survey.remote()
         return survey
 
+    async def _limits_used(self) -> dict[Name, int]:
+        used: dict[Name, int] = await open_directory(self._directory).limits_used.remote()
+        return used
+
     def _batches(self) -> Callable[[], list[BatchState]] | None:
         """Reads the batches, if there are to be any."""
         if (settings := self._settings.batches) is None:
@@ -206,7 +217,9 @@ class IngressProcess:
     def _page(self, others: ASGIApp) -> ASGIApp:
         """Puts the page and the state beside the other routes, if they are to be seen."""
         assert self._state is not None
-        return with_page(self._state.now, others) if self._settings.http.serves_ui else others
+        if not self._settings.http.serves_ui:
+            return others
+        return with_page(self._state.now, others, self._usage.now if self._usage else None)
 
     async def _names(self) -> list[str] | None:
         """All that a request may name, with the adapters that were loaded while other ingress processes served; None
@@ -253,6 +266,7 @@ class IngressProcess:
             ending(generator, guard if settings.auth.end_streams else None),
         ):
             generator.limiter = limiter
+            generator.adapter_folder = settings.auth.adapter_folder
             http = await serve_http(
                 generator,
                 settings.http,

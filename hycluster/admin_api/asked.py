@@ -68,7 +68,7 @@ def ends_at(lasts_s: int | None) -> int | None:
 # What OpenAI calls all permissions: all that is of the key's project.
 ALL_OF_A_PROJECT: tuple[Scope, ...] = ("batch",)
 # An entitlement that somebody gives is not among all permissions.
-OF_A_PROJECT: tuple[Scope, ...] = (*ALL_OF_A_PROJECT, "priority")
+OF_A_PROJECT: tuple[Scope, ...] = (*ALL_OF_A_PROJECT, "priority", "adapters")
 
 
 def allowed_by(said: Sequence[str] | None) -> tuple[tuple[Scope, ...], list[str] | None]:

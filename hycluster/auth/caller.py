@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, get_args
 
 from hycluster.errors import PermissionDenied, UnknownModel
 
-Scope = Literal["batch", "admin", "priority"]
+Scope = Literal["batch", "admin", "priority", "adapters"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 # By so much clocks may differ where a token's time is looked at.
 LEEWAY_S = 30
@@ -25,7 +25,8 @@ class Caller:
         key: the name of the API key, or the subject of the token.
         models: names of models and adapters that it may use; None: all.
         scopes: ``batch``: files, batches and requests at batch priority; ``admin``: all that is not a model's;
-            ``priority``: requests that go before others, where they ask for it.
+            ``priority``: requests that go before others, where they ask for it; ``adapters``: load and
+            unload adapters of its project.
         expires_at: seconds since the epoch; None: never.
         key_id: the API key's id; empty for a token.
         weight: of its tenant, where tenants share an engine.
@@ -110,6 +111,12 @@ def check_scope(scope: Scope, what: str) -> None:
     caller = current_caller.get()
     if caller is not None and scope not in caller.scopes:
         raise PermissionDenied(f"{what}: needs the scope {scope!r}, which this key does not have")
+
+
+def has_scope(scope: Scope) -> bool:
+    """Whether the caller has it, or nobody is asked who he is."""
+    caller = current_caller.get()
+    return caller is None or scope in caller.scopes
 
 
 def usable(names: Iterable[str]) -> list[str]:

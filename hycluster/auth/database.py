@@ -130,6 +130,22 @@ def bring_up_to_date(engine: Engine) -> bool:
         raise away(error) from None
 
 
+def is_up_to_date(engine: Engine) -> bool:
+    """Whether the database is there and of this version; changes nothing.
+
+    Raises:
+        SettingsError: a newer hycluster has made it.
+        Unavailable: it can't be reached.
+    """
+    if engine.dialect.name == "sqlite" and not _file_of(engine).exists():
+        return False
+    try:
+        with engine.connect() as connection:
+            return _is_current(connection)
+    except DBAPIError as error:
+        raise away(error) from None
+
+
 def _is_current(connection: Connection) -> bool:
     scripts = ScriptDirectory.from_config(_config())
     found = MigrationContext.configure(connection).get_current_revision()

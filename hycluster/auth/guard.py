@@ -10,8 +10,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hycluster.auth.caller import LEEWAY_S, Caller
+from hycluster.auth.certificate import PeerCertificate
 from hycluster.errors import Unauthenticated
-from hycluster.settings.auth import Auth
+from hycluster.settings.auth import Auth, ClientCertificates
 
 if TYPE_CHECKING:
     from hycluster.auth.keyring import Keyring
@@ -27,25 +28,38 @@ class Guard:
 
     Args:
         weights: of tenants, where these share an engine; all others have 1.
+        certificates: what clients' certificates count for; None where nobody is asked for one.
 
     Attributes:
         keyring: which knows keys and limits; None where only tokens let in.
     """
 
     def __init__(
-        self, keyring: Keyring | None, tokens: Tokens | None = None, weights: Mapping[str, float] | None = None
+        self,
+        keyring: Keyring | None,
+        tokens: Tokens | None = None,
+        weights: Mapping[str, float] | None = None,
+        certificates: ClientCertificates | None = None,
     ) -> None:
         self.keyring = keyring
+        self.certificates = certificates
         self._tokens = tokens
         self._weights = weights or {}
 
-    async def caller(self, credential: str | None) -> Caller:
-        """Who bears a credential.
+    async def caller(self, credential: str | None, certificate: PeerCertificate | None = None) -> Caller:
+        """Who bears a credential, or without one shows a certificate.
 
         Raises:
             Unauthenticated: nobody.
             Unavailable: that can't be told now.
         """
+        if certificate is None and self.certificates is not None and self.certificates.required:
+            raise Unauthenticated("certificate: is missing; nobody is let in without one")
+        # In a connection that is open for long it may end.
+        if certificate is not None and certificate.expires_at <= time.time():
+            raise Unauthenticated("certificate: has expired")
+        if not credential and certificate is not None and self.keyring is not None:
+            return self._weighed(self.keyring.shows(certificate))
         if not credential:
             raise Unauthenticated("API key: is missing; give it as 'Authorization: Bearer KEY'")
         if len(credential) > MAX_CREDENTIAL:
@@ -59,6 +73,9 @@ class Guard:
             raise Unauthenticated("API key: is not correct")
         if self.keyring is not None and self.keyring.is_archived(caller):
             raise Unauthenticated("API key: its project is archived")
+        return self._weighed(caller)
+
+    def _weighed(self, caller: Caller) -> Caller:
         weight = self._weights.get(caller.tenant)
         return caller if weight is None else replace(caller, weight=weight)
 
@@ -100,4 +117,4 @@ async def open_guard(settings: Auth) -> AsyncIterator[Guard | None]:
             # It may have to wait for the database.
             await asyncio.to_thread(keyring.__enter__)
             stack.push_async_callback(asyncio.to_thread, keyring.__exit__, None, None, None)
-        yield Guard(keyring, tokens, settings.weights)
+        yield Guard(keyring, tokens, settings.weights, None if settings.tls is None else settings.tls.clients)

@@ -17,6 +17,7 @@ from sqlalchemy import Engine
 
 from hycluster.auth.api_key import digest, is_whole
 from hycluster.auth.caller import Caller
+from hycluster.auth.certificate import PeerCertificate, certificate_digest
 from hycluster.auth.database import bring_up_to_date
 from hycluster.auth.limits import Limit
 from hycluster.auth.store import KeyStore, KnownKeys
@@ -76,15 +77,28 @@ class Keyring:
         seen = self._seen
         # Whatever it is, it is hashed as a whole and looked up by that: time tells nothing of any key.
         caller = seen.keys.callers.get(digest(secret))
-        silent_s = self._clock() - seen.at_s
         if caller is None and not is_whole(secret):
             raise Unauthenticated("API key: is not correct: not a whole key of this service")
-        if silent_s > (AWAY_AFTER_S if caller is None else max(AWAY_AFTER_S, self._settings.grace_s)):
-            raise Unavailable("API key: can't be checked now, the database of keys is away", retry_after_s=1)
+        return self._still(caller, seen, "API key")
+
+    def shows(self, certificate: PeerCertificate) -> Caller:
+        """Who shows this certificate: the first of its names that stands for somebody says it.
+
+        Raises:
+            Unauthenticated: nobody, or not any more.
+            Unavailable: that can't be told now.
+        """
+        seen = self._seen
+        known = (seen.keys.callers.get(certificate_digest(name)) for name in certificate.names)
+        return self._still(next(filter(None, known), None), seen, "certificate")
+
+    def _still(self, caller: Caller | None, seen: _Seen, what: str) -> Caller:
+        if self._clock() - seen.at_s > (AWAY_AFTER_S if caller is None else max(AWAY_AFTER_S, self._settings.grace_s)):
+            raise Unavailable(f"{what}: can't be checked now, the database of keys is away", retry_after_s=1)
         if caller is None:
-            raise Unauthenticated("API key: is not correct: not known here, or revoked")
+            raise Unauthenticated(f"{what}: is not correct: not known here, or revoked")
         if caller.expires_at is not None and caller.expires_at <= time.time():
-            raise Unauthenticated("API key: has expired")
+            raise Unauthenticated(f"{what}: has expired")
         return caller
 
     def is_archived(self, caller: Caller) -> bool:
@@ -101,6 +115,11 @@ class Keyring:
     def limits(self) -> tuple[Limit, ...]:
         """Those that are known; the same object for as long as nothing has changed."""
         return self._seen.keys.limits
+
+    def key_name(self, key_id: str) -> str:
+        """Of a key that lets in; else empty."""
+        caller = self._seen.by_id.get(key_id)
+        return caller.key if caller else ""
 
     def has_ended(self, caller: Caller) -> bool:
         """Whether one that was let in would not be any more. While the database is away, nobody that it knew of."""

@@ -18,6 +18,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from hycluster.auth import tables
 from hycluster.auth.api_key import digest, new_key
 from hycluster.auth.caller import SCOPES, Caller
+from hycluster.auth.certificate import certificate_digest, check_certificate_name
 from hycluster.auth.database import away
 from hycluster.auth.limits import Limit, read_limits
 from hycluster.auth.names import NAME
@@ -51,6 +52,7 @@ class ApiKey:
     Attributes:
         title: how people call it; None: by its name.
         account_id: the service account that has it; None: none.
+        certificate: it is no key, but a name of a client's certificate.
     """
 
     id: str
@@ -64,6 +66,7 @@ class ApiKey:
     revoked_at: int | None
     title: str | None = None
     account_id: str | None = None
+    certificate: str | None = None
 
     @property
     def caller(self) -> Caller:
@@ -212,6 +215,44 @@ class KeyStore:
             connection.execute(insert(tables.keys).values(key_row(made, project, secret)))
         return made, secret
 
+    def let_in(
+        self,
+        project: Project,
+        name: str,
+        certificate: str,
+        *,
+        models: Iterable[str] | None = None,
+        scopes: Iterable[str] = (),
+        expires_at: int | None = None,
+    ) -> ApiKey:
+        """Let in whoever shows a certificate with this name, as by a key.
+
+        Args:
+            certificate: ``URI:...``, ``DNS:...`` or ``subject:...``.
+
+        Raises:
+            InvalidInput: a name or a scope is none, the project is archived, or the certificate's name is somebody's.
+        """
+        self.check_key(name, scopes)
+        check_certificate_name(certificate)
+        check_open(project)
+        made = ApiKey(
+            new_id("key_"), project.tenant, project.name, name, None if models is None else tuple(models),
+            tuple(sorted(set(scopes))), now_s(), expires_at, None, certificate=certificate,
+        )  # fmt: skip
+        columns = tables.keys.c
+        # A name may be given again when it was taken from who had it; in the database it is one's alone.
+        free = update(tables.keys).where(
+            columns.digest == certificate_digest(certificate), columns.revoked_at.is_not(None)
+        )
+        try:
+            with self._changing("key.created", made.id, audited(made)) as connection:
+                connection.execute(free.values(digest=secrets.token_bytes(32)))
+                connection.execute(insert(tables.keys).values(key_row(made, project, "")))
+        except IntegrityError:
+            raise InvalidInput(f"certificate: {shown(certificate)} stands for somebody; revoke that first") from None
+        return made
+
     def all_keys(self) -> list[ApiKey]:
         """All, revoked ones too, the newest last."""
         with self._reading() as connection:
@@ -246,6 +287,8 @@ class KeyStore:
         old = self.key(key_id)
         if old.revoked_at is not None:
             raise InvalidInput(f"key: {key_id} is revoked; create another one")
+        if old.certificate is not None:
+            raise InvalidInput(f"key: {key_id} is a certificate's name; its authority gives the next certificate")
         project = self.project(old.tenant, old.project)
         new = self.create_key(
             project, old.name, models=old.models, scopes=old.scopes, expires_at=old.expires_at, title=old.title,
@@ -344,20 +387,24 @@ def api_key_of(row: Row[Any]) -> ApiKey:
     models = None if row.models is None else tuple(row.models)
     return ApiKey(
         row.id, row.tenant, row.project, row.name, models, tuple(row.scopes), row.created_at, row.expires_at,
-        row.revoked_at, row.title, row.account_id,
+        row.revoked_at, row.title, row.account_id, row.certificate,
     )  # fmt: skip
 
 
 def key_row(key: ApiKey, project: Project, secret: str) -> dict[str, Any]:
     """What the table has of a key."""
-    kept = ("id", "name", "models", "scopes", "created_at", "expires_at", "revoked_at", "title", "account_id")
-    return {name: getattr(key, name) for name in kept} | {"project_id": project.id, "digest": digest(secret)}
+    kept = ("id", "name", "models", "scopes", "created_at", "expires_at", "revoked_at", "title", "account_id",
+            "certificate")  # fmt: skip
+    digested = digest(secret) if key.certificate is None else certificate_digest(key.certificate)
+    return {name: getattr(key, name) for name in kept} | {"project_id": project.id, "digest": digested}
 
 
 def audited(key: ApiKey) -> dict[str, Any]:
     """What the audit log has of a new key."""
     told = ("tenant", "project", "name", "models", "scopes", "expires_at", "account_id")
-    return {name: getattr(key, name) for name in told}
+    # Lines of keys stay as they were before certificates.
+    whose = {} if key.certificate is None else {"certificate": key.certificate}
+    return {name: getattr(key, name) for name in told} | whose
 
 
 def check_open(project: Project) -> None:

@@ -52,6 +52,8 @@ keys = Table(
     Column("title", TITLE),
     # Null: nobody's but the project's. SQLite can't add a foreign key to a table that is there.
     Column("account_id", String(40)),
+    # Null: it is a key. Else a name of a client's certificate, whose digest is in the place of a key's.
+    Column("certificate", TITLE),
 )
 # Who changed what; never a key, nor its digest.
 audit = Table(

@@ -195,8 +195,9 @@ class LinesTask:
         """
         # Only now: those that wait for one model's engines must not stand in the way of another's.
         headers = HEADERS | {"X-Request-Id": request_hash(request_id)}
-        async with self._lane(body.get("model")) or contextlib.nullcontext(), self._in_flight:
-            with calling(self._caller):
+        # Whose it is says also which adapter a name stands for.
+        with calling(self._caller):
+            async with self._lane(body.get("model")) or contextlib.nullcontext(), self._in_flight:
                 response = await post(self._engines.app, self._batch.endpoint, json.dumps(body).encode(), headers)
         try:
             answer = json.loads(response.body)

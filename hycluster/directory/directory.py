@@ -306,6 +306,10 @@ class Directory:
         """A process wants leases of limits; see :class:`hycluster.limits.book.LeaseBook`."""
         return self._limits.lease(who, book, asks)
 
+    def limits_used(self) -> dict[Name, int]:
+        """What is used now of limits that are no day's or month's."""
+        return self._limits.used()
+
     def survey(self) -> Survey:
         """All that is known, for whoever looks."""
         traffic: dict[str, list[ModelTraffic]] = {}

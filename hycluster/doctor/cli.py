@@ -39,7 +39,8 @@ def doctor(
 ) -> None:
     """Look whether this machine can serve the settings of CONFIG, and say what to do where it can't.
 
-    Changes nothing, but that it writes an empty file into the store of the Batch API and deletes it again.
+    Changes nothing, but that it writes an empty file into the stores of the Batch API and of the usage ledger and
+    deletes it again.
 
     Exits 0 when nothing is bad (warnings may be there), 1 when something is, 2 when the settings are wrong.
     """
@@ -71,6 +72,8 @@ def findings(settings: Settings, address: str | None) -> list[Finding]:
         *service_checks.ports(settings),
         service_checks.ray_cluster(address),
         service_checks.store(settings.batches),
+        service_checks.ledger(settings),
+        service_checks.database(settings.auth),
     ]
 
 

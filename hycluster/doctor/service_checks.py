@@ -1,17 +1,20 @@
-"""Looks at what the service needs from elsewhere: ports, the Ray cluster, the store of the Batch API."""
+"""Looks at what the service needs from elsewhere: ports, the Ray cluster, stores, the database of keys."""
 
 from __future__ import annotations
 
 import os
 import secrets
 import socket
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as LateError
+from functools import partial
 
 from hycluster.doctor.finding import Finding, bad, ok, warn
-from hycluster.errors import SettingsError
+from hycluster.errors import SettingsError, Unavailable
 from hycluster.ingress.ports import check_port
 from hycluster.serving.running import Chosen, choose, started_here
+from hycluster.settings.auth import Auth
 from hycluster.settings.base import private_home
 from hycluster.settings.ingress import Batches
 from hycluster.settings.settings import Settings
@@ -77,22 +80,45 @@ def store(settings: Batches | None) -> Finding:
     """Whether the store of files, batches and responses can be listed and written, as ingress processes will do."""
     if settings is None:
         return ok("batches.store", "the Batch API is off")
+    return _in_time("batches.store", partial(_written, "batches.store", settings.place, settings.store is None))
+
+
+def ledger(settings: Settings) -> Finding:
+    """The same of the usage ledger's."""
+    name = "ledger.store"
+    if not settings.keeps_ledger:
+        return ok(name, "the usage ledger is off")
+    if settings.ledger.store is None and settings.batches is not None:
+        return ok(name, "is in batches.store")
+    place = settings.ledger_place
+    return _in_time(name, partial(_written, name, place, settings.ledger.store is None))
+
+
+def database(settings: Auth) -> Finding:
+    """Whether the database of keys answers, and is of this version."""
+    name = "auth.database"
+    if not (settings.enabled and settings.keys):
+        return ok(name, "no API keys are asked for")
+    return _in_time(name, partial(_database, name, settings))
+
+
+def _in_time(name: str, look: Callable[[], Finding]) -> Finding:
     pool = ThreadPoolExecutor(1)
     try:
-        return pool.submit(_store, settings).result(timeout=STORE_S)
+        return pool.submit(look).result(timeout=STORE_S)
     except LateError:
-        return bad("batches.store", f"does not answer within {STORE_S:.0f} s", "look at the endpoint and the way to it")
+        return bad(name, f"does not answer within {STORE_S:.0f} s", "look at the endpoint and the way to it")
     finally:
         # A look that hangs is not waited for.
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _store(settings: Batches) -> Finding:
-    name = "batches.store"
+def _written(name: str, place: str, own: bool) -> Finding:
+    """``own``: it is in this machine's home, as nothing else is said."""
     try:
-        if settings.store is None:
+        if own:
             private_home()
-        folder = locate(settings.place, name).writable()
+        folder = locate(place, name).writable()
         probe = f"doctor-{secrets.token_hex(8)}"
         folder.make("")
         folder.create(probe, b"")
@@ -106,10 +132,37 @@ def _store(settings: Batches) -> Finding:
             "look at its keys (AWS_ACCESS_KEY_ID, ...), endpoint (AWS_ENDPOINT_URL) and rights: GetObject, PutObject,"
             " DeleteObject, ListBucket; of a folder, who owns it",
         )
-    if settings.store is None and os.environ.get("RAY_ADDRESS"):
+    if own and os.environ.get("RAY_ADDRESS"):
         return warn(
             name,
             f"{folder.masked}: of this machine alone",
-            "with several nodes set batches.store to a folder that all see, or to an s3:// URI",
+            f"with several nodes set {name} to a folder that all see, or to an s3:// URI",
         )
     return ok(name, f"{folder.masked} can be written")
+
+
+def _database(name: str, settings: Auth) -> Finding:
+    # Where there are no keys, nothing of a database is imported.
+    from hycluster.auth.database import VARIABLE, database_url, is_up_to_date, open_database
+
+    try:
+        engine = open_database(settings)
+        try:
+            current = is_up_to_date(engine)
+        finally:
+            engine.dispose()
+    except SettingsError as error:
+        return bad(name, error.message, f"set auth.database, or {VARIABLE}, to one that this version can use")
+    except Unavailable as error:
+        return bad(
+            name,
+            error.message,
+            f"look whether it runs, at the way to it, and at who may do what there; where it is, auth.database or"
+            f" {VARIABLE} says",
+        )
+    where = database_url(settings) or "it"
+    if where.startswith("sqlite") and os.environ.get("RAY_ADDRESS"):
+        return warn(name, f"{where}: of this machine alone", "with several nodes set it to a PostgreSQL that all reach")
+    return ok(
+        name, f"{where} answers" if current else f"{where} is made, or brought to this version, by the next start"
+    )

@@ -29,11 +29,13 @@ Pinned to vLLM 0.32.0; ``tests/engine/test_scheduler.py`` runs it on vLLM's own 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -49,6 +51,7 @@ from hycluster.engine.shares import TenantShares
 from hycluster.engine.step_room import BulkRow, Slowdown, StepRoom
 from hycluster.engine.step_time import StepTime, StepWork
 from hycluster.engine.waiting import WaitingRequests, is_bulk
+from hycluster.engine.warm_blocks import WarmQueue
 from hycluster.settings.model import Colocation
 from hycluster.timeline import GIVEN_UP, PARKED_S
 
@@ -60,8 +63,8 @@ _SETTINGS = "hycluster_colocation"
 # A step of one row has to be longer than its bound by so much, and steps to be predicted this well, to be told of;
 # which is once an engine.
 _TOO_LONG, _SURE = 1.5, 0.2
-# With nobody to make room for, a step in so many is enough to follow the machine.
-_LEARN_EVERY = 8
+# With nobody to make room for, a step in so many, and in so many seconds, is enough to follow the machine.
+_LEARN_EVERY, _LEARN_EVERY_S = 8, 0.05
 
 
 def use_colocation(config: VllmConfig, colocation: Colocation) -> None:
@@ -122,6 +125,7 @@ class ColocationScheduler(Scheduler):
         # By bulk row, for how long it was left out of steps, and how often it was given up.
         self._set_aside: dict[str, list[float]] = {}
         self._last_end = 0.0
+        self._learned_at = -math.inf
         # Whether online work was there for the last step and got nothing in it: it waits for something else than bulk.
         self._stalled = False
         self._told_too_long = False
@@ -136,8 +140,29 @@ class ColocationScheduler(Scheduler):
             or not self.scheduler_config.enable_chunked_prefill
             or self.vllm_config.model_config.runner_type != "generate"
         )
+        self._warm = self._keep_sessions(self.kv_cache_manager.block_pool)
         self._allocate = self.kv_cache_manager.allocate_slots
-        self.kv_cache_manager.allocate_slots = self._allocate_or_take  # type: ignore[method-assign]
+        self._asked = False
+        self._ask_here(True)
+
+    def _keep_sessions(self, pool: BlockPool) -> WarmQueue | None:
+        keep_s = self.colocation.keep_sessions_s
+        return WarmQueue(pool, keep_s, self._now_s) if keep_s and pool.enable_caching else None
+
+    def _now_s(self) -> float:
+        # The clock may be another one by then.
+        return self.clock()
+
+    def _free_request_blocks(self, request: Request) -> None:
+        """Of one that has ended or is preempted; a session's are kept for its next turn."""
+        if (warm := self._warm) is None or request.session_id is None or is_bulk(request):
+            super()._free_request_blocks(request)
+            return
+        warm.keeping = True
+        try:
+            super()._free_request_blocks(request)
+        finally:
+            warm.keeping = False
 
     def add_request(self, request: Request) -> None:
         if is_bulk(request):
@@ -154,6 +179,7 @@ class ColocationScheduler(Scheduler):
             self._bulk &= self.requests.keys()
         if len(self._set_aside) > 2 * len(self._bulk):
             self._set_aside = {row: said for row, said in self._set_aside.items() if row in self.requests}
+        self._ask_here(bool(self._bulk or self._tenants))
         if not self._bulk:
             return self._schedule_online(begun, throttle_prefills)
         online = [request for request in self.running if not is_bulk(request)]
@@ -180,14 +206,29 @@ class ColocationScheduler(Scheduler):
         self._stalled = bool(online or starting) and len(output.num_scheduled_tokens) == len(self._room.taken)
         return output
 
+    def _ask_here(self, asked: bool) -> None:
+        """Whether ``schedule`` asks here what each row gets; it is dear, and of no use where nobody makes room."""
+        if asked == self._asked:
+            return
+        self._asked = asked
+        ours: Any = self
+        if asked:
+            self.kv_cache_manager.allocate_slots = self._allocate_or_take  # type: ignore[method-assign]
+            vars(ours).pop("_reserve_prefill_lookahead", None)
+        else:
+            self.kv_cache_manager.allocate_slots = self._allocate  # type: ignore[method-assign]
+            ours._reserve_prefill_lookahead = super()._reserve_prefill_lookahead
+
     def _schedule_online(self, begun: float, throttle_prefills: bool) -> SchedulerOutput:
         """A step with nobody to make room."""
         self._room, self._parked, self._stalled = StepRoom(), 0, False
         self._share()
         output = super().schedule(throttle_prefills)
-        if self.step_time.known and self.current_step % _LEARN_EVERY and not self.siblings:
+        learns = not self.current_step % _LEARN_EVERY and begun - self._learned_at >= _LEARN_EVERY_S
+        if self.step_time.known and not self.siblings and not learns:
             self._online_tokens += output.total_num_scheduled_tokens
         else:
+            self._learned_at = begun
             self._count(output, begun)
         return output
 

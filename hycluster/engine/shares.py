@@ -11,7 +11,9 @@ prompt of its would take all tokens of step after step. So
 - of a step's tokens, outputs' come first, then prompts', by counter: what waits and may come in goes before the next
   chunk of a prompt whose tenant has been served more;
 - prompts of a tenant that is well ahead of another one lengthen steps by a share only, unless that one too has enough
-  of them to fill steps. Else the others' outputs would take several times as long, and need as many more slots.
+  of them to fill steps. Else the others' outputs would take several times as long, and need as many more slots;
+- so do its outputs, on average over steps: where a row costs much beside a step, as on CPUs, all slots that the others
+  leave would make steps twice as long. The oldest of its rows go on, the others keep their blocks and wait.
 
 Nothing of this is done, or paid for, while only one tenant is there.
 """
@@ -28,7 +30,7 @@ from typing import Any
 from vllm.v1.request import Request
 
 from hycluster.engine.fairness import MOST_IDLE, TenantAccount, TenantAccounts, fair_shares
-from hycluster.engine.step_time import StepTime
+from hycluster.engine.step_time import StepTime, StepWork
 from hycluster.engine.waiting import WaitingRequests, bill_of, is_bulk, payer_of, put_on
 
 # Tokens that a tenant may have at once after it asked for nothing, as a part of the KV cache.
@@ -38,6 +40,8 @@ _AHEAD, _AT_LEAST = 1.5, 1 / 4
 # Share by which prompts of those who are ahead may lengthen a step, also for so long after others were there; and so
 # many tokens they get at least.
 _CROWDING, _LINGER_S, _LEAST_TOKENS = 0.1, 2.0, 16
+# Share by which their rows may do so. With less of it they would get less than what others leave, with more these wait.
+_ROWS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,9 @@ class TenantShares:
         self._ahead: set[TenantAccount] = set()
         self._contended_s = -math.inf
         self._left_ahead = 0
+        # And what rows of theirs may add to it, in seconds; below 0 it is what they have added too much.
+        self._left_ahead_s = math.inf
+        self._cost = StepTime()
         self._wanting: list[TenantAccount] = []
         self._claims: list[_Claim] = []
         self._left = 0
@@ -128,6 +135,7 @@ class TenantShares:
             self._ahead.clear()
         if self._ahead:
             self._left_ahead = _crowding_tokens(len(running), cost)
+            self._may_add(running, cost)
         return sorted(running, key=_place) if self.contended else running
 
     def _bulk_accounts(self, running: list[Request]) -> Collection[TenantAccount]:
@@ -136,6 +144,29 @@ class TenantShares:
             return ()
         rows = (_account(row) for row in running if is_bulk(row))
         return {*self._waiting.accounts, *(account for account in rows if account is not None)}
+
+    def _may_add(self, running: list[Request], cost: StepTime) -> None:
+        """What rows of those who are ahead may add to this step with the others' rows; all, if there are none."""
+        others = [row for row in running if _account(row) not in self._ahead]
+        self._cost = cost
+        if not self.contended or not others or not cost.known:
+            self._left_ahead_s = math.inf
+            return
+        work = StepWork(0, len(others), sum(row.num_computed_tokens for row in others))
+        # What a row took too much of one step it leaves of those that follow: else one that takes more than there is
+        # would never have its turn.
+        self._left_ahead_s = min(0.0, self._left_ahead_s) + _ROWS * cost.predict(work)
+        if self._left_ahead_s <= 0:
+            self._waiting.held = self._ahead
+
+    def _take_row(self, request: Request) -> bool:
+        """Whether there is time for a row of one that is ahead, which is then taken."""
+        if self._left_ahead_s <= 0:
+            return False
+        self._left_ahead_s -= self._cost.sequence_s + self._cost.kv_token_s * request.num_computed_tokens
+        if self._left_ahead_s <= 0:
+            self._waiting.held = self._ahead
+        return True
 
     def _who_is_ahead(self, running: list[Request]) -> set[TenantAccount]:
         """Those whose prompts would fill steps by themselves, beside others whose don't and who have had less."""
@@ -262,6 +293,8 @@ class TenantShares:
         if request.request_id in self.made_way:
             return 0
         account = _account(request)
+        if account in self._ahead and not self._take_row(request):
+            return 0
         if account is None or not _reads(request):
             return tokens
         if account in self._ahead and tokens > 1 and not whole:

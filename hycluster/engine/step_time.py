@@ -9,7 +9,7 @@ A step reads all weights once (base), has work by the row (sampling, bookkeeping
 computes in proportion to its tokens. On a CPU that comes on top, from the first token. On a GPU it is hidden behind the
 reading of the weights until there are some hundred tokens: so many are free. Coefficients and knee differ by orders of
 magnitude between a laptop and a GPU, so nothing is assumed but that none of them is negative: each of a few knees is
-fitted, and the one that explains the steps best is taken, of equal ones the smallest.
+fitted, and the one that explains the steps best is taken, of equal ones the one that was, at first the smallest.
 
 The experts' share of a step follows from their number (:mod:`hycluster.engine.routed_weights`). What reading all of
 them takes is fitted like the rest. But where bulk rows are in every step all of them read all experts, and nothing
@@ -41,8 +41,12 @@ _BYTES = 0.003
 _KV_UNIT = 1024.0
 # Tokens that may be free.
 KNEES = (0, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)
+_KNEES = np.array(KNEES)
 # A knee has to leave so much less unexplained than a smaller one; to leave less than this (of the square) is no merit.
 _BETTER, _EXACT = 0.8, 1e-6
+# A smaller one than was found has to leave less than it by so much: steps of a few tokens or of thousands, and none in
+# between, fit all of them alike.
+_STAYS = 0.87
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +156,15 @@ class StepTime:
         features[:, :4] = 1.0, 0.0, work.sequences, work.kv_tokens / _KV_UNIT
         if self.experts is not None:
             features[:, 4] = self.experts.touched(work.routed_tokens)
-        features[:, 1] = [_paid(work, knee) for knee in KNEES]
+        features[:, 1] = np.maximum(work.prefill_tokens + work.sequences - _KNEES, 0)
+        features[0, 1] = work.prefill_tokens
         features /= real_s
         keep = 1 - 1 / MEMORY_STEPS
         self._weight = keep * self._weight + 1
-        self._normal = keep * self._normal + features[:, :, None] * features[:, None, :]
-        self._right = keep * self._right + features
+        self._normal *= keep
+        self._normal += features[:, :, None] * features[:, None, :]
+        self._right *= keep
+        self._right += features
         if self._seen <= _SOLVE_ALL or self._seen % _SOLVE_EVERY == 0:
             self._solve_all()
 
@@ -177,9 +184,9 @@ class StepTime:
         for knee, (normal, right) in enumerate(zip(self._normal, self._right, strict=True)):
             found = self._found[knee] = self._solve(normal, right, self._found[knee])
             left[knee] = max(self._weight - 2 * found @ right + found @ normal @ found, _EXACT * self._weight)
-        best = 0
-        for knee in range(1, len(KNEES)):
-            if left[knee] < _BETTER * left[best]:
+        best = self._best
+        for knee in range(len(KNEES)):
+            if left[knee] < (_BETTER if knee > best else _STAYS) * left[best]:
                 best = knee
         self._best = best
         base, prefill, sequence, kv, *experts = self._found[best].tolist()

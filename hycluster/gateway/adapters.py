@@ -11,13 +11,16 @@ from collections.abc import Awaitable, Callable
 
 from vllm.lora.request import LoRARequest
 
-from hycluster.adapters import AdapterEntry, AdapterTable, adapter_id
+from hycluster.adapters import AdapterEntry, AdapterTable, CallersAdapters, adapter_id, adapter_owner
 from hycluster.directory.directory import REPORT_EVERY_S
 from hycluster.errors import InvalidInput, Unavailable, shown
 from hycluster.gateway.pool import PoolClient
 from hycluster.settings.model import Model
 
 logger = logging.getLogger(__name__)
+
+# Names of adapters of one project that are remembered, those of unloaded ones too.
+MAX_OF_PROJECT = 100
 
 
 class PoolAdapters:
@@ -28,11 +31,13 @@ class PoolAdapters:
         say: has the directory hear now what is known here.
 
     Attributes:
-        requests: by name, what a request to an adapter of this model carries. Changes in place.
+        requests: by the name by which the caller calls it, what a request to an adapter of this model carries. Changes
+            in place.
     """
 
     def __init__(self, model: Model, pool: PoolClient, *, takes: bool, say: Callable[[], Awaitable[None]]) -> None:
-        self.requests: dict[str, LoRARequest] = {}
+        self._all: dict[str, LoRARequest] = {}
+        self.requests = CallersAdapters(self._all)
         self._model = model
         self._pool = pool
         self._takes = takes
@@ -49,16 +54,21 @@ class PoolAdapters:
         """Hear what others know."""
         self._table.merge(words)
         sources = self._table.sources
-        for name in self.requests.keys() - sources.keys():
-            del self.requests[name]
+        for name in self._all.keys() - sources.keys():
+            del self._all[name]
         for name, source in sources.items():
-            if (known := self.requests.get(name)) is None or known.lora_path != source:
-                self.requests[name] = LoRARequest(
+            if (known := self._all.get(name)) is None or known.lora_path != source:
+                self._all[name] = LoRARequest(
                     lora_name=name,
                     lora_int_id=adapter_id(name, source),
                     lora_path=source,
                     base_model_name=self._model.name,
                 )
+
+    def source_of(self, name: str) -> str | None:
+        """Where the adapter is that goes by this name in full; None: there is none."""
+        request = self._all.get(name)
+        return None if request is None else request.lora_path
 
     async def load(self, name: str, source: str) -> None:
         """Load an adapter into every replica, then offer it at every ingress process; returns when all ingress
@@ -74,6 +84,10 @@ class PoolAdapters:
             raise InvalidInput(
                 f"model: {self._model.name!r} takes no adapters; its settings must have adapters or engine.enable_lora"
             )
+        owner = adapter_owner(name)
+        others = sum(adapter_owner(each) == owner for each in self._table.words.keys() - {name})
+        if owner is not None and others >= MAX_OF_PROJECT:
+            raise InvalidInput(f"lora_name: {owner} has had {MAX_OF_PROJECT} names already; use one of them again")
         request = LoRARequest(lora_name=name, lora_int_id=adapter_id(name, source), lora_path=source)
         try:
             await self._pool.add_lora_async(request)
@@ -91,7 +105,7 @@ class PoolAdapters:
         Raises:
             KeyError: there is none of that name.
         """
-        request = self.requests[name]
+        request = self._all[name]
         await self._announce(name, None)
         try:
             await self._pool.remove_lora_async(request.lora_int_id)

@@ -4,7 +4,7 @@ By vLLM's own function (``hash_fn``, of its setting ``prefix_caching_hash_algo``
 it, its tokens, and what else its content depends on. Of that, the last 64 bits are kept, as in vLLM's KV events.
 
 Hashing a long prompt takes longer than choosing a replica, and the turns of a conversation begin alike, so chunks that
-were hashed before are remembered.
+were hashed before are remembered. And who only looks for blocks that are somewhere needs no names behind those.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ HashFn = Callable[[Any], bytes]
 # Tokens that are remembered as one piece, and how many tokens are in all.
 CHUNK_TOKENS = 512
 MEMO_TOKENS = 16 << 20
+# So many tokens from the begin have names whether somebody has their blocks or not; and so many are hashed at least
+# before that is asked again, which a conversation's turn seldom needs.
+BEGIN_TOKENS, ASK_TOKENS = 1024, 2048
 
 
 class BlockHasher:
@@ -47,23 +50,34 @@ class BlockHasher:
         *,
         first_keys: tuple[Any, ...] | None = None,
         keys: tuple[Any, ...] | None = None,
+        there: Callable[[int], bool] | None = None,
     ) -> Names:
         """Of whole blocks, from the first.
 
         Args:
             first_keys, keys: the extra keys of the first block, and of all others.
+            there: whether a block is of use to anyone; where one is not, those behind it are not either, and get no
+                names. It is asked now and then, so some have names for
+                nothing: as many as there are others, or some chunks. None: all get names.
         """
-        packed = array("I", token_ids).tobytes()
-        width = 4 * self._chunk_tokens
-        whole = len(token_ids) // self._block_tokens * self._block_tokens * 4
-        parent, found = self._seed, list[Names]()
+        width, whole = self._chunk_tokens, len(token_ids) // self._block_tokens * self._block_tokens
+        parent, found, hashed, ask_at = self._seed, list[Names](), 0, 0
+        # Packing all of it takes as long as hashing a tenth; often its begin is all that is needed.
+        packed = memoryview(array("I", token_ids[: 4 * width]))
         for begin in range(0, whole, width):
-            piece = packed[begin : min(begin + width, whole)]
+            end = min(begin + width, whole)
+            if end > len(packed):
+                packed = memoryview(array("I", token_ids))
+            piece = packed[begin:end].tobytes()
             extra = (first_keys, keys) if begin == 0 else (keys, keys)
             known = self._memo.pop((parent, piece, extra), None)
             if known is None:
-                tokens = token_ids[begin // 4 : (begin + len(piece)) // 4]
-                known = self._hash(parent, tokens, *extra)
+                if there is not None and begin >= BEGIN_TOKENS and hashed >= ask_at:
+                    if not there(int(found[-1][-1])):
+                        break
+                    ask_at = max(ASK_TOKENS, 2 * hashed)
+                hashed += end - begin
+                known = self._hash(parent, token_ids[begin:end], *extra)
             self._memo[parent, piece, extra] = known
             parent = known[0]
             found.append(known[1])

@@ -7,7 +7,7 @@ and path, the caller's ``cache_salt`` (first block), ids of media in it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import numpy as np
@@ -31,11 +31,18 @@ class BlockNamer:
         self._naming: BlockNaming | None = None
         self._hasher: BlockHasher | None = None
 
-    def names(self, request: EngineCoreRequest, naming: BlockNaming, output: Sequence[int] = ()) -> Names:
+    def names(
+        self,
+        request: EngineCoreRequest,
+        naming: BlockNaming,
+        output: Sequence[int] = (),
+        there: Callable[[int], bool] | None = None,
+    ) -> Names:
         """Names of the full blocks of a request's tokens, from the first.
 
         Args:
             output: tokens that it has got so far.
+            there: whether anyone has a block; names may end where that is so of none. None: all get names.
 
         Returns:
             None of them where there is no telling: for prompts that are embeddings.
@@ -53,7 +60,7 @@ class BlockNamer:
         first_keys, keys = (
             generate_block_hash_extra_keys(asked, begin, begin + size, 0)[0] for begin in (0, naming.tokens)
         )
-        return self._hasher.names(tokens, first_keys=first_keys, keys=keys)
+        return self._hasher.names(tokens, first_keys=first_keys, keys=keys, there=there)
 
 
 def _named_with_media(request: EngineCoreRequest, tokens: Sequence[int], naming: BlockNaming) -> Names:

@@ -14,6 +14,7 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
+from hycluster.adapters import public_name
 from hycluster.core import Priority
 from hycluster.ledger.account import Account, account_now
 
@@ -40,7 +41,7 @@ class CountingOutputs(OutputProcessor):
         super().add_request(request, prompt, parent_req, request_index, queue)
         account = account_now.get()
         if account is not None and queue is not None and first:
-            name = request.lora_request.lora_name if request.lora_request else self._model
+            name = public_name(request.lora_request.lora_name) if request.lora_request else self._model
             account.begin(name, bulk=request.priority >= Priority.BATCH)
             _count(account, queue)
 

@@ -24,7 +24,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.tokenizers import TokenizerLike
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from hycluster.adapters import check_name
+from hycluster.adapters import check_name, public_name
 from hycluster.auth.caller import Caller, usable
 from hycluster.core import Generation, GenerationRequest, ModelCard, Priority, PromptFields, Sampling
 from hycluster.directory.directory import find_directory
@@ -63,6 +63,7 @@ class Generator:
 
     Attributes:
         limiter: of this process; None where nobody has limits.
+        adapter_folder: below which projects have their adapters; None: they load none.
     """
 
     def __init__(self, gateways: Mapping[str, Gateway]) -> None:
@@ -70,6 +71,7 @@ class Generator:
         self._counters: dict[str, Callable[[Sequence[str]], list[int]]] = {}
         self._chats: dict[str, ModelChat] = {}
         self.limiter: Limiter | None = None
+        self.adapter_folder: str | None = None
 
     async def models(self) -> list[ModelCard]:
         """What is served, adapters after their model, and by how many replicas now."""
@@ -94,6 +96,7 @@ class Generator:
         """Serve a LoRA adapter from now on, at all ingress processes and by all replicas of its model.
 
         Args:
+            name: in full, if it is a project's (:mod:`hycluster.adapters`).
             source: a folder in PEFT's format that every node sees, or a hub id.
             model: whose adapter it is; needs not be said where only one model takes adapters.
             replace: let a name that is in use go over to another source.
@@ -104,33 +107,37 @@ class Generator:
             Unavailable: no replica can serve, or one did not answer.
         """
         check_name(name, source)
-        if name in self.gateways:
+        if public_name(name) in self.gateways:
             raise InvalidInput(f"lora_name: {shown(name)} is the name of a model")
-        takers = [taker for taker, gateway in self.gateways.items() if gateway.vllm_config.lora_config is not None]
+        takers = [taker for taker, each in self.gateways.items() if each.vllm_config.lora_config is not None]
         if model is None:
             if len(takers) > 1:
                 raise InvalidInput(f"model: must be one of {', '.join(map(repr, takers))}")
             model = next(iter(takers or self.gateways))
-        holder, gateway = self.model_of(name), self._gateway(model)[0]
+        holder, gateway = self._holder(name), self._gateway(model)[0]
         if holder is not None:
+            called = shown(public_name(name))
             if not replace or holder != model:
-                raise InvalidInput(f"lora_name: {shown(name)} is an adapter of {holder!r} already")
-            if gateway.lora_requests[name].lora_path == source:
-                raise InvalidInput(
-                    f"lora_path: {shown(name)} is loaded from there already; changed weights need a path of their own"
-                )
+                raise InvalidInput(f"lora_name: {called} is an adapter of {holder!r} already")
+            if gateway.adapters.source_of(name) == source:
+                why = "is loaded from there already; changed weights need a path of their own"
+                raise InvalidInput(f"lora_path: {called} {why}")
         await gateway.adapters.load(name, source)
 
     async def unload_adapter(self, name: str) -> None:
-        """Serve a LoRA adapter no more; requests that run go on.
+        """Serve a LoRA adapter no more, a project's by its name in full; requests that run go on.
 
         Raises:
             UnknownModel: there is no such adapter.
         """
-        model = self.model_of(name)
-        if model is None or model == name:
-            raise UnknownModel(name, [name for gateway in self.gateways.values() for name in gateway.lora_requests])
+        if (model := self._holder(name)) is None:
+            known = (adapter for each in self.gateways.values() for adapter in each.lora_requests)
+            raise UnknownModel(public_name(name), usable(known))
         await self.gateways[model].adapters.unload(name)
+
+    def _holder(self, adapter: str) -> str | None:
+        """The model that has the adapter of this name, in full."""
+        return next((m for m, each in self.gateways.items() if each.adapters.source_of(adapter) is not None), None)
 
     async def end(self, error: HyclusterError, of: Container[Caller] | None = None) -> None:
         """End what is in flight for these callers, at either ingress, with an error; None: all that is."""

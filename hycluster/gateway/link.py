@@ -25,7 +25,7 @@ from hycluster.gateway.connection import ReplicaConnection
 from hycluster.gateway.failover import Failover
 from hycluster.gateway.flight import Flight
 from hycluster.gateway.prefixes import Prefixes
-from hycluster.gateway.sent_work import SentWork
+from hycluster.gateway.sent_work import OUTSTANDING, SentWork, work_of_others
 from hycluster.gateway.tasks import Tasks
 from hycluster.observe.gateways import KnownReplica, ReplicaBooks
 from hycluster.replica.frames import in_pieces
@@ -45,6 +45,7 @@ class Link:
         failover: hears of each request that ends here, or has to go on elsewhere.
         on_lost: told when the replica is lost, before ``failover`` hears of its requests.
         prefixes: told what becomes of its KV blocks, if the connection follows them.
+        gateway_id: this gateway's key in what a replica says of gateways.
 
     Attributes:
         known: what stays of it when it is gone; its number is what outputs carry.
@@ -54,6 +55,7 @@ class Link:
         bulk_rows: requests of bulk priority that it has of this gateway.
         outstanding_tokens: to prefill or decode there for this gateway.
         work: the same, told apart by what is to be done.
+        others: that of other gateways, as its last report says.
         worked_off_tokens: how much less that is for what the replica did, or because requests ended; only grows.
         heard_s: on the monotonic clock, its last word, or when it was first expected to say one.
         progress_s: the same of the last tokens that came; before any, minus infinity.
@@ -68,14 +70,16 @@ class Link:
         failover: Failover,
         on_lost: Callable[[Link], None],
         prefixes: Prefixes | None = None,
+        gateway_id: str = "",
     ) -> None:
         self.known = known
+        self.replica_id = connection.address.replica_id
         self.accepting = True
         self.load: ReplicaLoad | None = None
         self.room = EngineRoom()
         self.bulk_rows = 0
-        self.outstanding_tokens = 0
         self.work = SentWork()
+        self.others = work_of_others(None, gateway_id)
         self.worked_off_tokens = 0
         self.heard_s = time.monotonic()
         self.progress_s = -math.inf
@@ -85,6 +89,7 @@ class Link:
         self._failover = failover
         self._on_lost = on_lost
         self._prefixes = prefixes
+        self._gateway_id = gateway_id
         self._gone = False
         self._next_call = 0
         self._calls: dict[int, asyncio.Future[Any]] = {}
@@ -97,8 +102,8 @@ class Link:
             self._tasks.spawn(end())
 
     @property
-    def replica_id(self) -> str:
-        return self._connection.address.replica_id
+    def outstanding_tokens(self) -> int:
+        return int(self.work.row[OUTSTANDING])
 
     @property
     def info(self) -> EngineInfo:
@@ -123,7 +128,7 @@ class Link:
             self.heard_s = time.monotonic()
         flight.sent(self.replica_id)
         self.flights[flight.engine_id] = flight
-        self.outstanding_tokens += flight.tokens_left
+        self.work.row[OUTSTANDING] += flight.tokens_left
         self.work.add(flight)
         self.bulk_rows += flight.bulk
         self.known.routed += 1
@@ -169,6 +174,8 @@ class Link:
     def note(self, load: ReplicaLoad) -> None:
         """Take a report of the replica's."""
         self.load = load
+        if self._prefixes is not None:
+            self.others = work_of_others(load, self._gateway_id)
         self.room.note(load, self.bulk_rows, time.monotonic())
 
     def drop(self, flight: Flight) -> None:
@@ -181,7 +188,7 @@ class Link:
             self._prefixes.let_go(flight.prefix)
 
     def _work_off(self, tokens: int) -> None:
-        self.outstanding_tokens -= tokens
+        self.work.row[OUTSTANDING] -= tokens
         self.worked_off_tokens += tokens
 
     # -- reading ------------------------------------------------------------------------------------

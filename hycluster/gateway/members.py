@@ -33,6 +33,7 @@ class Members:
 
     Args:
         prefixes: hears what becomes of replicas' KV blocks; None: nobody is to.
+        gateway_id: this gateway's key in what a replica says of gateways.
 
     Attributes:
         links: by replica id.
@@ -42,7 +43,11 @@ class Members:
     """
 
     def __init__(
-        self, failover: Failover, arrived: asyncio.Queue[EngineCoreOutputs], prefixes: Prefixes | None = None
+        self,
+        failover: Failover,
+        arrived: asyncio.Queue[EngineCoreOutputs],
+        prefixes: Prefixes | None = None,
+        gateway_id: str = "",
     ) -> None:
         self.links: dict[str, Link] = {}
         self.known: dict[int, KnownReplica] = {}
@@ -51,6 +56,7 @@ class Members:
         self._failover = failover
         self._arrived = arrived
         self._prefixes = prefixes
+        self._gateway_id = gateway_id
         self._context = zmq.asyncio.Context()
         self._connecting: dict[str, asyncio.Task[None]] = {}
         # The directory names it twice a second.
@@ -100,7 +106,7 @@ class Members:
             del self._connecting[address.replica_id]
         known = KnownReplica(max(self.known, default=-1) + 1, address.replica_id)
         self.known[known.number] = known
-        link = Link(connection, known, self._arrived, self._failover, self._part, self._prefixes)
+        link = Link(connection, known, self._arrived, self._failover, self._part, self._prefixes, self._gateway_id)
         self.links[address.replica_id] = link
         self.first.set()
         self._failover.wake()

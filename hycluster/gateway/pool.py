@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,13 +23,14 @@ from hycluster.engine.migrated import migrate
 from hycluster.engine.protocol import EngineInfo
 from hycluster.errors import InvalidInput, Unavailable
 from hycluster.gateway.bulk import EngineRoom
+from hycluster.gateway.columns import pool_columns
 from hycluster.gateway.control_calls import ControlCalls
 from hycluster.gateway.failover import Failover, Tell
 from hycluster.gateway.flight import Flight
 from hycluster.gateway.link import Link
 from hycluster.gateway.members import Members
-from hycluster.gateway.prefixes import Prefixes
-from hycluster.gateway.router import Candidate, Policy, RouteRequest, outstanding_tokens
+from hycluster.gateway.prefixes import Prefix, Prefixes
+from hycluster.gateway.router import ByBlocks, Candidate, Policy, RouteRequest, most_spare, outstanding_tokens
 from hycluster.observe.gateways import KnownReplica, ReplicaBooks
 from hycluster.timeline import Track, current
 
@@ -81,7 +82,7 @@ class PoolClient(ControlCalls):
         self._arrived: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._failover = Failover(self._send, on_lost, wait_s=wait_s)
         self.prefixes = Prefixes() if follow_blocks else None
-        self._members = Members(self._failover, self._arrived, self.prefixes)
+        self._members = Members(self._failover, self._arrived, self.prefixes, gateway_id)
         self.shows_pool = False
         self.jobs: dict[str, dict[str, BulkDemand]] = {}
         self.migrated = self._failover.migrated
@@ -260,6 +261,8 @@ class PoolClient(ControlCalls):
         if self.prefixes is not None and flight.prefix is not None:
             self.prefixes.send(flight.prefix, link.replica_id)
         await link.send(flight, message)
+        if self.prefixes is not None and flight.prefix is not None:
+            self.prefixes.finish(flight.prefix, flight.request, flight.output)
 
     def _told_of_route(self, track: Track, flight: Flight, link: Link) -> None:
         scores = ((other.replica_id, self._score(other)) for other in self._members.links.values() if other.accepting)
@@ -279,7 +282,6 @@ class PoolClient(ControlCalls):
             raise self._no_replica()
         if len(links) == 1:
             return links[0]
-        candidates = self._candidates(flight, links)
         route = RouteRequest(
             tokens=flight.tokens_to_compute,
             prompt_tokens=flight.prompt_tokens + len(flight.output),
@@ -288,32 +290,38 @@ class PoolClient(ControlCalls):
             session_id=flight.request.session_id,
             bulk=flight.bulk,
         )
-        return self._members.links[self._policy.choose(candidates, route)]
-
-    def _candidates(self, flight: Flight, links: Sequence[Link]) -> list[Candidate]:
-        def seen(link: Link, **by_blocks: Any) -> Candidate:
-            return Candidate(
+        spare = [link.room.spare(link.bulk_rows) if flight.bulk else None for link in links]
+        if flight.prefix is not None and isinstance(self._policy, ByBlocks):
+            link = self._by_blocks(self._policy, flight.prefix, route, links, spare)
+            if link is not None:
+                return link
+        candidates = [
+            Candidate(
                 replica_id=link.replica_id,
                 own_tokens=link.outstanding_tokens,
                 own_requests=len(link.flights),
                 load=link.load,
-                spare_rows=link.room.spare(link.bulk_rows) if flight.bulk else None,
-                **by_blocks,
+                spare_rows=rows,
             )
-
-        prefixes, prefix = self.prefixes, flight.prefix
-        if prefixes is None or prefix is None:
-            return [seen(link) for link in links]
-        cached = prefixes.cached_tokens(prefix, (link.replica_id for link in links))
-        return [
-            seen(
-                link,
-                own_work=link.work.told,
-                cached_tokens=cached[link.replica_id],
-                evicts_age_s=prefixes.evicts_age_s(link.replica_id),
-            )
-            for link in links
+            for link, rows in zip(links, spare, strict=True)
         ]
+        return self._members.links[self._policy.choose(candidates, route)]
+
+    def _by_blocks(
+        self, policy: ByBlocks, prefix: Prefix, route: RouteRequest, links: list[Link], spare: list[int | None]
+    ) -> Link | None:
+        """None, if none of these has said what it holds."""
+        assert self.prefixes is not None
+        replica_ids = [link.replica_id for link in links]
+        if (seen := self.prefixes.seen(prefix, replica_ids)) is None:
+            return None
+        cached, ages = seen
+        if route.bulk:
+            places = list(most_spare(spare, enough=1))
+            links, replica_ids = [links[place] for place in places], [replica_ids[place] for place in places]
+            cached, ages = cached[places], ages[places]
+        columns = pool_columns(links, replica_ids, cached, ages, step_tokens=policy.step_tokens, bulk=route.bulk)
+        return links[policy.place(columns, route)]
 
     def _no_replica(self) -> Unavailable:
         return Unavailable(f"model: no replica of {self.model!r} can serve now", retry_after_s=1.0)

@@ -16,12 +16,13 @@ comes with output from a lost replica. These are not compared again, or not at a
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.metrics.stats import PrefillStats
 
@@ -29,6 +30,7 @@ from hycluster.engine.block_changes import Names, decode_changes
 from hycluster.engine.protocol import BlockNaming, EngineInfo, Frame
 from hycluster.gateway.block_index import BlockIndex
 from hycluster.gateway.block_names import BlockNamer, reads_cache
+from hycluster.gateway.prefix_router import Column
 from hycluster.gateway.turnover import Turnover
 from hycluster.observe.prefixes import PrefixAudit
 
@@ -36,14 +38,20 @@ from hycluster.observe.prefixes import PrefixAudit
 _BEGIN_TOKENS = (1024, 512, 1)
 
 
+def _nothing() -> NDArray[np.intp]:
+    return np.empty(0, np.intp)
+
+
 @dataclass(slots=True)
 class Prefix:
     """A request's beginning, by blocks.
 
     Attributes:
-        names: of its full blocks.
-        readable: how many of them its engine may find: the last token is always computed.
-        held: by replica, how many of these it held when the request came.
+        names: of its full blocks; at first of those that somebody has, and some more.
+        readable: how many of its full blocks its engine may find: the last token is always computed.
+        blocks: how many it has; 0 where none has a name.
+        held: by row of the index, how many of these its replica held when the request came.
+        expected: the same with what it is going to hold when it gets to the request.
         predicted_tokens: that the replica which has it was to find cached; None: nothing was predicted.
         awaited: names that it is going to store there.
     """
@@ -51,14 +59,21 @@ class Prefix:
     names: Names
     naming: BlockNaming
     readable: int
-    held: Mapping[str, int] = field(default_factory=dict)
+    blocks: int = 0
+    held: NDArray[np.intp] = field(default_factory=_nothing)
+    expected: NDArray[np.intp] = field(default_factory=_nothing)
     predicted_tokens: int | None = None
     replica_id: str = ""
     awaited: Sequence[int] = ()
 
     def tokens(self, blocks: int) -> int:
         """Of a prompt whose first blocks are there, what need not be computed."""
-        return max(0, min(blocks, self.readable) - self.naming.computed_again) * self.naming.tokens
+        return int(self.tokens_by_row(np.array([blocks]))[0])
+
+    def tokens_by_row(self, blocks: NDArray[np.intp]) -> NDArray[np.intp]:
+        """The same of several."""
+        found: NDArray[np.intp] = np.minimum(blocks, self.readable) - self.naming.computed_again
+        return np.maximum(found, 0) * self.naming.tokens
 
     @property
     def begin(self) -> int | None:
@@ -83,10 +98,14 @@ class Prefixes:
         # Made when the first replica says how large its KV cache is.
         self._index: BlockIndex | None = None
         self._namer = BlockNamer()
-        # By replica that has said what it holds: how it names blocks, what it is going to store, and how fast it drops.
+        # By replica that has said what it holds: how it names blocks, and what it is going to store.
         self._naming: dict[str, BlockNaming] = {}
         self._awaited: dict[str, Counter[int]] = {}
-        self._turnover: dict[str, Turnover] = {}
+        self._turnover = Turnover()
+        # Of the replicas that were asked for last; they are the same until one comes or goes.
+        self._rows: tuple[list[str], NDArray[np.intp]] | None = None
+        # Whether replicas name blocks differently.
+        self._unlike = False
 
     @property
     def blocks(self) -> int:
@@ -102,26 +121,27 @@ class Prefixes:
         changes = decode_changes(frame)
         if self._index is None:
             self._index = BlockIndex(info.kv_tokens // info.blocks.tokens)
+        was = self._index.row(replica_id)
         self._index.take(replica_id, changes)
-        self._naming[replica_id] = info.blocks
+        row = self._index.row(replica_id)
+        if row != was:
+            self._turnover.forget(row)
+            self._rows = None
+        if self._naming.get(replica_id) is not info.blocks:
+            self._naming[replica_id] = info.blocks
+            self._unlike = len(set(self._naming.values())) > 1
         self._awaited.setdefault(replica_id, Counter())
         if len(changes.dropped):
-            self._turnover.setdefault(replica_id, Turnover()).note(len(changes.dropped), self.clock())
+            self._turnover.note(row, len(changes.dropped), self.clock())
 
     def forget(self, replica_id: str) -> None:
         """A replica is gone."""
         if self._index is not None:
             self._index.forget(replica_id)
+        self._rows = None
         self._naming.pop(replica_id, None)
+        self._unlike = len(set(self._naming.values())) > 1
         self._awaited.pop(replica_id, None)
-        self._turnover.pop(replica_id, None)
-
-    def evicts_age_s(self, replica_id: str) -> float:
-        """How long what it would drop next has not been used, about; infinite where it drops nothing."""
-        turnover = self._turnover.get(replica_id)
-        if turnover is None or self._index is None:
-            return math.inf
-        return turnover.age_s(self._index.held_by(replica_id), self.clock())
 
     # -- requests -------------------------------------------------------------------------------------
 
@@ -134,29 +154,58 @@ class Prefixes:
         naming = next(iter(self._naming.values()), None)
         if naming is None or self._index is None:
             return None
-        names = self._namer.names(request, naming, output)
+        names = self._namer.names(request, naming, output, self._somewhere)
         tokens = len(request.prompt_token_ids or ()) + len(output)
+        blocks = tokens // naming.tokens if len(names) else 0
         readable = (tokens - 1) // naming.tokens if len(names) and reads_cache(request) else 0
-        found = self._index.cached_blocks(names[:readable]).tolist()
-        return Prefix(names, naming, readable, dict(zip(self._index.replica_ids, found, strict=True)))
+        held = self._index.cached_by_row(names[:readable])
+        prefix = Prefix(names, naming, readable, blocks, held, held)
+        if any(self._awaited.values()):
+            prefix.expected = self._with_awaited(prefix, self._index)
+        return prefix
 
-    def cached_tokens(self, prefix: Prefix, replica_ids: Iterable[str]) -> Mapping[str, int | None]:
-        """By replica, what it need not compute of a prompt that comes now; None: not known."""
-        return {
-            replica_id: prefix.tokens(self._with_awaited(replica_id, prefix))
-            if self._naming.get(replica_id) == prefix.naming
-            else None
-            for replica_id in replica_ids
-        }
+    def seen(self, prefix: Prefix, replica_ids: list[str]) -> tuple[Column, Column] | None:
+        """Of a prompt that came just now, by replica.
+
+        Returns:
+            What it need not compute, in tokens, where a replica that has said nothing has none; and how long what it
+            would drop next has not been used, about, in seconds, infinite where it drops nothing. None, if none of
+            them has said what it holds.
+        """
+        assert self._index is not None
+        if self._rows is None or self._rows[0] != replica_ids:
+            self._rows = replica_ids, np.array([self._index.row(each) for each in replica_ids], np.intp)
+        rows = self._rows[1]
+        said = rows >= 0
+        if self._unlike:
+            said &= np.array([self._naming.get(each) == prefix.naming for each in replica_ids])
+        if not said.any():
+            return None
+        ages = np.where(rows >= 0, self._turnover.ages_s(self._index.counts, self.clock())[rows], np.inf)
+        return np.where(said, prefix.tokens_by_row(prefix.expected)[rows], 0).astype(float), ages
 
     def send(self, prefix: Prefix, replica_id: str) -> None:
         """The request goes to this replica: what comes behind it counts on its blocks."""
-        prefix.predicted_tokens = self.cached_tokens(prefix, (replica_id,))[replica_id]
-        if prefix.predicted_tokens is None:
+        if self._index is None or self._naming.get(replica_id) != prefix.naming:
+            prefix.predicted_tokens = None
             return
+        row = self._index.row(replica_id)
+        prefix.predicted_tokens = prefix.tokens(int(prefix.expected[row]))
         prefix.replica_id = replica_id
-        prefix.awaited = prefix.names[prefix.held.get(replica_id, 0) :].tolist()
+        prefix.awaited = prefix.names[int(prefix.held[row]) :].tolist()
         self._awaited[replica_id].update(prefix.awaited)
+
+    def finish(self, prefix: Prefix, request: EngineCoreRequest, output: Sequence[int] = ()) -> None:
+        """Name the blocks that nobody had: once the request is sent, since nobody waits for that."""
+        named = len(prefix.names)
+        if named == prefix.blocks:
+            return
+        prefix.names = self._namer.names(request, prefix.naming, output)
+        awaited = self._awaited.get(prefix.replica_id)
+        if awaited is not None and prefix.predicted_tokens is not None:
+            more = prefix.names[named:].tolist()
+            prefix.awaited = [*prefix.awaited, *more]
+            awaited.update(more)
 
     def begun(self, prefix: Prefix, found: PrefillStats | None) -> None:
         """The first output has come: all of the prompt is computed.
@@ -178,12 +227,19 @@ class Prefixes:
                     del awaited[name]
         prefix.awaited, prefix.predicted_tokens = (), None
 
-    def _with_awaited(self, replica_id: str, prefix: Prefix) -> int:
-        """So many of its blocks the replica holds, or is going to when it gets to it."""
-        blocks, awaited = prefix.held.get(replica_id, 0), self._awaited[replica_id]
-        if awaited:
-            for name in prefix.names[blocks : prefix.readable].tolist():
-                if name not in awaited:
-                    break
-                blocks += 1
-        return blocks
+    def _somewhere(self, name: int) -> bool:
+        """Whether a replica has this block, or is going to."""
+        assert self._index is not None
+        return self._index.held_somewhere(name) or any(name in awaited for awaited in self._awaited.values())
+
+    def _with_awaited(self, prefix: Prefix, index: BlockIndex) -> NDArray[np.intp]:
+        """By row, so many of its blocks its replica holds, or is going to when it gets to it."""
+        expected, names = prefix.held.tolist(), prefix.names[: prefix.readable].tolist()
+        for replica_id, awaited in self._awaited.items():
+            if awaited:
+                row = index.row(replica_id)
+                blocks = expected[row]
+                while blocks < len(names) and names[blocks] in awaited:
+                    blocks += 1
+                expected[row] = blocks
+        return np.array(expected, np.intp)

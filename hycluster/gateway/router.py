@@ -13,13 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
-from hycluster.core import GatewayWork, ReplicaLoad
+from hycluster.core import ReplicaLoad
 from hycluster.errors import SettingsError, Unavailable
-from hycluster.gateway.prefix_router import PREFIX_POLICIES, PoolColumns, PrefixPolicy, PrefixRequest, StepCost
-
-_NO_WORK = GatewayWork()
+from hycluster.gateway.prefix_router import PREFIX_POLICIES, PoolColumns, PrefixPolicy, PrefixRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,22 +25,15 @@ class Candidate:
     Attributes:
         own_tokens: tokens that this gateway has outstanding there: still to prefill or to decode. Always fresh.
         own_requests: requests that this gateway has outstanding there.
-        own_work: the same, told apart by what is to be done.
         load: what the replica last said of itself, a moment old; None if it has not spoken yet.
         spare_rows: how many more rows of bulk it can use; None if it does not say enough to tell.
-        cached_tokens: of the request's prompt, what it has in its KV cache, or will have when it gets to it; None if
-            that is not known.
-        evicts_age_s: how long what it would drop next from its KV cache has not been used; infinite while it has room.
     """
 
     replica_id: str
     own_tokens: int = 0
     own_requests: int = 0
-    own_work: GatewayWork = _NO_WORK
     load: ReplicaLoad | None = None
     spare_rows: int | None = None
-    cached_tokens: int | None = None
-    evicts_age_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,13 +129,18 @@ class LeftOverCapacity:
         return self._policy.choose(candidates, request)
 
 
-def _most_spare(candidates: Sequence[Candidate], enough: float = math.inf) -> Sequence[Candidate]:
-    """Those with most room for rows of bulk, or with so much; all, if one does not say enough to tell."""
-    spare = [candidate.spare_rows for candidate in candidates if candidate.spare_rows is not None]
-    if not spare or len(spare) < len(candidates):
-        return candidates
+def _most_spare(candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+    places = most_spare([candidate.spare_rows for candidate in candidates])
+    return [candidates[place] for place in places]
+
+
+def most_spare(spare_rows: Sequence[int | None], enough: float = math.inf) -> Sequence[int]:
+    """Places of those with most room for rows of bulk, or with so much; all, if one does not say enough to tell."""
+    spare = [rows for rows in spare_rows if rows is not None]
+    if not spare or len(spare) < len(spare_rows):
+        return range(len(spare_rows))
     least = min(max(spare), enough)
-    return [c for c, rows in zip(candidates, spare, strict=True) if rows >= least]
+    return [place for place, rows in enumerate(spare) if rows >= least]
 
 
 class SessionAffinity:
@@ -186,75 +180,35 @@ def outstanding_tokens(candidate: Candidate, gateway_id: str) -> int:
     return candidate.own_tokens + others
 
 
-# Of a replica that has not said how long its steps take: costs are in tokens to prefill.
-_UNKNOWN_STEP = StepCost(0.0, 1.0, 0.0, 0.0, 1)
-
-
 class ByBlocks:
     """A policy that goes by what replicas have in their KV caches; another one while none has said that.
 
     A conversation needs no home then: its blocks say where it was. A replica of which nothing is known is taken for
     empty. Bulk rows go by it as well, but only where there is room for one.
 
-    Args:
+    Attributes:
         step_tokens: of prompts, in one step at most.
     """
 
-    def __init__(
-        self, name: str, unknown: Policy, gateway_id: str, seed: int | None = None, step_tokens: int = 2048
-    ) -> None:
+    def __init__(self, name: str, unknown: Policy, seed: int | None = None, step_tokens: int = 2048) -> None:
         self._policy = PrefixPolicy(name, seed)
         self._unknown = unknown
-        self._gateway_id = gateway_id
-        self._step_tokens = step_tokens
+        self.step_tokens = step_tokens
 
     def choose(self, candidates: Sequence[Candidate], request: RouteRequest) -> str:
-        if all(candidate.cached_tokens is None for candidate in candidates):
-            return self._unknown.choose(candidates, request)
-        if request.bulk:
-            candidates = _most_spare(candidates, enough=1)
+        """Nobody has said what it holds."""
+        return self._unknown.choose(candidates, request)
+
+    def place(self, pool: PoolColumns, request: RouteRequest) -> int:
+        """Of the replica that the request goes to, in these columns.
+
+        Raises:
+            Unavailable: there is none.
+        """
         asked = PrefixRequest(
             prompt_tokens=request.prompt_tokens, output_tokens=request.output_tokens, prefix=request.prefix
         )
-        return candidates[self._policy.choose(self._columns(candidates, bulk=request.bulk), asked)].replica_id
-
-    def _columns(self, candidates: Sequence[Candidate], *, bulk: bool) -> PoolColumns:
-        work = np.array([self._work(candidate) for candidate in candidates], float)
-        return PoolColumns(
-            replica_ids=[candidate.replica_id for candidate in candidates],
-            # Online requests are computed first.
-            prefill_tokens=work[:, 0] + work[:, 4] if bulk else work[:, 0],
-            requests=work[:, 1],
-            decoding=work[:, 2],
-            kv_tokens=work[:, 3],
-            outstanding_tokens=np.array([outstanding_tokens(each, self._gateway_id) for each in candidates], float),
-            cached_tokens=np.array([candidate.cached_tokens or 0 for candidate in candidates], float),
-            evicts_age_s=np.array([candidate.evicts_age_s for candidate in candidates]),
-            step=self._step(candidates),
-        )
-
-    def _work(self, candidate: Candidate) -> tuple[int, int, int, int, int]:
-        """This gateway's as it is, and others' as they last said."""
-        own = candidate.own_work
-        prefill, requests, decoding, kv = own.prefill_tokens, own.requests, own.decoding, own.kv_tokens
-        bulk_prefill = own.bulk_prefill_tokens
-        if candidate.load is not None:
-            for gateway, work in candidate.load.work.items():
-                if gateway != self._gateway_id:
-                    prefill += work.prefill_tokens
-                    requests += work.requests
-                    decoding += work.decoding
-                    kv += work.kv_tokens
-                    bulk_prefill += work.bulk_prefill_tokens
-        return prefill, requests, decoding, kv, bulk_prefill
-
-    def _step(self, candidates: Sequence[Candidate]) -> StepCost:
-        """As the first one has learned of its own steps: they are all alike."""
-        for candidate in candidates:
-            said = candidate.load.colocation if candidate.load is not None else None
-            if said is not None and said.step_time_s[1] > 0:
-                return StepCost(*said.step_time_s, self._step_tokens)
-        return _UNKNOWN_STEP
+        return self._policy.choose(pool, asked)
 
 
 # By load alone.
@@ -292,7 +246,7 @@ def make_policy(
     policy: Policy = LeftOverCapacity(by_load(gateway_id, seed))
     if session_slack_tokens is not None:
         policy = SessionAffinity(policy, gateway_id, session_slack_tokens)
-    return ByBlocks(name, policy, gateway_id, seed, step_tokens) if name in BY_BLOCKS else policy
+    return ByBlocks(name, policy, seed, step_tokens) if name in BY_BLOCKS else policy
 
 
 def _require(candidates: Sequence[Candidate]) -> None:

@@ -20,6 +20,7 @@ import asyncio
 import enum
 import json
 import resource
+import ssl
 from http import HTTPStatus
 from typing import Any
 
@@ -94,6 +95,7 @@ class Connection(HttpToolsProtocol):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._refused = False
+        self._certificates: list[str] = []
         self._last_words = b""
         self._leaving = False
         self._running: RequestResponseCycle | None = None
@@ -107,6 +109,10 @@ class Connection(HttpToolsProtocol):
         self._unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
+        # As ASGI's extension for TLS has it.
+        encrypted = transport.get_extra_info("ssl_object")
+        shown = encrypted.getpeercert(binary_form=True) if encrypted is not None else None
+        self._certificates = [] if shown is None else [ssl.DER_cert_to_PEM_cert(shown)]
         lingering: Any = LingeringTransport(transport, self.loop, self.stall_s, self.linger_bytes)
         super().connection_made(lingering)
         if len(self.connections) > self.max_connections and not self._made_room():
@@ -187,6 +193,8 @@ class Connection(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         # Called when a request's turn has come.
         self._running = cycle
+        if self._certificates:
+            cycle.scope["extensions"] = {"tls": {"client_cert_chain": self._certificates}}
         if self.last_answer and not self.pipeline:
             cycle.keep_alive = False
         if cycle.keep_alive and self.keep_alive_s >= 1:

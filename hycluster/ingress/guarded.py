@@ -13,7 +13,9 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hycluster.auth.caller import Caller, calling, check_scope
+from hycluster.adapters import LOAD, UNLOAD
+from hycluster.auth.caller import Caller, calling, check_scope, has_scope
+from hycluster.auth.certificate import PeerCertificate, read_certificate
 from hycluster.auth.guard import Guard, bearer
 from hycluster.errors import HyclusterError, Unauthenticated
 from hycluster.ingress.errors import answer_error
@@ -54,7 +56,8 @@ class Guarded:
         try:
             if scope["type"] != "http":
                 raise Unauthenticated("connection: is of a kind that nobody is let in by")
-            caller = await self._guard.caller(_credential(scope))
+            credential = _credential(scope)
+            caller = await self._guard.caller(credential, _certificate(scope, credential))
             with calling(caller):
                 _check_path(path)
         except HyclusterError as error:
@@ -71,6 +74,9 @@ class Guarded:
 def _check_path(path: str) -> None:
     if any(_is_below(path, root) for root in BATCH):
         check_scope("batch", path)
+    elif path in (LOAD, UNLOAD):
+        # Who manages the whole service loads them for all.
+        check_scope("admin" if has_scope("admin") else "adapters", path)
     elif path not in FOR_ALL and not path.startswith(BELOW_FOR_ALL):
         check_scope("admin", path)
 
@@ -95,6 +101,16 @@ def _credential(scope: Scope) -> str | None:
     if not said and _is_below(scope["path"], ANTHROPIC):
         return headers.get(API_KEY)
     return bearer(said) or _password(said, headers)
+
+
+def _certificate(scope: Scope, credential: str | None) -> PeerCertificate | None:
+    """What the connection has shown. A browser shows it unasked, also for pages of others: by itself it counts for
+    nothing there."""
+    headers = Headers(scope=scope)
+    shown = scope.get("extensions", {}).get("tls", {}).get("client_cert_chain")
+    if not shown or not (credential or "origin" not in headers or _is_own_origin(headers)):
+        return None
+    return read_certificate(shown[0].encode())
 
 
 def _password(authorization: str, headers: Headers) -> str | None:

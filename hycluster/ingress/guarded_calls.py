@@ -9,6 +9,7 @@ import grpc
 from grpc_health.v1 import health_pb2
 
 from hycluster.auth.caller import Caller, calling
+from hycluster.auth.certificate import PeerCertificate, read_certificate
 from hycluster.auth.guard import Guard, bearer
 from hycluster.errors import HyclusterError
 from hycluster.ingress.status import abort
@@ -37,8 +38,12 @@ class GuardCalls(grpc.aio.ServerInterceptor):
         details: Any = handler_call_details
         if handler is None or details.method.startswith(OPEN):
             return handler
+        credential = _credential(details.invocation_metadata)
+        if self._guard.certificates is not None and self._guard.certificates.required:
+            # Which certificate the connection has shown is known to the call alone.
+            return _changed(handler, lambda behaviour: _identified(self._guard, credential, details.method, behaviour))
         try:
-            caller = await self._guard.caller(_credential(details.invocation_metadata))
+            caller = await self._guard.caller(credential)
         except HyclusterError as error:
             refuse = _refusing(error, details.method)
             return _changed(handler, lambda _: refuse)._replace(request_deserializer=None)
@@ -66,6 +71,22 @@ def _refusing(error: HyclusterError, path: str) -> Behaviour:
         await abort(context, error)
 
     return refuse
+
+
+def _identified(guard: Guard, credential: str | None, path: str, behaviour: Behaviour) -> Behaviour:
+    async def called(request: Any, context: Any) -> Any:
+        try:
+            caller = await guard.caller(credential, _certificate(context))
+        except HyclusterError as error:
+            return await _refusing(error, path)(request, context)
+        return await _calling(caller, behaviour)(request, context)
+
+    return called
+
+
+def _certificate(context: Any) -> PeerCertificate | None:
+    shown = next(iter(context.auth_context().get("x509_pem_cert", ())), None)
+    return None if shown is None else read_certificate(bytes(shown))
 
 
 def _calling(caller: Caller, behaviour: Behaviour) -> Behaviour:

@@ -28,6 +28,7 @@ from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.exceptions import GenerationError
 
+from hycluster.adapters import LOAD, UNLOAD
 from hycluster.auth.caller import usable
 from hycluster.auth.guard import Guard
 from hycluster.engine.patches.completion_prompts import patch_completions
@@ -37,7 +38,7 @@ from hycluster.engine.patches.unread_tools import patch_tools
 from hycluster.errors import HyclusterError, UnknownModel
 from hycluster.gateway.gateway import Gateway
 from hycluster.gateway.generation import Generator
-from hycluster.ingress.adapters import LOAD, UNLOAD, adapter_routes
+from hycluster.ingress.adapters import adapter_routes, called_as_by_callers
 from hycluster.ingress.body import TOKENIZED_PATHS, BodyLimit
 from hycluster.ingress.connection import protocol
 from hycluster.ingress.dispatch import MODELS, ModelDispatch
@@ -221,7 +222,7 @@ class ModelApp:
         async with self._building:
             if self._app is None:
                 app = await model_app(self._gateway, self._settings, self._max_members)
-                if self._settings.control_routes:
+                if self._settings.control_routes or self._generator.adapter_folder is not None:
                     # Ahead of vLLM's own, which know one engine and one ingress process.
                     app.router.routes[:0] = adapter_routes(self._generator).routes
                 app.state.server = self._server or app.state.server
@@ -272,8 +273,9 @@ async def model_app(gateway: Gateway, settings: Http, max_members: int = MAX_MEM
         patch_responses(responses)
         patch_tools(responses, gateway.model.name)
     app.include_router(_model_cards(app.state.openai_serving_models))
-    # vLLM's app asks this mapping for a name that is no model's.
+    # vLLM's app asks this mapping for a name that is no model's. What it finds there has the name that engines know.
     app.state.openai_serving_models.lora_requests = gateway.lora_requests
+    called_as_by_callers(app.state.openai_serving_models)
     # Told to exit when an engine is lost for good; what serves without one of its own needs not.
     app.state.server = SimpleNamespace(should_exit=False)
     if not settings.control_routes:

@@ -18,6 +18,7 @@ from typing import Unpack
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from hycluster.adapters import named_by_caller
 from hycluster.auth.caller import usable
 from hycluster.auth.guard import Guard
 from hycluster.core import Generation, GenerationRequest, ModelCard, PromptFields
@@ -41,8 +42,9 @@ JSON = b"application/json"
 
 async def _unknown(model: str, names: Names) -> UnknownModel | None:
     """The error for a name that no model is going to have."""
-    served = await names() if model else None
-    return None if served is None or model in served else UnknownModel(model, usable(served))
+    known = await names() if model else None
+    served = named_by_caller(known or ())
+    return None if known is None or model in served else UnknownModel(model, usable(served))
 
 
 class WithoutUnknown:

@@ -26,10 +26,15 @@ LOOK_EVERY_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A certificate with those that vouch for it, and its key, as their files had them."""
+    """A certificate with those that vouch for it, and its key, as their files had them.
+
+    Attributes:
+        authority: those that vouch for callers' certificates; empty where they are not asked for any.
+    """
 
     chain: bytes
     key: bytes
+    authority: bytes = b""
 
     @property
     def expires_at(self) -> float:
@@ -54,13 +59,17 @@ class Certificate:
         try:
             self._pair = self._read()
             _load(self.context, self._pair)
+            self._begin_verifying(self._pair)
             certificate_taken(self._pair.expires_at)
         except (OSError, ValueError) as error:
             raise SettingsError(f"auth.tls: {settings.certificate} with {settings.key}: {_said(error)}") from None
 
     def grpc_credentials(self) -> grpc.ServerCredentials:
         """Of the gRPC ingress; asks for the pair at each handshake."""
-        return grpc.dynamic_ssl_server_credentials(self._grpc_pair(), self._grpc_pair)
+        clients = self._settings.clients
+        # It asks all or nobody, and hears of nobody whom it did not ask.
+        required = clients is not None and clients.required
+        return grpc.dynamic_ssl_server_credentials(self._grpc_pair(), self._grpc_pair, required)
 
     def look(self) -> Pair | None:
         """What is in the files, if that has changed and is a pair. Never raises."""
@@ -78,6 +87,7 @@ class Certificate:
         """Show it from now on. In the event loop: between its two halves a handshake of another thread's would find
         none. Never raises."""
         try:
+            self._begin_verifying(pair)
             _load(self.context, pair)
             certificate_taken(pair.expires_at)
         except (OSError, ValueError) as error:
@@ -90,10 +100,26 @@ class Certificate:
         self._not_taken.write("auth.tls: the files can't be taken, the ones before go on: %s", _said(error))
 
     def _read(self) -> Pair:
-        return Pair(Path(self._settings.certificate).read_bytes(), Path(self._settings.key).read_bytes())
+        settings = self._settings
+        authority = b"" if settings.clients is None else Path(settings.clients.authority).read_bytes()
+        return Pair(Path(settings.certificate).read_bytes(), Path(settings.key).read_bytes(), authority)
+
+    def _begin_verifying(self, pair: Pair) -> None:
+        """Have callers' certificates be signed by the pair's authority alone: one that a context has heard of it does
+        not forget, so that each handshake goes on with a context that knows no other."""
+        if not pair.authority:
+            return
+        verifying = _context()
+        _load(verifying, pair)
+
+        def go_on(handshake: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
+            handshake.context = verifying
+
+        self.context.sni_callback = go_on
 
     def _grpc_pair(self) -> grpc.ServerCertificateConfiguration:
-        return grpc.ssl_server_certificate_configuration([(self._pair.key, self._pair.chain)])
+        pair = self._pair
+        return grpc.ssl_server_certificate_configuration([(pair.key, pair.chain)], pair.authority or None)
 
 
 @contextlib.asynccontextmanager
@@ -136,6 +162,13 @@ def _load(context: ssl.SSLContext, pair: Pair) -> None:
         key.write_bytes(pair.key)
         # Without a password, it would ask for one at the terminal.
         context.load_cert_chain(chain, key, password="")
+    if pair.authority:
+        context.load_verify_locations(cadata=pair.authority.decode("ascii"))
+        # Who shows none may have a key. In TLS 1.3 a certificate is not seen on its way, and without tickets each
+        # connection shows it anew.
+        context.verify_mode = ssl.CERT_OPTIONAL
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.num_tickets = 0
 
 
 def _said(error: Exception) -> str:

@@ -16,7 +16,7 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -50,6 +50,10 @@ class LedgerPart:
     sha256: str
 
 
+# Of a day, one of its parts.
+ReadPart = Callable[[str, LedgerPart], pa.Table]
+
+
 class Books:
     """A ledger's folder. Every method blocks, and raises OSError where the store is away.
 
@@ -60,6 +64,8 @@ class Books:
     def __init__(self, folder: WritableFolder, journals: Path | None = None) -> None:
         self.folder = folder
         self.journals = journals
+        # By day, those that were there when it was looked at last: they never change.
+        self._known: dict[str, dict[str, LedgerPart]] = {}
 
     def commit(self, piece: str, entries: Iterable[Entry]) -> None:
         """Make a piece a part of the ledger, unless it is already."""
@@ -82,8 +88,14 @@ class Books:
         manifest = self._manifest(day)
         return manifest is not None and piece in manifest["pieces"]
 
-    def tables(self, since: float | None = None, until: float | None = None) -> Iterator[pa.Table]:
-        """All entries of the days of a span of time; first what this machine has not committed."""
+    def tables(
+        self, since: float | None = None, until: float | None = None, *, read: ReadPart | None = None
+    ) -> Iterator[pa.Table]:
+        """All entries of the days of a span of time, those that this machine has not committed among them.
+
+        Args:
+            read: in the place of :meth:`read`, for whoever needs less of it.
+        """
         first, last = day_of(since or 0), "9999" if until is None else day_of(until)
         # Before the records: what is committed meanwhile is there twice, and known by its name.
         pending: dict[tuple[str, str], list[Entry]] = {}
@@ -92,7 +104,7 @@ class Books:
                 pending.setdefault((entry.day, piece), []).append(entry)
         days = {day for day in self.days() if first <= day <= last}
         for day in sorted(days | {day for day, _ in pending if first <= day <= last}):
-            pieces, tables = self._day(day)
+            pieces, tables = self._day(day, read or self.read)
             yield from tables
             mine = [
                 entry for (of, piece), each in pending.items() if of == day and piece not in pieces for entry in each
@@ -127,7 +139,7 @@ class Books:
             sink = _Hashed(stream, digest)
             with pq.ParquetWriter(pa.PythonFile(sink, "w"), SCHEMA) as writer:
                 for part in records.values():
-                    table = self._read(day, part)
+                    table = self.read(day, part)
                     rows += table.num_rows
                     writer.write_table(table)
             size = sink.bytes
@@ -154,7 +166,7 @@ class Books:
 
     # -- files --------------------------------------------------------------------------------------
 
-    def _day(self, day: str) -> tuple[set[str], list[pa.Table]]:
+    def _day(self, day: str, read: ReadPart) -> tuple[set[str], list[pa.Table]]:
         """The pieces that are committed for a day, and their entries."""
         for tried in range(READ_TRIES):
             # In this order: a manifest is there long before the records of its pieces go.
@@ -165,7 +177,7 @@ class Books:
                 parts = [part for piece, part in records.items() if piece not in manifest["pieces"]]
                 parts.append(LedgerPart(**manifest["file"]))
             try:
-                tables = [self._read(day, part) for part in parts]
+                tables = [read(day, part) for part in parts]
             except FileNotFoundError:
                 # Folded and swept meanwhile; if it is not that, it is gone for good.
                 if tried == READ_TRIES - 1:
@@ -175,10 +187,14 @@ class Books:
         raise AssertionError("the last try returns or raises")
 
     def _records(self, day: str) -> dict[str, LedgerPart]:
-        found = {}
+        found, known = {}, self._known.get(day, {})
         for name in list(self.folder.names(f"{day}/_pieces")):
-            if leftover_of(name) is None and (told := self.folder.read_whole(f"{day}/_pieces/{name}")) is not None:
-                found[name.removesuffix(".json")] = LedgerPart(**json.loads(told))
+            piece = name.removesuffix(".json")
+            if piece in known:
+                found[piece] = known[piece]
+            elif leftover_of(name) is None and (told := self.folder.read_whole(f"{day}/_pieces/{name}")) is not None:
+                found[piece] = LedgerPart(**json.loads(told))
+        self._known[day] = found
         return found
 
     def _manifest(self, day: str) -> dict[str, Any] | None:
@@ -193,7 +209,12 @@ class Books:
         self.folder.write(f"{day}/{path}", data)
         return LedgerPart(path, table.num_rows, len(data), hashlib.sha256(data).hexdigest())
 
-    def _read(self, day: str, part: LedgerPart) -> pa.Table:
+    def read(self, day: str, part: LedgerPart) -> pa.Table:
+        """The entries of a part.
+
+        Raises:
+            FileNotFoundError: it is not there any more.
+        """
         with self.folder.open_file(f"{day}/{part.path}") as file:
             return pq.read_table(file, schema=SCHEMA)
 

@@ -20,6 +20,7 @@ from hycluster.ledger.account import account_book
 from hycluster.ledger.books import Books, books_of
 from hycluster.ledger.entry import Entry, entries_in
 from hycluster.ledger.journal import UsageJournal, files_in, taken
+from hycluster.ledger.tally import ProjectTally
 from hycluster.settings.base import home, private_home
 from hycluster.settings.ledger import Ledger
 from hycluster.settings.model import Model
@@ -39,9 +40,11 @@ class LedgerFigures(Protocol):
     Attributes:
         entries: lines that it has written.
         lost: lines that it could not write at all.
+        tally: what is in them, by project.
     """
 
     entries: int
+    tally: ProjectTally
 
     @property
     def lost(self) -> int: ...
@@ -64,6 +67,7 @@ class Keeper:
         self._settings = settings
         self._journal = UsageJournal(self._folder)
         self.entries = 0
+        self.tally = ProjectTally()
         self._left_since: float | None = None
         self._tidied_s = self._synced_s = time.monotonic()
         self._said_away = False
@@ -75,6 +79,7 @@ class Keeper:
 
     def write(self, entry: Entry) -> None:
         self.entries += 1
+        self.tally.count(entry)
         self._journal.append(entry.line())
 
     @property

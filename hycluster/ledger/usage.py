@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal, get_args
@@ -16,7 +16,7 @@ from hycluster.ledger.entry import SCHEMA
 # ``day`` is UTC's, ``operation`` as an entry has it, a key is told by its id.
 Dimension = Literal["tenant", "project", "key", "model", "day", "tier", "operation", "outcome"]
 DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
-_SUMMED = ("requests", "input_tokens", "cached_tokens", "output_tokens", "cost")
+SUMMED = ("requests", "input_tokens", "cached_tokens", "output_tokens", "cost")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,20 @@ def sum_usage(
     Raises:
         OSError: the ledger can't be read.
     """
-    table = pa.concat_tables([SCHEMA.empty_table(), *books.tables(since, until)])
+    return sum_tables(books.tables(since, until), by, since=since, until=until, bucket_s=bucket_s, only=only)
+
+
+def sum_tables(
+    tables: Iterable[pa.Table],
+    by: Sequence[Dimension] = (),
+    *,
+    since: float | None = None,
+    until: float | None = None,
+    bucket_s: int | None = None,
+    only: Mapping[Dimension, Collection[str]] | None = None,
+) -> list[UsageSum]:
+    """The same of entries that are here; of columns that are not asked for none has to be there."""
+    table = pa.concat_tables([SCHEMA.empty_table(), *tables], promote_options="default")
     table = _last_of_each(table)
     ended = table.column("ended_at")
     seconds = pc.cast(pc.floor(ended), pa.int64())
@@ -74,7 +87,7 @@ def sum_usage(
     for name, values in (only or {}).items():
         chosen = pc.and_(chosen, pc.is_in(table.column(name), pa.array(sorted(values), pa.string())))
     names = [*(["start_at"] if bucket_s is not None else []), *by, *(["key_name"] if "key" in by else [])]
-    summed = table.filter(chosen).group_by(names).aggregate([(column, "sum") for column in _SUMMED])
+    summed = table.filter(chosen).group_by(names).aggregate([(column, "sum") for column in SUMMED])
     rows = summed.to_pylist()
     if not names:
         rows = [row for row in rows if row["requests_sum"] is not None]
@@ -97,4 +110,4 @@ def _last_of_each(table: pa.Table) -> pa.Table:
 
 def _sum_of(row: Mapping[str, Any], names: Sequence[str]) -> UsageSum:
     group = {name: row[name] for name in names if name != "start_at"}
-    return UsageSum(group, row.get("start_at"), **{name: row[f"{name}_sum"] for name in _SUMMED})
+    return UsageSum(group, row.get("start_at"), **{name: row[f"{name}_sum"] for name in SUMMED})

@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from hycluster.limits.bucket import SLOT_S, Bucket, PlacesInUse, Slot
+from hycluster.limits.bucket import SLOT_S, Bucket, PlacesInUse, Slot, pressed_for_s
+from hycluster.limits.lease import Leases
 
 PLACES = "concurrent_requests"
 PERIODS: frozenset[str] = frozenset({"tokens_per_day", "budget_per_month"})
@@ -35,9 +36,10 @@ class LeaseAsk:
         limit: as the database has it.
         want, need, least: see :meth:`Bucket.give`.
         refused: requests have been, since it last asked.
-        refunds: with their ages in seconds, what was leased and has not been used.
-        charges: with their ages, what requests used beyond what they had reserved, and what the process has helped
-            itself to while there was no book.
+        corrections: what requests used beyond what they had reserved, and what the process has helped itself to while
+            there was no book; negative is what was leased and has not been used. See :meth:`Corrections.tell`.
+        unspent: what of its leases no request has taken yet.
+        word: the number of this one. ``answered`` is that of the last one whose answer was heard.
         holds: of places, how many it has.
         heard: the sequence of the book's last word.
         period: the day or month that it is now.
@@ -50,8 +52,10 @@ class LeaseAsk:
     need: int = 0
     least: int = 0
     refused: bool = False
-    refunds: tuple[tuple[float, int], ...] = ()
-    charges: tuple[tuple[float, int], ...] = ()
+    corrections: tuple[tuple[int, float, int], ...] = ()
+    unspent: int = 0
+    word: int = 0
+    answered: int = 0
     holds: int = 0
     heard: int = 0
     period: str = ""
@@ -112,6 +116,7 @@ class LeaseBook:
         self._id = secrets.token_hex(8)
         self._began_s = clock()
         self._buckets: dict[Name, Bucket] = {}
+        self._leases: dict[Name, Leases] = {}
         self._places: dict[Name, PlacesInUse] = {}
         self._asked_s: dict[Name, float] = {}
         self._heard_s: dict[str, float] = {}
@@ -135,6 +140,12 @@ class LeaseBook:
         told = {name: self._tell(who, name, ask, now_s, gone, recovers=recovers) for name, ask in asks.items()}
         return LeaseAnswer(self._id, now_s, len(self._heard_s), recovers, told)
 
+    def used(self) -> dict[Name, int]:
+        """What is used of the limits by the minute and of concurrent requests that somebody has asked for lately."""
+        now_s = self._clock()
+        minutes = {name: bucket.usage.used(now_s) for name, bucket in self._buckets.items() if name[1] not in PERIODS}
+        return minutes | {name: places.used for name, places in self._places.items()}
+
     def _tell(self, who: str, name: Name, ask: LeaseAsk, now_s: float, gone: set[str], *, recovers: bool) -> Told:
         self._asked_s[name] = now_s
         if name[1] == PLACES:
@@ -149,12 +160,18 @@ class LeaseBook:
         if ask.base and (new or recovers):
             # Later it may be behind what has been given back here.
             bucket.at_least(ask.base, ask.period)
-        for age_s, amount in ask.refunds:
-            bucket.take_back(amount, now_s, ask.period, age_s)
-        for age_s, amount in ask.charges:
-            bucket.charge(amount, now_s, ask.period, age_s, ask.limit)
+        leases = self._leases.setdefault(name, Leases(bucket))
+        counted = leases.heard(who, ask.word, ask.answered, now_s)
+        leases.take_back(now_s, FORGOTTEN_AFTER_S)
+        for word, age_s, amount in ask.corrections:
+            if word <= counted:
+                continue
+            if amount > 0:
+                bucket.charge(amount, now_s, ask.period, age_s, ask.limit)
+            else:
+                bucket.take_back(-amount, now_s, ask.period, age_s)
         if ask.refused:
-            bucket.press(now_s)
+            bucket.press(now_s, pressed_for_s(ask.limit))
         given = 0
         if not recovers:
             given = bucket.give(
@@ -167,6 +184,7 @@ class LeaseBook:
                 now_s=now_s,
                 period=ask.period,
             )
+        leases.gave(who, ask.word, given, need=ask.need, unspent=ask.unspent, period=ask.period, now_s=now_s)
         wait_s = 0.0
         if is_short(ask, given):
             wait_s = RECOVERS_S if recovers else bucket.wait_s(max(1, ask.least), ask.limit, now_s)
@@ -180,6 +198,7 @@ class LeaseBook:
             del self._asked_s[name]
             self._places.pop(name, None)
             self._buckets.pop(name, None)
+            self._leases.pop(name, None)
 
 
 def _slot(age: float | str, now_s: float) -> Slot:

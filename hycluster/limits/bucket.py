@@ -13,15 +13,19 @@ from dataclasses import dataclass, field
 MINUTE_S = 60.0
 SLOT_S = 0.25
 # What a process has is used up to a second later than it was given.
-WINDOW_S = 58.8
+WINDOW_S = 59.1
 # Paced, what comes late is not to hold up what comes a minute after it.
-PACED_WINDOW_S = 57.5
+PACED_WINDOW_S = 57.8
 # The even pace by the limit's: a little of what is given is on its way back all the time.
-PACE = 1.004
-# Requests were refused so lately: there are more than fit.
+PACE = 1.007
+# Requests were refused so lately: there are more than fit. Of few requests none may come for longer, by chance.
 PRESSED_S = 2.0
+PRESSED_REQUESTS = 20
+MOST_PRESSED_S = 20.0
 # What has come free for so long is not made up for later.
-BACKLOG_S = 4.0
+BACKLOG_S = 3.0
+# What a process is given beyond what requests wait for, at most, of the limit: that much is not known of one that dies.
+AHEAD = 0.01
 # How long what comes free is kept for one whose request needs more than there is.
 SAVED_S = 1.0
 # What was used beyond a limit is paid off in so many minutes; what they don't suffice for is let go.
@@ -100,15 +104,15 @@ class Bucket:
         self.sequence = 0
         self._marks: dict[Slot, int] = {}
         self._paced = not period
-        self._at_s = self._pressed_s = float("-inf")
+        self._at_s = self._pressed_until_s = float("-inf")
         self._free = 0.0
         self._saving: tuple[str, float] | None = None
         self._recovered = -1
         self._baseline: dict[Slot, int] = {}
 
-    def press(self, now_s: float) -> None:
-        """Requests were refused."""
-        self._pressed_s = now_s
+    def press(self, now_s: float, for_s: float = PRESSED_S) -> None:
+        """Requests were refused; see :func:`pressed_for_s`."""
+        self._pressed_until_s = max(self._pressed_until_s, now_s + for_s)
 
     def give(
         self, who: str, *, limit: int, want: int, need: int, least: int, processes: int, now_s: float, period: str = ""
@@ -124,12 +128,14 @@ class Bucket:
         free = int(self._free_now(limit, least, now_s, period))
         if want <= 0 or (self._saving is not None and self._saving[0] != who and now_s < self._saving[1]):
             return 0
-        given = min(want, free)
+        given = min(want, free, max(need, int(AHEAD * limit)))
         if not self._is_pressed(now_s):
             # What is held somewhere ahead of its time is not there for others who need it.
             given = max(min(need, free), min(given, free // (2 * processes)))
         if given < least:
-            self._saving = (who, now_s + SAVED_S)
+            if least > 1:
+                # Nobody needs less than one.
+                self._saving = (who, now_s + SAVED_S)
             return 0
         self._saving = None
         self._count(given, now_s, period)
@@ -157,6 +163,9 @@ class Bucket:
 
     def take_back(self, amount: int, now_s: float, period: str = "", age_s: float = 0.0) -> None:
         """What was given so long ago has not been used."""
+        if not self.usage.period and age_s > WINDOW_S:
+            # Nor does it count any more.
+            return
         self.sequence += 1
         self._free += amount
         for slot in self.usage.take_back(amount, now_s, period, age_s):
@@ -196,7 +205,7 @@ class Bucket:
         return wait_s or max(0.0, amount - self._free) * MINUTE_S / limit
 
     def _is_pressed(self, now_s: float) -> bool:
-        return self._paced and now_s - self._pressed_s < PRESSED_S
+        return self._paced and now_s < self._pressed_until_s
 
     def _free_now(self, limit: int, least: int, now_s: float, period: str) -> float:
         room = max(0, limit - self.usage.used(now_s, period))
@@ -240,6 +249,11 @@ class PlacesInUse:
     def used(self) -> int:
         """PlacesInUse that processes have."""
         return sum(self._held.values())
+
+
+def pressed_for_s(limit: int) -> float:
+    """How long it is known from a refused request that there are more than fit, if each needs one of the limit."""
+    return min(MOST_PRESSED_S, max(PRESSED_S, PRESSED_REQUESTS * MINUTE_S / limit))
 
 
 def _ends_s(slot: Slot) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from hycluster.limits.book import ASK_EVERY_S, PERIODS, PLACES, LeaseAnswer, LeaseAsk, Name, Told, is_short
-from hycluster.limits.bucket import MINUTE_S, PRESSED_S, SLOT_S, SlotUsage
+from hycluster.limits.bucket import MINUTE_S, PRESSED_S, SLOT_S, SlotUsage, pressed_for_s
+from hycluster.limits.lease import Corrections
 
 # A lease that lies unused for so long goes back.
 HELD_S = 1.0
@@ -30,9 +31,8 @@ class Holding:
         self._leased_s = self._active_s = float("-inf")
         # Since it last asked.
         self._demand = 0
-        # What to charge, by slots of this process's clock.
-        self._charges = SlotUsage(period=False)
-        self._refunds: list[tuple[float, int]] = []
+        self._corrections = Corrections()
+        self._answered = 0
         self._least = 0
         self._refused = False
         self._dry_until_s, self._wait_s = float("-inf"), 0.0
@@ -45,7 +45,7 @@ class Holding:
         # What all processes together have helped themselves to since the book's last word, if all do as this one; and
         # may while requests are refused.
         self._helped = SlotUsage(self._usage.period)
-        self._own, self._own_s, self._refused_s = 0.0, float("-inf"), float("-inf")
+        self._own, self._own_s, self._pressed_until_s = 0.0, float("-inf"), float("-inf")
 
     # -- requests -----------------------------------------------------------------------------------------
 
@@ -73,7 +73,7 @@ class Holding:
 
     def refuse(self, amount: int, now_s: float) -> float:
         """It is refused; returns the seconds after which it may come back."""
-        self._refused, self._refused_s = True, now_s
+        self._refused, self._pressed_until_s = True, now_s + pressed_for_s(self.limit)
         self._least = min(amount, self._least or amount)
         return self._wait_s
 
@@ -85,9 +85,9 @@ class Holding:
             self._balance += reserved
             self._leased_s = self._active_s = now_s
         elif used < reserved and period == self.period:
-            self._refunds.append((age_s, reserved - used))
+            self._corrections.note(used - reserved, now_s - age_s)
         elif used > reserved:
-            self._charges.note(used - reserved, now_s)
+            self._corrections.note(used - reserved, now_s)
 
     def help_itself(self, amount: int, now_s: float) -> bool:
         """Take a part for this process while there is no book: that which all others leave if they do the same."""
@@ -95,9 +95,10 @@ class Holding:
             return False
         theirs_s = now_s + self._ahead_s
         room = self.limit - self._usage.used(theirs_s, self.period) - self._helped.used(theirs_s, self.period)
-        if not self._usage.period and now_s - self._refused_s < PRESSED_S:
+        if not self._usage.period and now_s < self._pressed_until_s:
             per_s = self.limit / MINUTE_S
-            self._own = min(self._own + (now_s - self._own_s) * per_s, PRESSED_S * per_s + amount)
+            most = PRESSED_S * per_s + amount * self._processes
+            self._own = min(self._own + (now_s - self._own_s) * per_s, most)
             room = min(room, int(self._own))
         self._own_s = now_s
         if room < amount * self._processes:
@@ -106,7 +107,7 @@ class Holding:
         self._helped.note(amount * self._processes, theirs_s, self.period)
         self._balance += amount
         self._leased_s = now_s
-        self._charges.note(amount, now_s)
+        self._corrections.note(amount, now_s)
         return True
 
     @property
@@ -142,20 +143,20 @@ class Holding:
 
     def is_idle(self, now_s: float) -> bool:
         """There is nothing to tell, and nothing that a new book would have to hear."""
-        told = not (
-            self._balance or self._in_use or self._open or self._told_holds or self._charges.slots or self._refunds
-        )
+        told = not (self._balance or self._in_use or self._open or self._told_holds or self._corrections)
         return told and now_s - self._active_s > MINUTE_S + HELD_S
 
-    def ask(self, book: str, period: str, waiting: int, least: int, now_s: float) -> LeaseAsk:
+    def ask(self, word: int, book: str, period: str, waiting: int, least: int, now_s: float) -> LeaseAsk:
         """What to say to the book of that name.
 
         Args:
+            word: its number.
             waiting: what requests wait for now; the smallest of them needs ``least``.
         """
         self.expire(now_s)
         if period != self.period:
-            self.period, self._refunds, self._balance = period, [], 0
+            self.period, self._balance = period, 0
+            self._corrections.clear()
         # What comes next is asked for ahead, but for places: they would lie idle while others need them.
         ahead = self._demand if self._refused or not self._places else 0
         want = max(0, max(ahead, waiting) - self._balance)
@@ -173,29 +174,29 @@ class Holding:
             need=waiting,
             least=least or self._least,
             refused=self._refused,
-            refunds=tuple(self._refunds),
-            charges=tuple((now_s - int(slot) * SLOT_S, amount) for slot, amount in self._charges.slots.items()),
+            corrections=self._corrections.tell(word, now_s, of_a_period=self._usage.period),
+            unspent=0 if self._places else self._balance,
+            word=word,
+            answered=self._answered,
             holds=self._told_holds,
             heard=self._heard,
             period=period,
             base=self._base if period == self._base_of else 0,
             known=known,
         )
-        # A refund that is lost on its way is lost; what is charged is told until it is heard.
-        self._demand, self._least, self._refused, self._refunds = 0, 0, False, []
-        self._charges.slots.clear()
+        self._demand, self._least, self._refused = 0, 0, False
         return asked
 
-    def unheard(self, asked: LeaseAsk, at_s: float) -> None:
-        """The book did not answer this, which was asked then, or is to be told more first."""
-        for age_s, amount in asked.charges:
-            self._charges.note(amount, at_s - age_s)
+    def unheard(self, asked: LeaseAsk) -> None:
+        """The book did not answer this, or is to be told more first."""
         self._refused |= asked.refused
         self._demand = max(self._demand, asked.want)
 
     def hear(self, asked: LeaseAsk, told: Told, answer: LeaseAnswer, now_s: float) -> None:
         """The book's answer."""
         self._processes = max(1, answer.processes)
+        self._answered = asked.word
+        self._corrections.heard(asked.word)
         self._balance += told.given
         self._told = self._told or not answer.recovers
         self._places_used = told.used
@@ -228,5 +229,5 @@ class Holding:
         """Give back what has lain unused."""
         if self._balance > 0 and now_s - self._leased_s > HELD_S:
             if not self._places:
-                self._refunds.append((HELD_S, self._balance))
+                self._corrections.note(-self._balance, self._leased_s)
             self._balance = 0

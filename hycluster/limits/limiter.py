@@ -96,7 +96,7 @@ class Limiter:
         self._waiting: dict[Name, list[int]] = {}
         self._wake = asyncio.Event()
         self._answered: asyncio.Future[None] | None = None
-        self._book = ""
+        self._book, self._words = "", 0
         self._answered_s = float("-inf")
         self._away = False
         self._pending: Counter[Spent] = Counter()
@@ -271,8 +271,10 @@ class Limiter:
         self._waiting = {name: amounts for name, amounts in self._waiting.items() if amounts}
         if not self._holdings:
             return
+        self._words += 1
         asked = {
             name: holding.ask(
+                self._words,
                 self._book,
                 self._period(name[1]),
                 sum(self._waiting.get(name, ())),
@@ -292,7 +294,7 @@ class Limiter:
                 logger.warning("limits: the directory is away (%s); each process goes on with its part", error)
         if answer is None or not answer.told:
             for name, ask in asked.items():
-                holdings[name].unheard(ask, now_s)
+                holdings[name].unheard(ask)
         now_s = self._clock()
         if answer is None:
             self._away = True

@@ -21,6 +21,7 @@ def dashboard_files() -> dict[str, str]:
 
 
 def _json(spec: DashboardSpec) -> str:
+    label, metric = spec.chosen_by
     page = (
         dashboard.Dashboard(spec.title)
         .uid(f"hycluster-{spec.name}")
@@ -32,10 +33,10 @@ def _json(spec: DashboardSpec) -> str:
         .tooltip(models.DashboardCursorSync.CROSSHAIR)
         .with_variable(dashboard.DatasourceVariable("datasource").label("Prometheus").type("prometheus"))
         .with_variable(
-            dashboard.QueryVariable("model")
-            .label("Model")
+            dashboard.QueryVariable(label)
+            .label(label.capitalize())
             .datasource(SOURCE)
-            .query("label_values(hycluster_replicas_wanted, model)")
+            .query(f"label_values({metric}, {label})")
             .refresh(models.VariableRefresh.ON_TIME_RANGE_CHANGED)
             .multi(True)
             .include_all(True)

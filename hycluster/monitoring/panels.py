@@ -38,18 +38,29 @@ class PanelSpec:
 
 @dataclass(frozen=True, slots=True)
 class DashboardSpec:
-    """One page of panels."""
+    """One page of panels.
+
+    Attributes:
+        chosen_by: the label that whoever looks chooses by, and a metric that has all of its values.
+    """
 
     name: str
     title: str
     what: str
     panels: tuple[PanelSpec, ...]
+    chosen_by: tuple[str, str] = ("model", "hycluster_replicas_wanted")
 
 
 def rate(metric: str, by: str = "model", labels: str = "") -> str:
     """Events a second of a counter, added up."""
     chosen = f'{{model=~"$model"{", " + labels if labels else ""}}}'
     return f"sum by ({by}) (rate({metric}{chosen}{RATE}))"
+
+
+def of_projects(what: str, by: str = "tenant, project", labels: str = "") -> str:
+    """A second, of what projects have had."""
+    chosen = f'{{tenant=~"$tenant"{", " + labels if labels else ""}}}'
+    return f"sum by ({by}) (rate(hycluster_project_{what}_total{chosen}{RATE}))"
 
 
 def quantile_of(share: float, histogram: str, by: str = "model") -> str:
@@ -76,6 +87,7 @@ def _hit_ratio(by: str = "model") -> str:
 
 
 REPLICA = "{{model}} {{replica}}"
+OWNER = "{{tenant}}/{{project}}"
 
 SERVING = DashboardSpec(
     "serving",
@@ -96,10 +108,6 @@ SERVING = DashboardSpec(
             ),
         ),
         PanelSpec(
-            "Refused by limits", "By limits of keys, projects and tenants; lines of batches come again.", "reqps",
-            (Query(f"sum by (limit, of) (rate(hycluster_limits_refused_total{RATE}))", "{{limit}} of the {{of}}"),),
-        ),
-        PanelSpec(
             "HTTP by route and status", "All that came by HTTP, models' or not.", "reqps",
             (Query(f"sum by (handler, status) (rate(http_requests_total{RATE}))", "{{handler}} {{status}}"),),
         ),
@@ -107,18 +115,6 @@ SERVING = DashboardSpec(
             "gRPC by method and status", "All that came by gRPC.", "reqps",
             (Query(f"sum by (grpc_method, grpc_code) (rate(grpc_server_handled_total{RATE}))",
                    "{{grpc_method}} {{grpc_code}}"),),
-        ),
-        PanelSpec(
-            "Usage ledger: lines", "Written, and given up as a disk took none; 0 where there is no ledger.", "short",
-            (
-                Query(f"sum by (ingress) (rate(hycluster_ledger_entries_total{RATE})) or vector(0)", "{{ingress}}"),
-                Query(f"sum by (ingress) (rate(hycluster_ledger_lost_entries_total{RATE})) or vector(0)",
-                      "{{ingress}} lost"),
-            ),
-        ),
-        PanelSpec(
-            "Usage ledger: behind", "Age of what is not committed to its store; 0 where there is no ledger.", "s",
-            (Query("max by (ingress) (hycluster_ledger_lag_seconds) or vector(0)", "{{ingress}}"),),
         ),
         PanelSpec(
             "Time to first token", "From a request's arrival to its first token.", "s",
@@ -384,4 +380,58 @@ SCALING = DashboardSpec(
     ),
 )  # fmt: skip
 
-DASHBOARDS = (SERVING, POOL, ROUTING, COLOCATION, BATCH, EXPERTS, SCALING)
+_FAILED = of_projects("requests", labels='outcome="failed"')
+TENANTS = DashboardSpec(
+    "tenants",
+    "hycluster / Tenants",
+    "Who uses how much, of requests that callers wait for; where the usage ledger is kept. What lines of batches have"
+    " had is in that alone: `/ui/usage`, `hycluster usage`.",
+    (
+        PanelSpec(
+            "Requests", "By project and how they ended.", "reqps",
+            (Query(of_projects("requests", "tenant, project, outcome"), f"{OWNER} {{{{outcome}}}}"),),
+        ),
+        PanelSpec(
+            "Failed", "Of the requests of a project: engines were asked, and there is no whole answer.", "percentunit",
+            (Query(f"{_FAILED} / clamp_min({of_projects('requests')}, 0.001)", OWNER),),
+        ),
+        PanelSpec(
+            "Tokens out", "By project.", "tokens/s",
+            (Query(of_projects("tokens", labels='kind="output"'), OWNER),),
+        ),
+        PanelSpec(
+            "Tokens in", "By project: computed, and found in the KV cache.", "tokens/s",
+            (Query(of_projects("tokens", "tenant, project, kind", 'kind!="output"'), f"{OWNER} {{{{kind}}}}"),),
+        ),
+        PanelSpec(
+            "Tokens by tenant", "All of them; a limit by the minute or the day is of these.", "tokens/s",
+            (Query(of_projects("tokens", "tenant"), "{{tenant}}"),),
+        ),
+        PanelSpec(
+            "Cost", "In the last hour, in `auth.currency`, by the models' prices.", "short",
+            (
+                Query("sum by (tenant, project) (increase(hycluster_project_cost_total"
+                      '{tenant=~"$tenant"}[1h]))', OWNER),
+            ),
+        ),
+        PanelSpec(
+            "Refused by limits", "By limits of keys, projects and tenants; lines of batches come again.", "reqps",
+            (Query(f"sum by (limit, of) (rate(hycluster_limits_refused_total{RATE}))", "{{limit}} of the {{of}}"),),
+        ),
+        PanelSpec(
+            "Usage ledger: lines", "Written, and given up as a disk took none; 0 where there is no ledger.", "short",
+            (
+                Query(f"sum by (ingress) (rate(hycluster_ledger_entries_total{RATE})) or vector(0)", "{{ingress}}"),
+                Query(f"sum by (ingress) (rate(hycluster_ledger_lost_entries_total{RATE})) or vector(0)",
+                      "{{ingress}} lost"),
+            ),
+        ),
+        PanelSpec(
+            "Usage ledger: behind", "Age of what is not committed to its store; 0 where there is no ledger.", "s",
+            (Query("max by (ingress) (hycluster_ledger_lag_seconds) or vector(0)", "{{ingress}}"),),
+        ),
+    ),
+    chosen_by=("tenant", "hycluster_project_requests_total"),
+)  # fmt: skip
+
+DASHBOARDS = (SERVING, POOL, ROUTING, COLOCATION, BATCH, EXPERTS, SCALING, TENANTS)

@@ -98,6 +98,25 @@ LEDGER_LAG = _family(
     " machine that has ended; 0 if all are. Up to `ledger.cut_every_s` is as it should be.",
     ("ingress",),
 )  # fmt: skip
+PROJECT_REQUESTS = _family(
+    "counter", "hycluster_project_requests_total",
+    "Requests in the usage ledger by whose they are and how they ended: `finished`, `cancelled`, `failed`, `refused`."
+    " Lines of batches are in the ledger alone. 100 projects have series of their own at a process, each until it has"
+    " asked nothing for an hour and another one comes; others are `_other`. Tenant and project are empty where nobody"
+    " is asked who he is.",
+    ("tenant", "project", "outcome", "ingress"),
+)  # fmt: skip
+PROJECT_TOKENS = _family(
+    "counter", "hycluster_project_tokens_total",
+    "Tokens of the same requests: `input` were computed, `cached` are those of prompts that the KV cache had,"
+    " `output` came.",
+    ("tenant", "project", "kind", "ingress"),
+)  # fmt: skip
+PROJECT_COST = _family(
+    "counter", "hycluster_project_cost_total",
+    "What the same requests cost by the models' `price`, in `auth.currency`.",
+    ("tenant", "project", "ingress"),
+)  # fmt: skip
 HTTP_RUNNING = _family("gauge", "http_requests_inprogress", "Requests over HTTP that are being answered.", ("ingress",))
 GRPC_CALLS = _family(
     "counter", "grpc_server_handled_total",

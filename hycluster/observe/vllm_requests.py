@@ -8,8 +8,9 @@ vLLM's; ``engine`` is 0 as of one engine by itself, and ``replica`` tells them a
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from prometheus_client import REGISTRY
@@ -89,10 +90,11 @@ class ModelStats:
         logger: Any = self._of(number).logger
         steps = self._decodes.pop(number, [])
         logger.counter_generation_tokens[ENGINE].inc(sum(step.num_generation_tokens for step in steps))
-        for step in steps:
-            logger.histogram_iteration_tokens[ENGINE].observe(step.num_generation_tokens)
-            for itl_s in step.inter_token_latencies_iter:
-                logger.histogram_inter_token_latency[ENGINE].observe(itl_s)
+        _observe(logger.histogram_iteration_tokens[ENGINE], [step.num_generation_tokens for step in steps])
+        _observe(
+            logger.histogram_inter_token_latency[ENGINE],
+            [itl_s for step in steps for itl_s in step.inter_token_latencies_iter],
+        )
 
     def _of(self, number: int) -> PrivateLogger:
         if number not in self._by_replica:
@@ -147,6 +149,13 @@ class ModelStats:
             if (name := sample.removesuffix(ending)) in self._described:
                 return name
         return sample
+
+
+def _observe(histogram: Any, values: Sequence[float]) -> None:
+    """As ``observe`` would each of them, in a quarter of its time: there are two for each token that callers get."""
+    histogram._sum.inc(sum(values))
+    for number, count in Counter(bisect_left(histogram._upper_bounds, value) for value in values).items():
+        histogram._buckets[number].inc(count)
 
 
 def _only_decodes(stats: IterationStats) -> bool:

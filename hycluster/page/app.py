@@ -23,8 +23,9 @@ from hycluster.ingress.metrics import PAGE as UI
 from hycluster.ingress.metrics import PAGE_STATUS as STATUS
 from hycluster.page.plots import bars, line
 from hycluster.page.timelines import ask_slowest, ask_timeline
-from hycluster.state import words
+from hycluster.state import usage_words, words
 from hycluster.state.cluster_state import ClusterState
+from hycluster.state.usage_state import UsageState
 
 ASSETS = {"page.js": "text/javascript", "page.css": "text/css", "icon.svg": "image/svg+xml"}
 POLICY = (
@@ -44,21 +45,24 @@ LONGEST_ID = 256
 SLOWEST = 10
 
 Watch = Callable[[], Awaitable[ClusterState]]
+LookAtUsage = Callable[[], Awaitable[UsageState]]
 
 
-def with_page(watch: Watch, others: ASGIApp) -> ASGIApp:
+def with_page(watch: Watch, others: ASGIApp, usage: LookAtUsage | None = None) -> ASGIApp:
     """Puts the page and the state beside an HTTP ingress's other routes.
 
     Args:
         watch: says the cluster's state.
+        usage: says who has had how much; None where there is no ledger.
     """
-    pages = _Pages(watch, others)
+    pages = _Pages(watch, others, usage)
     # GET, and HEAD with it.
     routes = [
         Route(STATUS, pages.status),
         Route(UI, pages.pools),
         Route(f"{UI}/", pages.home),
         Route(f"{UI}/jobs", pages.jobs),
+        Route(f"{UI}/usage", pages.usage),
         Route(f"{UI}/requests", pages.requests),
         Route(f"{UI}/playground", pages.playground),
         Route(f"{UI}/static/{{name}}", pages.asset),
@@ -71,10 +75,9 @@ def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.globals |= {
-        name: getattr(words, name)
-        for name in ("span", "percent", "count", "clock", "load_of", "replicas_of", "progress_of", "left_of")
-    }
+    of_state = ("span", "percent", "count", "clock", "load_of", "replicas_of", "progress_of", "left_of")
+    environment.globals |= {name: getattr(words, name) for name in of_state}
+    environment.globals |= {name: getattr(usage_words, name) for name in ("money", "named_owner", "limit_of")}
     return environment
 
 
@@ -84,9 +87,10 @@ def _asset(name: str) -> bytes:
 
 
 class _Pages:
-    def __init__(self, watch: Watch, others: ASGIApp) -> None:
+    def __init__(self, watch: Watch, others: ASGIApp, usage: LookAtUsage | None) -> None:
         self._watch = watch
         self._others = others
+        self._usage = usage
 
     async def status(self, _: Request) -> Response:
         return JSONResponse((await self._watch()).told(), headers=HEADERS)
@@ -107,6 +111,10 @@ class _Pages:
 
     async def jobs(self, _: Request) -> Response:
         return self._page("jobs", await self._watch())
+
+    async def usage(self, _: Request) -> Response:
+        usage = None if self._usage is None else await self._usage()
+        return self._page("usage", await self._watch(), usage=usage)
 
     async def requests(self, request: Request) -> Response:
         asked = request.query_params.get("id", "").strip()[:LONGEST_ID]

@@ -26,8 +26,8 @@ class Oidc(Strict):
         algorithms: with which tokens may be signed; public keys only.
         tenant_claim: of a token's claims the one with the tenant's name.
         project_claim: that with the project's.
-        scopes_claim: that with the scopes, in a text with spaces or in a list: ``batch``, ``admin``, ``priority``, and
-            ``model:NAME`` for each model that it may use, or ``model:*`` for all.
+        scopes_claim: that with the scopes, in a text with spaces or in a list: ``batch``, ``admin``, ``priority``,
+            ``adapters``, and ``model:NAME`` for each model that it may use, or ``model:*`` for all.
         tenants: those that its tokens may be of; null is any. With several issuers, or with ``keys`` too, say it:
             whoever issues a token for a tenant is that tenant.
         admins: whether its tokens may have the scope ``admin``, which is over all tenants; null is only where they may
@@ -60,6 +60,20 @@ class Oidc(Strict):
         return self.tenants is None if self.admins is None else self.admins
 
 
+class ClientCertificates(Strict):
+    """Certificates of callers (mTLS), which let in like a key: ``hycluster keys create --certificate NAME``.
+
+    Attributes:
+        authority: absolute path of a file with the authorities (PEM) by which they must be signed; it may be replaced
+            while it is in use.
+        required: nobody comes in without one, whatever else he has; but ``/health`` does over HTTP. gRPC asks for
+            certificates only then.
+    """
+
+    authority: str = Field(pattern=r"^/.")
+    required: bool = False
+
+
 class Tls(Strict):
     """The certificate of both ingresses. The files may be replaced while they are in use: what is new is taken within
     two seconds.
@@ -68,10 +82,12 @@ class Tls(Strict):
         certificate: absolute path of a file with the certificate and those that vouch for it (PEM), at each node that
             has an ingress process.
         key: that of its private key, without a password.
+        clients: ask callers for theirs; null does not.
     """
 
     certificate: str = Field(pattern=r"^/.")
     key: str = Field(pattern=r"^/.")
+    clients: ClientCertificates | None = None
 
 
 class Auth(Strict):
@@ -83,7 +99,7 @@ class Auth(Strict):
         open: in words, that whoever reaches an ingress is let in: the network, or what stands in front, decides who
             that is. Without it and without ``enabled``, both ingresses listen on loopback only.
         oidc: identity providers whose tokens are one.
-        tls: encrypt what callers say and hear; null does not. It asks nobody who he is.
+        tls: encrypt what callers say and hear; null does not. Without its ``clients`` it asks nobody who he is.
         database: where projects and keys are, as a URL of SQLAlchemy's, the same for all nodes; null is the variable
             HYCLUSTER_AUTH_DATABASE or, without it, an SQLite file in ``HYCLUSTER_HOME``, which is enough for one
             machine. Give one with a password by the variable: settings are shown in places.
@@ -91,6 +107,9 @@ class Auth(Strict):
         poll_s: how often an ingress process looks for changes: a new key is known, a revoked one is dead after it.
         weights: by tenant, which share of an engine it gets where several want all of it, as one number against
             another; who is not named has 1.
+        adapter_folder: absolute path, at all nodes, below which keys and tokens with the scope ``adapters`` may load
+            LoRA adapters, from their own TENANT/PROJECT; what they load is their project's alone. null: only ``admin``
+            may load any.
         grace_s: how long known keys go on while the database is away; unknown ones are answered 503 then.
         end_streams: end answers that run, at both ingresses, within two seconds after their key is revoked, expires, or
             its project is archived; without it they run to their end.
@@ -104,6 +123,7 @@ class Auth(Strict):
     database: str | None = Field(default=None, min_length=1)
     currency: str = Field(default="usd", pattern=r"^[a-z]{3}$")
     poll_s: float = Field(default=0.5, gt=0, le=1)
+    adapter_folder: str | None = Field(default=None, pattern=r"^/.")
     grace_s: float = Field(default=3600, ge=0)
     end_streams: bool = False
     weights: dict[str, Annotated[float, Field(ge=0.001, le=1000)]] = Field(default={})
@@ -114,6 +134,10 @@ class Auth(Strict):
             raise ValueError("open: true is not allowed with 'enabled: true'; it says that nobody is asked")
         if self.end_streams and not self.enabled:
             raise ValueError("end_streams: true is not allowed without 'enabled: true'; there are no keys to end")
+        if self.adapter_folder is not None and not self.enabled:
+            raise ValueError("adapter_folder: is of no use without 'enabled: true'; nobody has a project")
+        if self.tls is not None and self.tls.clients is not None and not (self.enabled and self.keys):
+            raise ValueError("tls.clients: is not allowed without 'enabled: true' and 'keys'; these know who it is")
         if self.oidc and not self.enabled:
             raise ValueError("oidc: is not asked for without 'enabled: true'")
         if self.enabled and not self.keys and not self.oidc:

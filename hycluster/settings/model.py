@@ -64,12 +64,15 @@ class Colocation(Strict):
         max_slowdown: share by which bulk rows may lengthen the time of steps with online work; 0 keeps them out.
         min_batch_share: share of the engine's time that bulk work gets even where online work never pauses. It
             lengthens online steps, also beyond ``max_slowdown``; 0 lets bulk work wait for as long as it takes.
+        keep_sessions_s: how much later than it was a KV block counts as used if a request with ``session_id`` leaves
+            it, so that it is there for the session's next turn; at most half of the KV cache. 0: like all others.
     """
 
     enabled: bool = True
     max_step_s: float = Field(default=0.25, gt=0, le=60)
     max_slowdown: float = Field(default=0.1, ge=0, le=10)
     min_batch_share: float = Field(default=0.0, ge=0, lt=1)
+    keep_sessions_s: float = Field(default=60.0, ge=0, le=3600)
 
 
 class Model(Strict):

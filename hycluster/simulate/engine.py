@@ -13,7 +13,7 @@ Pinned to vLLM 0.32.0: it builds a scheduler as ``EngineCore.__init__`` does, an
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +33,7 @@ from hycluster.engine.fairness import payer_headers
 from hycluster.engine.routed_weights import RoutedWeights
 from hycluster.engine.scheduler import ColocationScheduler
 from hycluster.engine.step_time import StepTime
-from hycluster.engine.waiting import take_payer
+from hycluster.engine.waiting import is_bulk, take_payer
 from hycluster.simulate.step_work import VirtualWork
 
 # What comes out; no token of a prompt that a trace's hash makes.
@@ -110,6 +110,7 @@ class VirtualEngine:
     Attributes:
         now_s: the virtual clock; set it to move on while the engine is idle.
         steps, busy_s: how many steps have been computed, and for how long.
+        online_s, added_s: how long steps with online rows would have taken with these alone, and what bulk rows added.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class VirtualEngine:
         if blocks is not None:
             config.kv_events_config = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
         cache.num_gpu_blocks = kv_blocks
-        self.now_s = self.busy_s = 0.0
+        self.now_s = self.busy_s = self.online_s = self.added_s = 0.0
         self.steps = self._idle_steps = 0
         self._step_time = step_time
         self._flights: deque[_Flight] = deque()
@@ -159,14 +160,17 @@ class VirtualEngine:
         priority: int,
         arrival_s: float | None = None,
         payer: tuple[str, float] | None = None,
+        session_id: str | None = None,
     ) -> None:
         """Queue a request.
 
         Args:
             arrival_s: when it came, if that was within the step that is over now.
             payer: the tenant whose it is, and its weight.
+            session_id: the conversation whose turn it is.
         """
         request = self.made(request_id, prompt, max_tokens, priority, arrival_s)
+        request.session_id = session_id
         if payer is not None:
             request.trace_headers = payer_headers(*payer)
         take_payer(request)
@@ -232,17 +236,21 @@ class VirtualEngine:
         requests, rows = self.scheduler.requests, output.num_scheduled_tokens
         duration_s, prefill_tokens = 0.0, 0
         if rows:
-            work = self._work(output)
+            work = self._work(rows)
             duration_s, prefill_tokens = self._step_time(work), work.prefill_tokens
             self.steps += 1
             self.busy_s += duration_s
+            if online := {one: tokens for one, tokens in rows.items() if not is_bulk(requests[one])}:
+                alone_s = self._step_time(self._work(online)) if len(online) < len(rows) else duration_s
+                self.online_s += alone_s
+                self.added_s += duration_s - alone_s
         # As it is now: the next step may be scheduled before this one is over.
         sampled = [[] if requests[one].is_prefill_chunk else [TOKEN] for one in rows]
         self._flights.append(_Flight(output, sampled, begin_s, begin_s + duration_s, prefill_tokens))
 
-    def _work(self, output: SchedulerOutput) -> VirtualWork:
-        """After ``schedule``, which has counted this step's tokens as computed already."""
-        requests, rows = self.scheduler.requests, output.num_scheduled_tokens
+    def _work(self, rows: Mapping[str, int]) -> VirtualWork:
+        """Of these rows, with so many tokens each, after ``schedule``, which has counted them as computed already."""
+        requests = self.scheduler.requests
         kv = pairs = 0
         for one, tokens in rows.items():
             computed = requests[one].num_computed_tokens
@@ -250,7 +258,7 @@ class VirtualEngine:
             if tokens > 1:
                 pairs += tokens * (computed - tokens) + tokens * (tokens + 1) // 2
         return VirtualWork(
-            prefill_tokens=output.total_num_scheduled_tokens - len(rows),
+            prefill_tokens=sum(rows.values()) - len(rows),
             sequences=len(rows),
             kv_tokens=kv,
             prefill_pairs=pairs,

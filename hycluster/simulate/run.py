@@ -65,6 +65,7 @@ class Simulation:
         outcome = pool.run(requests, job.rows(self.machine) if job is not None else None)
         found = trace_figures(outcome, self.machine, self.replicas)
         if job is not None:
+            online_s = sum(engine.online_s for engine in pool.engines)
             loads = [load for engine in pool.engines if (load := colocation_load(engine.scheduler)) is not None]
             found["bulk"] = {
                 "rows": outcome.bulk.rows if job.count is None else outcome.bulk.all_rows,
@@ -72,6 +73,7 @@ class Simulation:
                 "tokens_per_s": outcome.bulk.output_tokens / outcome.window_s if outcome.window_s else None,
                 "over_s": None if job.count is None else outcome.bulk.over_s,
                 "given_up": sum(load.given_up for load in loads),
+                "slowdown": sum(engine.added_s for engine in pool.engines) / online_s if online_s else None,
             }
         return outcome, found
 

@@ -28,7 +28,14 @@ if TYPE_CHECKING:
 
 keys_app = typer.Typer(name="keys", help="Make, list, revoke and replace API keys.", no_args_is_help=True)
 
-SCOPES = "batch: files, batches, batch priority. admin: all beside the models. priority: the service tier."
+SCOPES = (
+    "batch: files, batches, batch priority. admin: all beside the models. priority: the service tier."
+    " adapters: load and unload adapters of the project."
+)
+CERTIFICATE = (
+    "No key: let in whoever shows a client certificate with this name, as 'URI:spiffe://...', 'DNS:...' or"
+    " 'subject:CN=...'; see auth.tls.clients."
+)
 KeyId = Annotated[str, typer.Argument(metavar="ID", help="As 'hycluster keys list' says: key_...")]
 
 
@@ -45,16 +52,25 @@ def create_key(
         typer.Option(metavar="SCOPE", help=SCOPES),
     ] = None,
     expires: Annotated[str | None, typer.Option(metavar="SPAN", help="From now on, such as 12h or 90d.")] = None,
+    certificate: Annotated[str | None, typer.Option(metavar="NAME", help=CERTIFICATE)] = None,
     config: Config = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a key and print it. It is shown this once; only its SHA-256 is kept. A project that is not there is made."""
+    """Make a key and print it, or let in a certificate. A key is shown this once; only its SHA-256 is kept. A project
+    that is not there is made."""
+    from hycluster.auth.certificate import check_certificate_name
+
     ends_at = None if expires is None else int(time.time()) + typed_span_s("--expires", expires)
     store = store_of(config)
     store.check_key(name, scope or ())
-    made, secret = store.create_key(
-        project_or_new(store, tenant, project), name, models=model, scopes=scope or (), expires_at=ends_at
-    )
+    if certificate is not None:
+        check_certificate_name(certificate)
+    owner = project_or_new(store, tenant, project)
+    if certificate is not None:
+        let_in = store.let_in(owner, name, certificate, models=model, scopes=scope or (), expires_at=ends_at)
+        echo(json.dumps(asdict(let_in), indent=2) if as_json else f"{let_in.id} {certificate}")
+        return
+    made, secret = store.create_key(owner, name, models=model, scopes=scope or (), expires_at=ends_at)
     _show_secret(made, secret, as_json)
 
 
@@ -69,7 +85,8 @@ def list_keys(
     found = [
         key for key in store_of(config).all_keys() if project in (None, key.project) and tenant in (None, key.tenant)
     ]
-    print_records(found, as_json, ("id", "tenant", "project", "name", "models", "scopes", "expires_at", "revoked_at"))
+    columns = ("id", "tenant", "project", "name", "models", "scopes", "certificate", "expires_at", "revoked_at")
+    print_records(found, as_json, columns)
 
 
 @keys_app.command("revoke")

@@ -10,7 +10,7 @@ from pathlib import Path
 from hycluster.auth.database import bring_up_to_date, open_database
 from hycluster.auth.guard import Guard
 from hycluster.auth.keyring import Keyring
-from hycluster.auth.store import KeyStore
+from hycluster.auth.store import ApiKey, KeyStore
 from hycluster.settings.auth import Auth
 
 
@@ -32,6 +32,17 @@ class Keyed:
         _, secret = self.store.create_key(project, "test", models=models, scopes=scopes, expires_at=ends_at)
         self._keyring.look()
         return secret
+
+    def let_in(self, name: str, certificate: str, *, other: bool = False) -> ApiKey:
+        """A client certificate's name that is known already."""
+        made = self.store.let_in(self._other if other else self._project, name, certificate)
+        self._keyring.look()
+        return made
+
+    def revoke(self, key_id: str) -> None:
+        """Known already, too."""
+        self.store.revoke_key(key_id)
+        self._keyring.look()
 
     def archive(self) -> None:
         """The first project; known already, too."""

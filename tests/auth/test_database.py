@@ -32,7 +32,8 @@ def test_what_is_in_an_older_one_stays(settings: Auth) -> None:
     made, secret = store.create_key(store.create_project("acme", "search"), "laptop", scopes=["admin"])
     with engine.begin() as connection:
         # As the first version made it.
-        for table, column in (("projects", "title"), ("keys", "title"), ("keys", "account_id")):
+        added = ("projects", "title"), ("keys", "title"), ("keys", "account_id"), ("keys", "certificate")
+        for table, column in added:
             connection.execute(text(f"ALTER TABLE {table} DROP COLUMN {column}"))
         for table in ("service_accounts", "limits", "spent"):
             connection.execute(text(f"DROP TABLE {table}"))

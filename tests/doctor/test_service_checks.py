@@ -3,11 +3,16 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hycluster.doctor.service_checks import ports, ray_cluster, store
+from hycluster.auth.database import bring_up_to_date, open_database
+from hycluster.doctor.finding import Finding
+from hycluster.doctor.service_checks import database, ledger, ports, ray_cluster, store
+from hycluster.settings.auth import Auth
 from hycluster.settings.ingress import Batches, Grpc, Http
+from hycluster.settings.ledger import Ledger
 from hycluster.settings.model import Model
 from hycluster.settings.settings import Settings
 
@@ -62,3 +67,37 @@ def test_the_store(own_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert store(Batches()).verdict == "warn"
     assert store(Batches(store=str(tmp_path / "shared"))).verdict == "ok"
+
+
+def test_the_ledger(own_home: Path, tmp_path: Path) -> None:
+    def look(**settings: Any) -> Finding:
+        return ledger(Settings(models=(Model(name="m", source="/m"),), **settings))
+
+    assert look().what == "the usage ledger is off"
+    assert look(auth=Auth(enabled=True)).what == "is in batches.store"
+    assert look(ledger=Ledger(enabled=True), batches=None).verdict == "ok"
+    assert list((own_home / "ledger").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    found = look(ledger=Ledger(enabled=True, store=str(tmp_path / "file")))
+    assert (found.name, found.verdict) == ("ledger.store", "bad")
+
+
+def test_the_database_of_keys(own_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert database(Auth()).what == "no API keys are asked for"
+    found = database(Auth(enabled=True))
+    assert (found.verdict, "by the next start" in found.what) == ("ok", True)
+    # It has looked and made nothing.
+    assert not list(own_home.iterdir())
+    bring_up_to_date(open_database(Auth(enabled=True)))
+    assert database(Auth(enabled=True)).what.endswith("keys.db answers")
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        nobody = f"postgresql+psycopg://u:secret@127.0.0.1:{sock.getsockname()[1]}/keys"
+        found = database(Auth(enabled=True, database=nobody))
+    assert (found.verdict, "can't be used now" in found.what) == ("bad", True)
+    assert "secret" not in f"{found}"
+    assert database(Auth(enabled=True, database="nonsense")).verdict == "bad"
+    (tmp_path / "text.db").write_text("no database at all")
+    assert "not a database" in database(Auth(enabled=True, database=f"sqlite:///{tmp_path}/text.db")).what
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert database(Auth(enabled=True)).verdict == "warn"

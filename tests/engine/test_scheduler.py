@@ -184,6 +184,19 @@ def test_slots_of_bulk_rows_go_to_online_requests(case: Case) -> None:
     assert case.load.given_up == SLOTS
 
 
+def test_rows_are_asked_about_again_when_bulk_comes(case: Case) -> None:
+    scheduler = case.engine.scheduler
+    case.add("before", 60, 5, Priority.ONLINE)
+    case.finish("before")
+    assert "_reserve_prefill_lookahead" in vars(scheduler), "vLLM's own, while nobody makes room"
+    fill_with_bulk(case)
+    case.until(case.engine.now_s + 8)
+    assert "_reserve_prefill_lookahead" not in vars(scheduler)
+    case.add("online", 60, 20, Priority.ONLINE)
+    case.finish("online")
+    assert max(case.itl("online")) <= 1.1 * step_time(StepWork(0, 1))
+
+
 @pytest.mark.parametrize("case", [{"max_step_s": 1.0}], indirect=True)
 def test_a_slot_stays_free_for_who_is_not_ready_yet(case: Case) -> None:
     """As while its grammar is compiled; it must not be handed to bulk, taken back, and handed out again."""

@@ -28,7 +28,13 @@ GPU = Simulated(
     step_base_s=0.016, prefill_token_s=6e-5, decode_token_s=6e-5, kv_token_s=2e-9, max_num_seqs=32,
     max_num_batched_tokens=1024, kv_blocks=8192, max_model_len=16384,
 )  # fmt: skip
+# About a small one on a CPU, where a row and a token of KV cache cost much beside a step.
+CPU = GPU.model_copy(
+    update={"step_base_s": 1.3e-3, "prefill_token_s": 1.6e-5, "decode_token_s": 5e-5, "kv_token_s": 5e-8}
+)
 SECONDS, RATE, MODEST = 60.0, 1.0, 9
+# As much of it as of the other in as many steps.
+CPU_SECONDS, CPU_RATE, CPU_SETTLED_S = 10.0, 3.2, 2.0
 # An engine that has just started does not know its steps, nor who is greedy.
 SETTLED_S = 5.0
 GREEDY = "greedy"
@@ -50,11 +56,11 @@ LONG_OUTPUTS = Endless(200, (20, 50), (800, 1000))
 ALL_KINDS = Endless(100, (100, 9000), (50, 500))
 
 
-def engine(**changed: int) -> VirtualEngine:
+def engine(kind: Simulated = GPU, **changed: int) -> VirtualEngine:
     from hycluster.simulate.engine import VirtualEngine
     from hycluster.simulate.machine import simulated_machine
 
-    machine = simulated_machine(Model(name="m", source="nowhere"), GPU.model_copy(update=changed), "test")
+    machine = simulated_machine(Model(name="m", source="nowhere"), kind.model_copy(update=changed), "test")
     return VirtualEngine(machine.config(Colocation()), machine.kv_blocks, machine.step_time, machine.experts)
 
 
@@ -103,7 +109,12 @@ class Run:
         return ended
 
     def serve(
-        self, coming: Sequence[tuple[float, str, int, int]], endless: Mapping[str, Endless], *, payer: bool = True
+        self,
+        coming: Sequence[tuple[float, str, int, int]],
+        endless: Mapping[str, Endless],
+        *,
+        payer: bool = True,
+        seconds: float = SECONDS,
     ) -> None:
         chance = random.Random(7)
 
@@ -115,7 +126,7 @@ class Run:
                 more(tenant)
         waiting = iter(coming)
         after = next(waiting, None)
-        while self.engine.now_s < SECONDS:
+        while self.engine.now_s < seconds:
             while after is not None and after[0] <= self.engine.now_s:
                 at_s, tenant, prompt, output = after
                 self.add(tenant, prompt, output, at_s, payer=payer)
@@ -129,23 +140,23 @@ class Run:
             else:
                 return
 
-    def ttft_s(self) -> list[float]:
+    def ttft_s(self, settled_s: float = SETTLED_S) -> list[float]:
         """Of the modest ones, in order; those that have no token yet have waited until now."""
-        names = [name for name, at_s in self.come.items() if self.owner[name] != GREEDY and at_s >= SETTLED_S]
+        names = [name for name, at_s in self.come.items() if self.owner[name] != GREEDY and at_s >= settled_s]
         return sorted(self.first.get(name, self.engine.now_s) - self.come[name] for name in names)
 
-    def p99_s(self) -> float:
-        found = self.ttft_s()
+    def p99_s(self, settled_s: float = SETTLED_S) -> float:
+        found = self.ttft_s(settled_s)
         return found[int(0.99 * len(found))]
 
 
-def modest() -> list[tuple[float, str, int, int]]:
+def modest(rate: float = RATE, seconds: float = SECONDS) -> list[tuple[float, str, int, int]]:
     chance, coming = random.Random(1), []
     for number in range(MODEST):
-        times = itertools.accumulate(chance.expovariate(RATE) for _ in itertools.count())
+        times = itertools.accumulate(chance.expovariate(rate) for _ in itertools.count())
         coming += [
             (at_s, f"modest {number}", chance.randint(100, 600), chance.randint(20, 120))
-            for at_s in itertools.takewhile(lambda at_s: at_s < SECONDS, times)
+            for at_s in itertools.takewhile(lambda at_s: at_s < seconds, times)
         ]
     return sorted(coming)
 
@@ -167,6 +178,20 @@ def test_nobody_waits_for_one_that_is_greedy(alone: float, greedy: Endless) -> N
     assert run.p99_s() <= 1.10 * alone
     # Who asks for more than his share gets what the others leave.
     assert run.served[GREEDY] > max(served for tenant, served in run.served.items() if tenant != GREEDY)
+
+
+@pytest.mark.parametrize(
+    "greedy", [MANY, LONG_PROMPTS, LONG_OUTPUTS, ALL_KINDS], ids=["many", "long prompts", "long outputs", "all kinds"]
+)
+def test_nor_where_each_row_costs_much(greedy: Endless) -> None:
+    """All slots that the others leave would make their steps twice as long."""
+    coming = modest(CPU_RATE, CPU_SECONDS)
+    alone, beside = Run(engine(CPU)), Run(engine(CPU))
+    alone.serve(coming, {}, seconds=CPU_SECONDS)
+    beside.serve(coming, {GREEDY: greedy}, seconds=CPU_SECONDS)
+    assert beside.p99_s(CPU_SETTLED_S) <= 1.10 * alone.p99_s(CPU_SETTLED_S)
+    # It gets more than anybody else all the same.
+    assert beside.served[GREEDY] > 2 * max(beside.served[tenant] for tenant in beside.served if tenant != GREEDY)
 
 
 def test_without_tenants_they_wait_for_it(alone: float) -> None:

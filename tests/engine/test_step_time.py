@@ -76,6 +76,16 @@ def test_it_finds_the_tokens_that_are_free() -> None:
         assert step_time.predict(work) == pytest.approx(roofline_s(work), rel=0.12)
 
 
+def test_steps_that_any_number_of_free_tokens_would_explain_do_not_make_it_forget_them() -> None:
+    step_time, random_ = StepTime(), random.Random(3)
+    for mixed in (True, False):
+        for _ in range(1000):
+            tokens = random_.choice([0, 0, 100, 400, 1900] if mixed else [0, 0, 2047])
+            work = StepWork(tokens, random_.randint(1, 60) if mixed else 1, 0)
+            step_time.learn(work, random_.lognormvariate(0, 0.05) * roofline_s(work))
+        assert step_time.free_tokens in (192, 256, 384)
+
+
 def test_it_finds_the_few_that_are_free_where_arithmetic_is_scarce() -> None:
     """As on an H20: 5.4 ms for the weights, 37 tokens' worth."""
     step_time, random_ = StepTime(), random.Random(6)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hycluster.gateway.block_hashes import CHUNK_TOKENS, BlockHasher
+from hycluster.gateway.block_hashes import BEGIN_TOKENS, CHUNK_TOKENS, BlockHasher
 
 SEED = bytes(32)
 
@@ -58,6 +58,31 @@ def test_what_is_remembered_is_bounded() -> None:
     assert counted.calls == calls
     hasher.names(tokens(CHUNK_TOKENS, 0))
     assert counted.calls > calls
+
+
+@pytest.mark.parametrize("there", [0, 1024, 3000, 20_000])
+def test_behind_what_is_nowhere_nothing_is_hashed(there: int) -> None:
+    counted, prompt, asked = Counted(), tokens(32_000), list[int]()
+    whole = BlockHasher(Counted(), SEED, 16).names(prompt)
+    somewhere = set(whole[: there // 16].tolist())
+
+    def is_there(name: int) -> bool:
+        asked.append(name)
+        return name in somewhere
+
+    hasher = BlockHasher(counted, SEED, 16)
+    names = hasher.names(prompt, there=is_there)
+    np.testing.assert_array_equal(names, whole[: len(names)])
+    # All that is there, the begin, and at most as much again.
+    assert max(there, BEGIN_TOKENS) // 16 <= len(names) <= max(2 * there + CHUNK_TOKENS, BEGIN_TOKENS) // 16
+    assert counted.calls == len(names)
+    assert len(asked) <= 7
+    np.testing.assert_array_equal(hasher.names(prompt), whole)
+    assert counted.calls == len(whole), "what was hashed is not hashed again"
+    # What is remembered costs no question.
+    asked.clear()
+    np.testing.assert_array_equal(hasher.names(prompt, there=is_there), whole)
+    assert not asked
 
 
 def test_extra_keys_make_other_names() -> None:

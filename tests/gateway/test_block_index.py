@@ -45,6 +45,21 @@ def test_how_much_of_a_prompt_each_has(held: list[int]) -> None:
     assert index.blocks == sum(held)
 
 
+@pytest.mark.parametrize("replicas", [3, 40, 300])
+def test_where_they_end_alike_and_where_each_ends_elsewhere(replicas: int) -> None:
+    """More ends than are looked for one by one; more replicas than blocks."""
+    chance, names = random.Random(replicas), random_names(500, 3)
+    index, held = index_of(), dict[str, int]()
+    for number in range(replicas):
+        held[str(number)] = chance.choice([0, 32, 32, 32, chance.randrange(501)])
+        index.take(str(number), changes(names[: held[str(number)]]))
+    assert cached(index, names) == held
+    assert index.cached_by_row(names)[[index.row(each) for each in held]].tolist() == list(held.values())
+    deepest = max(held.values())
+    assert index.held_somewhere(int(names[deepest - 1]))
+    assert deepest == 500 or not index.held_somewhere(int(names[deepest]))
+
+
 @given(
     blocks=st.sampled_from([1, 40, 1000]),
     steps=st.lists(

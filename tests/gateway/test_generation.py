@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
+from hycluster.adapters import AdapterEntry
 from hycluster.core import Generation, GenerationRequest, ModelCard, Priority, Sampling
 from hycluster.errors import (
     DeadlineExceeded,
@@ -465,10 +466,8 @@ async def test_adapters_where_a_model_takes_none(opened: Open) -> None:
 
 
 async def test_an_adapters_name_stands_for_its_model(opened: Open) -> None:
-    from vllm.lora.request import LoRARequest
-
     async with opened() as (generator, _):
-        generator.gateways["tiny"].lora_requests["a"] = LoRARequest("a", 1, "/a")
+        generator.gateways["tiny"].adapters.take_over({"a": AdapterEntry(1, "x", "/a")})
         assert [generator.model_of(name) for name in ("tiny", "a", "b")] == ["tiny", "tiny", None]
         assert [card.name for card in await generator.models()] == ["tiny", "a"]
         assert await generator.tokenize("a", prompt="hi") == await generator.tokenize("tiny", prompt="hi")

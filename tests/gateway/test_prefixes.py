@@ -60,6 +60,7 @@ class Followed:
         prefix = self.sent[name] = self.prefixes.of(request(request_id=name, prompt_token_ids=prompt))
         assert prefix is not None
         self.prefixes.send(prefix, replica)
+        self.prefixes.finish(prefix, request(request_id=name, prompt_token_ids=prompt))
         self.replicas[replica][0].engine.add(name, prompt, tokens, int(priority))
         return name
 
@@ -150,6 +151,32 @@ def test_what_is_evicted_meanwhile_is_missing(tiny_model: Path) -> None:
     assert (followed.audit.missing_tokens, followed.audit.unforeseen_tokens) == (12 * 16, 0)
 
 
+def test_of_what_nobody_has_only_the_begin_is_named_before_it_is_sent(tiny_model: Path) -> None:
+    """What is predicted is the same, and what comes behind it counts on all of it."""
+    followed = Followed(tiny_model)
+    chance = random.Random(3)
+    prompt = [chance.randrange(250) for _ in range(6400)]
+    asked = request(prompt_token_ids=prompt)
+    new = followed.prefixes.of(asked)
+    assert new is not None
+    assert len(new.names) < 0.3 * new.blocks == 0.3 * 400
+    followed.prefixes.send(new, "r0")
+    followed.prefixes.finish(new, asked)
+    assert len(new.names) == 400 == len(followed.prefixes._awaited["r0"])
+    behind = followed.prefixes.of(request(prompt_token_ids=[*prompt, *prompt[:999]]))
+    assert behind is not None
+    assert behind.expected.tolist() == [400]
+    followed.prefixes.let_go(new)
+    assert not followed.prefixes._awaited["r0"]
+    # One that is not there any more when its blocks get their names is not counted on.
+    other = followed.prefixes.of(request(prompt_token_ids=prompt[::-1]))
+    assert other is not None
+    followed.prefixes.send(other, "r0")
+    followed.prefixes.let_go(other)
+    followed.prefixes.finish(other, request(prompt_token_ids=prompt[::-1]))
+    assert not followed.prefixes._awaited["r0"]
+
+
 def test_one_that_is_left_is_no_longer_counted_on(tiny_model: Path) -> None:
     followed = Followed(tiny_model)
     prompt = [3] * 320
@@ -171,7 +198,10 @@ def test_nothing_is_predicted_of_a_replica_that_has_said_nothing(tiny_model: Pat
     followed = Followed(tiny_model)
     prefix = followed.prefixes.of(request())
     assert prefix is not None
-    assert followed.prefixes.cached_tokens(prefix, ("r0", "new")) == {"r0": 0, "new": None}
+    assert followed.prefixes.seen(prefix, ["new"]) is None
+    seen = followed.prefixes.seen(prefix, ["r0", "new"])
+    assert seen is not None
+    assert [column.tolist() for column in seen] == [[0.0, 0.0], [math.inf, math.inf]]
     followed.prefixes.send(prefix, "new")
     followed.prefixes.begun(prefix, None)
     assert followed.audit.predictions == 0
@@ -191,7 +221,9 @@ def test_who_has_each_token_computed_is_predicted_none(tiny_model: Path) -> None
     for each, tokens in ((request(prompt_token_ids=prompt), 96), (asked, 0)):
         prefix = followed.prefixes.of(each)
         assert prefix is not None
-        assert followed.prefixes.cached_tokens(prefix, ("r0",)) == {"r0": tokens}
+        seen = followed.prefixes.seen(prefix, ["r0"])
+        assert seen is not None
+        assert seen[0].tolist() == [tokens]
 
 
 def test_drafting_computes_the_last_block_again() -> None:
@@ -211,11 +243,15 @@ def test_what_would_go_next_is_the_older_the_slower_a_replica_drops(tiny_model: 
         if number % 3 == 0:
             followed.send("r1", [number] * 320)
         followed.finish()
-    often, rarely = (followed.prefixes.evicts_age_s(replica) for replica in ("r0", "r1"))
+    prefix = followed.prefixes.of(request())
+    assert prefix is not None
+    seen = followed.prefixes.seen(prefix, ["r0", "none", "r1"])
+    assert seen is not None
+    often, none, rarely = seen[1].tolist()
     # 99 blocks hold the last 5 of one a second, and of one in three.
     assert 3 < often < 10
     assert 9 < rarely < 30
-    assert followed.prefixes.evicts_age_s("none") == math.inf
+    assert none == math.inf
 
 
 @pytest.mark.parametrize(

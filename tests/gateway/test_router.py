@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hycluster.core import ColocationLoad, GatewayWork, ReplicaLoad
+from hycluster.core import ReplicaLoad
 from hycluster.errors import SettingsError, Unavailable
 from hycluster.gateway.router import (
     BY_BLOCKS,
@@ -20,6 +20,7 @@ from hycluster.gateway.router import (
     RouteRequest,
     SessionAffinity,
     make_policy,
+    most_spare,
 )
 from hycluster.settings.load import Router
 
@@ -38,7 +39,6 @@ candidate_lists = st.lists(
         own_tokens=st.integers(0, 10_000),
         own_requests=st.integers(0, 100),
         load=st.none() | loads,
-        cached_tokens=st.none() | st.integers(0, 100),
     ),
     min_size=1,
     max_size=10,
@@ -235,118 +235,23 @@ class TestBulk:
         assert self.policy().choose(self.candidates(*spare), request) == home
 
 
-class TestByBlocks:
-    """The columns that a gateway makes; the policies themselves are in ``test_prefix_router.py``."""
+@pytest.mark.parametrize("name", BY_BLOCKS)
+def test_while_nobody_says_what_it_holds_they_go_by_load_and_session(name: str) -> None:
+    by_blocks, by_load = (
+        make_policy(each, "me", 0, session_slack_tokens=100) for each in (name, "least_outstanding_tokens")
+    )
+    pool = [Candidate(replica_id=str(number), own_tokens=10 * number) for number in range(4)]
+    for session in map(str, range(20)):
+        request = RouteRequest(tokens=1, session_id=session)
+        assert by_blocks.choose(pool, request) == by_load.choose(pool, request)
+    busy = [Candidate(replica_id="a", own_tokens=1000), Candidate(replica_id="b")]
+    assert by_blocks.choose(busy, RouteRequest(tokens=1100, session_id="s")) == "b"
 
-    REQUEST = RouteRequest(tokens=1100, prompt_tokens=1000, output_tokens=100, prefix=3, session_id="s")
 
-    @staticmethod
-    def policy(name: str = "predicted_ttft", gateway: str = "me", seed: int = 0) -> Policy:
-        return make_policy(name, gateway, seed, session_slack_tokens=100, step_tokens=1000)
-
-    @staticmethod
-    def work(prefill_tokens: int = 0, requests: int = 0) -> GatewayWork:
-        return GatewayWork(prefill_tokens=prefill_tokens, requests=requests)
-
-    @pytest.mark.parametrize("name", sorted(set(BY_BLOCKS) - {"prefix_hash"}))
-    def test_they_go_where_the_prefix_is(self, name: str) -> None:
-        pool = [Candidate(replica_id=str(number), cached_tokens=900 * (number == 2)) for number in range(4)]
-        assert {self.policy(name, seed=seed).choose(pool, self.REQUEST) for seed in range(5)} == {"2"}
-
-    @pytest.mark.parametrize("name", BY_BLOCKS)
-    def test_while_nobody_says_what_it_holds_they_go_by_load_and_session(self, name: str) -> None:
-        pool = [Candidate(replica_id=str(number), own_tokens=10 * number) for number in range(4)]
-        by_load = make_policy("least_outstanding_tokens", "me", 0, session_slack_tokens=100)
-        for session in map(str, range(20)):
-            request = RouteRequest(tokens=1, session_id=session)
-            assert self.policy(name).choose(pool, request) == by_load.choose(pool, request)
-        busy = [Candidate(replica_id="a", own_tokens=1000), Candidate(replica_id="b")]
-        assert self.policy(name).choose(busy, self.REQUEST) == "b"
-
-    def test_who_has_said_nothing_is_taken_for_empty(self) -> None:
-        pool = [Candidate(replica_id="new"), Candidate(replica_id="old", cached_tokens=500)]
-        assert self.policy().choose(pool, self.REQUEST) == "old"
-
-    @pytest.mark.parametrize("name", ["predicted_ttft", "lmetric", "dynamo"])
-    def test_what_others_have_there_counts_and_ones_own_once(self, name: str) -> None:
-        def pool(gateway: str) -> list[Candidate]:
-            said = ReplicaLoad(work={gateway: GatewayWork(prefill_tokens=9000, requests=9, kv_tokens=9000)})
-            return [
-                Candidate(replica_id="said", cached_tokens=10, load=said),
-                Candidate(replica_id="idle", cached_tokens=0),
-            ]
-
-        assert self.policy(name).choose(pool("you"), self.REQUEST) == "idle"
-        assert self.policy(name).choose(pool("me"), self.REQUEST) == "said"
-
-    def test_a_burst_at_two_gateways_does_not_run_to_one_replica(self) -> None:
-        """One has all of the prompt; what each gateway has sent it knows at once, what the other has by reports."""
-        policies = {gateway: self.policy(gateway=gateway, seed=seed) for seed, gateway in enumerate(("me", "you"))}
-        sent = {gateway: {replica: self.work() for replica in "abc"} for gateway in policies}
-        reported = {replica: ReplicaLoad() for replica in "abc"}
-        for number in range(60):
-            if number % 10 == 9:
-                reported = {
-                    replica: ReplicaLoad(work={gateway: sent[gateway][replica] for gateway in sent})
-                    for replica in "abc"
-                }
-            gateway = ("me", "you")[number % 2]
-            pool = [
-                Candidate(
-                    replica_id=replica,
-                    own_work=sent[gateway][replica],
-                    load=reported[replica],
-                    cached_tokens=900 if replica == "a" else 0,
-                )
-                for replica in "abc"
-            ]
-            chosen = policies[gateway].choose(pool, self.REQUEST)
-            was, new = sent[gateway][chosen], 100 if chosen == "a" else 1000
-            sent[gateway][chosen] = self.work(was.prefill_tokens + new, was.requests + 1)
-        queues = {replica: sum(of[replica].prefill_tokens for of in sent.values()) for replica in "abc"}
-        counts = {replica: sum(of[replica].requests for of in sent.values()) for replica in "abc"}
-        assert counts["a"] > 30 > counts["b"] > 0 < counts["c"]
-        # What it costs to compute it elsewhere, four times over, and what came between two reports.
-        assert max(queues.values()) <= 4 * 900 + 10 * 1000
-
-    def test_how_long_steps_take_is_what_a_replica_has_learned(self) -> None:
-        """Where rows that decode make steps long, the prefix is left for a replica without them."""
-        rows = GatewayWork(requests=50, decoding=50)
-        slow = ReplicaLoad(colocation=ColocationLoad(step_time_s=(0.01, 1e-6, 1.0, 0.0)))
-
-        def choose(load: ReplicaLoad | None) -> str:
-            pool = [
-                Candidate(replica_id="rows", own_work=rows, cached_tokens=100, load=load),
-                Candidate(replica_id="idle", cached_tokens=0),
-            ]
-            return self.policy().choose(pool, self.REQUEST)
-
-        assert (choose(None), choose(slow)) == ("rows", "idle")
-        # It has learned nothing yet.
-        assert choose(ReplicaLoad(colocation=ColocationLoad())) == "rows"
-
-    def test_what_would_go_for_it_counts(self) -> None:
-        pool = [
-            Candidate(replica_id=replica, cached_tokens=0, evicts_age_s=age_s)
-            for replica, age_s in (("a", 1), ("b", 99))
-        ]
-        assert {self.policy(seed=seed).choose(pool, self.REQUEST) for seed in range(5)} == {"b"}
-
-    def test_bulk_rows_go_by_it_where_there_is_room(self) -> None:
-        pool = [
-            Candidate(replica_id=str(number), cached_tokens=cached, spare_rows=spare)
-            for number, (cached, spare) in enumerate([(900, 0), (500, 2), (0, 9)])
-        ]
-        request = RouteRequest(tokens=1100, prompt_tokens=1000, output_tokens=100, bulk=True)
-        assert self.policy().choose(pool, request) == "1"
-        assert self.policy().choose(pool[:1], request) == "0"
-
-    def test_what_bulk_rows_have_to_prefill_is_before_other_bulk_rows_only(self) -> None:
-        bulk = GatewayWork(bulk_prefill_tokens=90_000, requests=9)
-        pool = [
-            Candidate(replica_id="bulk", cached_tokens=500, own_work=bulk),
-            Candidate(replica_id="idle", cached_tokens=0),
-        ]
-        request = RouteRequest(tokens=1100, prompt_tokens=1000, output_tokens=100, bulk=True)
-        assert self.policy().choose(pool, self.REQUEST) == "bulk"
-        assert self.policy().choose(pool, request) == "idle"
+@pytest.mark.parametrize(
+    ("spare", "places"),
+    [([0, 2, 9], [1, 2]), ([0, 0], [0, 1]), ([0, None, 9], [0, 1, 2]), ([], [])],
+    ids=["some have room", "none has", "one says nothing", "there is none"],
+)
+def test_who_has_room_for_one_row_of_bulk(spare: list[int | None], places: list[int]) -> None:
+    assert list(most_spare(spare, enough=1)) == places

@@ -197,6 +197,7 @@ async def test_anthropics_header_opens_its_route_alone(keys: Keyed, http: httpx.
         ("/metrics/", (401, 403, 403, 200)),
         ("/ui", (401, 403, 403, 200)),
         ("/ui/jobs", (401, 403, 403, 200)),
+        ("/ui/usage", (401, 403, 403, 200)),
         ("/hycluster/status", (401, 403, 403, 200)),
         ("/hycluster/requests/r", (401, 403, 403, 200)),
         ("/sleep", (401, 403, 403, 200)),

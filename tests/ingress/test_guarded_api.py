@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), pytest.mark.usefixture
 ENGINE = Simulated(vocab_size=256, max_model_len=512, realtime=False)
 OPEN = {"/health", "/ping"}
 # Beside vLLM's own.
-ADMIN = ("/metrics", "/ui", "/ui/jobs", "/ui/static/page.js", "/hycluster/status", "/hycluster/requests",
+ADMIN = ("/metrics", "/ui", "/ui/jobs", "/ui/usage", "/ui/static/page.js", "/hycluster/status", "/hycluster/requests",
          "/v1/organization/projects")  # fmt: skip
 BATCH = ("/v1/files", "/v1/batches")
 

@@ -69,6 +69,8 @@ def featured_cluster(folder: Path, tiny_model: Path) -> Iterator[Featured]:
         "ingress": {"replicas": 2},
         "data_plane": {"host": "127.0.0.1"},
         "batches": {"store": str(folder / "batches")},
+        # Of nobody, who is a tenant too.
+        "ledger": {"enabled": True},
         # What a killed ingress process had in the background is soon taken over.
         "responses": {"lease_s": 3, "poll_s": 0.3},
         "drain_timeout_s": 5,

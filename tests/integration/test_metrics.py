@@ -89,6 +89,14 @@ def test_sums_over_labels_are_what_was_asked(featured: Featured) -> None:
     assert total(grown, "http_request_duration_seconds_count", **completions) == BY_HTTP + 1
     assert total(grown, "http_requests_total", handler="none", status="404") == 1
     assert total(grown, "grpc_server_handled_total", model=TINY, grpc_method="Generate", grpc_code="OK") == BY_GRPC
+    # Nobody is asked here who he is.
+    nobody = {"tenant": "", "project": ""}
+    assert total(grown, "hycluster_project_requests_total", **nobody, outcome="finished") == asked
+    assert total(grown, "hycluster_project_requests_total", **nobody, outcome="refused") == 1
+    assert total(grown, "hycluster_project_tokens_total", **nobody, kind="output") == asked * TOKENS
+    assert total(grown, "hycluster_project_tokens_total", kind="input") + total(
+        grown, "hycluster_project_tokens_total", kind="cached"
+    ) == total(grown, "vllm:prompt_tokens_total", model=TINY)
     # Both processes and both replicas have had some, and each scrape reads all of them.
     assert len(values_of(grown, "http_requests_total", "ingress")) == 2
     assert len(values_of(grown, "vllm:request_success_total", "replica")) == 2
@@ -174,7 +182,9 @@ def empty_panels(running: Prometheus) -> list[tuple[str, str, str]]:
         model = "stood-in" if board.name in STOOD_IN else TINY
         for panel in board.panels:
             for query in panel.queries:
-                promql = query.promql.replace("$__rate_interval", "1m").replace("$model", model)
+                promql = query.promql
+                for name, value in {"$__rate_interval": "1m", "$model": model, "$tenant": ".*"}.items():
+                    promql = promql.replace(name, value)
                 # No replica has been lost here: the stall of migrated requests has no quantile, but its series.
                 counted = re.sub(r"histogram_quantile\([\d.]+, (.*)\)$", r"\1", promql)
                 if not running.query(promql) and not (board.name == "pool" and running.query(counted)):

@@ -22,6 +22,7 @@ from hycluster.batch_api.lateness import Lateness
 from hycluster.core import GenerationRequest, Priority, Sampling
 from hycluster.directory.autoscaling import Scaling
 from hycluster.errors import Overloaded, Unavailable
+from hycluster.ledger.tally import ProjectTally
 from hycluster.monitoring.alerts import BURN_RATES, alerts
 from hycluster.observe.ingresses import certificate_taken
 from hycluster.observe.ledger import ledger_metrics
@@ -246,6 +247,7 @@ class FullDisk:
     entries = 0
 
     def __init__(self) -> None:
+        self.tally = ProjectTally()
         self._since_s = time.monotonic()
 
     @property

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from prometheus_client import CollectorRegistry, Histogram
 
 from hycluster.observe.catalogue import INGRESS
 from hycluster.settings.load import Admission, Router
@@ -237,3 +238,20 @@ def test_which_metrics_are_the_schedulers(tiny_model: Path) -> None:
     assert {"block_size", "num_gpu_blocks"} <= sizes.keys()
     # It travels twice a second with each report.
     assert len(said) < 60
+
+
+def test_values_are_observed_together_as_they_would_be_one_by_one() -> None:
+    from hycluster.observe.vllm_requests import _observe
+
+    bounds, values = [0.1, 0.5, 1.0], [0.0, 0.1, 0.1000001, 0.5, 0.7, 1.0, 9.0, 0.1]
+    apart, together = (Histogram("h", "h", buckets=bounds, registry=CollectorRegistry()) for _ in range(2))
+    for value in values:
+        apart.observe(value)
+    _observe(together, values)
+    _observe(together, [])
+
+    def told(histogram: Histogram) -> list[tuple[str, dict[str, str], float]]:
+        samples = next(iter(histogram.collect())).samples
+        return [(one.name, one.labels, one.value) for one in samples if not one.name.endswith("_created")]
+
+    assert told(together) == told(apart)

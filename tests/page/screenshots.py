@@ -25,6 +25,8 @@ def draw(folder: Path) -> None:
         resize(driver, "desktop")
         driver.get(f"{url}/ui")
         screenshot(driver, folder / "ui-pools.png")
+        driver.get(f"{url}/ui/usage")
+        screenshot(driver, folder / "ui-usage.png")
         resize(driver, "phone", dark=True)
         driver.get(f"{url}/ui")
         screenshot(driver, folder / "ui-phone.png", most=1250)

@@ -16,7 +16,8 @@ from starlette.routing import Route
 from hycluster.directory.faults import ReplicaFault
 from hycluster.page.app import with_page
 from hycluster.state.cluster_state import ClusterState
-from tests.state.made import NOW, made_state
+from hycluster.state.usage_state import UsageState
+from tests.state.made import NOW, made_state, made_usage
 
 EVIL = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>{{7*7}}&amp;"
 
@@ -33,6 +34,7 @@ class StandInIngress:
 
     def __init__(self) -> None:
         self.state = made_state()
+        self.usage: UsageState | None = made_usage()
         self.timelines: dict[str, Any] = {}
         self.slowest: list[Any] | None = None
         self.asked: list[tuple[str, str | None]] = []
@@ -43,6 +45,10 @@ class StandInIngress:
 
     async def watch(self) -> ClusterState:
         return self.state
+
+    async def look_at_usage(self) -> UsageState:
+        assert self.usage is not None
+        return self.usage
 
     async def timeline(self, request: Request) -> JSONResponse:
         self._note(request)
@@ -86,7 +92,7 @@ class StandInIngress:
                 Route("/{path:path}", self.other, methods=["GET", "POST"]),
             ]
         )
-        return with_page(self.watch, others)
+        return with_page(self.watch, others, self.look_at_usage)
 
 
 def evil_state(state: ClusterState) -> ClusterState:
@@ -107,6 +113,19 @@ def evil_state(state: ClusterState) -> ClusterState:
         batches=tuple(replace(each, id=EVIL, status=EVIL, why=EVIL, model=EVIL) for each in state.batches or ()),
         faults=(ReplicaFault(NOW, EVIL, EVIL, EVIL),),
         traffic_by_model={EVIL: state.traffic, "b": state.traffic},
+    )
+
+
+def evil_usage(usage: UsageState) -> UsageState:
+    return replace(
+        usage,
+        currency="<i>",
+        problems=(EVIL,),
+        spans=tuple(
+            replace(part, owners=tuple(replace(each, tenant=EVIL, project=EVIL) for each in part.owners))
+            for part in usage.spans
+        ),
+        limits=tuple(replace(each, whose=EVIL, of=EVIL, model=EVIL) for each in usage.limits),
     )
 
 

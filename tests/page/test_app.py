@@ -11,11 +11,13 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from hycluster.page.app import with_page
 from hycluster.settings.ingress import Http
-from tests.page.stand_in import EVIL, EVIL_TIMELINE, StandInIngress, evil_state
-from tests.state.made import BIG, NOW
+from hycluster.state.usage_state import HOUR_S, UsageState, span_usage
+from tests.page.stand_in import EVIL, EVIL_TIMELINE, StandInIngress, evil_state, evil_usage
+from tests.state.made import BIG, NOW, made_usage
 
-PAGES = ("/ui", "/ui/jobs", "/ui/requests", "/ui/playground")
+PAGES = ("/ui", "/ui/jobs", "/ui/usage", "/ui/requests", "/ui/playground")
 
 
 class Document(HTMLParser):
@@ -124,6 +126,30 @@ async def test_the_state_as_json_is_what_the_page_shows(cluster: StandInIngress,
         assert part in text, part
 
 
+async def test_usage(cluster: StandInIngress, page: httpx.AsyncClient) -> None:
+    text = Document((await page.get("/ui/usage")).text).text
+    for part in (
+        "acme/search", "3,412", "3.1 M", "44 %", "614,160", "12.31 USD", "0.0021 USD", "13.15 USD", "All", "256.90 USD",
+        "97,400 of 100,000 tokens a minute", "461.00 USD of 500.00 USD a month", "notebook key_5b2e",
+        f"tenant, model {BIG}", "4 of 60 requests a minute",
+    ):  # fmt: skip
+        assert part in text, part
+    # The nearest first.
+    assert text.index("97,400 of") < text.index("461.00 USD of") < text.index("27 of 32") < text.index("4 of 60")
+    cluster.usage = UsageState(0, "usd")
+    assert "is being read" in Document((await page.get("/ui/usage")).text).text
+    cluster.usage = UsageState(NOW, "usd", (span_usage(HOUR_S, ()),), problems=("the database is away",))
+    text = Document((await page.get("/ui/usage")).text).text
+    for part in ("the database is away", "No request has ended in the last hour", "Nobody has a limit"):
+        assert part in text, part
+
+
+async def test_there_is_no_ledger(cluster: StandInIngress) -> None:
+    app = with_page(cluster.watch, cluster.app)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
+        assert "There is no usage ledger" in (await client.get("/ui/usage")).text
+
+
 async def test_all_else_goes_past_it(cluster: StandInIngress, page: httpx.AsyncClient) -> None:
     for method, path in (
         ("POST", "/v1/completions"),
@@ -140,6 +166,7 @@ async def test_all_else_goes_past_it(cluster: StandInIngress, page: httpx.AsyncC
 async def test_what_others_say_is_text(cluster: StandInIngress, page: httpx.AsyncClient, path: str) -> None:
     tags = sorted({tag for tag, _ in Document((await page.get(path)).text).elements})
     cluster.state = evil_state(cluster.state)
+    cluster.usage = evil_usage(made_usage())
     cluster.timelines["evil"] = EVIL_TIMELINE
     cluster.slowest = [{"id": EVIL, "model": EVIL, "status": EVIL, "slowest_stage": EVIL, "duration_s": EVIL}, EVIL]
     text = (await page.get(path)).text
@@ -151,7 +178,7 @@ async def test_what_others_say_is_text(cluster: StandInIngress, page: httpx.Asyn
     assert set(document.elements[0][1]) == {"lang"}
     # All that is there besides is what shows a timeline and a list of requests.
     known = {"a", "caption", "code", "dd", "details", "div", "dl", "dt", "h3", "option", "p", "rect", "section", "span"}
-    known |= {"summary", "svg", "table", "tbody", "td", "th", "thead", "tr"}
+    known |= {"li", "ul", "summary", "svg", "table", "tbody", "td", "th", "thead", "tr"}
     assert {tag for tag, _ in document.elements} - set(tags) <= known
     if path == "/ui/requests?id=evil":
         assert EVIL in document.text

@@ -13,8 +13,8 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 from tests.page.browsing import CHROMIUM, DRIVER, SIZES, browsing, complaints, listening, resize, until
-from tests.page.stand_in import EVIL, EVIL_TIMELINE, StandInIngress, evil_state
-from tests.state.made import BIG, SMALL, made_state
+from tests.page.stand_in import EVIL, EVIL_TIMELINE, StandInIngress, evil_state, evil_usage
+from tests.state.made import BIG, SMALL, made_state, made_usage
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Debian's packages chromium and chromium-driver"),
 ]
 
-PAGES = ("/ui", "/ui/jobs", "/ui/requests?id=evil", "/ui/playground")
+PAGES = ("/ui", "/ui/jobs", "/ui/usage", "/ui/requests?id=evil", "/ui/playground")
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +76,11 @@ def test_it_fits_every_screen(
     resize(driver, size, dark=dark)
     for page in PAGES:
         driver.get(f"{url}{page}")
-        wide, room = driver.execute_script(
-            "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
-        )
-        assert wide <= room, page
+        for within in (":root", "nav"):
+            wide, room = driver.execute_script(
+                f"const one = document.querySelector('{within}'); return [one.scrollWidth, one.clientWidth]"
+            )
+            assert wide <= room, (page, within)
         paper = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
         assert (paper == "rgb(14, 17, 22)") is dark
         # Nothing that is read lies beside the window, or is as small as a footnote.
@@ -130,12 +131,12 @@ def test_by_keyboard_alone(driver: webdriver.Chrome, cluster: StandInIngress, ur
     assert skip.text == "Skip to the content"
     assert skip.rect["x"] >= 0
     names = []
-    for _ in range(8):
+    for _ in range(9):
         names.append(press(driver, Keys.TAB).text)
         outline = driver.execute_script("return getComputedStyle(document.activeElement).outlineWidth")
         assert outline == "3px", names
     assert names == [
-        "Pools", "Jobs", "Requests", "Playground", "Pause", "this state as JSON", "metrics", "API",
+        "Pools", "Jobs", "Usage", "Requests", "Playground", "Pause", "this state as JSON", "metrics", "API",
     ]  # fmt: skip
     driver.get(f"{url}/ui")
     press(driver, Keys.TAB, Keys.ENTER)
@@ -147,10 +148,15 @@ def test_by_keyboard_alone(driver: webdriver.Chrome, cluster: StandInIngress, ur
     assert driver.current_url.endswith("/ui/requests?id=gone")
 
 
+def spoken(driver: webdriver.Chrome) -> list[tuple[str, str]]:
+    """Roles and names of all that there is for a screen reader."""
+    tree = driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    return [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in tree if not node["ignored"]]
+
+
 def test_what_a_screen_reader_is_told(driver: webdriver.Chrome, cluster: StandInIngress, url: str) -> None:
     driver.get(f"{url}/ui")
-    tree = driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
-    told = [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in tree if not node["ignored"]]
+    told = spoken(driver)
     assert ("table", f"Replicas of {BIG}") in told
     assert ("columnheader", "KV cache") in told
     assert ("meter", "KV cache in use") in told
@@ -159,6 +165,13 @@ def test_what_a_screen_reader_is_told(driver: webdriver.Chrome, cluster: StandIn
     headings = {name for role, name in told if role == "heading"}
     assert {"Pools", BIG, SMALL, "Starting", "The last hour", "Last faults"} == headings
     assert not [role for role, name in told if role in ("link", "button", "image", "textbox") and not name]
+    driver.get(f"{url}/ui/usage")
+    told = spoken(driver)
+    assert ("table", "What projects have had in the last hour, the dearest first") in told
+    assert ("table", "How near limits are, the nearest first") in told
+    assert {("columnheader", "Tokens out"), ("rowheader", "acme/search"), ("meter", "Of the limit")} <= set(told)
+    assert ("cell", "97,400 of 100,000 tokens a minute") in told
+    assert [name for role, name in told if role == "heading"] == ["Usage", "The last hour", "The last day", "Limits"]
 
 
 def test_it_keeps_itself_fresh_and_can_be_stopped(driver: webdriver.Chrome, cluster: StandInIngress, url: str) -> None:
@@ -206,7 +219,7 @@ def test_the_policy_holds(driver: webdriver.Chrome, cluster: StandInIngress, url
 def test_what_others_say_is_not_obeyed(driver: webdriver.Chrome, cluster: StandInIngress, url: str, page: str) -> None:
     cluster.timelines["evil"] = EVIL_TIMELINE
     cluster.slowest = [{"id": EVIL, "model": EVIL, "status": EVIL, "slowest_stage": EVIL}]
-    cluster.state = evil_state(made_state())
+    cluster.state, cluster.usage = evil_state(made_state()), evil_usage(made_usage())
     driver.get(f"{url}{page}")
     nothing_ran(driver)
     # Nor when it comes by the script.

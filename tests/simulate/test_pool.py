@@ -138,5 +138,6 @@ def test_online_callers_hardly_feel_a_job_and_it_gets_what_is_left() -> None:
     for kind in ("ttft_s", "tpot_s"):
         assert beside[kind]["p99"] <= 1.1 * alone[kind]["p99"]
     assert beside["bulk"]["tokens_per_s"] >= 0.9 * compared["left_over_tokens_per_s"]
+    assert 0 < beside["bulk"]["slowdown"] <= 1.05 * Colocation().max_slowdown
     _, without = vllm.serve(requests, job)
     assert without["ttft_s"]["p99"] > 1.5 * alone["ttft_s"]["p99"], "vLLM's own does as well: read its release notes"

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
 
+from hycluster.auth.limits import BILLION, Limit
 from hycluster.core import BulkDemand, ColocationLoad, ReplicaAddress, ReplicaLoad
 from hycluster.directory.directory import IngressReport, Overview, PoolView, ReplicaReport, Survey
 from hycluster.directory.faults import ReplicaFault
 from hycluster.directory.starts import StageTime, StartingReplica
+from hycluster.ledger.usage import UsageSum
 from hycluster.pool_health import PoolHealth, StartTrouble
 from hycluster.settings.model import Model
 from hycluster.settings.pool import Replicas
 from hycluster.state.cluster_state import BatchState, ClusterState, cluster_state
+from hycluster.state.usage_state import DAY_S, HOUR_S, UsageState, limits_usage, span_usage
 from hycluster.traffic import Minute, ModelTraffic, class_of
 
 # 2026-11-29 12:00 UTC.
@@ -109,3 +113,38 @@ def made_pools() -> dict[str, PoolHealth]:
 
 def made_state() -> ClusterState:
     return cluster_state(made_survey(), made_pools(), version="0.1.0", batches=made_batches(), now=NOW)
+
+
+def usage_sum(tenant: str, project: str, requests: int, cost: str) -> UsageSum:
+    group = {"tenant": tenant, "project": project}
+    return UsageSum(group, None, requests, 900 * requests, 400 * requests, 180 * requests, Decimal(cost))
+
+
+LIMITS = (
+    Limit("acme", "search", tokens_per_minute=100_000, budget_per_month=500 * BILLION),
+    Limit("acme", model=BIG, concurrent_requests=32),
+    Limit("labs", tokens_per_day=20_000_000),
+    Limit("labs", "notebooks", "key_5b2e", requests_per_minute=60),
+)
+
+
+def made_usage() -> UsageState:
+    hour = [
+        usage_sum("acme", "search", 3412, "12.31"), usage_sum("acme", "assistant", 208, "0.84"),
+        usage_sum("labs", "notebooks", 61, "0.0021"),
+    ]  # fmt: skip
+    day = [
+        usage_sum("acme", "search", 71_204, "256.90"), usage_sum("acme", "assistant", 9_871, "35.62"),
+        usage_sum("labs", "notebooks", 2_310, "0.074"), usage_sum("labs", "evals", 15_400, "0"),
+    ]  # fmt: skip
+    used = {
+        ("project:acme/search", "tokens_per_minute"): 97_400,
+        (f"tenant:acme|{BIG}", "concurrent_requests"): 27,
+        ("key:key_5b2e", "requests_per_minute"): 4,
+    }
+    spent = {
+        ("project:acme/search", "budget_per_month", "2026-11"): 461 * BILLION,
+        ("tenant:labs", "tokens_per_day", "2026-11-29"): 18_300_000,
+    }
+    spans = (span_usage(HOUR_S, hour), span_usage(DAY_S, day))
+    return UsageState(NOW, "usd", spans, tuple(limits_usage(LIMITS, used, spent, lambda _: "notebook", NOW)))

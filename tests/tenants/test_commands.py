@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hycluster.auth.api_key import digest, is_whole
+from hycluster.auth.certificate import certificate_digest
 from hycluster.auth.database import VARIABLE, database_url, open_database
 from hycluster.auth.store import KeyStore
 from hycluster.cli import app
@@ -149,3 +150,22 @@ def test_a_url_with_a_password_is_written_nowhere() -> None:
 def test_what_is_wrong_is_named(run: Run, command: tuple[str, ...], says: str) -> None:
     with pytest.raises(HyclusterError, match=re.escape(says)):
         run(*command)
+
+
+def test_a_certificate_is_let_in_as_a_key_is(run: Run) -> None:
+    name = "URI:spiffe://acme/ranker"
+    search = ("keys", "create", "--project", "search", *ACME, "--certificate")
+    said = run(*search, name, "--scope", "adapters", "--expires", "90d").split()
+    (made,) = json.loads(run("keys", "list", "--json"))
+    assert said == [made["id"], name]
+    assert (made["certificate"], made["scopes"]) == (name, ["adapters"])
+    assert "ranker" in run("keys", "list")
+    assert list(KeyStore(open_database(Auth())).known_keys().callers) == [certificate_digest(name)]
+    with pytest.raises(HyclusterError, match="stands for somebody"):
+        run(*search, name)
+    with pytest.raises(HyclusterError, match="is not allowed"):
+        run(*search, "ranker")
+    run("keys", "revoke", made["id"], "--yes")
+    again = json.loads(run(*search, name, "--json"))
+    assert again["certificate"] == name
+    assert "key" not in again
