@@ -171,10 +171,10 @@ def serve(
 
     database: str | None = None
     if settings.auth.enabled and settings.auth.keys:
-        from hycluster.auth.database import bring_up_to_date, database_url, open_database
+        from hycluster.auth.database import database_url, prepare_database
 
         database = database_url(settings.auth)
-        if bring_up_to_date(open_database(settings.auth)):
+        if prepare_database(settings.auth):
             say("the database of keys is now of this version")
 
     import ray

@@ -2,12 +2,14 @@
 
 The tests that start clusters wait for much of their time, for one thing after the other. A lane of them and one of the
 light tests keep two cores busy; a lane that has run dry helps the other. On two cores two workers had 93% of both; with
-three, starts of engines took minutes and outlasted their limits.
+three that had something heavy, starts of engines took minutes and outlasted their limits. So a third worker has light
+tests only, which take less than half a core and wait for the rest, and ends when it finds no others.
 """
 
 from __future__ import annotations
 
 import contextlib
+import enum
 import fcntl
 import functools
 import os
@@ -74,30 +76,59 @@ def check_shared(items: list[pytest.Item]) -> None:
                 raise pytest.UsageError(f"{item.nodeid} uses {room!r}: its file must be among tests/lanes.py's SHARED")
 
 
+class Lane(enum.Enum):
+    """What a worker takes first."""
+
+    HEAVY = enum.auto()
+    # What needs vLLM, which a process imports once, then the other light ones; the next kind of worker the other way.
+    VLLM = enum.auto()
+    LIGHT = enum.auto()
+
+
+def lane_of(worker: int, workers: int) -> Lane:
+    """Half of the workers have the heavy lane, the smaller one."""
+    if worker < max(workers // 2, workers == 1):
+        return Lane.HEAVY
+    return Lane.VLLM if worker == workers // 2 else Lane.LIGHT
+
+
 class Lanes(LoadScopeScheduling):  # type: ignore[misc]
-    """Hands each worker its lane's next room: the last worker the light ones first, all others the heavy ones."""
+    """Hands each worker its lane's next room."""
 
     def _split_scope(self, nodeid: str) -> str:
         return room_of(nodeid)
 
     def _assign_work_unit(self, node: WorkerController) -> None:
-        light = self.numnodes > 1 and int(node.gateway.id.removeprefix("gw")) >= self.numnodes - 1
-        self.workqueue.move_to_end(min(self.workqueue, key=lambda room: _rank(room, light)), last=False)
+        if all(map(is_heavy, self.workqueue)) and self._heavy_beside(node) >= most_heavy(self.numnodes):
+            node.shutdown()
+            return
+        lane = lane_of(int(node.gateway.id.removeprefix("gw")) % self.numnodes, self.numnodes)
+        self.workqueue.move_to_end(min(self.workqueue, key=lambda room: _rank(room, lane)), last=False)
         super()._assign_work_unit(node)
+
+    def _heavy_beside(self, node: WorkerController) -> int:
+        """How many other workers have something heavy to do."""
+        others = (rooms for other, rooms in self.assigned_work.items() if other is not node)
+        return sum(any(is_heavy(room) and not all(tests.values()) for room, tests in rooms.items()) for rooms in others)
+
+
+def most_heavy(workers: int) -> int:
+    """How many of them may have something heavy at a time."""
+    return max(2, workers - 1)
 
 
 def is_heavy(room: str) -> bool:
     return room in HEAVY or room in LAST
 
 
-def _rank(room: str, light: bool) -> tuple[int, int]:
+def _rank(room: str, lane: Lane) -> tuple[int, int]:
     if room in LAST:
         return 3, 0
     if room in HEAVY:
-        return 2 if light else 0, HEAVY.index(room)
+        return 0 if lane is Lane.HEAVY else 2, HEAVY.index(room)
     if room in FORKING:
         return 1, FORKING.index(room) - len(FORKING)
-    return 1, 0 if _imports_vllm(room) else 1
+    return 1, int(_imports_vllm(room) == (lane is Lane.LIGHT))
 
 
 @functools.cache

@@ -91,6 +91,19 @@ def _server(url: URL) -> Engine:
                          connect_args=arguments)  # fmt: skip
 
 
+def prepare_database(settings: Auth) -> bool:
+    """As :func:`bring_up_to_date`; for who asks nothing else and then holds no connection.
+
+    Raises:
+        SettingsError, Unavailable
+    """
+    engine = open_database(settings)
+    try:
+        return bring_up_to_date(engine)
+    finally:
+        engine.dispose()
+
+
 def bring_up_to_date(engine: Engine) -> bool:
     """Bring the database to this version, and make it if it is not there; True if there was something to do.
 

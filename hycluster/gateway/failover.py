@@ -76,6 +76,8 @@ class Failover:
         """Its engine has found that no engine can do it."""
         if flight.suspected:
             self.wake()
+        # Who asks for several at once drops this one with another of them before its own word is told.
+        flight.replica_id = ""
         self.tasks.spawn(self._give_up(flight, error))
 
     def wait_for_first(self, flight: Flight, wait_s: float, error: HyclusterError) -> None:

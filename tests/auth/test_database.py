@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, event, text
 
+from hycluster.auth import database
 from hycluster.auth.api_key import digest
 from hycluster.auth.database import VARIABLE, bring_up_to_date, open_database
 from hycluster.auth.store import KeyStore
@@ -49,6 +50,23 @@ def test_many_processes_may_make_it(settings: Auth) -> None:
         assert sorted(threads.map(bring_up_to_date, engines)) == [False, False, False, True]
     for engine in engines:
         engine.dispose()
+
+
+def test_who_only_makes_it_holds_no_connection(settings: Auth, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``hycluster serve``, which runs for months."""
+    closed: list[object] = []
+    opened = []
+
+    def open_watched(settings: Auth) -> Engine:
+        engine = open_database(settings)
+        event.listen(engine, "connect", lambda connection, _: opened.append(connection))
+        event.listen(engine, "close", lambda connection, _: closed.append(connection))
+        return engine
+
+    monkeypatch.setattr(database, "open_database", open_watched)
+    assert [database.prepare_database(settings) for _ in range(2)] == [True, False]
+    assert len(opened) >= 2
+    assert closed == opened
 
 
 def test_a_newer_one_is_left_alone(engine: Engine) -> None:

@@ -236,6 +236,28 @@ async def test_a_request_that_the_engine_knows_to_be_wrong(opened: Open, n: int)
         assert (await generator.generate(ask())).outputs[0].token_ids == predicted(PROMPT, 8, FAST)
 
 
+async def test_of_several_sequences_some_are_refused_in_one_message(opened: Open) -> None:
+    """As an engine does that has found two wrong before its gateway heard of the first: all of them are dropped."""
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+
+    async with opened(ENDLESS) as (generator, simulated):
+        asking = asyncio.create_task(generator.generate(ask(400, sampling={"n": 3, "temperature": 1.0})))
+        await asyncio.to_thread(eventually, lambda: simulated[0].requests == 3)
+        client = generator._gateway("tiny")[0].engine_core
+        (link,) = client._members.links.values()
+        wrong = [
+            EngineCoreOutput(request_id=name, new_token_ids=[], finish_reason=FinishReason.ERROR, stop_reason="wrong")
+            for name in list(link.flights)[:2]
+        ]
+        link._book(EngineCoreOutputs(outputs=wrong))
+        with pytest.raises(InvalidInput, match="wrong"):
+            await asking
+        await until(lambda: not client.requests_in_flight)
+        # The engine that was made to say so still has the two.
+        await asyncio.to_thread(eventually, lambda: simulated[0].requests == 2)
+        assert client.outstanding == {"r0": 0}
+
+
 async def test_a_request_that_finds_no_other_replica_is_told_so(opened: Open) -> None:
     async with opened(ENDLESS, router=Router(failover_wait_s=0.1)) as (generator, simulated):
         asking = asyncio.create_task(generator.generate(ask(max_tokens=400)))

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, Phase, settings
 
 from hycluster.client import Client
 from hycluster.core import Sampling
+from tests.families import words_below
 from tests.integration.conftest import SIMULATED, TINY, Served, eventually, replicas
 
 ASKED = os.environ.get("HYCLUSTER_FUZZ_EXAMPLES")
@@ -67,9 +68,13 @@ def footprint(served: Served) -> Footprint:
     )
     raylet = ingress.parent()
     assert raylet is not None
-    serving = [p for p in raylet.children() if "ServeReplica:hycluster" in "".join(p.cmdline())]
+    serving = {
+        process: "".join(words)
+        for process, words in words_below(raylet.pid).items()
+        if "ServeReplica:hycluster" in "".join(words)
+    }
     assert ingress in serving
-    names = {p.pid: f"{''.join(p.cmdline())} ({p.pid})" for p in serving}
+    names = {process.pid: f"{title} ({process.pid})" for process, title in serving.items()}
     return Footprint(
         frozenset(names),
         {names[p.pid]: p.memory_info().rss / 2**20 for p in serving},

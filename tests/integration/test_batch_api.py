@@ -14,6 +14,7 @@ import psutil
 import pytest
 from openai.types import Batch
 
+from tests.families import titled_below
 from tests.integration.conftest import MAX_TOKENS, MODEL, PROMPTS, SIMULATED, Served, eventually, replicas
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -58,10 +59,7 @@ def lines(client: openai.OpenAI, file_id: str | None) -> list[dict[str, Any]]:
 
 def executor(served: Served) -> psutil.Process:
     """The process of the batch executor."""
-    below = psutil.Process(served.process.pid).children(recursive=True)
-    return cast(
-        psutil.Process, next((p for p in below if "ServeReplica:hycluster:batches" in " ".join(p.cmdline())), None)
-    )
+    return cast(psutil.Process, next(iter(titled_below(served.process.pid, "ServeReplica:hycluster:batches")), None))
 
 
 def test_lines_are_answered_as_they_would_be_online(served: Served, client: openai.OpenAI) -> None:

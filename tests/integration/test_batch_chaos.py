@@ -26,6 +26,7 @@ import ray
 
 from hycluster.batch.progress.status import Watcher
 from tests.batch.conftest import write_texts
+from tests.families import words_below
 from tests.integration.conftest import TINY, Served, eventually, replicas
 from tests.located import at
 
@@ -114,14 +115,7 @@ class Runs:
 
 
 def processes(served: Served, is_it: Callable[[str], bool]) -> list[psutil.Process]:
-    found = []
-    for process in psutil.Process(served.process.pid).children(recursive=True):
-        try:
-            if is_it(" ".join(process.cmdline())):
-                found.append(process)
-        except psutil.NoSuchProcess:
-            continue
-    return found
+    return [process for process, words in words_below(served.process.pid).items() if is_it(" ".join(words))]
 
 
 def kill_worker(served: Served) -> None:

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 
-import psutil
 import pytest
 import ray
 
+from tests.families import words_below
 from tests.integration.conftest import SIMULATED, Served, eventually, replicas
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -31,7 +31,7 @@ def test_rays_table_has_what_targets_are_found_by(served: Served) -> None:
         eventually(lambda: len(targets.find(Where.REPLICA)) == 2, 60, "both replicas are there")
         (ingress,) = targets.find(Where.INGRESS)
         (executor,) = targets.find(Where.BATCH)
-        below = {process.pid for process in psutil.Process(served.process.pid).children(recursive=True)}
+        below = {process.pid for process in words_below(served.process.pid)}
         for target in (*targets.find(Where.REPLICA), ingress, executor):
             assert target.pid in below
             assert targets.lives(target)

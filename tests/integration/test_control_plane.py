@@ -30,6 +30,7 @@ from bench.gateway import free_port
 from hycluster.chaos.sse import event_lines
 from hycluster.client import AsyncClient
 from hycluster.core import Sampling
+from tests.families import words_below
 from tests.integration.conftest import SIMULATED, TINY, Served, launch, stop
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -160,13 +161,9 @@ async def under_load(served: Served) -> AsyncIterator[Load]:
 
 
 def processes(served: Served, name: str) -> set[int]:
-    found = set()
-    for process in psutil.Process(served.process.pid).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended since
-            # The raylet's later arguments name the agents.
-            if name in " ".join(process.cmdline()[:3]):
-                found.add(process.pid)
-    return found
+    # The raylet's later arguments name the agents.
+    below = words_below(served.process.pid).items()
+    return {process.pid for process, words in below if name in " ".join(words[:3])}
 
 
 def serving(served: Served) -> dict[str, set[int]]:
@@ -181,8 +178,8 @@ async def until(condition: Callable[[], bool], timeout_s: float) -> None:
 
 def log_files(served: Served) -> list[Path]:
     """Serve's, of the ingress and replicas."""
-    (raylet,) = [p for p in psutil.Process(served.process.pid).children(recursive=True) if p.name() == "raylet"]
-    (socket,) = [arg.partition("=")[2] for arg in raylet.cmdline() if arg.startswith("--raylet_socket_name=")]
+    (raylet,) = [words for words in words_below(served.process.pid).values() if words[0].endswith("/raylet")]
+    (socket,) = [arg.partition("=")[2] for arg in raylet if arg.startswith("--raylet_socket_name=")]
     return list(Path(socket).parents[1].glob("logs/serve/replica_*.log"))
 
 
@@ -284,8 +281,9 @@ def test_without_its_gcs_it_ends_well(service: Served) -> None:
     """The last test: the service has ended then."""
 
     async def run() -> None:
-        family = psutil.Process(service.process.pid).children(recursive=True)
-        (gcs,) = [process for process in family if process.name() == "gcs_server"]
+        below = words_below(service.process.pid)
+        family = list(below)
+        (gcs,) = [process for process, words in below.items() if words[0].endswith("/gcs_server")]
         begun = service.log.stat().st_size
         load = Load(service)
         async with httpx.AsyncClient(base_url=service.http, timeout=60) as http, AsyncClient(service.grpc) as grpc:

@@ -32,6 +32,7 @@ from hycluster.settings.model import Colocation, Model
 from hycluster.settings.parallel import Parallel
 from hycluster.settings.pool import Hardware
 from hycluster.settings.settings import Settings
+from tests.families import title_of, words_below
 from tests.integration.conftest import eventually, gather_bounded
 from tests.models.hunyuan_reference import Reference
 
@@ -74,7 +75,7 @@ class Deployed:
     def processes(self, name: str) -> list[psutil.Process]:
         """All of the replica's processes, those below its actors too."""
         actors = [psutil.Process(pid) for pid in self.pids(name)]
-        return actors + [child for actor in actors for child in actor.children(recursive=True)]
+        return actors + [child for actor in actors for child in words_below(actor.pid)]
 
     def wait_until_complete(self, name: str, without: frozenset[str] = frozenset()) -> None:
         """Until as many ranks as there should be take requests, none of them among ``without``."""
@@ -108,7 +109,8 @@ def shared_memory(processes: list[psutil.Process]) -> set[Path]:
 def engine_processes(processes: list[psutil.Process]) -> list[psutil.Process]:
     """Without the watchdog and what Python starts for itself; first the actor's, then those of vLLM's workers."""
     beside = ("resource_tracker", "watchdog")
-    found = [process for process in processes if not any(word in " ".join(process.cmdline()) for word in beside)]
+    titles = {process: title_of(process) for process in processes}
+    found = [process for process, title in titles.items() if title and not any(word in title for word in beside)]
     assert len(found) == 3
     return found
 

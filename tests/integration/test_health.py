@@ -13,6 +13,7 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tests.families import titled_below
 from tests.integration.conftest import SIMULATED, Served, eventually, replicas
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -22,8 +23,7 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 
 def processes(served: Served, name: str) -> list[psutil.Process]:
     """Processes of a deployment."""
-    below = psutil.Process(served.process.pid).children(recursive=True)
-    return [p for p in below if f":{name}" in " ".join(p.cmdline())]
+    return titled_below(served.process.pid, f":{name}")
 
 
 def http_health(served: Served, **asked: str) -> tuple[int, dict[str, Any]]:

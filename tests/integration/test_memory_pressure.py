@@ -7,7 +7,6 @@ the start. Under load, with a bulk job. Ray's own monitor would take the directo
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import subprocess
@@ -17,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
 from hycluster.client import AsyncClient
 from hycluster.memory import GIB, THRESHOLD_VARIABLE, usage
+from tests.families import words_below
 from tests.integration.conftest import SIMULATED, Served, launch, stop
 from tests.integration.test_rolling import ENGINE, PROMPTS, Answer, Load, until
 from tests.ray_forks import RAY_FORKS
@@ -110,12 +109,11 @@ def pressed(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def workers(served: Served, *titles: str) -> dict[str, set[int]]:
     """By part of its title, pids of the processes of Ray's that have it."""
     found: dict[str, set[int]] = {title: set() for title in titles}
-    for process in psutil.Process(served.process.pid).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            name = " ".join(process.cmdline())
-            for title in titles:
-                if name.startswith("ray::") and title in name:
-                    found[title].add(process.pid)
+    for process, words in words_below(served.process.pid).items():
+        name = " ".join(words)
+        for title in titles:
+            if name.startswith("ray::") and title in name:
+                found[title].add(process.pid)
     return found
 
 

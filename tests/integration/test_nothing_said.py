@@ -22,6 +22,7 @@ import pytest
 
 from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.ingress.proto import inference_pb2_grpc
+from tests.families import words_below
 from tests.integration.conftest import SIMULATED, Served, eventually, launch, stop
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -210,7 +211,7 @@ def by_batch(kept: Kept) -> None:
 def logs(kept: Kept) -> list[Path]:
     """Of all processes; and of this home, but for what is kept there to be kept."""
     folders: set[Path] = set()
-    for process in psutil.Process(kept.served.process.pid).children(recursive=True):
+    for process in words_below(kept.served.process.pid):
         with contextlib.suppress(psutil.Error):
             for file in process.open_files():
                 above, found, _ = file.path.partition("/logs/")

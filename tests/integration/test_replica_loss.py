@@ -21,6 +21,7 @@ from hycluster.client import AsyncClient
 from hycluster.core import Sampling
 from hycluster.directory.directory import find_directory
 from hycluster.gateway.asking import timeline_of
+from tests.families import titled_below
 from tests.integration.conftest import MODEL, PROMPTS, SIMULATED, Served, eventually, replicas
 from tests.otlp_collector import Collector, nested
 
@@ -32,8 +33,7 @@ KINDS: list[dict[str, Any]] = [{"temperature": 0}, {"temperature": 1, "seed": 7}
 
 def replica_processes(served: Served, model: str) -> list[psutil.Process]:
     """Processes that hold a replica of a model."""
-    below = psutil.Process(served.process.pid).children(recursive=True)
-    return [p for p in below if p.name() != "" and f"replica-{model}" in " ".join(p.cmdline())]
+    return titled_below(served.process.pid, f"replica-{model}")
 
 
 def pids(model: str) -> dict[str, int]:

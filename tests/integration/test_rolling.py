@@ -11,7 +11,6 @@ an answer is sent once more. The gRPC callers retry nothing; one keeps its conne
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
@@ -35,6 +34,7 @@ from hycluster.core import Sampling
 from hycluster.errors import Unavailable
 from hycluster.settings.load import Router
 from hycluster.settings.simulated import Simulated
+from tests.families import titled_below, words_below
 from tests.integration.conftest import SIMULATED, Served, launch, stop
 from tests.simulated_pool import predicted
 
@@ -166,12 +166,7 @@ async def upgraded(rolling: Rolling, *arguments: str, code: int = 0) -> str:
 
 
 def processes(served: Served, deployment: str) -> set[int]:
-    found = set()
-    for process in psutil.Process(served.process.pid).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended since
-            if f":{deployment}" in " ".join(process.cmdline()):
-                found.add(process.pid)
-    return found
+    return {process.pid for process in titled_below(served.process.pid, f":{deployment}")}
 
 
 async def until(condition: Callable[[], bool], timeout_s: float) -> None:
@@ -242,7 +237,7 @@ async def test_everything_is_replaced_under_load(rolling: Rolling) -> None:
 
 async def test_sigterm_drains(rolling: Rolling) -> None:
     served = rolling.served
-    below = psutil.Process(served.process.pid).children(recursive=True)
+    below = list(words_below(served.process.pid))
     load, ended = Load(served), []
     async with httpx.AsyncClient(timeout=60) as http, AsyncClient(served.grpc) as caller:
         short = [

@@ -24,6 +24,7 @@ from serve_overlay import ingress_node
 from bench.gateway import free_port
 from hycluster.client import AsyncClient
 from hycluster.watchdog import kill_family
+from tests.families import titled_below
 from tests.integration.conftest import SIMULATED, Served, eventually, launch, stop
 from tests.integration.test_rolling import ENGINE, SHORT, Answer, Load, until
 
@@ -34,13 +35,7 @@ PROMPTS = ["one", "two", "three"]
 
 
 def ingresses_of(node: subprocess.Popen[str]) -> list[psutil.Process]:
-    found = []
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for process in psutil.Process(node.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if "ServeReplica:hycluster:ingress" in " ".join(process.cmdline()):
-                    found.append(process)
-    return found
+    return titled_below(node.pid, "ServeReplica:hycluster:ingress")
 
 
 def listens(ingress: psutil.Process, port: int) -> bool:

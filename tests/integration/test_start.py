@@ -21,6 +21,7 @@ import pytest
 from openai import OpenAI
 
 from hycluster.chaos.sse import event_lines
+from tests.families import titled_below, words_below
 from tests.integration.conftest import eventually, listen
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -64,12 +65,7 @@ class Starting:
         return words[words.index("models") + 1]
 
     def below(self, part: str) -> list[psutil.Process]:
-        found = []
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):  # zombies too
-                if part in process.name() or part in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
+        return titled_below(self.process.pid, part)
 
     def said(self, *parts: str) -> list[str]:
         return [line for line in self.log.read_text().splitlines() if all(part in line for part in parts)]
@@ -87,10 +83,11 @@ class Starting:
                 self.process.wait(60)
             finally:
                 if self.process.poll() is None:
-                    family = psutil.Process(self.process.pid).children(recursive=True)
+                    family = words_below(self.process.pid)
                     self.process.kill()
                     for process in family:
-                        process.kill()
+                        with contextlib.suppress(psutil.NoSuchProcess):
+                            process.kill()
         assert self.process.stdout is not None
         self.process.stdout.close()
 

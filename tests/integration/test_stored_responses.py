@@ -12,6 +12,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.families import titled_below
 from tests.integration.conftest import Served, eventually
 from tests.integration.featured import TINY, Featured
 
@@ -43,8 +44,7 @@ def asked_process(caller: httpx.Client) -> int:
 
 
 def replica_pids(served: Served) -> set[int]:
-    below = psutil.Process(served.process.pid).children(recursive=True)
-    return {process.pid for process in below if ":replica-" in " ".join(process.cmdline())}
+    return {process.pid for process in titled_below(served.process.pid, ":replica-")}
 
 
 def running(pid: int) -> bool:

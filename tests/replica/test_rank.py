@@ -19,6 +19,7 @@ from hycluster.settings.load import DataPlane
 from hycluster.settings.model import Model
 from hycluster.settings.pool import Health
 from hycluster.settings.simulated import Simulated
+from tests.families import words_below
 from tests.waiting import PATIENCE_S, eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), pytest.mark.usefixtures("some_ray")]
@@ -68,7 +69,7 @@ def family(replica: Any) -> list[psutil.Process]:
     """The replica's process, then what it has started."""
     process = psutil.Process(ray.get(replica.ready.remote())["pid"])
     eventually(lambda: bool(process.children()))
-    return [process, *process.children(recursive=True)]
+    return [process, *words_below(process.pid)]
 
 
 def all_end(processes: list[psutil.Process]) -> bool:
