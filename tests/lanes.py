@@ -47,7 +47,7 @@ HEAVY = (
     "served", "integration/test_expert_parallel", "integration/test_rehearsal", "forks", "featured",
     "integration/test_control_plane", "integration/test_start", "integration/test_rolling", "integration/test_spread",
     "integration/test_serve_deploy", "integration/test_ledger", "integration/test_load_curve",
-    "integration/test_submit", "integration/test_limits_served", "integration/test_drain",
+    "integration/test_submit", "integration/test_drain",
 )  # fmt: skip
 # Before vLLM's threads are in the process: these fork one that starts Ray.
 FORKING = ("batch/test_run", "batch/test_chaos_ray")

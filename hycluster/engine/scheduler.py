@@ -147,11 +147,8 @@ class ColocationScheduler(Scheduler):
 
     def _keep_sessions(self, pool: BlockPool) -> WarmQueue | None:
         keep_s = self.colocation.keep_sessions_s
-        return WarmQueue(pool, keep_s, self._now_s) if keep_s and pool.enable_caching else None
-
-    def _now_s(self) -> float:
-        # The clock may be another one by then.
-        return self.clock()
+        now_s = lambda: self.clock()  # noqa: E731, PLW0108  # the clock may be another one by then
+        return WarmQueue(pool, keep_s, now_s) if keep_s and pool.enable_caching else None
 
     def _free_request_blocks(self, request: Request) -> None:
         """Of one that has ended or is preempted; a session's are kept for its next turn."""
