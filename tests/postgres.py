@@ -17,6 +17,8 @@ import pytest
 # It refuses to be root's.
 USER = "postgres"
 START_S = 60.0
+# Its programs' environment: not what other tests, and libraries that these load, have made of this process's own.
+CLEAN = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL") if name in os.environ}
 
 
 class Postgres:
@@ -44,13 +46,20 @@ class Postgres:
             "-E",
             "UTF8",
         ]
-        subprocess.run(made, check=True, capture_output=True, **self._as)  # type: ignore[call-overload]
+        done = subprocess.run(made, check=False, capture_output=True, env=CLEAN, **self._as)  # type: ignore[call-overload]
+        assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
 
     def start(self) -> None:
         """Returns when it can be asked."""
         command = [self._bin / "postgres", "-D", self._data, "-p", str(self.port), "-h", "127.0.0.1", "-k", self._data]
         log = (self._data / "log").open("ab")
-        self._server = subprocess.Popen([*command, "-F"], stdout=log, stderr=log, **self._as)  # type: ignore[call-overload]
+        self._server = subprocess.Popen(
+            [*command, "-F"],
+            stdout=log,
+            stderr=log,
+            env=CLEAN,
+            **self._as,  # type: ignore[call-overload]
+        )
         log.close()
         ask: list[str | Path] = [self._bin / "pg_isready", "-h", "127.0.0.1", "-p", str(self.port)]
         end = time.monotonic() + START_S

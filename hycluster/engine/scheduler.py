@@ -97,6 +97,7 @@ class ColocationScheduler(Scheduler):
 
     Attributes:
         clock: seconds; replaced where time is virtual.
+        learn_every_s: of steps with nobody to make room, one in so many seconds is learned from.
         siblings: the other ranks of its data-parallel group, if it is in one; see :class:`Siblings`.
     """
 
@@ -125,7 +126,7 @@ class ColocationScheduler(Scheduler):
         # By bulk row, for how long it was left out of steps, and how often it was given up.
         self._set_aside: dict[str, list[float]] = {}
         self._last_end = 0.0
-        self._learned_at = -math.inf
+        self.learn_every_s, self._learned_at = _LEARN_EVERY_S, -math.inf
         # Whether online work was there for the last step and got nothing in it: it waits for something else than bulk.
         self._stalled = False
         self._told_too_long = False
@@ -221,7 +222,7 @@ class ColocationScheduler(Scheduler):
         self._room, self._parked, self._stalled = StepRoom(), 0, False
         self._share()
         output = super().schedule(throttle_prefills)
-        learns = not self.current_step % _LEARN_EVERY and begun - self._learned_at >= _LEARN_EVERY_S
+        learns = not self.current_step % _LEARN_EVERY and begun - self._learned_at >= self.learn_every_s
         if self.step_time.known and not self.siblings and not learns:
             self._online_tokens += output.total_num_scheduled_tokens
         else:

@@ -184,7 +184,8 @@ class StepTime:
         for knee, (normal, right) in enumerate(zip(self._normal, self._right, strict=True)):
             found = self._found[knee] = self._solve(normal, right, self._found[knee])
             left[knee] = max(self._weight - 2 * found @ right + found @ normal @ found, _EXACT * self._weight)
-        best = self._best
+        # What was chosen of a few steps is a guess, and not kept.
+        best = self._best if self._seen > MEMORY_STEPS else 0
         for knee in range(len(KNEES)):
             if left[knee] < (_BETTER if knee > best else _STAYS) * left[best]:
                 best = knee

@@ -64,6 +64,7 @@ class RealEngine:
         # When it has been shut down, vLLM has forgotten how many blocks there were.
         self.sizes = sizes_in(self.config)
         self.notes = scheduler.step_time = NotedSteps(scheduler.step_time.experts)
+        scheduler.learn_every_s = 0.0
         threading.Thread(target=self._read, name="tokens", daemon=True).start()
 
     def ask(
