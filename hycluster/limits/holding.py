@@ -148,8 +148,8 @@ class Holding:
             self._half_before = self._half if age_s < 2 * ASK_EVERY_S else 0
             self._half, self._half_began_s = 0, now_s
 
-    def _ahead(self, now_s: float) -> int:
-        """What is asked for beyond what requests wait for."""
+    def _expected(self, now_s: float) -> int:
+        """What requests will need soon: it is asked for whether any of them waits or not."""
         if self._places and not self._refused:
             # They would lie idle while others need them.
             return 0
@@ -177,7 +177,7 @@ class Holding:
         if period != self.period:
             self.period, self._balance = period, 0
             self._corrections.clear()
-        want = max(0, max(self._ahead(now_s), waiting) - self._balance)
+        want = max(0, max(self._expected(now_s), waiting) - self._balance)
         known = None
         if book != self._book:
             theirs_s = now_s + self._ahead_s
