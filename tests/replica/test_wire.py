@@ -46,6 +46,8 @@ class RawGateway:
         for sock, endpoint in ((self.requests, address.requests), (self.outputs, address.outputs)):
             sock.setsockopt(zmq.IDENTITY, identity)
             sock.setsockopt(zmq.RCVTIMEO, int(1000 * PATIENCE_S))
+            # One that was refused would wait for ever for somebody to send to.
+            sock.setsockopt(zmq.SNDTIMEO, int(1000 * PATIENCE_S))
             show_credentials(sock, address)
             if receive_buffer:
                 sock.setsockopt(zmq.RCVHWM, 1)
