@@ -20,10 +20,10 @@ from statistics import mean
 
 from bench import tiny_llama
 from hycluster.core import Priority
+from hycluster.engine.step_time import StepWork
 from hycluster.engine.vllm import engine_config
 from hycluster.settings.model import Colocation, Model
 from hycluster.simulate.engine import VirtualEngine
-from hycluster.simulate.step_work import VirtualWork
 
 BLOCKS, BLOCK_TOKENS = 4000, 16
 CONVERSATIONS, TURN_TOKENS, PAUSE_S, TURNS = 24, 600, 30.0, 8
@@ -32,7 +32,7 @@ OUTPUT_TOKENS = 100
 Asked = tuple[float, str, list[int], str | None]
 
 
-def step_time(work: VirtualWork) -> float:
+def step_time(work: StepWork) -> float:
     return 0.01 + 2e-5 * work.prefill_tokens + 5e-5 * work.sequences
 
 

@@ -22,7 +22,7 @@ class RankWork:
     """What a rank has in a step.
 
     Attributes:
-        prefill_tokens, sequences, kv_tokens: of all rows, as in :class:`StepWork`.
+        prefill_tokens, sequences, kv_tokens, prefill_pairs: of all rows, as in :class:`StepWork`.
         online_sequences, online_kv_tokens: of online ones; none is no online work.
     """
 
@@ -31,11 +31,12 @@ class RankWork:
     kv_tokens: int = 0
     online_sequences: int = 0
     online_kv_tokens: int = 0
+    prefill_pairs: int = 0
 
     @classmethod
-    def of(cls, work: StepWork, online: StepWork | None) -> RankWork:
-        rows, kv = (online.sequences, online.kv_tokens) if online else (0, 0)
-        return cls(work.prefill_tokens, work.sequences, work.kv_tokens, rows, kv)
+    def of(cls, work: StepWork, online: StepWork) -> RankWork:
+        rows, kv = online.sequences, online.kv_tokens
+        return cls(work.prefill_tokens, work.sequences, work.kv_tokens, rows, kv, work.prefill_pairs)
 
     def differs(self, other: RankWork) -> bool:
         """Whether the others have to know."""
@@ -122,6 +123,7 @@ class Siblings:
             prefill,
             sequences,
             max(own.kv_tokens, *(work.kv_tokens for work in heard)),
+            max(own.prefill_pairs, *(work.prefill_pairs for work in heard)),
             # Experts are read for the tokens of all ranks.
             elsewhere_tokens=own.prefill_tokens + own.sequences + self.tokens - prefill - sequences,
         )

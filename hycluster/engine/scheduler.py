@@ -47,6 +47,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from hycluster.core import ColocationLoad
 from hycluster.engine.rank_work import RankWork, Siblings
+from hycluster.engine.scheduled_work import coming_work, scheduled_work
 from hycluster.engine.shares import TenantShares
 from hycluster.engine.step_room import BulkRow, Slowdown, StepRoom
 from hycluster.engine.step_time import StepTime, StepWork
@@ -268,7 +269,8 @@ class ColocationScheduler(Scheduler):
         """A step with online work: bulk may lengthen it by a share."""
         if not self.step_time.known or self._short_of_blocks(waiting):
             return StepRoom(bulk_s=0.0, others=True)
-        work, cost = self._online_work(online, waiting), self.step_time
+        cost, elsewhere = self.step_time, self.siblings.tokens
+        work = coming_work((*online, *waiting), len(online) + len(waiting), self.max_num_scheduled_tokens, elsewhere)
         may_add, only_free = self._slowdown.may_add(work, cost), cost.free_tokens > 0
         if self._credit_s > may_add:
             return StepRoom.of(self._credit_s, cost, work)
@@ -300,18 +302,6 @@ class ColocationScheduler(Scheduler):
         rows = len(self.running) + len(waiting)
         wanted = rows + sum(-(-request.num_tokens // self.block_size) for request in waiting)
         return bool(waiting) and wanted > self.kv_cache_manager.block_pool.get_num_free_blocks()
-
-    def _online_work(self, online: list[Request], waiting: list[Request]) -> StepWork:
-        left = self.max_num_scheduled_tokens
-        prefill = kv = 0
-        for request in (*online, *waiting):
-            tokens = max(1, min(left, request.num_tokens - request.num_computed_tokens))
-            prefill += tokens - 1
-            kv += request.num_computed_tokens
-            left -= tokens
-            if left <= 0:
-                break
-        return StepWork(prefill, len(online) + len(waiting), kv, elsewhere_tokens=self.siblings.tokens)
 
     def _bulk_only(self) -> StepRoom:
         """Nobody waits; somebody may come, and then waits for the steps that are in flight."""
@@ -417,7 +407,7 @@ class ColocationScheduler(Scheduler):
         rows = output.num_scheduled_tokens
         requests = self.requests
         total = output.total_num_scheduled_tokens
-        work = StepWork(total - len(rows), len(rows), sum([requests[one].num_computed_tokens for one in rows]))
+        work = scheduled_work(rows, total, requests)
         bulk = sum([rows.get(one, 0) for one in taken])
         self._bulk_tokens += bulk
         self._online_tokens += total - bulk
@@ -427,13 +417,11 @@ class ColocationScheduler(Scheduler):
         self._begun[id(output)] = begun, work, parked
         if not self._bulk and not self.siblings:
             return
-        online = [requests[one].num_computed_tokens for one in rows if one not in taken]
+        online = {one: tokens for one, tokens in rows.items() if one not in taken}
+        alone = scheduled_work(online, total - bulk, requests, self.siblings.tokens)
         if self.siblings:
-            self.siblings.tell(RankWork.of(work, StepWork(0, len(online), sum(online)) if online else None))
+            self.siblings.tell(RankWork.of(work, alone))
         if online and self.step_time.known:
-            alone = StepWork(
-                total - bulk - len(online), len(online), sum(online), elsewhere_tokens=self.siblings.tokens
-            )
             self._slowdown.note(alone, self.step_time)
         if online or (self.siblings and self.siblings.online_work):
             self._slowdown.spend(self._room.used_s if online else self._room.read_s)

@@ -207,7 +207,11 @@ class TenantShares:
         rows = {account: account.rows for account in self._wanting}
         shares = fair_shares({each: each.rows + len(self._waiting.of(each)) for each in self._wanting}, self._slots)
         turns = _Turns(self._waiting, self._slots, is_ready)
+        tokens = 0
         for request, account, served in turns:
+            # Those behind would not be computed in this step: nothing is to be given up for them yet.
+            if tokens > self._step_tokens:
+                break
             if free > 0:
                 free -= 1
             else:
@@ -222,6 +226,7 @@ class TenantShares:
                 leaving.append(victim)
                 rows[_account(victim)] -= 1  # type: ignore[index]
             rows[account] += 1
+            tokens += request.num_tokens
             self._claims.append(_Claim(request, account, served))
         return leaving + self._for_blocks(free_tokens, running, leaving, may_leave)
 

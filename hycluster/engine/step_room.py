@@ -126,7 +126,7 @@ class StepRoom:
         # Where some are free, a row's last token is one like the others.
         tokens = more + 1 if cost.free_tokens else more
         free = min(tokens, self.free_tokens)
-        takes = row_s + cost.prefill_token_s * (tokens - free)
+        takes = row_s + cost.chunk_s(tokens, row.computed, free)
         reads = self._reads_s(more + 1, cost)
         self.free_tokens -= free
         self.bulk_s -= takes + max(0.0, reads - self.experts_s)
@@ -147,10 +147,10 @@ class StepRoom:
         left = self.bulk_s - row_s - max(0.0, self._reads_s(row.tokens, cost) - self.experts_s)
         if left < 0:
             return -1
-        fits = left / cost.prefill_token_s if cost.prefill_token_s > 0 else math.inf
+        fits = cost.chunk_within(left, row.computed, self.free_tokens)
         if self.only_free:
-            fits = 0.0
-        return fits + self.free_tokens - 1 if cost.free_tokens else fits
+            fits = min(fits, self.free_tokens)
+        return fits - 1 if cost.free_tokens else fits
 
     def _reads_s(self, tokens: int, cost: StepTime) -> float:
         """What so many tokens more take to read experts that the step does not read yet."""

@@ -15,8 +15,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from hycluster.engine.step_time import StepWork, prefill_pairs
 from hycluster.simulate.counted_cache import CountedCache
-from hycluster.simulate.step_work import StepSeconds, VirtualWork
+from hycluster.simulate.step_work import StepSeconds
 from hycluster.simulate.traces import HASH_TOKENS
 
 # What an engine says of itself, in this order: tokens to prefill or to decode, requests, tokens of prompts to compute,
@@ -226,13 +227,13 @@ class CountedEngine:
         self._to_prefill += row.to_prefill - row.expected
         return True
 
-    def _work(self) -> VirtualWork:
+    def _work(self) -> StepWork:
         kv, pairs, scheduled = self._kv_tokens + self._decoding, 0, 0
         for row, tokens in self._chunks:
             kv += row.computed + tokens
-            pairs += tokens * row.computed + tokens * (tokens + 1) // 2
+            pairs += prefill_pairs(tokens, row.computed)
             scheduled += tokens
-        return VirtualWork(
+        return StepWork(
             prefill_tokens=scheduled - len(self._chunks),
             sequences=self._decoding + len(self._chunks),
             kv_tokens=kv,
@@ -242,7 +243,7 @@ class CountedEngine:
     def _jump_s(self, steps: int) -> float:
         """How long so many steps take in which rows only decode."""
         kv_tokens = self._kv_tokens + self._decoding * (steps + 1) // 2
-        return steps * self._step_time(VirtualWork(sequences=self._decoding, kv_tokens=kv_tokens))
+        return steps * self._step_time(StepWork(sequences=self._decoding, kv_tokens=kv_tokens))
 
     def _cut(self, now_s: float) -> None:
         """End a jump with the step that is going on."""

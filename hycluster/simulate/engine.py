@@ -32,9 +32,8 @@ from vllm.v1.structured_output import StructuredOutputManager
 from hycluster.engine.fairness import payer_headers
 from hycluster.engine.routed_weights import RoutedWeights
 from hycluster.engine.scheduler import ColocationScheduler
-from hycluster.engine.step_time import StepTime
+from hycluster.engine.step_time import StepTime, StepWork, prefill_pairs
 from hycluster.engine.waiting import is_bulk, take_payer
-from hycluster.simulate.step_work import VirtualWork
 
 # What comes out; no token of a prompt that a trace's hash makes.
 TOKEN = -1
@@ -117,7 +116,7 @@ class VirtualEngine:
         self,
         config: VllmConfig,
         kv_blocks: int,
-        step_time: Callable[[VirtualWork], float],
+        step_time: Callable[[StepWork], float],
         experts: RoutedWeights | None = None,
         blocks: BlocksChanged | None = None,
     ) -> None:
@@ -248,16 +247,15 @@ class VirtualEngine:
         sampled = [[] if requests[one].is_prefill_chunk else [TOKEN] for one in rows]
         self._flights.append(_Flight(output, sampled, begin_s, begin_s + duration_s, prefill_tokens))
 
-    def _work(self, rows: Mapping[str, int]) -> VirtualWork:
+    def _work(self, rows: Mapping[str, int]) -> StepWork:
         """Of these rows, with so many tokens each, after ``schedule``, which has counted them as computed already."""
         requests = self.scheduler.requests
         kv = pairs = 0
         for one, tokens in rows.items():
             computed = requests[one].num_computed_tokens
             kv += computed
-            if tokens > 1:
-                pairs += tokens * (computed - tokens) + tokens * (tokens + 1) // 2
-        return VirtualWork(
+            pairs += prefill_pairs(tokens, computed - tokens)
+        return StepWork(
             prefill_tokens=sum(rows.values()) - len(rows),
             sequences=len(rows),
             kv_tokens=kv,

@@ -15,19 +15,7 @@ from hycluster.planning.shares import DeviceShare
 from hycluster.planning.speed import decode_bound, pair_flops
 from hycluster.settings.parallel import Parallel
 
-
-@dataclass(frozen=True, slots=True)
-class VirtualWork(StepWork):
-    """What a step computes, with more of it than schedulers look at.
-
-    Attributes:
-        prefill_pairs: of a query and a key, in attention of the rows that are prompts.
-    """
-
-    prefill_pairs: int = 0
-
-
-StepSeconds = Callable[[VirtualWork], float]
+StepSeconds = Callable[[StepWork], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +65,7 @@ class Roofline:
 
         self._tokens_s = tokens_s
 
-    def __call__(self, work: VirtualWork) -> float:
+    def __call__(self, work: StepWork) -> float:
         tokens_s: float = self._tokens_s(work.prefill_tokens + work.sequences)
         return tokens_s + self._kv_token_s * work.kv_tokens + self._pair_s * work.prefill_pairs
 
@@ -89,14 +77,14 @@ def step_cost(step_time: StepSeconds, step_tokens: int) -> StepCost:
         step_tokens: of a full step.
     """
     full, half = max(2, step_tokens - 1), max(1, step_tokens // 2)
-    full_s, half_s = (step_time(VirtualWork(prefill_tokens=tokens, sequences=1)) for tokens in (full, half))
-    lone_s = step_time(VirtualWork(sequences=1))
+    full_s, half_s = (step_time(StepWork(prefill_tokens=tokens, sequences=1)) for tokens in (full, half))
+    lone_s = step_time(StepWork(sequences=1))
     token_s = (full_s - half_s) / (full - half)
-    sequence_s = (step_time(VirtualWork(sequences=33)) - lone_s) / 32
+    sequence_s = (step_time(StepWork(sequences=33)) - lone_s) / 32
     return StepCost(
         base_s=max(0.0, full_s - token_s * full - sequence_s),
         prefill_token_s=token_s,
         sequence_s=sequence_s,
-        kv_token_s=(step_time(VirtualWork(sequences=1, kv_tokens=1_000_000)) - lone_s) / 1e6,
+        kv_token_s=(step_time(StepWork(sequences=1, kv_tokens=1_000_000)) - lone_s) / 1e6,
         step_tokens=step_tokens,
     )

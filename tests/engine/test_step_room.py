@@ -6,7 +6,7 @@ import random
 
 from hycluster.engine.routed_weights import RoutedWeights
 from hycluster.engine.step_room import FIRST_SEQUENCES, FIRST_TOKENS, MOST_SHARES, BulkRow, Slowdown, StepRoom
-from hycluster.engine.step_time import StepTime, StepWork
+from hycluster.engine.step_time import StepTime, StepWork, prefill_pairs
 
 
 def learned() -> StepTime:
@@ -33,6 +33,22 @@ def test_a_prompt_is_cut_to_what_is_left() -> None:
     cost, room = learned(), StepRoom.of(0.0605, learned())
     assert room.grant(BulkRow("prompt", 0, 200, divisible=True), cost) == 51
     assert room.grant(BulkRow("next", 0, 200, divisible=True), cost) == 0
+
+
+def test_late_in_a_prompt_fewer_tokens_fit() -> None:
+    """Each is held against all that are before it."""
+    cost = StepTime()
+    for _ in range(60):
+        for tokens, computed in ((0, 0), (200, 0), (200, 10_000), (50, 5000), (100, 20_000)):
+            pairs = prefill_pairs(tokens, computed)
+            cost.learn(StepWork(max(0, tokens - 1), 2, 0, pairs), 0.1 + 0.001 * tokens + 2e-7 * pairs)
+    fits = []
+    for computed in (0, 10_000, 20_000):
+        room = StepRoom.of(0.1, cost)
+        fits.append(room.grant(BulkRow("prompt", computed, 200, divisible=True), cost))
+        assert room.used_s <= 0.11
+    assert fits == sorted(fits, reverse=True)
+    assert fits[2] < 0.4 * fits[0]
 
 
 def test_a_chunk_not_worth_its_row_waits() -> None:

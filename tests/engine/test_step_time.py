@@ -5,8 +5,10 @@ import random
 import pytest
 
 from hycluster.engine.routed_weights import RoutedWeights
-from hycluster.engine.step_time import StepTime, StepWork
+from hycluster.engine.step_time import StepTime, StepWork, prefill_pairs
 
+# Of a pair of a query and a key in prompts.
+PAIR_S = 2e-9
 LAPTOP, GPU = (0.07, 0.003, 0.012, 1e-6), (0.012, 3e-5, 2e-5, 1.5e-8)
 
 
@@ -40,6 +42,50 @@ def test_it_follows_a_machine_that_gets_slower() -> None:
             step_time.learn(work, factor * real_s(GPU, work))
         work = StepWork(0, 32, 10000)
         assert step_time.predict(work) == pytest.approx(factor * real_s(GPU, work), rel=0.1)
+
+
+def long_prompts(random_: random.Random) -> StepWork:
+    """Rows that decode, and at times a chunk of a prompt, early or late in it."""
+    rows, computed = random_.randint(1, 30), random_.randrange(0, 30_000)
+    tokens = random_.choice([0, 0, 100, 500, 2000])
+    pairs = prefill_pairs(tokens, computed)
+    return StepWork(max(0, tokens - 1), rows, rows * random_.randint(50, 800) + computed, pairs)
+
+
+@pytest.mark.parametrize("knee", [False, True], ids=["no token is free", "some are"])
+def test_late_in_a_long_prompt_a_chunk_takes_longer(knee: bool) -> None:
+    def seconds(work: StepWork) -> float:
+        return (roofline_s(work) if knee else real_s(GPU, work)) + PAIR_S * work.prefill_pairs
+
+    step_time, random_ = StepTime(), random.Random(9)
+    works = [long_prompts(random_) for _ in range(1500)]
+    for work in works:
+        step_time.learn(work, random_.lognormvariate(0, 0.05) * seconds(work))
+    early, late = (StepWork(1999, 2, 2000 + before, prefill_pairs(2000, before)) for before in (0, 28_000))
+    for work in (early, late, StepWork(0, 20, 8000)):
+        assert step_time.predict(work) == pytest.approx(seconds(work), rel=0.1)
+    assert seconds(late) > 1.5 * seconds(early)
+    assert step_time.chunk_s(2000, 28_000) > 1.8 * step_time.chunk_s(2000, 0)
+    # Who knows four coefficients only is told of a prompt token with as many before it as there were lately.
+    if not knee:
+        chunks = [work for work in works[-400:] if work.prefill_tokens]
+        mean = sum(work.prefill_pairs for work in chunks) / sum(work.prefill_tokens for work in chunks)
+        assert step_time.coefficients_s[1] == pytest.approx(GPU[1] + PAIR_S * mean, rel=0.4)
+
+
+@pytest.mark.parametrize("free", [0, 300])
+@pytest.mark.parametrize("pair_s", [0.0, PAIR_S])
+def test_what_fits_is_the_longest_chunk_that_does(free: int, pair_s: float) -> None:
+    step_time, random_ = StepTime(), random.Random(10)
+    for _ in range(200):
+        work = long_prompts(random_)
+        step_time.learn(work, real_s(GPU, work) + pair_s * work.prefill_pairs)
+    for computed in (0, 20_000):
+        for seconds in (0.001, 0.02, 0.1):
+            tokens = int(step_time.chunk_within(seconds, computed, free))
+            assert step_time.chunk_s(tokens, computed, free) <= seconds * 1.01
+            assert step_time.chunk_s(tokens + 2, computed, free) > seconds * 0.99
+    assert step_time.chunk_within(0.0, 500) == 0
 
 
 def test_nothing_takes_less_than_no_time() -> None:

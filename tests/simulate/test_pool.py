@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hycluster.core import Priority
+from hycluster.engine.step_time import StepWork
 from hycluster.settings.model import Colocation, Model
 from hycluster.settings.simulated import Simulated
-from hycluster.simulate.step_work import VirtualWork
 from hycluster.simulate.traces import TraceRequest, made_trace, scaled
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def test_load_is_a_share_of_the_capacity() -> None:
     assert simulated.load_of(scaled(requests, simulated.scale_for(requests, 0.6), 0)) == pytest.approx(0.6, rel=0.1)
 
 
-def memory_bound(work: VirtualWork) -> float:
+def memory_bound(work: StepWork) -> float:
     """As on a GPU: the weights are read for 16 ms, meanwhile some 270 tokens are computed."""
     return max(0.016, 6e-5 * (work.prefill_tokens + work.sequences)) + 2e-9 * work.kv_tokens
 

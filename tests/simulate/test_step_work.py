@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from hycluster.engine.routed_weights import RoutedWeights
+from hycluster.engine.step_time import StepWork
 from hycluster.planning.gpus import gpu
 from hycluster.planning.precision import Precision
 from hycluster.planning.shares import device_share
@@ -10,7 +11,7 @@ from hycluster.planning.speed import decode_bound, prefill_s
 from hycluster.settings.model import Model
 from hycluster.settings.parallel import Parallel
 from hycluster.simulate.machine import OnGpu, machine_of
-from hycluster.simulate.step_work import LinearStep, Roofline, VirtualWork
+from hycluster.simulate.step_work import LinearStep, Roofline
 from tests.planning.configs import PATHS, shape
 
 PARALLEL, PRECISION = Parallel(tensor=8, expert=True), Precision("fp8", kv="fp8")
@@ -23,29 +24,29 @@ def roofline(name: str = "H20", efficiency: float = 1.0) -> Roofline:
 
 
 def test_four_coefficients() -> None:
-    assert LinearStep(1, 0.1, 0.01, 0.001)(VirtualWork(10, 5, 3)) == pytest.approx(2.053)
+    assert LinearStep(1, 0.1, 0.01, 0.001)(StepWork(10, 5, 3)) == pytest.approx(2.053)
 
 
 def test_a_decode_step_is_the_plans() -> None:
     plan = decode_bound(MODEL, PARALLEL, SHARE, PRECISION, gpu("H20"), 32, 2000)
-    assert roofline()(VirtualWork(0, 32, 64_000)) == pytest.approx(plan.step_s, rel=0.01)
+    assert roofline()(StepWork(0, 32, 64_000)) == pytest.approx(plan.step_s, rel=0.01)
 
 
 def test_a_prompt_takes_what_the_plan_says() -> None:
     tokens = 8192
-    work = VirtualWork(tokens - 1, 1, tokens, tokens * (tokens + 1) // 2)
+    work = StepWork(tokens - 1, 1, tokens, tokens * (tokens + 1) // 2)
     # The plan leaves out the output head; this has it for each token.
     assert roofline()(work) == pytest.approx(prefill_s(MODEL, PARALLEL, PRECISION, gpu("H20"), tokens), rel=0.05)
 
 
 def test_tokens_are_free_until_arithmetic_takes_longer_than_reading_the_weights() -> None:
-    few, some, many = (roofline("H200")(VirtualWork(0, rows)) for rows in (128, 512, 4096))
+    few, some, many = (roofline("H200")(StepWork(0, rows)) for rows in (128, 512, 4096))
     assert some == pytest.approx(few, rel=0.01)
     assert many > 2 * some
 
 
 def test_a_share_of_the_peak() -> None:
-    work = VirtualWork(100, 10, 10_000, 5050)
+    work = StepWork(100, 10, 10_000, 5050)
     assert roofline(efficiency=0.5)(work) == pytest.approx(2 * roofline()(work))
 
 
