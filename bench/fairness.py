@@ -330,6 +330,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=20, help="of a window")
     parser.add_argument("--kinds", default=",".join(KINDS), help=f"of {', '.join(KINDS)}")
+    parser.add_argument("--sides", default="alone,off,on", help="of alone, off, on; alone is among them")
     parser.add_argument("--rate", type=float, help="modest requests a second; default: by what the engine can do")
     args = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_NO_USAGE_STATS="1")
@@ -342,7 +343,7 @@ def main() -> None:
         columns = ("TTFT p50", "p99", "TPOT p50", "p99")
         print(f"{'ms':<22}" + "".join(f"{column:>10}" for column in columns) + "   of alone")
         for kind in filter(None, args.kinds.split(",")):
-            found: dict[str, list[Window]] = {"alone": [], "off": [], "on": []}
+            found: dict[str, list[Window]] = {side: [] for side in args.sides.split(",")}
             for seed in range(args.rounds):
                 # Whoever goes first goes last in the next round.
                 for side in list(found)[:: 1 if seed % 2 == 0 else -1]:
