@@ -37,6 +37,9 @@ ENOUGH_STEPS = 4
 _SOLVE_ALL, _SOLVE_EVERY = 32, 8
 # Pull towards the coefficients as they are, in steps: what the last steps say nothing about does not drift.
 _INERTIA = 0.05
+# And what prompts' tokens are held against has so many times as much of it: as long as all prompts are short, theirs
+# tell no more than their tokens do.
+_PAIR_INERTIA = 20.0
 # A step so many times as long as was thought (a collection, a compilation, a neighbour) counts as one at this bound.
 _OUTLIER = 3.0
 # How much the bytes count against the steps: as if in so large a share of these they alone told experts from the base.
@@ -231,6 +234,7 @@ class StepTime:
         diagonal = np.diag(normal)
         inertia = _INERTIA / max(1, self._seen)
         pull = np.maximum(inertia * diagonal, 1e-9 * diagonal.max() * inertia)
+        pull[4] *= _PAIR_INERTIA
         normal = normal + np.diag(pull)
         right = right + pull * before
         free = np.ones(self._terms, dtype=bool)
