@@ -1,11 +1,11 @@
 """The hashes of a prompt's KV blocks as vLLM's ``sha256`` makes them, many blocks in one call.
 
 Pinned to vLLM 0.32.0, whose ``vllm.utils.hashing.sha256`` is SHA-256 of what ``pickle`` writes for a block: the hash
-before it, its tokens, its extra keys. Each needs the one before it, so in Python every block costs a call of each of the
-two, more than a microsecond: 3 ms for 32,000 tokens in blocks of 16. But all that pickle writes is the same for each
-block, except for the hash and the tokens. So a loop that Numba compiles writes these, and has OpenSSL, the one that
-Python's ``hashlib`` uses, hash them: a tenth of that. vLLM depends on Numba too. A process pays 1.1 s and 130 MiB for
-it, so it is imported when a gateway follows blocks, and by nothing else.
+before it, its tokens, its extra keys. Each needs the one before it, so in Python every block costs a call of each of
+the two, more than a microsecond: 3 ms for 32,000 tokens in blocks of 16. But all that pickle writes is the same for
+each block, except for the hash and the tokens. So a loop that Numba compiles writes these, and has OpenSSL, the one
+that Python's ``hashlib`` uses, hash them: a tenth of that. vLLM depends on Numba too. A process pays 1.1 s and 130 MiB
+for it, so it is imported when a gateway follows blocks, and by nothing else.
 
 Where that OpenSSL can't be called, or the bytes are not as expected, the caller is told to go by vLLM's function.
 ``tests/gateway/test_sha256_blocks.py`` compares with it.
