@@ -27,9 +27,10 @@ HashMany = Callable[[bytes, NDArray[np.uint32], int, Keys], Hashes | None]
 # Tokens that are remembered as one piece, and how many tokens are in all.
 CHUNK_TOKENS = 512
 MEMO_TOKENS = 16 << 20
-# So many tokens from the begin have names whether somebody has their blocks or not; and so many are hashed at least
-# before that is asked again, which a conversation's turn seldom needs.
-BEGIN_TOKENS, ASK_TOKENS = 1024, 2048
+# After so many tokens that had to be hashed it is asked whether somebody has their blocks, which a conversation's turn
+# seldom needs; and again after so many times as many. By each question a thousand replicas are looked through, which
+# takes as long as to hash some thousand tokens.
+ASK_TOKENS, ASK_FACTOR = 2048, 4
 
 
 class BlockHasher:
@@ -57,6 +58,8 @@ class BlockHasher:
         # By the hash before, the tokens and the extra keys: the hash of the last block, and the names of all. Longest
         # not used first.
         self._memo: dict[tuple[bytes, bytes, Any], tuple[bytes, Names]] = {}
+        # Hashed and not yet remembered: the hash before, tokens, hashes, names, the extra keys.
+        self._new: list[tuple[bytes, memoryview, Hashes, Names, tuple[Keys, Keys]]] = []
 
     def names(
         self,
@@ -71,13 +74,14 @@ class BlockHasher:
         Args:
             first_keys, keys: the extra keys of the first block, and of all others.
             there: whether a block is of use to anyone; where one is not, those behind it are not either, and get no
-                names. It is asked now and then, so some have names for
-                nothing: as many as there are others, or some chunks. None: all get names.
+                names. It is asked now and then, so some have names for nothing: three times as many as there are
+                others, or some chunks. None: all get names.
         """
+        self.remember()
         width, whole = self._chunk_tokens, len(token_ids) // self._block_tokens * self._block_tokens
-        parent, found, hashed, ask_at, begin = self._seed, list[Names](), 0, 0, 0
-        # Packing all of it takes as long as hashing it; often its begin is all that is needed.
-        packed = memoryview(array("I", token_ids[: 4 * width]))
+        parent, found, hashed, ask_at, begin = self._seed, list[Names](), 0, ASK_TOKENS, 0
+        # Packing all of it takes half as long as hashing it; often its begin is all that is needed.
+        packed = memoryview(array("I", token_ids[: max(width, ASK_TOKENS)]))
         while begin < whole:
             if begin + width > len(packed) < whole:
                 packed = memoryview(array("I", token_ids))
@@ -90,26 +94,40 @@ class BlockHasher:
                 continue
             end = whole
             if there is not None:
-                if begin >= BEGIN_TOKENS and hashed >= ask_at:
+                if hashed >= ask_at:
                     if not there(int(found[-1][-1])):
                         break
-                    ask_at = max(ASK_TOKENS, 2 * hashed)
-                end = min(whole, max(begin + 1, BEGIN_TOKENS, begin + ask_at - hashed))
+                    ask_at = ASK_FACTOR * hashed
                 # Whole chunks.
-                end = min(whole, -(-end // width) * width)
+                end = min(whole, begin - (hashed - ask_at) // width * width)
             if end > len(packed):
                 packed = memoryview(array("I", token_ids))
-            parent, names = self._hash(parent, packed[begin:end], *extra)
+            hashes, names = self._hash(parent, packed[begin:end], *extra)
+            self._new.append((parent, packed[begin:end], hashes, names, extra))
+            parent = hashes[-1].tobytes()
             found.append(names)
             hashed += end - begin
             begin = end
-        while len(self._memo) > self._most:
-            del self._memo[next(iter(self._memo))]
         return np.concatenate(found) if found else np.empty(0, np.uint64)
 
-    def _hash(self, parent: bytes, tokens: memoryview, first_keys: Keys, keys: Keys) -> tuple[bytes, Names]:
-        """The last hash and all names of whole chunks, which are remembered."""
+    def remember(self) -> None:
+        """What was hashed by the last call; the next one would do it, and has no time for that."""
         size, width = self._block_tokens, self._chunk_tokens
+        for parent, tokens, hashes, names, extra in self._new:
+            before, keys = parent, extra
+            for begin in range(0, len(tokens), width):
+                end = min(begin + width, len(tokens))
+                last = hashes[end // size - 1].tobytes()
+                # A copy, since a view would keep all of it when most is forgotten.
+                known = last, names[begin // size : end // size].copy()
+                self._memo[before, tokens[begin:end].tobytes(), keys] = known
+                before, keys = last, (extra[1], extra[1])
+        self._new.clear()
+        while len(self._memo) > self._most:
+            del self._memo[next(iter(self._memo))]
+
+    def _hash(self, parent: bytes, tokens: memoryview, first_keys: Keys, keys: Keys) -> tuple[Hashes, Names]:
+        size = self._block_tokens
         if first_keys == keys:
             hashes = self._hash_blocks(parent, tokens, keys)
         else:
@@ -117,15 +135,7 @@ class BlockHasher:
             if len(tokens) > size:
                 more = self._hash_blocks(hashes[0].tobytes(), tokens[size:], keys)
                 hashes = np.concatenate((hashes, more))
-        names = np.ascontiguousarray(hashes[:, -NAME_BYTES:]).view(">u8")[:, 0].astype(np.uint64)
-        extra = first_keys, keys
-        for begin in range(0, len(tokens), width):
-            end = min(begin + width, len(tokens))
-            last = hashes[end // size - 1].tobytes()
-            # A copy, since a view would keep all of it when most is forgotten.
-            self._memo[parent, tokens[begin:end].tobytes(), extra] = last, names[begin // size : end // size].copy()
-            parent, extra = last, (keys, keys)
-        return parent, names
+        return hashes, np.ascontiguousarray(hashes[:, -NAME_BYTES:]).view(">u8")[:, 0].astype(np.uint64)
 
     def _hash_blocks(self, parent: bytes, tokens: memoryview, keys: Keys) -> Hashes:
         if self._hash_many is not None:

@@ -66,6 +66,11 @@ class BlockNamer:
         )
         return self._hasher.names(tokens, first_keys=first_keys, keys=keys, there=there)
 
+    def remember(self) -> None:
+        """The names that were given last; when nobody waits."""
+        if self._hasher is not None:
+            self._hasher.remember()
+
 
 def _named_with_media(request: EngineCoreRequest, tokens: Sequence[int], naming: BlockNaming) -> Names:
     """Each block may have keys of its own."""
