@@ -48,7 +48,7 @@ from hycluster.settings.model import Adapter, Model
 from hycluster.settings.pool import Hardware
 from tests.lora_adapters import attention_of, write_adapter
 
-CONTEXT_TOKENS, BLOCK_TOKENS, SYSTEM_TOKENS, SYSTEMS, CONVERSATIONS = 1024, 16, 120, 4, 24
+CONTEXT_TOKENS, BLOCK_TOKENS, SYSTEM_TOKENS, SYSTEMS, CONVERSATIONS = 1024, 32, 120, 4, 24
 # Every so many requests.
 KILL_EVERY, RESET_EVERY, SLEEP_EVERY, ADAPTER_EVERY = 1500, 130, 700, 170
 
