@@ -11,7 +11,8 @@ ways to run vLLM bare (``vllm`` is how it starts by itself on a CPU: an executor
 process, which drops them (``--sides hycluster,hycluster-traces-1,hycluster-traces-100 --together``).
 ``hycluster-keys`` asks every caller for a key, keeps limits that its callers don't reach and a ledger with prices
 (``--sides hycluster,hycluster-keys --together``).
-``hycluster-predicted-ttft`` follows its replica's KV blocks (``--sides hycluster,hycluster-predicted-ttft --together``).
+``hycluster-predicted-ttft`` follows its replica's KV blocks, and routes by them
+(``--sides hycluster,hycluster-predicted-ttft --together``).
 ``serve-proxy`` and ``serve-haproxy`` are hycluster's gateway and replicas with Ray Serve's proxy as the front, in
 place of an ingress process that listens itself.
 """
