@@ -6,7 +6,7 @@ Why: a token of a request without an adapter has the adapter index -1. vLLM's ke
 operations index with them, and take the adapter in the last slot: a base model's answer then changes with what else
 runs. Logits are computed of the tokens that are sampled from, and for ``prompt_logprobs`` of a prompt's too, but vLLM
 takes the sampled ones' adapters for both: beside other requests the numbers differ, and the engine dies.
-Upstream: vllm-project/vllm#48421 and vllm-project/vllm#49656, both open.
+Upstream: vllm-project/vllm#48421, vllm-project/vllm#49656; for prompts vllm-project/vllm#16668; all open.
 Version: vLLM 0.32.0. Applied by the models' plugin in every process of vLLM's. Watched by
 ``tests/engine/patches/test_cpu_lora.py``.
 """
