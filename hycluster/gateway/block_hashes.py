@@ -81,7 +81,7 @@ class BlockHasher:
         width, whole = self._chunk_tokens, len(token_ids) // self._block_tokens * self._block_tokens
         parent, found, hashed, ask_at, begin = self._seed, list[Names](), 0, ASK_TOKENS, 0
         # Packing all of it takes half as long as hashing it; often its begin is all that is needed.
-        packed = memoryview(array("I", token_ids[: max(width, ASK_TOKENS)]))
+        packed = memoryview(array("I", token_ids[: max(width, 2 * ASK_TOKENS)]))
         while begin < whole:
             if begin + width > len(packed) < whole:
                 packed = memoryview(array("I", token_ids))

@@ -72,7 +72,8 @@ def _hash(
 @functools.lru_cache(maxsize=256)
 def _around(block_tokens: int, keys: Keys) -> tuple[Hashes, Hashes]:
     """What is before a block's tokens, and what is behind them."""
-    written = np.frombuffer(_pickled(bytes(_HASH_BYTES), (0,) * block_tokens, keys), np.uint8)
+    # A copy, since Numba takes longer to look at arrays that can't be written to.
+    written = np.frombuffer(_pickled(bytes(_HASH_BYTES), (0,) * block_tokens, keys), np.uint8).copy()
     # Each zero takes two bytes.
     return written[:_TOKENS_AT], written[_TOKENS_AT + 2 * block_tokens :]
 
