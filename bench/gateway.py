@@ -11,6 +11,8 @@ ways to run vLLM bare (``vllm`` is how it starts by itself on a CPU: an executor
 process, which drops them (``--sides hycluster,hycluster-traces-1,hycluster-traces-100 --together``).
 ``hycluster-keys`` asks every caller for a key, keeps limits that its callers don't reach and a ledger with prices
 (``--sides hycluster,hycluster-keys --together``).
+``hycluster-predicted-ttft`` follows its replica's KV blocks, and routes by them
+(``--sides hycluster,hycluster-predicted-ttft --together``).
 ``serve-proxy`` and ``serve-haproxy`` are hycluster's gateway and replicas with Ray Serve's proxy as the front, in
 place of an ingress process that listens itself.
 """
@@ -53,7 +55,9 @@ NOT_ENCRYPTED = "hycluster-not-encrypted"
 # By side, the share of the requests whose traces are exported.
 TRACED = {"hycluster-traces-1": 0.01, "hycluster-traces-100": 1.0}
 KEYS = "hycluster-keys"
-OURS = ("hycluster", NO_FAILOVER, NOT_ENCRYPTED, *TRACED, KEYS, "serve-proxy", "serve-haproxy")
+# Routes by what replicas have cached, which it has to follow.
+BY_BLOCKS = "hycluster-predicted-ttft"
+OURS = ("hycluster", NO_FAILOVER, NOT_ENCRYPTED, *TRACED, KEYS, BY_BLOCKS, "serve-proxy", "serve-haproxy")
 SIDES = (*OURS, "vllm-uni", "vllm", "ray-serve-llm")
 
 
@@ -148,7 +152,7 @@ def side(name: str, model: Path, port: int, work: Path, cpus: float) -> tuple[li
     quiet = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
     if name in OURS:
         settings: dict[str, Any] = {
-            "router": {"failover": name != NO_FAILOVER},
+            "router": {"failover": name != NO_FAILOVER} | ({"policy": "predicted_ttft"} if name == BY_BLOCKS else {}),
             # Not where another work tree may not know the key.
             **({"data_plane": {"encrypted": False}} if name == NOT_ENCRYPTED else {}),
             "models": [

@@ -61,6 +61,11 @@ class Replica:
         self._process = context.Process(target=_serve, args=(number, model, theirs), daemon=True)
         self._process.start()
 
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
     def wait(self) -> None:
         self._address = self._pipe.recv()
 

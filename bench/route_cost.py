@@ -153,6 +153,7 @@ def measure(gateway: Gateway, rounds: int, rng: random.Random) -> None:
 
     def held(tokens: list[int], namer: BlockNamer) -> None:
         names = namer.names(asked(tokens), naming)
+        namer.remember()
         for replica in rng.sample(replicas, min(2, len(replicas))):
             gateway.say(replica, names)
             stored.append((replica, names))

@@ -20,6 +20,7 @@ from hycluster.engine.block_changes import NAME_BYTES, Names
 from hycluster.engine.patches.pinned import pinned_to
 from hycluster.engine.protocol import BlockNaming
 from hycluster.gateway.block_hashes import BlockHasher
+from hycluster.gateway.sha256_blocks import compiled_loop, sha256_hashes
 
 pinned_to("vllm", "0.32.0", __name__)
 
@@ -30,6 +31,8 @@ class BlockNamer:
     def __init__(self) -> None:
         self._naming: BlockNaming | None = None
         self._hasher: BlockHasher | None = None
+        # Takes a second, which no request is to wait for.
+        compiled_loop()
 
     def names(
         self,
@@ -54,13 +57,19 @@ class BlockNamer:
             return _named_with_media(request, tokens, naming)
         if self._hasher is None or naming != self._naming:
             hash_fn = get_hash_fn_by_name(naming.algorithm)
-            self._naming, self._hasher = naming, BlockHasher(hash_fn, naming.root, naming.tokens)
+            many = sha256_hashes if naming.algorithm == "sha256" else None
+            self._naming, self._hasher = naming, BlockHasher(hash_fn, naming.root, naming.tokens, hash_many=many)
         # It reads four attributes, which both have.
         asked, size = cast("Request", request), naming.tokens
         first_keys, keys = (
             generate_block_hash_extra_keys(asked, begin, begin + size, 0)[0] for begin in (0, naming.tokens)
         )
         return self._hasher.names(tokens, first_keys=first_keys, keys=keys, there=there)
+
+    def remember(self) -> None:
+        """The names that were given last; when nobody waits."""
+        if self._hasher is not None:
+            self._hasher.remember()
 
 
 def _named_with_media(request: EngineCoreRequest, tokens: Sequence[int], naming: BlockNaming) -> Names:

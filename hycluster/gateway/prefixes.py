@@ -197,10 +197,12 @@ class Prefixes:
 
     def finish(self, prefix: Prefix, request: EngineCoreRequest, output: Sequence[int] = ()) -> None:
         """Name the blocks that nobody had: once the request is sent, since nobody waits for that."""
+        self._namer.remember()
         named = len(prefix.names)
         if named == prefix.blocks:
             return
         prefix.names = self._namer.names(request, prefix.naming, output)
+        self._namer.remember()
         awaited = self._awaited.get(prefix.replica_id)
         if awaited is not None and prefix.predicted_tokens is not None:
             more = prefix.names[named:].tolist()

@@ -159,7 +159,7 @@ def test_of_what_nobody_has_only_the_begin_is_named_before_it_is_sent(tiny_model
     asked = request(prompt_token_ids=prompt)
     new = followed.prefixes.of(asked)
     assert new is not None
-    assert len(new.names) < 0.3 * new.blocks == 0.3 * 400
+    assert len(new.names) < 0.4 * new.blocks == 0.4 * 400
     followed.prefixes.send(new, "r0")
     followed.prefixes.finish(new, asked)
     assert len(new.names) == 400 == len(followed.prefixes._awaited["r0"])
