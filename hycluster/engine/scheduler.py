@@ -177,7 +177,7 @@ class ColocationScheduler(Scheduler):
             self._bulk &= self.requests.keys()
         if len(self._set_aside) > 2 * len(self._bulk):
             self._set_aside = {row: said for row, said in self._set_aside.items() if row in self.requests}
-        self._ask_here(bool(self._bulk or self._tenants))
+        self._ask_here(bool(self._bulk or (self._tenants and not self._alone)))
         if not self._bulk:
             return self._schedule_online(begun, throttle_prefills)
         online = [request for request in self.running if not is_bulk(request)]
@@ -220,8 +220,12 @@ class ColocationScheduler(Scheduler):
     def _schedule_online(self, begun: float, throttle_prefills: bool) -> SchedulerOutput:
         """A step with nobody to make room."""
         self._room, self._parked, self._stalled = StepRoom(), 0, False
-        self._share()
+        alone = self._alone
+        if not alone:
+            self._share()
         output = super().schedule(throttle_prefills)
+        if alone:
+            self._tenants.count_alone(self.running, output.num_scheduled_tokens, begun)
         learns = not self.current_step % _LEARN_EVERY and begun - self._learned_at >= self.learn_every_s
         if self.step_time.known and not self.siblings and not learns:
             self._online_tokens += output.total_num_scheduled_tokens
@@ -229,6 +233,11 @@ class ColocationScheduler(Scheduler):
             self._learned_at = begun
             self._count(output, begun)
         return output
+
+    @property
+    def _alone(self) -> bool:
+        """Whoever pays for a request here is one and the same; those with blocks in hand may be anybody's."""
+        return self._tenants.lone is not None and not self._kv_holding.accounts
 
     def _share(self) -> None:
         """Who of several tenants comes into the step, and who leaves for it."""
