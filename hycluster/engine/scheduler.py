@@ -50,7 +50,7 @@ from hycluster.engine.rank_work import RankWork, Siblings
 from hycluster.engine.shares import TenantShares
 from hycluster.engine.step_room import BulkRow, Slowdown, StepRoom
 from hycluster.engine.step_time import StepTime, StepWork
-from hycluster.engine.waiting import WaitingRequests, is_bulk
+from hycluster.engine.waiting import WaitingRequests, is_bulk, lora_of
 from hycluster.engine.warm_blocks import WarmQueue
 from hycluster.settings.model import Colocation
 from hycluster.timeline import GIVEN_UP, PARKED_S
@@ -173,8 +173,7 @@ class ColocationScheduler(Scheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         begun = self.clock()
-        if self._bulk:
-            self._bulk &= self.requests.keys()
+        self._bulk &= self.requests.keys()
         if len(self._set_aside) > 2 * len(self._bulk):
             self._set_aside = {row: said for row, said in self._set_aside.items() if row in self.requests}
         self._ask_here(bool(self._bulk or (self._tenants and not self._alone)))
@@ -220,8 +219,7 @@ class ColocationScheduler(Scheduler):
     def _schedule_online(self, begun: float, throttle_prefills: bool) -> SchedulerOutput:
         """A step with nobody to make room."""
         self._room, self._parked, self._stalled = StepRoom(), 0, False
-        alone = self._alone
-        if not alone:
+        if not (alone := self._alone):
             self._share()
         output = super().schedule(throttle_prefills)
         if alone:
@@ -399,13 +397,8 @@ class ColocationScheduler(Scheduler):
 
     def _cheapest(self) -> Request | None:
         """The bulk row with the least to compute again, of those that are not in this step."""
-        rows = [
-            request
-            for request in self.running
-            if is_bulk(request)
-            and request.request_id not in self._room.taken
-            and self._request_blocks_can_be_freed(request)
-        ]
+        left = [row for row in self.running if is_bulk(row) and row.request_id not in self._room.taken]
+        rows = filter(self._request_blocks_can_be_freed, left)
         return min(rows, key=lambda r: (r.num_computed_tokens, -r.arrival_time), default=None)
 
     def _give_up(self, request: Request) -> None:
@@ -501,8 +494,3 @@ class ColocationScheduler(Scheduler):
 
 class AsyncColocationScheduler(ColocationScheduler, AsyncScheduler):
     """For engines that schedule a step while the one before is computed."""
-
-
-def lora_of(request: Request) -> int:
-    """Number of a request's adapter; 0 is none."""
-    return request.lora_request.lora_int_id if request.lora_request else 0
