@@ -1,9 +1,10 @@
-"""What the colocation scheduler costs a step without batch requests, beside vLLM's own scheduler.
+"""What the colocation scheduler costs a step without batch requests, beside vLLM's own scheduler: of nobody's requests,
+of one tenant's, and of two tenants'.
 
     python -m bench.schedule_cost
 
 vLLM's scheduler and KV cache manager without a model (``VirtualEngine``), so all that is timed is scheduling: who is in
-a step, their blocks, and what comes of it. Both take turns, a hundred steps each; medians of the turns are printed.
+a step, their blocks, and what comes of it. All take turns, a hundred steps each; medians of the turns are printed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,12 @@ from hycluster.simulate.engine import VirtualEngine
 STEPS = 100
 
 
-def engine(folder: Path, enabled: bool, requests: int) -> VirtualEngine:
+# By side: whether it is ours, and how many tenants there are.
+SIDES = {"vLLM": (False, 0), "ours": (True, 0), "one tenant": (True, 1), "two": (True, 2)}
+
+
+def engine(folder: Path, side: str, requests: int) -> VirtualEngine:
+    enabled, tenants = SIDES[side]
     model = Model(
         name="m",
         source=str(folder),
@@ -32,7 +38,9 @@ def engine(folder: Path, enabled: bool, requests: int) -> VirtualEngine:
     )
     found = VirtualEngine(engine_config(model, str(folder)), 20_000, lambda work: 0.02 + 1e-5 * work.sequences)
     for number in range(requests):
-        found.add(f"r{number}", [3 + (number * 7919 + i * 31) % 250 for i in range(40)], 2000, Priority.ONLINE)
+        prompt = [3 + (number * 7919 + i * 31) % 250 for i in range(40)]
+        payer = (f"tenant {number % tenants}", 1.0) if tenants else None
+        found.add(f"r{number}", prompt, 2000, Priority.ONLINE, payer=payer)
     for _ in range(STEPS):
         found.step()
     return found
@@ -50,15 +58,16 @@ def main() -> None:
     parser.add_argument("--requests", type=int, nargs="*", default=[1, 32, 64])
     parser.add_argument("--turns", type=int, default=15)
     args = parser.parse_args()
-    print(f"{'requests':>9}{'vLLM us':>10}{'ours us':>10}{'more us':>10}{'of 20 ms':>10}")
+    others = [side for side in SIDES if side != "vLLM"]
+    print(f"{'requests':>9}{'vLLM us':>10}" + "".join(f"{side + ', more us':>22}" for side in others))
     with tempfile.TemporaryDirectory() as work:
         folder = tiny_llama.make(Path(work) / "model")
         for requests in args.requests:
-            sides = {enabled: engine(folder, enabled, requests) for enabled in (False, True)}
-            turns = [{enabled: step_s(side) for enabled, side in sides.items()} for _ in range(args.turns)]
-            theirs, ours = (statistics.median(turn[enabled] for turn in turns) for enabled in (False, True))
-            more = ours - theirs
-            print(f"{requests:>9}{1e6 * theirs:>10.0f}{1e6 * ours:>10.0f}{1e6 * more:>10.0f}{more / 0.02:>10.2%}")
+            sides = {side: engine(folder, side, requests) for side in SIDES}
+            turns = [{side: 1e6 * step_s(engine) for side, engine in sides.items()} for _ in range(args.turns)]
+            theirs = statistics.median(turn["vLLM"] for turn in turns)
+            more = [statistics.median(turn[side] - turn["vLLM"] for turn in turns) for side in others]
+            print(f"{requests:>9}{theirs:>10.0f}" + "".join(f"{us:>22.0f}" for us in more), flush=True)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import zmq.asyncio
 from hycluster.core import ReplicaLoad
 from hycluster.engine.protocol import EngineInfo, Frame
 from hycluster.gateway.connection import connect
+from hycluster.gateway.output_reader import OutputReader
 from hycluster.replica.wire import EngineServer, MessageKind
 from hycluster.settings.load import DataPlane
 
@@ -92,11 +93,14 @@ async def measure(pipes: dict[str, Connection], messages: int, rounds: int) -> d
         pipes[kind].send(True)
         return cpu_s() + float(pipes[kind].recv())
 
+    heard = asyncio.Semaphore(0)
+    readers = [OutputReader(link.outputs, lambda _: heard.release()) for link in links.values()]
+
     async def ask(kind: str, size: int, count: int) -> None:
         word = json.dumps([size, count]).encode()
         await links[kind].requests.send_multipart([MessageKind.ADD, word])
         for _ in range(count):
-            await links[kind].outputs.recv_multipart(copy=False)
+            await heard.acquire()
 
     for _ in range(rounds):
         for name, size in SIZES.items():
@@ -110,6 +114,8 @@ async def measure(pipes: dict[str, Connection], messages: int, rounds: int) -> d
                     await ask(kind, size, 1)
                 trip = (time.perf_counter() - begun) / 200
                 found.setdefault((kind, name), []).append((cpu / messages * 1e6, messages / took, trip * 1e6))
+    for reader in readers:
+        reader.close()
     for kind, link in links.items():
         link.close()
         pipes[kind].send(False)

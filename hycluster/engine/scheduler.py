@@ -51,7 +51,7 @@ from hycluster.engine.scheduled_work import coming_work, scheduled_work
 from hycluster.engine.shares import TenantShares
 from hycluster.engine.step_room import BulkRow, Slowdown, StepRoom
 from hycluster.engine.step_time import StepTime, StepWork
-from hycluster.engine.waiting import WaitingRequests, is_bulk
+from hycluster.engine.waiting import WaitingRequests, is_bulk, lora_of
 from hycluster.engine.warm_blocks import WarmQueue
 from hycluster.settings.model import Colocation
 from hycluster.timeline import GIVEN_UP, PARKED_S
@@ -174,11 +174,10 @@ class ColocationScheduler(Scheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         begun = self.clock()
-        if self._bulk:
-            self._bulk &= self.requests.keys()
+        self._bulk &= self.requests.keys()
         if len(self._set_aside) > 2 * len(self._bulk):
             self._set_aside = {row: said for row, said in self._set_aside.items() if row in self.requests}
-        self._ask_here(bool(self._bulk or self._tenants))
+        self._ask_here(bool(self._bulk or (self._tenants and not self._alone)))
         if not self._bulk:
             return self._schedule_online(begun, throttle_prefills)
         online = [request for request in self.running if not is_bulk(request)]
@@ -221,8 +220,11 @@ class ColocationScheduler(Scheduler):
     def _schedule_online(self, begun: float, throttle_prefills: bool) -> SchedulerOutput:
         """A step with nobody to make room."""
         self._room, self._parked, self._stalled = StepRoom(), 0, False
-        self._share()
+        if not (alone := self._alone):
+            self._share()
         output = super().schedule(throttle_prefills)
+        if alone:
+            self._tenants.count_alone(self.running, output.num_scheduled_tokens, begun)
         learns = not self.current_step % _LEARN_EVERY and begun - self._learned_at >= self.learn_every_s
         if self.step_time.known and not self.siblings and not learns:
             self._online_tokens += output.total_num_scheduled_tokens
@@ -230,6 +232,11 @@ class ColocationScheduler(Scheduler):
             self._learned_at = begun
             self._count(output, begun)
         return output
+
+    @property
+    def _alone(self) -> bool:
+        """Whoever pays for a request here is one and the same; those with blocks in hand may be anybody's."""
+        return self._tenants.lone is not None and not self._kv_holding.accounts
 
     def _share(self) -> None:
         """Who of several tenants comes into the step, and who leaves for it."""
@@ -380,13 +387,8 @@ class ColocationScheduler(Scheduler):
 
     def _cheapest(self) -> Request | None:
         """The bulk row with the least to compute again, of those that are not in this step."""
-        rows = [
-            request
-            for request in self.running
-            if is_bulk(request)
-            and request.request_id not in self._room.taken
-            and self._request_blocks_can_be_freed(request)
-        ]
+        left = [row for row in self.running if is_bulk(row) and row.request_id not in self._room.taken]
+        rows = filter(self._request_blocks_can_be_freed, left)
         return min(rows, key=lambda r: (r.num_computed_tokens, -r.arrival_time), default=None)
 
     def _give_up(self, request: Request) -> None:
@@ -480,8 +482,3 @@ class ColocationScheduler(Scheduler):
 
 class AsyncColocationScheduler(ColocationScheduler, AsyncScheduler):
     """For engines that schedule a step while the one before is computed."""
-
-
-def lora_of(request: Request) -> int:
-    """Number of a request's adapter; 0 is none."""
-    return request.lora_request.lora_int_id if request.lora_request else 0

@@ -15,7 +15,7 @@ prompt of its would take all tokens of step after step. So
 - so do its outputs, on average over steps: where a row costs much beside a step, as on CPUs, all slots that the others
   leave would make steps twice as long. The oldest of its rows go on, the others keep their blocks and wait.
 
-Nothing of this is done, or paid for, while only one tenant is there.
+Nothing of this is done, or paid for, while only one tenant is there: what it has is then counted once a step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 
 from vllm.v1.request import Request
 
-from hycluster.engine.fairness import MOST_IDLE, TenantAccount, TenantAccounts, fair_shares
+from hycluster.engine.fairness import MOST_IDLE, OUTPUT_COST, TenantAccount, TenantAccounts, fair_shares
 from hycluster.engine.step_time import StepTime, StepWork
 from hycluster.engine.waiting import WaitingRequests, bill_of, is_bulk, payer_of, put_on
 
@@ -65,6 +65,9 @@ class TenantShares:
         slots: rows that the engine can have.
         kv_tokens: that its cache holds.
         step_tokens: most tokens of a step.
+
+    Attributes:
+        lone: whose all online requests are that somebody pays for; None: several tenants', or that isn't known.
     """
 
     def __init__(self, waiting: WaitingRequests, slots: int, kv_tokens: int, step_tokens: int) -> None:
@@ -81,6 +84,7 @@ class TenantShares:
         # And what rows of theirs may add to it, in seconds; below 0 it is what they have added too much.
         self._left_ahead_s = math.inf
         self._cost = StepTime()
+        self.lone: TenantAccount | None = None
         self._wanting: list[TenantAccount] = []
         self._claims: list[_Claim] = []
         self._left = 0
@@ -104,7 +108,10 @@ class TenantShares:
         if payer is None:
             return
         accounts = self._bulk if is_bulk(request) else self._online
-        put_on(accounts.open(*payer, list(waiting)), request)
+        bill = accounts.open(*payer, list(waiting))
+        put_on(bill, request)
+        if bill.account is not self.lone:
+            self.lone = None
 
     # -- a step -------------------------------------------------------------------------------------
 
@@ -136,7 +143,30 @@ class TenantShares:
         if self._ahead:
             self._left_ahead = _crowding_tokens(len(running), cost)
             self._may_add(running, cost)
+        self.lone = self._wanting[0] if len(self._wanting) == 1 and not self._ahead else None
         return sorted(running, key=_place) if self.contended else running
+
+    def count_alone(self, running: list[Request], tokens: Mapping[str, int], now_s: float) -> None:
+        """The rows of a step that :attr:`lone` has for itself, once it is scheduled: as :meth:`given` charges each.
+
+        Args:
+            tokens: that each row has in it, by request id.
+        """
+        assert self.lone is not None
+        self.lone.pass_time(now_s)
+        computed = 0
+        for request in running:
+            bill = bill_of(request)
+            if bill is None or request.num_computed_tokens <= bill.paid:
+                continue
+            if bill.paid:
+                computed += request.num_computed_tokens - bill.paid
+                bill.paid = request.num_computed_tokens
+            else:
+                cached = request.num_computed_tokens - tokens.get(request.request_id, 0)
+                bill.admit(request.num_prompt_tokens, request.num_tokens, cached)
+                self._online.admitted(self.lone)
+        self.lone.charge(OUTPUT_COST * computed)
 
     def _bulk_accounts(self, running: list[Request]) -> Collection[TenantAccount]:
         """Of whom there is bulk work, where there are so many that it matters."""

@@ -27,6 +27,11 @@ def is_bulk(request: Request) -> bool:
     return request.priority >= Priority.BATCH
 
 
+def lora_of(request: Request) -> int:
+    """Number of a request's adapter; 0 is none."""
+    return request.lora_request.lora_int_id if request.lora_request else 0
+
+
 def take_payer(request: Request) -> None:
     """Keep whose a request is, which has just been made for the scheduler, and drop its headers.
 

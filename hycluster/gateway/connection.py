@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from dataclasses import dataclass
+from typing import Any
 
 import zmq
 import zmq.asyncio
@@ -23,13 +24,14 @@ class ReplicaConnection:
     """The sockets to a replica that has greeted back.
 
     Attributes:
+        outputs: read by an :class:`OutputReader`.
         monitor: says when the connection for outputs closes.
         info: what the replica's engine is.
     """
 
     address: ReplicaAddress
     requests: zmq.asyncio.Socket
-    outputs: zmq.asyncio.Socket
+    outputs: zmq.Socket[bytes]
     monitor: zmq.asyncio.Socket
     info: EngineInfo
 
@@ -50,8 +52,10 @@ async def connect(
         ConnectionError: it does not answer, or refuses; the directory may still name one that has just died.
     """
     identity = secrets.token_bytes(16)
-    requests, outputs = (_socket(context, identity, address) for _ in range(2))
-    monitor = outputs.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
+    requests: zmq.asyncio.Socket = _socket(context, zmq.asyncio.Socket, identity, address)
+    outputs: zmq.Socket[bytes] = _socket(context, zmq.Socket, identity, address)
+    # Of the context's kind, for awaiting.
+    monitor: Any = outputs.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
     connection = None
     try:
         async with asyncio.timeout(HELLO_TIMEOUT_S):
@@ -76,8 +80,8 @@ async def connect(
     return connection
 
 
-def _socket(context: zmq.asyncio.Context, identity: bytes, address: ReplicaAddress) -> zmq.asyncio.Socket:
-    sock = context.socket(zmq.DEALER)
+def _socket(context: zmq.asyncio.Context, kind: Any, identity: bytes, address: ReplicaAddress) -> Any:
+    sock = context.socket(zmq.DEALER, socket_class=kind)
     sock.setsockopt(zmq.IDENTITY, identity)
     sock.setsockopt(zmq.LINGER, 0)
     sock.setsockopt(zmq.SNDHWM, 0)
@@ -90,7 +94,7 @@ def _socket(context: zmq.asyncio.Context, identity: bytes, address: ReplicaAddre
 
 
 def _close(
-    monitor: zmq.asyncio.Socket, requests: zmq.asyncio.Socket, outputs: zmq.asyncio.Socket, linger_ms: int
+    monitor: zmq.asyncio.Socket, requests: zmq.asyncio.Socket, outputs: zmq.Socket[bytes], linger_ms: int
 ) -> None:
     outputs.disable_monitor()
     monitor.close(linger=0)

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, Protocol
 
+from vllm.outputs import RequestOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from hycluster.auth.caller import current_caller
@@ -85,20 +86,19 @@ def _metered(outputs: Any) -> Any:
 
 async def metered(outputs: AsyncGenerator[Any, None], reservation: Reservation) -> AsyncGenerator[Any, None]:
     """The outputs of one prompt, counted."""
-    prompt = cached = 0
-    lengths: dict[int, int] = {}
+    prompt = cached = completion = 0
     told = False
     with reservation.asking():
         try:
             async with contextlib.aclosing(outputs):
+                # For each token of each stream.
                 async for output in outputs:
                     told = reservation.began = True
-                    prompt = len(output.prompt_token_ids or ()) or prompt
-                    cached = getattr(output, "num_cached_tokens", None) or cached
-                    for sequence in getattr(output, "outputs", None) or ():
-                        new = len(sequence.token_ids)
-                        # Whoever wants the whole gets it again and again, or once.
-                        lengths[sequence.index] = lengths.get(sequence.index, 0) + new
+                    prompt = prompt or len(output.prompt_token_ids or ())
+                    cached = output.num_cached_tokens or cached
+                    if isinstance(output, RequestOutput):
+                        for sequence in output.outputs:
+                            completion += len(sequence.token_ids)
                     yield output
         except (asyncio.CancelledError, GeneratorExit):
             if not told:
@@ -106,4 +106,4 @@ async def metered(outputs: AsyncGenerator[Any, None], reservation: Reservation) 
                 reservation.give_up()
             raise
         finally:
-            reservation.add(RequestTokens(prompt, min(cached, prompt), sum(lengths.values())))
+            reservation.add(RequestTokens(prompt, min(cached, prompt), completion))

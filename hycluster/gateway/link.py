@@ -24,6 +24,7 @@ from hycluster.gateway.bulk import EngineRoom
 from hycluster.gateway.connection import ReplicaConnection
 from hycluster.gateway.failover import Failover
 from hycluster.gateway.flight import Flight
+from hycluster.gateway.output_reader import OutputReader
 from hycluster.gateway.prefixes import Prefixes
 from hycluster.gateway.sent_work import OUTSTANDING, SentWork, work_of_others
 from hycluster.gateway.tasks import Tasks
@@ -98,7 +99,8 @@ class Link:
         self._encoder = MsgpackEncoder()
         self._decoder = MsgpackDecoder(EngineCoreOutputs)
         self._tasks = Tasks()
-        for end in (self._read, self._watch, self._heed):
+        self._reader = OutputReader(connection.outputs, self._hear)
+        for end in (self._watch, self._heed):
             self._tasks.spawn(end())
 
     @property
@@ -193,26 +195,23 @@ class Link:
 
     # -- reading ------------------------------------------------------------------------------------
 
-    async def _read(self) -> None:
-        recv, decode = self._connection.outputs.recv_multipart, self._decoder.decode
-        while True:
-            frames = await recv(copy=False)
-            if len(frames) == 1 and not len(frames[0].buffer):
-                self.lose("its engine ended")
+    def _hear(self, frames: list[zmq.Frame]) -> None:
+        if len(frames) == 1 and not len(frames[0].buffer):
+            self.lose("its engine ended")
+            return
+        self.heard_s = time.monotonic()
+        if self._prefixes is not None:
+            self._hear_blocks(self._prefixes, frames)
+            if not frames:
                 return
-            self.heard_s = time.monotonic()
-            if self._prefixes is not None:
-                self._hear_blocks(self._prefixes, frames)
-                if not frames:
-                    continue
-            outputs: EngineCoreOutputs = decode(frames)
-            if outputs.utility_output is not None:
-                self._answer(outputs.utility_output)
-                continue
-            outputs.outputs = self._book(outputs)
-            outputs.engine_index = self.known.number
-            if outputs.outputs or outputs.scheduler_stats is not None:
-                self._arrived.put_nowait(outputs)
+        outputs: EngineCoreOutputs = self._decoder.decode(frames)
+        if outputs.utility_output is not None:
+            self._answer(outputs.utility_output)
+            return
+        outputs.outputs = self._book(outputs)
+        outputs.engine_index = self.known.number
+        if outputs.outputs or outputs.scheduler_stats is not None:
+            self._arrived.put_nowait(outputs)
 
     def _hear_blocks(self, prefixes: Prefixes, frames: list[zmq.Frame]) -> None:
         """Take away what a message says of KV blocks; before its outputs are told, as they may be asked for at once."""
@@ -275,9 +274,11 @@ class Link:
     async def _watch(self) -> None:
         await recv_monitor_message(self._connection.monitor)
         # The last words of a replica that has drained are whole answers: what has arrived is read first.
-        while await self._connection.outputs.poll(0):  # noqa: ASYNC110 - sockets tell nobody that they are empty
-            await asyncio.sleep(0.005)
-        self.lose("its connection closed")
+        try:
+            while self._reader.read():  # noqa: ASYNC110 - sockets tell nobody that they are empty
+                await asyncio.sleep(0)
+        finally:
+            self.lose("its connection closed")
 
     async def _heed(self) -> None:
         """A replica that took this gateway for gone refuses whatever it says, and sends no more outputs."""
@@ -351,6 +352,7 @@ class Link:
 
     async def close(self, *, say_bye: bool = False) -> None:
         """End a link that is lost or left; ``say_bye`` tells the replica, which drops what it has."""
+        self._reader.close()
         await self._tasks.cancel()
         if say_bye:
             # Else it has gone.

@@ -67,25 +67,28 @@ class WithTimelines:
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (REQUEST_ID, request_id)]
+                _name(message, request_id)
             await send(message)
 
         path = scope["path"]
         if scope["method"] != "POST" or path not in TIMED:
             await self._app(scope, receive, named)
             return
-        await self._timed(scope, receive, named, request_id.decode("latin-1"))
+        await self._timed(scope, receive, send, request_id)
 
-    async def _timed(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
+    async def _timed(self, scope: Scope, receive: Receive, send: Send, named: bytes) -> None:
+        request_id = named.decode("latin-1")
         parent = trace_context(_texts(scope["headers"]))
         operation = f"POST {scope['path']}"
         with Carried(request_id, operation, parent) as timeline, account_book.account(request_id, operation) as account:
             scope.get(TIMELINE_KEY, []).append(timeline)
             whole = False
 
+            # Called for each token of each stream.
             async def seen(message: Message) -> None:
                 nonlocal whole
                 if message["type"] == "http.response.start":
+                    _name(message, named)
                     status = timeline.attributes["http.response.status_code"] = message["status"]
                     if status >= 500:
                         timeline.error = f"HTTP {status}"
@@ -101,6 +104,10 @@ class WithTimelines:
             timeline.cancelled = not whole
             if account is not None:
                 account.left = not whole
+
+
+def _name(begun: Message, request_id: bytes) -> None:
+    begun["headers"] = [*begun.get("headers", ()), (REQUEST_ID, request_id)]
 
 
 def _texts(headers: list[tuple[bytes, bytes]]) -> Mapping[str, str]:

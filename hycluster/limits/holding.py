@@ -8,6 +8,12 @@ from hycluster.limits.lease import Corrections
 
 # A lease that lies unused for so long goes back.
 HELD_S = 1.0
+# Where less than half of a limit is used, all processes together may let requests in ahead of their leases by this part
+# of it, between two words to the book: no request waits for a word that says what is known. It is what would not be
+# counted if all of them were killed then.
+GOES_AHEAD = 1 / 200
+# The book's last word is no older then.
+_LATELY_S = 2 * ASK_EVERY_S + 0.2
 
 
 class Holding:
@@ -47,6 +53,8 @@ class Holding:
         # may while requests are refused.
         self._helped = SlotUsage(self._usage.period)
         self._own, self._own_s, self._pressed_until_s = 0.0, float("-inf"), float("-inf")
+        # What requests were let in with ahead of leases since then, and when that was.
+        self._went_ahead, self._heard_s = 0, float("-inf")
 
     # -- requests -----------------------------------------------------------------------------------------
 
@@ -113,6 +121,25 @@ class Holding:
         self._corrections.note(amount, now_s)
         return True
 
+    def go_ahead(self, amount: int, now_s: float) -> bool:
+        """Let a request in ahead of a lease, which the book hears of next; only far from the limit, and no more than
+        :data:`GOES_AHEAD`."""
+        lately = self._told and now_s - self._heard_s < _LATELY_S
+        if not lately or now_s < self._pressed_until_s or self.is_dry(now_s):
+            return False
+        if self._usage.period and self._base_of != self.period:
+            return False
+        taken = (self._went_ahead + amount) * self._processes
+        used = self._places_used if self._places else self._usage.used(now_s + self._ahead_s, self.period)
+        if taken > self.limit * GOES_AHEAD or 2 * (used + taken) > self.limit:
+            return False
+        self._went_ahead += amount
+        self._balance += amount
+        self._leased_s = now_s
+        if not self._places:
+            self._corrections.note(amount, now_s)
+        return True
+
     @property
     def remaining(self) -> int:
         """Of the limit, as far as is known here."""
@@ -155,9 +182,10 @@ class Holding:
             return 0
         if self._places or now_s < self._pressed_until_s:
             return self._demand
-        # For about a second, also where it is asked sooner since requests wait: else they would wait again and again.
+        # For a second, though requests come in bursts, and also where it is asked sooner since some wait: else they
+        # would wait again and again.
         self._turn(now_s)
-        return max(self._demand, self._half + self._half_before)
+        return max(self._demand, 2 * max(self._half, self._half_before))
 
     # -- the book -----------------------------------------------------------------------------------------
 
@@ -179,7 +207,8 @@ class Holding:
             self._corrections.clear()
         want = max(0, max(self._expected(now_s), waiting) - self._balance)
         known = None
-        if book != self._book:
+        if book != self._book or not book:
+            # Also if it is the first one: there is nothing to tell, and it need not ask for it.
             theirs_s = now_s + self._ahead_s
             known = tuple(
                 (slot if isinstance(slot, str) else theirs_s - slot * SLOT_S, amount)
@@ -213,6 +242,7 @@ class Holding:
     def hear(self, asked: LeaseAsk, told: Told, answer: LeaseAnswer, now_s: float) -> None:
         """The book's answer."""
         self._processes = max(1, answer.processes)
+        self._went_ahead, self._heard_s = 0, now_s
         self._answered = asked.word
         self._corrections.heard(asked.word)
         self._balance += told.given

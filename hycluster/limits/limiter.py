@@ -1,7 +1,8 @@
 """Lets requests in by the limits that their callers have; one for each process that callers come to.
 
-No request makes a call of its own: what it needs is reserved of the leases that are here, or it waits a moment for the
-next word of the directory's book, which is asked for all limits at once: twice a second, sooner where requests wait.
+No request makes a call of its own: what it needs is reserved of the leases that are here, or ahead of them where the
+limit is far, or it waits a moment for the next word of the directory's book, which is asked for all limits at once:
+twice a second, sooner where requests wait.
 """
 
 from __future__ import annotations
@@ -166,7 +167,8 @@ class Limiter:
         for share in shares:
             share.holding.want(share.reserved, now_s)
         while short := [share for share in shares if not share.holding.has(share.reserved, now_s)]:
-            if self._away and all(share.holding.help_itself(share.reserved, now_s) for share in short):
+            help_itself = Holding.help_itself if self._away else Holding.go_ahead
+            if all(help_itself(share.holding, share.reserved, now_s) for share in short):
                 continue
             dry = next((share for share in short if self._away or share.holding.is_dry(now_s)), None)
             if dry is not None or now_s - began_s >= WAITS_S:

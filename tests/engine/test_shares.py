@@ -386,6 +386,37 @@ def test_one_s_own_come_in_the_order_in_which_they_would_be_served() -> None:
         assert list(_in_order(heap)) == sorted(heap)
 
 
+def test_one_alone_is_not_asked_about_and_counted_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hycluster.engine.scheduler import ColocationScheduler
+
+    def had(run: Run, tenant: str) -> Any:
+        scheduler: Any = run.engine.scheduler
+        return scheduler._tenants._online._accounts[tenant]
+
+    seen: list[dict[str, float]] = []
+    for asks in (False, True):
+        with monkeypatch.context() as patch:
+            if asks:
+                patch.setattr(ColocationScheduler, "_alone", False)
+            run = Run(engine(max_num_seqs=8))
+            # With beginnings that are cached, prompts of several steps, and who pays for nothing.
+            for number in range(40):
+                run.add(GREEDY, 100 + 500 * (number % 5), 10 + number % 30, payer=number % 10 > 0)
+            for _ in range(20):
+                run.step()
+            assert ("_reserve_prefill_lookahead" in vars(run.engine.scheduler)) is not asks
+            while len(run.over) < 30:
+                run.step()
+            seen.append({"served": had(run, GREEDY).served, "recent": had(run, GREEDY).recent, **run.over})
+            run.add("modest", 100, 20)
+            run.step()
+            assert "_reserve_prefill_lookahead" not in vars(run.engine.scheduler)
+            while run.engine.has_work:
+                run.step()
+            assert 0 < had(run, "modest").served < had(run, GREEDY).served
+    assert seen[0] == pytest.approx(seen[1])
+
+
 def test_tenants_of_bulk_work_are_forgotten_too() -> None:
     from hycluster.engine.shares import TenantShares
     from hycluster.engine.step_time import StepTime

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hycluster.auth.caller import calling
 from hycluster.auth.limits import Limit
-from hycluster.limits.reservation import current_reservation
+from hycluster.limits.reservation import RequestTokens, current_reservation
 from tests.limits.virtual import ME, World, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("vllm_imported")]
@@ -120,6 +121,32 @@ def test_a_model_that_is_named_by_the_query_has_its_limits() -> None:
         return [await post(app, COMPLETIONS, body, query) for query, body in asked]
 
     assert run(main()) == [200, 429, 200, 200]
+
+
+@pytest.mark.parametrize("pools", [False, True])
+def test_what_comes_is_counted_and_passed_on(pools: bool) -> None:
+    from vllm.outputs import CompletionOutput, PoolingOutput, PoolingRequestOutput, RequestOutput
+
+    from hycluster.gateway.limited import metered
+
+    def step(index: int, tokens: list[int], prompt: list[int] | None) -> RequestOutput:
+        said = CompletionOutput(index, "", tokens, None, None)
+        return RequestOutput("r", None, prompt, None, [said], finished=False, num_cached_tokens=2)
+
+    whole: Any = PoolingRequestOutput("r", PoolingOutput(torch.zeros(3)), [1, 2, 3], 2, True)
+    steps = [whole] if pools else [step(0, [4], [1, 2, 3]), step(1, [5, 6], None), step(0, [7], None)]
+
+    async def outputs() -> AsyncIterator[Any]:
+        for each in steps:
+            yield each
+
+    async def main() -> tuple[list[Any], RequestTokens]:
+        world = World(Limit("acme", tokens_per_minute=1000))
+        reservation = await world.process().limiter.reserve([*world.limits], RequestTokens(10, 0, 10))
+        passed = [output async for output in metered(outputs(), reservation)]  # type: ignore[arg-type]
+        return passed, reservation.tokens
+
+    assert run(main()) == (steps, RequestTokens(3, 2, 0 if pools else 4))
 
 
 def test_who_leaves_before_a_whole_answer_has_used_what_was_reserved() -> None:
