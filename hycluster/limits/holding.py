@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hycluster.limits.book import ASK_EVERY_S, PERIODS, PLACES, LeaseAnswer, LeaseAsk, Name, Told, is_short
-from hycluster.limits.bucket import MINUTE_S, PRESSED_S, SLOT_S, SlotUsage, pressed_for_s
+from hycluster.limits.bucket import MINUTE_S, PRESSED_S, SLOT_S, Pace, SlotUsage, pressed_for_s
 from hycluster.limits.lease import Corrections
 
 # A lease that lies unused for so long goes back.
@@ -41,6 +41,7 @@ class Holding:
         # What it has heard: of which book, by whose clock.
         self._usage = SlotUsage(name[1] in PERIODS)
         self._book, self._heard, self._ahead_s, self._processes = "", -1, 0.0, 1
+        self._pace: Pace | None = None
         self._places_used = 0
         self._told = False
         # What all processes together have helped themselves to since the book's last word, if all do as this one; and
@@ -178,13 +179,14 @@ class Holding:
             self.period, self._balance = period, 0
             self._corrections.clear()
         want = max(0, max(self._expected(now_s), waiting) - self._balance)
-        known = None
+        known = pace = None
         if book != self._book:
             theirs_s = now_s + self._ahead_s
             known = tuple(
                 (slot if isinstance(slot, str) else theirs_s - slot * SLOT_S, amount)
                 for slot, amount in self._usage.slots.items()
             )
+            pace = self._pace and Pace(self._pace.free, theirs_s - self._pace.at_s)
         self._told_holds = self._in_use + self._balance if self._places else 0
         asked = LeaseAsk(
             limit=self.limit,
@@ -201,6 +203,7 @@ class Holding:
             period=period,
             base=self._base if period == self._base_of else 0,
             known=known,
+            pace=pace,
         )
         self._demand, self._least, self._refused = 0, 0, False
         return asked
@@ -225,7 +228,8 @@ class Holding:
         self._dry_until_s = float("-inf")
         if is_short(asked, told.given):
             self._wait_s = told.wait_s
-            self._dry_until_s = now_s + ASK_EVERY_S
+            # Of a small limit one is only given to a request that waits, and none would while there is said to be none.
+            self._dry_until_s = now_s + (ASK_EVERY_S if told.wait_s > 0 else 0.0)
         if self._places or answer.recovers:
             return
         if answer.book != self._book:
@@ -233,7 +237,7 @@ class Holding:
             self._book = answer.book
         self._helped.slots.clear()
         self._own, self._own_s = 0.0, now_s
-        self._heard, self._ahead_s = told.sequence, answer.now_s - now_s
+        self._heard, self._ahead_s, self._pace = told.sequence, answer.now_s - now_s, told.pace
         self._usage.slots |= dict(told.changed)
         # Nobody says of what is older than a minute that it is.
         self._usage.used(answer.now_s, self.period)
