@@ -7,6 +7,7 @@ of that time, however often callers come back.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -15,11 +16,13 @@ SLOT_S = 0.25
 # What a process has is used up to a second later than it was given.
 WINDOW_S = 59.1
 # Paced, no minute has more than this part of the limit, or one request more than that.
-PACED_SHARE = 1.015
+PACED_SHARE = 1.017
 # The even pace by the limit's: a little of what is given is on its way back all the time.
-PACE = 1.007
+PACE = 1.009
+# And as much again as is on its way back; of that it is not known for sure whether it will come, so no more than this.
+RETURNING_SHARE = 0.02
 # So much before the minute is over that the first burst has used, the pace begins: what is given is used a little later.
-LEAD_S = 0.4
+LEAD_S = 0.5
 # So little may have been used before the burst began.
 BEFORE_BURST = 0.02
 # Requests were refused so lately: there are more than fit. Of few requests none may come for longer, by chance.
@@ -131,6 +134,8 @@ class Bucket:
         # Whether what is free is given out at the pace; what of it there is, as of then.
         self._paced = False
         self._free, self._at_s = 0.0, float("-inf")
+        # What of all that is given and not used is on its way back.
+        self._returning, self._returned_s = 0.0, 0.0
         self._saving: tuple[str, float] | None = None
         self._recovered = -1
         self._baseline: dict[Slot, int] = {}
@@ -193,6 +198,9 @@ class Bucket:
             return
         self.sequence += 1
         self._free += amount
+        # By Little's law: what came back within the last minute, times how long it was out.
+        self._returning = self._returns(now_s) + amount * age_s / MINUTE_S
+        self._returned_s = now_s
         for slot in self.usage.take_back(amount, now_s, period, age_s):
             self._marks[slot] = self.sequence
 
@@ -260,7 +268,11 @@ class Bucket:
             backlog = BACKLOG_S * per_s + least
             self._free = max(self._free, min(self._free + (now_s - self._at_s) * per_s, backlog))
             self._at_s = now_s
-        return max(0.0, min(self._free, max(PACED_SHARE * limit, limit + 1) - used))
+        most = max(PACED_SHARE * limit, limit + 1) + min(self._returns(now_s), RETURNING_SHARE * limit)
+        return max(0.0, min(self._free, most - used))
+
+    def _returns(self, now_s: float) -> float:
+        return self._returning * math.exp((self._returned_s - now_s) / MINUTE_S)
 
     def _count(self, amount: int, now_s: float, period: str) -> None:
         self.sequence += 1

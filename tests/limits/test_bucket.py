@@ -26,9 +26,9 @@ def test_within_a_window_no_more_than_the_limit_is_given(steps: list[tuple[float
         if refused:
             bucket.press(now_s)
         given.append((now_s, give(bucket, now_s, want, who)))
-        # Paced, what is late by a second holds up nothing: docs/auth.md.
-        recent = [amount for at_s, amount in given if now_s - at_s < 57]
-        assert sum(recent) <= LIMIT
+        # While requests are refused it may be one more: docs/auth.md.
+        recent = [amount for at_s, amount in given if now_s - at_s < WINDOW_S]
+        assert sum(recent) <= LIMIT + 1
 
 
 @given(st.lists(STEP, max_size=80), st.lists(st.integers(0, 60), min_size=80, max_size=80))
@@ -58,7 +58,7 @@ def test_a_new_book_knows_what_the_last_hearer_knew(steps: list[tuple[float, int
     new = Bucket(period=False)
     new.charge(3, now_s)
     for sequence, slots in data.draw(st.permutations(list(heard.values()))):
-        new.recover(sequence, slots.items(), now_s)
+        new.recover(sequence, slots.items(), None, now_s)
     assert new.usage.used(now_s) == bucket.usage.used(now_s) + 3
 
 
