@@ -175,21 +175,12 @@ class Bucket:
         """So long ago a request has used more than was reserved, or a process has helped itself.
 
         Args:
-            limit: by the minute, what is beyond it counts in the minutes to come, as much as it is in each. Else
+            limit: by the minute, what is beyond it is owed: nothing is given until the pace has paid it off. Else
                 whoever reserves little and uses much would have that much in every minute.
         """
-        over = at = 0
-        if limit and not self.usage.period:
-            used = self.usage.used(now_s)
-            over, at = min(amount, max(0, used + amount - limit)), max(used, limit)
-        self._count(amount - over, now_s - age_s, period)
-        while limit and over > 0:
-            minutes, within = divmod(at, limit)
-            part = over if minutes >= MOST_OWED_MINUTES else min(over, limit - within)
-            self.sequence += 1
-            slot = self.usage.note(part, now_s + min(minutes, MOST_OWED_MINUTES) * MINUTE_S)
-            self._marks[slot] = self.sequence
-            over, at = over - part, at + part
+        if limit and not self._period and not self._paced and self.usage.used(now_s) + amount > limit:
+            self._begin_pace(limit, now_s)
+        self._count(amount, now_s - age_s, period)
 
     def take_back(self, amount: int, now_s: float, period: str = "", age_s: float = 0.0) -> None:
         """What was given so long ago has not been used."""
@@ -250,26 +241,28 @@ class Bucket:
         short = amount - self._free
         return max(wait_s, max(0.0, self._at_s - now_s) + short * MINUTE_S / limit if short > 0 else 0.0)
 
-    def _is_pressed(self, now_s: float) -> bool:
-        return not self._period and now_s < self._pressed_until_s
-
     def _free_now(self, limit: int, least: int, now_s: float, period: str) -> float:
-        room = max(0, limit - self.usage.used(now_s, period))
-        if not self._is_pressed(now_s):
+        per_s = PACE * limit / MINUTE_S
+        owes = self._paced and self._free + max(0.0, now_s - self._at_s) * per_s < 0
+        if self._period or (now_s >= self._pressed_until_s and not owes):
+            room = max(0, limit - self.usage.used(now_s, period))
             self._paced, self._free, self._at_s = False, room, now_s
             return room
         used = self.usage.used(now_s, lately_s=MINUTE_S)
         if not self._paced:
-            # A minute's worth may be used at once, and then it is as if that had been given at the pace.
-            self._paced, self._free = True, limit - used
-            self._at_s = max(now_s, self.usage.began_s(now_s) + (MINUTE_S - LEAD_S) / PACE)
+            self._begin_pace(limit, now_s)
+        self._free = max(self._free, -float(MOST_OWED_MINUTES * limit))
         if now_s > self._at_s:
-            per_s = PACE * limit / MINUTE_S
             backlog = BACKLOG_S * per_s + least
             self._free = max(self._free, min(self._free + (now_s - self._at_s) * per_s, backlog))
             self._at_s = now_s
         most = max(PACED_SHARE * limit, limit + 1) + min(self._returns(now_s), RETURNING_SHARE * limit)
         return max(0.0, min(self._free, most - used))
+
+    def _begin_pace(self, limit: int, now_s: float) -> None:
+        """A minute's worth may be used at once, and then it is as if that had been given at the pace."""
+        self._paced, self._free = True, limit - self.usage.used(now_s, lately_s=MINUTE_S)
+        self._at_s = max(now_s, self.usage.began_s(now_s) + (MINUTE_S - LEAD_S) / PACE)
 
     def _returns(self, now_s: float) -> float:
         return self._returning * math.exp((self._returned_s - now_s) / MINUTE_S)

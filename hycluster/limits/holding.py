@@ -99,12 +99,13 @@ class Holding:
             return False
         theirs_s = now_s + self._ahead_s
         room = self.limit - self._usage.used(theirs_s, self.period) - self._helped.used(theirs_s, self.period)
-        if not self._usage.period and now_s < self._pressed_until_s:
-            per_s = self.limit / MINUTE_S
-            most = PRESSED_S * per_s + amount * self._processes
-            self._own = min(self._own + (now_s - self._own_s) * per_s, most)
+        per_s = self.limit / MINUTE_S
+        most = PRESSED_S * per_s + amount * self._processes
+        self._own = min(self._own + max(0.0, now_s - self._own_s) * per_s, most)
+        self._own_s = max(self._own_s, now_s)
+        owes = self._pace is not None and self._pace.free < 0
+        if not self._usage.period and (now_s < self._pressed_until_s or owes):
             room = min(room, int(self._own))
-        self._own_s = now_s
         if room < amount * self._processes:
             return False
         self._own -= amount * self._processes
@@ -126,9 +127,11 @@ class Holding:
         if not isinstance(newest, int):
             return 0.0
         theirs_s = now_s + self._ahead_s
-        left_s = (newest + 1) * SLOT_S + MINUTE_S - theirs_s
-        # More than a minute if something is owed.
-        return max(0.0, left_s if newest * SLOT_S > theirs_s else min(MINUTE_S, left_s))
+        left_s = min(MINUTE_S, (newest + 1) * SLOT_S + MINUTE_S - theirs_s)
+        if self._pace is not None:
+            # More than a minute if something is owed.
+            left_s = max(left_s, self._pace.at_s - theirs_s - self._pace.free * MINUTE_S / self.limit)
+        return max(0.0, left_s)
 
     @property
     def known(self) -> bool:
@@ -236,8 +239,9 @@ class Holding:
             self._usage.slots.clear()
             self._book = answer.book
         self._helped.slots.clear()
-        self._own, self._own_s = 0.0, now_s
         self._heard, self._ahead_s, self._pace = told.sequence, answer.now_s - now_s, told.pace
+        # It goes on with the pace, if there is one, and with what is owed.
+        self._own, self._own_s = (told.pace.free, told.pace.at_s - self._ahead_s) if told.pace else (0.0, now_s)
         self._usage.slots |= dict(told.changed)
         # Nobody says of what is older than a minute that it is.
         self._usage.used(answer.now_s, self.period)
