@@ -76,6 +76,37 @@ def test_at_an_even_pace_while_requests_are_refused() -> None:
     assert all(1.0 <= later - earlier <= 2.1 for earlier, later in pairwise(times[1:]))
 
 
+def paced(bucket: Bucket, from_s: float, until_s: float) -> list[float]:
+    """When each one was given, while more want one than there are."""
+    given = []
+    for step in range(int(from_s * 10), int(until_s * 10)):
+        bucket.press(step / 10)
+        given += [step / 10] * give(bucket, step / 10, 5)
+    return given
+
+
+def test_what_could_not_be_given_out_is_made_up_for_and_no_minute_has_more() -> None:
+    bucket = Bucket(period=False)
+    given = [*paced(bucket, 1000, 1100), *paced(bucket, 1108, 1300)]
+    assert LIMIT * 5 <= len(given) <= 1.02 * LIMIT * 5
+    assert max(sum(at_s <= later < at_s + 60 for later in given) for at_s in given) == LIMIT + 1
+
+
+def test_a_new_book_goes_on_at_the_pace() -> None:
+    bucket, new = Bucket(period=False), Bucket(period=False)
+    paced(bucket, 1000, 1100)
+    new.recover(bucket.sequence, list(bucket.usage.slots.items()), bucket.pace, 1102)
+    assert paced(new, 1103, 1200) == paced(bucket, 1103, 1200)
+
+
+def test_what_is_owed_is_paid_off_whether_others_are_refused_or_not() -> None:
+    bucket = Bucket(period=False)
+    give(bucket, 1000.0, 1)
+    bucket.charge(3 * LIMIT - 1, 1001.0, limit=LIMIT)
+    assert not give(bucket, 1000 + 2.9 * 60, 1)
+    assert give(bucket, 1000 + 3 * 60, 1)
+
+
 def test_what_is_too_little_for_one_is_kept_for_him() -> None:
     bucket = Bucket(period=False)
     assert give(bucket, 1000.0, LIMIT - 4) == LIMIT - 4
