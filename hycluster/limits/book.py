@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from hycluster.limits.bucket import SLOT_S, Bucket, Pace, PlacesInUse, Slot, pressed_for_s
+from hycluster.limits.bucket import SLOT_S, Bucket, LeasePace, PlacesInUse, Slot, pressed_for_s
 from hycluster.limits.lease import Leases
 
 PLACES = "concurrent_requests"
@@ -62,7 +62,7 @@ class LeaseAsk:
     period: str = ""
     base: int = 0
     known: tuple[tuple[float | str, int], ...] | None = None
-    pace: Pace | None = None
+    pace: LeasePace | None = None
 
 
 def is_short(ask: LeaseAsk, given: int) -> bool:
@@ -87,7 +87,7 @@ class Told:
     changed: tuple[tuple[Slot, int], ...] = ()
     used: int = 0
     wait_s: float = 0.0
-    pace: Pace | None = None
+    pace: LeasePace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,7 @@ class LeaseBook:
         bucket = self._buckets.setdefault(name, Bucket(period=name[1] in PERIODS))
         if ask.known is not None and (new or recovers):
             given_then = [(_slot(age, now_s), amount) for age, amount in ask.known]
-            pace = ask.pace and Pace(ask.pace.free, now_s - ask.pace.at_s)
+            pace = ask.pace and LeasePace(ask.pace.free, now_s - ask.pace.at_s)
             bucket.recover(ask.heard, given_then, pace, now_s, pressed_for_s(ask.limit))
         if ask.base and (new or recovers):
             # Later it may be behind what has been given back here.

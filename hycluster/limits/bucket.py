@@ -21,7 +21,7 @@ PACED_SHARE = 1.017
 PACE = 1.009
 # And as much again as is on its way back; of that it is not known for sure whether it will come, so no more than this.
 RETURNING_SHARE = 0.02
-# So much before the minute is over that the first burst has used, the pace begins: what is given is used a little later.
+# The pace begins so much before the minute is over that the first burst has used: what is given is used a little later.
 LEAD_S = 0.5
 # So little may have been used before the burst began.
 BEFORE_BURST = 0.02
@@ -106,7 +106,7 @@ class SlotUsage:
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class LeasePace:
     """How what comes free is given out evenly.
 
     Attributes:
@@ -209,12 +209,17 @@ class Bucket:
         return [(slot, slots[slot]) for slot, mark in self._marks.items() if mark > sequence]
 
     @property
-    def pace(self) -> Pace | None:
+    def pace(self) -> LeasePace | None:
         """By which it gives now; None where what is free is given out at once."""
-        return Pace(self._free, self._at_s) if self._paced else None
+        return LeasePace(self._free, self._at_s) if self._paced else None
 
     def recover(
-        self, heard: int, given: Iterable[tuple[Slot, int]], pace: Pace | None, now_s: float, for_s: float = PRESSED_S
+        self,
+        heard: int,
+        given: Iterable[tuple[Slot, int]],
+        pace: LeasePace | None,
+        now_s: float,
+        for_s: float = PRESSED_S,
     ) -> None:
         """Go on from what a process has heard of a book that is lost; who heard last knows most.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hycluster.limits.book import ASK_EVERY_S, PERIODS, PLACES, LeaseAnswer, LeaseAsk, Name, Told, is_short
-from hycluster.limits.bucket import MINUTE_S, PRESSED_S, SLOT_S, Pace, SlotUsage, pressed_for_s
+from hycluster.limits.bucket import MINUTE_S, PRESSED_S, SLOT_S, LeasePace, SlotUsage, pressed_for_s
 from hycluster.limits.lease import Corrections
 
 # A lease that lies unused for so long goes back.
@@ -41,7 +41,7 @@ class Holding:
         # What it has heard: of which book, by whose clock.
         self._usage = SlotUsage(name[1] in PERIODS)
         self._book, self._heard, self._ahead_s, self._processes = "", -1, 0.0, 1
-        self._pace: Pace | None = None
+        self._pace: LeasePace | None = None
         self._places_used = 0
         self._told = False
         # What all processes together have helped themselves to since the book's last word, if all do as this one; and
@@ -189,7 +189,7 @@ class Holding:
                 (slot if isinstance(slot, str) else theirs_s - slot * SLOT_S, amount)
                 for slot, amount in self._usage.slots.items()
             )
-            pace = self._pace and Pace(self._pace.free, theirs_s - self._pace.at_s)
+            pace = self._pace and LeasePace(self._pace.free, theirs_s - self._pace.at_s)
         self._told_holds = self._in_use + self._balance if self._places else 0
         asked = LeaseAsk(
             limit=self.limit,
