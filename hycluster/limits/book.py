@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from hycluster.limits.bucket import SLOT_S, Bucket, LeasePace, PlacesInUse, Slot, pressed_for_s
+from hycluster.limits.bucket import Bucket, LeasePace, PlacesInUse, pressed_for_s
 from hycluster.limits.lease import Leases
+from hycluster.limits.slots import SLOT_S, Slot
 
 PLACES = "concurrent_requests"
 PERIODS: frozenset[str] = frozenset({"tokens_per_day", "budget_per_month"})

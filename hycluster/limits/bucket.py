@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-MINUTE_S = 60.0
-SLOT_S = 0.25
-# What a process has is used up to a second later than it was given.
-WINDOW_S = 59.1
+from hycluster.limits.slots import MINUTE_S, WINDOW_S, Slot, SlotUsage
+
 # Paced, no minute has more than this part of the limit, or one request more than that.
 PACED_SHARE = 1.017
 # The even pace by the limit's: a little of what is given is on its way back all the time.
@@ -23,8 +21,6 @@ PACE = 1.009
 RETURNING_SHARE = 0.02
 # The pace begins so much before the minute is over that the first burst has used: what is given is used a little later.
 LEAD_S = 0.5
-# So little may have been used before the burst began.
-BEFORE_BURST = 0.02
 # Requests were refused so lately: there are more than fit. Of few requests none may come for longer, by chance.
 PRESSED_S = 2.0
 PRESSED_REQUESTS = 20
@@ -37,72 +33,6 @@ AHEAD = 0.01
 SAVED_S = 1.0
 # What was used beyond a limit is paid off in so many minutes; what they don't suffice for is let go.
 MOST_OWED_MINUTES = 60
-
-# A stretch of time by its number, or a day or month by its name.
-Slot = int | str
-
-
-@dataclass(slots=True)
-class SlotUsage:
-    """What was given, by slots of time.
-
-    Args:
-        period: whether slots are days or months, which their names tell; else what is older than a minute is forgotten.
-    """
-
-    period: bool
-    slots: dict[Slot, int] = field(default_factory=dict)
-
-    def used(self, now_s: float, period: str = "", *, lately_s: float = WINDOW_S) -> int:
-        """So lately, or within the period."""
-        if self.period:
-            return self.slots.get(period, 0)
-        self.slots = {slot: amount for slot, amount in self.slots.items() if _ends_s(slot, MINUTE_S) > now_s}
-        return sum(amount for slot, amount in self.slots.items() if _ends_s(slot, lately_s) > now_s)
-
-    def note(self, amount: int, now_s: float, period: str = "") -> Slot:
-        """Count what is given now; returns where."""
-        slot: Slot = period if self.period else int(now_s // SLOT_S)
-        self.slots[slot] = self.slots.get(slot, 0) + amount
-        return slot
-
-    def take_back(self, amount: int, now_s: float, period: str = "", age_s: float = 0.0) -> list[Slot]:
-        """Count it no more: what was given so long ago, or else after that, or else before; returns where."""
-        if self.period:
-            self.slots[period] = max(0, self.slots.get(period, 0) - amount)
-            return [period]
-        given = int((now_s - age_s) // SLOT_S)
-        numbers = sorted(slot for slot in self.slots if isinstance(slot, int))
-        changed: list[Slot] = []
-        for slot in (*(each for each in numbers if each >= given), *(each for each in numbers[::-1] if each < given)):
-            part = min(amount, self.slots[slot])
-            self.slots[slot] -= part
-            amount -= part
-            changed.append(slot)
-            if not amount:
-                break
-        return changed
-
-    def until_free_s(self, amount: int, limit: int, now_s: float) -> float:
-        """Seconds until so much is free, if nothing more is given meanwhile."""
-        over = self.used(now_s) + amount - limit
-        for slot in sorted(slot for slot in self.slots if _ends_s(slot) > now_s):
-            if over <= 0:
-                break
-            over -= self.slots[slot]
-            if over <= 0:
-                return _ends_s(slot) - now_s
-        return 0.0
-
-    def began_s(self, now_s: float) -> float:
-        """When what was used within the last minute began to be, but for what is not worth it."""
-        slots = sorted(slot for slot in self.slots if isinstance(slot, int))
-        little = BEFORE_BURST * sum(self.slots.values())
-        for slot in slots:
-            little -= self.slots[slot]
-            if little < 0:
-                return min(now_s, slot * SLOT_S)
-        return now_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,9 +236,3 @@ class PlacesInUse:
 def pressed_for_s(limit: int) -> float:
     """How long it is known from a refused request that there are more than fit, if each needs one of the limit."""
     return min(MOST_PRESSED_S, max(PRESSED_S, PRESSED_REQUESTS * MINUTE_S / limit))
-
-
-def _ends_s(slot: Slot, lately_s: float = WINDOW_S) -> float:
-    """When what was given in a slot is so long ago."""
-    assert isinstance(slot, int)
-    return (slot + 1) * SLOT_S + lately_s

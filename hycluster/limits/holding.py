@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from hycluster.limits.book import ASK_EVERY_S, PERIODS, PLACES, LeaseAnswer, LeaseAsk, Name, Told, is_short
-from hycluster.limits.bucket import MINUTE_S, PRESSED_S, SLOT_S, LeasePace, SlotUsage, pressed_for_s
+from hycluster.limits.bucket import PRESSED_S, LeasePace, pressed_for_s
 from hycluster.limits.lease import Corrections
+from hycluster.limits.slots import MINUTE_S, SLOT_S, SlotUsage
 
 # A lease that lies unused for so long goes back.
 HELD_S = 1.0

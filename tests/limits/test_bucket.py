@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hycluster.limits.bucket import SLOT_S, WINDOW_S, Bucket, PlacesInUse
+from hycluster.limits.bucket import Bucket, PlacesInUse
+from hycluster.limits.slots import SLOT_S, WINDOW_S
 
 LIMIT = 40
 # Seconds since the last one, what is wanted, whether requests were refused, who asks.
