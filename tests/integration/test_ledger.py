@@ -202,27 +202,26 @@ async def test_kills_under_load(service: LedgerService, monkeypatch: pytest.Monk
     )
     over = OverTheLimit(served, service.limited_key, 5 * LIMIT / 60)
     assert len(processes(served, INGRESS)) == INGRESSES
-    async with under_load(service) as answers:
-        async with over.asking():
-            batch = await asyncio.to_thread(submit, client, LINES)
+    async with under_load(service) as answers, over.asking():
+        batch = await asyncio.to_thread(submit, client, LINES)
 
-            def some_lines() -> bool:
-                return any(entry["tier"] == "batch" for entry in entries(service.ledger))
+        def some_lines() -> bool:
+            return any(entry["tier"] == "batch" for entry in entries(service.ledger))
 
-            await until(some_lines, 120)
-            await kill_one(served, BATCHES, answers)
-            # Only now: a line that was let in and not committed is let in once more.
-            limited_batch = await asyncio.to_thread(submit, limited_client, LIMITED_LINES)
-            await kill_one(served, INGRESS, answers)
-            await kill_one(served, REPLICA, answers)
-            await until(lambda: time.time() - over.began_at > FIRST_S, 90)
-            await kill_one(served, DIRECTORY, answers)
-            back_at = time.time()
-            await kill_one(served, INGRESS, answers)
-            ended = [
-                await asyncio.to_thread(wait_for, *each) for each in ((client, batch), (limited_client, limited_batch))
-            ]
-            await until(lambda: time.time() - back_at > MADE_UP_S, 90)
+        await until(some_lines, 120)
+        await kill_one(served, BATCHES, answers)
+        # Only now: a line that was let in and not committed is let in once more.
+        limited_batch = await asyncio.to_thread(submit, limited_client, LIMITED_LINES)
+        await kill_one(served, INGRESS, answers)
+        await kill_one(served, REPLICA, answers)
+        await until(lambda: time.time() - over.began_at > FIRST_S, 90)
+        await kill_one(served, DIRECTORY, answers)
+        back_at = time.time()
+        await kill_one(served, INGRESS, answers)
+        ended = [
+            await asyncio.to_thread(wait_for, *each) for each in ((client, batch), (limited_client, limited_batch))
+        ]
+        await until(lambda: time.time() - back_at > MADE_UP_S, 90)
     assert [each.status for each in ended] == ["completed", "completed"]
     assert [each.request_counts.completed for each in ended] == [LINES, LIMITED_LINES]
 
