@@ -114,7 +114,18 @@ async def open_guard(settings: Auth) -> AsyncIterator[Guard | None]:
             from hycluster.auth.keyring import Keyring
 
             keyring = Keyring(open_database(settings), settings)
-            # It may have to wait for the database.
-            await asyncio.to_thread(keyring.__enter__)
-            stack.push_async_callback(asyncio.to_thread, keyring.__exit__, None, None, None)
+            # It may have to wait for the database. Whoever is cancelled meanwhile leaves what the thread enters.
+            entering = asyncio.create_task(asyncio.to_thread(keyring.__enter__))
+            stack.push_async_callback(_left, keyring, entering)
+            await asyncio.shield(entering)
         yield Guard(keyring, tokens, settings.weights, None if settings.tls is None else settings.tls.clients)
+
+
+async def _left(keyring: Keyring, entering: asyncio.Task[Keyring]) -> None:
+    async def leave() -> None:
+        await asyncio.wait({entering})
+        if entering.exception() is None:
+            await asyncio.to_thread(keyring.__exit__, None, None, None)
+
+    # To its end, also where whoever waits for it is cancelled once more.
+    await asyncio.shield(asyncio.create_task(leave()))

@@ -56,8 +56,12 @@ class Keyring:
         self._thread = threading.Thread(target=self._run, name="keyring", daemon=True)
 
     def __enter__(self) -> Self:
-        self.look()
-        self._thread.start()
+        try:
+            self.look()
+            self._thread.start()
+        except BaseException:
+            self._engine.dispose()
+            raise
         return self
 
     def __exit__(

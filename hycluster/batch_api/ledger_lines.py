@@ -20,7 +20,7 @@ from hycluster.ledger.account import CostOf
 from hycluster.ledger.books import Books
 from hycluster.ledger.entry import Entry, day_of
 
-_COLUMNS = [ROW_ID, BODY, "prompt_tokens", "completion_tokens", "cached_tokens"]
+_COLUMNS = [ROW_ID, BODY, "prompt_tokens", "completion_tokens", "cached_tokens", "pool"]
 
 
 class LedgerLines:
@@ -44,9 +44,11 @@ class LedgerLines:
     def _entries(self, batch: Batch, output: OutputFolder, part: str, record: ShardRecord) -> Iterator[Entry]:
         caller = recorded(batch.caller)
         with output.folder.open_stream(part) as stream:
-            table = pq.read_table(io.BytesIO(stream.read()), columns=_COLUMNS)
+            # Unlike `read_table` it takes a part of an earlier version, which has no pool.
+            table = pq.ParquetFile(io.BytesIO(stream.read())).read(columns=_COLUMNS)
         for row in table.to_pylist():
-            model = str(json.loads(row[BODY]).get("model") or "")
+            named = str(json.loads(row[BODY]).get("model") or "")
+            pool = row.get("pool") or named
             tokens = row["prompt_tokens"], int(row["cached_tokens"]), row["completion_tokens"]
             yield Entry(
                 request_id=request_hash(f"{batch.id}-{row[ROW_ID]}"),
@@ -56,14 +58,14 @@ class LedgerLines:
                 project=caller.project if caller else "",
                 key=(caller.key_id or caller.key) if caller else "",
                 key_name=caller.key if caller else "",
-                model=model,
+                model=named or pool,
                 operation=f"POST {batch.endpoint}",
                 tier="batch",
                 outcome="finished",
                 input_tokens=tokens[0],
                 cached_tokens=tokens[1],
                 output_tokens=tokens[2],
-                cost=self._cost_of(model, *tokens),
+                cost=self._cost_of(pool, *tokens),
                 started_at=record.begun_at,
                 ended_at=record.committed_at,
             )

@@ -31,6 +31,7 @@ from hycluster.errors import HyclusterError, InvalidInput, KillsReplicas, Overlo
 from hycluster.gateway.bulk import BulkLane
 from hycluster.ingress.errors import KIND_HEADER, SHOULD_RETRY, error_body
 from hycluster.ingress.in_process import InProcessAnswer, post
+from hycluster.ledger.account import not_in_ledger
 from hycluster.retries import AsyncRetryingCaller
 
 OK = 200
@@ -44,8 +45,9 @@ ATTEMPTS = 3
 NOT_RUN = "not run"
 # Where the endpoints have their prompts.
 PROMPTS = ("messages", "prompt", "input")
-# Columns beside the usual ones.
-EXTRA = tuple(pa.field(name, pa.string()) for name in ("cached_tokens", "reasoning_tokens"))
+# Columns beside the usual ones; ``pool`` is the model that answered, also where the line names an adapter of it, or
+# none. Later nobody could tell: the adapter may have been unloaded.
+EXTRA = tuple(pa.field(name, pa.string()) for name in ("cached_tokens", "reasoning_tokens", "pool"))
 
 
 class LineFailed(InvalidInput):
@@ -169,10 +171,10 @@ class LinesTask:
         return await again(_failed_inside, self._settled, body, request_id)
 
     async def _settled(self, body: dict[str, Any], request_id: str) -> Answer:
-        status, answer = await self.ask(request_id, partial(self._post, body, request_id))
+        status, answer, pool = await self.ask(request_id, partial(self._post, body, request_id))
         if status != OK:
             raise failed(status, answer)
-        return _answered(answer)
+        return _answered(answer, pool)
 
     def _lane(self, model: Any) -> BulkLane | None:
         if not isinstance(model, str):
@@ -186,8 +188,8 @@ class LinesTask:
             self._lanes[model] = lane
         return self._lanes[model]
 
-    async def _post(self, body: dict[str, Any], request_id: str) -> tuple[int, Any]:
-        """One attempt; status and body of the response.
+    async def _post(self, body: dict[str, Any], request_id: str) -> tuple[int, Any, str]:
+        """One attempt; status and body of the response, and the model that gave it.
 
         Raises:
             Overloaded, Unavailable: come back later.
@@ -196,7 +198,7 @@ class LinesTask:
         # Only now: those that wait for one model's engines must not stand in the way of another's.
         headers = HEADERS | {"X-Request-Id": request_hash(request_id)}
         # Whose it is says also which adapter a name stands for.
-        with calling(self._caller):
+        with calling(self._caller), not_in_ledger() as account:
             async with self._lane(body.get("model")) or contextlib.nullcontext(), self._in_flight:
                 response = await post(self._engines.app, self._batch.endpoint, json.dumps(body).encode(), headers)
         try:
@@ -209,7 +211,7 @@ class LinesTask:
         # What is used up for a day, or is more than is ever let in, does not change while it waits.
         if response.status in COME_BACK and response.headers.get(SHOULD_RETRY) != "false":
             raise _kind(response)(_message(answer), retry_after_s=_retry_after_s(response))
-        return response.status, answer
+        return response.status, answer, account.pool
 
 
 def request_hash(request_id: str) -> str:
@@ -227,7 +229,7 @@ def _failed_inside(error: Exception) -> bool:
     return isinstance(error, LineFailed) and error.status >= SERVER_ERROR
 
 
-def _answered(answer: dict[str, Any]) -> Answer:
+def _answered(answer: dict[str, Any], pool: str) -> Answer:
     usage = answer.get("usage") or {}
     inside = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
     outside = usage.get("completion_tokens_details") or usage.get("output_tokens_details") or {}
@@ -239,7 +241,7 @@ def _answered(answer: dict[str, Any]) -> Answer:
         # The two families of endpoints have names of their own for the same.
         usage.get("prompt_tokens") or usage.get("input_tokens") or 0,
         usage.get("completion_tokens") or usage.get("output_tokens") or 0,
-        (str(inside.get("cached_tokens") or 0), str(outside.get("reasoning_tokens") or 0)),
+        (str(inside.get("cached_tokens") or 0), str(outside.get("reasoning_tokens") or 0), pool),
     )
 
 

@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from hycluster.limits.bucket import SLOT_S, Bucket, PlacesInUse, Slot, pressed_for_s
+from hycluster.limits.bucket import Bucket, LeasePace, PlacesInUse, pressed_for_s
 from hycluster.limits.lease import Leases
+from hycluster.limits.slots import SLOT_S, Slot
 
 PLACES = "concurrent_requests"
 PERIODS: frozenset[str] = frozenset({"tokens_per_day", "budget_per_month"})
@@ -45,6 +46,7 @@ class LeaseAsk:
         period: the day or month that it is now.
         base: what the database says was used of that.
         known: for a new book what was given, with the ages of it, or by periods.
+        pace: for a new book, too; its time is an age.
     """
 
     limit: int
@@ -61,6 +63,7 @@ class LeaseAsk:
     period: str = ""
     base: int = 0
     known: tuple[tuple[float | str, int], ...] | None = None
+    pace: LeasePace | None = None
 
 
 def is_short(ask: LeaseAsk, given: int) -> bool:
@@ -77,6 +80,7 @@ class Told:
         changed: slots that were given from since the process last heard, with all that was given of each.
         used: of places.
         wait_s: when there may be more, if too little was given.
+        pace: by which it is given out, if it is.
     """
 
     given: int = 0
@@ -84,6 +88,7 @@ class Told:
     changed: tuple[tuple[Slot, int], ...] = ()
     used: int = 0
     wait_s: float = 0.0
+    pace: LeasePace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +161,9 @@ class LeaseBook:
         new = name not in self._buckets
         bucket = self._buckets.setdefault(name, Bucket(period=name[1] in PERIODS))
         if ask.known is not None and (new or recovers):
-            bucket.recover(ask.heard, [(_slot(age, now_s), amount) for age, amount in ask.known], now_s)
+            given_then = [(_slot(age, now_s), amount) for age, amount in ask.known]
+            pace = ask.pace and LeasePace(ask.pace.free, now_s - ask.pace.at_s)
+            bucket.recover(ask.heard, given_then, pace, now_s, pressed_for_s(ask.limit))
         if ask.base and (new or recovers):
             # Later it may be behind what has been given back here.
             bucket.at_least(ask.base, ask.period)
@@ -190,7 +197,7 @@ class LeaseBook:
             wait_s = RECOVERS_S if recovers else bucket.wait_s(max(1, ask.least), ask.limit, now_s)
         # A new book's count may be behind what a process has heard of another one.
         heard = ask.heard if ask.known is None else -1
-        return Told(given, bucket.sequence, tuple(bucket.changed_since(heard)), 0, wait_s)
+        return Told(given, bucket.sequence, tuple(bucket.changed_since(heard)), 0, wait_s, bucket.pace)
 
     def _forget(self, now_s: float) -> None:
         self._forgets_s = now_s + FORGOTTEN_AFTER_S

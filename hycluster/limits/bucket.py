@@ -7,23 +7,26 @@ of that time, however often callers come back.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-MINUTE_S = 60.0
-SLOT_S = 0.25
-# What a process has is used up to a second later than it was given.
-WINDOW_S = 59.1
-# Paced, what comes late is not to hold up what comes a minute after it.
-PACED_WINDOW_S = 57.8
+from hycluster.limits.slots import MINUTE_S, WINDOW_S, Slot, SlotUsage
+
+# Paced, no minute has more than this part of the limit, or one request more than that.
+PACED_SHARE = 1.017
 # The even pace by the limit's: a little of what is given is on its way back all the time.
-PACE = 1.007
+PACE = 1.009
+# And as much again as is on its way back; of that it is not known for sure whether it will come, so no more than this.
+RETURNING_SHARE = 0.02
+# The pace begins so much before the minute is over that the first burst has used: what is given is used a little later.
+LEAD_S = 0.5
 # Requests were refused so lately: there are more than fit. Of few requests none may come for longer, by chance.
 PRESSED_S = 2.0
 PRESSED_REQUESTS = 20
 MOST_PRESSED_S = 20.0
 # What has come free for so long is not made up for later.
-BACKLOG_S = 3.0
+BACKLOG_S = 10.0
 # What a process is given beyond what requests wait for, at most, of the limit: that much is not known of one that dies.
 AHEAD = 0.01
 # How long what comes free is kept for one whose request needs more than there is.
@@ -31,64 +34,17 @@ SAVED_S = 1.0
 # What was used beyond a limit is paid off in so many minutes; what they don't suffice for is let go.
 MOST_OWED_MINUTES = 60
 
-# A stretch of time by its number, or a day or month by its name.
-Slot = int | str
 
+@dataclass(frozen=True, slots=True)
+class LeasePace:
+    """How what comes free is given out evenly.
 
-@dataclass(slots=True)
-class SlotUsage:
-    """What was given, by slots of time.
-
-    Args:
-        period: whether slots are days or months, which their names tell; else what is older than a minute is forgotten.
+    Attributes:
+        free: at ``at_s``; what comes free later is added then.
     """
 
-    period: bool
-    slots: dict[Slot, int] = field(default_factory=dict)
-
-    def used(self, now_s: float, period: str = "", *, lately_s: float = WINDOW_S) -> int:
-        """Within the last minute, or so lately, or within the period."""
-        if self.period:
-            return self.slots.get(period, 0)
-        self.slots = {slot: amount for slot, amount in self.slots.items() if _ends_s(slot) > now_s}
-        if lately_s < WINDOW_S:
-            earlier_s = now_s + WINDOW_S - lately_s
-            return sum(amount for slot, amount in self.slots.items() if _ends_s(slot) > earlier_s)
-        return sum(self.slots.values())
-
-    def note(self, amount: int, now_s: float, period: str = "") -> Slot:
-        """Count what is given now; returns where."""
-        slot: Slot = period if self.period else int(now_s // SLOT_S)
-        self.slots[slot] = self.slots.get(slot, 0) + amount
-        return slot
-
-    def take_back(self, amount: int, now_s: float, period: str = "", age_s: float = 0.0) -> list[Slot]:
-        """Count it no more: what was given so long ago, or else after that, or else before; returns where."""
-        if self.period:
-            self.slots[period] = max(0, self.slots.get(period, 0) - amount)
-            return [period]
-        given = int((now_s - age_s) // SLOT_S)
-        numbers = sorted(slot for slot in self.slots if isinstance(slot, int))
-        changed: list[Slot] = []
-        for slot in (*(each for each in numbers if each >= given), *(each for each in numbers[::-1] if each < given)):
-            part = min(amount, self.slots[slot])
-            self.slots[slot] -= part
-            amount -= part
-            changed.append(slot)
-            if not amount:
-                break
-        return changed
-
-    def until_free_s(self, amount: int, limit: int, now_s: float) -> float:
-        """Seconds until so much is free, if nothing more is given meanwhile."""
-        over = self.used(now_s) + amount - limit
-        for slot in sorted(slot for slot in self.slots if isinstance(slot, int)):
-            if over <= 0:
-                break
-            over -= self.slots[slot]
-            if over <= 0:
-                return max(0.0, _ends_s(slot) - now_s)
-        return 0.0
+    free: float
+    at_s: float
 
 
 class Bucket:
@@ -103,9 +59,13 @@ class Bucket:
         self.usage = SlotUsage(period)
         self.sequence = 0
         self._marks: dict[Slot, int] = {}
-        self._paced = not period
-        self._at_s = self._pressed_until_s = float("-inf")
-        self._free = 0.0
+        self._period = period
+        self._pressed_until_s = float("-inf")
+        # Whether what is free is given out at the pace; what of it there is, as of then.
+        self._paced = False
+        self._free, self._at_s = 0.0, float("-inf")
+        # What of all that is given and not used is on its way back.
+        self._returning, self._returned_s = 0.0, 0.0
         self._saving: tuple[str, float] | None = None
         self._recovered = -1
         self._baseline: dict[Slot, int] = {}
@@ -128,10 +88,10 @@ class Bucket:
         free = int(self._free_now(limit, least, now_s, period))
         if want <= 0 or (self._saving is not None and self._saving[0] != who and now_s < self._saving[1]):
             return 0
-        given = min(want, free, max(need, int(AHEAD * limit)))
-        if not self._is_pressed(now_s):
+        given = min(need, free)
+        if not self._paced:
             # What is held somewhere ahead of its time is not there for others who need it.
-            given = max(min(need, free), min(given, free // (2 * processes)))
+            given = max(given, min(want, int(AHEAD * limit), free // (2 * processes)))
         if given < least:
             if least > 1:
                 # Nobody needs less than one.
@@ -145,21 +105,12 @@ class Bucket:
         """So long ago a request has used more than was reserved, or a process has helped itself.
 
         Args:
-            limit: by the minute, what is beyond it counts in the minutes to come, as much as it is in each. Else
+            limit: by the minute, what is beyond it is owed: nothing is given until the pace has paid it off. Else
                 whoever reserves little and uses much would have that much in every minute.
         """
-        over = at = 0
-        if limit and not self.usage.period:
-            used = self.usage.used(now_s)
-            over, at = min(amount, max(0, used + amount - limit)), max(used, limit)
-        self._count(amount - over, now_s - age_s, period)
-        while limit and over > 0:
-            minutes, within = divmod(at, limit)
-            part = over if minutes >= MOST_OWED_MINUTES else min(over, limit - within)
-            self.sequence += 1
-            slot = self.usage.note(part, now_s + min(minutes, MOST_OWED_MINUTES) * MINUTE_S)
-            self._marks[slot] = self.sequence
-            over, at = over - part, at + part
+        if limit and not self._period and not self._paced and self.usage.used(now_s) + amount > limit:
+            self._begin_pace(limit, now_s)
+        self._count(amount, now_s - age_s, period)
 
     def take_back(self, amount: int, now_s: float, period: str = "", age_s: float = 0.0) -> None:
         """What was given so long ago has not been used."""
@@ -168,6 +119,9 @@ class Bucket:
             return
         self.sequence += 1
         self._free += amount
+        # By Little's law: what came back within the last minute, times how long it was out.
+        self._returning = self._returns(now_s) + amount * age_s / MINUTE_S
+        self._returned_s = now_s
         for slot in self.usage.take_back(amount, now_s, period, age_s):
             self._marks[slot] = self.sequence
 
@@ -184,41 +138,69 @@ class Bucket:
         self._marks = {slot: mark for slot, mark in self._marks.items() if slot in slots}
         return [(slot, slots[slot]) for slot, mark in self._marks.items() if mark > sequence]
 
-    def recover(self, heard: int, given: Iterable[tuple[Slot, int]], now_s: float) -> None:
-        """Go on from what a process has heard of a book that is lost; who heard last knows most."""
+    @property
+    def pace(self) -> LeasePace | None:
+        """By which it gives now; None where what is free is given out at once."""
+        return LeasePace(self._free, self._at_s) if self._paced else None
+
+    def recover(
+        self,
+        heard: int,
+        given: Iterable[tuple[Slot, int]],
+        pace: LeasePace | None,
+        now_s: float,
+        for_s: float = PRESSED_S,
+    ) -> None:
+        """Go on from what a process has heard of a book that is lost; who heard last knows most.
+
+        Args:
+            for_s: what was given at a pace still is, for so long.
+        """
         if heard <= self._recovered:
             return
-        # It may have been, and then what is free is not to be given out at once, but at its pace from the last time on.
-        self.press(now_s)
         now, before, known = self.usage.slots, self._baseline, dict(given)
         # What was charged here meanwhile is in nobody's memory.
         since = {slot: now[slot] - before.get(slot, 0) for slot in now}
         self._recovered, self._baseline = heard, known
-        self._at_s = max((slot * SLOT_S for slot in known if isinstance(slot, int)), default=now_s)
         self.usage.slots = {slot: known.get(slot, 0) + since.get(slot, 0) for slot in {*known, *since}}
+        self._paced = pace is not None
+        if pace is not None:
+            self.press(now_s, for_s)
+            self._free, self._at_s = pace.free - sum(since.values()), pace.at_s
         self.sequence = max(self.sequence, heard) + 1
         self._marks = dict.fromkeys(self.usage.slots, self.sequence)
 
     def wait_s(self, amount: int, limit: int, now_s: float) -> float:
         """When so much may be had, as far as can be told."""
         wait_s = self.usage.until_free_s(amount, limit, now_s)
-        return wait_s or max(0.0, amount - self._free) * MINUTE_S / limit
-
-    def _is_pressed(self, now_s: float) -> bool:
-        return self._paced and now_s < self._pressed_until_s
+        short = amount - self._free
+        return max(wait_s, max(0.0, self._at_s - now_s) + short * MINUTE_S / limit if short > 0 else 0.0)
 
     def _free_now(self, limit: int, least: int, now_s: float, period: str) -> float:
-        room = max(0, limit - self.usage.used(now_s, period))
-        if not self._is_pressed(now_s):
-            self._free = room
-        else:
-            per_s = PACE * limit / MINUTE_S
-            if room or self._free > 0:
-                self._free = min(self._free + (now_s - self._at_s) * per_s, BACKLOG_S * per_s + least)
-            room = max(0, limit - self.usage.used(now_s, lately_s=PACED_WINDOW_S))
-            self._free = min(self._free, room)
-        self._at_s = now_s
-        return min(room, self._free)
+        per_s = PACE * limit / MINUTE_S
+        owes = self._paced and self._free + max(0.0, now_s - self._at_s) * per_s < 0
+        if self._period or (now_s >= self._pressed_until_s and not owes):
+            room = max(0, limit - self.usage.used(now_s, period))
+            self._paced, self._free, self._at_s = False, room, now_s
+            return room
+        used = self.usage.used(now_s, lately_s=MINUTE_S)
+        if not self._paced:
+            self._begin_pace(limit, now_s)
+        self._free = max(self._free, -float(MOST_OWED_MINUTES * limit))
+        if now_s > self._at_s:
+            backlog = BACKLOG_S * per_s + least
+            self._free = max(self._free, min(self._free + (now_s - self._at_s) * per_s, backlog))
+            self._at_s = now_s
+        most = max(PACED_SHARE * limit, limit + 1) + min(self._returns(now_s), RETURNING_SHARE * limit)
+        return max(0.0, min(self._free, most - used))
+
+    def _begin_pace(self, limit: int, now_s: float) -> None:
+        """A minute's worth may be used at once, and then it is as if that had been given at the pace."""
+        self._paced, self._free = True, limit - self.usage.used(now_s, lately_s=MINUTE_S)
+        self._at_s = max(now_s, self.usage.began_s(now_s) + (MINUTE_S - LEAD_S) / PACE)
+
+    def _returns(self, now_s: float) -> float:
+        return self._returning * math.exp((self._returned_s - now_s) / MINUTE_S)
 
     def _count(self, amount: int, now_s: float, period: str) -> None:
         self.sequence += 1
@@ -254,9 +236,3 @@ class PlacesInUse:
 def pressed_for_s(limit: int) -> float:
     """How long it is known from a refused request that there are more than fit, if each needs one of the limit."""
     return min(MOST_PRESSED_S, max(PRESSED_S, PRESSED_REQUESTS * MINUTE_S / limit))
-
-
-def _ends_s(slot: Slot) -> float:
-    """When a slot is forgotten."""
-    assert isinstance(slot, int)
-    return (slot + 1) * SLOT_S + WINDOW_S

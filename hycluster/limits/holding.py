@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from hycluster.limits.book import ASK_EVERY_S, PERIODS, PLACES, LeaseAnswer, LeaseAsk, Name, Told, is_short
-from hycluster.limits.bucket import MINUTE_S, PRESSED_S, SLOT_S, SlotUsage, pressed_for_s
+from hycluster.limits.bucket import PRESSED_S, LeasePace, pressed_for_s
 from hycluster.limits.lease import Corrections
+from hycluster.limits.slots import MINUTE_S, SLOT_S, SlotUsage
 
 # A lease that lies unused for so long goes back.
 HELD_S = 1.0
@@ -47,6 +48,7 @@ class Holding:
         # What it has heard: of which book, by whose clock.
         self._usage = SlotUsage(name[1] in PERIODS)
         self._book, self._heard, self._ahead_s, self._processes = "", -1, 0.0, 1
+        self._pace: LeasePace | None = None
         self._places_used = 0
         self._told = False
         # What all processes together have helped themselves to since the book's last word, if all do as this one; and
@@ -106,12 +108,13 @@ class Holding:
             return False
         theirs_s = now_s + self._ahead_s
         room = self.limit - self._usage.used(theirs_s, self.period) - self._helped.used(theirs_s, self.period)
-        if not self._usage.period and now_s < self._pressed_until_s:
-            per_s = self.limit / MINUTE_S
-            most = PRESSED_S * per_s + amount * self._processes
-            self._own = min(self._own + (now_s - self._own_s) * per_s, most)
+        per_s = self.limit / MINUTE_S
+        most = PRESSED_S * per_s + amount * self._processes
+        self._own = min(self._own + max(0.0, now_s - self._own_s) * per_s, most)
+        self._own_s = max(self._own_s, now_s)
+        owes = self._pace is not None and self._pace.free < 0
+        if not self._usage.period and (now_s < self._pressed_until_s or owes):
             room = min(room, int(self._own))
-        self._own_s = now_s
         if room < amount * self._processes:
             return False
         self._own -= amount * self._processes
@@ -152,9 +155,11 @@ class Holding:
         if not isinstance(newest, int):
             return 0.0
         theirs_s = now_s + self._ahead_s
-        left_s = (newest + 1) * SLOT_S + MINUTE_S - theirs_s
-        # More than a minute if something is owed.
-        return max(0.0, left_s if newest * SLOT_S > theirs_s else min(MINUTE_S, left_s))
+        left_s = min(MINUTE_S, (newest + 1) * SLOT_S + MINUTE_S - theirs_s)
+        if self._pace is not None:
+            # More than a minute if something is owed.
+            left_s = max(left_s, self._pace.at_s - theirs_s - self._pace.free * MINUTE_S / self.limit)
+        return max(0.0, left_s)
 
     @property
     def known(self) -> bool:
@@ -206,7 +211,7 @@ class Holding:
             self.period, self._balance = period, 0
             self._corrections.clear()
         want = max(0, max(self._expected(now_s), waiting) - self._balance)
-        known = None
+        known = pace = None
         if book != self._book or not book:
             # Also if it is the first one: there is nothing to tell, and it need not ask for it.
             theirs_s = now_s + self._ahead_s
@@ -214,6 +219,7 @@ class Holding:
                 (slot if isinstance(slot, str) else theirs_s - slot * SLOT_S, amount)
                 for slot, amount in self._usage.slots.items()
             )
+            pace = self._pace and LeasePace(self._pace.free, theirs_s - self._pace.at_s)
         self._told_holds = self._in_use + self._balance if self._places else 0
         asked = LeaseAsk(
             limit=self.limit,
@@ -230,6 +236,7 @@ class Holding:
             period=period,
             base=self._base if period == self._base_of else 0,
             known=known,
+            pace=pace,
         )
         self._demand, self._least, self._refused = 0, 0, False
         return asked
@@ -255,15 +262,17 @@ class Holding:
         self._dry_until_s = float("-inf")
         if is_short(asked, told.given):
             self._wait_s = told.wait_s
-            self._dry_until_s = now_s + ASK_EVERY_S
+            # Of a small limit one is only given to a request that waits, and none would while there is said to be none.
+            self._dry_until_s = now_s + (ASK_EVERY_S if told.wait_s > 0 else 0.0)
         if self._places or answer.recovers:
             return
         if answer.book != self._book:
             self._usage.slots.clear()
             self._book = answer.book
         self._helped.slots.clear()
-        self._own, self._own_s = 0.0, now_s
-        self._heard, self._ahead_s = told.sequence, answer.now_s - now_s
+        self._heard, self._ahead_s, self._pace = told.sequence, answer.now_s - now_s, told.pace
+        # It goes on with the pace, if there is one, and with what is owed.
+        self._own, self._own_s = (told.pace.free, told.pace.at_s - self._ahead_s) if told.pace else (0.0, now_s)
         self._usage.slots |= dict(told.changed)
         # Nobody says of what is older than a minute that it is.
         self._usage.used(answer.now_s, self.period)

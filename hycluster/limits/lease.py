@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from hycluster.limits.bucket import MINUTE_S, SLOT_S, Bucket
+from hycluster.limits.bucket import Bucket
+from hycluster.limits.slots import MINUTE_S, SLOT_S
 
 # A process has let go of an unused lease before, and asks several times in so long; what it had is given to others.
 SILENT_S = 3.0

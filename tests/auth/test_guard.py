@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from jwt import PyJWKSet
+from sqlalchemy import Engine
 
 from hycluster.auth.api_key import new_key
 from hycluster.auth.caller import Caller
 from hycluster.auth.guard import MAX_CREDENTIAL, Guard, bearer, open_guard
+from hycluster.auth.keyring import Keyring
 from hycluster.auth.tokens import Tokens
 from hycluster.errors import Unauthenticated
 from hycluster.settings.auth import Auth, Oidc
@@ -35,6 +39,35 @@ async def test_it_opens_and_closes(tmp_path: Path) -> None:
         for nothing in (None, ""):
             with pytest.raises(Unauthenticated, match="is missing"):
                 await guard.caller(nothing)
+
+
+async def test_cancelled_while_it_opens_it_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, answers = threading.Event(), threading.Event()
+    disposed: list[Engine] = []
+
+    def look(keyring: Keyring) -> None:
+        looks.set()
+        assert answers.wait(30)
+
+    def dispose(engine: Engine) -> None:
+        disposed.append(engine)
+
+    monkeypatch.setattr(Keyring, "look", look)
+    monkeypatch.setattr(Engine, "dispose", dispose)
+
+    async def open_it() -> None:
+        async with open_guard(Auth(enabled=True, database=f"sqlite:///{tmp_path / 'keys.db'}")):
+            pytest.fail("was opened")
+
+    opening = asyncio.create_task(open_it())
+    assert await asyncio.to_thread(looks.wait, 30)
+    opening.cancel()
+    await asyncio.sleep(0)
+    answers.set()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    assert not [thread for thread in threading.enumerate() if thread.name == "keyring"]
+    assert len(disposed) == 1
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from hycluster.batch_api.store import Store
 from hycluster.errors import HyclusterError, KillsReplicas
 from hycluster.gateway.bulk import BulkLanes
 from hycluster.ingress.errors import answer_error
+from hycluster.ledger.account import account_now
 
 ENDPOINT = "/v1/chat/completions"
 
@@ -102,6 +103,9 @@ class StandIn:
             status = self.statuses[prompt].pop(0)
             error = {"error": {"message": f"status {status}", "type": "x", "param": None, "code": status}}
             return JSONResponse(error, status, headers={"Retry-After": "0"})
+        if (account := account_now.get()) is not None:
+            # As the model's gateway does, whatever the line calls it.
+            account.admit("m")
         usage = {"prompt_tokens": 3, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 1}}
         choice = {"message": {"content": f"{prompt}\u2028!"}, "finish_reason": "stop"}
         self.answered += 1

@@ -541,5 +541,18 @@ async def test_answered_lines_are_in_the_ledger_once_whoever_is_killed(
     assert set(table.column("request_id").to_pylist()) == answered
 
 
+async def test_a_line_costs_as_the_model_that_answered_it_whatever_it_calls_that(
+    store: Store, settings: Batches, api: StandIn
+) -> None:
+    books = Books(store.folder.below("ledger"))
+    ledger = LedgerLines(books, lambda model, *tokens: Decimal(sum(tokens)) if model == "m" else Decimal(0))
+    # Of an adapter that was loaded at run time no settings know.
+    bodies = {"c0": {"model": "tuned", "prompt": "p0"}, "c1": {"prompt": "p1"}}
+    batch = submit(store, "".join(line(named, body=body) + "\n" for named, body in bodies.items()))
+    await Runner(store, settings, api.connect, ledger=ledger).run(batch.id)
+    found = {group.group["model"]: group.cost for group in sum_usage(books, ["model"])}
+    assert found == {"tuned": Decimal(3 + 1 + 2), "m": Decimal(3 + 1 + 2)}
+
+
 def _killed(*_: object) -> None:
     raise JobFailed("killed")

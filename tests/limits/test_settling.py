@@ -12,9 +12,9 @@ from hycluster.auth.caller import Caller
 from hycluster.auth.limits import Limit
 from hycluster.auth.store import Spent
 from hycluster.errors import HyclusterError, Unavailable
-from hycluster.limits.bucket import SLOT_S
 from hycluster.limits.limiter import MOST_REMEMBERED
 from hycluster.limits.reservation import RequestTokens, Reservation
+from hycluster.limits.slots import SLOT_S
 from tests.limits.virtual import Counts, World, run
 
 TOKENS = Limit("acme", tokens_per_minute=1000)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections import Counter
+from bisect import bisect_left
 
 import pytest
 
@@ -20,7 +20,9 @@ PROCESSES, OVERLOAD = 4, 5
 class Load:
     """Attributes: admitted: seconds since the beginning at which requests were let in, with their tokens."""
 
-    def __init__(self, world: World, per_minute: float, tokens: int = 10, asks_for: int | None = None) -> None:
+    def __init__(
+        self, world: World, per_minute: float, tokens: int = 10, asks_for: int | None = None, seed: int = 7
+    ) -> None:
         self.world = world
         self.admitted: list[tuple[float, int]] = []
         self.processes = [world.process() for _ in range(PROCESSES)]
@@ -28,7 +30,7 @@ class Load:
         self._per_s = per_minute / 60
         self._tokens, self._asks_for = tokens, asks_for or tokens
         self._began_s = world.now_s()
-        self._random = random.Random(7)
+        self._random = random.Random(seed)
 
     async def go_on(self, seconds: float) -> None:
         ends_s = self.world.now_s() + seconds
@@ -62,18 +64,24 @@ class Load:
         return used / (limit * until_s / 60)
 
     def most_in_a_minute(self) -> int:
-        seconds = Counter(int(at_s) for at_s, _ in self.admitted)
-        return max(sum(seconds[first + second] for second in range(60)) for first in range(max(seconds) + 1))
+        times = sorted(at_s for at_s, _ in self.admitted)
+        return max(bisect_left(times, at_s + 60) - first for first, at_s in enumerate(times))
 
 
-@pytest.mark.parametrize("limit", [300, 3000])
-def test_requests_by_the_minute(limit: int) -> None:
+# Of a small limit one request is much, and by chance none comes for a second.
+LIMITS = [*((60, seed) for seed in range(6)), (300, 7), (1200, 7)]
+
+
+@pytest.mark.parametrize(("limit", "seed"), LIMITS)
+def test_requests_by_the_minute(limit: int, seed: int) -> None:
     async def main() -> None:
         world = World(Limit("acme", requests_per_minute=limit))
-        load = Load(world, OVERLOAD * limit)
+        load = Load(world, OVERLOAD * limit, seed=seed)
         await load.go_on(180)
         for until_s in (60, 90, 120, 150, 180):
-            assert 1.0 <= load.share(limit, until_s) <= 1.02, until_s
+            # The last one may be on its way.
+            assert 1.0 - (limit <= 60) / limit <= load.share(limit, until_s) <= 1.02, until_s
+        assert load.share(limit, 180) >= 1.0
         assert load.most_in_a_minute() <= 1.02 * limit
         # However many requests there are.
         assert world.calls <= 180 * PROCESSES * 20
@@ -81,12 +89,11 @@ def test_requests_by_the_minute(limit: int) -> None:
     run(main())
 
 
-def test_one_is_killed_and_the_directory_restarts() -> None:
-    limit = 1200
-
+@pytest.mark.parametrize(("limit", "seed"), LIMITS)
+def test_one_is_killed_and_the_directory_restarts(limit: int, seed: int) -> None:
     async def main() -> None:
         world = World(Limit("acme", requests_per_minute=limit))
-        load = Load(world, OVERLOAD * limit)
+        load = Load(world, OVERLOAD * limit, seed=seed)
         await load.go_on(75)
         load.dead.add(load.processes[0])
         load.processes[0].kill()
@@ -95,7 +102,7 @@ def test_one_is_killed_and_the_directory_restarts() -> None:
         await load.go_on(5)
         world.start_directory()
         await load.go_on(90)
-        assert 0.99 <= load.share(limit, 180) <= 1.02
+        assert 1.0 <= load.share(limit, 180) <= 1.02
         assert load.most_in_a_minute() <= 1.02 * limit
 
     run(main())
@@ -125,7 +132,8 @@ def test_tokens_by_the_minute_of_which_less_is_used_than_reserved() -> None:
         world = World(Limit("acme", tokens_per_minute=limit))
         load = Load(world, OVERLOAD * limit / 100, tokens=100, asks_for=160)
         await load.go_on(180)
-        assert 1.0 <= load.share(limit, 180, tokens=True) <= 1.02
+        # What is on its way back is not there for others; all the time it is the same.
+        assert 0.995 <= load.share(limit, 180, tokens=True) <= 1.02
 
     run(main())
 
