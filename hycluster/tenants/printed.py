@@ -19,15 +19,20 @@ _SPAN = re.compile(r"([1-9][0-9]{0,5})([mhd])")
 _UNIT_S = {"m": 60, "h": 3600, "d": 86400}
 
 
-def typed_span_s(option: str, said: str) -> int:
+def typed_span_s(option: str, said: str, also: str = "") -> int:
     """Seconds of a span such as ``90d``.
+
+    Args:
+        also: what else the option takes, for the error.
 
     Raises:
         InvalidInput: it is none.
     """
     found = _SPAN.fullmatch(said)
     if found is None:
-        raise InvalidInput(f"{option}: {shown(said)} is not allowed; must be minutes, hours or days: 30m, 12h, 90d")
+        raise InvalidInput(
+            f"{option}: {shown(said)} is not allowed; must be {also}minutes, hours or days: 30m, 12h, 90d"
+        )
     return int(found[1]) * _UNIT_S[found[2]]
 
 
