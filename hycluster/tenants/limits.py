@@ -181,4 +181,5 @@ def _told(limit: Limit) -> str:
 
 def _values(limit: Limit) -> str:
     values = asdict(_listed(limit))
-    return ", ".join(f"{kind} {values[kind]:g}" for kind in limit.values)
+    # To the last figure: 1000000 is not 1e+06 here, and 1234567 not 1.23457e+06.
+    return ", ".join(f"{kind} {Decimal(str(values[kind])).normalize():f}" for kind in limit.values)
