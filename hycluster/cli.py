@@ -168,6 +168,10 @@ def serve(
         # The ingress processes will be on this machine: better known now than after the engines have started.
         check_port(settings.http.host, settings.http.port, "http.port")
         check_port(settings.grpc.host, settings.grpc.port, "grpc.port")
+        if settings.auth.tls is not None:
+            from hycluster.ingress.tls import check_files
+
+            check_files(settings.auth.tls)
 
     database: str | None = None
     if settings.auth.enabled and settings.auth.keys:
