@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import ssl
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from urllib.parse import quote
 
 import typer
 
-from hycluster.errors import HyclusterError, NotFound, SettingsError, Unavailable, shown
+from hycluster.errors import (
+    HyclusterError,
+    NotFound,
+    PermissionDenied,
+    SettingsError,
+    Unauthenticated,
+    Unavailable,
+    shown,
+)
 from hycluster.stages import MEANINGS
 from hycluster.terminal import console, echo, printable
 
@@ -141,16 +147,17 @@ def _listed(slowest: int, model: str | None) -> str:
 def _by_http(address: str, path: str) -> Any:
     import httpx
 
-    from hycluster.client import AUTHORITIES_VARIABLE, key_header
+    from hycluster.client import https_context, key_header
 
     if not address.startswith(("http://", "https://")):
         raise SettingsError(f"--address: {shown(address)} is not allowed; must be HOST:PORT, or http://HOST:PORT")
     try:
         answer = httpx.get(
             f"{address.rstrip('/')}{ROUTE}{path}",
+    trusted = https_context()
             headers=key_header(),
             timeout=ANSWER_TIMEOUT_S,
-            verify=ssl.create_default_context(cafile=os.environ.get(AUTHORITIES_VARIABLE)),
+            verify=trusted,
         )
         said = answer.json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
@@ -162,11 +169,21 @@ def _by_http(address: str, path: str) -> Any:
             f"--address: {address} does not tell (http.ui is off there); ask its Ray cluster, by HOST:PORT of it"
         )
     if answer.is_error:
-        raise HyclusterError(f"--address: {address} answered {answer.status_code}: {answer.text[:300]}")
+        told = _message_in(said) or answer.text[:300]
+        raise HyclusterError(f"--address: {address} answered {answer.status_code}: {told}")
     return said.get("requests", said)
+    for refusal in (Unauthenticated, PermissionDenied):
+        if answer.status_code == refusal.http_status:
+            raise refusal(f"--address: {address}: {_message_in(said) or refusal.http_status}")
 
 
 # -- for people -------------------------------------------------------------------------------------
+
+
+def _message_in(said: Any) -> str:
+    """Of an error as an HTTP ingress tells it; what stands in front of one has another form."""
+    error = said.get("error") if isinstance(said, dict) else None
+    return str(error.get("message") or "") if isinstance(error, dict) else ""
 
 
 def _show(found: Told) -> None:

@@ -11,7 +11,14 @@ import pytest
 from typer.testing import CliRunner
 
 from hycluster.cli import app
-from hycluster.errors import HyclusterError, NotFound, SettingsError, Unavailable
+from hycluster.errors import (
+    HyclusterError,
+    NotFound,
+    PermissionDenied,
+    SettingsError,
+    Unauthenticated,
+    Unavailable,
+)
 from hycluster.ingress import errors, timelines
 from hycluster.stages import summed_up, timeline_json
 from hycluster.why import KIND_HEADER, ROUTE
@@ -28,11 +35,12 @@ def ingress() -> Iterator[str]:
             known: dict[str, Any] = {"usual": timeline_json(usual()), "a/b.parquet#3": timeline_json(migrated())}
             asked = path.removeprefix("/hycluster/requests").removeprefix("/")
             body: Any = known.get(asked) if asked else {"requests": [summed_up(usual())] * query.count("slowest=2")}
-            self.send_response(200 if body is not None else 500 if asked == "broken" else 404)
+            refused = {"broken": 500, "keyless": 401, "unscoped": 403}
+            self.send_response(200 if body is not None else refused.get(asked, 404))
             if asked != "closed":
                 self.send_header(KIND_HEADER, "NotFound")
             self.end_headers()
-            self.wfile.write(json.dumps(body or {"error": {}}).encode())
+            self.wfile.write(json.dumps(body or {"error": {"message": f"{asked}: why"}}).encode())
 
         def log_message(self, format: str, *_: Any) -> None:  # noqa: A002
             """Nobody reads it."""
@@ -99,7 +107,9 @@ def test_a_list(ingress: str) -> None:
         (("r", "--address", "ftp://x"), SettingsError, "--address: 'ftp://x' is not allowed"),
         (("r", "--address", "http://127.0.0.1:9"), Unavailable, "--address: http://127.0.0.1:9 does not answer"),
         (("nobody", "--address", "INGRESS"), NotFound, "REQUEST_ID: no process knows a request 'nobody'"),
-        (("broken", "--address", "INGRESS"), HyclusterError, "answered 500"),
+        (("broken", "--address", "INGRESS"), HyclusterError, "answered 500: broken: why"),
+        (("keyless", "--address", "INGRESS"), Unauthenticated, r"--address: http://\S+: keyless: why$"),
+        (("unscoped", "--address", "INGRESS"), PermissionDenied, r"--address: http://\S+: unscoped: why$"),
         (("closed", "--address", "INGRESS"), SettingsError, "http.ui is off there"),
     ],
 )
