@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 BAR_CELLS = 30
+# Columns that the rest of a list takes at least.
+LEAST_BESIDE_IDS = 40
 MOST = 1000
 ANSWER_TIMEOUT_S = 30.0
 # As ``hycluster/ingress`` has them, which is too much to import for a command.
@@ -70,7 +72,8 @@ def why(
         if as_json:
             echo(json.dumps({"requests": listed}, indent=2))
         else:
-            console().print(_list(listed))
+            screen = console()
+            screen.print(_list(listed, screen.width))
         return
     assert request_id is not None
     found = _asked(address, f"/{quote(request_id, safe='')}", lambda known: known.timeline(request_id))
@@ -151,10 +154,10 @@ def _by_http(address: str, path: str) -> Any:
 
     if not address.startswith(("http://", "https://")):
         raise SettingsError(f"--address: {shown(address)} is not allowed; must be HOST:PORT, or http://HOST:PORT")
+    trusted = https_context()
     try:
         answer = httpx.get(
             f"{address.rstrip('/')}{ROUTE}{path}",
-    trusted = https_context()
             headers=key_header(),
             timeout=ANSWER_TIMEOUT_S,
             verify=trusted,
@@ -168,22 +171,22 @@ def _by_http(address: str, path: str) -> Any:
         raise SettingsError(
             f"--address: {address} does not tell (http.ui is off there); ask its Ray cluster, by HOST:PORT of it"
         )
+    for refusal in (Unauthenticated, PermissionDenied):
+        if answer.status_code == refusal.http_status:
+            raise refusal(f"--address: {address}: {_message_in(said) or refusal.http_status}")
     if answer.is_error:
         told = _message_in(said) or answer.text[:300]
         raise HyclusterError(f"--address: {address} answered {answer.status_code}: {told}")
     return said.get("requests", said)
-    for refusal in (Unauthenticated, PermissionDenied):
-        if answer.status_code == refusal.http_status:
-            raise refusal(f"--address: {address}: {_message_in(said) or refusal.http_status}")
-
-
-# -- for people -------------------------------------------------------------------------------------
 
 
 def _message_in(said: Any) -> str:
     """Of an error as an HTTP ingress tells it; what stands in front of one has another form."""
     error = said.get("error") if isinstance(said, dict) else None
     return str(error.get("message") or "") if isinstance(error, dict) else ""
+
+
+# -- for people -------------------------------------------------------------------------------------
 
 
 def _show(found: Told) -> None:
@@ -254,12 +257,15 @@ def _bar(start_s: float, duration_s: float, total_s: float) -> str:
     return " " * first + "█" * min(cells, BAR_CELLS - first)
 
 
-def _list(listed: list[Told]) -> Table:
+def _list(listed: list[Told], columns: int) -> Table:
+    """Ids whole, for they are asked about next; the rest is folded where the screen is narrow."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for name in ("request", "model", "status", "started", "time", "first token", "mostly"):
-        table.add_column(name, justify="right" if name in ("time", "first token") else "left", no_wrap=True)
+    longest = max((len(each["id"]) for each in listed), default=0)
+    table.add_column("request", no_wrap=longest + LEAST_BESIDE_IDS <= columns, overflow="fold")
+    for name in ("model", "status", "started", "time", "first token", "mostly"):
+        table.add_column(name, justify="right" if name in ("time", "first token") else "left", overflow="fold")
     for each in listed:
         table.add_row(
             each["id"],

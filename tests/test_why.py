@@ -21,7 +21,8 @@ from hycluster.errors import (
 )
 from hycluster.ingress import errors, timelines
 from hycluster.stages import summed_up, timeline_json
-from hycluster.why import KIND_HEADER, ROUTE
+from hycluster.terminal import console
+from hycluster.why import KIND_HEADER, ROUTE, _list
 from tests.timelines import migrated, usual
 
 
@@ -96,6 +97,25 @@ def test_a_list(ingress: str) -> None:
     header, line = why("--slowest", "2", "--address", ingress).splitlines()
     assert header.split() == ["request", "model", "status", "started", "time", "first", "token", "mostly"]
     assert line.split()[:3] + line.split()[-1:] == ["r", "tiny", "ok", "decode"]
+
+
+@pytest.mark.parametrize("columns", ["80", None])
+def test_ids_are_whole_wherever_they_are_read(
+    columns: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    screen = console()
+    ids = ["3f0c1d2e4b5a69788796a5b4c3d2e1f0", "6c1d"]
+    listed = [summed_up(usual()) | {"id": each, "model": "smollm2-135m-instruct"} for each in ids]
+    screen.print(_list(listed, screen.width))
+    said = capsys.readouterr().out
+    assert all(each in said.split() for each in ids)
+    assert max(map(len, said.splitlines())) <= screen.width
+    if columns is None:
+        # A line each, for grep.
+        assert [line.split()[:2] for line in said.splitlines()[1:]] == [[each, "smollm2-135m-instruct"] for each in ids]
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,8 @@ def print_records(found: Sequence[Any], as_json: bool, columns: tuple[str, ...])
 
     table = Table(box=None, pad_edge=False)
     for name in columns:
-        table.add_column(name.removesuffix("_at"), overflow="fold")
+        # Ids are given to the next command, so they are whole on the narrowest screen.
+        table.add_column(name.removesuffix("_at"), overflow="fold", no_wrap=name == "id")
     for each in found:
         assert is_dataclass(each)
         table.add_row(*(_cell(name, getattr(each, name)) for name in columns))
