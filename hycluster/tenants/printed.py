@@ -36,6 +36,11 @@ def typed_span_s(option: str, said: str, also: str = "") -> int:
     return int(found[1]) * _UNIT_S[found[2]]
 
 
+def utc_minute(at: float) -> str:
+    """Of seconds since the epoch."""
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%MZ")
+
+
 def print_records(found: Sequence[Any], as_json: bool, columns: tuple[str, ...]) -> None:
     """Dataclasses; times are columns that end with ``_at``."""
     if as_json:
@@ -57,5 +62,5 @@ def _cell(name: str, value: Any) -> str:
     if value is None:
         return "all" if name == "models" else "-"
     if name == "at" or name.endswith("_at"):
-        return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%MZ")
+        return utc_minute(value)
     return json.dumps(value) if isinstance(value, dict) else ",".join(value) if isinstance(value, tuple) else str(value)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,6 @@ def test_it_asks_before_it_ends_something(run: Run) -> None:
     assert len(KeyStore(open_database(Auth())).known_keys().callers) == 1
 
 
-def test_the_database_of_a_settings_file(run: Run, tmp_path: Path) -> None:
 def test_ids_are_whole_on_a_narrow_screen(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     made = json.loads(run("keys", "create", "--project", "search", "--model", "smollm2-135m-instruct", "--json"))
     monkeypatch.setenv("COLUMNS", "80")
@@ -144,6 +144,7 @@ def test_a_key_that_has_expired_has_no_successor(run: Run) -> None:
     assert len(store.all_keys()) == 1
 
 
+def test_the_database_of_a_settings_file(run: Run, tmp_path: Path) -> None:
     settings = f"models: [{{name: m, source: x}}]\nauth: {{database: 'sqlite:///{tmp_path / 'other.db'}'}}\n"
     (tmp_path / "s.yaml").write_text(settings)
     assert run("keys", "migrate", "--config", "s.yaml") == "the database of keys is now of this version\n"
