@@ -101,7 +101,7 @@ def revoke_key(key_id: KeyId, config: Config = None, yes: Yes = False) -> None:
         echo(f"{_told(key)} was revoked already, at {utc_minute(key.revoked_at)}", err=True)
         return
     # It ends the one thing that it names: who revokes a leaked key by a script is not to be held up.
-    ask(f"{_told(key)} is revoked, for ever", yes=yes or not sys.stdin.isatty())
+    ask(f"{_told(key)} will be revoked, for ever", yes=yes or not sys.stdin.isatty())
     store.revoke_key(key.id)
     echo(f"{key.id} is revoked", err=True)
 
@@ -120,7 +120,7 @@ def rotate_key(
     overlap_s = 0 if keep is None else typed_span_s("--keep", keep)
     store = store_of(config)
     key = _named(store, key_id)
-    ask(f"{_told(key)} gets a successor and ends {f'in {keep}' if keep else 'now'}, for ever", yes=yes)
+    ask(f"{_told(key)} will get a successor and end {f'in {keep}' if keep else 'now'}, for ever", yes=yes)
     _show_secret(*store.rotate_key(key.id, overlap_s=overlap_s), as_json)
 
 

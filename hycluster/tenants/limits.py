@@ -108,7 +108,7 @@ def remove_limit(
     """Remove all limits of a key, a project or a tenant, for all models or, with --model, those for this one."""
     store = store_of(config)
     whose = _whose(store, project, tenant, key, model)
-    ask(f"{_told(whose)} is limited no more", yes=yes)
+    ask(f"{_told(whose)} will be limited no more", yes=yes)
     store.remove_limit(whose.subject)
     echo(f"{_told(whose)} is limited no more", err=True)
 

@@ -47,6 +47,6 @@ def archive_project(
     owned = [key for key in store.all_keys() if (key.tenant, key.project) == (found.tenant, found.name)]
     now_s = time.time()
     live = sum(key.revoked_at is None and (key.expires_at or now_s + 1) > now_s for key in owned)
-    ask(f"project {tenant}/{project} is archived, and its {live} keys are dead, for ever", yes=yes)
+    ask(f"project {tenant}/{project} will be archived, and its {live} keys dead, for ever", yes=yes)
     store.archive_project(found)
     echo(f"{tenant}/{project} is archived", err=True)

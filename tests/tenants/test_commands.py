@@ -94,6 +94,9 @@ def test_it_asks_before_it_ends_something(run: Run) -> None:
         with pytest.raises(HyclusterError, match="--yes: must be given where there is no terminal"):
             run(*command)
     assert len(KeyStore(open_database(Auth())).known_keys().callers) == 1
+    # What is not done is not said as if it were.
+    said = CliRunner().invoke(app, ["projects", "archive", "search", *ACME]).stderr
+    assert said == "project acme/search will be archived, and its 1 keys dead, for ever\n"
 
 
 def test_ids_are_whole_on_a_narrow_screen(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +126,7 @@ def test_a_key_that_was_found_is_revoked_by_itself(run: Run) -> None:
     run("keys", "create", "--project", "search")
     done = CliRunner().invoke(app, ["keys", "revoke", made["key"]])
     assert done.exit_code == 0
-    assert f"key {made['id']}, 'key' of default/search, is revoked" in done.stderr
+    assert f"key {made['id']}, 'key' of default/search, will be revoked" in done.stderr
     assert [key["revoked_at"] is None for key in json.loads(run("keys", "list", "--json"))] == [False, True]
     # No message shows one.
     for command in (
