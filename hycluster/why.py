@@ -150,7 +150,7 @@ def _listed(slowest: int, model: str | None) -> str:
 def _by_http(address: str, path: str) -> Any:
     import httpx
 
-    from hycluster.client import https_context, key_header
+    from hycluster.client import AUTHORITIES_VARIABLE, https_context, key_header
 
     if not address.startswith(("http://", "https://")):
         raise SettingsError(f"--address: {shown(address)} is not allowed; must be HOST:PORT, or http://HOST:PORT")
@@ -164,7 +164,8 @@ def _by_http(address: str, path: str) -> Any:
         )
         said = answer.json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-        raise Unavailable(f"--address: {address} does not answer as an HTTP ingress does: {error}") from None
+        hint = f"; {AUTHORITIES_VARIABLE} names the file of its authority" if "VERIFY_FAILED" in str(error) else ""
+        raise Unavailable(f"--address: {address} does not answer as an HTTP ingress does: {error}{hint}") from None
     if answer.status_code == NotFound.http_status:
         if answer.headers.get(KIND_HEADER) == NotFound.__name__:
             return None
