@@ -97,7 +97,7 @@ def _check_kind(address: str) -> None:
             if error.code() is not grpc.StatusCode.UNAVAILABLE:
                 return
             raise ValueError(
-                "what listens there is no GCS (an HTTP ingress?); the ready line of 'hycluster serve' says the address,"
+                "what listens there is no GCS (an ingress?); the ready line of 'hycluster serve' says the address,"
                 " behind 'ray'"
             ) from None
     raise ValueError(

@@ -78,7 +78,11 @@ def why(
     assert request_id is not None
     found = _asked(address, f"/{quote(request_id, safe='')}", lambda known: known.timeline(request_id))
     if found is None:
-        raise NotFound(f"REQUEST_ID: no process knows a request {shown(request_id)}; each keeps its last ones only")
+        # That of a row has its file's name before it.
+        rows = ", and of a batch job's rows they are gone with the job's process" if "#" in request_id else ""
+        raise NotFound(
+            f"REQUEST_ID: no process knows a request {shown(request_id)}; each keeps its last ones only{rows}"
+        )
     if as_json:
         echo(json.dumps(as_stages(found), indent=2))
     else:

@@ -126,7 +126,12 @@ def test_ids_are_whole_wherever_they_are_read(
         (("r", "--model", "m"), SettingsError, "--model: goes with --slowest only"),
         (("r", "--address", "ftp://x"), SettingsError, "--address: 'ftp://x' is not allowed"),
         (("r", "--address", "http://127.0.0.1:9"), Unavailable, "--address: http://127.0.0.1:9 does not answer"),
-        (("nobody", "--address", "INGRESS"), NotFound, "REQUEST_ID: no process knows a request 'nobody'"),
+        (
+            ("nobody", "--address", "INGRESS"),
+            NotFound,
+            "no process knows a request 'nobody'; each keeps its last ones only$",
+        ),
+        (("a.parquet#0", "--address", "INGRESS"), NotFound, "a batch job's rows they are gone with the job's process$"),
         (("broken", "--address", "INGRESS"), HyclusterError, "answered 500: broken: why"),
         (("keyless", "--address", "INGRESS"), Unauthenticated, r"--address: http://\S+: keyless: why$"),
         (("unscoped", "--address", "INGRESS"), PermissionDenied, r"--address: http://\S+: unscoped: why$"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -198,7 +199,7 @@ def test_at_midnight_nobody_is_told_of_a_quota_while_the_database_is_away() -> N
 
 def test_who_asks_for_more_than_a_limit_is_not_told_that_it_is_used_up() -> None:
     day, month = Limit("acme", tokens_per_day=1000), Limit("acme", budget_per_month=10**9)
-    price = Price(completion_per_million_tokens=10**6)
+    price = Price(completion_per_million_tokens=Decimal(10**6))
 
     async def main() -> None:
         limiter = World(TOKENS, day, month).process().limiter
