@@ -21,7 +21,7 @@ from hycluster.batch.job import Job
 from hycluster.chaos.cli import chaos
 from hycluster.consent import Yes, ask
 from hycluster.doctor.cli import doctor
-from hycluster.errors import HyclusterError
+from hycluster.errors import HyclusterError, PermissionDenied, Unauthenticated
 from hycluster.job_engines import open_engines
 from hycluster.k8s.cli import app as k8s_app
 from hycluster.models.cli import tiny_model
@@ -168,6 +168,10 @@ def serve(
         # The ingress processes will be on this machine: better known now than after the engines have started.
         check_port(settings.http.host, settings.http.port, "http.port")
         check_port(settings.grpc.host, settings.grpc.port, "grpc.port")
+        if settings.auth.tls is not None:
+            from hycluster.ingress.tls import check_files
+
+            check_files(settings.auth.tls)
 
     database: str | None = None
     if settings.auth.enabled and settings.auth.keys:
@@ -250,6 +254,13 @@ def _check_models(settings: Settings) -> None:
         engine_arguments(model, model_files(model))
 
 
+def _key_given() -> str:
+    from hycluster.client import KEY_VARIABLE
+
+    given = "set" if os.environ.get(KEY_VARIABLE) else "not set"
+    return f"error: commands give the key that the variable {KEY_VARIABLE} holds, which is {given}"
+
+
 def say(line: str) -> None:
     """A line for whoever runs the command."""
     echo(line, err=True)
@@ -328,4 +339,7 @@ def main() -> None:
     except HyclusterError as error:
         for line in error.message.splitlines():
             echo(f"error: {line}", err=True)
+        if isinstance(error, Unauthenticated | PermissionDenied):
+            # Of headers and metadata, which a command has no option for.
+            echo(_key_given(), err=True)
         sys.exit(error.exit_code)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import ssl
 from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -32,6 +33,7 @@ from hycluster.errors import (
     KillsReplicas,
     Overloaded,
     PermissionDenied,
+    SettingsError,
     Unauthenticated,
     Unavailable,
     UnknownModel,
@@ -112,6 +114,36 @@ def key_header(api_key: str | None = None) -> dict[str, str]:
     return {"authorization": f"Bearer {api_key}"} if api_key else {}
 
 
+def trusted_authorities() -> bytes | None:
+    """The certificates (PEM) in the file that ``HYCLUSTER_CA`` names; None where it names none.
+
+    Raises:
+        SettingsError: there is no such file, or nothing of that kind in it.
+    """
+    file = os.environ.get(AUTHORITIES_VARIABLE)
+    if not file:
+        return None
+    try:
+        found = Path(file).read_bytes()
+        # gRPC looks at them when it connects, and then says that nobody answers.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=found.decode("ascii", "ignore"))
+    except (ssl.SSLError, ValueError):
+        raise SettingsError(f"{AUTHORITIES_VARIABLE}: {file} holds no certificates (PEM)") from None
+    except OSError as error:
+        raise SettingsError(f"{AUTHORITIES_VARIABLE}: {file} can't be read: {error.strerror}") from None
+    return found
+
+
+def https_context() -> ssl.SSLContext:
+    """What verifies an HTTP ingress: by ``HYCLUSTER_CA``, or by the machine's own authorities.
+
+    Raises:
+        SettingsError: as :func:`trusted_authorities`.
+    """
+    named = None if trusted_authorities() is None else os.environ[AUTHORITIES_VARIABLE]
+    return ssl.create_default_context(cafile=named)
+
+
 class _Connection:
     """What both clients share: how to connect and how to ask.
 
@@ -124,6 +156,9 @@ class _Connection:
         retry_unavailable: let gRPC repeat a call, other than a stream, that met UNAVAILABLE: up to 4 attempts
             with growing pauses, all within ``timeout_s``.
         max_message_mib: the server's ``grpc.max_message_mib``.
+
+    Raises:
+        SettingsError: ``HYCLUSTER_CA`` names no file of certificates.
     """
 
     def __init__(
@@ -137,8 +172,8 @@ class _Connection:
     ) -> None:
         self.target = target
         self._metadata = tuple(key_header(api_key).items())
-        if credentials is None and (authorities := os.environ.get(AUTHORITIES_VARIABLE)):
-            credentials = grpc.ssl_channel_credentials(Path(authorities).read_bytes())
+        if credentials is None and (authorities := trusted_authorities()):
+            credentials = grpc.ssl_channel_credentials(authorities)
         self._connect(credentials, _options(retry_unavailable, max_message_mib * 2**20))
 
     def _connect(self, credentials: grpc.ChannelCredentials | None, options: list[tuple[str, Any]]) -> None:

@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
@@ -29,6 +30,8 @@ from hycluster.settings.base import keep_private, private_home
 logger = logging.getLogger(__name__)
 
 START_ATTEMPTS = 3
+# Of whoever listens at the address of a cluster.
+ANSWER_S = 5.0
 _TIMED_OUT = "timed out during startup"
 
 
@@ -67,7 +70,39 @@ def _check_reachable(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not (host and port.isdigit()) or "/" in host:
         raise ValueError("must be HOST:PORT, that of its GCS (often HOST:6379), without ray://")
-    socket.create_connection((host, int(port)), timeout=5).close()
+    socket.create_connection((host, int(port)), timeout=ANSWER_S).close()
+    # Ray's own TLS needs Ray's own certificates.
+    if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+        _check_kind(address)
+
+
+def _check_kind(address: str) -> None:
+    """An ingress's address is easily taken for that of the cluster, which stands beside it in the ready line; Ray would
+    try to talk to it for minutes, too.
+
+    Raises:
+        ValueError: it is an ingress, or nothing that speaks gRPC, as a GCS does.
+    """
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    from hycluster.client import SERVICE
+
+    with grpc.insecure_channel(address) as channel:
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        try:
+            health.Check(health_pb2.HealthCheckRequest(service=SERVICE), timeout=ANSWER_S)
+        except grpc.RpcError as error:
+            # A GCS has no such service, or doesn't say.
+            if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                return
+            raise ValueError(
+                "what listens there is no GCS (an ingress?); the ready line of 'hycluster serve' says the address,"
+                " behind 'ray'"
+            ) from None
+    raise ValueError(
+        "a gRPC ingress of hycluster; the ready line of 'hycluster serve' says Ray's address, behind 'ray'"
+    )
 
 
 def _quiet() -> None:

@@ -11,6 +11,15 @@ from pydantic import BaseModel, ValidationError
 
 from hycluster.errors import shown
 
+# What pydantic says of a pattern is the pattern.
+PATTERNS = {
+    r"^/.": "must be an absolute path",
+    r"^[a-z]{3}$": "must be three small letters, such as 'usd'",
+    r"^https?://\S+$": "must be a URL: http://... or https://...",
+    r"^[A-Za-z0-9][A-Za-z0-9._/:-]*$": "must be letters, digits and any of . _ / : -, beginning with a letter or digit",
+    r"^[A-Za-z0-9][A-Za-z0-9._-]*$": "must be letters, digits and any of . _ -, beginning with a letter or digit",
+    r"^[A-Za-z0-9_.-]*$": "must be letters, digits and any of . _ -",
+}
 # Sections that are named which have a key of some name.
 MOST_NEAR = 3
 
@@ -62,7 +71,8 @@ def _line(kind: type[BaseModel], problem: Any, where: str) -> str:
         return f"{where}: {field}: is missing"
     if problem["type"] == "value_error":
         return f"{where}: {_located(kind, loc, str(problem['ctx']['error']))}"
-    return f"{where}: {field}: {shown(problem['input'])} is not allowed: {problem['msg']}"
+    allowed = PATTERNS.get(problem.get("ctx", {}).get("pattern", ""), problem["msg"])
+    return f"{where}: {field}: {shown(problem['input'])} is not allowed: {allowed}"
 
 
 def _located(kind: type[BaseModel], loc: tuple[str | int, ...], message: str) -> str:

@@ -8,6 +8,7 @@ its markup. All that commands print goes through here.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 # What a command exits with that Ctrl-C has ended, as shells have it.
 INTERRUPTED_EXIT = 130
+
+# Of what is read by a program: a line is a line, however long.
+UNBOUNDED_COLUMNS = 10_000
 
 # Control characters other than newline and tab, what turns the direction of text around, and halves of surrogate pairs.
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -40,14 +44,20 @@ def shown_on(file: TextIO, text: str) -> str:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """For tables and bars: text is printed as it is, brackets and colons too."""
+    """For tables and bars: text is printed as it is, brackets and colons too.
+
+    Where there is no terminal nothing is cut or folded, unless ``COLUMNS`` says how wide it is to be: rich takes 80.
+    """
     from rich.console import Console
 
     class Literal(Console):
         def render_str(self, text: str, **options: Any) -> Text:
             return super().render_str(printable(text), **options)
 
-    return Literal(stderr=stderr, markup=False, emoji=False, highlight=False)
+    made = Literal(stderr=stderr, markup=False, emoji=False, highlight=False)
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = UNBOUNDED_COLUMNS
+    return made
 
 
 class PrintableFormatter(logging.Formatter):

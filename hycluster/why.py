@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import ssl
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from urllib.parse import quote
 
 import typer
 
-from hycluster.errors import HyclusterError, NotFound, SettingsError, Unavailable, shown
+from hycluster.errors import (
+    HyclusterError,
+    NotFound,
+    PermissionDenied,
+    SettingsError,
+    Unauthenticated,
+    Unavailable,
+    shown,
+)
 from hycluster.stages import MEANINGS
 from hycluster.terminal import console, echo, printable
 
@@ -20,6 +26,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 BAR_CELLS = 30
+# Columns that the rest of a list takes at least.
+LEAST_BESIDE_IDS = 40
 MOST = 1000
 ANSWER_TIMEOUT_S = 30.0
 # As ``hycluster/ingress`` has them, which is too much to import for a command.
@@ -64,12 +72,17 @@ def why(
         if as_json:
             echo(json.dumps({"requests": listed}, indent=2))
         else:
-            console().print(_list(listed))
+            screen = console()
+            screen.print(_list(listed, screen.width))
         return
     assert request_id is not None
     found = _asked(address, f"/{quote(request_id, safe='')}", lambda known: known.timeline(request_id))
     if found is None:
-        raise NotFound(f"REQUEST_ID: no process knows a request {shown(request_id)}; each keeps its last ones only")
+        # That of a row has its file's name before it.
+        rows = ", and of a batch job's rows they are gone with the job's process" if "#" in request_id else ""
+        raise NotFound(
+            f"REQUEST_ID: no process knows a request {shown(request_id)}; each keeps its last ones only{rows}"
+        )
     if as_json:
         echo(json.dumps(as_stages(found), indent=2))
     else:
@@ -141,29 +154,41 @@ def _listed(slowest: int, model: str | None) -> str:
 def _by_http(address: str, path: str) -> Any:
     import httpx
 
-    from hycluster.client import AUTHORITIES_VARIABLE, key_header
+    from hycluster.client import AUTHORITIES_VARIABLE, https_context, key_header
 
     if not address.startswith(("http://", "https://")):
         raise SettingsError(f"--address: {shown(address)} is not allowed; must be HOST:PORT, or http://HOST:PORT")
+    trusted = https_context()
     try:
         answer = httpx.get(
             f"{address.rstrip('/')}{ROUTE}{path}",
             headers=key_header(),
             timeout=ANSWER_TIMEOUT_S,
-            verify=ssl.create_default_context(cafile=os.environ.get(AUTHORITIES_VARIABLE)),
+            verify=trusted,
         )
         said = answer.json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-        raise Unavailable(f"--address: {address} does not answer as an HTTP ingress does: {error}") from None
+        hint = f"; {AUTHORITIES_VARIABLE} names the file of its authority" if "VERIFY_FAILED" in str(error) else ""
+        raise Unavailable(f"--address: {address} does not answer as an HTTP ingress does: {error}{hint}") from None
     if answer.status_code == NotFound.http_status:
         if answer.headers.get(KIND_HEADER) == NotFound.__name__:
             return None
         raise SettingsError(
             f"--address: {address} does not tell (http.ui is off there); ask its Ray cluster, by HOST:PORT of it"
         )
+    for refusal in (Unauthenticated, PermissionDenied):
+        if answer.status_code == refusal.http_status:
+            raise refusal(f"--address: {address}: {_message_in(said) or refusal.http_status}")
     if answer.is_error:
-        raise HyclusterError(f"--address: {address} answered {answer.status_code}: {answer.text[:300]}")
+        told = _message_in(said) or answer.text[:300]
+        raise HyclusterError(f"--address: {address} answered {answer.status_code}: {told}")
     return said.get("requests", said)
+
+
+def _message_in(said: Any) -> str:
+    """Of an error as an HTTP ingress tells it; what stands in front of one has another form."""
+    error = said.get("error") if isinstance(said, dict) else None
+    return str(error.get("message") or "") if isinstance(error, dict) else ""
 
 
 # -- for people -------------------------------------------------------------------------------------
@@ -237,12 +262,15 @@ def _bar(start_s: float, duration_s: float, total_s: float) -> str:
     return " " * first + "█" * min(cells, BAR_CELLS - first)
 
 
-def _list(listed: list[Told]) -> Table:
+def _list(listed: list[Told], columns: int) -> Table:
+    """Ids whole, for they are asked about next; the rest is folded where the screen is narrow."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for name in ("request", "model", "status", "started", "time", "first token", "mostly"):
-        table.add_column(name, justify="right" if name in ("time", "first token") else "left", no_wrap=True)
+    longest = max((len(each["id"]) for each in listed), default=0)
+    table.add_column("request", no_wrap=longest + LEAST_BESIDE_IDS <= columns, overflow="fold")
+    for name in ("model", "status", "started", "time", "first token", "mostly"):
+        table.add_column(name, justify="right" if name in ("time", "first token") else "left", overflow="fold")
     for each in listed:
         table.add_row(
             each["id"],

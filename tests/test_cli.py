@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from hycluster import cli
+from hycluster import aside, cli
+from hycluster.errors import Unauthenticated
 from tests.waiting import PATIENCE_S
 
 HEAVY = {"ray", "vllm", "torch", "transformers", "pyarrow", "grpc", "pandas"}
@@ -198,3 +199,23 @@ def test_how_serve_ends(
             signal.signal(each, handler)
     assert done.exit_code == code, done.output
     assert done.stderr.splitlines()[-1] == last
+
+
+@pytest.mark.parametrize(("key", "given"), [("hyc_x", "set"), (None, "not set")])
+def test_who_is_not_let_in_hears_where_a_command_takes_its_key_from(
+    key: str | None, given: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused() -> None:
+        raise Unauthenticated("API key: is missing; give it as 'Authorization: Bearer KEY'")
+
+    monkeypatch.setattr(cli, "app", refused)
+    monkeypatch.setattr(aside, "in_a_command", lambda _: None)
+    monkeypatch.delenv("HYCLUSTER_API_KEY", raising=False)
+    if key is not None:
+        monkeypatch.setenv("HYCLUSTER_API_KEY", key)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    said = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2
+    assert said[0].startswith("error: API key: is missing")
+    assert said[1] == f"error: commands give the key that the variable HYCLUSTER_API_KEY holds, which is {given}"

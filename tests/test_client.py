@@ -9,6 +9,7 @@ import typing
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -18,7 +19,7 @@ from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 
 from hycluster import errors
-from hycluster.client import SERVICE, AsyncClient, Client, SamplingFields
+from hycluster.client import AUTHORITIES_VARIABLE, SERVICE, AsyncClient, Client, SamplingFields, https_context
 from hycluster.core import (
     Generation,
     GenerationRequest,
@@ -503,3 +504,15 @@ def test_the_typed_fields_are_those_of_sampling() -> None:
 
 def test_the_service_is_the_contracts() -> None:
     assert SERVICE == "hycluster.v1.Inference"
+
+
+def test_authorities_that_are_none_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "ca.pem"
+    monkeypatch.setenv(AUTHORITIES_VARIABLE, str(file))
+    for said in (None, b"", b"no certificate"):
+        if said is not None:
+            file.write_bytes(said)
+        what = "can't be read: No such file" if said is None else "holds no certificates"
+        for connect in (Client, https_context):
+            with pytest.raises(errors.SettingsError, match=f"HYCLUSTER_CA: {file} {what}"):
+                connect()

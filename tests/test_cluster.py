@@ -3,15 +3,22 @@ from __future__ import annotations
 import inspect
 import os
 import socket
+import socketserver
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 import ray
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import HealthServicer
 
 from hycluster import cluster
 from hycluster.aside import RAYS_THREAD
+from hycluster.client import SERVICE
 from hycluster.errors import SettingsError
 from tests.waiting import PATIENCE_S
 
@@ -38,6 +45,50 @@ def test_what_is_no_gcs_address_is_told(monkeypatch: pytest.MonkeyPatch, address
     monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was asked"))
     with pytest.raises(SettingsError, match=f"^--address: no Ray cluster at '{address}': must be HOST:PORT"):
         cluster.join_cluster(address)
+
+
+class Says(socketserver.BaseRequestHandler):
+    """An HTTP ingress, as far as it is needed."""
+
+    def handle(self) -> None:
+        self.request.recv(1000)
+        self.request.sendall(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
+
+
+def test_an_ingress_is_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray tried to talk to it for minutes."""
+    monkeypatch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")
+    monkeypatch.delenv("RAY_USE_TLS", raising=False)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was asked"))
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Says) as http:
+        threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        address = "127.0.0.1:{1}".format(*http.server_address)
+        with pytest.raises(SettingsError, match=rf"^--address: no Ray cluster at '{address}': .* is no GCS"):
+            cluster.join_cluster(address)
+        http.shutdown()
+    server = grpc.server(ThreadPoolExecutor(1))
+    health = HealthServicer()
+    health.set(SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with pytest.raises(SettingsError, match=r"^--address: no Ray cluster at '\S+': a gRPC ingress of hycluster"):
+            cluster.join_cluster(f"127.0.0.1:{port}")
+    finally:
+        server.stop(None)
+
+
+def test_what_may_be_a_cluster_is_left_to_ray() -> None:
+    """A GCS has not this service; one that is busy says nothing in time."""
+    server = grpc.server(ThreadPoolExecutor(1))
+    health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        cluster._check_kind(f"127.0.0.1:{port}")
+    finally:
+        server.stop(None)
 
 
 def test_rays_notices_are_kept_off_the_terminal_whatever_is_imported_when() -> None:

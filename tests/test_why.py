@@ -11,10 +11,18 @@ import pytest
 from typer.testing import CliRunner
 
 from hycluster.cli import app
-from hycluster.errors import HyclusterError, NotFound, SettingsError, Unavailable
+from hycluster.errors import (
+    HyclusterError,
+    NotFound,
+    PermissionDenied,
+    SettingsError,
+    Unauthenticated,
+    Unavailable,
+)
 from hycluster.ingress import errors, timelines
 from hycluster.stages import summed_up, timeline_json
-from hycluster.why import KIND_HEADER, ROUTE
+from hycluster.terminal import console
+from hycluster.why import KIND_HEADER, ROUTE, _list
 from tests.timelines import migrated, usual
 
 
@@ -28,11 +36,12 @@ def ingress() -> Iterator[str]:
             known: dict[str, Any] = {"usual": timeline_json(usual()), "a/b.parquet#3": timeline_json(migrated())}
             asked = path.removeprefix("/hycluster/requests").removeprefix("/")
             body: Any = known.get(asked) if asked else {"requests": [summed_up(usual())] * query.count("slowest=2")}
-            self.send_response(200 if body is not None else 500 if asked == "broken" else 404)
+            refused = {"broken": 500, "keyless": 401, "unscoped": 403}
+            self.send_response(200 if body is not None else refused.get(asked, 404))
             if asked != "closed":
                 self.send_header(KIND_HEADER, "NotFound")
             self.end_headers()
-            self.wfile.write(json.dumps(body or {"error": {}}).encode())
+            self.wfile.write(json.dumps(body or {"error": {"message": f"{asked}: why"}}).encode())
 
         def log_message(self, format: str, *_: Any) -> None:  # noqa: A002
             """Nobody reads it."""
@@ -90,6 +99,25 @@ def test_a_list(ingress: str) -> None:
     assert line.split()[:3] + line.split()[-1:] == ["r", "tiny", "ok", "decode"]
 
 
+@pytest.mark.parametrize("columns", ["80", None])
+def test_ids_are_whole_wherever_they_are_read(
+    columns: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    screen = console()
+    ids = ["3f0c1d2e4b5a69788796a5b4c3d2e1f0", "6c1d"]
+    listed = [summed_up(usual()) | {"id": each, "model": "smollm2-135m-instruct"} for each in ids]
+    screen.print(_list(listed, screen.width))
+    said = capsys.readouterr().out
+    assert all(each in said.split() for each in ids)
+    assert max(map(len, said.splitlines())) <= screen.width
+    if columns is None:
+        # A line each, for grep.
+        assert [line.split()[:2] for line in said.splitlines()[1:]] == [[each, "smollm2-135m-instruct"] for each in ids]
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "says"),
     [
@@ -98,8 +126,15 @@ def test_a_list(ingress: str) -> None:
         (("r", "--model", "m"), SettingsError, "--model: goes with --slowest only"),
         (("r", "--address", "ftp://x"), SettingsError, "--address: 'ftp://x' is not allowed"),
         (("r", "--address", "http://127.0.0.1:9"), Unavailable, "--address: http://127.0.0.1:9 does not answer"),
-        (("nobody", "--address", "INGRESS"), NotFound, "REQUEST_ID: no process knows a request 'nobody'"),
-        (("broken", "--address", "INGRESS"), HyclusterError, "answered 500"),
+        (
+            ("nobody", "--address", "INGRESS"),
+            NotFound,
+            "no process knows a request 'nobody'; each keeps its last ones only$",
+        ),
+        (("a.parquet#0", "--address", "INGRESS"), NotFound, "a batch job's rows they are gone with the job's process$"),
+        (("broken", "--address", "INGRESS"), HyclusterError, "answered 500: broken: why"),
+        (("keyless", "--address", "INGRESS"), Unauthenticated, r"--address: http://\S+: keyless: why$"),
+        (("unscoped", "--address", "INGRESS"), PermissionDenied, r"--address: http://\S+: unscoped: why$"),
         (("closed", "--address", "INGRESS"), SettingsError, "http.ui is off there"),
     ],
 )

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Engine, Row, delete, insert, select, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from hycluster.auth import tables
-from hycluster.auth.api_key import digest, new_key
+from hycluster.auth.api_key import PREFIX, digest, new_key
 from hycluster.auth.caller import SCOPES, Caller
 from hycluster.auth.certificate import certificate_digest, check_certificate_name
 from hycluster.auth.database import away
@@ -160,7 +160,10 @@ class KeyStore:
         raise NotFound(f"project: there is no project {shown(f'{tenant}/{name}')}")
 
     def archive_project(self, project: Project) -> None:
-        """Its keys let nobody in any more, for ever; what belongs to it stays."""
+        """Its keys let nobody in any more, for ever; what belongs to it stays. Of one that is archived nothing is
+        written down again."""
+        if project.archived_at is not None:
+            return
         with self._changing("project.archived", project.id, {}) as connection:
             columns = tables.projects.c
             archived = update(tables.projects).where(columns.id == project.id, columns.archived_at.is_(None))
@@ -264,19 +267,35 @@ class KeyStore:
         Raises:
             NotFound: there is none of that id.
         """
+        if key_id.startswith(PREFIX):
+            # Which no message may have in it.
+            raise NotFound("key: that is no id but a key itself; an id begins with 'key_'")
         with self._reading() as connection:
             row = connection.execute(KEYS.where(tables.keys.c.id == key_id)).one_or_none()
         if row is None:
             raise NotFound(f"key: there is no key {shown(key_id)}")
         return api_key_of(row)
 
+    def key_itself(self, secret: str) -> ApiKey:
+        """What is known of a key that somebody has, as one that was found where it should not be.
+
+        Raises:
+            NotFound: it is none, or not of this database.
+        """
+        with self._reading() as connection:
+            row = connection.execute(KEYS.where(tables.keys.c.digest == digest(secret))).one_or_none()
+        if row is None:
+            raise NotFound("key: the one that was given is not known here; it may be cut, or another service's")
+        return api_key_of(row)
+
     def revoke_key(self, key_id: str) -> None:
-        """It lets nobody in any more, for ever.
+        """It lets nobody in any more, for ever. Of one that is revoked nothing is written down again.
 
         Raises:
             NotFound: there is none of that id.
         """
-        self.key(key_id)
+        if self.key(key_id).revoked_at is not None:
+            return
         with self._changing("key.revoked", key_id, {}) as connection:
             columns = tables.keys.c
             revoked = update(tables.keys).where(columns.id == key_id, columns.revoked_at.is_(None))
@@ -287,6 +306,9 @@ class KeyStore:
         old = self.key(key_id)
         if old.revoked_at is not None:
             raise InvalidInput(f"key: {key_id} is revoked; create another one")
+        if old.expires_at is not None and old.expires_at <= now_s():
+            # Its successor would end when it did.
+            raise InvalidInput(f"key: {key_id} has expired; create another one")
         if old.certificate is not None:
             raise InvalidInput(f"key: {key_id} is a certificate's name; its authority gives the next certificate")
         project = self.project(old.tenant, old.project)

@@ -15,7 +15,7 @@ import httpx
 
 from hycluster.chaos.requests import Request
 from hycluster.chaos.sse import event_lines
-from hycluster.client import AsyncClient, key_header
+from hycluster.client import AsyncClient, https_context, key_header
 from hycluster.errors import HyclusterError, Overloaded, Unavailable
 from hycluster.ingress.status import ERROR_KEY
 
@@ -176,7 +176,7 @@ def http_client() -> httpx.AsyncClient:
     """A client that waits for as long as it is let."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
-    return httpx.AsyncClient(timeout=timeout, limits=limits, headers=key_header())
+    return httpx.AsyncClient(timeout=timeout, limits=limits, headers=key_header(), verify=https_context())
 
 
 async def by_http(client: httpx.AsyncClient, url: str, model: str, request: Request, reading: Reading) -> None:

@@ -74,6 +74,7 @@ def findings(settings: Settings, address: str | None) -> list[Finding]:
         service_checks.store(settings.batches),
         service_checks.ledger(settings),
         service_checks.database(settings.auth),
+        service_checks.certificate(settings.auth),
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as LateError
@@ -100,6 +101,26 @@ def database(settings: Auth) -> Finding:
     if not (settings.enabled and settings.keys):
         return ok(name, "no API keys are asked for")
     return _in_time(name, partial(_database, name, settings))
+
+
+def certificate(settings: Auth) -> Finding:
+    """Whether the ingress has a certificate to show, and one that callers will take."""
+    name = "auth.tls"
+    if settings.tls is None:
+        return ok(name, "callers are not spoken to in TLS")
+    if os.environ.get("RAY_ADDRESS"):
+        return ok(name, "the ingress processes will be on the nodes of RAY_ADDRESS; not looked at")
+    # Where there is no TLS, nothing of it is imported.
+    from hycluster.ingress.tls import check_files
+
+    try:
+        ends_at = check_files(settings.tls).expires_at
+    except SettingsError as error:
+        return bad(name, error.message, "set it to files that this user can read, of a certificate and its own key")
+    ends = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(ends_at))
+    if ends_at <= time.time():
+        return bad(name, f"{settings.tls.certificate} has expired, at {ends}", "put a new one, with its key, there")
+    return ok(name, f"{settings.tls.certificate} is good until {ends}")
 
 
 def _in_time(name: str, look: Callable[[], Finding]) -> Finding:

@@ -8,7 +8,7 @@ import logging
 import ssl
 import tempfile
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
@@ -56,13 +56,10 @@ class Certificate:
         self._not_taken = SparingLog(logger, logging.WARNING)
         # Of the HTTP ingress. A pair that is loaded into it is that of all handshakes from then on.
         self.context = _context()
-        try:
-            self._pair = self._read()
-            _load(self.context, self._pair)
-            self._begin_verifying(self._pair)
-            certificate_taken(self._pair.expires_at)
-        except (OSError, ValueError) as error:
-            raise SettingsError(f"auth.tls: {settings.certificate} with {settings.key}: {_said(error)}") from None
+        self._pair = check_files(settings)
+        _load(self.context, self._pair)
+        self._begin_verifying(self._pair)
+        certificate_taken(self._pair.expires_at)
 
     def grpc_credentials(self) -> grpc.ServerCredentials:
         """Of the gRPC ingress; asks for the pair at each handshake."""
@@ -74,7 +71,7 @@ class Certificate:
     def look(self) -> Pair | None:
         """What is in the files, if that has changed and is a pair. Never raises."""
         try:
-            found = self._read()
+            found = _read(self._settings)
             if found == self._pair:
                 return None
             _load(_context(), found)
@@ -99,11 +96,6 @@ class Certificate:
     def _refuse(self, error: Exception) -> None:
         self._not_taken.write("auth.tls: the files can't be taken, the ones before go on: %s", _said(error))
 
-    def _read(self) -> Pair:
-        settings = self._settings
-        authority = b"" if settings.clients is None else Path(settings.clients.authority).read_bytes()
-        return Pair(Path(settings.certificate).read_bytes(), Path(settings.key).read_bytes(), authority)
-
     def _begin_verifying(self, pair: Pair) -> None:
         """Have callers' certificates be signed by the pair's authority alone: one that a context has heard of it does
         not forget, so that each handshake goes on with a context that knows no other."""
@@ -120,6 +112,46 @@ class Certificate:
     def _grpc_pair(self) -> grpc.ServerCertificateConfiguration:
         pair = self._pair
         return grpc.ssl_server_certificate_configuration([(pair.key, pair.chain)], pair.authority or None)
+
+
+def check_files(settings: Tls) -> Pair:
+    """What is in the files, for whoever can begin with it.
+
+    Raises:
+        SettingsError: there is no such pair; names the setting and the file that is at fault.
+    """
+    try:
+        pair = _read(settings)
+    except OSError as error:
+        raise SettingsError(_said(error)) from None
+    where = f"auth.tls: {settings.certificate} with {settings.key}: must be a pair in PEM, the key without a password"
+    try:
+        _load(_context(), replace(pair, authority=b""))
+        # Read by another library than OpenSSL.
+        _ = pair.expires_at
+        if settings.clients is not None:
+            where = f"auth.tls.clients.authority: {settings.clients.authority}: must be PEM"
+            _load(_context(), pair)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{where}: {_said(error)}") from None
+    return pair
+
+
+def _read(settings: Tls) -> Pair:
+    """
+    Raises:
+        OSError: names the setting.
+    """
+    clients = settings.clients
+    authority = b"" if clients is None else _bytes("auth.tls.clients.authority", clients.authority)
+    return Pair(_bytes("auth.tls.certificate", settings.certificate), _bytes("auth.tls.key", settings.key), authority)
+
+
+def _bytes(field: str, file: str) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise OSError(f"{field}: {file} can't be read: {error.strerror}") from None
 
 
 @contextlib.asynccontextmanager

@@ -206,16 +206,25 @@ class Limiter:
             return Unavailable(f"{what} can't be looked up now", retry_after_s=1)
         refused[kind, of] += 1
         limit = share.holding.limit
+        # What is left may be more than nothing.
+        asked = f" (this request may use {share.reserved})" if kind.startswith("tokens") else ""
         error: HyclusterError
-        if kind == "budget_per_month":
+        if never:
+            metadata["never"] = "true"
+            told = f"is {limit} {UNITS[kind]}; a request for {share.reserved}"
+            if kind == "budget_per_month":
+                # How much that is, its callers are not told.
+                told = "is less than this request may cost; it"
+            # Nothing comes of waiting for the next day or month.
+            error = (QuotaExhausted if kind in PERIODS else RateLimited)(f"{what} {told} is never let in")
+        elif kind == "budget_per_month":
             error = QuotaExhausted(f"{what} is reached; it is full again next month")
         elif kind in PERIODS:
-            error = QuotaExhausted(f"{what} of {limit} {UNITS[kind]} is reached; it is full again at midnight UTC")
-        elif never:
-            error = RateLimited(f"{what} is {limit} {UNITS[kind]}; a request for {share.reserved} is never let in")
-            metadata["never"] = "true"
+            reached = f"{what} of {limit} {UNITS[kind]} is reached{asked}"
+            error = QuotaExhausted(f"{reached}; it is full again at midnight UTC")
         else:
-            error = RateLimited(f"{what} of {limit} {UNITS[kind]} is reached", retry_after_s=max(wait_s, ASK_EVERY_S))
+            reached = f"{what} of {limit} {UNITS[kind]} is reached{asked}"
+            error = RateLimited(reached, retry_after_s=max(wait_s, ASK_EVERY_S))
         error.metadata = metadata
         return error
 

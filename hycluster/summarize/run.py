@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from hycluster.batch.ask import Asker, first_error
 from hycluster.batch.job import Summary
 from hycluster.batch.prompts import summary_messages
 from hycluster.batch.summaries.summarizer import Summarizer
-from hycluster.client import AsyncClient
+from hycluster.client import AUTHORITIES_VARIABLE, AsyncClient
 from hycluster.core import Priority, Sampling
 from hycluster.errors import DeadlineExceeded, InvalidInput, SettingsError, Unavailable, UnknownModel
 from hycluster.remote import Remote
@@ -140,8 +141,13 @@ async def _model(client: AsyncClient, wanted: str | None, address: str) -> str:
     try:
         served = [card.name for card in await client.list_models(timeout_s=CONNECT_TIMEOUT_S)]
     except (Unavailable, DeadlineExceeded):
+        # gRPC does not say why it is not understood.
+        encrypted = (
+            "" if os.environ.get(AUTHORITIES_VARIABLE) else f"; of one with auth.tls, {AUTHORITIES_VARIABLE} too"
+        )
         raise Unavailable(
-            f"--address: no hycluster answers at {address}; start one with `hycluster serve`, or give its gRPC address"
+            f"--address: no hycluster answers at {address}; start one with `hycluster serve`, or give its gRPC"
+            f" address{encrypted}"
         ) from None
     if not served:
         raise SettingsError(f"--model: no model is served at {address}")

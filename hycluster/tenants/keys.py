@@ -20,11 +20,11 @@ from hycluster.tenants.acted_on import (
     project_or_new,
     store_of,
 )
-from hycluster.tenants.printed import AsJson, print_records, typed_span_s
+from hycluster.tenants.printed import AsJson, print_records, typed_span_s, utc_minute
 from hycluster.terminal import echo
 
 if TYPE_CHECKING:
-    from hycluster.auth.store import ApiKey
+    from hycluster.auth.store import ApiKey, KeyStore
 
 keys_app = typer.Typer(name="keys", help="Make, list, revoke and replace API keys.", no_args_is_help=True)
 
@@ -36,7 +36,10 @@ CERTIFICATE = (
     "No key: let in whoever shows a client certificate with this name, as 'URI:spiffe://...', 'DNS:...' or"
     " 'subject:CN=...'; see auth.tls.clients."
 )
-KeyId = Annotated[str, typer.Argument(metavar="ID", help="As 'hycluster keys list' says: key_...")]
+KeyId = Annotated[
+    str,
+    typer.Argument(metavar="ID", help="As 'hycluster keys list' says: key_...; or the key itself, as one that leaked."),
+]
 
 
 @keys_app.command("create")
@@ -93,10 +96,14 @@ def list_keys(
 def revoke_key(key_id: KeyId, config: Config = None, yes: Yes = False) -> None:
     """Revoke a key: in 2 s it lets nobody in any more, at any ingress process, for ever. Asks at a terminal."""
     store = store_of(config)
+    key = _named(store, key_id)
+    if key.revoked_at is not None:
+        echo(f"{_told(key)} was revoked already, at {utc_minute(key.revoked_at)}", err=True)
+        return
     # It ends the one thing that it names: who revokes a leaked key by a script is not to be held up.
-    ask(f"{_told(store.key(key_id))} is revoked, for ever", yes=yes or not sys.stdin.isatty())
-    store.revoke_key(key_id)
-    echo(f"{key_id} is revoked", err=True)
+    ask(f"{_told(key)} will be revoked, for ever", yes=yes or not sys.stdin.isatty())
+    store.revoke_key(key.id)
+    echo(f"{key.id} is revoked", err=True)
 
 
 @keys_app.command("rotate")
@@ -112,8 +119,9 @@ def rotate_key(
     """Make a key like another one and print it; the old one ends."""
     overlap_s = 0 if keep is None else typed_span_s("--keep", keep)
     store = store_of(config)
-    ask(f"{_told(store.key(key_id))} gets a successor and ends {f'in {keep}' if keep else 'now'}, for ever", yes=yes)
-    _show_secret(*store.rotate_key(key_id, overlap_s=overlap_s), as_json)
+    key = _named(store, key_id)
+    ask(f"{_told(key)} will get a successor and end {f'in {keep}' if keep else 'now'}, for ever", yes=yes)
+    _show_secret(*store.rotate_key(key.id, overlap_s=overlap_s), as_json)
 
 
 @keys_app.command("migrate")
@@ -131,6 +139,13 @@ def show_audit(config: Config = None, as_json: AsJson = False) -> None:
     print_records(store_of(config).audit(), as_json, ("at", "actor", "action", "subject", "detail"))
 
 
+def _named(store: KeyStore, said: str) -> ApiKey:
+    """By its id, or by itself: of a key that was found somewhere nobody knows the id."""
+    from hycluster.auth.api_key import PREFIX
+
+    return store.key_itself(said) if said.startswith(PREFIX) else store.key(said)
+
+
 def _told(key: ApiKey) -> str:
     return f"key {key.id}, {key.name!r} of {key.tenant}/{key.project},"
 
@@ -139,5 +154,6 @@ def _show_secret(made: ApiKey, secret: str, as_json: bool) -> None:
     if as_json:
         echo(json.dumps({**asdict(made), "key": secret}, indent=2))
         return
-    echo(f"{_told(made)} is shown this once:", err=True)
+    ends = "" if made.expires_at is None else f" ends at {utc_minute(made.expires_at)} and"
+    echo(f"{_told(made)}{ends} is shown this once:", err=True)
     echo(secret)

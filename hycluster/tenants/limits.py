@@ -108,7 +108,7 @@ def remove_limit(
     """Remove all limits of a key, a project or a tenant, for all models or, with --model, those for this one."""
     store = store_of(config)
     whose = _whose(store, project, tenant, key, model)
-    ask(f"{_told(whose)} is limited no more", yes=yes)
+    ask(f"{_told(whose)} will be limited no more", yes=yes)
     store.remove_limit(whose.subject)
     echo(f"{_told(whose)} is limited no more", err=True)
 
@@ -181,4 +181,5 @@ def _told(limit: Limit) -> str:
 
 def _values(limit: Limit) -> str:
     values = asdict(_listed(limit))
-    return ", ".join(f"{kind} {values[kind]:g}" for kind in limit.values)
+    # To the last figure: 1000000 is not 1e+06 here, and 1234567 not 1.23457e+06.
+    return ", ".join(f"{kind} {Decimal(str(values[kind])).normalize():f}" for kind in limit.values)

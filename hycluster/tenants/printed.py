@@ -19,16 +19,26 @@ _SPAN = re.compile(r"([1-9][0-9]{0,5})([mhd])")
 _UNIT_S = {"m": 60, "h": 3600, "d": 86400}
 
 
-def typed_span_s(option: str, said: str) -> int:
+def typed_span_s(option: str, said: str, also: str = "") -> int:
     """Seconds of a span such as ``90d``.
+
+    Args:
+        also: what else the option takes, for the error.
 
     Raises:
         InvalidInput: it is none.
     """
     found = _SPAN.fullmatch(said)
     if found is None:
-        raise InvalidInput(f"{option}: {shown(said)} is not allowed; must be minutes, hours or days: 30m, 12h, 90d")
+        raise InvalidInput(
+            f"{option}: {shown(said)} is not allowed; must be {also}minutes, hours or days: 30m, 12h, 90d"
+        )
     return int(found[1]) * _UNIT_S[found[2]]
+
+
+def utc_minute(at: float) -> str:
+    """Of seconds since the epoch."""
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%MZ")
 
 
 def print_records(found: Sequence[Any], as_json: bool, columns: tuple[str, ...]) -> None:
@@ -40,7 +50,8 @@ def print_records(found: Sequence[Any], as_json: bool, columns: tuple[str, ...])
 
     table = Table(box=None, pad_edge=False)
     for name in columns:
-        table.add_column(name.removesuffix("_at"), overflow="fold")
+        # Ids are given to the next command, so they are whole on the narrowest screen.
+        table.add_column(name.removesuffix("_at"), overflow="fold", no_wrap=name == "id")
     for each in found:
         assert is_dataclass(each)
         table.add_row(*(_cell(name, getattr(each, name)) for name in columns))
@@ -51,5 +62,5 @@ def _cell(name: str, value: Any) -> str:
     if value is None:
         return "all" if name == "models" else "-"
     if name == "at" or name.endswith("_at"):
-        return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%MZ")
+        return utc_minute(value)
     return json.dumps(value) if isinstance(value, dict) else ",".join(value) if isinstance(value, tuple) else str(value)

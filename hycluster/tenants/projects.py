@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import typer
 
 from hycluster.consent import Yes, ask
 from hycluster.tenants.acted_on import DEFAULT_TENANT, Config, TenantName, store_of
-from hycluster.tenants.printed import AsJson, print_records
+from hycluster.tenants.printed import AsJson, print_records, utc_minute
 from hycluster.terminal import echo
 
 projects_app = typer.Typer(name="projects", help="Make, list and archive projects, which keys are of.",
@@ -40,8 +41,12 @@ def archive_project(
     """End a project: all of its keys are dead in 2 s, for ever. What belongs to it stays."""
     store = store_of(config)
     found = store.project(tenant, project)
+    if found.archived_at is not None:
+        echo(f"{tenant}/{project} was archived already, at {utc_minute(found.archived_at)}", err=True)
+        return
     owned = [key for key in store.all_keys() if (key.tenant, key.project) == (found.tenant, found.name)]
-    live = sum(key.revoked_at is None for key in owned)
-    ask(f"project {tenant}/{project} is archived, and its {live} keys are dead, for ever", yes=yes)
+    now_s = time.time()
+    live = sum(key.revoked_at is None and (key.expires_at or now_s + 1) > now_s for key in owned)
+    ask(f"project {tenant}/{project} will be archived, and its {live} keys dead, for ever", yes=yes)
     store.archive_project(found)
     echo(f"{tenant}/{project} is archived", err=True)

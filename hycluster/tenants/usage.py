@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import time
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hycluster.errors import InvalidInput, shown
+from hycluster.errors import InvalidInput, Unavailable, shown
 from hycluster.tenants.acted_on import Config, ledger_of
 from hycluster.tenants.printed import AsJson, typed_span_s
 from hycluster.terminal import console, echo
@@ -35,7 +36,13 @@ def print_usage(
     """Sum up the usage ledger: requests, tokens in, cached and out, and what they cost by the models' prices."""
     from hycluster.ledger.usage import sum_usage
 
-    found = sum_usage(ledger_of(config), _groups(by), since=None if since is None else _since(since))
+    groups, since_s, books = _groups(by), None if since is None else _since(since), ledger_of(config)
+    try:
+        found = sum_usage(books, groups, since=since_s)
+    except OSError as error:
+        from hycluster.storage import masked_line
+
+        raise Unavailable(f"ledger.store: {books.folder.masked} can't be read: {masked_line(error)}") from None
     if as_json:
         echo(json.dumps([_as_json(each) for each in found], indent=2))
         return
@@ -48,8 +55,13 @@ def print_usage(
     for name in _COLUMNS:
         table.add_column(name.replace("_", " "), justify="right")
     for each in found:
-        table.add_row(*each.group.values(), *(f"{getattr(each, name):,f}" for name in _COLUMNS))
+        table.add_row(*each.group.values(), *(_figure(getattr(each, name)) for name in _COLUMNS))
     console().print(table)
+
+
+def _figure(amount: int | Decimal) -> str:
+    # Costs are kept to twelve places: without the noughts at their ends.
+    return f"{amount:,}" if isinstance(amount, int) else f"{amount.normalize():,f}"
 
 
 def _as_json(each: UsageSum) -> dict[str, Any]:
@@ -71,4 +83,4 @@ def _since(said: str) -> float:
     try:
         return datetime.strptime(said, "%Y-%m-%d").replace(tzinfo=UTC).timestamp()
     except ValueError:
-        return time.time() - typed_span_s("--since", said)
+        return time.time() - typed_span_s("--since", said, "a day (2026-01-31), or ")

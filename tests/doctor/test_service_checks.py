@@ -9,12 +9,13 @@ import pytest
 
 from hycluster.auth.database import bring_up_to_date, open_database
 from hycluster.doctor.finding import Finding
-from hycluster.doctor.service_checks import database, ledger, ports, ray_cluster, store
-from hycluster.settings.auth import Auth
+from hycluster.doctor.service_checks import certificate, database, ledger, ports, ray_cluster, store
+from hycluster.settings.auth import Auth, Tls
 from hycluster.settings.ingress import Batches, Grpc, Http
 from hycluster.settings.ledger import Ledger
 from hycluster.settings.model import Model
 from hycluster.settings.settings import Settings
+from tests.ingress.test_tls import write_pair
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +54,17 @@ def test_the_ray_cluster(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "is no HOST:PORT" in ray_cluster("head").what
     monkeypatch.setenv("RAY_ADDRESS", f"ray://127.0.0.1:{taken}")
     assert "without ray://" in ray_cluster(None).todo
+
+
+def test_the_certificate(tmp_path: Path) -> None:
+    assert certificate(Auth()).verdict == "ok"
+    files = Tls(certificate=str(tmp_path / "cert.pem"), key=str(tmp_path / "key.pem"))
+    found = certificate(Auth(tls=files))
+    assert (found.verdict, found.what.split(":")[0]) == ("bad", "auth.tls.certificate")
+    write_pair(tmp_path, "ingress")
+    assert certificate(Auth(tls=files)).verdict == "ok"
+    (tmp_path / "key.pem").write_text("half")
+    assert certificate(Auth(tls=files)).verdict == "bad"
 
 
 def test_the_store(own_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import datetime as dt
 import errno
 import ipaddress
+import re
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -29,7 +30,7 @@ from hycluster.ingress.grpc import serve_grpc
 from hycluster.ingress.ports import bind
 from hycluster.ingress.tls import Certificate, open_certificate
 from hycluster.observe.ingresses import certificate_taken
-from hycluster.settings.auth import Tls
+from hycluster.settings.auth import ClientCertificates, Tls
 from hycluster.settings.ingress import Grpc, Http
 from tests.ingress.stand_in import MODEL, StandInGenerator
 from tests.waiting import PATIENCE_S
@@ -171,12 +172,24 @@ async def test_halves_are_not_taken(settings: Tls, folder: Path) -> None:
 
 
 async def test_there_must_be_one_to_begin_with(settings: Tls, folder: Path) -> None:
-    (folder / "key.pem").write_bytes(b"half")
-    for _ in range(2):
-        with pytest.raises(SettingsError, match=r"auth\.tls: .*cert\.pem with .*key\.pem: "):
+    async def refused() -> str:
+        with pytest.raises(SettingsError) as error:
             async with open_certificate(settings):
                 pass
-        (folder / "key.pem").unlink(missing_ok=True)
+        return error.value.message
+
+    whole = (folder / "key.pem").read_bytes()
+    (folder / "key.pem").write_bytes(b"half")
+    assert re.match(r"auth\.tls: .*cert\.pem with .*key\.pem: ", await refused())
+    (folder / "key.pem").unlink()
+    assert await refused() == f"auth.tls.key: {folder / 'key.pem'} can't be read: No such file or directory"
+    # Whose file it is that is missing, and not the others.
+    (folder / "key.pem").write_bytes(whole)
+    authority = folder / "ca.pem"
+    settings = settings.model_copy(update={"clients": ClientCertificates(authority=str(authority))})
+    assert await refused() == f"auth.tls.clients.authority: {authority} can't be read: No such file or directory"
+    authority.write_bytes(b"none")
+    assert (await refused()).startswith(f"auth.tls.clients.authority: {authority}: must be PEM: ")
     async with open_certificate(None) as none:
         assert none is None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ import pytest
 from hycluster.auth.caller import Caller
 from hycluster.auth.limits import Limit
 from hycluster.auth.store import Spent
-from hycluster.errors import HyclusterError, Unavailable
+from hycluster.errors import HyclusterError, QuotaExhausted, RateLimited, Unavailable
 from hycluster.limits.limiter import MOST_REMEMBERED
 from hycluster.limits.reservation import RequestTokens, Reservation
 from hycluster.limits.slots import SLOT_S
+from hycluster.settings.price import Price
 from tests.limits.virtual import Counts, World, run
 
 TOKENS = Limit("acme", tokens_per_minute=1000)
@@ -191,5 +193,25 @@ def test_at_midnight_nobody_is_told_of_a_quota_while_the_database_is_away() -> N
         process.limiter._counts = world.counts
         await asyncio.sleep(5)
         (await reserve(process, limit, 10)).end()
+
+    run(main())
+
+
+def test_who_asks_for_more_than_a_limit_is_not_told_that_it_is_used_up() -> None:
+    day, month = Limit("acme", tokens_per_day=1000), Limit("acme", budget_per_month=10**9)
+    price = Price(completion_per_million_tokens=Decimal(10**6))
+
+    async def main() -> None:
+        limiter = World(TOKENS, day, month).process().limiter
+        for limit, kind in ((TOKENS, RateLimited), (day, QuotaExhausted), (month, QuotaExhausted)):
+            with pytest.raises(kind, match="never let in") as refused:
+                await limiter.reserve([limit], RequestTokens(0, 0, 1001), price)
+            assert refused.value.metadata["never"] == "true"
+            assert "full again" not in refused.value.message
+        # Of what is left nothing was taken, and a smaller one has room.
+        (await limiter.reserve([day], RequestTokens(0, 0, 600), price)).end(counts=False)
+        await limiter.reserve([day], RequestTokens(0, 0, 600), price)
+        with pytest.raises(QuotaExhausted, match=r"is reached \(this request may use 500\); it is full again"):
+            await limiter.reserve([day], RequestTokens(0, 0, 500), price)
 
     run(main())

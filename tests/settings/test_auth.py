@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 import pytest
 
+from hycluster.batch.job import Job
 from hycluster.errors import SettingsError
+from hycluster.explain import PATTERNS
+from hycluster.settings.base import LABEL_KEY, LABEL_VALUE
 from hycluster.settings.read import validate
 from hycluster.settings.settings import Settings
 
@@ -30,6 +35,30 @@ def test_another_machine_is_let_in_by_keys_or_in_words(ingress: str, host: str) 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
 def test_this_machine_is(host: str) -> None:
     validate(Settings, {**MODEL, "http": {"host": host}, "grpc": {"host": host}}, "s.yaml")
+
+
+@pytest.mark.parametrize(
+    ("auth", "says"),
+    [
+        (
+            {"tls": {"certificate": "tls.crt", "key": "/tls.key"}},
+            "auth.tls.certificate: 'tls.crt' is not allowed: must be an absolute path",
+        ),
+        ({"currency": "USD"}, "auth.currency: 'USD' is not allowed: must be three small letters, such as 'usd'"),
+    ],
+)
+def test_what_a_text_must_be_is_said_in_words(auth: dict[str, Any], says: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        validate(Settings, {**MODEL, "auth": auth}, "s.yaml")
+    assert error.value.message == f"s.yaml: {says}"
+
+
+def test_every_pattern_has_words() -> None:
+    """But those of labels, whose rule is Kubernetes' own."""
+    patterns = set(
+        re.findall(r'"pattern": "(.*?)"[,}]', json.dumps([Settings.model_json_schema(), Job.model_json_schema()]))
+    )
+    assert {json.loads(f'"{each}"') for each in patterns} - {LABEL_KEY, LABEL_VALUE} <= set(PATTERNS)
 
 
 def test_it_can_not_be_both() -> None:

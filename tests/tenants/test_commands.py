@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,57 @@ def test_it_asks_before_it_ends_something(run: Run) -> None:
         with pytest.raises(HyclusterError, match="--yes: must be given where there is no terminal"):
             run(*command)
     assert len(KeyStore(open_database(Auth())).known_keys().callers) == 1
+    # What is not done is not said as if it were.
+    said = CliRunner().invoke(app, ["projects", "archive", "search", *ACME]).stderr
+    assert said == "project acme/search will be archived, and its 1 keys dead, for ever\n"
+
+
+def test_ids_are_whole_on_a_narrow_screen(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = json.loads(run("keys", "create", "--project", "search", "--model", "smollm2-135m-instruct", "--json"))
+    monkeypatch.setenv("COLUMNS", "80")
+    assert made["id"] in run("keys", "list").split()
+    monkeypatch.delenv("COLUMNS")
+    assert len(run("keys", "list").splitlines()) == 2
+
+
+def test_what_has_ended_does_not_end_again(run: Run) -> None:
+    made = json.loads(run("keys", "create", "--project", "search", "--json"))
+    run("keys", "revoke", made["id"])
+    (revoked,) = json.loads(run("keys", "list", "--json"))
+    run("keys", "revoke", made["id"])
+    run("projects", "archive", "search", "--yes")
+    # Asks nothing: there is nothing to be done.
+    run("projects", "archive", "search")
+    assert json.loads(run("keys", "list", "--json")) == [revoked]
+    # Who did it is told once.
+    audit = [line["action"] for line in json.loads(run("keys", "audit", "--json"))]
+    assert audit == ["project.created", "key.created", "key.revoked", "project.archived"]
+
+
+def test_a_key_that_was_found_is_revoked_by_itself(run: Run) -> None:
+    made = json.loads(run("keys", "create", "--project", "search", "--json"))
+    run("keys", "create", "--project", "search")
+    done = CliRunner().invoke(app, ["keys", "revoke", made["key"]])
+    assert done.exit_code == 0
+    assert f"key {made['id']}, 'key' of default/search, will be revoked" in done.stderr
+    assert [key["revoked_at"] is None for key in json.loads(run("keys", "list", "--json"))] == [False, True]
+    # No message shows one.
+    for command in (
+        ("keys", "revoke", made["key"][:-1] + "-"),
+        ("limits", "set", "--key", made["key"], "--tokens-per-day", "1"),
+    ):
+        with pytest.raises(HyclusterError) as error:
+            run(*command)
+        assert made["key"][:-1] not in error.value.message
+
+
+def test_a_key_that_has_expired_has_no_successor(run: Run) -> None:
+    store = KeyStore(open_database(Auth()))
+    run("projects", "create", "search")
+    made, _ = store.create_key(store.project("default", "search"), "ci", expires_at=int(time.time()) - 1)
+    with pytest.raises(HyclusterError, match="has expired; create another one"):
+        run("keys", "rotate", made.id, "--yes")
+    assert len(store.all_keys()) == 1
 
 
 def test_the_database_of_a_settings_file(run: Run, tmp_path: Path) -> None:

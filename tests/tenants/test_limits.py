@@ -53,6 +53,14 @@ def test_set_add_to_and_removed() -> None:
     assert audit[1]["detail"] == {"requests_per_minute": 30, "tokens_per_minute": 1000, "budget_per_month": 12.5e9}
 
 
+def test_what_was_set_is_said_to_the_last_figure() -> None:
+    assert run("set", "--project", "p", "--tokens-per-day", "1000000", "--tokens-per-minute", "1234567") == (
+        "project default/p: tokens_per_minute 1234567, tokens_per_day 1000000\n"
+    )
+    said = run("set", "--tenant", "acme", "--budget-per-month", "1234567.5", "--requests-per-minute", "600")
+    assert said == "tenant acme: requests_per_minute 600, budget_per_month 1234567.5\n"
+
+
 def test_of_a_key() -> None:
     made = json.loads(CliRunner().invoke(app, ["keys", "create", "--project", "p", "--json"]).stdout)
     run("set", "--key", made["id"], "--tokens-per-day", "5")

@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from hycluster.cli import app
-from hycluster.errors import HyclusterError
-from hycluster.ledger.books import open_books
+from hycluster.errors import HyclusterError, Unavailable
+from hycluster.ledger.books import Books, open_books
 from hycluster.serving.running import forget, remember, remember_service
 from tests.ledger.entries import entry
 
@@ -50,15 +50,23 @@ def test_sums_of_the_home_s_own_ledger(usage: Usage, tmp_path: Path) -> None:
     assert (mine["tenant"], mine["key"], mine["key_name"], mine["requests"]) == ("acme", "key_1", "ci", 2)
     assert [each["tier"] for each in usage("--by", "tier")] == ["batch", "online"]
     assert sum(each["requests"] for each in usage("--by", "day", "--since", "2026-01-01")) == 3
-    shown = usage("--by", "project", as_json=False)
-    assert "search" in shown
-    assert "20" in shown
+    shown = [line.split() for line in usage("--by", "project", as_json=False).splitlines()]
+    assert shown[1:] == [["chat", "1", "10", "4", "5", "0.25"], ["search", "2", "20", "8", "10", "0.5"]]
 
 
 def test_what_is_wrong_is_said(usage: Usage) -> None:
-    for arguments, says in ((("--by", "user"), "--by: 'user'"), (("--since", "soon"), "--since: 'soon'")):
+    for arguments, says in ((("--by", "user"), "--by: 'user'"), (("--since", "2026-1-32"), "must be a day")):
         with pytest.raises(HyclusterError, match=says):
             usage(*arguments)
+
+
+def test_a_ledger_that_can_not_be_read_is_named(usage: Usage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(_: Books) -> list[str]:
+        raise OSError("the bucket does not answer")
+
+    monkeypatch.setattr(Books, "days", away)
+    with pytest.raises(Unavailable, match=r"ledger\.store: \S+/ledger can't be read: the bucket does not answer"):
+        usage()
 
 
 def test_the_ledger_of_the_running_service_or_of_a_settings_file(usage: Usage, tmp_path: Path) -> None:
