@@ -15,7 +15,6 @@ import pytest
 
 from hycluster.core import Priority
 from hycluster.engine.fairness import MOST_IDLE, OUTPUT_COST, payer_headers
-from hycluster.engine.step_time import StepWork
 from hycluster.settings.model import Colocation, Model
 from hycluster.settings.simulated import Simulated
 
@@ -34,8 +33,6 @@ CPU = GPU.model_copy(
     update={"step_base_s": 1.3e-3, "prefill_token_s": 1.6e-5, "decode_token_s": 5e-5, "kv_token_s": 5e-8}
 )
 SECONDS, RATE, MODEST = 60.0, 1.0, 9
-# Of a pair of a query and a key in a prompt, there.
-PAIR_S = 7e-9
 # As much of it as of the other in as many steps.
 CPU_SECONDS, CPU_RATE, CPU_SETTLED_S = 10.0, 3.2, 2.0
 # An engine that has just started does not know its steps, nor who is greedy.
@@ -59,17 +56,12 @@ LONG_OUTPUTS = Endless(200, (20, 50), (800, 1000))
 ALL_KINDS = Endless(100, (100, 9000), (50, 500))
 
 
-def engine(kind: Simulated = GPU, pair_s: float = 0.0, **changed: int) -> VirtualEngine:
-    """``pair_s``: for each pair of a query and a key in prompts."""
+def engine(kind: Simulated = GPU, **changed: int) -> VirtualEngine:
     from hycluster.simulate.engine import VirtualEngine
     from hycluster.simulate.machine import simulated_machine
 
     machine = simulated_machine(Model(name="m", source="nowhere"), kind.model_copy(update=changed), "test")
-
-    def step_time(work: StepWork) -> float:
-        return machine.step_time(work) + pair_s * work.prefill_pairs
-
-    return VirtualEngine(machine.config(Colocation()), machine.kv_blocks, step_time, machine.experts)
+    return VirtualEngine(machine.config(Colocation()), machine.kv_blocks, machine.step_time, machine.experts)
 
 
 @dataclass
@@ -200,15 +192,6 @@ def test_nor_where_each_row_costs_much(greedy: Endless) -> None:
     assert beside.p99_s(CPU_SETTLED_S) <= 1.10 * alone.p99_s(CPU_SETTLED_S)
     # It gets more than anybody else all the same.
     assert beside.served[GREEDY] > 2 * max(beside.served[tenant] for tenant in beside.served if tenant != GREEDY)
-
-
-def test_nor_for_the_end_of_a_long_prompt() -> None:
-    """There each token is held against thousands, and a chunk takes several times as long as at the beginning."""
-    coming = modest(CPU_RATE, CPU_SECONDS)
-    alone, beside = Run(engine(CPU, pair_s=PAIR_S)), Run(engine(CPU, pair_s=PAIR_S))
-    alone.serve(coming, {}, seconds=CPU_SECONDS)
-    beside.serve(coming, {GREEDY: LONG_PROMPTS}, seconds=CPU_SECONDS)
-    assert beside.p99_s(CPU_SETTLED_S) <= 1.10 * alone.p99_s(CPU_SETTLED_S)
 
 
 def test_without_tenants_they_wait_for_it(alone: float) -> None:
