@@ -339,7 +339,8 @@ def main() -> None:
     except HyclusterError as error:
         for line in error.message.splitlines():
             echo(f"error: {line}", err=True)
-        if isinstance(error, Unauthenticated | PermissionDenied):
-            # Of headers and metadata, which a command has no option for.
+        # What an ingress says is of headers and metadata, for which a command has no option. What is said of Ray's own
+        # token (RAY_AUTH_TOKEN) has nothing to do with it.
+        if isinstance(error, Unauthenticated | PermissionDenied) and not error.message.startswith("RAY_"):
             echo(_key_given(), err=True)
         sys.exit(error.exit_code)
