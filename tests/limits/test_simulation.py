@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -163,7 +164,7 @@ def test_after_a_pause_none_waits_for_a_lease_and_the_book_hears_of_all(kind: st
     most = int(limit * GOES_AHEAD)
 
     async def main() -> None:
-        world = World(Limit("acme", **{kind: limit}))
+        world = World(replace(Limit("acme"), **{kind: limit}))
         limiter = world.process().limiter
 
         async def burst(requests: int) -> float:
