@@ -29,7 +29,7 @@ class OutputReader:
         self._heard = heard
         self._closed = False
         self._loop = asyncio.get_running_loop()
-        self._descriptor: int = sock.getsockopt(zmq.FD)
+        self._descriptor = sock.fileno()
         self._loop.add_reader(self._descriptor, self._readable)
         # What came before is told by no descriptor.
         self._loop.call_soon(self._readable)

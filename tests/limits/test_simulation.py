@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 from bisect import bisect_left
+from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -169,9 +171,10 @@ def test_far_from_its_limits_hardly_a_request_waits_for_a_lease() -> None:
 def test_after_a_pause_none_waits_for_a_lease_and_the_book_hears_of_all(kind: str) -> None:
     limit = 100_000
     most = int(limit * GOES_AHEAD)
+    values: dict[str, Any] = {kind: limit}
 
     async def main() -> None:
-        world = World(Limit("acme", **{kind: limit}))
+        world = World(Limit("acme", **values))
         limiter = world.process().limiter
 
         async def burst(requests: int) -> float:
