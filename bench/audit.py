@@ -17,7 +17,8 @@ between, in order, and the cause is one of
 - evicted, reset: a block that was predicted was told as dropped, or the whole cache was told anew;
 - not stored: a block that another request was going to store, which was given up or overtaken;
 - stored: all blocks that were found beyond the predicted ones were told as stored;
-- not told: none of these. There must be none: it is an error of the router, and the exit code is 1.
+- not told: none of these; the exit code is 1. A block that is evicted and stored again in one step is not told either,
+  as a step's net difference is, so it isn't known yet whether what is left here is more than that.
 """
 
 from __future__ import annotations

@@ -111,21 +111,15 @@ def _compile(library: ctypes.CDLL) -> Loop:
         for block in range(len(hashes)):
             at = _TOKENS_AT
             for token in tokens[block * block_tokens : (block + 1) * block_tokens]:
-                # Little-endian, in as many bytes as it takes: BININT1, BININT2, BININT.
+                # BININT1, BININT2 or BININT, and little-endian as many bytes as it takes. Without branches, which a
+                # processor could not foretell: all bytes are written, and what is too much is written over.
+                two, four = token > 0xFF, token > 0xFFFF
+                message[at] = 0x4B + 2 * two - 3 * four
                 message[at + 1] = token & 0xFF
-                if token < 1 << 8:
-                    message[at] = 0x4B
-                    at += 2
-                    continue
                 message[at + 2] = token >> 8 & 0xFF
-                if token < 1 << 16:
-                    message[at] = 0x4D
-                    at += 3
-                    continue
-                message[at] = 0x4A
                 message[at + 3] = token >> 16 & 0xFF
                 message[at + 4] = token >> 24
-                at += 5
+                at += 2 + two + 2 * four
             for place in range(len(tail)):
                 message[at + place] = tail[place]
             at += len(tail)

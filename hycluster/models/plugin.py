@@ -32,6 +32,12 @@ def _patch_lora() -> None:
     patch_lora()
 
 
+def _patch_adapter_identity() -> None:
+    from hycluster.engine.patches.adapter_identity import patch_adapter_identity
+
+    patch_adapter_identity()
+
+
 def _patch_lora_experts() -> None:
     from hycluster.engine.patches.cpu_lora_experts import patch_lora_experts
 
@@ -79,6 +85,7 @@ def register() -> None:
     RENDERER_REGISTRY.renderers[TOKENIZER_MODE] = ("vllm.renderers.hf", "HfRenderer")
     patch_queues()
     patch_progress_bars()
+    when_imported("vllm.lora.worker_manager", _patch_adapter_identity)
     if current_platform.is_cpu():
         for module, patch in CPU_PATCHES.items():
             when_imported(module, patch)
