@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 from bisect import bisect_left
-from collections import Counter
 from typing import Any
 
 import pytest
