@@ -32,6 +32,12 @@ def _patch_lora() -> None:
     patch_lora()
 
 
+def _patch_kernel_search() -> None:
+    from hycluster.engine.patches.cpu_kernels import patch_kernel_search
+
+    patch_kernel_search()
+
+
 def _patch_adapter_identity() -> None:
     from hycluster.engine.patches.adapter_identity import patch_adapter_identity
 
@@ -51,6 +57,7 @@ CPU_PATCHES = {
     "vllm.model_executor.layers.fused_moe.experts.cpu_moe": _patch_experts,
     "vllm.lora.punica_wrapper.punica_selector": _patch_lora,
     "vllm.lora.model_manager": _patch_lora_experts,
+    "vllm.triton_utils.dispatcher": _patch_kernel_search,
 }
 
 

@@ -28,5 +28,5 @@ def _hash(one: LoRARequest) -> int:
 
 def patch_adapter_identity() -> None:
     """Put it into vLLM, in this process; more than once does nothing."""
-    LoRARequest.__eq__ = _same  # type: ignore[method-assign,assignment]
+    LoRARequest.__eq__ = _same  # type: ignore[method-assign]
     LoRARequest.__hash__ = _hash  # type: ignore[method-assign,assignment]
