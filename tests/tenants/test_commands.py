@@ -28,6 +28,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a command on a home of its own and returns what it printed; its errors are raised."""
     monkeypatch.setenv("HYCLUSTER_HOME", str(tmp_path))
     monkeypatch.delenv(VARIABLE, raising=False)
+    # Which pytest's workers have.
+    monkeypatch.delenv("COLUMNS", raising=False)
     monkeypatch.chdir(tmp_path)
 
     def command(*arguments: str) -> str:
