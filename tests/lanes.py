@@ -3,8 +3,8 @@
 The tests that start clusters wait for much of their time, for one thing after the other. A lane of them and one of the
 light tests keep two cores busy; a lane that has run dry helps the other. On two cores two workers had 93% of both; with
 three that had something heavy, starts of engines took minutes and outlasted their limits. So a third worker has light
-tests only, which take less than half a core and wait for the rest, and ends when it finds no others. Nor is that a gain on
-two cores: 34 minutes where two workers take 28, for the whole is 50 minutes of CPU time.
+tests only, which take less than half a core and wait for the rest, and ends when it finds no others. Nor is that a gain
+on two cores: 34 minutes where two workers take 28, for the whole is 50 minutes of CPU time.
 """
 
 from __future__ import annotations

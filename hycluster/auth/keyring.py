@@ -52,6 +52,7 @@ class Keyring:
         # Replaced as one, so that readers need no lock.
         self._seen = _Seen(KnownKeys(0, {}, frozenset()), float("-inf"), {})
         self._migrated = self._said_away = False
+        self._looking = threading.Lock()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="keyring", daemon=True)
 
@@ -134,7 +135,12 @@ class Keyring:
         return now is None or (now.expires_at is not None and now.expires_at <= time.time())
 
     def look(self) -> None:
-        """Take in what has changed. Never raises: what is known goes on for a while."""
+        """Take in what has changed. Never raises: what is known goes on for a while. May be called by any thread."""
+        # Of two at once the slower one would take back what the other has seen.
+        with self._looking:
+            self._look()
+
+    def _look(self) -> None:
         began_s, seen = self._clock(), self._seen
         try:
             if not self._migrated:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -51,6 +52,35 @@ def answered(ring: Keyring, key: str) -> str:
         return ring.caller(key).key
     except HyclusterError as error:
         return type(error).__name__
+
+
+def test_of_two_looks_at_once_the_slower_takes_nothing_back(
+    settings: Auth, store: KeyStore, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = open_database(settings)
+    ring = Keyring(engine, settings)
+    ring.look()
+    counted, go_on, original = threading.Event(), threading.Event(), ring.store.count_changes
+
+    def slow() -> int:
+        changes = original()
+        if not counted.is_set():
+            counted.set()
+            go_on.wait(30)
+        return changes
+
+    monkeypatch.setattr(ring.store, "count_changes", slow)
+    looks = [threading.Thread(target=ring.look) for _ in range(2)]
+    looks[0].start()
+    assert counted.wait(30)
+    _, secret = store.create_key(project, "new")
+    looks[1].start()
+    looks[1].join(0.5)
+    go_on.set()
+    for look in looks:
+        look.join()
+    assert answered(ring, secret) == "new"
+    engine.dispose()
 
 
 # Says when a key lets in, and when it does no more.
