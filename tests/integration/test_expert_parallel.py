@@ -240,7 +240,8 @@ async def test_bulk_waits_on_all_ranks_for_online_work_on_one(deployed: Deployed
         # before the rows run has them wait without a slot, and what has none is not parked.
         await asyncio.to_thread(eventually, lambda: not any(running()), 30, "no rank runs anything")
         beside = bulk(gateway)
-        await asyncio.to_thread(eventually, lambda: min(running()) >= 4, 150, "all ranks run bulk rows")
+        # How many each of them has is for the pool to say.
+        await asyncio.to_thread(eventually, lambda: min(running()) >= 2, 150, "all ranks run bulk rows")
         seen: set[str] = set()
         async with asyncio.timeout(150):
             # As long as it takes to be reported: meanwhile hardly a row gets on.
