@@ -4,7 +4,8 @@
 BIN := .venv/bin
 CONFIG ?= deployments/local.yaml
 # Most tests wait most of the time; tests/lanes.py says who runs beside whom. ARGS="-n 0" runs them in one process.
-WORKERS ?= 2
+# The fast ones wait for more of their time than those that start clusters.
+WORKERS ?= $(if $(findstring not slow,$(ARGS)),3,2)
 ARGS ?=
 
 help:  ## what there is
@@ -17,7 +18,8 @@ demo: setup  ## serve the embedded model and summarize a corpus, end to end
 	@$(BIN)/python scripts/demo.py $(ARGS)
 
 test: setup  ## run every test (ARGS="-m 'not slow'" for the fast ones)
-	@$(BIN)/python -m pytest -n $(WORKERS) --durations=20 --durations-min=1 $(ARGS)
+	@# Thousands of processes are started; where nothing may be cached each would compile hycluster anew.
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --durations=20 --durations-min=1 $(ARGS)
 
 clients: setup  ## install LangChain, LiteLLM, Vercel's AI SDK, ..., which tests/clients calls the service with
 	@scripts/clients.sh

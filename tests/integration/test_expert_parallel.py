@@ -222,7 +222,7 @@ async def test_bulk_waits_on_all_ranks_for_online_work_on_one(deployed: Deployed
     rows = [[(5 * step + 3 * number) % 256 for step in range(20 + number)] for number in range(12)]
 
     def bulk(gateway: Any) -> list[asyncio.Future[list[int]]]:
-        return [asyncio.ensure_future(tokens(gateway, row, 240, priority=Priority.BATCH)) for row in rows]
+        return [asyncio.ensure_future(tokens(gateway, row, 80, priority=Priority.BATCH)) for row in rows]
 
     def running() -> list[int]:
         return [report.load.running for report in deployed.reports(name)]
@@ -235,7 +235,7 @@ async def test_bulk_waits_on_all_ranks_for_online_work_on_one(deployed: Deployed
         return sum(report.load.colocation.given_up for report in deployed.reports(name) if report.load.colocation)
 
     async with deployed.gateway(name) as gateway:
-        online_alone, bulk_alone = await tokens(gateway, PROMPTS[3], LONG), await asyncio.gather(*bulk(gateway))
+        online_alone, bulk_alone = await tokens(gateway, PROMPTS[3], 80), await asyncio.gather(*bulk(gateway))
         # Reports are up to half a second old: of the rows before, not of those that come now. Online work that comes
         # before the rows run has them wait without a slot, and what has none is not parked.
         await asyncio.to_thread(eventually, lambda: not any(running()), 30, "no rank runs anything")
@@ -246,15 +246,15 @@ async def test_bulk_waits_on_all_ranks_for_online_work_on_one(deployed: Deployed
         async with asyncio.timeout(150):
             # As long as it takes to be reported: meanwhile hardly a row gets on.
             while len(seen) < deployed.models[name].engines:
-                online = asyncio.ensure_future(tokens(gateway, PROMPTS[3], LONG))
+                online = asyncio.ensure_future(tokens(gateway, PROMPTS[3], 80))
                 while not online.done():
                     seen |= parked()
                     await asyncio.sleep(0.05)
                 assert await online == online_alone
         # And as many as there are slots: rows make room, and are computed again.
         before, slots = given_up(), 8 * deployed.models[name].engines
-        answers = await gather_bounded([tokens(gateway, PROMPTS[3], 60) for _ in range(slots)])
-        assert answers == [online_alone[:60]] * slots
+        answers = await gather_bounded([tokens(gateway, PROMPTS[3], 30) for _ in range(slots)])
+        assert answers == [online_alone[:30]] * slots
         await asyncio.to_thread(eventually, lambda: given_up() > before, 30, "a rank reports rows that made room")
         assert await asyncio.gather(*beside) == bulk_alone
 
