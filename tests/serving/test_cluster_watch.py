@@ -115,7 +115,8 @@ class Port:
         self._open: list[socket.socket] = []
         self._server = socket.create_server(("127.0.0.1", number))
         self.number = self._server.getsockname()[1]
-        threading.Thread(target=self._take, daemon=True).start()
+        self._taking = threading.Thread(target=self._take, daemon=True)
+        self._taking.start()
 
     def _take(self) -> None:
         with suppress(OSError):
@@ -131,6 +132,8 @@ class Port:
         with suppress(OSError):
             self._server.shutdown(socket.SHUT_RDWR)
         self._server.close()
+        # What it has just taken would stay open.
+        self._taking.join()
         self.drop()
 
 
