@@ -26,10 +26,11 @@ atexit.register(_FORKS.close)
 _SAID = "imported:"
 
 
-def run(*arguments: str, home: Path, asked: str = "", timeout_s: float = 60) -> Ran:
+def run(*arguments: str, home: Path | None = None, asked: str = "", timeout_s: float = 60) -> Ran:
     """The finished process, and the top-level modules that it had imported; its standard error without them.
 
     Args:
+        home: None is that of the tests.
         asked: its standard input.
     """
     done = _FORKS.run(
@@ -38,7 +39,7 @@ def run(*arguments: str, home: Path, asked: str = "", timeout_s: float = 60) -> 
     return _read(done)
 
 
-def run_anew(*arguments: str, home: Path, asked: str = "", timeout_s: float = 60) -> Ran:
+def run_anew(*arguments: str, home: Path | None = None, asked: str = "", timeout_s: float = 60) -> Ran:
     """The same in a process that imports for itself."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.command", *arguments], env={**os.environ, **_environment(home)}, input=asked,
@@ -47,9 +48,10 @@ def run_anew(*arguments: str, home: Path, asked: str = "", timeout_s: float = 60
     return _read(done)
 
 
-def _environment(home: Path) -> dict[str, str]:
+def _environment(home: Path | None) -> dict[str, str]:
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return {"HYCLUSTER_HOME": str(home), "COLUMNS": "120", "RAY_ADDRESS": "127.0.0.1:1", "PYTHONPATH": path}
+    own = {"HYCLUSTER_HOME": str(home)} if home is not None else {}
+    return {**own, "COLUMNS": "120", "RAY_ADDRESS": "127.0.0.1:1", "PYTHONPATH": path}
 
 
 def _read(done: subprocess.CompletedProcess[str]) -> Ran:

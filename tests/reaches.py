@@ -86,7 +86,8 @@ def imports(tree: ast.Module) -> Iterator[tuple[str, str | None]]:
                 yield from ((alias.name, None) for alias in names)
 
 
-def reaches() -> dict[str, set[str]]:
+@cache
+def reaches() -> Mapping[str, set[str]]:
     """By module of hycluster, what it reaches of others."""
     found = {path: imported(tree) | touched(tree) | overridden(path) for path, tree in sources().items()}
     return {path: reached for path, reached in found.items() if reached}
