@@ -86,7 +86,8 @@ def imports(tree: ast.Module) -> Iterator[tuple[str, str | None]]:
                 yield from ((alias.name, None) for alias in names)
 
 
-def reaches() -> dict[str, set[str]]:
+@cache
+def reaches() -> Mapping[str, set[str]]:
     """By module of hycluster, what it reaches of others."""
     found = {path: imported(tree) | touched(tree) | overridden(path) for path, tree in sources().items()}
     return {path: reached for path, reached in found.items() if reached}
@@ -126,11 +127,17 @@ def overridden(path: str) -> set[str]:
     return reached
 
 
-def foreign_bases(path: str, node: ast.ClassDef) -> set[str]:
-    """Modules of other libraries that a class has a base from, be it over others of hycluster's."""
+@cache
+def named(path: str) -> tuple[Mapping[str, str], Mapping[str, ast.ClassDef]]:
+    """Of a module, by name: where it has it from, and its own classes."""
     tree = sources()[path]
     known = {name: module for module, name in imports(tree) if name is not None}
-    local = {other.name: other for other in ast.walk(tree) if isinstance(other, ast.ClassDef)}
+    return known, {other.name: other for other in ast.walk(tree) if isinstance(other, ast.ClassDef)}
+
+
+def foreign_bases(path: str, node: ast.ClassDef) -> set[str]:
+    """Modules of other libraries that a class has a base from, be it over others of hycluster's."""
+    known, local = named(path)
     bases: set[str] = set()
     for base in node.bases:
         name = base.id if isinstance(base, ast.Name) else ""
@@ -139,8 +146,7 @@ def foreign_bases(path: str, node: ast.ClassDef) -> set[str]:
             bases |= foreign_bases(path, local[name])
         elif module is not None and module.startswith("hycluster."):
             there = f"{module.replace('.', '/')}.py"
-            classes = {n.name: n for n in ast.walk(sources()[there]) if isinstance(n, ast.ClassDef)}
-            bases |= foreign_bases(there, classes[name])
+            bases |= foreign_bases(there, named(there)[1][name])
         elif module is not None:
             bases.add(module)
     return bases

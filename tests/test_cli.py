@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,33 +14,8 @@ from typer.testing import CliRunner
 
 from hycluster import aside, cli
 from hycluster.errors import Unauthenticated
+from tests.command import HEAVY, run, run_anew
 from tests.waiting import PATIENCE_S
-
-HEAVY = {"ray", "vllm", "torch", "transformers", "pyarrow", "grpc", "pandas"}
-
-# Runs the command in this interpreter and says at its end what was imported.
-SPY = """
-import atexit, sys
-atexit.register(lambda: print("imported:", *sorted({name.partition(".")[0] for name in sys.modules}), file=sys.stderr))
-from hycluster.cli import main
-sys.argv = ["hycluster", *sys.argv[1:]]
-main()
-"""
-
-
-def run(*arguments: str, home: Path, timeout_s: float = 60) -> tuple[subprocess.CompletedProcess[str], set[str]]:
-    """The finished process, and the top-level modules that it had imported; its standard error without them."""
-    done = subprocess.run(
-        [sys.executable, "-c", SPY, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-        env={**os.environ, "HYCLUSTER_HOME": str(home), "COLUMNS": "120", "RAY_ADDRESS": "127.0.0.1:1"},
-    )
-    said, _, imported = done.stderr.rpartition("imported:")
-    done.stderr = said
-    return done, set(imported.split())
 
 
 @pytest.mark.parametrize(
@@ -72,7 +45,7 @@ def test_help_imports_nothing_heavy(tmp_path: Path, arguments: tuple[str, ...], 
 
 
 def test_version(tmp_path: Path) -> None:
-    done, imported = run("--version", home=tmp_path)
+    done, imported = run_anew("--version", home=tmp_path)
     assert done.stdout.strip() == "0.1.0"
     assert not HEAVY & imported
 
@@ -139,7 +112,7 @@ def test_no_ray_at_the_address_is_one_line(tmp_path: Path) -> None:
         (model / name).write_text(content)
     path = tmp_path / "settings.yaml"
     path.write_text(f"models: [{{name: m, source: {model}, simulated: {{}}}}]")
-    done, _ = run("serve", str(path), home=tmp_path / "home")
+    done, _ = run_anew("serve", str(path), home=tmp_path / "home")
     assert done.returncode == 2
     # What Ray says for itself is set aside from here on.
     log = r"what Ray says for itself: \S+/home/state/logs/ray-\d+\.log"

@@ -1,34 +1,15 @@
-"""Scripts that need vLLM, each in a process of its own that is forked from one that has imported it.
+"""Scripts that need vLLM, forked from a process that has imported it (``forks.py``).
 
-The import takes ten seconds of CPU time, an engine of a tiny model two. What the forks come from has imported and does
-nothing else: there is no thread in it, no engine and no event loop. OpenMP has one thread, as the tiny models need no
-more.
-
-    python -m tests.vllm_forks
-
-reads a :class:`Script` a line, as JSON, and answers each by its exit code. Used by the fixture of the same name.
+The import takes ten seconds of CPU time, an engine of a tiny model two. Used by the fixture of the same name.
 """
 
 from __future__ import annotations
 
-import atexit
-import dataclasses
-import gc
-import importlib
-import json
-import os
-import runpy
-import signal
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn
 
-ROOT = Path(__file__).parents[1]
-TIMED_OUT = 124
+from tests.forks import Forks
+
 # With what an engine imports when it is made.
 IMPORTED = (
     "torch._inductor",
@@ -37,19 +18,6 @@ IMPORTED = (
     "vllm.v1.executor.uniproc_executor",
     "vllm.v1.worker.cpu_worker",
 )
-# What is read when the libraries are loaded, and so is the same for all.
-THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Script:
-    """Args: name: a file, or a module. files: where its input is, and where its output and errors go."""
-
-    name: str
-    arguments: list[str]
-    environment: dict[str, str]
-    files: list[str]
-    timeout_s: float
 
 
 def cache_root(folder: Path) -> Path:
@@ -66,15 +34,15 @@ def cache_root(folder: Path) -> Path:
 
 
 class VllmForks:
-    """Runs scripts, one after the other. The process that they come from begins with the first one.
+    """Runs scripts, one after the other.
 
     Args:
-        ends_early: what ends it, by its name; see the fixture.
+        ends_early: what ends the process that they come from, by its name; see the fixture.
     """
 
     def __init__(self, ends_early: dict[str, Callable[[], None]]) -> None:
         self._ends_early = ends_early
-        self._process: subprocess.Popen[str] | None = None
+        self._forks = Forks(IMPORTED)
 
     def run(
         self,
@@ -84,105 +52,13 @@ class VllmForks:
         timeout_s: float,
         environment: Mapping[str, str] | None = None,
     ) -> str:
-        """What it printed.
-
-        Args:
-            script: a file, or the name of a module.
-            asked: its standard input.
-            environment: laid over this process'.
+        """What it printed; see :meth:`Forks.run`.
 
         Raises:
             AssertionError: it failed; with the end of what it said.
         """
-        process = self._started()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with tempfile.TemporaryDirectory() as folder:
-            files = [f"{folder}/{name}" for name in ("in", "out", "err")]
-            Path(files[0]).write_text(asked)
-            env = {**os.environ, **THREADS, **(environment or {})}
-            told = Script(str(script), list(arguments), env, files, timeout_s)
-            process.stdin.write(json.dumps(dataclasses.asdict(told)) + "\n")
-            process.stdin.flush()
-            code = process.stdout.readline().strip()
-            out, errors = (Path(file).read_text(errors="replace") for file in files[1:])
-        assert code == "0", f"{script} ended with {code or 'nothing'}: {out[-1000:]}\n{errors[-4000:]}"
-        return out
-
-    def close(self) -> None:
-        if self._process is not None:
-            self._process.communicate(timeout=60)
-            self._process = None
-
-    def _started(self) -> subprocess.Popen[str]:
-        if self._process is None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.vllm_forks"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **THREADS},
-            )  # fmt: skip
-        self._ends_early["vllm_forks"] = self.close
-        return self._process
-
-
-def serve() -> None:
-    """Fork for every line."""
-    _import()
-    while line := sys.stdin.readline():
-        script = Script(**json.loads(line))
-        child = os.fork()
-        if not child:
-            _become(script)
-            _end()
-        print(_exit_code(child, script.timeout_s), flush=True)
-    os._exit(0)
-
-
-def _import() -> None:
-    from hycluster.imports import without_collector
-
-    with without_collector():
-        for name in IMPORTED:
-            importlib.import_module(name)
-    gc.freeze()
-    running = os.listdir("/proc/self/task")
-    assert len(running) == 1, f"a fork has none of the {len(running)} threads"
-
-
-def _end() -> NoReturn:
-    """Without taking a million objects apart, which would take seconds: the process' end frees them too."""
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
-
-
-def _exit_code(child: int, timeout_s: float) -> int:
-    deadline = time.monotonic() + timeout_s
-    while True:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline:
-            os.killpg(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return TIMED_OUT
-        time.sleep(0.05)
-
-
-def _become(script: Script) -> None:
-    """Be the process that runs it, its files in the place of the standard ones."""
-    os.setsid()
-    for number, (file, how) in enumerate(zip(script.files, "rww", strict=True)):
-        with open(file, how) as opened:
-            os.dup2(opened.fileno(), number)
-    os.environ.clear()
-    os.environ.update(script.environment)
-    sys.argv = [script.name, *script.arguments]
-    if script.name.endswith(".py"):
-        runpy.run_path(script.name, run_name="__main__")
-    else:
-        runpy.run_module(script.name, run_name="__main__", alter_sys=True)
-
-
-if __name__ == "__main__":
-    serve()
+        self._ends_early["vllm_forks"] = self._forks.close
+        done = self._forks.run(script, *arguments, asked=asked, timeout_s=timeout_s, environment=environment)
+        end = f"{done.stdout[-1000:]}\n{done.stderr[-4000:]}"
+        assert done.returncode == 0, f"{script} ended with {done.returncode}: {end}"
+        return done.stdout

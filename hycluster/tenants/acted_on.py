@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from sqlalchemy import Engine
 
 from hycluster.serving import running
 from hycluster.settings.auth import Auth
@@ -17,6 +16,8 @@ from hycluster.settings.read import load_settings
 from hycluster.terminal import echo
 
 if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
     from hycluster.auth.store import KeyStore, Project
     from hycluster.ledger.books import Books
 

@@ -227,12 +227,12 @@ async def test_who_may_what(
             assert answer.json()["error"]["code"] == "invalid_api_key"
 
 
-async def test_ten_thousand_others_and_some_odd_ones(
+async def test_two_thousand_others_and_some_odd_ones(
     keys: Keyed, http: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
     key = keys.key()
-    headers: list[Any] = [bearing(new_key()) for _ in range(10_000)]
+    headers: list[Any] = [bearing(new_key()) for _ in range(2_000)]
     headers += [bearing(key[:size]) for size in range(0, len(key), 5)]
     odd = ("", "Bearer", "Bearer ", f"Basic {key}", f"Token {key}", key, "Basic =", "Bearer " + "x" * 20_000)
     headers += [{"authorization": said} for said in odd]
@@ -241,7 +241,7 @@ async def test_ten_thousand_others_and_some_odd_ones(
     async def status(headers: Any) -> int:
         # This loop leaves the thread that looks for changes little of the interpreter. If it has not looked for two
         # seconds, who is not known is told to come again.
-        while (answer := await http.get("/v1/models", headers=headers)).status_code == 503:
+        while (answer := await http.get("/v1/models", headers=headers)).status_code == 503:  # noqa: ASYNC110
             await asyncio.sleep(float(answer.headers["retry-after"]))
         return answer.status_code
 
@@ -288,12 +288,16 @@ async def test_the_database_is_away(keys: Keyed, http: httpx.AsyncClient) -> Non
     elsewhere = keys.file.with_suffix(".elsewhere")
     keys.file.rename(elsewhere)
     strange = bearing(new_key())
-    while (answer := await http.get("/v1/models", headers=strange)).status_code == 401:
-        pass
+
+    async def answered(*, but: int) -> httpx.Response:
+        """As soon as it is something else; without a pause they would hold up the look at the database."""
+        while (answer := await http.get("/v1/models", headers=strange)).status_code == but:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        return answer
+
+    answer = await answered(but=401)
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     assert answer.headers["x-hycluster-error"] == "Unavailable"
     assert (await http.get("/v1/models", headers=bearing(known))).status_code == 200
     elsewhere.rename(keys.file)
-    while (answer := await http.get("/v1/models", headers=strange)).status_code == 503:
-        pass
-    assert answer.status_code == 401
+    assert (await answered(but=503)).status_code == 401

@@ -15,6 +15,7 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -173,16 +174,26 @@ def locked(lock: Path) -> dict[str, Requirement]:
 
 def _link_packages(venv: Path) -> None:
     """What cpu.lock names, and torch, from this environment into another. Folders that several share are made anew."""
+    (into,) = venv.glob("lib/python*/site-packages")
+    for path in _locked_paths():
+        if not (into / path).exists():
+            (into / path).parent.mkdir(parents=True, exist_ok=True)
+            (into / path).symlink_to(SITE_PACKAGES / path)
+
+
+@cache
+def _locked_paths() -> list[Path]:
+    """Folders of one package, and files of those that several share."""
     wanted = {"torch", *locked(ROOT / "requirements" / "cpu.lock")}
     owners = defaultdict(set)
     found = {canonicalize_name(one.name): one for one in distributions(path=[str(SITE_PACKAGES)])}
     for name, one in found.items():
         for file in one.files or []:
             owners[file.parts[0]].add(name)
-    (into,) = venv.glob("lib/python*/site-packages")
-    for wish in sorted(wanted):
-        for file in found[canonicalize_name(wish)].files or []:
-            path = Path(*file.parts[:1]) if len(owners[file.parts[0]]) == 1 else Path(file)
-            if path.parts[0] != ".." and not (into / path).exists():
-                (into / path).parent.mkdir(parents=True, exist_ok=True)
-                (into / path).symlink_to(SITE_PACKAGES / path)
+    paths = {
+        Path(*file.parts[:1]) if len(owners[file.parts[0]]) == 1 else Path(file): None
+        for wish in sorted(wanted)
+        for file in found[canonicalize_name(wish)].files or []
+        if file.parts[0] != ".."
+    }
+    return list(paths)

@@ -1,4 +1,4 @@
-"""``hycluster tiny-model`` as a process."""
+"""``hycluster tiny-model`` as a process, but where it writes: that takes an import of torch and transformers."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from hycluster.cli import app
 from hycluster.settings.read import load_settings
-from tests.test_cli import HEAVY, run
+from tests.command import HEAVY, run, run_anew
 
 
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
-    done, imported = run("tiny-model", "--help", home=tmp_path)
+    done, imported = run_anew("tiny-model", "--help", home=tmp_path)
     assert done.returncode == 0
     assert all(word in done.stdout for word in ["PATH", "--layers", "--no-cla", "--layout", "--dtype", "--overwrite"])
     assert not HEAVY & imported
@@ -25,8 +27,8 @@ def test_writes_a_checkpoint_with_every_option(tmp_path: Path) -> None:
         " --shared-experts 2 --vocab 300 --context-tokens 4096 --cla-share-factor 3 --rope-alpha 50 --attention-bias"
         " --untied-embeddings --seed 9 --layout fused --format bin --dtype float32 --shard-mib 0.5"
     )
-    done, _ = run("tiny-model", str(folder), *options.split(), home=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, ["tiny-model", str(folder), *options.split()])
+    assert done.exit_code == 0, done.output
     assert done.stdout.strip() == str(folder)
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["HunYuanForCausalLM"]
@@ -56,8 +58,8 @@ def test_writes_a_checkpoint_with_every_option(tmp_path: Path) -> None:
 
 def test_a13b_has_no_cross_layer_attention_by_default(tmp_path: Path) -> None:
     options = ("--architecture", "hunyuan-a13b", "--layers", "1", "--topk", "2")
-    done, _ = run("tiny-model", str(tmp_path / "model"), *options, home=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, ["tiny-model", str(tmp_path / "model"), *options])
+    assert done.exit_code == 0, done.output
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["model_type"] == "hunyuan_v1_moe"
     assert config["moe_topk"] == [2]
@@ -95,6 +97,6 @@ def test_without_a_path_it_writes_what_the_deployment_looks_for(
 ) -> None:
     settings = load_settings(Path(__file__).parents[2] / "deployments" / "hunyuan-tiny.yaml")
     monkeypatch.chdir(tmp_path)
-    done, _ = run("tiny-model", "--layers", "2", home=tmp_path)
+    done, _ = run_anew("tiny-model", "--layers", "2", home=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / settings.models[0].source / "config.json").is_file()

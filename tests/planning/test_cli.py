@@ -13,15 +13,15 @@ from hycluster.errors import SettingsError
 from hycluster.planning.deployment import what_to_plan
 from hycluster.planning.layouts import Pinned
 from hycluster.settings.read import load_settings
+from tests.command import HEAVY, run, run_anew
 from tests.planning.configs import PATHS
-from tests.test_cli import HEAVY, run
 
 LARGE = str(PATHS["hunyuan-large"])
 
 
 def test_tells_as_json_and_writes_settings_without_anything_heavy(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
-    done, imported = run("plan", LARGE, "--gpu", "h20", "--json", "--write", str(path), home=tmp_path)
+    done, imported = run_anew("plan", LARGE, "--gpu", "h20", "--json", "--write", str(path), home=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["layout"]["gpus"] == 16
     (model,) = load_settings(path).models

@@ -2,24 +2,35 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from demo_corpus import MAX_CHARS, MIN_CHARS, plain, write_corpus
 
 
-def test_the_corpus_is_at_least_40_real_texts_in_several_files(tmp_path: Path) -> None:
-    texts = write_corpus(tmp_path, 48)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("corpus")
+
+
+@pytest.fixture(scope="module")
+def texts(folder: Path) -> pa.Table:
+    """All that is installed is read for it."""
+    return write_corpus(folder, 48)
+
+
+def test_the_corpus_is_at_least_40_real_texts_in_several_files(folder: Path, texts: pa.Table) -> None:
     assert texts.num_rows >= 40
     assert len(set(texts["name"].to_pylist())) == texts.num_rows
     lengths = [len(text) for text in texts["text"].to_pylist()]
     assert min(lengths) >= MIN_CHARS
     assert max(lengths) <= MAX_CHARS
     assert len({length // 100 for length in lengths}) > 5
-    files = sorted(tmp_path.glob("*.parquet"))
+    files = sorted(folder.glob("*.parquet"))
     assert len(files) == 3
     assert pa.concat_tables([pq.read_table(file) for file in files]) == texts
 
 
-def test_the_corpus_is_always_the_same(tmp_path: Path) -> None:
-    assert write_corpus(tmp_path / "a", 12) == write_corpus(tmp_path / "b", 12)
+def test_the_corpus_is_always_the_same(texts: pa.Table, tmp_path: Path) -> None:
+    assert write_corpus(tmp_path / "again", 12) == texts.slice(0, 12)
 
 
 def test_markdown_becomes_its_paragraphs() -> None:

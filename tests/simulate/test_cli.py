@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from hycluster.cli import app
 from hycluster.errors import SettingsError
-from tests.test_cli import HEAVY, run
+from tests.command import HEAVY, run, run_anew
 from tests.vllm_forks import VllmForks
 
 SETTINGS = {
@@ -147,7 +147,7 @@ def test_refuses_in_one_line(settings: str, trace: str, arguments: tuple[str, ..
 
 
 def test_refuses_before_anything_heavy(tmp_path: Path, settings: str, trace: str) -> None:
-    done, imported = run(
+    done, imported = run_anew(
         "simulate", settings, "--trace", trace, "--gpu", "H20", "--bulk", "9:9", home=tmp_path, timeout_s=VLLM_S
     )
     assert (done.returncode, done.stdout) == (2, "")

@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,34 +16,25 @@ from hycluster import client
 from hycluster.cli import app
 from hycluster.errors import SettingsError
 from hycluster.summarize import cli
+from tests.command import Ran, run, run_anew
 from tests.summarize.stand_in import SummarizingGenerator
 from tests.waiting import PATIENCE_S
 
-# Says at its end what was imported.
-SPY = """
-import atexit, sys
-atexit.register(lambda: print([m for m in ("ray", "torch", "vllm", "transformers") if m in sys.modules]))
-from hycluster.cli import main
-sys.argv = ["hycluster", "summarize", *sys.argv[1:]]
-main()
-"""
+NOT_NEEDED = {"ray", "torch", "vllm", "transformers", "sqlalchemy"}
 
 
 async def start(*arguments: str | Path) -> asyncio.subprocess.Process:
     pipe = asyncio.subprocess.PIPE
     return await asyncio.create_subprocess_exec(
-        sys.executable, "-c", SPY, *map(str, arguments), stdin=pipe, stdout=pipe, stderr=pipe
+        sys.executable, "-m", "hycluster", "summarize", *map(str, arguments), stdin=pipe, stdout=pipe, stderr=pipe
     )
 
 
-async def command(*arguments: str | Path, text: str = "") -> tuple[int | None, str, str]:
+async def command(*arguments: str | Path, text: str = "", how: Callable[..., Ran] = run) -> tuple[int | None, str, str]:
     """Exit code, standard output and standard error."""
-    process = await start(*arguments)
-    async with asyncio.timeout(60):
-        out, err = await process.communicate(text.encode())
-    said, _, imported = out.decode().rpartition("[")
-    assert imported == "]\n"
-    return process.returncode, said, err.decode()
+    done, imported = await asyncio.to_thread(how, "summarize", *map(str, arguments), asked=text)
+    assert not NOT_NEEDED & imported
+    return done.returncode, done.stdout, done.stderr
 
 
 async def test_files_in_text_on_output_and_errors_at_the_end(
@@ -67,7 +59,9 @@ async def test_files_in_text_on_output_and_errors_at_the_end(
 
 
 async def test_one_text_from_a_pipe_is_its_summary_alone(address: str) -> None:
-    code, said, errors = await command("-", "--address", address, "--max-tokens", "2", text="From a pipe.")
+    code, said, errors = await command(
+        "-", "--address", address, "--max-tokens", "2", text="From a pipe.", how=run_anew
+    )
     assert (code, said) == (0, "w0 w1\n")
     assert errors.startswith("1 of 1 files summarized in 1 calls, ")
     assert len(errors.splitlines()) == 1
