@@ -112,9 +112,9 @@ def main() -> None:
     tell(told, offloaded, base, kv_cache_memory_bytes=few, kv_transfer_config=OFFLOAD)
 
     chance = random.Random(0)
-    long = [chance.randrange(10, 500) for _ in range(20_000)]
+    long = [chance.randrange(10, 500) for _ in range(10_000)]
     lengths: dict[str, Any] = {
-        "whole": {"max_num_batched_tokens": 32_768, "enable_chunked_prefill": False, "max_model_len": 32_768},
+        "whole": {"max_num_batched_tokens": 16_384, "enable_chunked_prefill": False, "max_model_len": 16_384},
         "chunked": {"max_num_batched_tokens": 2048, "max_model_len": 262_144},
     }
     for name, arguments in lengths.items():
