@@ -191,10 +191,9 @@ class SimulatedEngine:
             self._in_step = False
             self._last_progress = now = time.monotonic()
         for client, outputs in result.outputs.items():
-            if client == NOBODY:
-                continue
             self._send(client, EngineCoreOutputs(outputs=outputs, timestamp=now))
         return True
 
     def _send(self, client: int, message: EngineCoreOutputs) -> None:
-        self._messages.put((client, messages.encode(message)))
+        if client != NOBODY:
+            self._messages.put((client, messages.encode(message)))

@@ -138,6 +138,14 @@ def test_calls_are_answered(start: Start) -> None:
     assert "sleep" in (bad.utility_output.failure_message or "")
 
 
+def test_of_a_probe_that_is_given_back_nobody_hears(start: Start) -> None:
+    engine = start(realtime=True, step_base_s=60)
+    engine.probe()
+    eventually(lambda: engine.last_step_age_s is not None)
+    engine.shutdown()
+    assert engine.next_output() is None
+
+
 def test_shutdown_wakes_the_reader_and_is_no_error(start: Start) -> None:
     engine = start(realtime=True, step_base_s=60)
     engine.add(0, frames())
