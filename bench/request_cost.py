@@ -72,6 +72,8 @@ def collector() -> Iterator[str]:
 @contextlib.asynccontextmanager
 async def ingress(source: Path, engine: Simulated = ENGINE, *, counts: bool) -> AsyncIterator[str]:
     """One that counts what comes, or nothing."""
+    from vllm.envs import enable_envs_cache
+
     from hycluster.gateway.generation import Generator
     from hycluster.gateway.opening import open_gateway
     from hycluster.ingress.http import serve_http
@@ -84,6 +86,8 @@ async def ingress(source: Path, engine: Simulated = ENGINE, *, counts: bool) -> 
             uncounted = mock.patch("hycluster.ingress.http.Counted", lambda app, _: app)
             with contextlib.nullcontext() if counts else uncounted:
                 served = await serve_http(Generator({"tiny": gateway}), Http(port=0, host="127.0.0.1"))
+            # As an ingress process does (``hycluster/door.py``).
+            enable_envs_cache()
             try:
                 yield f"http://127.0.0.1:{served.port}"
             finally:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from hycluster.timeline import Event, Timeline, Track
 
@@ -44,15 +44,14 @@ MEANINGS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Stage:
+class Stage(NamedTuple):
     """A part of a request's time. ``start_s`` is from the request's arrival on."""
 
     name: str
     process: str
     start_s: float
     duration_s: float
-    attributes: Mapping[str, Any] = field(default_factory=dict)
+    attributes: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def end_s(self) -> float:
@@ -92,7 +91,7 @@ def sequence_stages(track: Track, began_s: float, end_s: float) -> list[Stage]:
         return []
     first_s = track.events[0].at_s
     cut = _cut(track.events, first_s, end_s, before=None)
-    shifted = [replace(stage, start_s=stage.start_s + first_s - began_s) for stage in cut]
+    shifted = [stage._replace(start_s=stage.start_s + first_s - began_s) for stage in cut]
     return _parked_apart([stage for stage in shifted if stage.name != "deliver"], [track])
 
 
@@ -135,7 +134,7 @@ def _parked_apart(found: list[Stage], tracks: Iterable[Track]) -> list[Stage]:
                 left_s -= parked_s
                 # Steps with it and without it took turns; as if all those without it had come first.
                 rest_s = stage.duration_s - parked_s
-                rest = [replace(stage, start_s=stage.start_s + parked_s, duration_s=rest_s)] if rest_s else []
+                rest = [stage._replace(start_s=stage.start_s + parked_s, duration_s=rest_s)] if rest_s else []
                 found[place : place + 1] = [Stage(PARKED, "engine", stage.start_s, parked_s, stage.attributes), *rest]
     return found
 

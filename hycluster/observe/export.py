@@ -1,21 +1,18 @@
 """The export of traces: OpenTelemetry's SDK, imported only where there is somewhere to send them.
 
-Spans are made of a timeline when it has ended (``spans.py``). Until then a request carries the ids of its own span and
-no object of the SDK's, and whether it is recorded is a comparison of numbers.
+Spans are made of a timeline when it has ended (``spans.py``, ``span_writer.py``). Until then a request carries the ids
+of its own span and no object of the SDK's, and whether it is recorded is a comparison of numbers.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from hycluster import __version__
 from hycluster.errors import SettingsError, shown
-from hycluster.observe.spans import SpanOf, spans_of
 from hycluster.observe.timelines import Recorder, Sampler, never
 from hycluster.settings.observe import Tracing
 from hycluster.timeline import Timeline
@@ -27,7 +24,6 @@ ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 SAMPLER, SAMPLER_ARGUMENT = "OTEL_TRACES_SAMPLER", "OTEL_TRACES_SAMPLER_ARG"
 GRPC_PORT = 4317
-CLOSE_WITHIN_S = 5.0
 _HALF = (1 << 64) - 1
 
 
@@ -110,7 +106,9 @@ class Export:
         if endpoint is None:
             return
         samples = sampler_of(tracing, environment)
-        self._writer = _Writer(_exporter(endpoint, tracing, environment), recorder.process, instance)
+        from hycluster.observe.span_writer import SpanWriter
+
+        self._writer = SpanWriter(_exporter(endpoint, tracing, environment), recorder.process, instance)
         recorder.samples, recorder.captures = samples, tracing.capture_content
         recorder.ended.append(self._tell)
         recorder.flush = self._writer.flush
@@ -158,98 +156,3 @@ def _exporter(endpoint: str, tracing: Tracing, environment: Mapping[str, str]) -
             given = {"endpoint": endpoint if path else f"{endpoint.rstrip('/')}/v1/traces"}
         return HttpExporter(**given)
     raise SettingsError(f"{PROTOCOLS[1]}: {shown(protocol)} is not allowed; must be grpc or http/protobuf")
-
-
-class _Writer:
-    """Spans with ids and times that are given, by the SDK's own tracer."""
-
-    def __init__(self, exporter: Any, process: str, instance: str) -> None:
-        from opentelemetry.sdk.resources import OTELResourceDetector, Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
-        from opentelemetry.sdk.trace.id_generator import IdGenerator
-        from opentelemetry.sdk.trace.sampling import ALWAYS_ON
-
-        class Ids(IdGenerator):
-            """Those of the span that is being made."""
-
-            trace_id = span_id = 0
-
-            def generate_trace_id(self) -> int:
-                return self.trace_id
-
-            def generate_span_id(self) -> int:
-                return self.span_id
-
-        described = {"service.name": f"hycluster-{process}", "service.version": __version__}
-        if instance:
-            described["service.instance.id"] = instance
-        # Which ``OTEL_SERVICE_NAME`` and ``OTEL_RESOURCE_ATTRIBUTES`` overrule.
-        resource = Resource(described).merge(OTELResourceDetector().detect())
-        self._ids = Ids()
-        self._lock = threading.Lock()
-        self._processor = BatchSpanProcessor(exporter)
-        provider = TracerProvider(sampler=ALWAYS_ON, resource=resource, id_generator=self._ids, shutdown_on_exit=False)
-        provider.add_span_processor(self._processor)
-        self._provider = provider
-        self._tracer = provider.get_tracer("hycluster", __version__)
-
-    def write(self, timeline: Timeline) -> None:
-        context = timeline.context
-        with self._lock:
-            for span in spans_of(timeline):
-                self._write(span, context)
-
-    def _write(self, span: SpanOf, of: TraceContext) -> None:
-        from opentelemetry.trace import (
-            NonRecordingSpan,
-            SpanContext,
-            SpanKind,
-            StatusCode,
-            TraceFlags,
-            TraceState,
-            set_span_in_context,
-        )
-
-        parent: Any = None
-        if span.parent:
-            flags, state = TraceFlags(TraceFlags.SAMPLED), TraceState.from_header([of.state] if of.state else [])
-            remote = span.kind == "SERVER"
-            parent = set_span_in_context(NonRecordingSpan(SpanContext(of.trace_id, span.parent, remote, flags, state)))
-        self._ids.trace_id, self._ids.span_id = of.trace_id, span.span_id
-        made = self._tracer.start_span(
-            span.name,
-            # An empty one, not the current one: nobody's else is.
-            context=parent if parent is not None else _no_context(),
-            kind=SpanKind[span.kind],
-            attributes=dict(span.attributes),
-            start_time=_ns(span.start_s),
-        )
-        for event in span.events:
-            made.add_event(event.name, dict(event.attributes), _ns(event.at_s))
-        if span.error:
-            made.set_status(StatusCode.ERROR, span.error)
-        made.end(_ns(span.end_s))
-
-    def flush(self) -> None:
-        self._processor.force_flush(int(CLOSE_WITHIN_S * 1000))
-
-    def close(self) -> None:
-        # A collector that is away must not hold up the end of a process.
-        ending = threading.Thread(target=self._end, name="spans", daemon=True)
-        ending.start()
-        ending.join(CLOSE_WITHIN_S)
-
-    def _end(self) -> None:
-        self.flush()
-        self._provider.shutdown()
-
-
-def _no_context() -> Any:
-    from opentelemetry.context import Context
-
-    return Context()
-
-
-def _ns(seconds: float) -> int:
-    return int(seconds * 1e9)

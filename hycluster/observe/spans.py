@@ -13,8 +13,7 @@ The engine's part is made here too, from what it says of each request, and not b
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from hycluster.stages import Stage, sequence_stages, stages_of
 from hycluster.timeline import Event, Timeline, Track
@@ -32,8 +31,7 @@ DEFAULT_OPERATION = "generate_content"
 PROVIDER = "hycluster"
 
 
-@dataclass(frozen=True, slots=True)
-class SpanOf:
+class SpanOf(NamedTuple):
     """One span. Times are seconds since 1970; ``parent`` is a span's id, 0 for none.
 
     Attributes:

@@ -8,12 +8,13 @@ vLLM's; ``engine`` is 0 as of one engine by itself, and ``replica`` tells them a
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Protocol
 
-from prometheus_client import REGISTRY
+import numpy as np
+from prometheus_client import REGISTRY, Histogram
 from prometheus_client.metrics_core import Metric
 from prometheus_client.samples import Sample
 from vllm.config import VllmConfig
@@ -28,8 +29,9 @@ from hycluster.observe.gateways import KnownReplica
 from hycluster.observe.watched import Watching
 from hycluster.traffic import TrafficMeter
 
-# Steps that only decoded are counted so many at a time: most of what vLLM's logger does for one is to add nothing.
-DECODES_AT_ONCE = 64
+# So many steps, or tokens' latencies, are counted at a time: most of what vLLM's logger does for a step is to add
+# nothing, and all of it is cold to the processor's caches when the next one comes.
+STEPS_AT_ONCE, LATENCIES_AT_ONCE = 1024, 4096
 
 
 class CountedPool(Protocol):
@@ -62,9 +64,8 @@ class ModelStats:
         self._config = config
         self._pool = pool
         self._traffic = traffic
-        self._by_replica: dict[int, PrivateLogger] = {}
-        # By replica, those that are not counted yet.
-        self._decodes: defaultdict[int, list[IterationStats]] = defaultdict(list)
+        self._by_replica: dict[int, _Counting] = {}
+        self._uncounted: defaultdict[int, _Uncounted] = defaultdict(_Uncounted)
         # Names, types and meanings, of the schedulers' metrics too.
         self._described = {family.name: family for made in PrivateLogger(config).families for family in made.collect()}
 
@@ -76,29 +77,25 @@ class ModelStats:
         engine_idx: int = 0,
     ) -> None:
         """What one message said. Its scheduler's word has been recorded by the replica."""
-        if iteration_stats is not None and mm_cache_stats is None and _only_decodes(iteration_stats):
-            self._decodes[engine_idx].append(iteration_stats)
-            if len(self._decodes[engine_idx]) >= DECODES_AT_ONCE:
-                self._count_decodes(engine_idx)
+        if mm_cache_stats is not None:
+            self._of(engine_idx).logger.record(None, None, mm_cache_stats, ENGINE)
+        if iteration_stats is None:
             return
-        self._of(engine_idx).logger.record(None, iteration_stats, mm_cache_stats, ENGINE)
-        if iteration_stats is not None:
+        steps = self._uncounted[engine_idx]
+        steps.take(iteration_stats)
+        if not _only_decodes(iteration_stats):
+            steps.take_rest(iteration_stats)
             _tell(self._traffic, iteration_stats)
+        if len(steps.tokens) >= STEPS_AT_ONCE or len(steps.latencies_s) >= LATENCIES_AT_ONCE:
+            self._count(engine_idx)
 
-    def _count_decodes(self, number: int) -> None:
-        """As vLLM's logger counts them, but for what stays as it is."""
-        logger: Any = self._of(number).logger
-        steps = self._decodes.pop(number, [])
-        logger.counter_generation_tokens[ENGINE].inc(sum(step.num_generation_tokens for step in steps))
-        _observe(logger.histogram_iteration_tokens[ENGINE], [step.num_generation_tokens for step in steps])
-        _observe(
-            logger.histogram_inter_token_latency[ENGINE],
-            [itl_s for step in steps for itl_s in step.inter_token_latencies_iter],
-        )
+    def _count(self, number: int) -> None:
+        if steps := self._uncounted.pop(number, None):
+            self._of(number).count(steps)
 
-    def _of(self, number: int) -> PrivateLogger:
+    def _of(self, number: int) -> _Counting:
         if number not in self._by_replica:
-            self._by_replica[number] = PrivateLogger(self._config)
+            self._by_replica[number] = _Counting(self._config)
         return self._by_replica[number]
 
     def log(self) -> None:
@@ -116,8 +113,8 @@ class ModelStats:
     def families(self, model: str) -> Iterable[Metric]:
         """All there is to be shown here."""
         known = {replica.number: replica.replica_id for replica in self._pool.known}
-        for number in list(self._decodes):
-            self._count_decodes(number)
+        for number in list(self._uncounted):
+            self._count(number)
         for number in self._by_replica.keys() - known.keys():
             del self._by_replica[number]
         found: dict[str, Metric] = {}
@@ -151,11 +148,80 @@ class ModelStats:
         return sample
 
 
-def _observe(histogram: Any, values: Sequence[float]) -> None:
-    """As ``observe`` would each of them, in a quarter of its time: there are two for each token that callers get."""
-    histogram._sum.inc(sum(values))
-    for number, count in Counter(bisect_left(histogram._upper_bounds, value) for value in values).items():
-        histogram._buckets[number].inc(count)
+class _Uncounted:
+    """Steps of one replica that its metrics don't have yet. Nothing of a step is kept but numbers: what lives for some
+    steps is work for the garbage collector."""
+
+    __slots__ = ("latencies_s", "rest", "tokens")
+
+    def __init__(self) -> None:
+        self.tokens: list[float] = []
+        self.latencies_s: list[float] = []
+        # The sum of all else.
+        self.rest = IterationStats()
+
+    def take(self, step: IterationStats) -> None:
+        """What each step has."""
+        self.tokens.append(step.prompt_token_stats.computed + step.num_generation_tokens)
+        self.latencies_s += step.inter_token_latencies_iter
+        self.rest.num_generation_tokens += step.num_generation_tokens
+
+    def take_rest(self, step: IterationStats) -> None:
+        """What but few have."""
+        whole, prompts = vars(self.rest), vars(self.rest.prompt_token_stats)
+        for name, value in vars(step.prompt_token_stats).items():
+            prompts[name] += value
+        for name, value in vars(step).items():
+            if name not in TAKEN:
+                whole[name] += value
+
+
+# Of a step's statistics, what is not simply added up, or has been.
+TAKEN = frozenset(
+    {"iteration_timestamp", "inter_token_latencies_iter", "num_generation_tokens", "prompt_token_stats"}
+)  # fmt: skip
+
+
+class _Counting:
+    """vLLM's logger for one replica, whose histograms get their values many at a time."""
+
+    def __init__(self, config: VllmConfig) -> None:
+        made = PrivateLogger(config)
+        self.families = made.families
+        self.logger: Any = made.logger
+        self._gathered: dict[str, _Gathered] = {}
+        for name, histograms in vars(self.logger).items():
+            if isinstance(histograms, dict) and isinstance(histograms.get(ENGINE), Histogram):
+                self._gathered[name] = histograms[ENGINE] = _Gathered(histograms[ENGINE])
+
+    def count(self, steps: _Uncounted) -> None:
+        self.logger.record(None, steps.rest, None, ENGINE)
+        # Of the steps' sum the logger has made one value.
+        self._gathered["histogram_iteration_tokens"].values = steps.tokens
+        self._gathered["histogram_inter_token_latency"].values = steps.latencies_s
+        for gathered in self._gathered.values():
+            gathered.count()
+
+
+class _Gathered:
+    """In a histogram's place: keeps what it is to observe."""
+
+    def __init__(self, histogram: Any) -> None:
+        self._histogram = histogram
+        self._bounds = np.array(histogram._upper_bounds)
+        self.values: list[float] = []
+
+    def observe(self, value: float) -> None:
+        self.values.append(value)
+
+    def count(self) -> None:
+        """As the histogram's ``observe`` would each value, which goes through its bounds one by one."""
+        if self.values:
+            self._histogram._sum.inc(math.fsum(self.values))
+            counts = np.bincount(np.searchsorted(self._bounds, self.values))
+            for number in counts.nonzero()[0]:
+                self._histogram._buckets[number].inc(int(counts[number]))
+            self.values = []
 
 
 def _only_decodes(stats: IterationStats) -> bool:

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from hycluster.errors import SettingsError
-from hycluster.observe import export as export_module
+from hycluster.observe import span_writer
 from hycluster.observe.export import Export, endpoint_of, sampler_of
 from hycluster.observe.timelines import Recorder
 from hycluster.settings.observe import Tracing
@@ -63,7 +63,7 @@ def test_the_standard_variables_are_heeded(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_collector_that_is_away_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_module, "CLOSE_WITHIN_S", 0.2)
+    monkeypatch.setattr(span_writer, "CLOSE_WITHIN_S", 0.2)
     recorder = Recorder()
     export = Export(recorder, Tracing(endpoint="http://127.0.0.1:9"), environment=NOWHERE)
     assert recorder.samples(1, None)

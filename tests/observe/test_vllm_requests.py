@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextlib
+import random
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from prometheus_client import CollectorRegistry, Histogram
 
 from hycluster.observe.catalogue import INGRESS
 from hycluster.settings.load import Admission, Router
@@ -136,42 +137,93 @@ async def test_replicas_that_come_and_go_leave_no_more_than_a_few_behind(
         await until(lambda: {replica for _, replica in shown(opened[0])} == {"r1", "r2", "r3"})
 
 
-def test_steps_that_only_decode_are_counted_as_vllm_does(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Later, and at once: but for that, what vLLM's logger says of each by itself."""
-    from vllm.v1.metrics.stats import IterationStats, PrefillStats
+def test_steps_are_counted_as_vllm_does(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many at once, and of each by itself what vLLM's logger says."""
+    from vllm.v1.engine import FinishReason
+    from vllm.v1.metrics.stats import FinishedRequestStats, IterationStats, MultiModalCacheStats, PrefillStats
+
+    from hycluster.engine.vllm import engine_config
+    from hycluster.engine.vllm_metrics import ENGINE, FRONT_END, PrivateLogger
+    from hycluster.observe import vllm_requests
+
+    def steps() -> list[IterationStats]:
+        draw = random.Random(3)
+        made = [IterationStats() for _ in range(200)]
+        for number, step in enumerate(made):
+            tokens = step.num_generation_tokens = number % 7
+            step.inter_token_latencies_iter = [draw.choice((0.01, 0.025, draw.random())) for _ in range(tokens)]
+            if not number % 10:
+                step.prompt_token_stats.update_from_output(
+                    PrefillStats(
+                        num_prompt_tokens=30, num_computed_tokens=9, num_cached_tokens=21, num_local_cached_tokens=16,
+                        num_external_cached_tokens=5,
+                    )
+                )  # fmt: skip
+                step.time_to_first_tokens_iter = [draw.random(), 0.1]
+            if not number % 9:
+                step.num_preempted_reqs = 2
+                step.max_num_generation_tokens_iter, step.n_params_iter = [7, 9], [1, 3]
+                step.finished_requests = [
+                    FinishedRequestStats(
+                        reason, "r", draw.random(), number, number % 2, tokens, 20, 0.1, 0.2, 0.3, draw.random(), 0.02
+                    )
+                    for reason in (FinishReason.STOP, FinishReason.LENGTH)
+                ]
+        return made
+
+    def told(families: Iterable[Any]) -> dict[str, float]:
+        samples = [sample for family in families for sample in family.samples if family.name in FRONT_END]
+        return {
+            f"{one.name} {one.labels}": one.value
+            for one in samples
+            if not one.name.endswith("_created")
+        }  # fmt: skip
+
+    config = engine_config(Model(name="tiny", source=str(tiny_model)), str(tiny_model))
+    one_by_one = PrivateLogger(config)
+    pool: Any = SimpleNamespace(known=[SimpleNamespace(number=0, replica_id="r0")], shows_pool=False)
+    stats = vllm_requests.ModelStats(config, pool, TrafficMeter())
+    monkeypatch.setattr(vllm_requests, "STEPS_AT_ONCE", 64)
+    waited = 0
+    images = MultiModalCacheStats()
+    images.queries, images.hits = 3, 2
+    for step in steps():
+        one_by_one.logger.record(None, step, images, ENGINE)
+        stats.record(None, step, images)
+        waited = max(waited, len(stats._uncounted[0].tokens))
+    assert waited == 63
+    directly = told(family for collector in one_by_one.families for family in collector.collect())
+    labels = {"model": "tiny", "replica": "r0", "ingress": INGRESS}
+
+    def renamed(name: str) -> str:
+        said, _, own = name.partition(" ")
+        return f"{said} {ast.literal_eval(own) | labels}"
+
+    together = told(stats.families("tiny"))
+    assert len([value for value in directly.values() if value]) > 100
+    assert together == pytest.approx({renamed(name): value for name, value in directly.items()})
+    # None is counted twice by being looked at.
+    assert told(stats.families("tiny")) == together
+
+
+def test_no_step_waits_behind_many_tokens(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.metrics.stats import IterationStats
 
     from hycluster.engine.vllm import engine_config
     from hycluster.observe import vllm_requests
 
-    def told() -> tuple[dict[str, float], int]:
-        def step(tokens: int) -> IterationStats:
-            made = IterationStats()
-            made.num_generation_tokens, made.inter_token_latencies_iter = tokens, [0.001 * tokens] * tokens
-            return made
-
-        pool: Any = SimpleNamespace(known=[SimpleNamespace(number=0, replica_id="r0")], shows_pool=False)
-        stats: Any = vllm_requests.ModelStats(config, pool, TrafficMeter())
-        waited = 0
-        for number in range(100):
-            made = step(number % 7)
-            if not number % 10:
-                made.prompt_token_stats.update_from_output(PrefillStats(num_prompt_tokens=3, num_computed_tokens=3))
-            stats.record(None, made)
-            waited = max(waited, len(stats._decodes[0]))
-        samples = [sample for family in stats.families("tiny") for sample in family.samples]
-        return {f"{one.name} {one.labels}": one.value for one in samples if not one.name.endswith("_created")}, waited
-
     config = engine_config(Model(name="tiny", source=str(tiny_model)), str(tiny_model))
-    deferred, waited = told()
-    assert waited == vllm_requests.DECODES_AT_ONCE - 1
-    monkeypatch.setattr(vllm_requests, "_only_decodes", lambda _: False)
-    directly, waited = told()
-    assert waited == 0
-    assert deferred.keys() == directly.keys()
-    assert deferred == pytest.approx(directly)
+    pool: Any = SimpleNamespace(known=[SimpleNamespace(number=0, replica_id="r0")], shows_pool=False)
+    stats = vllm_requests.ModelStats(config, pool, TrafficMeter())
+    monkeypatch.setattr(vllm_requests, "LATENCIES_AT_ONCE", 100)
+    for _ in range(10):
+        step = IterationStats()
+        step.num_generation_tokens, step.inter_token_latencies_iter = 30, [0.1] * 30
+        stats.record(None, step)
+        assert len(stats._uncounted[0].latencies_s) < 100
 
 
-def test_whatever_else_a_step_has_is_counted_at_once() -> None:
+def test_whatever_else_a_step_has_is_told_at_once() -> None:
     from vllm.v1.metrics.stats import IterationStats, PromptTokenStats
 
     from hycluster.observe.vllm_requests import _only_decodes
@@ -238,20 +290,3 @@ def test_which_metrics_are_the_schedulers(tiny_model: Path) -> None:
     assert {"block_size", "num_gpu_blocks"} <= sizes.keys()
     # It travels twice a second with each report.
     assert len(said) < 60
-
-
-def test_values_are_observed_together_as_they_would_be_one_by_one() -> None:
-    from hycluster.observe.vllm_requests import _observe
-
-    bounds, values = [0.1, 0.5, 1.0], [0.0, 0.1, 0.1000001, 0.5, 0.7, 1.0, 9.0, 0.1]
-    apart, together = (Histogram("h", "h", buckets=bounds, registry=CollectorRegistry()) for _ in range(2))
-    for value in values:
-        apart.observe(value)
-    _observe(together, values)
-    _observe(together, [])
-
-    def told(histogram: Histogram) -> list[tuple[str, dict[str, str], float]]:
-        samples = next(iter(histogram.collect())).samples
-        return [(one.name, one.labels, one.value) for one in samples if not one.name.endswith("_created")]
-
-    assert told(together) == told(apart)

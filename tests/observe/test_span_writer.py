@@ -1,0 +1,100 @@
+"""Spans that are made whole, against those that OpenTelemetry's own tracer makes of the same."""
+
+from __future__ import annotations
+
+import pytest
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.id_generator import IdGenerator
+from opentelemetry.trace import (
+    NonRecordingSpan,
+    SpanContext,
+    SpanKind,
+    StatusCode,
+    TraceFlags,
+    TraceState,
+    set_span_in_context,
+)
+
+from hycluster import __version__
+from hycluster.observe import span_writer
+from hycluster.observe.span_writer import SpanWriter
+from hycluster.observe.spans import SpanOf, spans_of
+from hycluster.timeline import Timeline
+from hycluster.trace_context import TraceContext
+from tests.timelines import begun, ended, migrated, usual
+
+LIMITS = {
+    "OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT": "3", "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT": "4",
+    "OTEL_SPAN_EVENT_COUNT_LIMIT": "2", "OTEL_EVENT_ATTRIBUTE_COUNT_LIMIT": "1",
+}  # fmt: skip
+
+
+class Ids(IdGenerator):
+    trace_id = span_id = 0
+
+    def generate_trace_id(self) -> int:
+        return self.trace_id
+
+    def generate_span_id(self) -> int:
+        return self.span_id
+
+
+def by_a_tracer(spans: list[SpanOf], timeline: Timeline) -> tuple[ReadableSpan, ...]:
+    ids, exporter = Ids(), InMemorySpanExporter()
+    described = Resource({"service.name": "hycluster-ingress", "service.version": __version__})
+    provider = TracerProvider(resource=described, id_generator=ids, shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    tracer = provider.get_tracer("hycluster", __version__)
+    state, ids.trace_id = timeline.context.state, timeline.trace_id
+    for span in spans:
+        context, ids.span_id = Context(), span.span_id
+        if span.parent:
+            of = SpanContext(
+                timeline.trace_id,
+                span.parent,
+                span.kind == "SERVER",
+                TraceFlags(TraceFlags.SAMPLED),
+                TraceState.from_header([state] if state else []),
+            )
+            context = set_span_in_context(NonRecordingSpan(of), context)
+        made = tracer.start_span(
+            span.name, context, SpanKind[span.kind], dict(span.attributes), start_time=int(span.start_s * 1e9)
+        )
+        for event in span.events:
+            made.add_event(event.name, dict(event.attributes), int(event.at_s * 1e9))
+        if span.error:
+            made.set_status(StatusCode.ERROR, span.error)
+        made.end(int(span.end_s * 1e9))
+    provider.shutdown()
+    return exporter.get_finished_spans()
+
+
+@pytest.mark.parametrize("limits", [{}, LIMITS], ids=["default", "limits"])
+@pytest.mark.parametrize("kind", ["usual", "migrated", "failed", "of a trace"])
+def test_they_are_the_same(kind: str, limits: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in limits.items():
+        monkeypatch.setenv(name, value)
+    timeline = {  # type: ignore[no-untyped-call]
+        "usual": usual,
+        "migrated": migrated,
+        "failed": lambda: ended(begun(), 1.0, "failed", "EngineFailed: gone"),
+        "of a trace": lambda: ended(begun(parent=TraceContext(5, 6, True, "vendor=1,other=2")), 1.0),
+    }[kind]()
+    spans = spans_of(timeline)
+    assert spans
+    # Ids are drawn when spans are made of a timeline.
+    monkeypatch.setattr(span_writer, "spans_of", lambda _: spans)
+    exporter = InMemorySpanExporter()
+    writer = SpanWriter(exporter, "ingress")
+    writer.write(timeline)
+    writer.close()
+    made, wanted = exporter.get_finished_spans(), by_a_tracer(spans, timeline)
+    assert len(made) == len(spans)
+    assert encode_spans(made) == encode_spans(wanted)
+    if limits:
+        assert any(span.dropped_attributes for span in made)
