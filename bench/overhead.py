@@ -1,14 +1,16 @@
 """What metrics and traces cost an ingress process, to the half of a per cent: CPU time a request, in short slices.
 
-    python -m bench.overhead [--blocks 200] [--requests 40] [--callers 4] [--step-ms 0]
+    python -m bench.overhead [--blocks 200] [--requests 64] [--callers 32] [--apart] [--step-ms 0]
 
 The process, on one core, has the whole HTTP ingress (uvicorn, vLLM's app, the gateway, its sockets) and a simulated
-engine, whose steps take no time, or all the same; its caller (``bench.load``) and the collector that gets the traces
-are others, on the other cores. A block is a slice of each side, in an order that is drawn anew; a slice is so many
-requests, and what is counted is CPU time of all threads, with what the exporter sends of it. Of a side each block gives
-a ratio to its ``off``; told are the median of all blocks' and the bounds within which it lies by 95 in 100, by the
-order of the ratios alone. What slows a machine for longer than a block is so in both parts of the ratio. ``off-again``
-is ``off`` once more: as far as its bounds are from 1, this machine can't tell.
+engine, whose steps take no time, or all the same. It begins with them when all callers have asked, so that a message of
+its has a token for each of them, as one of an engine has that runs a model; with ``--apart`` it does not wait, and most
+messages have one token, which is the most that there is to be counted. Its caller (``bench.load``) and the collector
+that gets the traces are others, on the other cores. A block is a slice of each side, in an order that is drawn anew; a
+slice is so many requests, and what is counted is CPU time of all threads, with what the exporter sends of it. Of a side
+each block gives a ratio to its ``off``; told are the median of all blocks' and the bounds within which it lies by 95 in
+100, by the order of the ratios alone. What slows a machine for longer than a block is so in both parts of the ratio.
+``off-again`` is ``off`` once more: as far as its bounds are from 1, this machine can't tell.
 
 off: nothing is counted or exported. metrics: what ``/metrics`` has. traces-1, traces-100: metrics, and so many per cent
 of the requests' traces are exported. Timelines, of which ``hycluster why`` lives, are kept on all sides. Where engines
@@ -37,6 +39,7 @@ import uvloop
 
 from bench import load, tiny_llama
 from bench.request_cost import collector, ingress
+from hycluster.engine.simulated import SimulatedEngine
 from hycluster.imports import without_collector
 from hycluster.observe.export import Export, sampler_of
 from hycluster.observe.timelines import never, recorder
@@ -115,6 +118,25 @@ def others_than(core: int) -> set[int]:
     return set(range(os.cpu_count() or 1)) - {core} or {core}
 
 
+def step_together(callers: int) -> None:
+    """Have simulated engines of this process begin when so many requests have come, and end them together."""
+    step, whole = SimulatedEngine._step, set[int]()
+
+    def begin_together(engine: SimulatedEngine) -> bool:
+        def enough() -> bool:
+            if not engine._scheduler.has_work:
+                whole.discard(id(engine))
+            elif engine.load().waiting >= callers:
+                whole.add(id(engine))
+            return engine._ended or id(engine) in whole
+
+        with engine._changed:
+            engine._changed.wait_for(enough)
+        return step(engine)
+
+    SimulatedEngine._step = begin_together  # type: ignore[method-assign, assignment]
+
+
 async def measure(blocks: int, requests: int, callers: int, step_s: float) -> dict[str, list[float]]:
     """By side, CPU ms a request in each block."""
     found: dict[str, list[float]] = {side: [] for side in SIDES}
@@ -182,14 +204,19 @@ def told(found: dict[str, list[float]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=200)
-    parser.add_argument("--requests", type=int, default=40, help="in each slice")
-    parser.add_argument("--callers", type=int, default=4)
+    parser.add_argument("--requests", type=int, default=64, help="in each slice; so many times the callers")
+    parser.add_argument("--callers", type=int, default=32)
+    parser.add_argument("--apart", action="store_true", help="the engine does not wait for all callers")
     parser.add_argument("--step-ms", type=float, default=0.0, help="0: as fast as it computes")
     parser.add_argument("--as-caller", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.as_caller:
         call()
         return
+    if not args.apart:
+        if args.requests % args.callers:
+            parser.error(f"--requests: {args.requests} is not allowed; must be a multiple of --callers {args.callers}")
+        step_together(args.callers)
     # Before there are threads, which all have what the first one has.
     os.sched_setaffinity(0, {own_core()})
     with without_collector():

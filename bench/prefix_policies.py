@@ -39,6 +39,7 @@ from hycluster.directory.directory import REPORT_EVERY_S, Directory, ReplicaRepo
 from hycluster.engine.vllm import VllmEngine
 from hycluster.errors import HyclusterError
 from hycluster.gateway.pool import PoolClient
+from hycluster.gateway.prefixes import Prefixes
 from hycluster.gateway.router import POLICIES, make_policy
 from hycluster.replica.wire import EngineServer
 from hycluster.settings.load import DataPlane
@@ -175,7 +176,7 @@ async def gateways(running: Running, model: Model, policy: str) -> AsyncIterator
     clients = [
         PoolClient(
             model.name, make_policy(policy, f"g{number}", number, session_slack_tokens=8192), f"g{number}",
-            wait_s=30, follow_blocks=True, on_lost=on_lost, expected_output_tokens=OUTPUT_TOKENS,
+            wait_s=30, prefixes=Prefixes(), on_lost=on_lost, expected_output_tokens=OUTPUT_TOKENS,
         )
         for number in range(2)
     ]  # fmt: skip

@@ -19,20 +19,30 @@ from vllm.v1.request import Request
 from hycluster.engine.block_changes import NAME_BYTES, Names
 from hycluster.engine.patches.pinned import pinned_to
 from hycluster.engine.protocol import BlockNaming
-from hycluster.gateway.block_hashes import BlockHasher
+from hycluster.gateway.block_hashes import BlockHasher, HashMany
 from hycluster.gateway.sha256_blocks import compiled_loop, sha256_hashes
 
 pinned_to("vllm", "0.32.0", __name__)
 
 
-class BlockNamer:
-    """Names blocks of requests, all of one naming at a time."""
+# Up to so many tokens of a prompt vLLM's function names within a millisecond.
+SHORT_TOKENS = 8192
 
-    def __init__(self) -> None:
+
+class BlockNamer:
+    """Names blocks of requests, all of one naming at a time.
+
+    Args:
+        longest_prompt_tokens: that the model takes; where it is short, nothing is compiled. None: not known.
+    """
+
+    def __init__(self, longest_prompt_tokens: int | None = None) -> None:
         self._naming: BlockNaming | None = None
         self._hasher: BlockHasher | None = None
-        # Takes a second, which no request is to wait for.
-        compiled_loop()
+        self._many: HashMany | None = None
+        # Takes a second and 130 MiB; and no request is to wait for it, so it is done before there are any.
+        if (longest_prompt_tokens is None or longest_prompt_tokens > SHORT_TOKENS) and compiled_loop():
+            self._many = sha256_hashes
 
     def names(
         self,
@@ -57,7 +67,7 @@ class BlockNamer:
             return _named_with_media(request, tokens, naming)
         if self._hasher is None or naming != self._naming:
             hash_fn = get_hash_fn_by_name(naming.algorithm)
-            many = sha256_hashes if naming.algorithm == "sha256" else None
+            many = self._many if naming.algorithm == "sha256" else None
             self._naming, self._hasher = naming, BlockHasher(hash_fn, naming.root, naming.tokens, hash_many=many)
         # It reads four attributes, which both have.
         asked, size = cast("Request", request), naming.tokens

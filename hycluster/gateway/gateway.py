@@ -47,6 +47,7 @@ from hycluster.gateway.grammars import GrammarCheck
 from hycluster.gateway.limited import MeteredLLM
 from hycluster.gateway.pool import PoolClient
 from hycluster.gateway.pool_errors import LOST, PoolInvalidInput, PoolOverloaded, PoolUnavailable
+from hycluster.gateway.prefixes import Prefixes
 from hycluster.gateway.router import BY_BLOCKS, make_policy
 from hycluster.gateway.tiers import placed
 from hycluster.ledger.account import account_now
@@ -148,7 +149,9 @@ class Gateway(MeteredLLM):
             wait_s=router.failover_wait_s,
             cold_start_wait_s=self.cold_start.wait_s,
             failover=router.failover,
-            follow_blocks=router.follow_kv_blocks or router.policy in BY_BLOCKS,
+            prefixes=Prefixes(longest_prompt_tokens=config.model_config.max_model_len)
+            if router.follow_kv_blocks or router.policy in BY_BLOCKS
+            else None,
             expected_output_tokens=model.autoscaling.expected_output_tokens,
             on_lost=self._request_lost,
         )

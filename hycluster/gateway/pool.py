@@ -42,7 +42,7 @@ class PoolClient(ControlCalls):
         wait_s: how long a request whose replica was lost waits for another one.
         cold_start_wait_s: how long a new request waits for a replica where there is none; None: it is refused.
         failover: keep each request's tokens, so that it can go on elsewhere; without, one that has begun ends.
-        follow_blocks: know which KV blocks each replica has.
+        prefixes: what is known of replicas' KV caches; None: nothing, and they are not asked.
         expected_output_tokens: of a request, if it allows more.
         on_lost: told of each request that ends because its replica was lost: Unavailable, ReplicaLost, KillsReplicas;
             or because its engine knows what is wrong with it: InvalidInput.
@@ -54,7 +54,6 @@ class PoolClient(ControlCalls):
         resources: what ``AsyncLLM`` reads of its client's state; a pool as such never dies.
         shows_pool: of all ingress processes, this one shows the metrics that concern the pool.
         jobs: by gateway, what each of its jobs has and wants, as the directory last said.
-        prefixes: what is known of replicas' KV caches; None: nothing.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class PoolClient(ControlCalls):
         wait_s: float,
         cold_start_wait_s: float | None = None,
         failover: bool = True,
-        follow_blocks: bool = False,
+        prefixes: Prefixes | None = None,
         expected_output_tokens: int = 512,
         on_lost: Tell,
     ) -> None:
@@ -81,7 +80,7 @@ class PoolClient(ControlCalls):
         self._encoder = MsgpackEncoder()
         self._arrived: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._failover = Failover(self._send, on_lost, wait_s=wait_s)
-        self.prefixes = Prefixes() if follow_blocks else None
+        self.prefixes = prefixes
         self._members = Members(self._failover, self._arrived, self.prefixes, gateway_id)
         self.shows_pool = False
         self.jobs: dict[str, dict[str, BulkDemand]] = {}

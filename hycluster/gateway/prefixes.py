@@ -89,15 +89,17 @@ class Prefixes:
     Attributes:
         audit: predictions beside what was found.
         clock: seconds.
+        longest_prompt_tokens: that the model takes; None if that is not known.
     """
 
     audit: PrefixAudit = field(default_factory=PrefixAudit)
     clock: Callable[[], float] = time.monotonic
+    longest_prompt_tokens: int | None = None
 
     def __post_init__(self) -> None:
         # Made when the first replica says how large its KV cache is.
         self._index: BlockIndex | None = None
-        self._namer = BlockNamer()
+        self._namer = BlockNamer(self.longest_prompt_tokens)
         # By replica that has said what it holds: how it names blocks, and what it is going to store.
         self._naming: dict[str, BlockNaming] = {}
         self._awaited: dict[str, Counter[int]] = {}

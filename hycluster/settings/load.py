@@ -47,9 +47,9 @@ class Router(Strict):
     """Which replica a request goes to; ``docs/routing.md`` has the policies.
 
     Attributes:
-        policy: the replica with the fewest tokens outstanding, or of two random ones the one with fewer requests. The
-            others go by what replicas have in their KV caches as well; ``predicted_ttft`` is for prompts that begin
-            alike, the rest for comparison.
+        policy: the replica where the first token is expected soonest, by its queue and by what it has of the prompt in
+            its KV cache. ``least_outstanding_tokens`` and ``power_of_two`` (of two random ones the one with fewer
+            requests) go by load alone, as all do where engines do not tell what they hold; the rest is for comparison.
         session_slack_tokens: requests of one session go to one replica, which has the earlier turns in its KV cache,
             unless it has more than this many tokens more outstanding than the least loaded one. None: sessions are
             ignored; so they are where a policy knows what replicas have cached.
@@ -59,7 +59,7 @@ class Router(Strict):
         failover_wait_s: how long such a request waits for another replica that can take it.
     """
 
-    policy: RouterPolicy = "least_outstanding_tokens"
+    policy: RouterPolicy = "predicted_ttft"
     session_slack_tokens: int | None = Field(default=8192, ge=0)
     follow_kv_blocks: bool = False
     failover: bool = True

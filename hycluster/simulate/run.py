@@ -43,7 +43,7 @@ class Simulation:
     machine: Machine
     colocation: Colocation
     replicas: int = 1
-    policy: str = "least_outstanding_tokens"
+    policy: str = "predicted_ttft"
     seed: int = 0
 
     def engine(self, colocation: Colocation, blocks: BlocksChanged | None = None) -> VirtualEngine:

@@ -136,6 +136,7 @@ async def until(condition: Callable[[], bool]) -> None:
 @asynccontextmanager
 async def opened(folder: Path, replicas: int, kv_gib: float, adapters: dict[str, Path]) -> AsyncIterator[Replicas]:
     from hycluster.gateway.pool import PoolClient
+    from hycluster.gateway.prefixes import Prefixes
 
     model = Model(
         name="tiny",
@@ -152,7 +153,9 @@ async def opened(folder: Path, replicas: int, kv_gib: float, adapters: dict[str,
     pool = Replicas(model)
     try:
         for name in ("one", "two"):
-            pool.gateways.append(PoolClient("tiny", AnyReplica(), name, wait_s=30, follow_blocks=True, on_lost=on_lost))
+            pool.gateways.append(
+                PoolClient("tiny", AnyReplica(), name, wait_s=30, prefixes=Prefixes(), on_lost=on_lost)
+            )
         for _ in range(replicas):
             await pool.start()
         yield pool
@@ -239,13 +242,14 @@ async def hits(pool: Replicas, policy: str) -> int:
     from vllm.sampling_params import SamplingParams
 
     from hycluster.gateway.pool import PoolClient
+    from hycluster.gateway.prefixes import Prefixes
     from hycluster.gateway.router import make_policy
 
     async def on_lost(request_id: str, error: HyclusterError) -> None:
         raise AssertionError(request_id, error)
 
     made = make_policy(policy, policy, seed=1, session_slack_tokens=8192)
-    gateway = PoolClient("tiny", made, policy, wait_s=30, follow_blocks=True, on_lost=on_lost)
+    gateway = PoolClient("tiny", made, policy, wait_s=30, prefixes=Prefixes(), on_lost=on_lost)
     pool.gateways = [gateway]
     await pool.report()
     await pool.known()

@@ -111,6 +111,7 @@ class Gateways:
 @asynccontextmanager
 async def opened(policy: str, gateways: int = 1, replicas: int = 2) -> AsyncIterator[Gateways]:
     from hycluster.gateway.pool import PoolClient
+    from hycluster.gateway.prefixes import Prefixes
 
     async def on_lost(request_id: str, error: HyclusterError) -> None:
         raise AssertionError(request_id, error)
@@ -121,7 +122,7 @@ async def opened(policy: str, gateways: int = 1, replicas: int = 2) -> AsyncIter
             for number in range(gateways):
                 made = make_policy(policy, f"g{number}", seed=number, session_slack_tokens=8192)
                 pool.clients.append(
-                    PoolClient("tiny", made, f"g{number}", wait_s=30, follow_blocks=True, on_lost=on_lost)
+                    PoolClient("tiny", made, f"g{number}", wait_s=30, prefixes=Prefixes(), on_lost=on_lost)
                 )
             await pool.report()
             yield pool
@@ -186,12 +187,13 @@ async def test_a_burst_at_two_gateways_does_not_run_to_one_replica() -> None:
 
 async def third(pool: Gateways) -> PoolClient:
     from hycluster.gateway.pool import PoolClient
+    from hycluster.gateway.prefixes import Prefixes
 
     async def on_lost(request_id: str, error: HyclusterError) -> None:
         raise AssertionError(request_id, error)
 
     fresh = PoolClient(
-        "tiny", make_policy("predicted_ttft", "g9", seed=9), "g9", wait_s=30, follow_blocks=True, on_lost=on_lost
+        "tiny", make_policy("predicted_ttft", "g9", seed=9), "g9", wait_s=30, prefixes=Prefixes(), on_lost=on_lost
     )
     pool.clients.append(fresh)
     # Of one that it connects to it hears with the next report.
@@ -216,6 +218,7 @@ async def test_when_its_replica_dies_a_conversation_goes_on_elsewhere() -> None:
 
 async def test_engines_that_tell_nothing_are_chosen_by_load() -> None:
     from hycluster.gateway.pool import PoolClient
+    from hycluster.gateway.prefixes import Prefixes
 
     async def on_lost(request_id: str, error: HyclusterError) -> None:
         raise AssertionError(request_id, error)
@@ -224,7 +227,7 @@ async def test_engines_that_tell_nothing_are_chosen_by_load() -> None:
         for replica in simulated.replicas:
             replica.engine.hang()
         client = PoolClient(
-            "tiny", make_policy("predicted_ttft", "me", seed=0), "me", wait_s=30, follow_blocks=True, on_lost=on_lost
+            "tiny", make_policy("predicted_ttft", "me", seed=0), "me", wait_s=30, prefixes=Prefixes(), on_lost=on_lost
         )
         try:
             await client.update(simulated.reports)

@@ -73,7 +73,7 @@ def test_a_trace_beside_a_job_as_json(vllm_forks: VllmForks, tmp_path: Path, set
         assert 0 < found[kind]["p50"] <= found[kind]["p90"] <= found[kind]["p99"]
     assert found["load_p99_over_mean"] >= 1
     assert found["replica_hours"] == pytest.approx(2 * found["duration_s"] / 3600)
-    assert (found["gpu_hours"], found["scheduler"], found["policy"]) == (0, "colocation", "least_outstanding_tokens")
+    assert (found["gpu_hours"], found["scheduler"], found["policy"]) == (0, "colocation", "predicted_ttft")
     assert 0 < found["online_load"] < 1
     assert found["bulk"]["tokens_per_s"] > 0 < found["left_over_tokens_per_s"]
     assert found["alone"]["ttft_s"]["p99"] > 0
