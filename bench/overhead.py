@@ -13,7 +13,8 @@ each block gives a ratio to its ``off``; told are the median of all blocks' and 
 ``off-again`` is ``off`` once more: as far as its bounds are from 1, this machine can't tell.
 
 off: nothing is counted or exported. metrics: what ``/metrics`` has. traces-1, traces-100: metrics, and so many per cent
-of the requests' traces are exported. Timelines, of which ``hycluster why`` lives, are kept on all sides. Where engines
+of the requests' traces are exported. keys: metrics, each caller has a key, limits of each kind that are far away, and a
+line in the usage ledger. Timelines, of which ``hycluster why`` lives, are kept on all sides. Where engines
 have models to run, a request costs them many times what it costs here: what is told in ms is to be set against that.
 """
 
@@ -38,21 +39,39 @@ from pathlib import Path
 import uvloop
 
 from bench import load, tiny_llama
-from bench.request_cost import collector, ingress
+from bench.request_cost import collector, ingress, ledger
+from hycluster.auth.limits import Limit
 from hycluster.engine.simulated import SimulatedEngine
 from hycluster.imports import without_collector
 from hycluster.observe.export import Export, sampler_of
 from hycluster.observe.timelines import never, recorder
+from hycluster.settings.auth import Auth
 from hycluster.settings.observe import Tracing
 from hycluster.settings.simulated import Simulated
+from tests.auth.keyed import keyed
 
 BASE = "off"
-# By side: whether it counts, and the share of traces that it exports.
-SIDES: dict[str, tuple[bool, float | None]] = {
-    BASE: (False, None), "off-again": (False, None), "metrics": (True, None), "traces-1": (True, 0.01),
-    "traces-100": (True, 1.0),
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """Attributes: counts: it has metrics. share: of traces, exported. keys: it asks for a key, limits, and bills."""
+
+    counts: bool = True
+    share: float | None = None
+    keys: bool = False
+
+
+SIDES = {
+    BASE: Side(counts=False), "off-again": Side(counts=False), "metrics": Side(), "traces-1": Side(share=0.01),
+    "traces-100": Side(share=1.0), "keys": Side(keys=True),
 }  # fmt: skip
 TOKENS = 64
+MANY = 10**9
+FAR = Limit(
+    "acme", "search", requests_per_minute=MANY, tokens_per_minute=MANY, tokens_per_day=MANY, concurrent_requests=MANY,
+    budget_per_month=MANY,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +96,10 @@ class Caller:
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
 
-    async def ask(self, url: str, requests: int, callers: int) -> None:
+    async def ask(self, url: str, requests: int, callers: int, api_key: str | None = None) -> None:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        asked = {"url": url, "requests": requests, "concurrency": callers}
+        asked = {"url": url, "requests": requests, "concurrency": callers, "api_key": api_key}
         self._process.stdin.write(json.dumps(asked).encode() + b"\n")
         said = json.loads(await self._process.stdout.readline())
         if said["failed"]:
@@ -152,20 +171,29 @@ async def measure(blocks: int, requests: int, callers: int, step_s: float) -> di
         source = tiny_llama.make(Path(folder) / "model")
         counting = await stack.enter_async_context(ingress(source, engine, counts=True))
         other = await stack.enter_async_context(ingress(source, engine, counts=False))
+        keys = stack.enter_context(keyed(Path(folder), Auth().poll_s))
+        keys.store.set_limit(FAR)
+        guarded = await stack.enter_async_context(ingress(source, engine, counts=True, keys=keys))
+        key = keys.key()
         export = Export(recorder, Tracing(endpoint=endpoint, sample_ratio=1.0), environment={})
         stack.callback(export.close)
         exported_by = list(recorder.ended)
 
         async def cpu_ms(side: str) -> float:
-            counts, share = SIDES[side]
-            recorder.ended[:] = [] if share is None else exported_by
-            recorder.samples = never if share is None else sampler_of(Tracing(sample_ratio=share), {})
-            gc.collect()
-            begun_s = time.process_time()
-            await caller.ask(counting if counts else other, requests, callers)
-            if share is not None:
-                await asyncio.to_thread(recorder.flush)
-            return 1000 * (time.process_time() - begun_s) / requests
+            of = SIDES[side]
+            recorder.ended[:] = [] if of.share is None else exported_by
+            recorder.samples = never if of.share is None else sampler_of(Tracing(sample_ratio=of.share), {})
+            with ledger(Path(folder)) if of.keys else contextlib.nullcontext():
+                gc.collect()
+                begun_s = time.process_time()
+                if of.keys:
+                    await caller.ask(guarded, requests, callers, key)
+                else:
+                    await caller.ask(counting if of.counts else other, requests, callers)
+                if of.share is not None:
+                    await asyncio.to_thread(recorder.flush)
+                ended_s = time.process_time()
+            return 1000 * (ended_s - begun_s) / requests
 
         for _ in range(3):
             for side in SIDES:
@@ -226,7 +254,7 @@ def main() -> None:
     print(f"\n{'side':<12}{'ms':>7}{'more than off, ms':>27}{'of off':>25}{'of metrics':>25}")
     for side, ms in found.items():
         added = added_ms(found, side) if side != BASE else None
-        columns = (added, ratios.get(side), by_metrics.get(side) if SIDES[side][0] else None)
+        columns = (added, ratios.get(side), by_metrics.get(side) if SIDES[side].counts else None)
         cells = (f"{each.value:.3f} ({each.low:.3f} to {each.high:.3f})" if each else "" for each in columns)
         print(
             f"{side:<12}{statistics.median(ms):>7.2f}"

@@ -35,6 +35,8 @@ from hycluster.imports import without_collector
 from hycluster.ledger.account import account_book
 from hycluster.ledger.books import Books
 from hycluster.ledger.keeper import Keeper
+from hycluster.limits.book import RECOVERS_S, LeaseBook
+from hycluster.limits.limiter import Limiter, following
 from hycluster.observe.export import Export
 from hycluster.observe.timelines import recorder
 from hycluster.settings.ingress import Http
@@ -44,6 +46,7 @@ from hycluster.settings.model import Model
 from hycluster.settings.observe import Tracing
 from hycluster.settings.simulated import Simulated
 from hycluster.storage import locate
+from tests.auth.keyed import Keyed
 from tests.simulated_pool import SimulatedPool
 
 BASE = "off"
@@ -70,8 +73,10 @@ def collector() -> Iterator[str]:
 
 
 @contextlib.asynccontextmanager
-async def ingress(source: Path, engine: Simulated = ENGINE, *, counts: bool) -> AsyncIterator[str]:
-    """One that counts what comes, or nothing."""
+async def ingress(
+    source: Path, engine: Simulated = ENGINE, *, counts: bool, keys: Keyed | None = None
+) -> AsyncIterator[str]:
+    """One that counts what comes, or nothing; and lets in who has a key, within limits that the database has."""
     from vllm.envs import enable_envs_cache
 
     from hycluster.gateway.generation import Generator
@@ -80,18 +85,43 @@ async def ingress(source: Path, engine: Simulated = ENGINE, *, counts: bool) -> 
 
     model = Model(name="tiny", source=str(source), simulated=engine, engine={"max_model_len": 2048})
     with SimulatedPool(engine, 1) as pool:
-        async with open_gateway(
-            model, pool.directory(model), router=Router(), admission=Admission(), wait_s=60, metrics=counts
-        ) as gateway:
+        async with (
+            open_gateway(
+                model, pool.directory(model), router=Router(), admission=Admission(), wait_s=60, metrics=counts
+            ) as gateway,
+            limiting(keys) as limiter,
+        ):
+            generator = Generator({"tiny": gateway})
+            generator.limiter = limiter
             uncounted = mock.patch("hycluster.ingress.http.Counted", lambda app, _: app)
             with contextlib.nullcontext() if counts else uncounted:
-                served = await serve_http(Generator({"tiny": gateway}), Http(port=0, host="127.0.0.1"))
+                served = await serve_http(
+                    generator, Http(port=0, host="127.0.0.1"), guard=keys.guard if keys is not None else None
+                )
             # As an ingress process does (``hycluster/door.py``).
             enable_envs_cache()
             try:
                 yield f"http://127.0.0.1:{served.port}"
             finally:
                 await served.stop()
+
+
+@contextlib.asynccontextmanager
+async def limiting(keys: Keyed | None) -> AsyncIterator[Limiter | None]:
+    """By leases of a book in this process, a call away."""
+    keyring = keys.guard.keyring if keys is not None else None
+    if keyring is None:
+        yield None
+        return
+    # One that began just now would first wait to hear from all.
+    book = LeaseBook(time.monotonic)
+    book._began_s -= RECOVERS_S
+
+    async def lease(*asked: Any) -> Any:
+        return book.lease(*asked)
+
+    async with following(Limiter(lambda: keyring.limits, lease, keyring.store)) as limiter:
+        yield limiter
 
 
 @contextlib.contextmanager

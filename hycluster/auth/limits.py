@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 from sqlalchemy import Connection, select
@@ -16,7 +17,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 BILLION = 10**9
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Limit:
     """Of a key, if ``key_id`` is one, else of a project, if there is one, else of the tenant; None is no limit.
 
@@ -40,13 +41,13 @@ class Limit:
         """``key``, ``project`` or ``tenant``."""
         return "key" if self.key_id else "project" if self.project else "tenant"
 
-    @property
+    @cached_property
     def subject(self) -> str:
         """Whose it is, in one word; no two have the same."""
         whose = self.key_id or (f"{self.tenant}/{self.project}" if self.project else self.tenant)
         return f"{self.of}:{whose}" + (f"|{self.model}" if self.model else "")
 
-    @property
+    @cached_property
     def values(self) -> dict[str, int]:
         """What is limited."""
         return {kind: value for kind in KINDS if (value := getattr(self, kind)) is not None}

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hycluster.auth.caller import current_caller
 from hycluster.errors import HyclusterError, Overloaded, Unavailable
 from hycluster.gateway.generation import Generator
 from hycluster.gateway.limited import BYTES_PER_TOKEN, expected_output_tokens
-from hycluster.ingress.dispatch import name_in, named_by, read_on
+from hycluster.ingress.dispatch import named_by, read_on
 from hycluster.ingress.errors import answer_error
 from hycluster.limits.reservation import RequestTokens, reserving
 
@@ -47,37 +46,38 @@ class Limited:
             await self._app(scope, receive, send)
             return
         body, receive = await read_on(receive)
-        name, model = await self._asked(scope, receive, body)
+        asked = _read(body)
+        name, model = await self._asked(scope, receive, asked)
         met = limiter.concerning(caller, name) if model is not None else []
         if model is None or not met:
             await self._app(scope, receive, send)
             return
         gateway, status = self._generator.gateways[model], 0
 
-        async def told(message: Message) -> None:
+        async def with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message.setdefault("headers", [])
-                MutableHeaders(scope=message).update(limiter.headers(met))
+                told = ((name.encode(), value.encode()) for name, value in limiter.headers(met).items())
+                message["headers"] = [*message.get("headers", ()), *told]
             await send(message)
 
-        expected, prompts = _expected(gateway, scope["path"], body)
+        expected, prompts = _expected(gateway, scope["path"], asked)
         try:
             reservation = await limiter.reserve(met, expected, gateway.model.price, prompts)
         except HyclusterError as error:
-            await (await answer_error(None, error))(scope, receive, told)
+            await (await answer_error(None, error))(scope, receive, with_headers)
             return
         try:
             with reserving(reservation):
-                await self._app(scope, receive, told)
+                await self._app(scope, receive, with_headers)
         finally:
             reservation.end(counts=status not in TURNED_AWAY)
 
-    async def _asked(self, scope: Scope, receive: Receive, body: bytes) -> tuple[str, str | None]:
+    async def _asked(self, scope: Scope, receive: Receive, asked: dict[str, Any] | None) -> tuple[str, str | None]:
         """What a request names, and the model that answers it, as :class:`ModelDispatch` has it."""
         models = self._generator
-        if name := name_in(body):
+        if isinstance(name := (asked or {}).get("model"), str) and name:
             return name, models.model_of(name)
         elsewhere, _ = await named_by(scope, receive, in_body=False)
         model = models.model_of(elsewhere) or next(iter(models.gateways))
@@ -85,14 +85,18 @@ class Limited:
         return model, model
 
 
-def _expected(gateway: Any, path: str, body: bytes) -> tuple[RequestTokens, int]:
-    """What all prompts of a request may use, and how many there are."""
+def _read(body: bytes) -> dict[str, Any] | None:
+    """What a request says; None if that can't be read, which whichever app is asked refuses."""
     try:
-        asked = json.loads(body)
+        said = json.loads(body)
     except (ValueError, RecursionError):
-        # The app refuses it.
-        return RequestTokens(1), 1
-    if not isinstance(asked, dict):
+        return None
+    return said if isinstance(said, dict) else None
+
+
+def _expected(gateway: Any, path: str, asked: dict[str, Any] | None) -> tuple[RequestTokens, int]:
+    """What all prompts of a request may use, and how many there are."""
+    if asked is None:
         return RequestTokens(1), 1
     prompts = max(1, sum(map(_several, filter(None, map(asked.get, SEVERAL))))) if path == "/v1/completions" else 1
     said = [json.dumps(asked[part], ensure_ascii=False) for part in PROMPTS if asked.get(part)]

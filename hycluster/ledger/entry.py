@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, Literal
@@ -86,7 +86,7 @@ def entries_in(data: bytes) -> Iterator[Entry]:
 
 
 def as_table(entries: Iterable[Entry]) -> pa.Table:
-    quantum = Decimal(1).scaleb(-COST_PLACES)
-    return pa.Table.from_pylist(
-        [asdict(entry) | {"cost": entry.cost.quantize(quantum)} for entry in entries], schema=SCHEMA
-    )
+    told, quantum = list(entries), Decimal(1).scaleb(-COST_PLACES)
+    columns = {name: [getattr(entry, name) for entry in told] for name in SCHEMA.names}
+    columns["cost"] = [cost.quantize(quantum) for cost in columns["cost"]]
+    return pa.Table.from_pydict(columns, schema=SCHEMA)

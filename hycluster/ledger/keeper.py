@@ -18,7 +18,7 @@ from typing import Protocol
 from hycluster.errors import SettingsError
 from hycluster.ledger.account import account_book
 from hycluster.ledger.books import Books, books_of
-from hycluster.ledger.entry import Entry, entries_in
+from hycluster.ledger.entry import Entry, as_table, entries_in
 from hycluster.ledger.journal import UsageJournal, files_in, taken
 from hycluster.ledger.tally import ProjectTally
 from hycluster.settings.base import home, private_home
@@ -75,6 +75,9 @@ class Keeper:
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
 
     def start(self) -> None:
+        # pyarrow looks for pandas at the first table that it makes, and imports it: a quarter of a second, which no
+        # stream is to wait for.
+        as_table(())
         self._thread.start()
 
     def write(self, entry: Entry) -> None:

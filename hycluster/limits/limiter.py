@@ -100,6 +100,8 @@ class Limiter:
         self._book, self._words = "", 0
         self._answered_s = float("-inf")
         self._away = False
+        # Of the minute that the date was last looked up in.
+        self._minute, self._day, self._month = float("-inf"), "", ""
         self._pending: Counter[Spent] = Counter()
         self._wanted_counts = asyncio.Event()
 
@@ -231,11 +233,14 @@ class Limiter:
     def _period(self, kind: str) -> str:
         if kind not in PERIODS:
             return ""
-        return datetime.fromtimestamp(self._date(), UTC).strftime("%Y-%m" if kind == "budget_per_month" else "%Y-%m-%d")
+        date = self._date()
+        if not self._minute <= date < self._minute + 60:
+            self._minute = date // 60 * 60
+            day = datetime.fromtimestamp(date, UTC).strftime("%Y-%m-%d")
+            self._day, self._month = day, day[:7]
+        return self._month if kind == "budget_per_month" else self._day
 
     def _spend(self, share: Share, amount: int) -> None:
-        if not self._pending:
-            self._wanted_counts.set()
         self._pending[(*share.holding.name, share.period)] += amount
 
     async def _next_word(self, short: list[Share]) -> None:
@@ -324,11 +329,14 @@ class Limiter:
             self._answered = None
 
     async def keep_counts(self) -> None:
-        """Write down what is used of days and months, and read what was; runs until cancelled."""
+        """Write down what is used of days and months, and read what was; runs until cancelled.
+
+        Once a second, or when a request waits for what was used before.
+        """
         while True:
             await self.exchange_counts()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(SPEND_EVERY_S if self._pending else None):
+                async with asyncio.timeout(SPEND_EVERY_S):
                     await self._wanted_counts.wait()
             self._wanted_counts.clear()
 

@@ -57,8 +57,8 @@ class Keyed:
 
 
 @contextmanager
-def keyed(folder: Path) -> Iterator[Keyed]:
-    settings = Auth(enabled=True, database=f"sqlite:///{folder / 'keys.db'}", poll_s=0.05)
+def keyed(folder: Path, poll_s: float = 0.05) -> Iterator[Keyed]:
+    settings = Auth(enabled=True, database=f"sqlite:///{folder / 'keys.db'}", poll_s=poll_s)
     engine = open_database(settings)
     bring_up_to_date(engine)
     with Keyring(engine, settings) as keyring:

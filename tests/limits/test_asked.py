@@ -61,24 +61,24 @@ def gateway(name: str = "m") -> Any:
     ],
 )  # fmt: skip
 def test_what_an_answer_may_be(path: str, body: dict[str, Any], completion: int) -> None:
-    from hycluster.ingress.limited import _expected
+    from hycluster.ingress.limited import _expected, _read
 
-    assert _expected(gateway(), path, json.dumps(body).encode())[0].completion == completion
+    assert _expected(gateway(), path, _read(json.dumps(body).encode()))[0].completion == completion
 
 
 def test_a_number_that_is_too_long_to_be_told() -> None:
-    from hycluster.ingress.limited import _expected
+    from hycluster.ingress.limited import _expected, _read
 
-    expected, _ = _expected(gateway(), COMPLETIONS, json.dumps({"prompt": "hi", "n": 10**4299}).encode())
+    expected, _ = _expected(gateway(), COMPLETIONS, _read(json.dumps({"prompt": "hi", "n": 10**4299}).encode()))
     assert len(str(expected.completion)) < 20
 
 
 @pytest.mark.parametrize("name", ["input", "query", "documents", "text_1", "queries", "items", "data_1"])
 def test_prompts_of_what_does_not_generate(name: str) -> None:
-    from hycluster.ingress.limited import _expected
+    from hycluster.ingress.limited import _expected, _read
 
     texts = ["word " * 4000, "word " * 4000]
-    expected, _ = _expected(gateway(), "/v1/score", json.dumps({name: texts}).encode())
+    expected, _ = _expected(gateway(), "/v1/score", _read(json.dumps({name: texts}).encode()))
     assert expected.prompt > 9000
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
@@ -13,7 +14,7 @@ from hycluster.auth.caller import Caller
 from hycluster.auth.limits import Limit
 from hycluster.auth.store import Spent
 from hycluster.errors import HyclusterError, QuotaExhausted, RateLimited, Unavailable
-from hycluster.limits.limiter import MOST_REMEMBERED
+from hycluster.limits.limiter import MOST_REMEMBERED, Limiter
 from hycluster.limits.reservation import RequestTokens, Reservation
 from hycluster.limits.slots import SLOT_S
 from hycluster.settings.price import Price
@@ -213,5 +214,51 @@ def test_who_asks_for_more_than_a_limit_is_not_told_that_it_is_used_up() -> None
         await limiter.reserve([day], RequestTokens(0, 0, 600), price)
         with pytest.raises(QuotaExhausted, match=r"is reached \(this request may use 500\); it is full again"):
             await limiter.reserve([day], RequestTokens(0, 0, 500), price)
+
+    run(main())
+
+
+def test_what_is_used_of_days_is_written_down_once_a_second_however_many_ask() -> None:
+    """Each time is a transaction: one after the other, they took a tenth of a core."""
+    day = Limit("acme", tokens_per_day=10**6)
+
+    class Slow(Counts):
+        calls = 0
+
+        def spend(self, spent: Mapping[Spent, int]) -> None:
+            self.calls += 1
+            super().spend(spent)
+
+    async def main() -> None:
+        world = World(day)
+        world.counts = counts = Slow()
+        process, began_s = world.process(), world.now_s()
+        for _ in range(1000):
+            reservation = await reserve(process, day, 10)
+            await asyncio.sleep(0.01)
+            reservation.add(RequestTokens(0, 0, 7))
+            reservation.end()
+        took_s = world.now_s() - began_s
+        await asyncio.sleep(1.1)
+        assert sum(counts.all.values()) == 7 * 1000
+        assert counts.calls <= took_s + 3
+
+    run(main())
+
+
+def test_a_day_and_a_month_end_on_time() -> None:
+    date = datetime(2026, 12, 31, 23, 59, 59, tzinfo=UTC).timestamp()
+
+    async def main() -> None:
+        nonlocal date
+        limiter = Limiter(lambda: (), World().lease, Counts(), date=lambda: date)
+        for seconds, day, month in (
+            (0, "2026-12-31", "2026-12"),
+            (1, "2027-01-01", "2027-01"),
+            (-1, "2026-12-31", "2026-12"),
+        ):
+            date += seconds
+            assert (limiter._period("tokens_per_day"), limiter._period("budget_per_month")) == (day, month)
+            assert limiter._period("tokens_per_minute") == ""
 
     run(main())
