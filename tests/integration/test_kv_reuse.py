@@ -44,7 +44,8 @@ def test_blocks_that_the_kv_cache_dropped_come_back_from_host_memory(featured: F
             cached = (answer["usage"].get("prompt_tokens_details") or {}).get("cached_tokens") or 0
             return answer["choices"][0]["token_ids"], cached
 
-        others = 2 * KV_TOKENS // len(tokens(0))
+        # Two replicas share them, each so many that its KV cache is full twice.
+        others = 2 * 2 * KV_TOKENS // len(tokens(0))
         first, cached = ask(0)
         assert cached == 0
         assert all(ask(seed)[1] == 0 for seed in range(1, 1 + others))
