@@ -230,7 +230,7 @@ ROUTING = DashboardSpec(
             (Query(total("hycluster_requests_in_flight", "model, replica"), REPLICA),),
         ),
         PanelSpec(
-            "Outstanding tokens", "What the router goes by.", "short",
+            "Outstanding tokens", "What is still to prefill or decode, at most; policies by load go by it.", "short",
             (Query(total("hycluster_outstanding_tokens", "model, replica"), REPLICA),),
         ),
         PanelSpec(
