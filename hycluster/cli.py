@@ -21,7 +21,7 @@ from hycluster.batch.job import Job
 from hycluster.chaos.cli import chaos
 from hycluster.consent import Yes, ask
 from hycluster.doctor.cli import doctor
-from hycluster.errors import HyclusterError, PermissionDenied, Unauthenticated
+from hycluster.errors import HyclusterError, PermissionDenied, SettingsError, Unauthenticated, shown
 from hycluster.job_engines import open_engines
 from hycluster.k8s.cli import app as k8s_app
 from hycluster.models.cli import tiny_model
@@ -30,6 +30,7 @@ from hycluster.planning.asked import asked_settings
 from hycluster.planning.cli import plan
 from hycluster.serving.running import choose
 from hycluster.settings.cli import app as settings_app
+from hycluster.settings.observe import LEVELS
 from hycluster.settings.read import DEFAULT_SETTINGS, load_settings
 from hycluster.settings.settings import Settings
 from hycluster.simulate.cli import simulate
@@ -140,7 +141,12 @@ def serve(
     ] = None,
     assignments: SetOption = None,
     log_level: Annotated[
-        str | None, typer.Option(metavar="LEVEL", help="As logs.level in CONFIG: debug, info, warning or error.")
+        str | None,
+        typer.Option(
+            metavar="LEVEL",
+            help="As logs.level in CONFIG: debug, info, warning or error. Of the logs in the folder that is printed"
+            " at the start; the terminal shows the same.",
+        ),
     ] = None,
     save: Annotated[
         Path | None, typer.Option(metavar="FILE", help="With a MODEL: write the settings that were made for it.")
@@ -155,6 +161,8 @@ def serve(
     ports = [
         f"{ingress}.port={port}" for ingress, port in (("http", http_port), ("grpc", grpc_port)) if port is not None
     ]
+    if log_level is not None and log_level not in LEVELS:
+        raise SettingsError(f"--log-level: {shown(log_level)} is not allowed; must be one of {', '.join(LEVELS)}")
     level = [f"logs.level={log_level}"] if log_level is not None else []
     settings = asked_settings(what, [*(assignments or []), *ports, *level], save, say)
     stopping = threading.Event()

@@ -220,7 +220,8 @@ class Client(_Connection):
         return self._stream(model, _request(model, ask), ask.get("timeout_s"))
 
     def _stream(self, model: str, request: pb.GenerateRequest, timeout_s: float | None) -> Generator[Generation]:
-        call = self._inference.GenerateStream(request, timeout=timeout_s, metadata=self._metadata)
+        metadata = (*self._metadata, *_trace())
+        call = self._inference.GenerateStream(request, timeout=timeout_s, metadata=metadata)
         try:
             with _own_errors():
                 for chunk in call:
@@ -317,7 +318,8 @@ class AsyncClient(_Connection):
     async def _stream(
         self, model: str, request: pb.GenerateRequest, timeout_s: float | None
     ) -> AsyncGenerator[Generation]:
-        call = self._inference.GenerateStream(request, timeout=timeout_s, metadata=self._metadata)
+        metadata = (*self._metadata, *_trace())
+        call = self._inference.GenerateStream(request, timeout=timeout_s, metadata=metadata)
         try:
             with _own_errors():
                 async for chunk in call:
@@ -374,7 +376,11 @@ class AsyncClient(_Connection):
 def _trace() -> tuple[tuple[str, str], ...]:
     """What the call is a part of, where that is a request of ours: a job's row that is asked through an ingress."""
     timeline = current.get()
-    return tuple(timeline.context.headers.items()) if timeline is not None and timeline.sampled else ()
+    if timeline is None:
+        return ()
+    # Of what is not recorded here the call is a part of whatever has asked for it: the service may record.
+    context = timeline.context if timeline.sampled else timeline.parent
+    return tuple(context.headers.items()) if context is not None else ()
 
 
 def _request(model: str, ask: Ask) -> pb.GenerateRequest:

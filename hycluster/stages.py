@@ -28,6 +28,8 @@ AFTER = {
 }
 PARKED = "parked"
 
+# Of a request that no process knows.
+KEPT = "each keeps its last ones only, and none that was refused before an engine was asked"
 # What each of them is, for people.
 MEANINGS = {
     "receive": "read, checked and given to its model",

@@ -160,8 +160,9 @@ class Timeline:
     """
 
     __slots__ = (
-        "_limit", "attributes", "began_s", "cancelled", "ended_s", "error", "events", "id", "model", "operation",
-        "parent", "process", "prompt_tokens", "sampled", "span_id", "started", "status", "trace_id", "tracks",
+        "_limit", "_named", "attributes", "began_s", "cancelled", "ended_s", "error", "events", "id", "model",
+        "operation", "parent", "process", "prompt_tokens", "sampled", "span_id", "started", "status", "trace_id",
+        "tracks",
     )  # fmt: skip
 
     def __init__(
@@ -193,6 +194,7 @@ class Timeline:
         self.ended_s: float | None = None
         self.attributes: dict[str, Any] = {}
         self._limit = 2 * MOST_TRACKS
+        self._named = ""
 
     def note(self, name: str, **attributes: Any) -> None:
         """Something has happened, now."""
@@ -207,7 +209,9 @@ class Timeline:
     def begin_track(self, name: str, model: str, prompt_tokens: int) -> Track:
         """One of its sequences goes to the engines."""
         self.model, self.id = self.model or model, self.id or name
-        self.prompt_tokens = max(self.prompt_tokens, prompt_tokens)
+        # Sequences of one prompt have its name, and come one after the other.
+        self.prompt_tokens += prompt_tokens if name != self._named else 0
+        self._named = name
         if len(self.tracks) >= self._limit:
             self._thin_out()
         track = Track(name)

@@ -19,7 +19,7 @@ from hycluster.errors import (
     Unavailable,
     shown,
 )
-from hycluster.stages import MEANINGS
+from hycluster.stages import KEPT, MEANINGS
 from hycluster.terminal import console, echo, printable
 
 if TYPE_CHECKING:
@@ -80,9 +80,7 @@ def why(
     if found is None:
         # That of a row has its file's name before it.
         rows = ", and of a batch job's rows they are gone with the job's process" if "#" in request_id else ""
-        raise NotFound(
-            f"REQUEST_ID: no process knows a request {shown(request_id)}; each keeps its last ones only{rows}"
-        )
+        raise NotFound(f"REQUEST_ID: no process knows a request {shown(request_id)}; {KEPT}{rows}")
     if as_json:
         echo(json.dumps(as_stages(found), indent=2))
     else:

@@ -66,7 +66,7 @@ models:
         (GOOD, ("--http-port", "70000"), "http.port: 70000"),
         (GOOD, ("--grpc-port", "-1"), "grpc.port: -1"),
         (GOOD, ("--set", "models.0.replicas.min=0"), "replicas.min: 0"),
-        (GOOD, ("--log-level", "loud"), "logs.level: 'loud'"),
+        (GOOD, ("--log-level", "loud"), "--log-level: 'loud' is not allowed; must be one of debug, info"),
         (GOOD, (), "/nowhere/at/all"),
         ("models: [", (), "is not YAML"),
         ("", (), "is empty"),

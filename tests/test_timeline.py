@@ -69,6 +69,14 @@ def test_what_is_kept_of_a_request_is_bounded() -> None:
     assert tracks[0].events[-1].name == "finished"
 
 
+def test_each_prompt_counts_once() -> None:
+    timeline = begun()
+    # Two answers to each of two prompts.
+    for name, tokens in (("cmpl-0", 7), ("cmpl-0", 7), ("cmpl-1", 14), ("cmpl-1", 14)):
+        timeline.begin_track(name, "m", tokens)
+    assert timeline.prompt_tokens == 21
+
+
 def test_sequences_that_are_in_work_are_not_forgotten() -> None:
     timeline = begun()
     tracks = [sent(timeline, 0.1, name=f"s{number}") for number in range(500)]

@@ -129,7 +129,7 @@ def test_ids_are_whole_wherever_they_are_read(
         (
             ("nobody", "--address", "INGRESS"),
             NotFound,
-            "no process knows a request 'nobody'; each keeps its last ones only$",
+            "'nobody'; each keeps its last ones only, and none that was refused before an engine was asked$",
         ),
         (("a.parquet#0", "--address", "INGRESS"), NotFound, "a batch job's rows they are gone with the job's process$"),
         (("broken", "--address", "INGRESS"), HyclusterError, "answered 500: broken: why"),

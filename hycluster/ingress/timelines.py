@@ -20,6 +20,7 @@ from hycluster.gateway.asking import slowest, timeline_of
 from hycluster.ingress.errors import answer_error
 from hycluster.ledger.account import account_book
 from hycluster.observe.timelines import MOST_LISTED, Carried
+from hycluster.stages import KEPT
 from hycluster.trace_context import trace_context
 
 PATH = "/hycluster/requests"
@@ -90,7 +91,7 @@ class WithTimelines:
                 if message["type"] == "http.response.start":
                     _name(message, named)
                     status = timeline.attributes["http.response.status_code"] = message["status"]
-                    if status >= 500:
+                    if status >= 400:
                         timeline.error = f"HTTP {status}"
                     if account is not None:
                         account.error = status >= 400
@@ -135,7 +136,7 @@ class RequestsRoute:
             if request_id:
                 found = await timeline_of(self._directory(), request_id)
                 if found is None:
-                    raise NotFound(f"id: no process knows a request {shown(request_id)}; each keeps its last ones only")
+                    raise NotFound(f"id: no process knows a request {shown(request_id)}; {KEPT}")
                 return JSONResponse(found)
             query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
             most = _number(query.get("slowest", [str(DEFAULT_LISTED)])[0])

@@ -210,7 +210,10 @@ def health_of(survey: Survey) -> dict[str, PoolHealth]:
 
 def _pool(survey: Survey, view: PoolView, model: str, health: PoolHealth) -> PoolState:
     starting = survey.overview.starting.get(model, ())
-    ready = survey.overview.ready.get(model, health.replicas_ready)
+    known = survey.overview.ready.get(model, health.replicas_ready)
+    # A replica that is killed is lost to the ingress process at once, and to the directory some seconds later.
+    ready = min(known, health.replicas_ready)
+    draining = len({report.group or report.address.replica_id for report in view.replicas if not report.accepting})
     wanted = view.scaling.target if view.scaling else health.replicas_wanted
     asleep = model in survey.overview.asleep and not ready
     state: PoolStanding
@@ -227,7 +230,7 @@ def _pool(survey: Survey, view: PoolView, model: str, health: PoolHealth) -> Poo
         state,
         ready,
         wanted,
-        _why(state, health, ready, wanted, starting),
+        _why(state, health, ready, wanted, starting, lost=known - ready, draining=draining),
         health.trouble.retry_in_s if health.trouble else None,
         dict(view.scaling.decisions) if view.scaling else None,
         tuple(sorted(name for name, entry in view.adapters.items() if entry.source is not None)),
@@ -237,7 +240,16 @@ def _pool(survey: Survey, view: PoolView, model: str, health: PoolHealth) -> Poo
     )
 
 
-def _why(state: PoolStanding, health: PoolHealth, ready: int, wanted: int, starting: Sequence[StartingReplica]) -> str:
+def _why(
+    state: PoolStanding,
+    health: PoolHealth,
+    ready: int,
+    wanted: int,
+    starting: Sequence[StartingReplica],
+    *,
+    lost: int,
+    draining: int,
+) -> str:
     if state == "asleep":
         return "sleeps; a request wakes it"
     if state == "ready" and health.trouble is None:
@@ -245,12 +257,16 @@ def _why(state: PoolStanding, health: PoolHealth, ready: int, wanted: int, start
     parts = [f"{ready} of {wanted} replicas serve"]
     if health.cut_off:
         parts.append("this ingress process reaches none of them")
+    if lost and not health.cut_off:
+        parts.append(f"{lost} lost just now")
+    if draining:
+        parts.append(f"{draining} draining")
     if health.trouble:
         parts.append(health.trouble.told())
     elif starting:
         stages = sorted({each.stage for each in starting})
         parts.append(f"{len(starting)} starting ({', '.join(stages)})")
-    elif ready < wanted:
+    elif ready + lost + draining < wanted:
         parts.append("the others have not begun to start: their processes wait for a node with room, or for Ray Serve")
     return "; ".join(parts)
 

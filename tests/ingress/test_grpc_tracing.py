@@ -63,3 +63,25 @@ async def test_a_call_is_a_part_of_its_callers_trace(
     assert (asked.trace_id, asked.parent) == (5, TraceContext(5, row.span_id, True))
     assert last.parent is None
     assert not last.sampled
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+async def test_what_asks_by_the_client_passes_its_trace_on(
+    ingress: GrpcIngress, stand_in: StandInGenerator, monkeypatch: pytest.MonkeyPatch, recorded: bool
+) -> None:
+    """A job's row, be it recorded in the job's process or not: the service may record where the job does not."""
+    recorder = Recorder()
+    monkeypatch.setattr(timelines, "recorder", recorder)
+    ended: list[Timeline] = []
+    recorder.ended.append(ended.append)
+    parent = TraceContext(5, 6, True, "vendor=1")
+    async with AsyncClient(f"127.0.0.1:{ingress.port}") as client:
+        with timelines.Carried("row", "row", parent) as row:
+            row.sampled = recorded
+            await client.generate(MODEL, prompt="a b c", max_tokens=2)
+            async for _ in client.stream(MODEL, prompt="a b c", max_tokens=2):
+                pass
+    whole, streamed = ended[:2]
+    for asked in (whole, streamed):
+        assert asked.trace_id == 5
+        assert asked.parent == (row.context if recorded else parent)

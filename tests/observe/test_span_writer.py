@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import pytest
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
@@ -22,7 +25,7 @@ from opentelemetry.trace import (
 
 from hycluster import __version__
 from hycluster.observe import span_writer
-from hycluster.observe.span_writer import SpanWriter
+from hycluster.observe.span_writer import SpanWriter, _ns
 from hycluster.observe.spans import SpanOf, spans_of
 from hycluster.timeline import Timeline
 from hycluster.trace_context import TraceContext
@@ -44,6 +47,15 @@ class Ids(IdGenerator):
         return self.span_id
 
 
+def within_their_parents(spans: list[SpanOf]) -> Iterator[SpanOf]:
+    """As they are written, whichever way their floats were rounded."""
+    times = {0: (0.0, math.inf)}
+    for span in spans:
+        start_s, end_s = times.get(span.parent, times[0])
+        times[span.span_id] = max(start_s, span.start_s), min(end_s, span.end_s)
+        yield span._replace(start_s=times[span.span_id][0], end_s=times[span.span_id][1])
+
+
 def by_a_tracer(spans: list[SpanOf], timeline: Timeline) -> tuple[ReadableSpan, ...]:
     ids, exporter = Ids(), InMemorySpanExporter()
     described = Resource({"service.name": "hycluster-ingress", "service.version": __version__})
@@ -63,13 +75,13 @@ def by_a_tracer(spans: list[SpanOf], timeline: Timeline) -> tuple[ReadableSpan, 
             )
             context = set_span_in_context(NonRecordingSpan(of), context)
         made = tracer.start_span(
-            span.name, context, SpanKind[span.kind], dict(span.attributes), start_time=int(span.start_s * 1e9)
+            span.name, context, SpanKind[span.kind], dict(span.attributes), start_time=_ns(span.start_s)
         )
         for event in span.events:
-            made.add_event(event.name, dict(event.attributes), int(event.at_s * 1e9))
+            made.add_event(event.name, dict(event.attributes), _ns(event.at_s))
         if span.error:
             made.set_status(StatusCode.ERROR, span.error)
-        made.end(int(span.end_s * 1e9))
+        made.end(_ns(span.end_s))
     provider.shutdown()
     return exporter.get_finished_spans()
 
@@ -85,7 +97,7 @@ def test_they_are_the_same(kind: str, limits: dict[str, str], monkeypatch: pytes
         "failed": lambda: ended(begun(), 1.0, "failed", "EngineFailed: gone"),
         "of a trace": lambda: ended(begun(parent=TraceContext(5, 6, True, "vendor=1,other=2")), 1.0),
     }[kind]()
-    spans = spans_of(timeline)
+    spans = list(within_their_parents(spans_of(timeline)))
     assert spans
     # Ids are drawn when spans are made of a timeline.
     monkeypatch.setattr(span_writer, "spans_of", lambda _: spans)
@@ -98,3 +110,25 @@ def test_they_are_the_same(kind: str, limits: dict[str, str], monkeypatch: pytes
     assert encode_spans(made) == encode_spans(wanted)
     if limits:
         assert any(span.dropped_attributes for span in made)
+
+
+def test_what_ends_with_its_parent_does_not_end_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is another sum than its parent's, and so far from 1970 floats are a quarter of 1e-6 apart."""
+    started, end = 1_764_518_400.123456, 1_764_518_400.123456 + 0.3
+    later = math.nextafter(end, math.inf)
+    spans = [
+        SpanOf("parent", "SERVER", started, end, 1, 0, {}),
+        SpanOf("child", "INTERNAL", math.nextafter(started, 0), later, 2, 1, {}),
+        SpanOf("grandchild", "INTERNAL", started + 0.1, later, 3, 2, {}),
+    ]
+    monkeypatch.setattr(span_writer, "spans_of", lambda _: spans)
+    exporter = InMemorySpanExporter()
+    writer = SpanWriter(exporter, "ingress")
+    writer.write(usual())
+    writer.close()
+    parent, child, grandchild = exporter.get_finished_spans()
+    assert (child.start_time, child.end_time, grandchild.end_time) == (
+        parent.start_time,
+        parent.end_time,
+        parent.end_time,
+    )

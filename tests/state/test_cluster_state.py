@@ -93,12 +93,12 @@ def test_nobody_asked() -> None:
 
 
 def pool(
-    ready: int, wanted: int, *, starting: bool = False, asleep: bool = False, **health: object
+    ready: int, wanted: int, *, starting: bool = False, asleep: bool = False, known: int | None = None, **health: object
 ) -> tuple[str, str, str]:
-    """State of the cluster and of its only pool, and why."""
+    """State of the cluster and of its only pool, and why; the directory knows of so many replicas."""
     overview = Overview(
         1,
-        {"m": ready},
+        {"m": ready if known is None else known},
         asleep=frozenset({"m"} if asleep else ()),
         starting={"m": (StartingReplica("x", (StageTime("weights", 1.0),)),)} if starting else {},
     )
@@ -120,6 +120,9 @@ def test_states_of_a_pool() -> None:
         "unavailable",
         "0 of 1 replicas serve; a replica did not start: no weights",
     )
+    # The ingress process sees at once that a replica is gone, the directory some seconds later.
+    assert pool(1, 2, known=2) == ("degraded", "degraded", "1 of 2 replicas serve; 1 lost just now")
+    assert pool(0, 1, known=1) == ("unavailable", "unavailable", "0 of 1 replicas serve; 1 lost just now")
     # A successor's start fails, and nothing is missing yet.
     assert pool(1, 1, trouble=TROUBLE)[:2] == ("degraded", "degraded")
     assert pool(0, 1)[1] == "unavailable"
