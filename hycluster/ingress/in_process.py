@@ -20,6 +20,7 @@ from starlette.types import ASGIApp
 from hycluster.ingress.errors import raised_at
 from hycluster.ledger.account import Account, account_book
 from hycluster.observe.timelines import Carried
+from hycluster.trace_context import trace_context
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,8 @@ class _Call:
         named = Headers(raw=self._scope["headers"]).get("x-request-id") or secrets.token_hex(16)
         try:
             operation = f"POST {self._scope['path']}"
-            with Carried(named, operation), self._opened(named, operation) as self._account:
+            parent = trace_context(Headers(raw=self._scope["headers"]))
+            with Carried(named, operation, parent), self._opened(named, operation) as self._account:
                 await self._app(self._scope, self._receive, self._send)
                 if self._account is not None:
                     self._account.left = not self._over.is_set()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import json
 import logging
 import time
@@ -24,6 +25,7 @@ from hycluster.responses.events import EventReader, event_of
 from hycluster.responses.records import FINAL_EVENTS, EndedResponse, StoredResponse, failed_response
 from hycluster.responses.store import Claim, ResponseStore
 from hycluster.settings.ingress import Responses
+from hycluster.timeline import current
 
 logger = logging.getLogger(__name__)
 
@@ -354,8 +356,14 @@ async def _events(app: ASGIApp, asked: dict[str, Any], once: str) -> AsyncGenera
                 if (event := event_of(raw)) is not None:
                     heard.put_nowait(event)
 
-    headers = {"content-type": "application/json"}
-    asking = asyncio.create_task(post(app, PATH, json.dumps(asked).encode(), headers, heard=hear, once=once))
+    # A request of its own, though of the same trace: the one that began it ends when it is told so.
+    begun, apart = current.get(), contextvars.copy_context()
+    apart.run(current.set, None)
+    headers = {"content-type": "application/json", "x-request-id": begun.id if begun else once}
+    if begun is not None and begun.sampled:
+        headers |= begun.context.headers
+    answer_to = post(app, PATH, json.dumps(asked).encode(), headers, heard=hear, once=once)
+    asking = asyncio.create_task(answer_to, context=apart)
     asking.add_done_callback(lambda _: heard.put_nowait(None))
     try:
         while (event := await heard.get()) is not None:

@@ -16,10 +16,13 @@ import openai
 import pytest
 
 from hycluster.auth.caller import Caller, calling
+from hycluster.observe import timelines
 from hycluster.responses.app import WithResponses
 from hycluster.responses.background import Background
 from hycluster.responses.store import ResponseStore
 from hycluster.settings.ingress import Batches, Http, Responses
+from hycluster.timeline import Timeline
+from hycluster.trace_context import TraceContext
 from tests.responses.stand_in import StandInApp
 from tests.waiting import PATIENCE_S, until
 
@@ -356,6 +359,25 @@ class TestInTheBackground:
         assert (await second.ask("b", previous_response_id=one.id)).output_text == "<a|<a>|b>"
         assert not second.store.open_ids()
         assert not list(second.store.folder.names("claims"))
+
+    async def test_its_time_is_told_apart(self, first: IngressInProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+        """By the same id and in the same trace: the request that began it ends long before."""
+        recorder = timelines.Recorder()
+        monkeypatch.setattr(timelines, "recorder", recorder)
+        ended: list[Timeline] = []
+        recorder.ended.append(ended.append)
+        recorder.samples = lambda _, parent: parent is not None
+        first.model.hold.clear()
+        with timelines.Carried("mine", "POST /v1/responses", TraceContext(5, 6, True)) as begun:
+            one = await first.ask("a", background=True)
+        assert ended == [begun]
+        first.model.hold.set()
+        await first.ended(one.id)
+        await until(lambda: len(ended) > 1)
+        answered = ended[1]
+        assert (answered.id, answered.trace_id, answered.parent) == ("mine", 5, begun.context)
+        assert begun.ended_s is not None
+        assert answered.began_s < begun.ended_s < (answered.ended_s or 0)
 
     @pytest.mark.parametrize("status", [400, 404, 429, 503])
     async def test_what_is_refused_is_refused_at_once(self, first: IngressInProcess, status: int) -> None:
