@@ -32,6 +32,10 @@ from hycluster.traffic import TrafficMeter
 # So many steps, or tokens' latencies, are counted at a time: most of what vLLM's logger does for a step is to add
 # nothing, and all of it is cold to the processor's caches when the next one comes.
 STEPS_AT_ONCE, LATENCIES_AT_ONCE = 1024, 4096
+# Of a step's statistics, what is not simply added up, or has been.
+TAKEN = frozenset(
+    {"iteration_timestamp", "inter_token_latencies_iter", "num_generation_tokens", "prompt_token_stats"}
+)  # fmt: skip
 
 
 class CountedPool(Protocol):
@@ -174,12 +178,6 @@ class _Uncounted:
         for name, value in vars(step).items():
             if name not in TAKEN:
                 whole[name] += value
-
-
-# Of a step's statistics, what is not simply added up, or has been.
-TAKEN = frozenset(
-    {"iteration_timestamp", "inter_token_latencies_iter", "num_generation_tokens", "prompt_token_stats"}
-)  # fmt: skip
 
 
 class _Counting:
