@@ -105,11 +105,16 @@ class Ingress:
 
     def __init__(self, number: int, model: Model) -> None:
         policy = make_policy("predicted_ttft", f"g{number}", number, session_slack_tokens=8192)
-        self.client = PoolClient(
-            model.name, policy, f"g{number}", wait_s=300, cold_start_wait_s=300, prefixes=Prefixes(), on_lost=self.lost
-        )
         self.audited = Audited()
-        self.client.prefixes = self.client._members._prefixes = self.audited
+        self.client = PoolClient(
+            model.name,
+            policy,
+            f"g{number}",
+            wait_s=300,
+            cold_start_wait_s=300,
+            prefixes=self.audited,
+            on_lost=self.lost,
+        )
         self._waiting: dict[str, asyncio.Queue[Any]] = {}
 
     async def lost(self, request_id: str, error: HyclusterError) -> None:
