@@ -22,6 +22,7 @@ from hycluster.batch.job import Job
 from hycluster.batch.output.commit import OutputFolder
 from hycluster.batch.output.verify import verify_output
 from hycluster.batch.task import open_task
+from hycluster.gateway import flight
 from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
 from hycluster.settings.pool import Replicas
@@ -138,6 +139,8 @@ def test_engines_killed_at_write_boundaries(
     engines: Engines, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "_generate", generate_here)
+    # Engines die here within milliseconds of each other: a row that three of them had is not what they died of.
+    monkeypatch.setattr(flight, "MOST_LOSSES", flight.MOST_MOVES)
     sampling = {"max_tokens": 4, "temperature": 0}
 
     def run_to(name: str) -> Any:
@@ -150,7 +153,9 @@ def test_engines_killed_at_write_boundaries(
     assert len({row["output"] for row in undisturbed[0]}) > 1000
     for name, names in (("write", DEADLY), ("create", DEADLY), ("writing", STREAMS)):
         monkeypatch.setattr(DiskFolder, name, engines.around(getattr(DiskFolder, name), names))
-    assert run_to("disturbed") == undisturbed
+    disturbed = run_to("disturbed")
+    assert [row for row in disturbed[1] if row not in undisturbed[1]] == []
+    assert disturbed == undisturbed
     # Two shards' part and quarantine, three records, the manifest and _SUCCESS.
     assert len(engines.killed_at) == 2 * (4 + 3 + 2)
     # Not all of them were idle.
