@@ -5,7 +5,8 @@ what was refused, failed or left since it began, for ``/metrics`` (``hycluster/o
 the hour each ingress process tells the directory, so that any of them, and ``hycluster status``, knows the sum: of one
 model that is some kilobytes.
 
-As vLLM counts: a request for several outputs is as many as these.
+As vLLM counts: a request for several outputs is as many as these. Rows of batch work have no caller who waits: they are
+counted apart, and no objective is about them.
 """
 
 from __future__ import annotations
@@ -97,14 +98,16 @@ class ModelTraffic:
     """What one ingress process has counted of one model.
 
     Attributes:
-        minutes: by minutes since the epoch.
+        minutes: by minutes since the epoch, of online requests.
+        batch_minutes: the same of batch work.
     """
 
     minutes: dict[int, Minute] = field(default_factory=dict)
+    batch_minutes: dict[int, Minute] = field(default_factory=dict)
 
 
 class TrafficMeter:
-    """Counts one model's requests at one ingress process.
+    """Counts one model's online requests, or its batch work, at one ingress process.
 
     Args:
         clock: seconds since the epoch.
@@ -164,16 +167,37 @@ class TrafficMeter:
             number = class_of(tpot_s)
             minute.tpot[number] = minute.tpot.get(number, 0) + 1
 
+    @property
+    def last_hour(self) -> dict[int, Minute]:
+        """By minutes since the epoch."""
+        oldest = int(self._clock() // 60) - KEEP_MINUTES
+        return {at: kept for at, kept in self._minutes.items() if at > oldest}
+
+
+class GatewayTraffic:
+    """Both meters of one model at one ingress process.
+
+    Args:
+        clock: seconds since the epoch.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self.online, self.batch = TrafficMeter(clock), TrafficMeter(clock)
+
+    def of(self, *, bulk: bool) -> TrafficMeter:
+        """The one that a request is counted by."""
+        return self.batch if bulk else self.online
+
     def report(self) -> ModelTraffic:
         """The last hour."""
-        oldest = int(self._clock() // 60) - KEEP_MINUTES
-        return ModelTraffic({at: kept for at, kept in self._minutes.items() if at > oldest})
+        return ModelTraffic(self.online.last_hour, self.batch.last_hour)
 
 
 def together(reports: Iterable[ModelTraffic]) -> ModelTraffic:
     """What all ingress processes have counted."""
-    minutes: dict[int, Minute] = {}
+    whole = ModelTraffic()
     for report in reports:
-        for at, minute in report.minutes.items():
-            minutes.setdefault(at, Minute()).add(minute)
-    return ModelTraffic(minutes)
+        for mine, theirs in ((whole.minutes, report.minutes), (whole.batch_minutes, report.batch_minutes)):
+            for at, minute in theirs.items():
+                mine.setdefault(at, Minute()).add(minute)
+    return whole

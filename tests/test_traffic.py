@@ -33,12 +33,12 @@ def test_an_hour_is_kept_and_no_more() -> None:
     meter.answer(10, 4, 3, 0.02)
     clock.now_s += 60 * (KEEP_MINUTES - 1)
     meter.answer(20, 0, 1, 0.0)
-    assert [minute.answered for minute in meter.report().minutes.values()] == [1, 1]
+    assert [minute.answered for minute in meter.last_hour.values()] == [1, 1]
     clock.now_s += 60
     # Nothing new is needed for the old to go.
-    assert [minute.prompt_tokens for minute in meter.report().minutes.values()] == [20]
+    assert [minute.prompt_tokens for minute in meter.last_hour.values()] == [20]
     meter.refuse("overloaded")
-    assert len(meter.report().minutes) == 2
+    assert len(meter.last_hour) == 2
 
 
 def test_both_views_are_of_one_count() -> None:
@@ -52,7 +52,7 @@ def test_both_views_are_of_one_count() -> None:
     meter.refuse("unavailable")
     meter.fail("RequestFailed")
     # What the page shows is of the last hour, what is scraped only grows.
-    (last,) = meter.report().minutes.values()
+    (last,) = meter.last_hour.values()
     assert last == Minute(failed=1, shed=1, unavailable=1)
     assert meter.refused == {"overloaded": 2, "unavailable": 1}
     assert meter.failed == {"ReplicaLost": 1, "RequestFailed": 1}
@@ -63,20 +63,22 @@ def test_one_token_has_no_time_for_each_further_one() -> None:
     meter = TrafficMeter(Clock())
     meter.answer(1, 0, 1, 0.0)
     meter.first_token(0.2)
-    (minute,) = meter.report().minutes.values()
+    (minute,) = meter.last_hour.values()
     assert (minute.tpot, minute.ttft) == ({}, {class_of(0.2): 1})
 
 
 def test_all_ingress_processes_together() -> None:
-    one = ModelTraffic({1: Minute(answered=2, failed=1, ttft={3: 2})})
+    one = ModelTraffic({1: Minute(answered=2, failed=1, ttft={3: 2})}, {1: Minute(answered=9)})
     two = ModelTraffic(
         {1: Minute(answered=3, shed=4, unavailable=2, ttft={3: 1, 5: 2}), 2: Minute(cancelled=1)},
+        {1: Minute(answered=4), 3: Minute(failed=1)},
     )
     both = together([one, two])
     assert both.minutes == {
         1: Minute(answered=5, failed=1, shed=4, unavailable=2, ttft={3: 3, 5: 2}),
         2: Minute(cancelled=1),
     }
+    assert both.batch_minutes == {1: Minute(answered=13), 3: Minute(failed=1)}
     # What was put together is what each said, unchanged.
     assert one.minutes[1].answered == 2
     assert (both.minutes[1].owed, both.minutes[1].asked) == (8, 12)

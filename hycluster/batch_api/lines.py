@@ -29,6 +29,7 @@ from hycluster.batch_api.requests import BODY
 from hycluster.core import Priority
 from hycluster.errors import HyclusterError, InvalidInput, KillsReplicas, Overloaded, Unavailable
 from hycluster.gateway.bulk import BulkLane
+from hycluster.gateway.tiers import for_batch
 from hycluster.ingress.errors import KIND_HEADER, SHOULD_RETRY, error_body
 from hycluster.ingress.in_process import InProcessAnswer, post
 from hycluster.ledger.account import not_in_ledger
@@ -198,7 +199,7 @@ class LinesTask:
         # Only now: those that wait for one model's engines must not stand in the way of another's.
         headers = HEADERS | {"X-Request-Id": request_hash(request_id)}
         # Whose it is says also which adapter a name stands for.
-        with calling(self._caller), not_in_ledger() as account:
+        with calling(self._caller), not_in_ledger() as account, for_batch():
             async with self._lane(body.get("model")) or contextlib.nullcontext(), self._in_flight:
                 response = await post(self._engines.app, self._batch.endpoint, json.dumps(body).encode(), headers)
         try:

@@ -43,6 +43,7 @@ class Flight:
         taken: this replica's engine is known to have had it.
         track: what is told of it afterwards.
         prefix: its beginning, where it is known what replicas have in their KV caches.
+        bulk: it has to make room for others.
     """
 
     request: EngineCoreRequest
@@ -59,6 +60,11 @@ class Flight:
     taken: bool = False
     track: Track | None = None
     prefix: Prefix | None = None
+    bulk: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Asked for at each of its outputs.
+        self.bulk = self.request.priority >= Priority.BATCH
 
     @property
     def request_id(self) -> str:
@@ -73,11 +79,6 @@ class Flight:
     def output_tokens(self) -> int:
         """That it has so far; without ``keep``, of this replica."""
         return len(self.output) if self.keep else self.made
-
-    @property
-    def bulk(self) -> bool:
-        """It has to make room for others."""
-        return self.request.priority >= Priority.BATCH
 
     @property
     def prompt_tokens(self) -> int:

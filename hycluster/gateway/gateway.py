@@ -19,7 +19,7 @@ import time
 from collections.abc import Container, Iterable
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import ray
 from ray.actor import ActorHandle
@@ -33,6 +33,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from hycluster.auth.caller import Caller, current_caller
+from hycluster.core import Priority
 from hycluster.directory.directory import FORGET_AFTER_S, REPORT_EVERY_S, Demand, PoolView
 from hycluster.errors import HyclusterError, InvalidInput, Overloaded, Unauthenticated, Unavailable
 from hycluster.gateway.adapters import PoolAdapters
@@ -49,7 +50,7 @@ from hycluster.gateway.pool import PoolClient
 from hycluster.gateway.pool_errors import LOST, PoolInvalidInput, PoolOverloaded, PoolUnavailable
 from hycluster.gateway.prefixes import Prefixes
 from hycluster.gateway.router import BY_BLOCKS, make_policy
-from hycluster.gateway.tiers import placed
+from hycluster.gateway.tiers import is_bulk_now, placed
 from hycluster.ledger.account import account_now
 from hycluster.observe.colocation import colocation_metrics
 from hycluster.observe.experts import expert_metrics
@@ -63,7 +64,7 @@ from hycluster.replica.sparing_log import SparingLog
 from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
 from hycluster.timeline import current
-from hycluster.traffic import TrafficMeter
+from hycluster.traffic import GatewayTraffic, TrafficMeter
 
 logger = logging.getLogger(__name__)
 
@@ -157,8 +158,9 @@ class Gateway(MeteredLLM):
         )
         self.adapters = PoolAdapters(model, self.engine_core, takes=config.lora_config is not None, say=self._say_now)
         self.lora_requests = self.adapters.requests
-        self.traffic = TrafficMeter()
+        self.traffic = GatewayTraffic()
         self._callers: WeakKeyDictionary[RequestOutputCollector, Caller] = WeakKeyDictionary()
+        self._bulk: WeakSet[RequestOutputCollector] = WeakSet()
         self.logger_manager = None
         if metrics:
             # Where it is asked for, it is all that ``AsyncLLM`` calls of its own.
@@ -183,28 +185,31 @@ class Gateway(MeteredLLM):
 
     # -- admission and health -----------------------------------------------------------------------
 
-    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+    def check_admission(self, n: int = 1, request_id: str | None = None, *, bulk: bool | None = None) -> None:
         """Refuse a request before any work is done for it.
+
+        Args:
+            bulk: it is counted as batch work; None: as far as can be told now.
 
         Raises:
             PoolOverloaded: a bound of the settings' ``admission`` is reached.
             PoolUnavailable: no replica can serve, and the request is not to wait for one.
             PoolInvalidInput: more sequences than are ever admitted.
         """
-        pool = self.engine_core
+        pool, traffic = self.engine_core, self.traffic.of(bulk=is_bulk_now() if bulk is None else bulk)
         if not pool.able and self.cold_start.wait_s is None:
-            self.traffic.refuse("unavailable")
+            traffic.refuse("unavailable")
             raise self.refusal()
         try:
             self._gate.check(
                 n,
                 # Jobs' rows have bounds of their own, and must not shut out who waits for an answer.
                 in_flight=max(0, pool.requests_in_flight - self.bulk.held),
-                outstanding_tokens=pool.outstanding_tokens,
+                outstanding_tokens=pool.online_outstanding_tokens if self.bulk.held else pool.outstanding_tokens,
                 worked_off_tokens=pool.worked_off_tokens,
             )
         except Overloaded as shed:
-            self.traffic.refuse("overloaded")
+            traffic.refuse("overloaded")
             raise PoolOverloaded(shed.message, shed.retry_after_s) from None
         except InvalidInput as error:
             raise PoolInvalidInput(error.message) from None
@@ -228,27 +233,30 @@ class Gateway(MeteredLLM):
             check_id("session_id", named.get("session_id"))
             check_priority(named.get("priority", 0))
             named["priority"] = placed(named.get("priority", 0))
+            bulk = named["priority"] >= Priority.BATCH
             if isinstance(params, SamplingParams):
                 check_sampling(params.extra_args or {}, params.bad_words or ())
-                await self._check_outputs(params)
+                await self._check_outputs(params, self.traffic.of(bulk=bulk))
             collector = await super().add_request(request_id, prompt, params, *rest, **named)
         except InvalidInput as error:
             raise PoolInvalidInput(error.message) from None
         if (caller := current_caller.get()) is not None:
             self._callers[collector] = caller
+        if bulk:
+            self._bulk.add(collector)
         capture(prompt, collector, self.renderer.tokenizer)
         return collector
 
-    async def _check_outputs(self, params: SamplingParams) -> None:
+    async def _check_outputs(self, params: SamplingParams, traffic: TrafficMeter) -> None:
         if params.structured_outputs is None:
             return
         try:
             await self.grammars.check(params.structured_outputs, partial(self._validate_outputs, params))
         except Overloaded as shed:
-            self.traffic.refuse("overloaded")
+            traffic.refuse("overloaded")
             raise PoolOverloaded(shed.message, shed.retry_after_s) from None
         except Unavailable as error:
-            self.traffic.refuse("unavailable")
+            traffic.refuse("unavailable")
             raise PoolUnavailable(error.message) from None
 
     def _validate_outputs(self, params: SamplingParams) -> None:
@@ -314,10 +322,11 @@ class Gateway(MeteredLLM):
     async def _request_lost(self, request_id: str, error: HyclusterError) -> None:
         state = self.output_processor.request_states.get(request_id)
         if state is not None and state.queue is not None:
+            traffic = self.traffic.of(bulk=state.queue in self._bulk)
             if isinstance(error, Unauthenticated):
-                self.traffic.cancel()
+                traffic.cancel()
             elif not isinstance(error, InvalidInput):
-                self.traffic.fail(type(error).__name__)
+                traffic.fail(type(error).__name__)
             lost = LOST[type(error)](error.message)
             lost.retry_after_s = error.retry_after_s or lost.retry_after_s
             state.queue.put(lost)
@@ -329,7 +338,9 @@ class Gateway(MeteredLLM):
         """Drop requests whose caller has left. Those that were lost, or have their answer, are not here any more."""
         asked = (request_id,) if isinstance(request_id, str) else tuple(request_id)
         left = self.output_processor.abort_requests(asked, internal)
-        self.traffic.cancel(len(left))
+        bulk = self.engine_core.count_bulk(left)
+        self.traffic.online.cancel(len(left) - bulk)
+        self.traffic.batch.cancel(bulk)
         await self.engine_core.abort_requests_async(left)
 
     async def end_requests(self, error: HyclusterError, of: Container[Caller] | None = None) -> None:
@@ -350,7 +361,7 @@ class Gateway(MeteredLLM):
         except Unavailable:
             # The last replica has gone since this request was admitted.
             self.output_processor.abort_requests([request.request_id], internal=True)
-            self.traffic.refuse("unavailable")
+            self.traffic.of(bulk=request.priority >= Priority.BATCH).refuse("unavailable")
             raise self.refusal() from None
         except InvalidInput:
             self.output_processor.abort_requests([request.request_id], internal=True)

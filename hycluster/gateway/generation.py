@@ -243,7 +243,7 @@ class Generator:
                 async with asyncio.timeout_at(deadline):
                     reservation = await stack.enter_async_context(limited(self.limiter, gateway, request))
             # From here on it is in the ledger; who is over a limit is not.
-            gateway.check_admission(request.sampling.n)
+            gateway.check_admission(request.sampling.n, bulk=request.priority >= Priority.BATCH)
             outputs = self._admitted(gateway, lora_request, request, kind, deadline, reservation)
             async with contextlib.aclosing(outputs):
                 async for output in outputs:

@@ -208,10 +208,17 @@ class Link:
         if outputs.utility_output is not None:
             self._answer(outputs.utility_output)
             return
-        outputs.outputs = self._book(outputs)
-        outputs.engine_index = self.known.number
+        outputs.outputs, bulk = self._book(outputs)
+        outputs.engine_index = self.known.source(bulk=False)
         if outputs.outputs or outputs.scheduler_stats is not None:
             self._arrived.put_nowait(outputs)
+        if bulk:
+            # As if they were another engine's, so that they are counted apart.
+            apart = EngineCoreOutputs(
+                engine_index=self.known.source(bulk=True), outputs=bulk, timestamp=outputs.timestamp,
+                weight_version=outputs.weight_version,
+            )  # fmt: skip
+            self._arrived.put_nowait(apart)
 
     def _hear_blocks(self, prefixes: Prefixes, frames: list[zmq.Frame]) -> None:
         """Take away what a message says of KV blocks; before its outputs are told, as they may be asked for at once."""
@@ -220,10 +227,12 @@ class Link:
             if not self._gone:
                 prefixes.hear(self.replica_id, self.info, frame)
 
-    def _book(self, outputs: EngineCoreOutputs) -> list[EngineCoreOutput]:
-        """Those of a step's outputs that somebody waits for, under the ids that their callers gave them."""
+    def _book(self, outputs: EngineCoreOutputs) -> tuple[list[EngineCoreOutput], list[EngineCoreOutput]]:
+        """Those of a step's outputs that somebody waits for, under the ids that their callers gave them: of online
+        requests, and of batch work."""
         flights, failover = self.flights, self._failover
-        spent, heard = 0, []
+        spent = 0
+        online, bulk = list[EngineCoreOutput](), list[EngineCoreOutput]()
         for output in outputs.outputs:
             flight = flights.get(output.request_id)
             if flight is None:
@@ -241,7 +250,7 @@ class Link:
                 failover.refused(flight, InvalidInput(output.stop_reason))
                 continue
             output.request_id = flight.request_id
-            heard.append(output)
+            (bulk if flight.bulk else online).append(output)
             if flight.track is not None and (output.events or output.finish_reason is not None or not flight.begun):
                 self._note_on(flight.track, flight, output, outputs.timestamp)
             if self._prefixes is not None and flight.prefix is not None and not flight.begun:
@@ -259,7 +268,7 @@ class Link:
         if spent:
             self.progress_s = self.heard_s
         self._work_off(spent)
-        return heard
+        return online, bulk
 
     def _note_on(self, track: Track, flight: Flight, output: EngineCoreOutput, engine_s: float) -> None:
         track.heard(engine_s, self.heard_s, output.events)

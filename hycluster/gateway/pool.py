@@ -184,6 +184,20 @@ class PoolClient(ControlCalls):
         return tokens
 
     @property
+    def online_outstanding_tokens(self) -> int:
+        """The same without batch work's."""
+        return sum(
+            flight.tokens_left if flight.replica_id else flight.tokens_to_compute
+            for flight in self._failover.flights.values()
+            if not flight.bulk
+        )
+
+    def count_bulk(self, request_ids: Iterable[str]) -> int:
+        """How many of these, of which all are here, are batch work."""
+        flights = self._failover.flights
+        return sum(request_id in flights and flights[request_id].bulk for request_id in request_ids)
+
+    @property
     def worked_off_tokens(self) -> int:
         """How much less is outstanding for what replicas did, or because requests ended; only grows."""
         return self._members.worked_off_tokens

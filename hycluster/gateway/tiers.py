@@ -23,6 +23,7 @@ ASKED = ("auto", *get_args(ServiceTier), "scale")
 FIRST = int(Priority.ONLINE) - 1
 
 _current: ContextVar[ServiceTier] = ContextVar("current_tier", default="default")
+_for_batch: ContextVar[bool] = ContextVar("for_batch", default=False)
 
 
 def tier_for(asked: Any) -> ServiceTier:
@@ -47,6 +48,21 @@ def served_as(tier: ServiceTier) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+@contextmanager
+def for_batch() -> Iterator[None]:
+    """What is asked of models within is a batch's, whatever tier its lines ask for."""
+    token = _for_batch.set(True)
+    try:
+        yield
+    finally:
+        _for_batch.reset(token)
+
+
+def is_bulk_now() -> bool:
+    """What is asked of models now goes behind all online requests, as far as can be told before its priority is."""
+    return _for_batch.get() or _current.get() == "flex"
 
 
 def placed(priority: int) -> int:

@@ -45,7 +45,11 @@ BURN_RATES: dict[str, tuple[float, str, str, Literal["page", "ticket"]]] = {
     "Slow": (6.0, "6h", "30m", "page"),
     "Slowly": (1.0, "3d", "6h", "ticket"),
 }
-REFUSED_UNAVAILABLE = 'hycluster_requests_refused_total{reason="unavailable"}'
+# Nobody waits for rows of batch work, which are asked again.
+ONLINE = 'priority="online"'
+FAILED = f"hycluster_requests_failed_total{{{ONLINE}}}"
+REFUSED_UNAVAILABLE = f'hycluster_requests_refused_total{{reason="unavailable",{ONLINE}}}'
+SHED = f'hycluster_requests_refused_total{{reason="overloaded",{ONLINE}}}'
 UNANSWERED, LATE = "hycluster:unanswered:ratio_rate", "hycluster:first_token_late:ratio_rate"
 
 
@@ -59,14 +63,14 @@ def recordings(objectives: Objectives) -> Iterator[dict[str, str]]:
             return f"sum by ({BY}) (rate({counter}[{window}]))"
 
         # A model that no replica was ever there for has no series of vLLM's.
-        none = f"0 * {events('hycluster_requests_failed_total')}"
+        none = f"0 * {events(FAILED)}"
         # Those that an engine's error ended are among the failed ones.
-        answers = events('vllm:request_success_total{finished_reason!="error"}')
-        yield {"record": bad, "expr": f"{events('hycluster_requests_failed_total')} + {events(REFUSED_UNAVAILABLE)}"}
+        answers = events(f'vllm:request_success_total{{finished_reason!="error",{ONLINE}}}')
+        yield {"record": bad, "expr": f"{events(FAILED)} + {events(REFUSED_UNAVAILABLE)}"}
         yield {"record": good, "expr": f"{answers} or {none}"}
         yield {"record": f"{UNANSWERED}{window}", "expr": f"{bad} / ({bad} + {good})"}
-        late = f'{first}_bucket{{le="{_bound(objectives)}"}}'
-        yield {"record": f"{LATE}{window}", "expr": f"1 - {events(late)} / {events(f'{first}_count')}"}
+        late = f'{first}_bucket{{le="{_bound(objectives)}",{ONLINE}}}'
+        yield {"record": f"{LATE}{window}", "expr": f"1 - {events(late)} / {events(f'{first}_count{{{ONLINE}}}')}"}
 
 
 def _bound(objectives: Objectives) -> str:
@@ -158,9 +162,8 @@ def alerts(objectives: Objectives) -> list[Alert]:
         ),
         Alert(
             "HyclusterShedding",
-            f'sum by ({BY}) (rate(hycluster_requests_refused_total{{reason="overloaded"}}[10m]))'
-            f' > 0.05 * (sum by ({BY}) (rate(hycluster_requests_refused_total{{reason="overloaded"}}[10m]))'
-            f" + sum by ({BY}) (rate(vllm:request_success_total[10m])))",
+            f"sum by ({BY}) (rate({SHED}[10m])) > 0.05 * (sum by ({BY}) (rate({SHED}[10m]))"
+            f" + sum by ({BY}) (rate(vllm:request_success_total{{{ONLINE}}}[10m])))",
             "10m",
             "ticket",
             "More than 5% of the requests to {{ $labels.model }} are refused for overload (429).",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 RATE = "[$__rate_interval]"
 OF_MODEL = '{model=~"$model"}'
+ONLINE, BATCH_WORK = 'priority="online"', 'priority="batch"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +64,9 @@ def of_projects(what: str, by: str = "tenant, project", labels: str = "") -> str
     return f"sum by ({by}) (rate(hycluster_project_{what}_total{chosen}{RATE}))"
 
 
-def quantile_of(share: float, histogram: str, by: str = "model") -> str:
-    """Of all that a histogram observed lately."""
-    return f"histogram_quantile({share}, sum by ({by}, le) (rate({histogram}_bucket{OF_MODEL}{RATE})))"
+def quantile_of(share: float, histogram: str) -> str:
+    """Of all that a histogram observed lately of online requests: nobody waits for rows of batch work."""
+    return f"histogram_quantile({share}, {rate(f'{histogram}_bucket', 'model, le', ONLINE)})"
 
 
 def latest(metric: str, by: str = "model") -> str:
@@ -95,16 +96,20 @@ SERVING = DashboardSpec(
     "What callers ask and get.",
     (
         PanelSpec(
-            "Requests by end", "Sequences that engines have finished, by why.", "reqps",
-            (Query(rate("vllm:request_success_total", "model, finished_reason"), "{{model}} {{finished_reason}}"),),
+            "Requests by end", "Sequences of online requests that engines have finished, by why.", "reqps",
+            (Query(rate("vllm:request_success_total", "model, finished_reason", ONLINE),
+                   "{{model}} {{finished_reason}}"),),
         ),
         PanelSpec(
-            "Refused, failed, left", "Refused before any work was done, lost on the way, or left by their callers.",
+            "Refused, failed, left",
+            "Online requests: refused before any work was done, lost on the way, or left by their callers.",
             "reqps",
             (
-                Query(rate("hycluster_requests_refused_total", "model, reason"), "{{model}} refused: {{reason}}"),
-                Query(rate("hycluster_requests_failed_total", "model, reason"), "{{model}} failed: {{reason}}"),
-                Query(rate("hycluster_requests_cancelled_total"), "{{model}} left"),
+                Query(
+                    rate("hycluster_requests_refused_total", "model, reason", ONLINE), "{{model}} refused: {{reason}}"
+                ),
+                Query(rate("hycluster_requests_failed_total", "model, reason", ONLINE), "{{model}} failed: {{reason}}"),
+                Query(rate("hycluster_requests_cancelled_total", labels=ONLINE), "{{model}} left"),
             ),
         ),
         PanelSpec(
@@ -117,20 +122,21 @@ SERVING = DashboardSpec(
                    "{{grpc_method}} {{grpc_code}}"),),
         ),
         PanelSpec(
-            "Time to first token", "From a request's arrival to its first token.", "s",
+            "Time to first token", "From an online request's arrival to its first token.", "s",
             _quantiles("vllm:time_to_first_token_seconds"),
         ),
         PanelSpec(
-            "Time between tokens", "Of streams that run.", "s", _quantiles("vllm:inter_token_latency_seconds"),
+            "Time between tokens", "Of online requests that run.", "s", _quantiles("vllm:inter_token_latency_seconds"),
         ),
         PanelSpec(
-            "Whole requests", "From arrival to the last token.", "s", _quantiles("vllm:e2e_request_latency_seconds"),
+            "Whole requests", "Online ones, from arrival to the last token.", "s",
+            _quantiles("vllm:e2e_request_latency_seconds"),
         ),
         PanelSpec(
-            "Tokens", "Prompts that came in, and output.", "tokens/s",
+            "Tokens", "Prompts that came in, and output, for whom.", "tokens/s",
             (
-                Query(rate("vllm:prompt_tokens_total"), "{{model}} prompt"),
-                Query(rate("vllm:generation_tokens_total"), "{{model}} output"),
+                Query(rate("vllm:prompt_tokens_total", "model, priority"), "{{model}} prompt, {{priority}}"),
+                Query(rate("vllm:generation_tokens_total", "model, priority"), "{{model}} output, {{priority}}"),
             ),
         ),
         PanelSpec(
@@ -145,7 +151,7 @@ SERVING = DashboardSpec(
             (Query("clamp_min(min(hycluster_certificate_expires_timestamp_seconds) - time(), 0)", "certificate"),),
         ),
         PanelSpec(
-            "Prompt lengths", "Of requests that have ended.", "short", _quantiles("vllm:request_prompt_tokens"),
+            "Prompt lengths", "Of online requests that have ended.", "short", _quantiles("vllm:request_prompt_tokens"),
         ),
     ),
 )  # fmt: skip
@@ -322,7 +328,22 @@ BATCH = DashboardSpec(
         ),
         PanelSpec(
             "Batch tokens", "Computed for batch work.", "tokens/s",
-            (Query(rate("hycluster_engine_tokens_total", labels='priority="batch"')),),
+            (Query(rate("hycluster_engine_tokens_total", labels=BATCH_WORK)),),
+        ),
+        PanelSpec(
+            "Rows refused, failed, left",
+            "Refused rows come back by themselves; of those that failed the job or batch says what becomes of them.",
+            "reqps",
+            (
+                Query(
+                    rate("hycluster_requests_refused_total", "model, reason", BATCH_WORK),
+                    "{{model}} refused: {{reason}}",
+                ),
+                Query(
+                    rate("hycluster_requests_failed_total", "model, reason", BATCH_WORK), "{{model}} failed: {{reason}}"
+                ),
+                Query(rate("hycluster_requests_cancelled_total", labels=BATCH_WORK), "{{model}} left"),
+            ),
         ),
         PanelSpec(
             "Waits for online work", "Rows that are parked, over the pool.", "short",

@@ -133,19 +133,19 @@ REFUSED = _family(
     "counter", "hycluster_requests_refused_total",
     "Requests that no engine was given: `overloaded` (429, by a bound of `admission`), `unavailable` (503, no"
     " replica).",
-    ("model", "reason", "ingress"),
+    ("model", "reason", "priority", "ingress"),
 )  # fmt: skip
 FAILED = _family(
     "counter", "hycluster_requests_failed_total",
     "Requests that ended without an answer after they were taken: `ReplicaLost` (no place on another one in time),"
     " `KillsReplicas` (three replicas died of it), `RequestFailed` (an engine's error), `Unavailable` (the shutdown, a"
     " wait in vain).",
-    ("model", "reason", "ingress"),
+    ("model", "reason", "priority", "ingress"),
 )  # fmt: skip
 CANCELLED = _family(
     "counter", "hycluster_requests_cancelled_total",
     "Requests whose caller left, or whose deadline passed, before the answer was whole.",
-    AT_INGRESS,
+    ("model", "priority", "ingress"),
 )  # fmt: skip
 LIMITED = _family(
     "counter", "hycluster_limits_refused_total",

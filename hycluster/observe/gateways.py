@@ -27,7 +27,7 @@ from hycluster.observe.catalogue import (
 )
 from hycluster.observe.watched import Watching
 from hycluster.pool_health import PoolHealth
-from hycluster.traffic import Refusal, TrafficMeter
+from hycluster.traffic import GatewayTraffic, Refusal
 
 # Series that would begin with their first event are there from the start: a query over nothing says nothing.
 REFUSALS: tuple[str, ...] = get_args(Refusal)
@@ -48,6 +48,10 @@ class KnownReplica:
     replica_id: str
     routed: int = 0
     gone: bool = False
+
+    def source(self, *, bulk: bool) -> int:
+        """By what its outputs are told apart where they are counted, those of batch work from others."""
+        return 2 * self.number + bulk
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +97,7 @@ class WatchedGateway(Protocol):
         traffic: what became of its requests.
     """
 
-    traffic: TrafficMeter
+    traffic: GatewayTraffic
 
     @property
     def engine_core(self) -> WatchedPool: ...
@@ -112,11 +116,14 @@ class GatewayMetrics(Watching[WatchedGateway]):
         in_flight, outstanding = IN_FLIGHT.gauge(), OUTSTANDING.gauge()
         ready, wanted, failed_starts = READY.gauge(), WANTED.gauge(), FAILED_STARTS.gauge()
         for model, gateway in self.sources:
-            pool, traffic = gateway.engine_core, gateway.traffic
-            for counts, family, reasons in ((traffic.refused, refused, REFUSALS), (traffic.failed, failed, FAILURES)):
-                for reason in {*reasons, *counts}:
-                    family.add_metric([model, reason, INGRESS], counts[reason])
-            cancelled.add_metric([model, INGRESS], traffic.cancelled)
+            pool = gateway.engine_core
+            for priority, traffic in (("online", gateway.traffic.online), ("batch", gateway.traffic.batch)):
+                for counts, family, reasons in (
+                    (traffic.refused, refused, REFUSALS), (traffic.failed, failed, FAILURES)
+                ):  # fmt: skip
+                    for reason in {*reasons, *counts}:
+                        family.add_metric([model, reason, priority, INGRESS], counts[reason])
+                cancelled.add_metric([model, priority, INGRESS], traffic.cancelled)
             lost.add_metric([model, INGRESS], pool.replicas_lost)
             connected.add_metric([model, INGRESS], len(pool.books))
             for known in pool.known:

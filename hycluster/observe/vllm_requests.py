@@ -3,7 +3,8 @@ and to the count of what callers got (``hycluster/traffic.py``).
 
 What the front end counts is recorded here, by a logger of vLLM's for each replica, as vLLM has one for each engine;
 what schedulers count comes with the replicas' reports (``hycluster/engine/vllm_metrics.py``). Names and labels are
-vLLM's; ``engine`` is 0 as of one engine by itself, and ``replica`` tells them apart.
+vLLM's; ``engine`` is 0 as of one engine by itself, and ``replica`` tells them apart. So does ``priority`` online requests
+and batch work, in two loggers: nobody waits for the first token of a row, which may wait for hours.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from hycluster.errors import RequestFailed
 from hycluster.observe.catalogue import INGRESS
 from hycluster.observe.gateways import KnownReplica
 from hycluster.observe.watched import Watching
-from hycluster.traffic import TrafficMeter
+from hycluster.traffic import GatewayTraffic, TrafficMeter
 
 # So many steps, or tokens' latencies, are counted at a time: most of what vLLM's logger does for a step is to add
 # nothing, and all of it is cold to the processor's caches when the next one comes.
@@ -60,11 +61,12 @@ class ModelStats:
     """One model's; stands where ``AsyncLLM`` expects its ``StatLoggerManager``.
 
     Args:
-        pool: numbers its replicas; an output carries the number of the one that it is from.
+        pool: numbers its replicas; an output carries which one it is from, and whether it is of batch work
+            (:meth:`KnownReplica.source`).
         traffic: is told how requests end.
     """
 
-    def __init__(self, config: VllmConfig, pool: CountedPool, traffic: TrafficMeter) -> None:
+    def __init__(self, config: VllmConfig, pool: CountedPool, traffic: GatewayTraffic) -> None:
         self._config = config
         self._pool = pool
         self._traffic = traffic
@@ -89,7 +91,7 @@ class ModelStats:
         steps.take(iteration_stats)
         if not _only_decodes(iteration_stats):
             steps.take_rest(iteration_stats)
-            _tell(self._traffic, iteration_stats)
+            _tell(self._traffic.of(bulk=bool(engine_idx % 2)), iteration_stats)
         if len(steps.tokens) >= STEPS_AT_ONCE or len(steps.latencies_s) >= LATENCIES_AT_ONCE:
             self._count(engine_idx)
 
@@ -116,7 +118,11 @@ class ModelStats:
 
     def families(self, model: str) -> Iterable[Metric]:
         """All there is to be shown here."""
-        known = {replica.number: replica.replica_id for replica in self._pool.known}
+        known = {
+            replica.source(bulk=bulk): {"replica": replica.replica_id, "priority": "batch" if bulk else "online"}
+            for replica in self._pool.known
+            for bulk in (False, True)
+        }
         for number in list(self._uncounted):
             self._count(number)
         for number in self._by_replica.keys() - known.keys():
@@ -131,8 +137,11 @@ class ModelStats:
                 found[name] = Metric(name, what, kind)
             found[name].samples.append(Sample(sample.name, sample.labels | labels, sample.value, None, sample.exemplar))
 
-        for number, replica_id in known.items():
-            labels = {"model": model, "replica": replica_id, "ingress": INGRESS}
+        for number, whose in known.items():
+            if number % 2 and number not in self._by_replica:
+                # Some hundred series, which few services need.
+                continue
+            labels = {"model": model, **whose, "ingress": INGRESS}
             for collector in self._of(number).families:
                 for family in collector.collect():
                     if family.name in FRONT_END:

@@ -105,7 +105,9 @@ class _Pages:
             "pools",
             state,
             requests=bars([(each.answered, each.unanswered) for each in minutes], [each.at for each in minutes]),
-            tokens=bars([(each.output_tokens, 0) for each in minutes], [each.at for each in minutes]),
+            tokens=bars(
+                [(each.output_tokens + each.batch_output_tokens, 0) for each in minutes], [each.at for each in minutes]
+            ),
             waits=line([each.ttft_p95_s for each in minutes]),
         )
 

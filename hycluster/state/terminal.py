@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hycluster.state.cluster_state import ClusterState, PoolState
-from hycluster.state.traffic_state import TrafficState
+from hycluster.state.traffic_state import BatchTraffic, TrafficState
 from hycluster.state.words import clock, count, left_of, load_of, percent, progress_of, replicas_of, span
 from hycluster.terminal import printable
 
@@ -94,9 +94,23 @@ def _colour(traffic: TrafficState) -> str:
 
 def _traffic(traffic: TrafficState) -> Iterator[RenderableType]:
     yield Text()
-    if not traffic.asked:
-        yield Text("last hour: no requests", "dim")
-        return
+    if traffic.asked:
+        yield from _online(traffic)
+    else:
+        yield Text(f"last hour: no{' online' * bool(traffic.batch.asked)} requests", "dim")
+    if traffic.batch.asked:
+        yield Text(_batch_rows(traffic.batch))
+
+
+def _batch_rows(batch: BatchTraffic) -> str:
+    return (
+        f"batch rows  {count(batch.answered)} answered, {count(batch.failed)} failed,"
+        f" {count(batch.deferred)} told to come back, {count(batch.cancelled)} left,"
+        f" {count(batch.output_tokens)} tokens out"
+    )
+
+
+def _online(traffic: TrafficState) -> Iterator[RenderableType]:
     yield Text.assemble(
         ("last hour  ", "bold"),
         f"{count(traffic.asked)} requests, ",

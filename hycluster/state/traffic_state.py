@@ -22,6 +22,7 @@ class MinuteState:
 
     Attributes:
         at: its begin, in seconds since the epoch.
+        batch_output_tokens: of batch work; all else is of online requests.
         ttft_p95_s: null if there was no first token.
     """
 
@@ -31,6 +32,7 @@ class MinuteState:
     shed: int
     unavailable: int
     output_tokens: int
+    batch_output_tokens: int
     ttft_p95_s: float | None
 
     @property
@@ -40,8 +42,31 @@ class MinuteState:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchTraffic:
+    """Batch work that came through ingress processes: lines of batches, rows of jobs that share the pool.
+
+    Attributes:
+        answered: rows that have their whole answer.
+        failed: that were taken, and ended without one.
+        deferred: that were told to come back: for overload, or because no replica could serve.
+    """
+
+    answered: int
+    failed: int
+    deferred: int
+    cancelled: int
+    prompt_tokens: int
+    output_tokens: int
+
+    @property
+    def asked(self) -> int:
+        """All that came to an end, whichever."""
+        return self.answered + self.failed + self.deferred + self.cancelled
+
+
+@dataclass(frozen=True, slots=True)
 class TrafficState:
-    """An hour.
+    """An hour of online requests, and beside them of batch work.
 
     Attributes:
         objective: share of requests that are to be answered.
@@ -54,6 +79,7 @@ class TrafficState:
         cached_share: share of the prompts' tokens that a KV cache had.
         ttft_s, tpot_s: time to the first token, and for each one after it.
         minutes: of the last hour, the oldest first, with those in which nobody asked.
+        batch: for whose rows nobody waits: no objective is about them.
     """
 
     objective: float
@@ -71,6 +97,7 @@ class TrafficState:
     ttft_s: Times
     tpot_s: Times
     minutes: tuple[MinuteState, ...]
+    batch: BatchTraffic
 
 
 def traffic_state(counted: ModelTraffic, now: float, objective: float) -> TrafficState:
@@ -79,10 +106,11 @@ def traffic_state(counted: ModelTraffic, now: float, objective: float) -> Traffi
     Args:
         objective: share of requests that are to be answered.
     """
-    last, hour = int(now // 60), Minute()
+    last, hour, batch = int(now // 60), Minute(), Minute()
     numbers = range(last - KEEP_MINUTES + 1, last + 1)
     for number in numbers:
         hour.add(counted.minutes.get(number, Minute()))
+        batch.add(counted.batch_minutes.get(number, Minute()))
     share = hour.answered / hour.owed if hour.owed else None
     return TrafficState(
         objective,
@@ -99,7 +127,15 @@ def traffic_state(counted: ModelTraffic, now: float, objective: float) -> Traffi
         round(hour.cached_tokens / hour.prompt_tokens, 4) if hour.prompt_tokens else None,
         _times(hour.ttft),
         _times(hour.tpot),
-        tuple(_minute(number, counted.minutes.get(number, Minute())) for number in numbers),
+        tuple(_minute(number, counted) for number in numbers),
+        BatchTraffic(
+            batch.answered,
+            batch.failed,
+            batch.shed + batch.unavailable,
+            batch.cancelled,
+            batch.prompt_tokens,
+            batch.output_tokens,
+        ),
     )
 
 
@@ -107,7 +143,8 @@ def _times(counts: dict[int, int]) -> Times:
     return Times(quantile(counts, 0.5), quantile(counts, 0.95), quantile(counts, 0.99))
 
 
-def _minute(number: int, minute: Minute) -> MinuteState:
+def _minute(number: int, counted: ModelTraffic) -> MinuteState:
+    minute = counted.minutes.get(number, Minute())
     return MinuteState(
         number * 60,
         minute.answered,
@@ -115,5 +152,6 @@ def _minute(number: int, minute: Minute) -> MinuteState:
         minute.shed,
         minute.unavailable,
         minute.output_tokens,
+        counted.batch_minutes.get(number, Minute()).output_tokens,
         quantile(minute.ttft, 0.95),
     )

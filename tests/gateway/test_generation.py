@@ -231,7 +231,7 @@ async def test_a_request_that_the_engine_knows_to_be_wrong(opened: Open, n: int)
             await generator.generate(ask(sampling={"logprobs": 1, "n": n, "temperature": 1.0}))
         await asyncio.to_thread(eventually, lambda: simulated[0].requests == 0)
         gateway, _ = generator._gateway("tiny")
-        assert gateway.traffic.failed == {}
+        assert gateway.traffic.online.failed == {}
         await until(lambda: gateway.engine_core.requests_in_flight == 0)
         assert (await generator.generate(ask())).outputs[0].token_ids == predicted(PROMPT, 8, FAST)
 
@@ -419,6 +419,22 @@ async def test_admission_counts_every_sequence(opened: Open) -> None:
         await generator.generate(ask(sampling={"n": 2, "temperature": 1}))
 
 
+async def test_the_tokens_of_a_jobs_rows_shut_out_nobody(opened: Open) -> None:
+    async with opened(SLOW, admission=Admission(max_outstanding_tokens=300)) as (generator, simulated):
+        rows = [
+            asyncio.create_task(generator.generate(ask(200, priority=Priority.BATCH, job="mine"))) for _ in range(3)
+        ]
+        await asyncio.to_thread(eventually, lambda: simulated[0].requests == 3)
+        online = [asyncio.create_task(generator.generate(ask(200))) for _ in range(2)]
+        await asyncio.to_thread(eventually, lambda: simulated[0].requests == 5)
+        # Those of others do, as before.
+        with pytest.raises(Overloaded, match="tokens outstanding; at most 300 are admitted"):
+            await generator.generate(ask(1))
+        for each in (*rows, *online):
+            each.cancel()
+        await asyncio.gather(*rows, *online, return_exceptions=True)
+
+
 async def test_rows_of_a_job_take_its_places_and_nobody_elses(opened: Open) -> None:
     async with opened(SLOW, admission=Admission(max_requests=2)) as (generator, simulated):
         gateway = generator.gateways["tiny"]
@@ -439,6 +455,8 @@ async def test_rows_of_a_job_take_its_places_and_nobody_elses(opened: Open) -> N
         await asyncio.gather(*bulk, return_exceptions=True)
         await asyncio.to_thread(eventually, lambda: simulated[0].requests == 0)
         assert (gateway.bulk.held, gateway.bulk.demands) == (0, {})
+        assert (gateway.traffic.online.refused, gateway.traffic.online.cancelled) == ({"overloaded": 1}, 0)
+        assert (gateway.traffic.batch.refused, gateway.traffic.batch.cancelled) == ({}, 3)
         gateway.bulk.lane("other").take()
         gateway.bulk.lane("full").take()
         gateway.bulk._places = 0

@@ -9,11 +9,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 from hycluster.observe.catalogue import INGRESS
 from hycluster.observe.gateways import GatewayMetrics, KnownReplica, ReplicaBooks
 from hycluster.pool_health import PoolHealth, StartTrouble
-from hycluster.traffic import TrafficMeter
+from hycluster.traffic import GatewayTraffic
 
 
 class Gateway(SimpleNamespace):
-    traffic: TrafficMeter
+    traffic: GatewayTraffic
     engine_core: Any
     health: PoolHealth
 
@@ -26,10 +26,12 @@ def gateway() -> Gateway:
         books=[ReplicaBooks("r", 3, 120, 1.5)],
     )
     health = PoolHealth(1, 2, trouble=StartTrouble(4, "EngineStartFailed", "no memory", 0.0))
-    traffic = TrafficMeter()
+    traffic = GatewayTraffic()
     for _ in range(6):
-        traffic.refuse("overloaded")
-    traffic.cancel(3)
+        traffic.online.refuse("overloaded")
+    traffic.online.cancel(3)
+    traffic.batch.refuse("overloaded")
+    traffic.batch.fail("KillsReplicas")
     return Gateway(traffic=traffic, engine_core=pool, health=health)
 
 
@@ -42,13 +44,20 @@ def shown(metrics: GatewayMetrics) -> dict[str, float]:
 
 OWN = {
     # Those that never were, too: a query over them must say 0.
-    'hycluster_requests_refused_total{ingress="me",model="m",reason="overloaded"}': 6,
-    'hycluster_requests_refused_total{ingress="me",model="m",reason="unavailable"}': 0,
-    'hycluster_requests_failed_total{ingress="me",model="m",reason="ReplicaLost"}': 0,
-    'hycluster_requests_failed_total{ingress="me",model="m",reason="KillsReplicas"}': 0,
-    'hycluster_requests_failed_total{ingress="me",model="m",reason="RequestFailed"}': 0,
-    'hycluster_requests_failed_total{ingress="me",model="m",reason="Unavailable"}': 0,
-    'hycluster_requests_cancelled_total{ingress="me",model="m"}': 3,
+    'hycluster_requests_refused_total{ingress="me",model="m",priority="batch",reason="overloaded"}': 1,
+    'hycluster_requests_refused_total{ingress="me",model="m",priority="online",reason="overloaded"}': 6,
+    'hycluster_requests_refused_total{ingress="me",model="m",priority="batch",reason="unavailable"}': 0,
+    'hycluster_requests_refused_total{ingress="me",model="m",priority="online",reason="unavailable"}': 0,
+    'hycluster_requests_failed_total{ingress="me",model="m",priority="batch",reason="ReplicaLost"}': 0,
+    'hycluster_requests_failed_total{ingress="me",model="m",priority="online",reason="ReplicaLost"}': 0,
+    'hycluster_requests_failed_total{ingress="me",model="m",priority="batch",reason="KillsReplicas"}': 1,
+    'hycluster_requests_failed_total{ingress="me",model="m",priority="online",reason="KillsReplicas"}': 0,
+    'hycluster_requests_failed_total{ingress="me",model="m",priority="batch",reason="RequestFailed"}': 0,
+    'hycluster_requests_failed_total{ingress="me",model="m",priority="online",reason="RequestFailed"}': 0,
+    'hycluster_requests_failed_total{ingress="me",model="m",priority="batch",reason="Unavailable"}': 0,
+    'hycluster_requests_failed_total{ingress="me",model="m",priority="online",reason="Unavailable"}': 0,
+    'hycluster_requests_cancelled_total{ingress="me",model="m",priority="batch"}': 0,
+    'hycluster_requests_cancelled_total{ingress="me",model="m",priority="online"}': 3,
     'hycluster_replicas_lost_total{ingress="me",model="m"}': 2,
     'hycluster_replicas_connected{ingress="me",model="m"}': 1,
     # What was sent to one that is gone was sent.

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from hycluster.core import Priority
+from hycluster.errors import Unavailable
 from hycluster.observe.catalogue import INGRESS
+from hycluster.observe.gateways import KnownReplica
 from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
 from hycluster.settings.pool import Replicas
 from hycluster.settings.simulated import Simulated
-from hycluster.traffic import TrafficMeter
+from hycluster.traffic import GatewayTraffic, Minute, TrafficMeter
 from tests.simulated_pool import SimulatedPool, SimulatedReplica
 from tests.waiting import until
 
@@ -54,11 +57,13 @@ async def gateways(tiny_model: Path) -> AsyncIterator[tuple[list[Gateway], Simul
             yield opened, pool
 
 
-async def ask(gateway: Gateway, request_id: str, max_tokens: int = 5) -> None:
+async def ask(
+    gateway: Gateway, request_id: str, max_tokens: int = 5, priority: Priority = Priority.ONLINE, n: int = 1
+) -> None:
     from vllm.sampling_params import SamplingParams
 
-    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-    async for _ in gateway.generate({"prompt_token_ids": PROMPT}, params, request_id):
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, n=n)
+    async for _ in gateway.generate({"prompt_token_ids": PROMPT}, params, request_id, priority=int(priority)):
         pass
 
 
@@ -104,6 +109,65 @@ async def test_sums_over_gateways_and_replicas_are_what_was_asked(tiny_model: Pa
         assert whole["vllm:request_success_total", "r0"] == counted
         assert whole["vllm:request_success_total", "r0"] + whole["vllm:request_success_total", "r1"] == 22
         assert [gateway.engine_core.replicas_lost for gateway in opened] == [1, 1, 1]
+
+
+async def test_rows_of_batch_work_are_counted_apart(tiny_model: Path) -> None:
+    """In the same steps, and whatever becomes of them: nobody waits for their first token."""
+    async with gateways(tiny_model) as (opened, pool):
+        gateway = opened[0]
+        stats: Any = gateway.logger_manager
+
+        def counted() -> Counter[tuple[str, str]]:
+            """By name and priority."""
+            found: Counter[tuple[str, str]] = Counter()
+            for family in stats.families("tiny"):
+                for sample in family.samples:
+                    found[sample.name, sample.labels.get("priority", "")] += sample.value
+            return found
+
+        assert ("vllm:time_to_first_token_seconds_count", "online") in counted()
+        assert not [name for name, priority in counted() if priority == "batch"]
+        rows = [asyncio.create_task(ask(gateway, f"row-{number}", 40, Priority.BATCH, n=2)) for number in range(5)]
+        await asyncio.gather(*(ask(gateway, str(number), 20) for number in range(7)), *rows)
+        found = counted()
+        for name, online, batch in (
+            ("vllm:time_to_first_token_seconds_count", 7, 10),
+            ("vllm:request_success_total", 7, 10),
+            ("vllm:generation_tokens_total", 7 * 20, 10 * 40),
+            ("vllm:inter_token_latency_seconds_count", 7 * 19, 10 * 39),
+            ("vllm:request_prompt_tokens_sum", 7 * len(PROMPT), 10 * len(PROMPT)),
+        ):
+            assert (found[name, "online"], found[name, "batch"]) == (online, batch), name
+        (online_hour,) = _summed(gateway.traffic.online)
+        (batch_hour,) = _summed(gateway.traffic.batch)
+        assert (online_hour.answered, online_hour.output_tokens, sum(online_hour.ttft.values())) == (7, 140, 7)
+        assert (batch_hour.answered, batch_hour.output_tokens, sum(batch_hour.ttft.values())) == (10, 400, 10)
+        # Who leaves, too.
+        leaving = [
+            asyncio.create_task(ask(gateway, f"leaves-{priority}", 400, priority, n=1 + (priority > 0)))
+            for priority in (Priority.ONLINE, Priority.BATCH)
+        ]
+        await until(lambda: sum(replica.requests for replica in pool.replicas) == 3)
+        for each in leaving:
+            each.cancel()
+        await asyncio.gather(*leaving, return_exceptions=True)
+        assert (gateway.traffic.online.cancelled, gateway.traffic.batch.cancelled) == (1, 2)
+        # And those that are lost.
+        lost = [
+            asyncio.create_task(ask(gateway, f"lost-{priority}", 400, priority))
+            for priority in (Priority.ONLINE, Priority.BATCH, Priority.BATCH)
+        ]
+        await until(lambda: sum(replica.requests for replica in pool.replicas) == 3)
+        await gateway.end_requests(Unavailable("this process ends"))
+        assert all(isinstance(error, Unavailable) for error in await asyncio.gather(*lost, return_exceptions=True))
+        assert (gateway.traffic.online.failed, gateway.traffic.batch.failed) == ({"Unavailable": 1}, {"Unavailable": 2})
+
+
+def _summed(meter: TrafficMeter) -> list[Minute]:
+    whole = Minute()
+    for minute in meter.last_hour.values():
+        whole.add(minute)
+    return [whole]
 
 
 async def test_replicas_that_come_and_go_leave_no_more_than_a_few_behind(
@@ -181,8 +245,8 @@ def test_steps_are_counted_as_vllm_does(tiny_model: Path, monkeypatch: pytest.Mo
 
     config = engine_config(Model(name="tiny", source=str(tiny_model)), str(tiny_model))
     one_by_one = PrivateLogger(config)
-    pool: Any = SimpleNamespace(known=[SimpleNamespace(number=0, replica_id="r0")], shows_pool=False)
-    stats = vllm_requests.ModelStats(config, pool, TrafficMeter())
+    pool: Any = SimpleNamespace(known=[KnownReplica(0, "r0")], shows_pool=False)
+    stats = vllm_requests.ModelStats(config, pool, GatewayTraffic())
     monkeypatch.setattr(vllm_requests, "STEPS_AT_ONCE", 64)
     waited = 0
     images = MultiModalCacheStats()
@@ -193,7 +257,7 @@ def test_steps_are_counted_as_vllm_does(tiny_model: Path, monkeypatch: pytest.Mo
         waited = max(waited, len(stats._uncounted[0].tokens))
     assert waited == 63
     directly = told(family for collector in one_by_one.families for family in collector.collect())
-    labels = {"model": "tiny", "replica": "r0", "ingress": INGRESS}
+    labels = {"model": "tiny", "replica": "r0", "priority": "online", "ingress": INGRESS}
 
     def renamed(name: str) -> str:
         said, _, own = name.partition(" ")
@@ -213,8 +277,8 @@ def test_no_step_waits_behind_many_tokens(tiny_model: Path, monkeypatch: pytest.
     from hycluster.observe import vllm_requests
 
     config = engine_config(Model(name="tiny", source=str(tiny_model)), str(tiny_model))
-    pool: Any = SimpleNamespace(known=[SimpleNamespace(number=0, replica_id="r0")], shows_pool=False)
-    stats = vllm_requests.ModelStats(config, pool, TrafficMeter())
+    pool: Any = SimpleNamespace(known=[KnownReplica(0, "r0")], shows_pool=False)
+    stats = vllm_requests.ModelStats(config, pool, GatewayTraffic())
     monkeypatch.setattr(vllm_requests, "LATENCIES_AT_ONCE", 100)
     for _ in range(10):
         step = IterationStats()

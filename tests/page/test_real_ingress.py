@@ -93,7 +93,7 @@ async def test_what_callers_got_is_counted(model: Model) -> None:
             )
             await until(lambda: gateway.engine_core.requests_in_flight == 1)
             leaving.cancel()
-            await until(lambda: gateway.traffic.cancelled == 1)
+            await until(lambda: gateway.traffic.online.cancelled == 1)
             full = await asyncio.gather(*(http.post("/v1/chat/completions", json=CHAT) for _ in range(20)))
             shed = sum(answer.status_code == 429 for answer in full)
             assert shed

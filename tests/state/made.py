@@ -60,7 +60,9 @@ def traffic(scale: int) -> ModelTraffic:
             ttft=waits,
             tpot={class_of(0.021): asked},
         )
-    return ModelTraffic(minutes)
+    now = int(NOW // 60)
+    rows = {now - ago: Minute(answered=40, shed=2, output_tokens=4000, ttft={class_of(90.0): 40}) for ago in range(5)}
+    return ModelTraffic(minutes, rows)
 
 
 def made_survey() -> Survey:

@@ -13,6 +13,7 @@ from hycluster.settings.model import Model
 from hycluster.settings.objectives import Objectives
 from hycluster.settings.pool import Replicas
 from hycluster.state.cluster_state import cluster_state, health_of
+from hycluster.state.traffic_state import BatchTraffic
 from tests.state.made import BIG, NOW, SECRET, SMALL, made_pools, made_state, made_survey
 
 MODEL = Model(name="m", source="x", engine={"hf_token": "a-token"})
@@ -77,6 +78,11 @@ def test_traffic_is_the_sum_of_all_ingress_processes_and_models() -> None:
     assert len(state.traffic.minutes) == 60
     assert [minute.failed for minute in state.traffic.minutes if minute.failed] == [9, 9]
     assert state.traffic.minutes[-1].at == NOW
+    # Rows of batch work wait for 90 s, and are in nothing but their own figures.
+    assert state.traffic.ttft_s.p99 is not None
+    assert state.traffic.ttft_s.p99 < 2
+    assert state.traffic.batch == BatchTraffic(600, 0, 30, 0, 0, 60_000)
+    assert [minute.batch_output_tokens for minute in state.traffic.minutes[-6:]] == [0, *[12_000] * 5]
 
 
 def test_the_settings_say_what_is_promised() -> None:
