@@ -379,7 +379,7 @@ def _trace() -> tuple[tuple[str, str], ...]:
     if timeline is None:
         return ()
     # Of what is not recorded here the call is a part of whatever has asked for it: the service may record.
-    context = timeline.context if timeline.sampled else timeline.parent
+    context = timeline.call() if timeline.sampled else timeline.parent
     return tuple(context.headers.items()) if context is not None else ()
 
 

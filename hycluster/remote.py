@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar, Unpack, cast
 from hycluster.batch.ask import first_error
 from hycluster.client import Ask, AsyncClient
 from hycluster.core import Generation, GenerationRequest, ModelCard, PromptFields
+from hycluster.timeline import current
 
 # Characters that are sent to be counted in one call: at most 1 MiB of UTF-8, which every ingress process takes.
 COUNTED_CHARACTERS = 250_000
@@ -62,7 +63,13 @@ class Remote:
     async def generate(self, request: GenerationRequest, *, deadline_s: float | None = None) -> Generation:
         # Every field, also those that come to be: a row must ask the same whichever way it goes.
         asked = {of.name: getattr(request, of.name) for of in fields(request) if of.name != "model"}
-        return await self._client.generate(request.model, **cast(Ask, asked | {"timeout_s": deadline_s}))
+        answer = await self._client.generate(request.model, **cast(Ask, asked | {"timeout_s": deadline_s}))
+        if (timeline := current.get()) is not None:
+            timeline.model = request.model
+            if (usage := answer.usage) is not None:
+                timeline.attributes["gen_ai.usage.input_tokens"] = usage.prompt_tokens
+                timeline.attributes["gen_ai.usage.output_tokens"] = usage.completion_tokens
+        return answer
 
     async def _counts(self, model: str, texts: Sequence[str]) -> list[int]:
         counts = [0] * len(texts)

@@ -14,6 +14,8 @@ AFTER = {
     "received": ("receive", "ingress"),
     "waiting": ("wait", "gateway"),
     "admitted": ("prepare", "ingress"),
+    # Of a job's row: by another process, which has a timeline of its own.
+    "called": ("call", "ingress"),
     # Both ways: clocks of two machines can't tell them apart. An adapter that the engine loads first counts here.
     "sent": ("send", "gateway"),
     "queued": ("queue", "engine"),
@@ -34,6 +36,7 @@ KEPT = "each keeps its last ones only, and none that was refused before an engin
 MEANINGS = {
     "receive": "read, checked and given to its model",
     "wait": "waited for a place, or for a replica to start",
+    "call": "asked of an ingress process",
     "prepare": "admitted; its template rendered, its prompt tokenized",
     "send": "to the engine and back, and an adapter's loading",
     "queue": "waited in the engine for its turn",
@@ -184,6 +187,7 @@ def summed_up(timeline: Timeline) -> dict[str, Any]:
     return {
         "id": timeline.id,
         "model": timeline.model,
+        "priority": "batch" if timeline.bulk else "online",
         "status": timeline.status or "running",
         "started": datetime.fromtimestamp(timeline.started, UTC).isoformat(timespec="milliseconds"),
         "duration_s": round(timeline.duration_s, 6),

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 from hycluster.trace_context import TraceContext, new_span_id, new_trace_id
@@ -59,15 +60,16 @@ class Track:
     Attributes:
         name: what engines know it by.
         replica: where it is, or was last.
-        output_tokens, cached_tokens: of the output that it has; of the prompt, what the KV cache had.
+        cached_tokens: of the prompt, what the KV cache had.
+        tokens_so_far: asked for the output that it has, until it has ended.
         parked_s: how long its engine left it out of steps for online requests.
         given_up: how often its slot or blocks went to them.
         ended_s: when its last token came; None before.
     """
 
     __slots__ = (
-        "_first", "_offset_s", "cached_tokens", "ended_s", "events", "given_up", "name", "output_tokens", "parked_s",
-        "replica", "sent_s",
+        "_first", "_offset_s", "_output_tokens", "cached_tokens", "ended_s", "events", "given_up", "name", "parked_s",
+        "replica", "sent_s", "tokens_so_far",
     )  # fmt: skip
 
     def __init__(self, name: str) -> None:
@@ -75,13 +77,24 @@ class Track:
         self.events: list[Event] = []
         self.replica = ""
         self.sent_s = time.monotonic()
-        self.output_tokens = 0
+        self.tokens_so_far: Callable[[], int] | None = None
+        self._output_tokens = 0
         self.cached_tokens = 0
         self.parked_s = 0.0
         self.given_up = 0
         self.ended_s: float | None = None
         self._offset_s = math.inf
         self._first = True
+
+    @property
+    def output_tokens(self) -> int:
+        """Of the output that it has."""
+        return self._output_tokens if self.tokens_so_far is None else self.tokens_so_far()
+
+    @output_tokens.setter
+    def output_tokens(self, tokens: int) -> None:
+        self.tokens_so_far = None
+        self._output_tokens = tokens
 
     def note(self, name: str, at_s: float | None = None, **attributes: Any) -> None:
         """Something has happened, now or at a time of this process's clock."""
@@ -133,6 +146,8 @@ class Track:
 
     def end(self, reason: str) -> None:
         """No more tokens will come."""
+        # Nothing is held on to that has the request in it.
+        self.output_tokens = self.output_tokens
         self.ended_s = time.monotonic()
         asides: dict[str, Any] = {"parked_s": round(self.parked_s, 6)} if self.parked_s else {}
         if self.given_up:
@@ -156,11 +171,12 @@ class Timeline:
         status: ``ok``, ``failed`` or ``cancelled``; empty until it has ended.
         error: why it failed; what is set before the end makes it one that failed.
         cancelled: its caller has left.
+        bulk: it is batch work, whose caller does not wait for it.
         attributes: what else its span says.
     """
 
     __slots__ = (
-        "_limit", "_named", "attributes", "began_s", "cancelled", "ended_s", "error", "events", "id", "model",
+        "_limit", "_named", "attributes", "began_s", "bulk", "cancelled", "ended_s", "error", "events", "id", "model",
         "operation", "parent", "process", "prompt_tokens", "sampled", "span_id", "started", "status", "trace_id",
         "tracks",
     )  # fmt: skip
@@ -191,6 +207,7 @@ class Timeline:
         self.status = ""
         self.error = ""
         self.cancelled = False
+        self.bulk = operation == "row"
         self.ended_s: float | None = None
         self.attributes: dict[str, Any] = {}
         self._limit = 2 * MOST_TRACKS
@@ -206,8 +223,15 @@ class Timeline:
         if not self.tracks and all(event.name != "admitted" for event in self.events):
             self.note("admitted")
 
-    def begin_track(self, name: str, model: str, prompt_tokens: int) -> Track:
+    def call(self) -> TraceContext:
+        """It is asked of another process, under this span."""
+        span_id = new_span_id()
+        self.note("called", span_id=f"{span_id:016x}")
+        return replace(self.context, span_id=span_id)
+
+    def begin_track(self, name: str, model: str, prompt_tokens: int, *, bulk: bool = False) -> Track:
         """One of its sequences goes to the engines."""
+        self.bulk |= bulk
         self.model, self.id = self.model or model, self.id or name
         # Sequences of one prompt have its name, and come one after the other.
         self.prompt_tokens += prompt_tokens if name != self._named else 0

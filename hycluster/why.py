@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from urllib.parse import quote
 
 import typer
@@ -33,6 +33,7 @@ ANSWER_TIMEOUT_S = 30.0
 # As ``hycluster/ingress`` has them, which is too much to import for a command.
 ROUTE, KIND_HEADER = "/hycluster/requests", "X-Hycluster-Error"
 
+Listed = Literal["online", "batch"]
 T = TypeVar("T")
 Told = dict[str, Any]
 
@@ -49,6 +50,9 @@ def why(
         int | None, typer.Option(metavar="N", min=1, max=MOST, help="List the N requests that took longest.")
     ] = None,
     model: Annotated[str | None, typer.Option(metavar="NAME", help="With --slowest: of this model only.")] = None,
+    priority: Annotated[
+        Listed | None, typer.Option(help="With --slowest: online requests (the default), or rows of batch work.")
+    ] = None,
     address: Annotated[
         str | None,
         typer.Option(
@@ -67,10 +71,17 @@ def why(
         raise SettingsError("REQUEST_ID, --slowest: exactly one must be given")
     if model is not None and slowest is None:
         raise SettingsError("--model: goes with --slowest only")
+    if priority is not None and slowest is None:
+        raise SettingsError("--priority: goes with --slowest only")
     if slowest is not None:
-        listed = _asked(address, _listed(slowest, model), lambda known: known.slowest(slowest, model))
+        bulk = priority == "batch"
+        listed = _asked(address, _listed(slowest, model, bulk), lambda known: known.slowest(slowest, model, bulk))
         if as_json:
             echo(json.dumps({"requests": listed}, indent=2))
+        elif not listed:
+            of = f" of {shown(model)}" if model else ""
+            kind, other = ("row of batch work", "online") if bulk else ("online request", "batch")
+            echo(f"no {kind}{of} is known; of others tells --priority {other}")
         else:
             screen = console()
             screen.print(_list(listed, screen.width))
@@ -120,10 +131,10 @@ class _Known:
 
         return await timeline_of(self._directory, request_id)
 
-    async def slowest(self, most: int, model: str | None) -> list[Told]:
+    async def slowest(self, most: int, model: str | None, bulk: bool) -> list[Told]:
         from hycluster.gateway.asking import slowest
 
-        return await slowest(self._directory, most, model)
+        return await slowest(self._directory, most, model, bulk=bulk)
 
 
 def _asked(address: str | None, path: str, by_ray: Callable[[_Known], Coroutine[Any, Any, T]]) -> Any:
@@ -145,8 +156,9 @@ def _asked(address: str | None, path: str, by_ray: Callable[[_Known], Coroutine[
         ray.shutdown()
 
 
-def _listed(slowest: int, model: str | None) -> str:
-    return f"?slowest={slowest}" + (f"&model={quote(model, safe='')}" if model else "")
+def _listed(slowest: int, model: str | None, bulk: bool) -> str:
+    of_model = f"&model={quote(model, safe='')}" if model else ""
+    return f"?slowest={slowest}{of_model}" + "&priority=batch" * bulk
 
 
 def _by_http(address: str, path: str) -> Any:

@@ -71,7 +71,7 @@ class Collector:
         """By trace, its spans, once there are so many whose requests have been told of."""
         end_s = time.monotonic() + most_s
         with self._came:
-            while sum(span.kind == Span.SPAN_KIND_SERVER for span in self._spans) < roots:
+            while sum(_is_root(span) for span in self._spans) < roots:
                 assert self._came.wait(end_s - time.monotonic()), f"{len(self._spans)} spans came"
             found: dict[str, list[Span]] = {}
             for span in self._spans:
@@ -84,9 +84,14 @@ class Collector:
         with self._came:
             while True:
                 spans = [span for span in self._spans if span.trace_id.hex() == trace_id]
-                if any(span.kind == Span.SPAN_KIND_SERVER for span in spans):
+                if any(_is_root(span) for span in spans):
                     return spans
                 assert self._came.wait(end_s - time.monotonic()), f"nothing came of {trace_id}"
+
+
+def _is_root(span: Span) -> bool:
+    """Of a request, or of a job's row, which nobody serves."""
+    return any(each.key == "hycluster.request.id" for each in span.attributes)
 
 
 def _handler(collector: Collector) -> type[BaseHTTPRequestHandler]:

@@ -35,7 +35,11 @@ def ingress() -> Iterator[str]:
             path, _, query = unquote(self.path).partition("?")
             known: dict[str, Any] = {"usual": timeline_json(usual()), "a/b.parquet#3": timeline_json(migrated())}
             asked = path.removeprefix("/hycluster/requests").removeprefix("/")
-            body: Any = known.get(asked) if asked else {"requests": [summed_up(usual())] * query.count("slowest=2")}
+            body: Any = (
+                known.get(asked)
+                if asked
+                else {"requests": [summed_up(usual())] * query.count("slowest=2") * (1 - query.count("priority=batch"))}
+            )
             refused = {"broken": 500, "keyless": 401, "unscoped": 403}
             self.send_response(200 if body is not None else refused.get(asked, 404))
             if asked != "closed":
@@ -94,6 +98,12 @@ def test_json_is_as_its_readers_have_it(ingress: str) -> None:
 
 
 def test_a_list(ingress: str) -> None:
+    assert why("--slowest", "3", "--model", "m", "--address", ingress) == (
+        "no online request of 'm' is known; of others tells --priority batch\n"
+    )
+    assert why("--slowest", "2", "--priority", "batch", "--address", ingress) == (
+        "no row of batch work is known; of others tells --priority online\n"
+    )
     header, line = why("--slowest", "2", "--address", ingress).splitlines()
     assert header.split() == ["request", "model", "status", "started", "time", "first", "token", "mostly"]
     assert line.split()[:3] + line.split()[-1:] == ["r", "tiny", "ok", "decode"]
@@ -124,6 +134,7 @@ def test_ids_are_whole_wherever_they_are_read(
         ((), SettingsError, "REQUEST_ID, --slowest: exactly one must be given"),
         (("r", "--slowest", "3"), SettingsError, "REQUEST_ID, --slowest: exactly one must be given"),
         (("r", "--model", "m"), SettingsError, "--model: goes with --slowest only"),
+        (("r", "--priority", "batch"), SettingsError, "--priority: goes with --slowest only"),
         (("r", "--address", "ftp://x"), SettingsError, "--address: 'ftp://x' is not allowed"),
         (("r", "--address", "http://127.0.0.1:9"), Unavailable, "--address: http://127.0.0.1:9 does not answer"),
         (

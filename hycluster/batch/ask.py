@@ -25,6 +25,7 @@ from hycluster.errors import (
     UnknownModel,
 )
 from hycluster.retries import AsyncRetryingCaller, as_told
+from hycluster.timeline import current
 
 FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 15.0
@@ -124,8 +125,10 @@ class Asker:
         except Overloaded:
             # Being told to wait is no failure: online traffic goes first, for as long as it takes.
             self._failing_since_s = None
+            _note_wait("Overloaded")
             raise
         except Exception as error:
+            _note_wait(type(error).__name__)
             if isinstance(error, RequestFailed) or not isinstance(error, AWAY):
                 await self._refuse_after(row, error)
             self._give_up_after(row.name, error)
@@ -158,6 +161,11 @@ class Asker:
         self._failing_since_s = max(self._failing_since_s, self._alive_s())
         if now_s - self._failing_since_s >= self._retry_s:
             raise JobFailed(f"row {name}: no engine could serve it for {self._retry_s:g} s: {_told(error)}") from None
+
+
+def _note_wait(reason: str) -> None:
+    if (timeline := current.get()) is not None:
+        timeline.note("waiting", reason=reason)
 
 
 def _comes_again(error: BaseException) -> float | bool:

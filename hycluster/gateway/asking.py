@@ -29,11 +29,14 @@ async def timeline_of(directory: ActorHandle[Any] | None, request_id: str) -> di
     return found[0] if found else None
 
 
-async def slowest(directory: ActorHandle[Any] | None, most: int, model: str | None = None) -> Told:
-    """The requests that took longest, of all processes, the longest first."""
+async def slowest(
+    directory: ActorHandle[Any] | None, most: int, model: str | None = None, *, bulk: bool = False
+) -> Told:
+    """The online requests that took longest, or rows of batch work, of all processes, the longest first."""
     if directory is None:
-        return recorder.slowest(most, model)
-    found = await _asked(directory, Question(secrets.token_hex(8), None, most, model), until_found=False)
+        return recorder.slowest(most, model, bulk=bulk)
+    question = Question(secrets.token_hex(8), None, most, model, bulk)
+    found = await _asked(directory, question, until_found=False)
     return sorted(found, key=lambda each: each["duration_s"], reverse=True)[:most]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Collection, Iterable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackEncoder
 
 from hycluster.auth.caller import current_caller, own_salt
-from hycluster.core import BulkDemand, ColocationLoad, EngineSample, ExpertLoad, GatewayWork
+from hycluster.core import BulkDemand, ColocationLoad, EngineSample, ExpertLoad, GatewayWork, Priority
 from hycluster.directory.directory import ReplicaReport
 from hycluster.engine.fairness import payer_headers
 from hycluster.engine.migrated import migrate
@@ -230,6 +231,8 @@ class PoolClient(ControlCalls):
         track = self._begin_track(request)
         self._for_its_caller(request)
         flight = Flight(request, keep=self._keep, track=track)
+        if track is not None:
+            track.tokens_so_far = partial(getattr, flight, "output_tokens")
         try:
             await self._send(flight)
         except Unavailable:
@@ -260,7 +263,8 @@ class PoolClient(ControlCalls):
         if timeline.sampled:
             request.trace_headers = timeline.context.headers
         name = request.external_req_id or request.request_id
-        return timeline.begin_track(name, self.model, len(request.prompt_token_ids or ()))
+        tokens, bulk = len(request.prompt_token_ids or ()), request.priority >= Priority.BATCH
+        return timeline.begin_track(name, self.model, tokens, bulk=bulk)
 
     async def _send(self, flight: Flight) -> None:
         if self.prefixes is not None:

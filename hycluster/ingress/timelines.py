@@ -140,7 +140,9 @@ class RequestsRoute:
                 return JSONResponse(found)
             query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
             most = _number(query.get("slowest", [str(DEFAULT_LISTED)])[0])
-            return JSONResponse({"requests": await slowest(self._directory(), most, query.get("model", [None])[0])})
+            bulk = _priority(query.get("priority", ["online"])[0]) == "batch"
+            listed = await slowest(self._directory(), most, query.get("model", [None])[0], bulk=bulk)
+            return JSONResponse({"requests": listed})
         except (InvalidInput, NotFound) as error:
             return await answer_error(None, error)
 
@@ -156,3 +158,9 @@ def _number(said: str) -> int:
     if not said.isascii() or not said.isdigit() or not 1 <= int(said) <= MOST_LISTED:
         raise InvalidInput(f"slowest: {shown(said)} is not allowed; must be a whole number from 1 to {MOST_LISTED}")
     return int(said)
+
+
+def _priority(said: str) -> str:
+    if said not in ("online", "batch"):
+        raise InvalidInput(f"priority: {shown(said)} is not allowed; must be online or batch")
+    return said

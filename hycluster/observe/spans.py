@@ -102,7 +102,8 @@ def _root(timeline: Timeline, since: float) -> SpanOf:
         attributes["error.type"] = timeline.error.partition(":")[0] or timeline.status
     return SpanOf(
         f"{operation} {timeline.model}".strip(),
-        "SERVER",
+        # Nobody has called for a row.
+        "INTERNAL" if timeline.operation == "row" else "SERVER",
         timeline.started,
         timeline.started + timeline.duration_s,
         timeline.span_id,
@@ -120,7 +121,10 @@ def _end_of(track: Track) -> Event | None:
 def _of_stage(stage: Stage, started: float, parent: int) -> SpanOf:
     said = {f"hycluster.{name}": value for name, value in _flat(stage.attributes).items()}
     start_s = started + stage.start_s
-    return SpanOf(stage.name, "INTERNAL", start_s, start_s + stage.duration_s, new_span_id(), parent, said)
+    # Whoever was called has been told it already.
+    called = said.pop("hycluster.span_id", None)
+    kind, span_id = ("CLIENT", int(called, 16)) if called else ("INTERNAL", new_span_id())
+    return SpanOf(stage.name, kind, start_s, start_s + stage.duration_s, span_id, parent, said)
 
 
 def _of_track(track: Track, timeline: Timeline, since: float) -> Iterator[SpanOf]:

@@ -1,4 +1,4 @@
-"""The finished requests of this process: a bounded ring of their timelines, for ``hycluster why``.
+"""The finished requests of this process: bounded rings of their timelines, for ``hycluster why``.
 
 One recorder a process. A timeline that has ended goes into the ring, and to who else wants it: the exporter of spans,
 the line in the log.
@@ -48,12 +48,48 @@ class Question:
         request_id: whose timeline; None asks for a list.
         slowest: how many of those that took longest.
         model: of this model alone.
+        bulk: of batch work, and else of online requests.
     """
 
     number: str
     request_id: str | None = None
     slowest: int = 10
     model: str | None = None
+    bulk: bool = False
+
+
+class _Ended:
+    """Requests that have ended: the last ones, and those that took longest.
+
+    Args:
+        kept: how many of the last ones.
+    """
+
+    def __init__(self, kept: int) -> None:
+        self.last: deque[Timeline] = deque(maxlen=kept)
+        self._slowest: list[tuple[float, int, Timeline]] = []
+        self._numbers = itertools.count()
+
+    def keep(self, timeline: Timeline) -> None:
+        self.last.append(timeline)
+        entry = (timeline.duration_s, next(self._numbers), timeline)
+        if not entry[1] % KEPT_SLOWEST:
+            self._forget_old()
+        if len(self._slowest) < KEPT_SLOWEST:
+            heapq.heappush(self._slowest, entry)
+        elif entry[0] > self._slowest[0][0]:
+            heapq.heapreplace(self._slowest, entry)
+
+    def _forget_old(self) -> None:
+        since = time.time() - SLOWEST_FOR_S
+        self._slowest = [entry for entry in self._slowest if entry[2].started > since]
+        heapq.heapify(self._slowest)
+
+    def __iter__(self) -> Iterator[Timeline]:
+        """The latest first, some twice."""
+        yield from reversed(self.last)
+        for _, _, timeline in self._slowest:
+            yield timeline
 
 
 class Recorder:
@@ -74,14 +110,14 @@ class Recorder:
         self.ended: list[Callable[[Timeline], None]] = []
         self.flush: Callable[[], None] = _nothing
         self._running: OrderedDict[int, Timeline] = OrderedDict()
-        self._finished: deque[Timeline] = deque(maxlen=kept)
-        self._slowest: list[tuple[float, int, Timeline]] = []
-        self._numbers = itertools.count()
+        # Of rows there may be thousands a second, which must not push out what somebody waits for.
+        self._online, self._batch = _Ended(kept), _Ended(kept)
         self._answered: deque[str] = deque(maxlen=100)
 
     def keep(self, most: int) -> None:
-        """Change the size of the ring."""
-        self._finished = deque(self._finished, maxlen=most)
+        """Change how many of the last ones are kept."""
+        for ended in (self._online, self._batch):
+            ended.last = deque(ended.last, maxlen=most)
 
     def begin(
         self,
@@ -112,7 +148,7 @@ class Recorder:
         self._running.pop(id(timeline), None)
         timeline.end(status, error)
         if timeline.tracks:
-            self._keep(timeline)
+            (self._batch if timeline.bulk else self._online).keep(timeline)
         for tell in self.ended:
             try:
                 tell(timeline)
@@ -120,26 +156,10 @@ class Recorder:
                 # Nobody's answer depends on it.
                 logger.warning("a request could not be told of", exc_info=True)
 
-    def _keep(self, timeline: Timeline) -> None:
-        self._finished.append(timeline)
-        entry = (timeline.duration_s, next(self._numbers), timeline)
-        if not entry[1] % KEPT_SLOWEST:
-            self._forget_old()
-        if len(self._slowest) < KEPT_SLOWEST:
-            heapq.heappush(self._slowest, entry)
-        elif entry[0] > self._slowest[0][0]:
-            heapq.heapreplace(self._slowest, entry)
-
-    def _forget_old(self) -> None:
-        since = time.time() - SLOWEST_FOR_S
-        self._slowest = [entry for entry in self._slowest if entry[2].started > since]
-        heapq.heapify(self._slowest)
-
     def _known(self) -> Iterator[Timeline]:
         """All, each once, the latest first."""
         seen = set[int]()
-        slow = [timeline for _, _, timeline in self._slowest]
-        for timeline in (*reversed(self._running.values()), *reversed(self._finished), *slow):
+        for timeline in (*reversed(self._running.values()), *self._online, *self._batch):
             if id(timeline) not in seen:
                 seen.add(id(timeline))
                 yield timeline
@@ -151,10 +171,10 @@ class Recorder:
         found = next(exactly, None) or next((timeline for timeline in known if timeline.known_as(request_id)), None)
         return None if found is None else timeline_json(found)
 
-    def slowest(self, most: int, model: str | None = None) -> list[dict[str, Any]]:
-        """The requests that took longest, those on their way among them."""
-        of_model = [each for each in self._known() if each.tracks and model in (None, each.model)]
-        return [summed_up(each) for each in heapq.nlargest(most, of_model, key=lambda each: each.duration_s)]
+    def slowest(self, most: int, model: str | None = None, *, bulk: bool = False) -> list[dict[str, Any]]:
+        """The online requests that took longest, or rows of batch work, those on their way among them."""
+        meant = (each for each in self._known() if each.tracks and each.bulk == bulk and model in (None, each.model))
+        return [summed_up(each) for each in heapq.nlargest(most, meant, key=lambda each: each.duration_s)]
 
     def answer(self, question: Question) -> list[dict[str, Any]] | None:
         """What this process has to say; None if it has been asked already (each of its gateways is)."""
@@ -162,7 +182,7 @@ class Recorder:
             return None
         self._answered.append(question.number)
         if question.request_id is None:
-            return self.slowest(min(question.slowest, MOST_LISTED), question.model)
+            return self.slowest(min(question.slowest, MOST_LISTED), question.model, bulk=question.bulk)
         found = self.find(question.request_id)
         return [] if found is None else [found]
 

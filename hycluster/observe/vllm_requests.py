@@ -3,8 +3,8 @@ and to the count of what callers got (``hycluster/traffic.py``).
 
 What the front end counts is recorded here, by a logger of vLLM's for each replica, as vLLM has one for each engine;
 what schedulers count comes with the replicas' reports (``hycluster/engine/vllm_metrics.py``). Names and labels are
-vLLM's; ``engine`` is 0 as of one engine by itself, and ``replica`` tells them apart. So does ``priority`` online requests
-and batch work, in two loggers: nobody waits for the first token of a row, which may wait for hours.
+vLLM's; ``engine`` is 0 as of one engine by itself, and ``replica`` tells them apart. So does
+``priority`` with online requests and batch work: nobody waits for the first token of a row, which may wait for hours.
 """
 
 from __future__ import annotations

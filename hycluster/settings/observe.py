@@ -23,7 +23,8 @@ class Tracing(Strict):
         sample_ratio: share of the requests that are exported whose callers say nothing about it; a caller's own trace
             is exported if that caller records it. None: ``OTEL_TRACES_SAMPLER``; if that is not set either, all.
         capture_content: also export prompts and outputs, as attributes of the spans.
-        kept_requests: finished requests whose timelines a process keeps, beside the 100 slowest of the last hour.
+        kept_requests: finished online requests whose timelines a process keeps, beside the 100 slowest of the last
+            hour; of rows of batch work as many again.
     """
 
     endpoint: str | None = Field(default=None, pattern=r"^https?://\S+$")

@@ -13,6 +13,7 @@ from hycluster.batch import ask as module
 from hycluster.batch.ask import Asker
 from hycluster.batch.refusal import RowRefused
 from hycluster.errors import JobFailed, KillsReplicas, Overloaded, ReplicaLost, RequestFailed, Unavailable
+from hycluster.observe.timelines import Carried
 from tests.waiting import PATIENCE_S
 
 
@@ -44,6 +45,15 @@ async def test_losses_blame_nobody() -> None:
     ask = Asker(60)
     assert await ask("x", failing(*[ReplicaLost("lost")] * 9)) == "fine"
     assert ask.retries == 9
+
+
+async def test_a_rows_timeline_says_that_it_waits_to_be_asked_again() -> None:
+    with Carried("row", "row", process="batch") as row:
+        await Asker(60)("row", failing(Overloaded("full"), Unavailable("none")))
+    assert [event.attributes for event in row.events if event.name == "waiting"] == [
+        {"reason": "Overloaded"},
+        {"reason": "Unavailable"},
+    ]
 
 
 async def test_retry_s_counts_from_the_last_answer_of_any_call(monkeypatch: pytest.MonkeyPatch) -> None:

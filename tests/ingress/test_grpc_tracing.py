@@ -13,6 +13,7 @@ from hycluster.errors import Unavailable
 from hycluster.ingress.grpc import GrpcIngress
 from hycluster.ingress.proto import inference_pb2 as pb
 from hycluster.observe import timelines
+from hycluster.observe.spans import spans_of
 from hycluster.observe.timelines import Recorder
 from hycluster.timeline import Timeline
 from hycluster.trace_context import TraceContext
@@ -59,8 +60,10 @@ async def test_a_call_is_a_part_of_its_callers_trace(
         await client.generate(MODEL, prompt="a b c", max_tokens=2)
     first, asked, _, last = ended
     assert (first.operation, first.trace_id, first.parent) == ("grpc Generate", 7, TraceContext(7, 9, True))
-    # The ingress' part of a row's trace is below that row's.
-    assert (asked.trace_id, asked.parent) == (5, TraceContext(5, row.span_id, True))
+    # The ingress' part of a row's trace is below the row's call, which is below the row's.
+    (root, _, call) = spans_of(row)
+    assert (root.kind, call.kind, call.name, call.parent) == ("INTERNAL", "CLIENT", "call", row.span_id)
+    assert (asked.trace_id, asked.parent) == (5, TraceContext(5, call.span_id, True))
     assert last.parent is None
     assert not last.sampled
 
@@ -82,6 +85,7 @@ async def test_what_asks_by_the_client_passes_its_trace_on(
             async for _ in client.stream(MODEL, prompt="a b c", max_tokens=2):
                 pass
     whole, streamed = ended[:2]
-    for asked in (whole, streamed):
-        assert asked.trace_id == 5
-        assert asked.parent == (row.context if recorded else parent)
+    calls = [int(event.attributes["span_id"], 16) for event in row.events if event.name == "called"]
+    assert len(calls) == 2 * recorded
+    above = [TraceContext(5, call, True, "vendor=1") for call in calls] if recorded else [parent, parent]
+    assert [(asked.trace_id, asked.parent) for asked in (whole, streamed)] == [(5, each) for each in above]

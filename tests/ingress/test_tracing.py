@@ -249,7 +249,16 @@ async def lists_and_errors(service: Service) -> None:
         listed = (await client.get("/hycluster/requests", params={"slowest": 2, "model": "tiny"})).json()["requests"]
         assert len(listed) == 2
         assert listed[0]["duration_s"] >= listed[1]["duration_s"]
-        assert set(listed[0]) == {"id", "model", "status", "started", "duration_s", "ttft_s", "slowest_stage"}
+        assert set(listed[0]) == {
+            "id",
+            "model",
+            "priority",
+            "status",
+            "started",
+            "duration_s",
+            "ttft_s",
+            "slowest_stage",
+        }
         assert (await client.get("/hycluster/requests", params={"model": "none"})).json() == {"requests": []}
         unknown = await client.get("/hycluster/requests/nobody's")
         assert (unknown.status_code, unknown.json()["error"]["type"]) == (404, "NotFoundError")
@@ -258,6 +267,11 @@ async def lists_and_errors(service: Service) -> None:
             refused = await client.get("/hycluster/requests", params={"slowest": wrong})
             assert refused.status_code == 400
             assert "must be a whole number from 1 to 1000" in refused.json()["error"]["message"]
+        rows = (await client.get("/hycluster/requests", params={"priority": "batch"})).json()["requests"]
+        assert [each["id"] for each in rows] == ["job-f.parquet#0"]
+        refused = await client.get("/hycluster/requests", params={"priority": "bulk"})
+        assert refused.status_code == 400
+        assert "priority: 'bulk' is not allowed; must be online or batch" in refused.json()["error"]["message"]
         for answer in (unknown, await client.get("/health"), await client.post("/v1/chat/completions", json={})):
             assert len(answer.headers.get_list("x-request-id")) == 1
         given = await client.get("/v1/models", headers={"x-request-id": "mine"})

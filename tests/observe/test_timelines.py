@@ -12,10 +12,12 @@ from hycluster.timeline import Timeline, current
 from hycluster.trace_context import TraceContext
 
 
-def carried_out(recorder: Recorder, name: str, took_s: float = 0.1, model: str = "tiny") -> Timeline:
-    timeline = recorder.begin(name, "row", model=model)
+def carried_out(
+    recorder: Recorder, name: str, took_s: float = 0.1, model: str = "tiny", *, bulk: bool = False
+) -> Timeline:
+    timeline = recorder.begin(name, "generate", model=model, process="ingress")
     timeline.began_s -= took_s
-    timeline.begin_track(name, model, 1).end("stop")
+    timeline.begin_track(name, model, 1, bulk=bulk).end("stop")
     recorder.end(timeline)
     return timeline
 
@@ -34,6 +36,25 @@ def test_the_last_ones_are_kept_and_the_slowest_whatever_came_after() -> None:
     assert recorder.find("quick-5") is None
     assert len(list(recorder._known())) <= 10 + KEPT_SLOWEST
     assert names(recorder.slowest(2)) == ["slow", "quick-1999"]
+
+
+def test_rows_of_batch_work_push_out_nobody_and_have_a_list_of_their_own() -> None:
+    recorder = Recorder(kept=10)
+    carried_out(recorder, "online")
+    for number in range(2000):
+        carried_out(recorder, f"row-{number}", took_s=50.0 + number, bulk=True)
+    assert recorder.find("online") is not None
+    assert recorder.find("row-1999") is not None
+    assert names(recorder.slowest(5)) == ["online"]
+    assert names(recorder.slowest(1, bulk=True)) == ["row-1999"]
+    said = recorder.slowest(1, bulk=True) + recorder.slowest(1)
+    assert [each["priority"] for each in said] == ["batch", "online"]
+    # A job's rows are, wherever they are carried out.
+    row = recorder.begin("own", "row", process="batch")
+    row.begin_track("own", "tiny", 1)
+    recorder.end(row)
+    assert len(recorder.slowest(99, bulk=False)) == 1
+    assert names(recorder.answer(Question("1", slowest=1, bulk=True)) or []) == ["row-1999"]
 
 
 def test_slow_ones_are_forgotten_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,11 +86,16 @@ def test_what_came_to_no_engine_pushes_nothing_out() -> None:
 
 def test_one_that_is_on_its_way_is_found() -> None:
     recorder = Recorder()
-    timeline = recorder.begin("running", "row")
-    timeline.begin_track("running", "tiny", 1)
+    timeline = recorder.begin("running", "generate", process="ingress")
+    track = timeline.begin_track("running", "tiny", 1)
+    tokens = iter([3, 4])
+    track.tokens_so_far = lambda: next(tokens)
     found = recorder.find("running")
     assert found is not None
-    assert found["status"] == "running"
+    assert (found["status"], found["output_tokens"]) == ("running", 3)
+    track.end("stop")
+    assert track.tokens_so_far is None
+    assert [timeline.output_tokens, timeline.output_tokens] == [4, 4]
     assert names(recorder.slowest(5)) == ["running"]
     recorder.end(timeline)
     assert not recorder._running

@@ -152,6 +152,7 @@ async def test_rows_of_batch_work_are_counted_apart(tiny_model: Path) -> None:
             each.cancel()
         await asyncio.gather(*leaving, return_exceptions=True)
         assert (gateway.traffic.online.cancelled, gateway.traffic.batch.cancelled) == (1, 2)
+        await until(lambda: not any(replica.requests for replica in pool.replicas))
         # And those that are lost.
         lost = [
             asyncio.create_task(ask(gateway, f"lost-{priority}", 400, priority))
