@@ -28,15 +28,23 @@ STDERR = 2
 
 # Of a command that has not come to Ray yet.
 _tell: list[Callable[[str], None]] = []
+_later: list[str] = []
 
 
-def in_a_command(tell: Callable[[str], None]) -> None:
+def in_a_command(tell: Callable[[str], None], *, quick: bool = False) -> None:
     """This process is a command: if it comes to Ray, Ray's words are to be set aside.
 
     Args:
         tell: is called with the log's place.
+        quick: it only looks at something: the log's place is told by :func:`tell_place`, if it fails.
     """
-    _tell[:] = [tell]
+    _tell[:] = [_later.append if quick else tell]
+
+
+def tell_place(tell: Callable[[str], None]) -> None:
+    """Say where Ray's words are, if there are any and nobody has said so."""
+    while _later:
+        tell(_later.pop())
 
 
 def set_aside() -> None:

@@ -21,7 +21,7 @@ from hycluster.batch.job import Job
 from hycluster.chaos.cli import chaos
 from hycluster.consent import Yes, ask
 from hycluster.doctor.cli import doctor
-from hycluster.errors import HyclusterError, PermissionDenied, SettingsError, Unauthenticated, shown
+from hycluster.errors import HyclusterError, NotFound, PermissionDenied, SettingsError, Unauthenticated, shown
 from hycluster.job_engines import open_engines
 from hycluster.k8s.cli import app as k8s_app
 from hycluster.models.cli import tiny_model
@@ -336,17 +336,23 @@ def upgrade(
 app.registered_commands.sort(key=lambda command: command.callback not in (serve, status, top, doctor, upgrade))
 
 
+# Commands that only look at something, time and again.
+QUICK = (["status"], ["top"], ["why"])
+
+
 def main() -> None:
     """Entry point of the ``hycluster`` command: hycluster's errors become one line and an exit code."""
     lines = logging.StreamHandler()
     lines.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[lines])
-    aside.in_a_command(say)
+    aside.in_a_command(say, quick=sys.argv[1:2] in QUICK)
     try:
         app()
     except HyclusterError as error:
         for line in error.message.splitlines():
             echo(f"error: {line}", err=True)
+        if not isinstance(error, NotFound | SettingsError):
+            aside.tell_place(say)
         # What an ingress says is of headers and metadata, for which a command has no option. What is said of Ray's own
         # token (RAY_AUTH_TOKEN) has nothing to do with it.
         if isinstance(error, Unauthenticated | PermissionDenied) and not error.message.startswith("RAY_"):

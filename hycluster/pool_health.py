@@ -40,6 +40,7 @@ class PoolHealth:
         wakes: a request that finds none has one started.
         trouble: why replicas do not start, if they don't.
         cut_off: there are replicas, and this ingress process has reached none of them for a while.
+        lost: by id, replicas that it has lost, and that nobody else has missed yet.
     """
 
     replicas_ready: int
@@ -47,6 +48,7 @@ class PoolHealth:
     wakes: bool = False
     trouble: StartTrouble | None = None
     cut_off: bool = False
+    lost: frozenset[str] = frozenset()
 
     @property
     def able(self) -> bool:

@@ -40,6 +40,21 @@ def test_what_is_written_past_python_goes_to_a_log(tmp_path: Path) -> None:
     assert log.read_text() == "from C++\na raylet died\n"
 
 
+def test_a_command_that_only_looks_says_where_the_log_is_only_if_it_fails(tmp_path: Path) -> None:
+    env = {**os.environ, "HYCLUSTER_HOME": str(tmp_path)}
+    quick = COMMAND.replace("file=sys.stderr))\nos.", "file=sys.stderr), quick=True)\nos.")
+    done = subprocess.run(
+        [sys.executable, "-c", quick], capture_output=True, text=True, timeout=60, check=True, env=env
+    )
+    assert done.stderr == "before\nWARNING:root:ours\nlast\n"
+    failed = quick + "aside.tell_place(lambda line: print(line, file=sys.stderr))\n" * 2
+    done = subprocess.run(
+        [sys.executable, "-c", failed], capture_output=True, text=True, timeout=60, check=True, env=env
+    )
+    assert "\nlast\nwhat Ray says for itself: " in done.stderr
+    assert done.stderr.count("what Ray says") == 1
+
+
 def test_in_a_process_that_is_no_command_nothing_is_set_aside(tmp_path: Path) -> None:
     code = COMMAND.replace("aside.in_a_command(", "(lambda _: None)(")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

@@ -196,6 +196,9 @@ class Gateway(MeteredLLM):
             PoolUnavailable: no replica can serve, and the request is not to wait for one.
             PoolInvalidInput: more sequences than are ever admitted.
         """
+        if (timeline := current.get()) is not None:
+            # Who is refused has asked for it too.
+            timeline.model = timeline.model or self.model.name
         pool, traffic = self.engine_core, self.traffic.of(bulk=is_bulk_now() if bulk is None else bulk)
         if not pool.able and self.cold_start.wait_s is None:
             traffic.refuse("unavailable")
@@ -213,7 +216,7 @@ class Gateway(MeteredLLM):
             raise PoolOverloaded(shed.message, shed.retry_after_s) from None
         except InvalidInput as error:
             raise PoolInvalidInput(error.message) from None
-        if (timeline := current.get()) is not None:
+        if timeline is not None:
             timeline.admitted()
         if (account := account_now.get()) is not None:
             account.admit(self.model.name)
@@ -284,7 +287,17 @@ class Gateway(MeteredLLM):
             self.cold_start.wakes,
             self.cold_start.trouble,
             self.cut_off,
+            self._lost,
         )
+
+    @property
+    def _lost(self) -> frozenset[str]:
+        """Replicas that have been here and are not, and that the directory names."""
+        known = self.engine_core.known
+        here = {replica.replica_id for replica in known if not replica.gone}
+        gone = {replica.replica_id for replica in known if replica.gone} - here
+        named = () if self._view is None else self._view.replicas
+        return frozenset(report.address.replica_id for report in named if report.accepting) & gone
 
     @property
     def can_open(self) -> bool:

@@ -151,6 +151,11 @@ SERVING = DashboardSpec(
             (Query("clamp_min(min(hycluster_certificate_expires_timestamp_seconds) - time(), 0)", "certificate"),),
         ),
         PanelSpec(
+            "Spans lost", "Of traces, where they are exported: their collector took none, or was away for too long.",
+            "short",
+            (Query(f"sum by (ingress) (rate(hycluster_spans_lost_total{RATE})) or vector(0)", "{{ingress}}"),),
+        ),
+        PanelSpec(
             "Prompt lengths", "Of online requests that have ended.", "short", _quantiles("vllm:request_prompt_tokens"),
         ),
     ),

@@ -154,6 +154,12 @@ LIMITED = _family(
     ("limit", "of", "ingress"),
 )  # fmt: skip
 
+SPANS_LOST = _family(
+    "counter", "hycluster_spans_lost_total",
+    "Spans that no collector has: it took none, or was away while too many waited for it; where traces are exported.",
+    ("ingress",),
+)  # fmt: skip
+
 # -- the pool -----------------------------------------------------------------------------------------
 
 READY = _family("gauge", "hycluster_replicas_ready", "Replicas that take requests; a group counts as one.", POOL)

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from hycluster.errors import SettingsError, shown
 from hycluster.observe.timelines import Recorder, Sampler, never
+from hycluster.observe.traces import span_metrics
 from hycluster.settings.observe import Tracing
 from hycluster.timeline import Timeline
 from hycluster.trace_context import TraceContext
@@ -109,6 +110,7 @@ class Export:
         from hycluster.observe.span_writer import SpanWriter
 
         self._writer = SpanWriter(_exporter(endpoint, tracing, environment), recorder.process, instance)
+        span_metrics.watch("spans", self._writer)
         recorder.samples, recorder.captures = samples, tracing.capture_content
         recorder.ended.append(self._tell)
         recorder.flush = self._writer.flush

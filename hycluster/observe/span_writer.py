@@ -6,15 +6,17 @@ and took twice as long as all the rest of a span.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opentelemetry.attributes import BoundedAttributes
+from opentelemetry.sdk.environment_variables import OTEL_BSP_MAX_QUEUE_SIZE
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan, SpanLimits
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.util import BoundedList
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
@@ -24,6 +26,8 @@ from hycluster.observe.spans import SpanOf, spans_of
 from hycluster.timeline import Timeline
 
 CLOSE_WITHIN_S = 5.0
+# Spans that wait to be sent; OpenTelemetry's own default.
+MOST_WAITING = 2048
 SAMPLED, UNSET = TraceFlags(TraceFlags.SAMPLED), Status(StatusCode.UNSET)
 
 
@@ -32,6 +36,35 @@ class OwnResource(Resource):
 
     def __hash__(self) -> int:
         return id(type(self))
+
+
+class _Counted(SpanExporter):
+    """Another exporter, and what became of what it was given.
+
+    Attributes:
+        given: spans that it has tried to send.
+        failed: those of them that no collector took.
+    """
+
+    def __init__(self, exporter: SpanExporter) -> None:
+        self._exporter = exporter
+        self.given = self.failed = 0
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        self.given += len(spans)
+        result = SpanExportResult.FAILURE
+        try:
+            result = self._exporter.export(spans)
+        finally:
+            if result is not SpanExportResult.SUCCESS:
+                self.failed += len(spans)
+        return result
+
+    def shutdown(self) -> None:
+        self._exporter.shutdown()
+
+    def force_flush(self, timeout_millis: int = 30_000) -> bool:
+        return self._exporter.force_flush(timeout_millis)
 
 
 class SpanWriter:
@@ -52,7 +85,10 @@ class SpanWriter:
         self._scope = InstrumentationScope("hycluster", __version__)
         # What ``OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT`` and its like say.
         self._limits = SpanLimits()
-        self._processor = BatchSpanProcessor(exporter)
+        self._exporter = _Counted(exporter)
+        self._most_waiting = _most_waiting()
+        self._written = self._dropped = 0
+        self._processor = BatchSpanProcessor(self._exporter, self._most_waiting)
 
     def write(self, timeline: Timeline) -> None:
         """Those of a request that has ended."""
@@ -64,7 +100,16 @@ class SpanWriter:
             start_ns, end_ns = times_ns.get(span.parent, (0, sys.maxsize))
             within = max(start_ns, _ns(span.start_s)), min(end_ns, _ns(span.end_s))
             times_ns[span.span_id] = within
+            # The processor says so in the log alone, for each.
+            if self._written - self._dropped - self._exporter.given >= self._most_waiting:
+                self._dropped += 1
+            self._written += 1
             self._processor.on_end(self._made(span, timeline.trace_id, state, *within))
+
+    @property
+    def lost(self) -> int:
+        """Spans that no collector took, or that came while one was away and too many waited for it."""
+        return self._dropped + self._exporter.failed
 
     def _made(self, span: SpanOf, trace_id: int, state: TraceState, start_ns: int, end_ns: int) -> ReadableSpan:
         remote, limits = span.kind == "SERVER", self._limits
@@ -105,6 +150,12 @@ class SpanWriter:
     def _end(self) -> None:
         self.flush()
         self._processor.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _most_waiting() -> int:
+    """As ``OTEL_BSP_MAX_QUEUE_SIZE`` says; the processor does not tell."""
+    said = os.environ.get(OTEL_BSP_MAX_QUEUE_SIZE, "")
+    return int(said) if said.isdigit() and int(said) > 0 else MOST_WAITING
 
 
 def _within(attributes: Mapping[str, Any], most: int | None, longest: int | None) -> Mapping[str, Any]:

@@ -37,6 +37,7 @@ class ReplicaState:
         host: where gateways reach it.
         group: of a data-parallel group, its name; else null.
         draining: it takes nothing new.
+        lost: an ingress process has lost it; the directory has not missed it yet.
         running, waiting: sequences in its batch, and in its queue.
         most_running: sequences that a batch holds at most; 0 if that is not known.
         kv_usage: share of its KV cache in use, 0 to 1.
@@ -51,6 +52,7 @@ class ReplicaState:
     host: str
     group: str | None
     draining: bool
+    lost: bool
     running: int
     waiting: int
     most_running: int
@@ -234,7 +236,7 @@ def _pool(survey: Survey, view: PoolView, model: str, health: PoolHealth) -> Poo
         health.trouble.retry_in_s if health.trouble else None,
         dict(view.scaling.decisions) if view.scaling else None,
         tuple(sorted(name for name, entry in view.adapters.items() if entry.source is not None)),
-        tuple(_replica(report) for report in sorted(view.replicas, key=lambda each: each.address.replica_id)),
+        tuple(_replica(report, health) for report in sorted(view.replicas, key=lambda each: each.address.replica_id)),
         starting,
         _jobs(view),
     )
@@ -271,7 +273,7 @@ def _why(
     return "; ".join(parts)
 
 
-def _replica(report: ReplicaReport) -> ReplicaState:
+def _replica(report: ReplicaReport, health: PoolHealth) -> ReplicaState:
     load, colocation = report.load, report.load.colocation
     asked, had = (_sum(load.samples, name) for name in (PREFIX_QUERIES, PREFIX_HITS))
     return ReplicaState(
@@ -279,6 +281,7 @@ def _replica(report: ReplicaReport) -> ReplicaState:
         urlsplit(report.address.requests).hostname or "",
         report.group,
         not report.accepting,
+        report.address.replica_id in health.lost,
         load.running,
         load.waiting,
         load.most_running,

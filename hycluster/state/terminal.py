@@ -63,7 +63,7 @@ def _pools(state: ClusterState) -> Table:
         for replica in pool.replicas:
             table.add_row(
                 _cell(f"  {replica.id[:8]} on {replica.host}"),
-                "draining" if replica.draining else "serves",
+                Text("lost", "red") if replica.lost else "draining" if replica.draining else "serves",
                 load_of(replica),
                 percent(replica.kv_usage),
                 count(replica.outstanding_tokens),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 
 import pytest
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+from opentelemetry.sdk.environment_variables import OTEL_BSP_MAX_QUEUE_SIZE
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.trace import (
@@ -27,9 +29,11 @@ from hycluster import __version__
 from hycluster.observe import span_writer
 from hycluster.observe.span_writer import SpanWriter, _ns
 from hycluster.observe.spans import SpanOf, spans_of
+from hycluster.observe.traces import span_metrics
 from hycluster.timeline import Timeline
 from hycluster.trace_context import TraceContext
 from tests.timelines import begun, ended, migrated, usual
+from tests.waiting import PATIENCE_S, eventually
 
 LIMITS = {
     "OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT": "3", "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT": "4",
@@ -132,3 +136,47 @@ def test_what_ends_with_its_parent_does_not_end_later(monkeypatch: pytest.Monkey
         parent.end_time,
         parent.end_time,
     )
+
+
+class _Away(SpanExporter):
+    """A collector that does not answer until ``back``, and then takes nothing."""
+
+    def __init__(self) -> None:
+        self.back = threading.Event()
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        assert self.back.wait(PATIENCE_S)
+        return SpanExportResult.FAILURE
+
+    def shutdown(self) -> None:
+        """Nothing is held."""
+
+
+def test_what_no_collector_has_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(OTEL_BSP_MAX_QUEUE_SIZE, "8")
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "1")
+    exporter = _Away()
+    writer = SpanWriter(exporter, "ingress")
+    spans = len(spans_of(usual()))
+    writer.write(usual())
+    eventually(lambda: writer._exporter.given == 1)
+    while writer._written < 100:
+        writer.write(usual())
+    # One is on its way, eight wait.
+    assert writer.lost == writer._written - 9
+    exporter.back.set()
+    writer.close()
+    assert writer.lost == writer._written
+    assert writer._written % spans == 0
+
+
+def test_what_arrives_is_not_lost() -> None:
+    exporter = InMemorySpanExporter()
+    writer = SpanWriter(exporter, "ingress")
+    for _ in range(50):
+        writer.write(usual())
+    writer.close()
+    assert (writer.lost, len(exporter.get_finished_spans())) == (0, writer._written)
+    span_metrics.watch("spans", writer)
+    (family,) = span_metrics.collect()
+    assert [sample.value for sample in family.samples] == [0]

@@ -109,6 +109,10 @@ async def test_sums_over_gateways_and_replicas_are_what_was_asked(tiny_model: Pa
         assert whole["vllm:request_success_total", "r0"] == counted
         assert whole["vllm:request_success_total", "r0"] + whole["vllm:request_success_total", "r1"] == 22
         assert [gateway.engine_core.replicas_lost for gateway in opened] == [1, 1, 1]
+        # As long as the directory names it, and no longer than that.
+        assert [gateway.health.lost for gateway in opened] == [{"r0"}] * 3
+        pool[0].accepting = False
+        await until(lambda: not any(gateway.health.lost for gateway in opened))
 
 
 async def test_rows_of_batch_work_are_counted_apart(tiny_model: Path) -> None:

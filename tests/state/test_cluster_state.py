@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from hycluster.directory.autoscaling import Scaling
 from hycluster.directory.directory import Overview, PoolView, Survey
@@ -13,6 +15,7 @@ from hycluster.settings.model import Model
 from hycluster.settings.objectives import Objectives
 from hycluster.settings.pool import Replicas
 from hycluster.state.cluster_state import cluster_state, health_of
+from hycluster.state.terminal import shown_state
 from hycluster.state.traffic_state import BatchTraffic
 from tests.state.made import BIG, NOW, SECRET, SMALL, made_pools, made_state, made_survey
 
@@ -34,6 +37,7 @@ def test_what_is_told() -> None:
         "host": "10.0.0.71",
         "group": None,
         "draining": False,
+        "lost": False,
         "running": 41,
         "waiting": 0,
         "most_running": 64,
@@ -138,6 +142,19 @@ def test_states_of_a_pool() -> None:
         "unavailable",
         "1 of 1 replicas serve; this ingress process reaches none of them",
     )
+
+
+def test_a_replica_that_is_lost_is_said_to_be() -> None:
+    pools = made_pools()
+    pools[BIG] = replace(pools[BIG], lost=frozenset({"a1b2c3d4e5f60718"}))
+    state = cluster_state(made_survey(), pools, version="1", now=NOW)
+    lost = [each.id for pool in state.pools for each in pool.replicas if each.lost]
+    assert lost == ["a1b2c3d4e5f60718"]
+    file = io.StringIO()
+    Console(file=file, width=160).print(shown_state(state))
+    (line,) = (line for line in file.getvalue().splitlines() if "a1b2c3d4" in line)
+    assert "lost" in line
+    assert "serves" not in line
 
 
 def test_it_starts_until_an_ingress_process_is_open() -> None:

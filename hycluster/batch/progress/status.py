@@ -88,14 +88,16 @@ class Status:
     def cells(self) -> list[tuple[str, str]]:
         """Label and value pairs for those who read."""
         shards = "?" if self.shards is None else str(self.shards)
+        # Of this run, shards that are not committed yet among them.
+        said = self.word.progress.done if self.word else Totals()
         return [
             ("state", self._state()),
             ("shards", f"{self.shards_done}/{shards}"),
             ("rows", f"{self.rows_through}/{self.rows}"),
             *(self._said() if self.word else []),
             ("quarantined", self._quarantined()),
-            ("prompt tokens", str(self.done.prompt_tokens)),
-            ("completion tokens", str(self.done.completion_tokens)),
+            ("prompt tokens", str(max(self.done.prompt_tokens, said.prompt_tokens))),
+            ("completion tokens", str(max(self.done.completion_tokens, said.completion_tokens))),
             ("rows/s", _rate(self.rows_per_s)),
             ("tokens/s", _rate(self.tokens_per_s)),
             ("ETA", "-" if self.eta_s is None or self.over else duration(self.eta_s)),
