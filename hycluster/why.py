@@ -208,7 +208,7 @@ def _show(found: Told) -> None:
     total_s = found["duration_s"]
     out = console()
     out.print(f"{found['id']}  {found['model']}  {found['status']}  {_time(total_s)}  since {found['started']}")
-    said = [f"{found['operation']} at {found['process']}"]
+    said = [f"{found['operation']} at {found['process']} {found.get('instance', '')}".rstrip()]
     if found.get("ttft_s") is not None:
         said.append(f"first token after {_time(found['ttft_s'])}")
     said.append(f"{found['prompt_tokens']} tokens in ({found['cached_tokens']} cached), {found['output_tokens']} out")

@@ -33,7 +33,10 @@ def ingress() -> Iterator[str]:
     class Route(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             path, _, query = unquote(self.path).partition("?")
-            known: dict[str, Any] = {"usual": timeline_json(usual()), "a/b.parquet#3": timeline_json(migrated())}
+            known: dict[str, Any] = {
+                "usual": timeline_json(usual()) | {"instance": "a:1"},
+                "a/b.parquet#3": timeline_json(migrated()),
+            }
             asked = path.removeprefix("/hycluster/requests").removeprefix("/")
             body: Any = (
                 known.get(asked)
@@ -72,6 +75,7 @@ def test_the_route_is_the_ingresses() -> None:
 def test_a_table_and_a_bar(ingress: str) -> None:
     lines = [line.rstrip() for line in why("usual", "--address", ingress).splitlines()]
     assert lines[0].startswith("r  tiny  ok  2.20 s  since 2027-01-15")
+    assert " at ingress a:1; " in lines[1]
     assert "first token after 1.00 s; 10 tokens in (0 cached), 8 out" in lines[1]
     decode = next(line for line in lines if line.startswith("decode"))
     assert decode.split()[1:7] == ["1.00", "s", "1.00", "s", "45%", "█" * 14]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hycluster.errors import HyclusterError, InvalidInput
+from hycluster.observe.catalogue import INGRESS
 from hycluster.stages import summed_up, timeline_json
 from hycluster.timeline import Timeline, current
 from hycluster.trace_context import TraceContext
@@ -169,7 +170,7 @@ class Recorder:
         known = list(self._known())
         exactly = (timeline for timeline in known if timeline.id == request_id)
         found = next(exactly, None) or next((timeline for timeline in known if timeline.known_as(request_id)), None)
-        return None if found is None else timeline_json(found)
+        return None if found is None else {**timeline_json(found), "instance": INGRESS}
 
     def slowest(self, most: int, model: str | None = None, *, bulk: bool = False) -> list[dict[str, Any]]:
         """The online requests that took longest, or rows of batch work, those on their way among them."""

@@ -53,6 +53,12 @@ class DrainTimes:
     hand_over_after_s: float
 
 
+def _own_id() -> str:
+    """Its actor's, by which Ray's tools name it and its start is told of; enough of it to be its own."""
+    actor: str | None = ray.get_runtime_context().get_actor_id()
+    return actor[:16] if actor else secrets.token_hex(8)
+
+
 def _untold(_: str) -> None:
     """Nobody is to hear how far a start is."""
 
@@ -118,7 +124,7 @@ class Rank:
         self._alone = data_plane.host is None and _one_machine()
         self._server = EngineServer(
             self._engine,
-            replica_id=secrets.token_hex(8),
+            replica_id=_own_id(),
             model=model.name,
             host=data_plane.host or (LOOPBACK if self._alone else ray.util.get_node_ip_address()),
             ports=data_plane,

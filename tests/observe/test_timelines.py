@@ -7,6 +7,7 @@ import pytest
 
 from hycluster.errors import InvalidInput, Unavailable
 from hycluster.observe import timelines
+from hycluster.observe.catalogue import INGRESS
 from hycluster.observe.timelines import KEPT_SLOWEST, Carried, Question, Recorder
 from hycluster.timeline import Timeline, current
 from hycluster.trace_context import TraceContext
@@ -92,7 +93,7 @@ def test_one_that_is_on_its_way_is_found() -> None:
     track.tokens_so_far = lambda: next(tokens)
     found = recorder.find("running")
     assert found is not None
-    assert (found["status"], found["output_tokens"]) == ("running", 3)
+    assert (found["status"], found["output_tokens"], found["instance"]) == ("running", 3, INGRESS)
     track.end("stop")
     assert track.tokens_so_far is None
     assert [timeline.output_tokens, timeline.output_tokens] == [4, 4]
