@@ -33,6 +33,9 @@ ENGINE_EVENTS = {1: "queued", 2: "scheduled", 3: "preempted"}
 # What our scheduler tells of a bulk row, in the headers that vLLM gives back with each output.
 PARKED_S, GIVEN_UP = "hycluster-parked-s", "hycluster-given-up"
 
+# How sequences end whose answers are whole; what its own front end has stopped, as a stop string does, is aborted.
+WHOLE = frozenset({"stop", "length", "repetition", "abort"})
+
 current: ContextVar[Timeline | None] = ContextVar("hycluster_timeline", default=None)
 
 
@@ -259,6 +262,14 @@ class Timeline:
             self._limit = MOST_TRACKS
             if len(self.tracks) > MOST_TRACKS:
                 self._thin_out()
+
+    @property
+    def broken(self) -> str:
+        """What a sequence of its ended with that is no end of an answer; empty if none did. Who streams says so in the
+        midst of an answer that began well."""
+        ends = (track.events[-1] for track in self.tracks if track.ended_s is not None and track.events)
+        reasons = (str(end.attributes.get("reason", "")) for end in ends if end.name == "finished")
+        return next((reason for reason in reasons if reason not in WHOLE), "")
 
     @property
     def context(self) -> TraceContext:

@@ -63,9 +63,13 @@ class Gate:
     Args:
         model: its model's name, for the errors.
         clock: seconds, monotonic.
+
+    Attributes:
+        held: places of requests that were let in, and that have not been sent (``places.py``).
     """
 
     def __init__(self, model: str, bounds: Admission, clock: Callable[[], float] = time.monotonic) -> None:
+        self.held = 0
         self._model = model
         self._bounds = bounds
         self._pace = Pace(clock)
@@ -84,6 +88,7 @@ class Gate:
             InvalidInput: it asks for more sequences than are ever let in.
         """
         most, bounds = self._bounds.max_requests, self._bounds
+        in_flight += self.held
         self._pace.note(worked_off_tokens)
         if most is not None and sequences > most:
             raise InvalidInput(f"n: {sequences} sequences are not allowed; a request may ask for at most {most}")

@@ -17,16 +17,25 @@ from hycluster.observe.timelines import Question, recorder
 # Every gateway has come by then: one round of syncs, and what the directory and they take to say it.
 LONGEST_S = 2.5 * REPORT_EVERY_S
 LOOK_EVERY_S = 0.1
+# In the name of a row: its file, this, its number.
+ROW_MARK = "#"
 
 Told = list[dict[str, Any]]
 
 
 async def timeline_of(directory: ActorHandle[Any] | None, request_id: str) -> dict[str, Any] | None:
-    """A request's timeline as JSON; None if no process knows it (any more)."""
-    if (own := recorder.find(request_id)) is not None or directory is None:
+    """A request's timeline as JSON; None if no process knows it (any more).
+
+    Rows of several jobs over one input have the same name but for their job's: the latest is meant.
+    """
+    own = recorder.find(request_id)
+    if directory is None or (own is not None and (own["id"] == request_id or ROW_MARK not in request_id)):
         return own
-    found = await _asked(directory, Question(secrets.token_hex(8), request_id), until_found=True)
-    return found[0] if found else None
+    many = ROW_MARK in request_id
+    found = await _asked(directory, Question(secrets.token_hex(8), request_id), until_found=not many)
+    if own is not None:
+        found.append(own)
+    return max(found, key=lambda each: (each["id"] == request_id, each["started"]), default=None)
 
 
 async def slowest(

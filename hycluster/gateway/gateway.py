@@ -46,6 +46,7 @@ from hycluster.gateway.coldstart import ColdStart
 from hycluster.gateway.counted import CountingOutputs
 from hycluster.gateway.grammars import GrammarCheck
 from hycluster.gateway.limited import MeteredLLM
+from hycluster.gateway.places import current_places
 from hycluster.gateway.pool import PoolClient
 from hycluster.gateway.pool_errors import LOST, PoolInvalidInput, PoolOverloaded, PoolUnavailable
 from hycluster.gateway.prefixes import Prefixes
@@ -189,6 +190,8 @@ class Gateway(MeteredLLM):
         """Refuse a request before any work is done for it.
 
         Args:
+            n: sequences.
+            request_id: of one that is being sent to the engines; None: an answer is about to begin.
             bulk: it is counted as batch work; None: as far as can be told now.
 
         Raises:
@@ -199,7 +202,27 @@ class Gateway(MeteredLLM):
         if (timeline := current.get()) is not None:
             # Who is refused has asked for it too.
             timeline.model = timeline.model or self.model.name
-        pool, traffic = self.engine_core, self.traffic.of(bulk=is_bulk_now() if bulk is None else bulk)
+        places, gate = current_places.get(), self._gate
+        if request_id is not None and places is not None and places.take(gate, n):
+            # It was let in before its answer began.
+            return
+        if request_id is None and places is not None and places.of(gate) >= n:
+            return
+        try:
+            self._let_in(n, self.traffic.of(bulk=is_bulk_now() if bulk is None else bulk))
+        except HyclusterError as error:
+            if places is not None:
+                places.refusal = error
+            raise
+        if request_id is None and places is not None:
+            places.hold(gate, n)
+        if timeline is not None:
+            timeline.admitted()
+        if (account := account_now.get()) is not None:
+            account.admit(self.model.name)
+
+    def _let_in(self, n: int, traffic: TrafficMeter) -> None:
+        pool = self.engine_core
         if not pool.able and self.cold_start.wait_s is None:
             traffic.refuse("unavailable")
             raise self.refusal()
@@ -216,10 +239,6 @@ class Gateway(MeteredLLM):
             raise PoolOverloaded(shed.message, shed.retry_after_s) from None
         except InvalidInput as error:
             raise PoolInvalidInput(error.message) from None
-        if timeline is not None:
-            timeline.admitted()
-        if (account := account_now.get()) is not None:
-            account.admit(self.model.name)
 
     async def add_request(
         self, request_id: str, prompt: Any, params: SamplingParams | PoolingParams, *rest: Any, **named: Any

@@ -116,7 +116,7 @@ class Members:
         if self._prefixes is not None:
             self._prefixes.forget(link.replica_id)
         self.lost += link.accepting
-        link.known.gone = True
+        link.known.gone, link.known.last = True, link.load
         # In the order in which they went: one that was away for a moment has a later number than those that were not.
         self.known[link.known.number] = self.known.pop(link.known.number)
         gone = [known.number for known in self.known.values() if known.gone]

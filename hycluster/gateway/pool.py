@@ -17,7 +17,7 @@ from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackEncoder
 
 from hycluster.auth.caller import current_caller, own_salt
-from hycluster.core import BulkDemand, ColocationLoad, EngineSample, ExpertLoad, GatewayWork, Priority
+from hycluster.core import BulkDemand, ColocationLoad, EngineSample, ExpertLoad, GatewayWork, Priority, ReplicaLoad
 from hycluster.directory.directory import ReplicaReport
 from hycluster.engine.fairness import payer_headers
 from hycluster.engine.migrated import migrate
@@ -130,9 +130,19 @@ class PoolClient(ControlCalls):
         return {replica_id: load.colocation for replica_id, load in loads.items() if load and load.colocation}
 
     @property
+    def gone_loads(self) -> dict[str, ReplicaLoad]:
+        """By replica id, what those that are gone had reported: what they had counted stays to be scraped."""
+        return {known.replica_id: known.last for known in self._members.known.values() if known.gone and known.last}
+
+    @property
     def engine_samples(self) -> dict[str, tuple[EngineSample, ...]]:
-        """By replica id, vLLM's own metrics of its scheduler."""
-        return {replica_id: link.load.samples for replica_id, link in self._members.links.items() if link.load}
+        """By replica id, vLLM's own metrics of its scheduler; of one that is gone what it had counted."""
+        counted = {
+            replica_id: tuple(sample for sample in load.samples if sample[0].endswith("_total"))
+            for replica_id, load in self.gone_loads.items()
+        }
+        here = {replica_id: link.load.samples for replica_id, link in self._members.links.items() if link.load}
+        return counted | here
 
     @property
     def known(self) -> Collection[KnownReplica]:

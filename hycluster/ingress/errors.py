@@ -33,6 +33,11 @@ SHOULD_RETRY = "X-Should-Retry"
 async def answer_error(_: Request | None, error: Exception) -> JSONResponse:
     """One of hycluster's errors as FastAPI's exception handler answers it."""
     assert isinstance(error, HyclusterError)
+    return openai_error(error.http_status, error.message, error.openai_type, headers_of(error), error.openai_code)
+
+
+def headers_of(error: HyclusterError) -> dict[str, str]:
+    """What an answer says of an error beside its body: which it is, and when to come again."""
     headers = {KIND_HEADER: kind_of(error).__name__}
     if error.retry_after_s:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
@@ -41,7 +46,7 @@ async def answer_error(_: Request | None, error: Exception) -> JSONResponse:
         headers[SHOULD_RETRY] = "false"
     if isinstance(error, Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"
-    return openai_error(error.http_status, error.message, error.openai_type, headers, error.openai_code)
+    return headers
 
 
 async def answer_http_error(_: Request, error: Exception) -> JSONResponse:

@@ -27,6 +27,7 @@ from hycluster.auth.caller import check_model, check_scope, current_caller, usab
 from hycluster.auth.guard import Guard
 from hycluster.core import Generation, GenerationRequest, ModelCard, PromptFields
 from hycluster.errors import DeadlineExceeded, HyclusterError, PromptTooLong, SettingsError, Unavailable, UnknownModel
+from hycluster.gateway.places import holding_places
 from hycluster.gateway.tiers import served_as, tier_for
 from hycluster.ingress import translate
 from hycluster.ingress.chats import messages_from_pb
@@ -123,6 +124,7 @@ def _answer(call: Call[Request, Response]) -> Call[Request, Response]:
                     served_as(tier),
                     Carried(request_id, operation, trace_context(said), model=request.model) as timeline,
                     account_book.account(request_id, operation),
+                    holding_places(),
                 ):
                     answer = await call(self, request, context)
             else:

@@ -33,6 +33,7 @@ from hycluster.auth.caller import usable
 from hycluster.auth.guard import Guard
 from hycluster.engine.patches.completion_prompts import patch_completions
 from hycluster.engine.patches.error_messages import patch_error_messages
+from hycluster.engine.patches.message_refusals import patch_messages
 from hycluster.engine.patches.truncated_responses import patch_responses
 from hycluster.engine.patches.unread_tools import patch_tools
 from hycluster.errors import HyclusterError, UnknownModel
@@ -269,6 +270,8 @@ async def model_app(gateway: Gateway, settings: Http, max_members: int = MAX_MEM
     await init_app_state(gateway, app.state, arguments, tasks)
     if (completions := app.state.openai_serving_completion) is not None:
         patch_completions(completions, gateway.check_admission)
+    if (messages := app.state.anthropic_serving_messages) is not None:
+        patch_messages(messages)
     if (responses := app.state.openai_serving_responses) is not None:
         patch_responses(responses)
         patch_tools(responses, gateway.model.name)

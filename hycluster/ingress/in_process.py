@@ -17,6 +17,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp
 
+from hycluster.gateway.places import holding_places
 from hycluster.ingress.errors import raised_at
 from hycluster.ledger.account import Account, account_book
 from hycluster.observe.timelines import Carried
@@ -110,7 +111,11 @@ class _Call:
         try:
             operation = f"POST {self._scope['path']}"
             parent = trace_context(Headers(raw=self._scope["headers"]))
-            with Carried(named, operation, parent), self._opened(named, operation) as self._account:
+            with (
+                Carried(named, operation, parent),
+                self._opened(named, operation) as self._account,
+                holding_places(),
+            ):
                 await self._app(self._scope, self._receive, self._send)
                 if self._account is not None:
                     self._account.left = not self._over.is_set()

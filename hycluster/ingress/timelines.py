@@ -17,7 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hycluster.errors import InvalidInput, NotFound, shown
 from hycluster.gateway.asking import slowest, timeline_of
-from hycluster.ingress.errors import answer_error
+from hycluster.gateway.places import holding_places
+from hycluster.ingress.errors import answer_error, headers_of
 from hycluster.ledger.account import account_book
 from hycluster.observe.timelines import MOST_LISTED, Carried
 from hycluster.stages import KEPT
@@ -28,6 +29,8 @@ REQUEST_ID = b"x-request-id"
 # In a request's scope, where a layer further out wants to know its timeline: a list, as layers go on with a copy of it.
 TIMELINE_KEY = "hycluster.timeline"
 DEFAULT_LISTED = 10
+# What a list may be asked for by.
+QUERY = frozenset({"slowest", "model", "priority"})
 # What asks an engine for something, and may take its time.
 TIMED = frozenset(
     {
@@ -81,7 +84,11 @@ class WithTimelines:
         request_id = named.decode("latin-1")
         parent = trace_context(_texts(scope["headers"]))
         operation = f"POST {scope['path']}"
-        with Carried(request_id, operation, parent) as timeline, account_book.account(request_id, operation) as account:
+        with (
+            Carried(request_id, operation, parent) as timeline,
+            account_book.account(request_id, operation) as account,
+            holding_places() as places,
+        ):
             scope.get(TIMELINE_KEY, []).append(timeline)
             whole = False
 
@@ -93,6 +100,8 @@ class WithTimelines:
                     status = timeline.attributes["http.response.status_code"] = message["status"]
                     if status >= 400:
                         timeline.error = f"HTTP {status}"
+                    if places.refusal is not None and status == places.refusal.http_status:
+                        _add_headers(message, headers_of(places.refusal))
                     if account is not None:
                         account.error = status >= 400
                 elif account is not None:
@@ -109,6 +118,13 @@ class WithTimelines:
 
 def _name(begun: Message, request_id: bytes) -> None:
     begun["headers"] = [*begun.get("headers", ()), (REQUEST_ID, request_id)]
+
+
+def _add_headers(begun: Message, headers: Mapping[str, str]) -> None:
+    """Those that it does not have yet."""
+    known = {name.lower() for name, _ in begun["headers"]}
+    new = ((name.lower().encode(), value.encode()) for name, value in headers.items())
+    begun["headers"] = [*begun["headers"], *(header for header in new if header[0] not in known)]
 
 
 def _texts(headers: list[tuple[bytes, bytes]]) -> Mapping[str, str]:
@@ -139,6 +155,8 @@ class RequestsRoute:
                     raise NotFound(f"id: no process knows a request {shown(request_id)}; {KEPT}")
                 return JSONResponse(found)
             query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
+            if unknown := query.keys() - QUERY:
+                raise InvalidInput(f"{min(unknown)[:50]}: is not allowed; must be one of {', '.join(sorted(QUERY))}")
             most = _number(query.get("slowest", [str(DEFAULT_LISTED)])[0])
             bulk = _priority(query.get("priority", ["online"])[0]) == "batch"
             listed = await slowest(self._directory(), most, query.get("model", [None])[0], bulk=bulk)

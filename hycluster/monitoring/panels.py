@@ -410,7 +410,7 @@ _FAILED = of_projects("requests", labels='outcome="failed"')
 TENANTS = DashboardSpec(
     "tenants",
     "hycluster / Tenants",
-    "Who uses how much, of requests that callers wait for; where the usage ledger is kept. What lines of batches have"
+    "Who uses how much, of what comes to ingress processes; where the usage ledger is kept. What lines of batches have"
     " had is in that alone: `/ui/usage`, `hycluster usage`.",
     (
         PanelSpec(

@@ -11,7 +11,7 @@ from typing import Protocol
 from prometheus_client import REGISTRY
 from prometheus_client.metrics_core import Metric
 
-from hycluster.core import BulkDemand, ColocationLoad
+from hycluster.core import BulkDemand, ColocationLoad, ReplicaLoad
 from hycluster.observe.catalogue import (
     ENGINE_TOKENS,
     JOB_DEADLINE,
@@ -44,6 +44,10 @@ class ColocatedPool(Protocol):
     def colocation_loads(self) -> Mapping[str, ColocationLoad]:
         """By replica id; replicas that report none are left out."""
 
+    @property
+    def gone_loads(self) -> Mapping[str, ReplicaLoad]:
+        """By replica id, what those that are gone had reported last."""
+
 
 class ColocationMetrics(Watching[ColocatedPool]):
     """Of all models."""
@@ -70,6 +74,11 @@ class ColocationMetrics(Watching[ColocatedPool]):
                 if any(load.step_time_s):
                     for term, seconds in zip(STEP_TERMS, load.step_time_s, strict=True):
                         learned.add_metric([*labels, term], seconds)
+            for replica, gone in pool.gone_loads.items():
+                if gone.colocation is not None and replica not in pool.colocation_loads:
+                    given_up.add_metric([model, replica], gone.colocation.given_up)
+                    tokens.add_metric([model, replica, "online"], gone.colocation.online_tokens)
+                    tokens.add_metric([model, replica, "batch"], gone.colocation.bulk_tokens)
             for job, demands in _by_job(pool.jobs).items():
                 rows.add_metric([model, job], sum(demand.rows for demand in demands))
                 if deadlines := [demand.urgent_at for demand in demands if demand.urgent_at is not None]:

@@ -9,6 +9,7 @@ from typing import Protocol, get_args
 from prometheus_client import REGISTRY
 from prometheus_client.metrics_core import Metric
 
+from hycluster.core import ReplicaLoad
 from hycluster.errors import KillsReplicas, ReplicaLost, RequestFailed, Unavailable
 from hycluster.observe.catalogue import (
     CANCELLED,
@@ -42,12 +43,14 @@ class KnownReplica:
         number: unique in its gateway.
         routed: requests sent to it.
         gone: its connection has ended.
+        last: what it had reported by then.
     """
 
     number: int
     replica_id: str
     routed: int = 0
     gone: bool = False
+    last: ReplicaLoad | None = None
 
     def source(self, *, bulk: bool) -> int:
         """By what its outputs are told apart where they are counted, those of batch work from others."""

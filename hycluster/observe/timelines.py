@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hycluster.errors import HyclusterError, InvalidInput
+from hycluster.errors import DeadlineExceeded, HyclusterError, InvalidInput
 from hycluster.observe.catalogue import INGRESS
 from hycluster.stages import summed_up, timeline_json
 from hycluster.timeline import Timeline, current
@@ -147,6 +147,8 @@ class Recorder:
         """A request has ended. One that no engine was asked for is not kept: a flood of refusals must not push out
         what took time."""
         self._running.pop(id(timeline), None)
+        if status == "ok" and (broken := timeline.broken):
+            status, error = "failed", broken
         timeline.end(status, error)
         if timeline.tracks:
             (self._batch if timeline.bulk else self._online).keep(timeline)
@@ -227,7 +229,10 @@ class Carried:
             return
         current.set(None)
         timeline = self.timeline
-        if isinstance(error, Exception):
+        if isinstance(error, DeadlineExceeded):
+            # Its caller waits no more, as one that has left.
+            recorder.end(timeline, "cancelled", DeadlineExceeded.__name__)
+        elif isinstance(error, Exception):
             recorder.end(timeline, "failed", kept_of(error))
         elif error is not None or timeline.cancelled:
             recorder.end(timeline, "cancelled")

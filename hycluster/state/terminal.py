@@ -104,7 +104,7 @@ def _traffic(traffic: TrafficState) -> Iterator[RenderableType]:
 
 def _batch_rows(batch: BatchTraffic) -> str:
     return (
-        f"batch rows  {count(batch.answered)} answered, {count(batch.failed)} failed,"
+        f"batch rows at ingresses  {count(batch.answered)} answered, {count(batch.failed)} failed,"
         f" {count(batch.deferred)} told to come back, {count(batch.cancelled)} left,"
         f" {count(batch.output_tokens)} tokens out"
     )

@@ -43,7 +43,9 @@ class MinuteState:
 
 @dataclass(frozen=True, slots=True)
 class BatchTraffic:
-    """Batch work that came through ingress processes: lines of batches, rows of jobs that share the pool.
+    """Batch work that came to ingress processes: rows of jobs that are asked there, ``flex`` requests.
+
+    Lines of batches are asked by the batch executor, and rows of some jobs by the job's own process.
 
     Attributes:
         answered: rows that have their whole answer.

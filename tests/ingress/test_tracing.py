@@ -269,6 +269,9 @@ async def lists_and_errors(service: Service) -> None:
             assert "must be a whole number from 1 to 1000" in refused.json()["error"]["message"]
         rows = (await client.get("/hycluster/requests", params={"priority": "batch"})).json()["requests"]
         assert [each["id"] for each in rows] == ["job-f.parquet#0"]
+        mistyped = await client.get("/hycluster/requests", params={"slowset": "2"})
+        assert mistyped.status_code == 400
+        assert "slowset: is not allowed; must be one of model, priority, slowest" in mistyped.json()["error"]["message"]
         refused = await client.get("/hycluster/requests", params={"priority": "bulk"})
         assert refused.status_code == 400
         assert "priority: 'bulk' is not allowed; must be online or batch" in refused.json()["error"]["message"]

@@ -5,7 +5,7 @@ import contextlib
 
 import pytest
 
-from hycluster.errors import InvalidInput, Unavailable
+from hycluster.errors import DeadlineExceeded, InvalidInput, Unavailable
 from hycluster.observe import timelines
 from hycluster.observe.catalogue import INGRESS
 from hycluster.observe.timelines import KEPT_SLOWEST, Carried, Question, Recorder
@@ -37,6 +37,30 @@ def test_the_last_ones_are_kept_and_the_slowest_whatever_came_after() -> None:
     assert recorder.find("quick-5") is None
     assert len(list(recorder._known())) <= 10 + KEPT_SLOWEST
     assert names(recorder.slowest(2)) == ["slow", "quick-1999"]
+
+
+@pytest.mark.parametrize(
+    ("reasons", "status"),
+    [(["stop"], "ok"), (["length", "abort"], "ok"), (["stop", "ReplicaLost"], "failed"), (["error"], "failed")],
+)
+def test_an_answer_that_breaks_in_its_midst_has_failed(reasons: list[str], status: str) -> None:
+    """Also where the ingress has said 200 long before, and told the rest in its stream."""
+    recorder = Recorder()
+    with contextlib.ExitStack() as stack:
+        stack.callback(current.set, None)
+        timeline = recorder.begin("r", "POST /v1/completions", process="ingress")
+        for reason in reasons:
+            timeline.begin_track("r", "tiny", 1).end(reason)
+        recorder.end(timeline)
+    assert timeline.status == status
+    assert timeline.error == (reasons[-1] if status == "failed" else "")
+
+
+def test_whose_deadline_has_passed_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timelines, "recorder", Recorder())
+    with contextlib.suppress(DeadlineExceeded), Carried("r", "grpc Generate") as timeline:
+        raise DeadlineExceeded("over")
+    assert (timeline.status, timeline.error) == ("cancelled", "DeadlineExceeded")
 
 
 def test_rows_of_batch_work_push_out_nobody_and_have_a_list_of_their_own() -> None:

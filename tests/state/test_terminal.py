@@ -28,7 +28,7 @@ def test_all_of_it() -> None:
         "replica 77aa88bb starts: weights 41 s, engine 13 s",
         "CUDA out of memory: 80 GiB asked, 12 GiB free; next try in 8 s",
         "98.99 % answered (to be 99.5 %), 18 failed, 18 found no replica, 36 shed, 3 left",
-        "batch rows  600 answered, 0 failed, 30 told to come back, 0 left, 60,000 tokens out",
+        "batch rows at ingresses  600 answered, 0 failed, 30 told to come back, 0 left, 60,000 tokens out",
         "31,262 of 48,000 requests, 12 failed",
         "waits for online traffic",
         "summaries-s3://corpus/out",
