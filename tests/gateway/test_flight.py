@@ -10,6 +10,7 @@ from hycluster.gateway.flight import CLEARED_AFTER_TOKENS, Flight
 
 def sent(prompt_tokens: int = 3, max_tokens: int = 50) -> Flight:
     request: Any = SimpleNamespace(
+        priority=0,
         request_id="a",
         prompt_token_ids=list(range(prompt_tokens)),
         sampling_params=SimpleNamespace(max_tokens=max_tokens),

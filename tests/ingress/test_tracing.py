@@ -267,8 +267,11 @@ async def lists_and_errors(service: Service) -> None:
             refused = await client.get("/hycluster/requests", params={"slowest": wrong})
             assert refused.status_code == 400
             assert "must be a whole number from 1 to 1000" in refused.json()["error"]["message"]
-        rows = (await client.get("/hycluster/requests", params={"priority": "batch"})).json()["requests"]
-        assert [each["id"] for each in rows] == ["job-f.parquet#0"]
+        rows = (await client.get("/hycluster/requests", params={"priority": "batch", "slowest": 1000})).json()[
+            "requests"
+        ]
+        assert "job-f.parquet#0" in {each["id"] for each in rows}
+        assert {each["priority"] for each in rows} == {"batch"}
         mistyped = await client.get("/hycluster/requests", params={"slowset": "2"})
         assert mistyped.status_code == 400
         assert "slowset: is not allowed; must be one of model, priority, slowest" in mistyped.json()["error"]["message"]

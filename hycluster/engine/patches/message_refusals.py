@@ -1,7 +1,7 @@
 """What refuses a message is answered without a traceback in the log.
 
-What: vLLM's handler of ``/v1/messages`` gives a refusal as an error of the service's, as for other routes their
-exception handlers do.
+What: vLLM's handler of ``/v1/messages`` gives what is refused, for load or for what is wrong with it, as an error of the
+service's, as for other routes their exception handlers do.
 Why: its route catches whatever the handler raises and logs it as an error with a traceback, a caller over a bound (429)
 as well; a burst of them fills the log.
 Upstream: none filed.
@@ -19,8 +19,7 @@ import functools
 from typing import Any
 
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
-
-from hycluster.errors import HyclusterError
+from vllm.exceptions import GracefulHTTPError, VLLMClientError
 
 
 def patch_messages(handler: Any) -> None:
@@ -31,7 +30,7 @@ def patch_messages(handler: Any) -> None:
     async def answered(*asked: Any) -> Any:
         try:
             return await create(*asked)
-        except HyclusterError as error:
+        except (GracefulHTTPError, VLLMClientError) as error:
             return create_error_response(error)
 
     handler.create_messages = answered

@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("vllm_imported")]
 
 async def test_a_refusal_is_given_with_its_status() -> None:
     from hycluster.engine.patches.message_refusals import patch_messages
-    from hycluster.gateway.pool_errors import PoolOverloaded
+    from hycluster.gateway.pool_errors import PoolInvalidInput, PoolOverloaded
 
     async def create_messages(request: Any, _: Any) -> Any:
         if isinstance(request, Exception):
@@ -22,6 +22,8 @@ async def test_a_refusal_is_given_with_its_status() -> None:
     patch_messages(handler)
     given = await handler.create_messages(PoolOverloaded("model: 'm' is full", 3.0), None)
     assert (given.error.code, given.error.message) == (429, "model: 'm' is full")
+    given = await handler.create_messages(PoolInvalidInput("prompt: is too long"), None)
+    assert (given.error.code, given.error.message) == (400, "prompt: is too long")
     assert await handler.create_messages("answer", None) == "answer"
     with pytest.raises(ValueError, match="not ours"):
         await handler.create_messages(ValueError("not ours"), None)
