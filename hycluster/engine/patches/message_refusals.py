@@ -1,7 +1,7 @@
 """What refuses a message is answered without a traceback in the log.
 
-What: vLLM's handler of ``/v1/messages`` gives what is refused, for load or for what is wrong with it, as an error of the
-service's, as for other routes their exception handlers do.
+What: vLLM's handler of ``/v1/messages`` gives what is refused, for load or for what is wrong with it, as an error of
+the service's, as for other routes their exception handlers do.
 Why: its route catches whatever the handler raises and logs it as an error with a traceback, a caller over a bound (429)
 as well; a burst of them fills the log.
 Upstream: none filed.
