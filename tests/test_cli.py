@@ -182,7 +182,7 @@ def test_who_is_not_let_in_hears_where_a_command_takes_its_key_from(
         raise Unauthenticated("API key: is missing; give it as 'Authorization: Bearer KEY'")
 
     monkeypatch.setattr(cli, "app", refused)
-    monkeypatch.setattr(aside, "in_a_command", lambda _: None)
+    monkeypatch.setattr(aside, "in_a_command", lambda _, quick: None)
     monkeypatch.delenv("HYCLUSTER_API_KEY", raising=False)
     if key is not None:
         monkeypatch.setenv("HYCLUSTER_API_KEY", key)

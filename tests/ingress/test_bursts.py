@@ -108,6 +108,8 @@ async def test_who_is_let_in_has_an_answer(tiny_model: Path, monkeypatch: pytest
                 # All views say the same.
                 assert service.gateway.traffic.online.refused["overloaded"] - refused == heard[429], path
                 assert Counter(each.status for each in ended) == {"ok": heard[200], "failed": heard[429]}, path
+                why = {each.error for each in ended}
+                assert why == {"", "Overloaded: model: 'tiny' has 4 requests in flight; at most 4 are admitted"}, path
 
         async def call(client: AsyncClient) -> str:
             sampling = Sampling(max_tokens=TOKENS, ignore_eos=True)

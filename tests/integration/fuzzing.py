@@ -74,7 +74,8 @@ def footprint(served: Served) -> Footprint:
         if "ServeReplica:hycluster" in "".join(words)
     }
     assert ingress in serving
-    names = {process.pid: f"{title} ({process.pid})" for process, title in serving.items()}
+    # While Ray calls a method of an actor's, its process' title has that behind a point.
+    names = {process.pid: f"{title.partition('.')[0]} ({process.pid})" for process, title in serving.items()}
     return Footprint(
         frozenset(names),
         {names[p.pid]: p.memory_info().rss / 2**20 for p in serving},

@@ -24,7 +24,8 @@ def url() -> Iterator[str]:
     """Metrics as an ingress process has them, of two replicas."""
     metrics, registry = ColocationMetrics(), CollectorRegistry()
     loads = [ColocationLoad(step_time_s=(base, 0.001, 0.002, 1e-7)) for base in (0.01, 0.03)]
-    pool = Pool(shows_pool=True, jobs={}, colocation_loads={f"r{number}": load for number, load in enumerate(loads)})
+    by_replica = {f"r{number}": load for number, load in enumerate(loads)}
+    pool = Pool(shows_pool=True, jobs={}, colocation_loads=by_replica, gone_loads={})
     metrics.watch("m", pool)
     registry.register(metrics)
 
