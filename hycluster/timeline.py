@@ -33,8 +33,8 @@ ENGINE_EVENTS = {1: "queued", 2: "scheduled", 3: "preempted"}
 # What our scheduler tells of a bulk row, in the headers that vLLM gives back with each output.
 PARKED_S, GIVEN_UP = "hycluster-parked-s", "hycluster-given-up"
 
-# How sequences end whose answers are whole; what its own front end has stopped, as a stop string does, is aborted.
-WHOLE = frozenset({"stop", "length", "repetition", "abort"})
+# How sequences end whose answers are whole, or whose caller has left: then the front end stops it, as at a stop string.
+WHOLE = frozenset({"stop", "length", "repetition", "abort", "stopped"})
 
 current: ContextVar[Timeline | None] = ContextVar("hycluster_timeline", default=None)
 

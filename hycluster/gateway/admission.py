@@ -63,13 +63,21 @@ class Gate:
     Args:
         model: its model's name, for the errors.
         clock: seconds, monotonic.
+        left: called with the sequences of one that it has let in, and that was left before it was sent.
 
     Attributes:
         held: places of requests that were let in, and that have not been sent (``places.py``).
     """
 
-    def __init__(self, model: str, bounds: Admission, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        model: str,
+        bounds: Admission,
+        clock: Callable[[], float] = time.monotonic,
+        left: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self.held = 0
+        self.left = left
         self._model = model
         self._bounds = bounds
         self._pace = Pace(clock)

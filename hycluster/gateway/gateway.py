@@ -111,7 +111,8 @@ class Gateway(MeteredLLM):
         self.api = model_arguments(model, config)
         self.cold_start = ColdStart(model, patient=patient)
         self.admission = admission
-        self._gate = Gate(model.name, admission)
+        self.traffic = GatewayTraffic()
+        self._gate = Gate(model.name, admission, left=self.traffic.online.cancel)
         self.directory: ActorHandle[Any] | None = None
         self._view: PoolView | None = None
         # Since when no replica can be reached from here though the directory names some.
@@ -159,7 +160,6 @@ class Gateway(MeteredLLM):
         )
         self.adapters = PoolAdapters(model, self.engine_core, takes=config.lora_config is not None, say=self._say_now)
         self.lora_requests = self.adapters.requests
-        self.traffic = GatewayTraffic()
         self._callers: WeakKeyDictionary[RequestOutputCollector, Caller] = WeakKeyDictionary()
         self._bulk: WeakSet[RequestOutputCollector] = WeakSet()
         self.logger_manager = None

@@ -7,6 +7,7 @@ meanwhile must find the place taken: so it is held.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,16 +25,21 @@ class CountedPlaces(Protocol):
 
     held: int
 
+    def left(self, places: int) -> None:
+        """Whoever asked has left, with so many that were not sent."""
+
 
 class HeldPlaces:
     """Those of one request.
 
     Attributes:
         refusal: why it has been refused; what an API's own form of it does not say, its headers do.
+        left: its caller has gone.
     """
 
     def __init__(self) -> None:
         self.refusal: HyclusterError | None = None
+        self.left = False
         self._held: dict[CountedPlaces, int] | None = {}
 
     def of(self, gate: CountedPlaces) -> int:
@@ -58,6 +64,8 @@ class HeldPlaces:
         """What it has not sent it will not send."""
         for gate, places in (self._held or {}).items():
             gate.held -= places
+            if self.left and places:
+                gate.left(places)
         # An error holds on to all that was there when it was raised.
         self._held = self.refusal = None
 
@@ -72,6 +80,9 @@ def holding_places() -> Iterator[HeldPlaces]:
     before = current_places.set(places)
     try:
         yield places
+    except (asyncio.CancelledError, GeneratorExit):
+        places.left = True
+        raise
     finally:
         current_places.reset(before)
         places.end()

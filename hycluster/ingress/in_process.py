@@ -101,6 +101,7 @@ class _Call:
         }
         self._body: bytes | None = body
         self._over = asyncio.Event()
+        self._left = False
         self._listening = 0
         self._status = 500
         self._headers = Headers()
@@ -112,11 +113,12 @@ class _Call:
             operation = f"POST {self._scope['path']}"
             parent = trace_context(Headers(raw=self._scope["headers"]))
             with (
-                Carried(named, operation, parent),
+                Carried(named, operation, parent) as timeline,
                 self._opened(named, operation) as self._account,
                 holding_places(),
             ):
                 await self._app(self._scope, self._receive, self._send)
+                timeline.cancelled = self._left
                 if self._account is not None:
                     self._account.left = not self._over.is_set()
         except Exception as error:
@@ -129,6 +131,7 @@ class _Call:
         return nullcontext() if self._once is None else account_book.account(named, operation, once=self._once)
 
     async def leave(self, running: asyncio.Task[InProcessAnswer]) -> None:
+        self._left = not self._over.is_set()
         self._over.set()
         if self._listening:
             # Cancelled as well, it would leave at once, and what it has begun would not.

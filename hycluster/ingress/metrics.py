@@ -112,7 +112,8 @@ class Counted:
         async def counted_send(message: Message) -> None:
             nonlocal status, written
             if message["type"] == "http.response.start":
-                status = message["status"]
+                # What is answered to nobody is no answer.
+                status = LEFT if left else message["status"]
             else:
                 written += len(message.get("body", b""))
             await send(message)

@@ -90,7 +90,14 @@ class WithTimelines:
             holding_places() as places,
         ):
             scope.get(TIMELINE_KEY, []).append(timeline)
-            whole = False
+            whole = left = False
+
+            async def heard() -> Message:
+                nonlocal left
+                message = await receive()
+                # Also said of an answer that is whole.
+                left |= message["type"] == "http.disconnect" and not whole
+                return message
 
             # Called for each token of each stream.
             async def seen(message: Message) -> None:
@@ -110,11 +117,11 @@ class WithTimelines:
                 await send(message)
                 whole |= message["type"] == "http.response.body" and not message.get("more_body")
 
-            await self._app(scope, receive, seen)
-            # Else its caller has left, and the app has seen that.
-            timeline.cancelled = not whole
+            await self._app(scope, heard, seen)
+            # What is answered to nobody is whole as well.
+            timeline.cancelled = places.left = left or not whole
             if account is not None:
-                account.left = not whole
+                account.left = left or not whole
 
 
 def _name(begun: Message, request_id: bytes) -> None:

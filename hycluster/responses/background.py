@@ -34,6 +34,8 @@ OK = 200
 # Come back later, in HTTP.
 BUSY = (429, 503)
 PAUSE_S = 1.0
+# Between its last event and its end an answer has nothing left to compute.
+LAST_WORDS_S = 5.0
 # A stream's events lie in memory for so long before others can read them.
 FLUSH_S = 0.5
 # A response that so many ingress processes died over is not given to another one.
@@ -365,6 +367,7 @@ async def _events(app: ASGIApp, asked: dict[str, Any], once: str) -> AsyncGenera
     answer_to = post(app, PATH, json.dumps(asked).encode(), headers, heard=hear, once=once)
     asking = asyncio.create_task(answer_to, context=apart)
     asking.add_done_callback(lambda _: heard.put_nowait(None))
+    event: dict[str, Any] | None = None
     try:
         while (event := await heard.get()) is not None:
             yield event
@@ -372,6 +375,9 @@ async def _events(app: ASGIApp, asked: dict[str, Any], once: str) -> AsyncGenera
         if status != OK:
             raise _Refused(InProcessAnswer(answer.status, answer.headers, bytes(refusal)))
     finally:
+        if event is not None and event.get("type") in FINAL_EVENTS:
+            # Its last words are still on the way; one that is ended now has been left.
+            await asyncio.wait({asking}, timeout=LAST_WORDS_S)
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
 

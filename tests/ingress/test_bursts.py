@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -139,6 +140,58 @@ async def test_what_is_refused_later_or_left_holds_nothing(tiny_model: Path) -> 
             each.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
         await service.settled()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_who_leaves_is_said_to_have_left(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, streamed: bool
+) -> None:
+    """In whatever moment, and in every view; a stop string is no loss."""
+    ended: list[Timeline] = []
+    monkeypatch.setattr(timelines.recorder, "ended", [ended.append])
+    async with serving(tiny_model) as service, httpx.AsyncClient(base_url=service.http, timeout=60) as client:
+        traffic = service.gateway.traffic.online
+        for path, (body, sequences) in ASKED.items():
+            ended.clear()
+            before = traffic.cancelled
+            asked = {"model": "tiny", "stream": streamed, **body}
+            asking = asyncio.create_task(client.post(path, json=asked, headers={"x-request-id": "leaves"}))
+            await until(lambda: service.gateway.engine_core.requests_in_flight)
+            await until(lambda: not service.gateway._gate.held)
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            await until(lambda: ended)
+            assert [each.status for each in ended] == ["cancelled"], path
+            await service.settled()
+            assert traffic.cancelled == before + sequences, path
+        page = (await client.get("/metrics")).text
+        if not streamed:
+            for path in ASKED:
+                assert re.search(rf'http_requests_total{{.*handler="{path}".*status="499"}} [1-9]', page), path
+        # Let in, and left before any engine was asked.
+        gone = traffic.cancelled
+        rendering, go_on = asyncio.Event(), asyncio.Event()
+        real = service.gateway.add_request
+
+        async def slow(*asked: Any, **named: Any) -> Any:
+            rendering.set()
+            await go_on.wait()
+            return await real(*asked, **named)
+
+        monkeypatch.setattr(service.gateway, "add_request", slow)
+        body = {"model": "tiny", "prompt": "hello", "max_tokens": TOKENS, "stream": streamed}
+        asking = asyncio.create_task(client.post("/v1/completions", json=body))
+        await rendering.wait()
+        assert service.gateway._gate.held == 1
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        await until(lambda: traffic.cancelled == gone + 1)
+        await service.settled()
+        monkeypatch.setattr(service.gateway, "add_request", real)
+        ended.clear()
+        stopped = {"model": "tiny", "prompt": "hello", "max_tokens": 400, "stop": list("ea1 "), "ignore_eos": True}
+        assert (await client.post("/v1/completions", json=stopped)).json()["choices"][0]["finish_reason"] == "stop"
+        assert [(each.status, each.error) for each in ended] == [("ok", "")]
 
 
 def _bodies(number: int) -> list[tuple[str, dict[str, Any]]]:

@@ -376,6 +376,8 @@ class TestInTheBackground:
         await until(lambda: len(ended) > 1)
         answered = ended[1]
         assert (answered.id, answered.trace_id, answered.parent) == ("mine", 5, begun.context)
+        # It has come to its own end, though nobody listens to its last words.
+        assert answered.status == "ok"
         assert begun.ended_s is not None
         assert answered.began_s < begun.ended_s < (answered.ended_s or 0)
 
