@@ -259,6 +259,9 @@ class Timeline:
             self.ended_s = time.monotonic()
             self.events.append(Event(self.ended_s, "delivered" if status == "ok" else status, {}))
             self.status, self.error = status, error
+            for track in self.tracks:
+                # One that no replica took has not ended: what is kept must not keep its prompt.
+                track.output_tokens = track.output_tokens
             self._limit = MOST_TRACKS
             if len(self.tracks) > MOST_TRACKS:
                 self._thin_out()

@@ -141,3 +141,13 @@ def test_the_end_is_the_first_that_is_said() -> None:
     timeline.end("cancelled")
     timeline.end("ok")
     assert timeline.status == "cancelled"
+
+
+def test_what_has_ended_keeps_no_request() -> None:
+    """Nor one that was refused on its way to a replica, whose sequence has no end of its own."""
+    timeline = Timeline("r", "ingress", "generate")
+    track = timeline.begin_track("r", "tiny", 5)
+    track.tokens_so_far = lambda: 3
+    timeline.end("failed", "Unavailable")
+    assert track.tokens_so_far is None
+    assert timeline.output_tokens == 3

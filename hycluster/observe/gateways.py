@@ -57,6 +57,11 @@ class KnownReplica:
         return 2 * self.number + bulk
 
 
+def is_batch_source(source: int) -> bool:
+    """Whether a :meth:`KnownReplica.source` is of batch work."""
+    return source % 2 == 1
+
+
 @dataclass(frozen=True, slots=True)
 class ReplicaBooks:
     """A gateway's books on one replica, now.

@@ -26,7 +26,7 @@ from hycluster.core import EngineSample
 from hycluster.engine.vllm_metrics import ENGINE, FRONT_END, PrivateLogger
 from hycluster.errors import RequestFailed
 from hycluster.observe.catalogue import INGRESS
-from hycluster.observe.gateways import KnownReplica
+from hycluster.observe.gateways import KnownReplica, is_batch_source
 from hycluster.observe.watched import Watching
 from hycluster.traffic import GatewayTraffic, TrafficMeter
 
@@ -91,7 +91,7 @@ class ModelStats:
         steps.take(iteration_stats)
         if not _only_decodes(iteration_stats):
             steps.take_rest(iteration_stats)
-            _tell(self._traffic.of(bulk=bool(engine_idx % 2)), iteration_stats)
+            _tell(self._traffic.of(bulk=is_batch_source(engine_idx)), iteration_stats)
         if len(steps.tokens) >= STEPS_AT_ONCE or len(steps.latencies_s) >= LATENCIES_AT_ONCE:
             self._count(engine_idx)
 
@@ -138,7 +138,7 @@ class ModelStats:
             found[name].samples.append(Sample(sample.name, sample.labels | labels, sample.value, None, sample.exemplar))
 
         for number, whose in known.items():
-            if number % 2 and number not in self._by_replica:
+            if is_batch_source(number) and number not in self._by_replica:
                 # Some hundred series, which few services need.
                 continue
             labels = {"model": model, **whose, "ingress": INGRESS}
