@@ -17,7 +17,6 @@ import math
 import secrets
 import time
 from collections.abc import Container, Iterable
-from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -29,7 +28,6 @@ from vllm.renderers import renderer_from_config
 from vllm.sampling_params import SamplingParams
 from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
 from vllm.v1.engine import EngineCoreRequest
-from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from hycluster.auth.caller import Caller, current_caller
@@ -37,21 +35,21 @@ from hycluster.core import Priority
 from hycluster.directory.directory import FORGET_AFTER_S, REPORT_EVERY_S, Demand, PoolView
 from hycluster.errors import HyclusterError, InvalidInput, Overloaded, Unauthenticated, Unavailable
 from hycluster.gateway.adapters import PoolAdapters
-from hycluster.gateway.admission import Gate, check_id, check_priority, check_sampling
+from hycluster.gateway.admission import Gate
 from hycluster.gateway.api_arguments import model_arguments
 from hycluster.gateway.asking import answer_questions
 from hycluster.gateway.bulk import BulkLanes
 from hycluster.gateway.captured import capture
+from hycluster.gateway.checked import CheckedInputs, CheckedLLM, priority_of
 from hycluster.gateway.coldstart import ColdStart
 from hycluster.gateway.counted import CountingOutputs
 from hycluster.gateway.grammars import GrammarCheck
-from hycluster.gateway.limited import MeteredLLM
 from hycluster.gateway.places import current_places
 from hycluster.gateway.pool import PoolClient
 from hycluster.gateway.pool_errors import LOST, PoolInvalidInput, PoolOverloaded, PoolUnavailable
 from hycluster.gateway.prefixes import Prefixes
 from hycluster.gateway.router import BY_BLOCKS, make_policy
-from hycluster.gateway.tiers import is_bulk_now, placed
+from hycluster.gateway.tiers import is_bulk_now
 from hycluster.ledger.account import account_now
 from hycluster.observe.colocation import colocation_metrics
 from hycluster.observe.experts import expert_metrics
@@ -73,7 +71,7 @@ logger = logging.getLogger(__name__)
 CUT_OFF_AFTER_S = FORGET_AFTER_S + 5.0
 
 
-class Gateway(MeteredLLM):
+class Gateway(CheckedLLM):
     """A vLLM engine client whose engine is every replica of one model.
 
     Build it with :func:`hycluster.gateway.opening.open_gateway`.
@@ -93,8 +91,6 @@ class Gateway(MeteredLLM):
         lora_requests: theirs; see :class:`PoolAdapters`.
         directory: that it follows; None before it has begun to.
     """
-
-    engine_core: PoolClient
 
     def __init__(
         self,
@@ -124,8 +120,8 @@ class Gateway(MeteredLLM):
         self.scheduler_config = config.scheduler_config
         self.observability_config = config.observability_config
         self.renderer = renderer_from_config(config)
-        self.input_processor = InputProcessor(config, self.renderer)
-        # None is how vLLM says that there is nothing to validate: ``add_request`` has it done.
+        self.input_processor = CheckedInputs(config, self.renderer)
+        # None is how vLLM says that there is nothing to validate: ``CheckedLLM`` does it.
         self.input_processor.structured_outputs_config = None  # type: ignore[assignment]
         self.grammars = GrammarCheck(admission, self._tokenizer_file)
         self.admission_stats = None
@@ -243,53 +239,14 @@ class Gateway(MeteredLLM):
     async def add_request(
         self, request_id: str, prompt: Any, params: SamplingParams | PoolingParams, *rest: Any, **named: Any
     ) -> RequestOutputCollector:
-        """Begin a request that has been admitted.
-
-        Raises:
-            PoolInvalidInput: a part of it is larger than its bound, or is not the caller's to set.
-        """
-        # What the caller said is in its timeline; vLLM would say of it that tracing is off.
-        named.pop("trace_headers", None)
-        try:
-            check_id("request_id", request_id)
-            check_id("session_id", named.get("session_id"))
-            check_priority(named.get("priority", 0))
-            named["priority"] = placed(named.get("priority", 0))
-            bulk = named["priority"] >= Priority.BATCH
-            if isinstance(params, SamplingParams):
-                check_sampling(params.extra_args or {}, params.bad_words or ())
-                await self._check_outputs(params, self.traffic.of(bulk=bulk))
-            collector = await super().add_request(request_id, prompt, params, *rest, **named)
-        except InvalidInput as error:
-            raise PoolInvalidInput(error.message) from None
+        """Begin a request that has been admitted; see :class:`CheckedLLM` for what it raises."""
+        collector = await super().add_request(request_id, prompt, params, *rest, **named)
         if (caller := current_caller.get()) is not None:
             self._callers[collector] = caller
-        if bulk:
+        if priority_of(prompt, named.get("priority", 0)) >= Priority.BATCH:
             self._bulk.add(collector)
         capture(prompt, collector, self.renderer.tokenizer)
         return collector
-
-    async def _check_outputs(self, params: SamplingParams, traffic: TrafficMeter) -> None:
-        if params.structured_outputs is None:
-            return
-        try:
-            await self.grammars.check(params.structured_outputs, partial(self._validate_outputs, params))
-        except Overloaded as shed:
-            traffic.refuse("overloaded")
-            raise PoolOverloaded(shed.message, shed.retry_after_s) from None
-        except Unavailable as error:
-            traffic.refuse("unavailable")
-            raise PoolUnavailable(error.message) from None
-
-    def _validate_outputs(self, params: SamplingParams) -> None:
-        """What vLLM does with a request as it takes it; here not in the event loop."""
-        params._validate_structured_outputs(
-            self.model_config, self.vllm_config.structured_outputs_config, self.input_processor.tokenizer
-        )
-
-    def _tokenizer_file(self) -> str | None:
-        fast: Any = getattr(self.input_processor.tokenizer, "backend_tokenizer", None)
-        return None if fast is None else fast.to_str()
 
     @property
     def able(self) -> bool:

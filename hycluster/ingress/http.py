@@ -32,6 +32,7 @@ from hycluster.adapters import LOAD, UNLOAD
 from hycluster.auth.caller import usable
 from hycluster.auth.guard import Guard
 from hycluster.engine.patches.completion_prompts import patch_completions
+from hycluster.engine.patches.early_refusals import patch_streams
 from hycluster.engine.patches.error_messages import patch_error_messages
 from hycluster.engine.patches.message_refusals import patch_messages
 from hycluster.engine.patches.truncated_responses import patch_responses
@@ -275,6 +276,9 @@ async def model_app(gateway: Gateway, settings: Http, max_members: int = MAX_MEM
     if (responses := app.state.openai_serving_responses) is not None:
         patch_responses(responses)
         patch_tools(responses, gateway.model.name)
+    for handler in (app.state.openai_serving_chat, completions, messages, responses):
+        if handler is not None:
+            patch_streams(handler, gateway.checking, gateway.check)
     app.include_router(_model_cards(app.state.openai_serving_models))
     # vLLM's app asks this mapping for a name that is no model's. What it finds there has the name that engines know.
     app.state.openai_serving_models.lora_requests = gateway.lora_requests

@@ -323,8 +323,16 @@ async def test_outputs_are_validated_as_vllm_does(opened: Open, ordinary: dict[s
             with pytest.raises(VLLMValidationError, match="uniqueItems"):
                 await served.last(structured_outputs=asked)
         else:
+            send = served.gateway.engine_core.add_request_async
+            sent: list[Any] = []
+
+            async def seen(request: Any) -> None:
+                sent.append(request.sampling_params.structured_outputs._backend)
+                await send(request)
+
+            served.gateway.engine_core.add_request_async = seen  # type: ignore[method-assign]
             assert (await served.last(structured_outputs=asked)).finished
-            assert asked._backend == backend
+            assert sent == [backend]
 
 
 async def test_what_is_not_fetched_is_one_output_of_the_requests_own(opened: Open) -> None:

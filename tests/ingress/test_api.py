@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -138,6 +140,93 @@ async def an_unknown_model_is_unknown_while_nothing_serves(client: openai.AsyncO
             await client.completions.create(model=name, prompt="hi")
         with pytest.raises(error):
             await client.chat.completions.create(model=name, messages=CHAT)
+
+
+# Of each route, a body that is right but for what it is asked with; then what all of them refuse, and what some do.
+ROUTES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "hi", "max_tokens": 3},
+    "/v1/chat/completions": {"messages": CHAT, "max_completion_tokens": 3},
+    "/v1/responses": {"input": "hi", "max_output_tokens": 3},
+    "/v1/messages": {"messages": CHAT, "max_tokens": 3},
+}
+BY_ALL: list[tuple[dict[str, Any], str]] = [
+    ({"vllm_xargs": {"kv_transfer_params": "x"}}, "kv_transfer_params: is not allowed"),
+    ({"top_k": 2**70}, "can't serialize ints"),
+]
+BUT_MESSAGES: list[tuple[dict[str, Any], str]] = [
+    ({"priority": -1}, "priority: -1 is not allowed"),
+    ({"logit_bias": {"99999": 1}}, "in logit_bias contain out-of-vocab"),
+    ({"stop_token_ids": [99999]}, "in stop_token_ids contain out-of-vocab"),
+    ({"structured_outputs": {"json": "{"}}, "Invalid JSON grammar"),
+    ({"structured_outputs": {"regex": "a" * 70_000}}, "structured_outputs.regex: is 70000 bytes"),
+]
+# A response's ``session_id`` is another one.
+BY_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
+    ({"allowed_token_ids": []}, "allowed_token_ids is not None and empty"),
+    ({"bad_words": ["\ud800"]}, "bad_words[0]: "),
+    ({"bad_words": [" "]}, "bad_words entries must tokenize"),
+    ({"thinking_token_budget": 5}, "thinking_token_budget is set"),
+    ({"routed_experts_prompt_start": 100}, "routed_experts_prompt_start must be"),
+]
+BY_ONE: dict[str, list[tuple[dict[str, Any], str]]] = {
+    "/v1/completions": [
+        ({"prompt": [99999]}, "Token id 99999 is out of vocabulary"),
+        ({"prompt": [[5], [99999]]}, "Token id 99999 is out of vocabulary"),
+        ({"logprobs": 1000}, "Requested sample logprobs of 1000"),
+    ],
+    "/v1/chat/completions": [
+        ({"logprobs": True, "top_logprobs": 1000}, "Requested sample logprobs of 1000"),
+        ({"use_beam_search": True, "n": 500}, "Requested sample logprobs of 1000"),
+    ],
+    "/v1/responses": [({"request_id": "x" * 1000}, "request_id: ")],
+}
+
+
+async def test_what_is_wrong_is_said_before_a_stream_begins(model: Model) -> None:
+    from hycluster.gateway.generation import Generator
+
+    async with (
+        opened(model) as (gateway, _),
+        serving(Generator({model.name: gateway})) as url,
+        httpx.AsyncClient(base_url=url, timeout=60, headers={"content-type": "application/json"}) as client,
+    ):
+        for path, body in ROUTES.items():
+            cases = BY_ALL + (BUT_MESSAGES if path != "/v1/messages" else []) + BY_ONE.get(path, [])
+            cases += BY_COMPLETIONS if path.endswith("completions") else []
+            for (wrong, why), streamed in itertools.product(cases, (True, False)):
+                asked = json.dumps({"model": model.name, "stream": streamed, **body, **wrong})
+                answer = await client.post(path, content=asked)
+                assert (answer.status_code, why in answer.text) == (400, True), (path, wrong, answer.text)
+            # And nothing is left of them.
+            await until(lambda: not gateway._gate.held)
+            assert not gateway.engine_core.requests_in_flight
+
+
+async def test_a_streams_headers_wait_for_no_token(model: Model) -> None:
+    """Clients wait for them for a while only; what outputs are to look like is checked before."""
+    from hycluster.gateway.generation import Generator
+
+    async with opened(model) as (gateway, pool), serving(Generator({model.name: gateway})) as url:
+        pool[0].engine.hang()
+        form = {"structured_outputs": {"regex": "[a-z]{3}"}}
+        sent: list[Any] = []
+        send = gateway.engine_core.add_request_async
+
+        async def seen(request: Any) -> None:
+            sent.append(request)
+            await send(request)
+
+        gateway.engine_core.add_request_async = seen  # type: ignore[method-assign]
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            for path, body in ROUTES.items():
+                asked = {"model": model.name, "stream": True, **body, **form}
+                async with client.stream("POST", path, json=asked) as answer:
+                    assert answer.status_code == 200, path
+                    await until(lambda: gateway.engine_core.requests_in_flight)
+                await until(lambda: not gateway.engine_core.requests_in_flight)
+        # What was checked is what is sent: it says which library takes it.
+        formed = [each.sampling_params.structured_outputs for each in sent]
+        assert [form and form._backend for form in formed] == ["xgrammar"] * 3 + [None]
 
 
 async def test_which_routes_act_on_one_model(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
