@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 
 from hycluster.gateway.places import holding_places
 from hycluster.ingress.errors import raised_at
+from hycluster.ingress.metrics import MODEL_KEY
 from hycluster.ledger.account import Account, account_book
 from hycluster.observe.timelines import Carried
 from hycluster.trace_context import trace_context
@@ -47,6 +48,7 @@ async def post(
     *,
     heard: Callable[[MutableMapping[str, Any]], None] | None = None,
     once: str | None = None,
+    models: list[str] | None = None,
 ) -> InProcessAnswer:
     """Ask the app. Cancelled, it ends when the app has ended what it had begun, and returns what had been answered by
     then all the same. An app that breaks answers 500.
@@ -55,8 +57,9 @@ async def post(
         heard: is told each ASGI message of the answer as it comes; a body that it is told is not kept.
         once: it is a request by itself, also where it is asked within another one, and of those that are begun again
             under this name the last one counts; None: it is part of who asks.
+        models: what finds its model leaves the name there, for who counts requests.
     """
-    call = _Call(app, path, body, headers, heard, once)
+    call = _Call(app, path, body, headers, heard, once, models)
     running = asyncio.create_task(call.run())
     try:
         return await asyncio.shield(running)
@@ -76,6 +79,7 @@ class _Call:
         headers: Mapping[str, str],
         heard: Callable[[MutableMapping[str, Any]], None] | None,
         once: str | None,
+        models: list[str] | None,
     ) -> None:
         self._app = app
         self._once = once
@@ -98,6 +102,7 @@ class _Call:
             ],
             "client": ("127.0.0.1", 0),
             "server": ("batch", 80),
+            MODEL_KEY: [] if models is None else models,
         }
         self._body: bytes | None = body
         self._over = asyncio.Event()

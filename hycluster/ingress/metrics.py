@@ -131,7 +131,8 @@ class Counted:
             handler = self._handler(scope["path"])
             http_ended(
                 HttpRequest(
-                    model=models[-1] if models else "",
+                    # What there is not is no model's, least of all that of the only one's app, which says so.
+                    model=models[-1] if models and status != NotFound.http_status else "",
                     method=scope["method"] if scope["method"] in METHODS else OTHER,
                     handler=handler,
                     status=status or LEFT,

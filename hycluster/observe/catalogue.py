@@ -62,8 +62,9 @@ def _family(kind: Kind, name: str, what: str, labels: tuple[str, ...]) -> Metric
 
 HTTP_REQUESTS = _family(
     "counter", "http_requests_total",
-    "Requests over HTTP that have ended; `handler` is the route, `none` for a path that is none. `status` 499: the"
-    " caller left before the answer began. `/metrics` and `/health` are not counted.",
+    "Requests over HTTP that have ended; `model` is the one that they were for, empty where there is none of that name;"
+    " `handler` is the route, `none` for a path that is none. `status` 499: the caller left before the answer began."
+    " `/metrics` and `/health` are not counted.",
     ("model", "method", "handler", "status", "ingress"),
 )  # fmt: skip
 HTTP_SECONDS = _family(

@@ -21,6 +21,7 @@ from hycluster.auth.caller import caller_now
 from hycluster.errors import HyclusterError, InvalidInput, NotFound, Overloaded, Unavailable, shown
 from hycluster.ingress.errors import answer_error
 from hycluster.ingress.in_process import InProcessAnswer
+from hycluster.ingress.metrics import MODEL_KEY
 from hycluster.ledger.account import account_now
 from hycluster.responses.background import PATH, Answering, Background
 from hycluster.responses.events import EventReader, as_sse, event_of
@@ -125,7 +126,9 @@ class WithResponses:
         try:
             held, asked = await self._understand(given)
             if asked.given.get("background"):
-                answer = await self._in_background(asked, streamed=given.get("stream") is True)
+                answer = await self._in_background(
+                    asked, scope.get(MODEL_KEY, []), streamed=given.get("stream") is True
+                )
                 await answer(scope, receive, send)
                 return
             data = json.dumps(asked.body).encode()
@@ -224,7 +227,7 @@ class WithResponses:
 
     # -- what is answered -----------------------------------------------------------------------------------
 
-    async def _in_background(self, asked: AskedResponse, *, streamed: bool) -> ASGIApp:
+    async def _in_background(self, asked: AskedResponse, models: list[str], *, streamed: bool) -> ASGIApp:
         assert self._background is not None
         again = {**asked.body, "stream": True}
 
@@ -232,7 +235,7 @@ class WithResponses:
             return asked.record(told).model_copy(update={"asked": again, "streamed": streamed})
 
         with _translated():
-            begun = await self._background.begin(record, asked.body["request_id"], again)
+            begun = await self._background.begin(record, asked.body["request_id"], again, models)
         if isinstance(begun, InProcessAnswer):
             return _Passed(begun)
         stored, answering = begun

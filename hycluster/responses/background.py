@@ -48,14 +48,16 @@ class Answering:
 
     Attributes:
         size: bytes that it was asked.
+        models: what finds its model leaves the name there.
         began: what the caller is told first; an answer if the request is refused.
         stored: from when on others know of it.
         events: of its stream, as callers see them.
         over: no more of them will come.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, models: list[str]) -> None:
         self.size = size
+        self.models = models
         self.began: asyncio.Future[dict[str, Any] | InProcessAnswer] = asyncio.get_running_loop().create_future()
         self.stored = asyncio.Event()
         self.events: list[dict[str, Any]] = []
@@ -115,12 +117,18 @@ class Background:
             group.create_task(_each(self._settings.poll_s, self._look))
             group.create_task(_each(SWEEP_EVERY_S, lambda: asyncio.to_thread(self._store.sweep)))
 
-    async def begin(self, record: Callable[[dict[str, Any]], StoredResponse], response_id: str, asked: dict[str, Any]
-                    ) -> tuple[StoredResponse, Answering] | InProcessAnswer:  # fmt: skip
+    async def begin(
+        self,
+        record: Callable[[dict[str, Any]], StoredResponse],
+        response_id: str,
+        asked: dict[str, Any],
+        models: list[str],
+    ) -> tuple[StoredResponse, Answering] | InProcessAnswer:
         """Ask, and store what was begun; or the answer that refuses the request.
 
         Args:
             record: of what vLLM says of the response as it begins.
+            models: what finds its model leaves the name there, for who counts requests.
 
         Raises:
             Overloaded: this process answers enough of them.
@@ -133,7 +141,7 @@ class Background:
                 f"responses.max_background allows {self._settings.max_background}, of {self._max_bytes} bytes together",
                 retry_after_s=1,
             )
-        answering = self._start(response_id, asked, record({"output": []}), size)
+        answering = self._start(response_id, asked, record({"output": []}), size, models)
         try:
             began = await answering.began
             if isinstance(began, InProcessAnswer):
@@ -176,8 +184,10 @@ class Background:
 
     # -- one of them --------------------------------------------------------------------------------------
 
-    def _start(self, response_id: str, asked: dict[str, Any], record: StoredResponse, size: int) -> Answering:
-        self._running[response_id] = answering = Answering(size)
+    def _start(
+        self, response_id: str, asked: dict[str, Any], record: StoredResponse, size: int, models: list[str]
+    ) -> Answering:
+        self._running[response_id] = answering = Answering(size, models)
         answering.task = asyncio.create_task(self._answer(response_id, asked, record, answering))
 
         def ended(task: asyncio.Task[None]) -> None:
@@ -223,7 +233,7 @@ class Background:
         """Hear the answer out; the response as it ended."""
         began, why, flushed, flushed_s = record.response, "", 0, time.monotonic()
         pieces = 0
-        async with contextlib.aclosing(_events(self._app, asked, response_id)) as events:
+        async with contextlib.aclosing(_events(self._app, asked, response_id, answering.models)) as events:
             async for event in events:
                 if isinstance(response := event.get("response"), dict):
                     response |= frame
@@ -318,7 +328,7 @@ class Background:
         else:
             logger.warning("response %s: its ingress process %s; answering it here", response_id, left)
             with calling(recorded(record.caller)):
-                self._start(response_id, record.asked, record, size).stored.set()
+                self._start(response_id, record.asked, record, size, []).stored.set()
             return
         ended = failed_response(record.response, why)
         events = await asyncio.to_thread(self._store.all_events, response_id) if record.streamed else []
@@ -338,7 +348,7 @@ class _Refused(Exception):
         self.answer = answer
 
 
-async def _events(app: ASGIApp, asked: dict[str, Any], once: str) -> AsyncGenerator[dict[str, Any]]:
+async def _events(app: ASGIApp, asked: dict[str, Any], once: str, models: list[str]) -> AsyncGenerator[dict[str, Any]]:
     """The events of the app's answer.
 
     Raises:
@@ -364,7 +374,7 @@ async def _events(app: ASGIApp, asked: dict[str, Any], once: str) -> AsyncGenera
     headers = {"content-type": "application/json", "x-request-id": begun.id if begun else once}
     if begun is not None and begun.sampled:
         headers |= begun.context.headers
-    answer_to = post(app, PATH, json.dumps(asked).encode(), headers, heard=hear, once=once)
+    answer_to = post(app, PATH, json.dumps(asked).encode(), headers, heard=hear, once=once, models=models)
     asking = asyncio.create_task(answer_to, context=apart)
     asking.add_done_callback(lambda _: heard.put_nowait(None))
     event: dict[str, Any] | None = None

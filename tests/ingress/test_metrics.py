@@ -73,6 +73,18 @@ async def test_requests_are_counted_by_route_and_status(path: str, handler: str)
     assert sizes() - sizes_before == 3 * len(b"twelve bytes")
 
 
+async def test_what_there_is_not_is_no_models() -> None:
+    """Where there is one model its app is asked for all, and says of what it is not that it is not there."""
+    before = counted(handler="/v1/completions", status="404")
+    nobodys = {"model": "", "method": "POST", "handler": "/v1/completions", "status": "404"}
+    nobodys_before = REGISTRY.get_sample_value("http_requests_total", nobodys) or 0.0
+    transport = httpx.ASGITransport(Counted(stand_in_app, ROUTES))
+    async with httpx.AsyncClient(transport=transport, base_url="http://ingress") as http:
+        await http.post("/v1/completions?404")
+    assert counted(handler="/v1/completions", status="404") == before
+    assert REGISTRY.get_sample_value("http_requests_total", nobodys) == nobodys_before + 1
+
+
 async def test_probes_and_scrapes_are_not_counted() -> None:
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(Counted(stand_in_app, ROUTES)), base_url="http://ingress"

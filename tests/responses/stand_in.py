@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from hycluster.ingress.metrics import MODEL_KEY
 from hycluster.responses.events import as_sse
 
 
@@ -48,6 +49,8 @@ class StandInApp:
         except ValueError:
             return JSONResponse({"error": {"message": "not a request", "code": 400}}, 400)
         self.bodies.append(body)
+        # As what finds a request's model does.
+        request.scope.get(MODEL_KEY, []).append("m")
         if self.refusals:
             status = self.refusals.pop(0)
             return JSONResponse({"error": {"message": f"refused with {status}", "code": status}}, status)

@@ -14,8 +14,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from prometheus_client import REGISTRY
 
 from hycluster.auth.caller import Caller, calling
+from hycluster.ingress.metrics import Counted
 from hycluster.observe import timelines
 from hycluster.responses.app import WithResponses
 from hycluster.responses.background import Background
@@ -359,6 +361,22 @@ class TestInTheBackground:
         assert (await second.ask("b", previous_response_id=one.id)).output_text == "<a|<a>|b>"
         assert not second.store.open_ids()
         assert not list(second.store.folder.names("claims"))
+
+    async def test_it_is_counted_as_its_models(self, first: IngressInProcess) -> None:
+        labels = {"model": "m", "method": "POST", "handler": "/v1/responses"}
+
+        def counted(status: str) -> float:
+            return REGISTRY.get_sample_value("http_requests_total", labels | {"status": status}) or 0.0
+
+        before = counted("200"), counted("503")
+        transport = httpx.ASGITransport(Counted(first.app, ["/v1/responses"]))
+        async with httpx.AsyncClient(transport=transport, base_url="http://ingress") as http:
+            body = {"model": "m", "input": "a", "background": True}
+            begun = (await http.post("/v1/responses", json=body)).json()
+            await first.ended(begun["id"])
+            first.model.refusals = [503]
+            assert (await http.post("/v1/responses", json=body)).status_code == 503
+        assert (counted("200"), counted("503")) == (before[0] + 1, before[1] + 1)
 
     async def test_its_time_is_told_apart(self, first: IngressInProcess, monkeypatch: pytest.MonkeyPatch) -> None:
         """By the same id and in the same trace: the request that began it ends long before."""
