@@ -124,10 +124,11 @@ class SimulatedPool:
             bulk: dict[str, BulkDemand],
             shows: bool,
             work: dict[str, GatewayWork] | None,
+            losses: dict[str, str],
         ) -> Any:
             for report in self.reports:
                 directory.report(model, report)
-            return directory.sync(name, gateway_id, outstanding, adapters, demand, bulk, shows, work)
+            return directory.sync(name, gateway_id, outstanding, adapters, demand, bulk, shows, work, losses)
 
         def called(method: Callable[..., Any]) -> Any:
             # A call of an actor goes out before anybody waits for its answer.

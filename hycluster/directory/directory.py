@@ -160,6 +160,8 @@ class _Pool:
     demands: dict[str, _Said[Demand]] = field(default_factory=dict)
     bulk: dict[str, _Said[dict[str, BulkDemand]]] = field(default_factory=dict)
     showing: dict[str, _Said[None]] = field(default_factory=dict)
+    # When and how gateways lost those that have said nothing since.
+    losses: dict[str, tuple[float, str]] = field(default_factory=dict)
     scaling: _Said[Scaling] | None = None
     starts: Starts = field(default_factory=Starts)
 
@@ -185,6 +187,7 @@ class Directory:
         if report.address.replica_id not in pool.reports:
             pool.starts.succeeded()
         pool.reports[report.address.replica_id] = (time.monotonic(), report)
+        pool.losses.pop(report.address.replica_id, None)
 
     def begin_start(self, model: Model, replica: str) -> float:
         """A replica starts; returns the seconds that it is to wait first, as others of its model failed before it."""
@@ -219,6 +222,7 @@ class Directory:
         """A replica has gone, in good order."""
         if model in self._pools:
             self._pools[model].reports.pop(replica_id, None)
+            self._pools[model].losses.pop(replica_id, None)
 
     def sync(
         self,
@@ -230,6 +234,7 @@ class Directory:
         bulk: dict[str, BulkDemand] | None = None,
         shows: bool = False,
         work: dict[str, GatewayWork] | None = None,
+        losses: dict[str, str] | None = None,
     ) -> PoolView:
         """A gateway says what it has outstanding on each replica and which adapters it knows, and hears of the pool.
 
@@ -238,6 +243,7 @@ class Directory:
             bulk: by job, what it has and wants of the pool by this gateway.
             shows: it shows metrics.
             work: by replica, what that has of this gateway's requests; None: it does not tell them apart.
+            losses: by replica that is named here and not connected any more, how its connection ended.
         """
         now = time.monotonic()
         if demand is not None:
@@ -255,9 +261,14 @@ class Directory:
                 # One that has been silent for too long is the youngest when it comes back.
                 pool.showing = _recent(pool.showing, now)
                 pool.showing[gateway_id] = (now, None)
+            for replica, why in (losses or {}).items():
+                if replica in pool.reports:
+                    pool.losses.setdefault(replica, (self._faults.now(), why))
             reports = _recent(pool.reports, now)
             for replica in pool.reports.keys() - reports.keys():
-                self._faults.add(model, replica, f"lost: has said nothing for {FORGET_AFTER_S:.0f} s")
+                # Another network's trouble may break a connection: only who says nothing any more is lost.
+                at, why = pool.losses.pop(replica, (None, f"has said nothing for {FORGET_AFTER_S:.0f} s"))
+                self._faults.add(model, replica, f"lost: {why}", at)
             pool.reports = reports
         questions = tuple(question for said, question in self._questions.values() if now - said < ASKED_FOR_S)
         view = self.view(model)

@@ -36,9 +36,17 @@ class FaultLog:
         self._clock = clock
         self._faults: deque[ReplicaFault] = deque(maxlen=KEPT)
 
-    def add(self, model: str, replica: str, what: str) -> None:
-        self._faults.append(ReplicaFault(self._clock(), model, replica, what))
+    def now(self) -> float:
+        """By its clock."""
+        return self._clock()
+
+    def add(self, model: str, replica: str, what: str, at: float | None = None) -> None:
+        """
+        Args:
+            at: when it was seen, if that was not now.
+        """
+        self._faults.append(ReplicaFault(self._clock() if at is None else at, model, replica, what))
 
     @property
     def newest_first(self) -> list[ReplicaFault]:
-        return list(reversed(self._faults))
+        return sorted(self._faults, key=lambda fault: fault.at)[::-1]

@@ -276,6 +276,14 @@ class Gateway(CheckedLLM):
         return frozenset(report.address.replica_id for report in named if report.accepting) & gone
 
     @property
+    def _losses(self) -> dict[str, str]:
+        """By replica, how it was lost here; of those that the directory still names."""
+        named = set() if self._view is None else {report.address.replica_id for report in self._view.replicas}
+        lost = {known.replica_id: known.why for known in self.engine_core.known if known.gone}
+        here = {known.replica_id for known in self.engine_core.known if not known.gone}
+        return {replica: why for replica, why in lost.items() if replica in named - here and why}
+
+    @property
     def can_open(self) -> bool:
         """There is, or was, a replica; or the pool is known to sleep."""
         # Of what does not generate only its engine knows what it can do, and the ingress' routes follow from that.
@@ -404,6 +412,7 @@ class Gateway(CheckedLLM):
                 self.bulk.demands,
                 self.log_stats,
                 self.engine_core.work,
+                self._losses,
             )
         self.adapters.take_over(view.adapters)
         self.cold_start.hear(view.scaling, view.trouble)

@@ -345,6 +345,7 @@ class Link:
             return
         logger.warning("replica %s lost: %s; %d requests on it", self.replica_id, why, len(self.flights))
         self.leave()
+        self.known.why = why
         self._on_lost(self)
         flights = list(self.flights.values())
         self.flights.clear()

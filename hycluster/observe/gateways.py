@@ -43,6 +43,7 @@ class KnownReplica:
         number: unique in its gateway.
         routed: requests sent to it.
         gone: its connection has ended.
+        why: of what, as was seen; empty where that was nobody's loss.
         last: what it had reported by then.
     """
 
@@ -50,6 +51,7 @@ class KnownReplica:
     replica_id: str
     routed: int = 0
     gone: bool = False
+    why: str = ""
     last: ReplicaLoad | None = None
 
     def source(self, *, bulk: bool) -> int:

@@ -295,15 +295,25 @@ def test_faults_are_kept(clock: Clock) -> None:
     there = Directory()
     there.begin_start(MODEL, "x")
     there.start_failed(MODEL, "x", "EngineStartFailed", "no memory")
-    for replica in ("a", "b"):
+    for replica in ("a", "b", "c", "d", "e"):
         there.report(MODEL, report(replica))
     there.leave("m", "b")
+    closed = "its connection closed"
+    there.sync("m", "g", {}, losses={"c": closed, "d": closed, "unknown": closed})
+    # A connection that broke, to one that lives; the last that is seen of it is its silence.
+    there.report(MODEL, report("d"))
+    clock.now += 1
+    there.sync("m", "h", {}, losses={"c": "its engine ended", "e": "its engine ended"})
+    there.leave("m", "e")
     clock.now += FORGET_AFTER_S + 1
     there.sync("m", "g", {})
     there.sync("m", "g", {})
-    assert [(fault.replica, fault.what) for fault in there.survey().faults] == [
+    faults = there.survey().faults
+    assert [(fault.replica, fault.what) for fault in sorted(faults, key=lambda fault: fault.replica)] == [
         # One that left in good order is none.
         ("a", "lost: has said nothing for 10 s"),
+        ("c", "lost: its connection closed"),
+        ("d", "lost: has said nothing for 10 s"),
         ("x", "did not start: no memory"),
     ]
     for number in range(100):

@@ -372,6 +372,9 @@ async def test_without_replicas_nothing_is_admitted(opened: Open) -> None:
     async with opened(SLOW) as served:
         served.replicas[0].die()
         await until(lambda: not served.gateway.engine_core.able)
+        # What the directory is told of it; which of both is seen first is chance.
+        ((replica, why),) = served.gateway._losses.items()
+        assert (replica, why in ("its engine ended", "its connection closed")) == ("r0", True)
         for refused in (served.gateway.check_health(), served.last()):
             with pytest.raises(Unavailable, match="no replica of 'tiny' can serve now") as caught:
                 await refused
