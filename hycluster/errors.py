@@ -260,6 +260,11 @@ def kind_of(error: HyclusterError) -> type[HyclusterError]:
     return next(kind for kind in type(error).__mro__ if kind in BY_REASON.values())
 
 
+def kind_name(error: BaseException) -> str:
+    """An error's name wherever one is written down: the same whichever form of it was raised."""
+    return (kind_of(error) if isinstance(error, HyclusterError) else type(error)).__name__
+
+
 START_FAILURE = "hycluster: "
 
 

@@ -29,6 +29,7 @@ from hycluster.errors import (
     Overloaded,
     RequestFailed,
     UnknownModel,
+    kind_name,
 )
 from hycluster.gateway.bulk import FIXED_ROWS, BulkLanes
 from hycluster.ingress import arguments, translate
@@ -114,7 +115,7 @@ class FirstRows:
 
     def _leave(self, error: HyclusterError) -> None:
         if not self._left:
-            log.warning("rows go through the ingress no more: %s: %s", type(error).__name__, error.message)
+            log.warning("rows go through the ingress no more: %s: %s", kind_name(error), error.message)
         self._left = True
 
     async def models(self) -> list[ModelCard]:

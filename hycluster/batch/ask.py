@@ -23,6 +23,7 @@ from hycluster.errors import (
     RequestFailed,
     Unauthenticated,
     UnknownModel,
+    kind_name,
 )
 from hycluster.retries import AsyncRetryingCaller, as_told
 from hycluster.timeline import current
@@ -128,7 +129,7 @@ class Asker:
             _note_wait("Overloaded")
             raise
         except Exception as error:
-            _note_wait(type(error).__name__)
+            _note_wait(kind_name(error))
             if isinstance(error, RequestFailed) or not isinstance(error, AWAY):
                 await self._refuse_after(row, error)
             self._give_up_after(row.name, error)

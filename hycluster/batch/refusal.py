@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from hycluster.errors import InvalidInput, PromptTooLong, SettingsError, one_line
+from hycluster.errors import InvalidInput, PromptTooLong, SettingsError, kind_name, one_line
 
 
 class Reason(StrEnum):
@@ -81,6 +81,6 @@ def refusal_of(error: Exception) -> Refusal:
     if isinstance(error, UnicodeError):
         return Refusal(Reason.INVALID_UTF8.value, str(error))
     if not isinstance(error, InvalidInput):
-        return Refusal(Reason.REFUSED.value, f"{type(error).__name__}: {one_line(error)}")
+        return Refusal(Reason.REFUSED.value, f"{kind_name(error)}: {one_line(error)}")
     reason = Reason.PROMPT_TOO_LONG if isinstance(error, PromptTooLong) else Reason.REFUSED
     return Refusal(reason.value, error.message)

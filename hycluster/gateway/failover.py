@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from hycluster.errors import HyclusterError, ReplicaLost, Unavailable
+from hycluster.errors import HyclusterError, ReplicaLost, Unavailable, kind_name
 from hycluster.gateway.flight import Flight
 from hycluster.gateway.tasks import Tasks
 from hycluster.observe.failover import Migrations
@@ -137,7 +137,7 @@ class Failover:
             del self.flights[flight.request_id]
             self.migrated.ended(flight.request_id)
             if flight.track is not None:
-                flight.track.end(type(error).__name__)
+                flight.track.end(kind_name(error))
             await self._on_lost(flight.request_id, error)
 
     def _awaited(self, flight: Flight) -> bool:

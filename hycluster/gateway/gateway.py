@@ -33,7 +33,7 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 from hycluster.auth.caller import Caller, current_caller
 from hycluster.core import Priority
 from hycluster.directory.directory import FORGET_AFTER_S, REPORT_EVERY_S, Demand, PoolView
-from hycluster.errors import HyclusterError, InvalidInput, Overloaded, Unauthenticated, Unavailable
+from hycluster.errors import HyclusterError, InvalidInput, Overloaded, Unauthenticated, Unavailable, kind_name
 from hycluster.gateway.adapters import PoolAdapters
 from hycluster.gateway.admission import Gate
 from hycluster.gateway.api_arguments import model_arguments
@@ -323,7 +323,7 @@ class Gateway(CheckedLLM):
             if isinstance(error, Unauthenticated):
                 traffic.cancel()
             elif not isinstance(error, InvalidInput):
-                traffic.fail(type(error).__name__)
+                traffic.fail(kind_name(error))
             lost = LOST[type(error)](error.message)
             lost.retry_after_s = error.retry_after_s or lost.retry_after_s
             state.queue.put(lost)

@@ -19,7 +19,7 @@ from hycluster.errors import (
     QuotaExhausted,
     RequestFailed,
     Unauthenticated,
-    kind_of,
+    kind_name,
 )
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ async def answer_error(_: Request | None, error: Exception) -> JSONResponse:
 
 def headers_of(error: HyclusterError) -> dict[str, str]:
     """What an answer says of an error beside its body: which it is, and when to come again."""
-    headers = {KIND_HEADER: kind_of(error).__name__}
+    headers = {KIND_HEADER: kind_name(error)}
     if error.retry_after_s:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
         headers["Retry-After-Ms"] = str(math.ceil(error.retry_after_s * 1000))

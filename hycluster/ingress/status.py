@@ -20,7 +20,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, Re
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
-from hycluster.errors import HyclusterError, InvalidInput, QuotaExhausted, RateLimited, kind_of
+from hycluster.errors import HyclusterError, InvalidInput, QuotaExhausted, RateLimited, kind_name
 
 DOMAIN = "hycluster"
 # In the metadata at the end of a call that failed: the name of the ingress' error.
@@ -47,7 +47,7 @@ async def abort(
         trailing: metadata that the call ends with whatever becomes of it.
     """
     # Tells what an ingress says from what gRPC says in its place when the connection breaks: the code is the same.
-    metadata: list[tuple[str, str | bytes]] = [*trailing, (ERROR_KEY, kind_of(error).__name__)]
+    metadata: list[tuple[str, str | bytes]] = [*trailing, (ERROR_KEY, kind_name(error))]
     if error.retry_after_s is not None:
         metadata += [
             (RETRY_AFTER_KEY, f"{error.retry_after_s:g}"),

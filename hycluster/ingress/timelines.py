@@ -15,7 +15,7 @@ from ray.actor import ActorHandle
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hycluster.errors import InvalidInput, NotFound, kind_of, shown
+from hycluster.errors import InvalidInput, NotFound, kind_name, shown
 from hycluster.gateway.asking import slowest, timeline_of
 from hycluster.gateway.places import holding_places
 from hycluster.ingress.errors import answer_error, headers_of
@@ -108,7 +108,7 @@ class WithTimelines:
                     if status >= 400:
                         timeline.error = f"HTTP {status}"
                     if places.refusal is not None and status == places.refusal.http_status:
-                        timeline.error = f"{kind_of(places.refusal).__name__}: {places.refusal.message}"
+                        timeline.error = f"{kind_name(places.refusal)}: {places.refusal.message}"
                         _add_headers(message, headers_of(places.refusal))
                     if account is not None:
                         account.error = status >= 400

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hycluster.errors import DeadlineExceeded, HyclusterError, InvalidInput
+from hycluster.errors import DeadlineExceeded, HyclusterError, InvalidInput, kind_name
 from hycluster.observe.catalogue import INGRESS
 from hycluster.stages import summed_up, timeline_json
 from hycluster.timeline import Timeline, current
@@ -196,7 +196,7 @@ recorder = Recorder()
 def kept_of(error: Exception) -> str:
     """What a timeline has of an error, and with it the log and traces: nothing that may be a caller's own words."""
     own = isinstance(error, HyclusterError) and not isinstance(error, InvalidInput)
-    return f"{type(error).__name__}: {error}"[:500] if own else type(error).__name__
+    return f"{kind_name(error)}: {error}"[:500] if own else kind_name(error)
 
 
 class Carried:

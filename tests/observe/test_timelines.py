@@ -177,6 +177,9 @@ def own(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     [
         (None, "ok", ""),
         (Unavailable("no replica"), "failed", "Unavailable: no replica"),
+        # One word for it, whichever library's form it has as well.
+        (type("PoolUnavailable", (Unavailable,), {})("no replica"), "failed", "Unavailable: no replica"),
+        (type("PoolInvalidInput", (InvalidInput,), {})("prompt: is wrong"), "failed", "InvalidInput"),
         # What these say may be the caller's own words.
         (InvalidInput("prompt: is wrong"), "failed", "InvalidInput"),
         (ValueError("wrong"), "failed", "ValueError"),
