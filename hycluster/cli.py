@@ -241,11 +241,13 @@ def serve(
 
 
 def _shown_ledger(settings: Settings) -> str | None:
-    """Where the service's ledger is; None if it is off, or that holds a secret."""
+    """Where the service's ledger is; empty if it is off, None if that holds a secret."""
     from hycluster.storage import masked
 
     place = settings.ledger_place
-    if not settings.keeps_ledger or masked(place) != place:
+    if not settings.keeps_ledger:
+        return ""
+    if masked(place) != place:
         return None
     return place if "://" in place else str(Path(place).absolute())
 

@@ -40,7 +40,7 @@ class Started:
         begun: tells the process from a later one of the same number; see :func:`_begun`.
         since: seconds since the epoch.
         database: URL of the keys that its callers are asked for; None: they are not, or it holds a password.
-        ledger: folder or URI of the usage ledger; None: it is off, or that holds a secret.
+        ledger: folder or URI of the usage ledger; empty: it is off; None: not known, or that holds a secret.
     """
 
     address: str

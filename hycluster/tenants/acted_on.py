@@ -57,6 +57,12 @@ def ledger_of(config: Path | None) -> Books:
     return open_books(services[-1] if services else load_settings(config).ledger_place)
 
 
+def is_ledger_off(config: Path | None) -> bool:
+    """Whether nothing is written down there, as far as that is known here."""
+    services = _services(config)
+    return services[-1].ledger == "" if services else not load_settings(config).keeps_ledger
+
+
 def _services(config: Path | None) -> list[running.Started]:
     """Those that run from this home, where no settings file is named."""
     if config is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hycluster.errors import InvalidInput, Unavailable, shown
-from hycluster.tenants.acted_on import Config, ledger_of
+from hycluster.tenants.acted_on import Config, is_ledger_off, ledger_of
 from hycluster.tenants.printed import AsJson, typed_span_s
 from hycluster.terminal import console, echo
 
@@ -43,6 +43,10 @@ def print_usage(
         from hycluster.storage import masked_line
 
         raise Unavailable(f"ledger.store: {books.folder.masked} can't be read: {masked_line(error)}") from None
+    if not found:
+        off = "; the ledger is off, so nothing is written down: set ledger.enabled, or auth.enabled"
+        span = "" if since is None else f" since {since}"
+        echo(f"no request{span} is in {books.folder.masked}{off if is_ledger_off(config) else ''}", err=True)
     if as_json:
         echo(json.dumps([_as_json(each) for each in found], indent=2))
         return

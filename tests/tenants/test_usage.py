@@ -69,6 +69,26 @@ def test_a_ledger_that_can_not_be_read_is_named(usage: Usage, monkeypatch: pytes
         usage()
 
 
+def test_an_empty_ledger_that_is_off_says_so(usage: Usage, tmp_path: Path) -> None:
+    def said(*arguments: str) -> str:
+        done = CliRunner().invoke(app, ["usage", *arguments])
+        assert done.exit_code == 0, done.output
+        return done.stderr
+
+    assert "ledger is off" in said()
+    kept = "models: [{name: m, source: x}]\nledger: {enabled: true}\n"
+    (tmp_path / "kept.yaml").write_text(kept)
+    assert said("--config", "kept.yaml", "--since", "1h").startswith("no request since 1h is in ")
+    assert "is off" not in said("--config", "kept.yaml")
+    remember("127.0.0.1:6379")
+    for ledger, off in (("", True), (str(tmp_path / "elsewhere"), False), (None, False)):
+        remember_service(["m"], None, ledger)
+        assert ("ledger is off" in said()) == off, ledger
+    forget()
+    open_books(str(tmp_path / "batches/ledger")).commit("a", [entry()])
+    assert not said()
+
+
 def test_the_ledger_of_the_running_service_or_of_a_settings_file(usage: Usage, tmp_path: Path) -> None:
     place = str(tmp_path / "elsewhere")
     open_books(place).commit("a", [entry()])
