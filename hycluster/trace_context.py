@@ -1,4 +1,4 @@
-"""Which trace a request belongs to: W3C Trace Context, read from its caller and told to engines."""
+"""Which trace a request belongs to: W3C Trace Context, read from its caller and told to engines; and its id."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from urllib.parse import quote_from_bytes
 
 TRACEPARENT, TRACESTATE = "traceparent", "tracestate"
 # Of a later version more may follow; version ff, and ids of nothing but zeros, are not allowed.
@@ -13,6 +14,7 @@ _WRITTEN = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9
 # What is longer nobody has to pass on.
 _MOST_STATE = 512
 _SAMPLED = 1
+_PRINTABLE = bytes(range(ord(" "), ord("~") + 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,16 @@ def trace_context(headers: Mapping[str, str]) -> TraceContext | None:
     state = headers.get(TRACESTATE, "").strip()
     kept = state if len(state) <= _MOST_STATE and state.isascii() and state.isprintable() else ""
     return TraceContext(int(found[1], 16), int(found[2], 16), bool(int(found[3], 16) & _SAMPLED), kept)
+
+
+def written_id(said: str | bytes) -> str:
+    """A request's id as all views have it: what is not ASCII to be printed is percent-encoded, as in a URL.
+
+    Callers write what they like, and by HTTP in whatever encoding. An id must not fail a call, goes into headers,
+    metadata, logs and terminals, and has to be found by what was written.
+    """
+    raw = said if isinstance(said, bytes) else said.encode("utf-8", "replace")
+    return quote_from_bytes(raw, _PRINTABLE)
 
 
 def new_trace_id() -> int:

@@ -45,7 +45,7 @@ from hycluster.observe.timelines import Carried
 from hycluster.settings.ingress import Grpc
 from hycluster.settings.load import MAX_MEMBERS
 from hycluster.timeline import Timeline, exemplar
-from hycluster.trace_context import trace_context
+from hycluster.trace_context import trace_context, written_id
 
 logger = logging.getLogger(__name__)
 
@@ -171,8 +171,8 @@ def _name(request: Message, said: Mapping[str, str]) -> str:
     request_id = said.get(REQUEST_ID_KEY) or f"gen-{secrets.token_hex(12)}"
     if isinstance(request, pb.GenerateRequest):
         request_id = request.request_id = request.request_id or request_id
-    # Metadata takes no others, and what the field holds is checked where it is used.
-    return "".join(character if " " <= character <= "~" else "?" for character in request_id[:MAX_ID])
+    # What the field holds is checked where it is used.
+    return written_id(request_id[:MAX_ID])[:MAX_ID]
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):

@@ -22,7 +22,7 @@ from hycluster.ingress.errors import answer_error, headers_of
 from hycluster.ledger.account import account_book
 from hycluster.observe.timelines import MOST_LISTED, Carried
 from hycluster.stages import KEPT
-from hycluster.trace_context import trace_context
+from hycluster.trace_context import trace_context, written_id
 
 PATH = "/hycluster/requests"
 REQUEST_ID = b"x-request-id"
@@ -64,10 +64,11 @@ class WithTimelines:
             return
         headers = list(scope["headers"])
         said = next((value for name, value in headers if name == REQUEST_ID), b"")
-        request_id = said or new_request_id().encode()
-        if not said:
+        request_id = written_id(said).encode() or new_request_id().encode()
+        if request_id != said:
             # vLLM's app makes the id in an answer's body of it.
-            scope = {**scope, "headers": [*headers, (REQUEST_ID, request_id)]}
+            others = (header for header in headers if header[0] != REQUEST_ID)
+            scope = {**scope, "headers": [*others, (REQUEST_ID, request_id)]}
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -81,7 +82,7 @@ class WithTimelines:
         await self._timed(scope, receive, send, request_id)
 
     async def _timed(self, scope: Scope, receive: Receive, send: Send, named: bytes) -> None:
-        request_id = named.decode("latin-1")
+        request_id = named.decode()
         parent = trace_context(_texts(scope["headers"]))
         operation = f"POST {scope['path']}"
         with (

@@ -19,7 +19,7 @@ from hycluster.errors import DeadlineExceeded, HyclusterError, InvalidInput, kin
 from hycluster.observe.catalogue import INGRESS
 from hycluster.stages import summed_up, timeline_json
 from hycluster.timeline import Timeline, current
-from hycluster.trace_context import TraceContext
+from hycluster.trace_context import TraceContext, written_id
 
 logger = logging.getLogger(__name__)
 
@@ -170,8 +170,11 @@ class Recorder:
     def find(self, request_id: str) -> dict[str, Any] | None:
         """One request's timeline as JSON, also of one that is still on its way; None if it is not known here."""
         known = list(self._known())
-        exactly = (timeline for timeline in known if timeline.id == request_id)
-        found = next(exactly, None) or next((timeline for timeline in known if timeline.known_as(request_id)), None)
+        # As its caller wrote it, or as the answer has it; a job's rows have their files' names.
+        names = dict.fromkeys((request_id, written_id(request_id)))
+        exactly = (timeline for timeline in known if timeline.id in names)
+        akin = (timeline for name in names for timeline in known if timeline.known_as(name))
+        found = next(exactly, None) or next(akin, None)
         return None if found is None else {**timeline_json(found), "instance": INGRESS}
 
     def slowest(self, most: int, model: str | None = None, *, bulk: bool = False) -> list[dict[str, Any]]:

@@ -39,7 +39,7 @@ async def test_every_call_ends_with_its_id(stub: Stub, stand_in: StandInGenerato
     made = [await ended(stub.Generate(ask())), await ended(stub.ListModels(pb.ListModelsRequest()))]
     assert all(name.startswith("gen-") for name in made)
     # What metadata can't hold is said otherwise, and what fails says it too.
-    assert await ended(stub.Generate(ask(request_id="ä\n"))) == "??"
+    assert await ended(stub.Generate(ask(request_id="ä\n"))) == "%C3%A4%0A"
     stand_in.error = Unavailable("away")
     assert await ended(stub.Generate(ask(request_id="failed"))) == "failed"
 
