@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from fastapi import FastAPI
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -96,7 +97,9 @@ class WithResponses:
         self._most_items = max_members // 3
         self._held = 0
         self._not_kept = NO_STORE if store is None else BATCH_LINE if background is None else None
-        self.routes = response_routes(store) if store is not None else None
+        self.routes: FastAPI | None = None
+        if store is not None:
+            self.routes = response_routes(store, *([background.drop] if background is not None else []))
         self._sweeping: asyncio.Future[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -156,6 +156,12 @@ class Background:
         answering.stored.set()
         return stored, answering
 
+    def drop(self, response_id: str) -> None:
+        """It was cancelled or deleted by way of this process; one that another process answers hears by the store."""
+        answering = self._running.get(response_id)
+        if answering is not None and answering.stored.is_set() and answering.task is not None:
+            answering.task.cancel()
+
     async def close(self, timeout_s: float) -> None:
         """Answer what is left within a time, then give back what is not, for others to answer. No new ones any more."""
         self._closing = True
@@ -277,12 +283,12 @@ class Background:
             await asyncio.to_thread(self._store.beat, self.holder, self._beats)
 
     async def _look(self) -> None:
-        mine = [(response_id, a) for response_id, a in self._running.items() if a.stored.is_set()]
+        mine = [response_id for response_id, answering in self._running.items() if answering.stored.is_set()]
         being_answered = await asyncio.to_thread(self._store.open_ids)
-        for response_id, answering in mine:
-            if response_id not in being_answered and answering.task is not None:
+        for response_id in mine:
+            if response_id not in being_answered:
                 # Cancelled, at whichever ingress process, or deleted.
-                answering.task.cancel()
+                self.drop(response_id)
         others = being_answered - self._running.keys()
         if not others or self._closing:
             return

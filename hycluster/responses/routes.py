@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, FastAPI, Query, Request
@@ -24,10 +24,14 @@ MAX_LISTED_ITEMS = 100
 LOOK_S = 0.5
 
 
-def response_routes(store: ResponseStore) -> FastAPI:
-    """The app of what is below ``/v1/responses``."""
+def response_routes(store: ResponseStore, drop: Callable[[str], None] = lambda _: None) -> FastAPI:
+    """The app of what is below ``/v1/responses``.
+
+    Args:
+        drop: told of what was ended while it was answered, maybe by this process.
+    """
     app = FastAPI(title="hycluster", openapi_url=None, redirect_slashes=False)
-    app.include_router(_responses(store))
+    app.include_router(_responses(store, drop))
     app.add_exception_handler(HyclusterError, answer_error)
     app.add_exception_handler(HTTPException, answer_http_error)
     app.add_exception_handler(RequestValidationError, _answer_bad_query)
@@ -35,7 +39,7 @@ def response_routes(store: ResponseStore) -> FastAPI:
     return app
 
 
-def _responses(store: ResponseStore) -> APIRouter:
+def _responses(store: ResponseStore, drop: Callable[[str], None]) -> APIRouter:
     routes = APIRouter(prefix=PATH)
 
     @routes.get("/{response_id}", response_model=None)
@@ -56,11 +60,15 @@ def _responses(store: ResponseStore) -> APIRouter:
     async def delete(response_id: str) -> dict[str, Any]:
         await asyncio.to_thread(store.get, response_id)
         await asyncio.to_thread(store.delete, response_id)
+        drop(response_id)
         return {"id": response_id, "object": "response", "deleted": True}
 
     @routes.post("/{response_id}/cancel")
     async def cancel(response_id: str) -> dict[str, Any]:
-        return await asyncio.to_thread(_cancel, store, response_id)
+        cancelled = await asyncio.to_thread(_cancel, store, response_id)
+        if cancelled["status"] == "cancelled":
+            drop(response_id)
+        return cancelled
 
     @routes.get("/{response_id}/input_items")
     async def input_items(

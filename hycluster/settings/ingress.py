@@ -115,7 +115,8 @@ class Responses(Strict):
         lease_s: how long an ingress process may show no sign of life before another one answers in its place what it
             had in the background.
         poll_s: interval at which the store is searched for those that have lost their ingress process or were
-            cancelled at another one.
+            cancelled or deleted at another one: so long an engine goes on with such a one. Where it is cancelled at the
+            process that has it, the engine drops it at once.
     """
 
     keep_days: float = Field(default=30, gt=0, le=36500)

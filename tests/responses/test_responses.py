@@ -422,6 +422,16 @@ class TestInTheBackground:
         refused = await second.http.post(f"/v1/responses/{two.id}/cancel")
         assert (refused.status_code, "it can't be cancelled any more" in refused.text) == (400, True)
 
+    async def test_ended_at_its_own_ingress_process_it_stops_at_once(self, opened: Open) -> None:
+        # Longer than is waited here.
+        ingress = opened(poll_s=60)
+        for end in (ingress.client.responses.cancel, ingress.client.responses.delete):
+            ingress.model.hold.clear()
+            one = await ingress.ask("a", background=True)
+            await until(lambda: ingress.model.running == 1)
+            await end(one.id)
+            await until(lambda: ingress.model.running == 0)
+
     async def test_one_that_was_answered_directly_can_not_be_cancelled(self, first: IngressInProcess) -> None:
         one = await first.ask("a")
         assert (await first.http.post(f"/v1/responses/{one.id}/cancel")).status_code == 400
