@@ -81,11 +81,15 @@ class AnthropicErrors:
         await self._app(scope, receive, translated)
 
 
+def anthropic_type(status: int) -> str:
+    """What Anthropic's API calls an error of this status."""
+    return ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+
+
 def _anthropic_error(begun: MutableMapping[str, Any], body: bytes) -> JSONResponse:
     status: int = begun["status"]
     headers = {name: value for name, value in Headers(raw=begun["headers"]).items() if name not in _OF_A_BODY}
-    kind = ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
-    error = {"type": "error", "error": {"type": kind, "message": _message_in(body)}}
+    error = {"type": "error", "error": {"type": anthropic_type(status), "message": _message_in(body)}}
     return JSONResponse(error, status_code=status, headers=headers)
 
 

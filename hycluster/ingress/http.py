@@ -31,6 +31,7 @@ from vllm.exceptions import GenerationError
 from hycluster.adapters import LOAD, UNLOAD
 from hycluster.auth.caller import usable
 from hycluster.auth.guard import Guard
+from hycluster.engine.patches.broken_streams import patch_message_stream, patch_response_stream
 from hycluster.engine.patches.completion_prompts import patch_completions
 from hycluster.engine.patches.early_refusals import patch_streams
 from hycluster.engine.patches.error_messages import patch_error_messages
@@ -46,7 +47,7 @@ from hycluster.ingress.connection import protocol
 from hycluster.ingress.dispatch import MODELS, ModelDispatch
 from hycluster.ingress.errors import answer_error, answer_generation_error, answer_http_error, answer_unreadable
 from hycluster.ingress.first_wrong import quick_to_validate
-from hycluster.ingress.forms import in_form
+from hycluster.ingress.forms import anthropic_type, in_form
 from hycluster.ingress.guarded import Guarded
 from hycluster.ingress.health import WithHealth
 from hycluster.ingress.limited import Limited
@@ -273,8 +274,10 @@ async def model_app(gateway: Gateway, settings: Http, max_members: int = MAX_MEM
         patch_completions(completions, gateway.check_admission)
     if (messages := app.state.anthropic_serving_messages) is not None:
         patch_messages(messages)
+        patch_message_stream(messages, anthropic_type)
     if (responses := app.state.openai_serving_responses) is not None:
         patch_responses(responses)
+        patch_response_stream(responses)
         patch_tools(responses, gateway.model.name)
     for handler in (app.state.openai_serving_chat, completions, messages, responses):
         if handler is not None:

@@ -14,7 +14,9 @@ import anthropic
 import httpx
 import openai
 import pytest
+from openai.types.responses import ResponseFailedEvent
 
+from hycluster.errors import ReplicaLost
 from hycluster.settings.ingress import Http
 from hycluster.settings.load import Admission, Router
 from hycluster.settings.model import Model
@@ -202,8 +204,8 @@ async def test_what_is_wrong_is_said_before_a_stream_begins(model: Model) -> Non
             assert not gateway.engine_core.requests_in_flight
 
 
-async def test_a_streams_headers_wait_for_no_token(model: Model) -> None:
-    """Clients wait for them for a while only; what outputs are to look like is checked before."""
+async def test_a_streams_headers_wait_for_no_token_and_its_end_says_what_broke_it(model: Model) -> None:
+    """Clients wait for headers for a while only; what outputs are to look like is checked before."""
     from hycluster.gateway.generation import Generator
 
     async with opened(model) as (gateway, pool), serving(Generator({model.name: gateway})) as url:
@@ -223,7 +225,19 @@ async def test_a_streams_headers_wait_for_no_token(model: Model) -> None:
                 async with client.stream("POST", path, json=asked) as answer:
                     assert answer.status_code == 200, path
                     await until(lambda: gateway.engine_core.requests_in_flight)
-                await until(lambda: not gateway.engine_core.requests_in_flight)
+                    await gateway.end_requests(ReplicaLost("its replica died"))
+                    *_, last = (await answer.aread()).decode().replace("data: [DONE]\n\n", "").split("\n\n")[:-1]
+                name, data = last.split("data: ")
+                said = json.loads(data)
+                if path == "/v1/messages":
+                    why = {"type": "overloaded_error", "message": "its replica died"}
+                    assert (name, said) == ("event: error\n", {"type": "error", "error": why})
+                elif path == "/v1/responses":
+                    assert (name, said["response"]["status"]) == ("event: response.failed\n", "failed")
+                    assert said["response"]["error"] == {"code": "server_error", "message": "its replica died"}
+                    assert ResponseFailedEvent.model_validate(said).sequence_number == 2
+                else:
+                    assert (name, said["error"]["code"]) == ("", 503), path
         # What was checked is what is sent: it says which library takes it.
         formed = [each.sampling_params.structured_outputs for each in sent]
         assert [form and form._backend for form in formed] == ["xgrammar"] * 3 + [None]
