@@ -130,12 +130,13 @@ async def named_by(scope: Scope, receive: Receive, *, in_body: bool) -> tuple[st
 
 
 async def read_on(receive: Receive) -> tuple[bytes, Receive]:
-    """A request's body, and what lets the app read it again."""
+    """A request's body, and what lets the app read it again; nothing of one that its caller left in the midst of."""
     messages, body = [], b""
     while True:
         message = await receive()
         messages.append(message)
         if message["type"] != "http.request":
+            body = b""
             break
         body += message.get("body", b"")
         if not message.get("more_body"):

@@ -36,6 +36,7 @@ from hycluster.engine.patches.completion_prompts import patch_completions
 from hycluster.engine.patches.early_refusals import patch_streams
 from hycluster.engine.patches.error_messages import patch_error_messages
 from hycluster.engine.patches.message_refusals import patch_messages
+from hycluster.engine.patches.response_fields import patch_parts
 from hycluster.engine.patches.truncated_responses import patch_responses
 from hycluster.engine.patches.unread_tools import patch_tools
 from hycluster.errors import HyclusterError, UnknownModel
@@ -53,6 +54,7 @@ from hycluster.ingress.health import WithHealth
 from hycluster.ingress.limited import Limited
 from hycluster.ingress.metrics import Counted, Families, WithMetrics, families_of_this_process
 from hycluster.ingress.ports import bind, notice_lost_callers
+from hycluster.ingress.short_way import ShortWay
 from hycluster.ingress.tiered import Tiered
 from hycluster.ingress.timelines import RequestsRoute
 from hycluster.ingress.tls import Certificate
@@ -93,6 +95,7 @@ OPEN_ROUTES = frozenset(
 
 
 patch_error_messages()
+patch_parts()
 
 # Of control routes those that find their model by themselves.
 FOR_ALL_MODELS = frozenset({LOAD, UNLOAD})
@@ -209,6 +212,7 @@ class ModelApp:
         self._building = asyncio.Lock()
         self._server: Any = None
         self._app: FastAPI | None = None
+        self._entry: ASGIApp | None = None
 
     @property
     def can_build(self) -> bool:
@@ -229,7 +233,7 @@ class ModelApp:
                     # Ahead of vLLM's own, which know one engine and one ingress process.
                     app.router.routes[:0] = adapter_routes(self._generator).routes
                 app.state.server = self._server or app.state.server
-                self._app = app
+                self._app, self._entry = app, InOurWords(ShortWay(app))
         return self._app
 
     def controls(self, scope: Scope) -> bool:
@@ -241,10 +245,9 @@ class ModelApp:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app: ASGIApp | None = self._app
-        if app is None:
-            app = await self.build() if self.can_build else await answer_error(None, self._gateway.refusal())
-        await InOurWords(app)(scope, receive, send)
+        if self._entry is None and self.can_build:
+            await self.build()
+        await (self._entry or await answer_error(None, self._gateway.refusal()))(scope, receive, send)
 
 
 def over_all_models(apps: Mapping[str, ModelApp], generator: Generator) -> ASGIApp:

@@ -1,0 +1,142 @@
+"""The way of a request that is right, to the routes that are asked most: past the layers of FastAPI and Starlette.
+
+An API app of vLLM's has a request go through error handlers (three layers), CORS, exit stacks, routing and the solving
+of dependencies, and a stream through a task group; together they take as much CPU as vLLM's own handler does. Here a
+body that is right goes from its JSON to the route's handler. Whatever is not so, a wrong body, another content type or
+an error that the handler raises, goes the whole way, which answers it.
+
+Reaches into vLLM's routes: a handler takes the body's model and ``raw_request``, and is wrapped by
+``with_cancellation``, which a stream does not need, since it hears by itself that its caller has left.
+``tests/ingress/test_short_way.py`` compares both ways.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import BaseRoute, Match
+from starlette.types import Receive, Scope, Send
+from vllm.entrypoints.serve.elastic_ep.middleware import ScalingMiddleware
+
+from hycluster.ingress.dispatch import read_on
+
+PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
+# Middleware of vLLM's that lets such requests pass: no page asks, and it's not vLLM that scales here.
+_PASSING = (CORSMiddleware, ScalingMiddleware)
+# In a request's scope: what its handler raised, for the app to answer.
+_RAISED = "hycluster.raised"
+
+Handler = Callable[..., Awaitable[Any]]
+
+
+class ShortWay:
+    """ASGI middleware around vLLM's API app of one model.
+
+    Args:
+        app: as it will stay; routes that it gets later are not on the short way.
+    """
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+        plain = all(each.cls in _PASSING for each in app.user_middleware)
+        routes = [route for route in app.router.routes if isinstance(route, APIRoute)] if plain else []
+        self._ways = {route.path: _Way(route) for route in routes if route.path in PATHS and "POST" in route.methods}
+        app.router.routes.insert(0, _Raising())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        way = self._ways.get(scope["path"]) if scope["type"] == "http" else None
+        if way is None or scope["method"] != "POST" or not _is_plain(scope):
+            await self._app(scope, receive, send)
+            return
+        body, receive = await read_on(receive)
+        asked = way.read(body)
+        if asked is None:
+            await self._app(scope, receive, send)
+            return
+        scope = {**scope, "app": self._app}
+        request = Request(scope, receive)
+        try:
+            response = await way.ask(asked, request)
+        except Exception as error:
+            await self._app({**scope, _RAISED: error}, receive, send)
+            return
+        if isinstance(response, StreamingResponse):
+            await _stream(response, receive, send)
+        else:
+            await response(scope, receive, send)
+
+
+class _Way:
+    """To one route's handler."""
+
+    def __init__(self, route: APIRoute) -> None:
+        (self._field,) = route.dependant.body_params
+        self._handler: Handler = route.endpoint
+        self._of_streams: Handler = route.endpoint.__wrapped__  # type: ignore[attr-defined]
+
+    def read(self, body: bytes) -> Any:
+        """The body's model; None unless it is right."""
+        try:
+            asked, errors = self._field.validate(json.loads(body), {}, loc=("body",))
+        except Exception:
+            return None
+        return None if errors else asked
+
+    async def ask(self, asked: Any, request: Request) -> Any:
+        """What the handler responds."""
+        response = await (self._of_streams if asked.stream else self._handler)(asked, raw_request=request)
+        # The caller has left.
+        return JSONResponse(None) if response is None else response
+
+
+class _Raising(BaseRoute):
+    """Of those requests whose handler has raised already."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        return (Match.FULL if _RAISED in scope else Match.NONE), {}
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raise scope[_RAISED]
+
+
+def _is_plain(scope: Scope) -> bool:
+    """JSON, and asked from no page."""
+    kind = b""
+    for name, value in scope["headers"]:
+        if name == b"content-type":
+            kind = value
+        elif name == b"origin":
+            return False
+    return bytes(kind.partition(b";")[0]) == b"application/json"
+
+
+async def _stream(response: StreamingResponse, receive: Receive, send: Send) -> None:
+    """Send a stream until its end, or until its caller leaves."""
+    task, left = asyncio.current_task(), False
+    assert task is not None
+
+    async def watch() -> None:
+        nonlocal left
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        left = True
+        task.cancel()
+
+    watching = asyncio.create_task(watch())
+    try:
+        await response.stream_response(send)
+    except asyncio.CancelledError:
+        if not left or task.uncancel():
+            raise
+    finally:
+        watching.cancel()
+    if response.background is not None:
+        await response.background()
