@@ -52,19 +52,20 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         max_bytes = min(self.max_bytes, self.paths.get(scope["path"], self.max_bytes))
-        # FastAPI's kind is the only one that its reading of a body lets through.
-        close = {"Connection": "close"}
-        too_large = HTTPException(413, f"body: is over the limit of {max_bytes} bytes", close)
-        too_slow = HTTPException(408, f"body: nothing came for {self.stall_s} s", close)
-        full = HTTPException(
-            429, f"body: those of all requests in work are over the limit of {self.max_total_bytes} bytes",
-            {"Retry-After": "1", **close},
-        )  # fmt: skip
         most = math.inf if self.max_members is None else self.max_members
-        error = too_many_members("body", most)
-        too_many = HTTPException(error.http_status, error.message, close | {KIND_HEADER: kind_of(error).__name__})
         shape = JsonShape()
         seen, complete, answering = 0, False, False
+        refused: HTTPException | None = None
+
+        # FastAPI's kind is the only one that its reading of a body lets through.
+        def refuse(status: int, why: str, **headers: str) -> HTTPException:
+            nonlocal refused
+            named = {name.replace("_", "-"): value for name, value in headers.items()}
+            refused = HTTPException(status, why, {**named, "Connection": "close"})
+            return refused
+
+        def too_large() -> HTTPException:
+            return refuse(413, f"body: is over the limit of {max_bytes} bytes")
 
         async def counted() -> Message:
             nonlocal seen, complete
@@ -73,19 +74,21 @@ class BodyLimit:
                 async with asyncio.timeout(None if complete else self.stall_s):
                     message = await receive()
             except TimeoutError:
-                raise too_slow from None
+                raise refuse(408, f"body: nothing came for {self.stall_s} s") from None
             size = len(message.get("body", b""))
             complete = not message.get("more_body")
             seen += size
             self._held += size
             if seen > max_bytes:
-                raise too_large
+                raise too_large()
             if self.max_total_bytes is not None and self._held > self.max_total_bytes:
-                raise full
+                why = f"body: those of all requests in work are over the limit of {self.max_total_bytes} bytes"
+                raise refuse(429, why, Retry_After="1")
             if self.max_members is not None:
                 shape.feed(message.get("body", b""))
                 if shape.members > most:
-                    raise too_many
+                    error = too_many_members("body", most)
+                    raise refuse(error.http_status, error.message, **{KIND_HEADER: kind_of(error).__name__})
             return message
 
         async def watched(message: Message) -> None:
@@ -96,11 +99,11 @@ class BodyLimit:
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         try:
             if declared.isdigit() and int(declared[:20]) > max_bytes:
-                raise too_large
+                raise too_large()
             await self.app(scope, counted, watched)
         except HTTPException as error:
             # vLLM's app answers this itself, in the same form, where it was the one that read.
-            if error not in (too_large, too_many, too_slow, full) or answering:
+            if error is not refused or answering:
                 raise
             await (await answer_http_error(Request(scope), error))(scope, receive, send)
         finally:

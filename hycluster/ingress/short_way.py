@@ -6,7 +6,8 @@ body that is right goes from its JSON to the route's handler. Whatever is not so
 an error that the handler raises, goes the whole way, which answers it.
 
 Reaches into vLLM's routes: a handler takes the body's model and ``raw_request``, and is wrapped by
-``with_cancellation``, which a stream does not need, since it hears by itself that its caller has left.
+``with_cancellation``, which a stream does not need, since it hears by itself that its caller has left. And into
+Starlette's router, whose ``middleware_stack`` is what the app's error handlers are around.
 ``tests/ingress/test_short_way.py`` compares both ways.
 """
 
@@ -22,8 +23,7 @@ from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
-from starlette.routing import BaseRoute, Match
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.entrypoints.serve.elastic_ep.middleware import ScalingMiddleware
 
 from hycluster.ingress.dispatch import read_on
@@ -49,7 +49,7 @@ class ShortWay:
         plain = all(each.cls in _PASSING for each in app.user_middleware)
         routes = [route for route in app.router.routes if isinstance(route, APIRoute)] if plain else []
         self._ways = {route.path: _Way(route) for route in routes if route.path in PATHS and "POST" in route.methods}
-        app.router.routes.insert(0, _Raising())
+        app.router.middleware_stack = _raising(app.router.middleware_stack)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         way = self._ways.get(scope["path"]) if scope["type"] == "http" else None
@@ -97,14 +97,15 @@ class _Way:
         return JSONResponse(None) if response is None else response
 
 
-class _Raising(BaseRoute):
-    """Of those requests whose handler has raised already."""
+def _raising(router: ASGIApp) -> ASGIApp:
+    """The app's router, which raises for a request what its handler has raised already."""
 
-    def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        return (Match.FULL if _RAISED in scope else Match.NONE), {}
+    async def routed(scope: Scope, receive: Receive, send: Send) -> None:
+        if (error := scope.get(_RAISED)) is not None:
+            raise error
+        await router(scope, receive, send)
 
-    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        raise scope[_RAISED]
+    return routed
 
 
 def _is_plain(scope: Scope) -> bool:
