@@ -46,10 +46,11 @@ class ShortWay:
 
     def __init__(self, app: FastAPI) -> None:
         self._app = app
-        plain = all(each.cls in _PASSING for each in app.user_middleware)
+        plain = all(getattr(each, "cls", None) in _PASSING for each in app.user_middleware)
         routes = [route for route in app.router.routes if isinstance(route, APIRoute)] if plain else []
         self._ways = {route.path: _Way(route) for route in routes if route.path in PATHS and "POST" in route.methods}
-        app.router.middleware_stack = _raising(app.router.middleware_stack)
+        router: Any = app.router
+        router.middleware_stack = _raising(router.middleware_stack)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         way = self._ways.get(scope["path"]) if scope["type"] == "http" else None
