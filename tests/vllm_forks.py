@@ -153,15 +153,24 @@ def _import() -> None:
 
 
 def _fork_context() -> multiprocessing.context.ForkContext:
-    # ZMQ's two wait, and a fork makes its own: on GPUs vLLM forks beside them too.
-    _check_threads(but="ZMQbg/")
+    # ZMQ has two, and makes others in a fork: on GPUs vLLM forks beside them too. Once they have names, they wait.
+    deadline = time.monotonic() + 60
+    while (names := _threads()) and not all(name.startswith("ZMQbg/") for name in names):
+        assert time.monotonic() < deadline, f"a fork has none of the threads {names}"
+        time.sleep(0.01)
     return multiprocessing.get_context("fork")
 
 
-def _check_threads(but: str = "-") -> None:
-    names = [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
-    running = [name for name in names if not name.startswith(but)]
-    assert len(running) == 1, f"a fork has none of the threads {names}"
+def _threads() -> list[str]:
+    """But for this one."""
+    here = str(os.getpid())
+    tasks = [task for task in Path("/proc/self/task").iterdir() if task.name != here]
+    return [task.joinpath("comm").read_text().strip() for task in tasks]
+
+
+def _check_threads() -> None:
+    running = _threads()
+    assert not running, f"a fork has none of the threads {running}"
 
 
 def _end() -> NoReturn:
