@@ -100,6 +100,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_BEGAN] = time.monotonic(), _busy_s()
     # Each node of Ray's looks through all processes every five seconds, for a dashboard that no test looks at.
     os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
+    # Read when torch is loaded. Engines in this process have one thread, as a replica has; with as many as there are
+    # cores, threads of two workers' engines spin while they wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Else each worker of each cluster imports for itself.
     os.environ.setdefault(*RAY_FORKS)
     if getattr(config.option, "testrunuid", "") is None:

@@ -72,7 +72,8 @@ class Node:
     """One of them.
 
     Attributes:
-        folder: its disk, kept when it ends: ``ray`` is its /tmp/ray, ``home`` its home and temporary folder.
+        folder: its disk, kept when it ends: ``ray`` is its /tmp/ray, ``home`` its home and temporary folder, which it
+            has where all nodes have theirs.
     """
 
     network: Network
@@ -99,14 +100,13 @@ class Node:
             "set -e",
             f"mount --bind {folder}/ray /tmp/ray",
             f"mount --bind {folder}/resolv.conf /etc/resolv.conf",
+            f"mount --bind {folder}/home {shlex.quote(str(self.network.home))}",
             "mount -t tmpfs -o size=1g,mode=1777 shm /dev/shm",
             # Its own folder stays writable where all else, as in the manifests, is not.
             f"mount --bind {folder} {folder}",
             "mount -o remount,bind,ro /",
             f"exec {shlex.join([*_unprivileged(), 'bash', '-c', command])}",
         ]
-        home = self.folder / "home"
-        own = {"HOME": str(home), "TMPDIR": str(home), "PATH": os.environ["PATH"], "LANG": "C.UTF-8"}
         with self.log.open("ab") as log:
             # Whatever ends this process ends the node: nothing may be left running.
             self.process = subprocess.Popen(
@@ -114,7 +114,8 @@ class Node:
                 ["setpriv", "--pdeathsig", "KILL", "nice", "-n", "-10", "nsenter", f"--net=/run/netns/{self.namespace}",
                  "unshare", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc",
                  "bash", "-c", "\n".join(inside)],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**own, **env}, cwd=home,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**self.network.environment, **env},
+                cwd=self.folder / "home",
                 start_new_session=True,
             )  # fmt: skip
         # Where the kernel shares time between sessions, niceness counts within them only.
@@ -177,6 +178,7 @@ class Network:
 
     Attributes:
         hosts: names and addresses, as all nodes are told them from now on: a Service's name moves with its pod.
+        closing: what ends with it.
     """
 
     name: str
@@ -184,12 +186,24 @@ class Network:
     folder: Path
     nodes: dict[str, Node] = field(default_factory=dict)
     hosts: dict[str, str] = field(default_factory=dict)
+    closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _added: int = 10
 
     @property
     def gateway(self) -> str:
         """This machine's own address on it."""
         return f"10.213.{self.number}.1"
+
+    @property
+    def home(self) -> Path:
+        """Where a node sees its home."""
+        return self.folder / "home"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What each node has at least."""
+        home = str(self.home)
+        return {"HOME": home, "TMPDIR": home, "PATH": os.environ["PATH"], "LANG": "C.UTF-8"}
 
     def add(self, name: str) -> Node:
         """A node with an address that none had before."""
@@ -226,6 +240,7 @@ class Network:
     def close(self) -> None:
         for node in list(self.nodes.values()):
             node.remove()
+        self.closing.close()
         _try("ip", "link", "del", self.name)
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -247,6 +262,7 @@ def network() -> Iterator[Network]:
         raise RuntimeError(f"{NETWORKS} networks are in use")
     try:
         made.folder.chmod(0o755)
+        made.home.mkdir()
         Path("/tmp/ray").mkdir(exist_ok=True)
         _run("ip", "link", "set", made.name, "alias", _owner(os.getpid()), "up")
         _run("ip", "addr", "add", f"{made.gateway}/24", "dev", made.name)

@@ -23,8 +23,6 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
-import gc
-import importlib
 import json
 import os
 import runpy
@@ -34,59 +32,26 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NoReturn
-from unittest.mock import patch
 
 ROOT = Path(__file__).parents[1]
 # Ray's variable and what it is to be.
 RAY_FORKS = ("RAY_RUNTIME_ENV_HOOK", "tests.ray_forks.into_ray")
-_ADOPT_ORPHANS = 36  # PR_SET_CHILD_SUBREAPER
+ADOPT_ORPHANS = 36  # PR_SET_CHILD_SUBREAPER
 FORKED = b"y"
 IMPORTED = ".imported"
-_MOST_BYTES = 1 << 20
+MOST_BYTES = 1 << 20
 _COMMAND, _SESSION = "--python_worker_command=", "--session_dir="
-PLAIN = (
-    "ray._private.workers.default_worker",
-    "ray.data",
-    "hycluster.batch_api.executor",
-    "hycluster.directory.directory",
-    "hycluster.door",
-    "hycluster.replica.replica",
-    # What an actor's first call and Serve's controller import, but for Serve itself: it reads its variables then.
-    "opentelemetry.sdk.trace",
-    "pyarrow.json",
-    "ray._common.pydantic_compat",
-    "ray._private.arrow_serialization",
-    "ray.dag",
-)
-VLLM = (
-    "anyio._backends._asyncio",
-    "compressed_tensors",
-    "hycluster.app",
-    "hycluster.engine.simulated",
-    "hycluster.engine.vllm",
-    "hycluster.gateway.generation",
-    "hycluster.ingress.http",
-    "hycluster.models.plugin",
-    "hycluster.responses.process",
-    "ray.serve._private.replica",
-    "torch._inductor",
-    "vllm.entrypoints.llm",
-    "vllm.lora.request",
-    "vllm.v1.executor.uniproc_executor",
-    "vllm.v1.worker.cpu_worker",
-)
 # The servers' own (``ray_forks_launcher.py``): read when libraries are loaded.
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _PRELOAD = "LD_PRELOAD"
 _LOADED = {*THREADS, _PRELOAD, "JE_ARROW_MALLOC_CONF"}
 # Read by a worker itself, after the import.
 _LATER = {
-    "HYCLUSTER_LOG_FORMAT", "HYCLUSTER_LOG_LEVEL", "RAY_JOB_ID", "TOKENIZERS_PARALLELISM", "VLLM_CPU_OMP_THREADS_BIND",
-    "VLLM_NO_USAGE_STATS",
+    "HYCLUSTER_LOG_FORMAT", "HYCLUSTER_LOG_LEVEL", "RAY_JOB_ID", "RAY_RAYLET_PID", "TOKENIZERS_PARALLELISM",
+    "VLLM_CPU_OMP_THREADS_BIND", "VLLM_NO_USAGE_STATS",
 }  # fmt: skip
 # Read by what only the second server imports.
 _WITH_VLLM = ("RAY_SERVE_", "SAGEMAKER_", "VLLM_")
@@ -105,47 +70,59 @@ def into_ray(runtime_env: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _popen(start: Callable[..., Any], command: list[str], **options: Any) -> Any:
-    if command[0].endswith("/raylet"):
-        from hycluster.engine.arguments import _preloads
-
-        launcher = str(Path(__file__).with_name("ray_forks_launcher.py"))
-        (session,) = (word.removeprefix(_SESSION) for word in command if word.startswith(_SESSION))
-        through = " ".join([sys.executable, "-I", "-S", launcher, f"{session}/sockets", ":".join(_preloads()) or "-"])
-        usual = f"{_COMMAND}{sys.executable} "
-        command = [word.replace(usual, f"{_COMMAND}{through} ", 1) for word in command]
+    if is_raylet(command):
+        command, _ = with_launcher(command)
         options["preexec_fn"] = functools.partial(_adopting, options["preexec_fn"], ctypes.CDLL(None).prctl)
     return start(command, **options)
 
 
+def is_raylet(command: Sequence[str]) -> bool:
+    return command[0].endswith("/raylet")
+
+
+def with_launcher(command: Sequence[str]) -> tuple[list[str], str]:
+    """A raylet's command with workers by the launcher, and the folder of its sockets."""
+    launcher = str(Path(__file__).with_name("ray_forks_launcher.py"))
+    (session,) = (word.removeprefix(_SESSION) for word in command if word.startswith(_SESSION))
+    through = " ".join([sys.executable, "-I", "-S", launcher, f"{session}/sockets", preloads()])
+    usual = f"{_COMMAND}{sys.executable} "
+    return [word.replace(usual, f"{_COMMAND}{through} ", 1) for word in command], f"{session}/sockets"
+
+
+def preloads() -> str:
+    """A server's ``LD_PRELOAD``."""
+    from hycluster.engine.arguments import _preloads
+
+    return ":".join(_preloads()) or "-"
+
+
 def _adopting(before: Callable[[], None], prctl: Any) -> None:
-    prctl(_ADOPT_ORPHANS, 1, 0, 0, 0)
+    prctl(ADOPT_ORPHANS, 1, 0, 0, 0)
     before()
 
 
 # -- the fork servers ------------------------------------------------------------------------------------------------
 
 
-def serve(plain: socket.socket, vllm: socket.socket, preloaded: str) -> NoReturn:
+def serve(plain: socket.socket, vllm: socket.socket, server: Server) -> NoReturn:
     """Until the raylet has gone.
 
     Args:
         plain, vllm: listeners, each for a kind of worker.
-        preloaded: this process' ``LD_PRELOAD``.
     """
     raylet = os.pidfd_open(int(os.environ["RAY_RAYLET_PID"]))
-    server = _Server(preloaded.split(":"))
     listeners = {plain.fileno(): plain, vllm.fileno(): vllm}
+    imported = Path(vllm.getsockname()).with_suffix(IMPORTED)
     while raylet not in (ready := select.select([*listeners, raylet], [], [])[0]):
-        if len(listeners) > 1 and vllm.fileno() in ready:
+        if not server.with_vllm and len(listeners) > 1 and vllm.fileno() in ready:
             # Whoever waits there is accepted by the new one.
             server.with_vllm = not os.fork()
-            imported = Path(vllm.getsockname()).with_suffix(IMPORTED)
             others = plain if server.with_vllm else vllm
             del listeners[others.fileno()]
             others.close()
             continue
         asked, _ = listeners[ready[0]].accept()
-        message, files, *_ = socket.recv_fds(asked, _MOST_BYTES, 3)
+        message, files, *_ = socket.recv_fds(asked, MOST_BYTES, 3)
         if message and (worker := server.worker(json.loads(message))):
             if not _fork_orphan():
                 for number in (*listeners, raylet, asked.detach()):
@@ -165,18 +142,30 @@ class _Worker:
     environment: dict[str, str]
     folder: str
     group: int
+    niceness: int
 
 
-class _Server:
-    """Knows what has been imported, and with which environment."""
+class Server:
+    """Knows what has been imported, and with which environment.
 
-    def __init__(self, preloaded: Sequence[str]) -> None:
-        self.with_vllm = False
-        self._preloaded = preloaded
+    Args:
+        preloaded: this process' ``LD_PRELOAD``.
+        with_vllm: import all at once.
+        read: what Ray's C++ reads at the import, and a worker's has to be the same.
+    """
+
+    def __init__(self, preloaded: str, with_vllm: bool = False, read: Collection[str] = ()) -> None:
+        self.with_vllm = with_vllm
+        self._preloaded = preloaded.split(":")
         self._read = {name: value for name, value in os.environ.items() if name not in _LOADED}
-        self._unread: tuple[str, ...] = _WITH_VLLM
+        self._later = _LATER.difference(read)
+        self._unread: tuple[str, ...] = () if with_vllm else _WITH_VLLM
         sys.path[0] = str(ROOT)
-        _import(PLAIN)
+        # Not above: a program that is this file has its package only now.
+        from tests import ray_imports
+
+        self._import, self._vllm = ray_imports.import_before_forks, ray_imports.VLLM
+        self._import(ray_imports.PLAIN + self._vllm if with_vllm else ray_imports.PLAIN)
 
     def worker(self, request: Mapping[str, Any]) -> _Worker | None:
         """The one that is asked for; None if no fork can be it."""
@@ -187,54 +176,24 @@ class _Server:
             return None
         if any("$" in value for value in (context.get("env_vars") or {}).values()):
             return None
-        if not self._honours(environment):
+        if not self.honours(environment):
             return None
         if self.with_vllm and self._unread:
             self._read |= {name: value for name, value in environment.items() if name.startswith(self._unread)}
             self._unread = ()
             os.environ.update(self._read)
-            _import(VLLM)
+            self._import(self._vllm)
         _, program, *arguments = request["command"]
-        return _Worker([program, *arguments], environment, request["folder"], request["group"])
+        return _Worker([program, *arguments], environment, request["folder"], request["group"], request["nice"])
 
-    def _honours(self, environment: Mapping[str, str]) -> bool:
-        others = {name for name, _ in environment.items() ^ self._read.items()} - _LATER - _LOADED
+    def honours(self, environment: Mapping[str, str]) -> bool:
+        others = {name for name, _ in environment.items() ^ self._read.items()} - self._later - _LOADED
         return (
             # Who imports vLLM without its variables has them by then (``hycluster/logs.py``).
             all(name.startswith(self._unread if name in environment else _WITH_VLLM) for name in others)
             and all(environment.get(name, os.environ[name]) == os.environ[name] for name in THREADS)
             and set(environment.get(_PRELOAD, "").split(":")) <= {"", *self._preloaded}
         )
-
-
-def _import(names: Sequence[str]) -> None:
-    import ray.actor
-    from ray._raylet import ActorClassID
-
-    from hycluster.imports import without_collector
-
-    # Ray's generator of ids, once used, would give the same to all forks; each module's actor classes get one.
-    drawn = SimpleNamespace(from_random=lambda: ActorClassID(os.urandom(ActorClassID.size())))
-    with without_collector(), patch.object(ray.actor, "ActorClassID", drawn):
-        for name in names:
-            importlib.import_module(name)
-    gc.freeze()
-    running = os.listdir("/proc/self/task")
-    assert len(running) == 1, f"a fork has none of the {len(running)} threads"
-    assert _drawn_by_a_fork() != _drawn_by_a_fork(), "all forks would draw the same ids"
-
-
-def _drawn_by_a_fork() -> bytes:
-    import ray
-
-    reading, writing = os.pipe()
-    if not (child := os.fork()):
-        os.write(writing, ray.ObjectRef.from_random().binary())
-        os._exit(0)
-    os.waitpid(child, 0)
-    os.close(writing)
-    with open(reading, "rb") as drawn:
-        return drawn.read()
 
 
 def _fork_orphan() -> int:
@@ -264,20 +223,31 @@ def _renew() -> None:
 def _become(worker: _Worker, files: Sequence[int]) -> NoReturn:
     """Be the process that runs it."""
     os.setpgid(0, worker.group)
-    os.chdir(worker.folder)
-    for number, file in enumerate(files):
-        os.dup2(file, number)
-        os.close(file)
-    os.environ.clear()
-    os.environ.update(worker.environment)
+    os.nice(worker.niceness - os.nice(0))
+    take_over(worker.folder, worker.environment, files)
     sys.argv = worker.arguments
     # Imports may have put something before the first.
     sys.path[sys.path.index(str(ROOT))] = os.path.dirname(os.path.realpath(worker.arguments[0]))
     sys.modules["numpy"].random.seed()
     _renew()
+    run(lambda: runpy.run_path(worker.arguments[0], run_name="__main__"))
+
+
+def take_over(folder: str, environment: Mapping[str, str], files: Sequence[int]) -> None:
+    """Have these, the files as the standard ones."""
+    os.chdir(folder)
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def run(program: Callable[[], object]) -> NoReturn:
+    """As what this process is for."""
     code = 0
     try:
-        runpy.run_path(worker.arguments[0], run_name="__main__")
+        program()
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except BaseException:
@@ -293,4 +263,5 @@ def _become(worker: _Worker, files: Sequence[int]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])), socket.socket(fileno=int(sys.argv[2])), sys.argv[3])
+    _plain, _vllm = (socket.socket(fileno=int(number)) for number in sys.argv[1:3])
+    serve(_plain, _vllm, Server(sys.argv[3]))

@@ -46,6 +46,7 @@ def _forked(path: str, preloaded: str, command: list[str]) -> bool:
             "context": context,
             "environment": dict(os.environ),
             "folder": os.getcwd(),
+            "nice": os.nice(0),
             "group": 0 if os.getpgrp() == os.getpid() else os.getpgrp(),
         }
         socket.send_fds(server, [json.dumps(request).encode()], [0, 1, 2])

@@ -25,16 +25,22 @@ import httpx
 import yaml
 from serve_overlay import Dashboard
 
+from hycluster import logs
 from hycluster.chaos.sse import event_lines
 from hycluster.client import AsyncClient
 from hycluster.core import Sampling
 from hycluster.k8s.render import APP_NAME, PORTS
+from hycluster.settings.observe import Logs
 from tests.k8s.kustomize import K8S, ROOT, built
 from tests.nodes import Network, Node, wait_for
+from tests.ray_forks_launcher import WANTS_VLLM
+from tests.ray_node_forks import MODULE, forks_for_nodes
 
 HEAD, REDIS = "hycluster-head-svc", "hycluster-redis"
 SECRETS = {("hycluster-ray", "auth_token"): "a-token-of-this-rehearsal", (REDIS, "password"): "a-password"}
 TOKEN = SECRETS["hycluster-ray", "auth_token"]
+RAY = "ray.scripts.scripts"
+_OF_WORKERS = {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
 SHORT = 24
 # Longer than any pause that is to be told from an end.
 CALL_TIMEOUT_S = 90.0
@@ -67,6 +73,7 @@ class Rehearsal:
         self.network = network
         self._env = env or {}
         self._prepared = prepared
+        self._start_ray = RAY
         self._started: Counter[str] = Counter()
         manifests = built(K8S / "overlays" / "dev")
         service = next(resource["spec"] for resource in manifests if resource["kind"] == "RayService")
@@ -151,11 +158,17 @@ class Rehearsal:
         if resources:
             parameters["resources"] = shlex.quote(json.dumps(resources))
         container = group["template"]["spec"]["containers"][0]
-        self._start(node, "", parameters, container, {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"})
+        self._start(node, "", parameters, container, _OF_WORKERS, self._start_ray)
         return node
 
     def _start(
-        self, node: Node, kind: str, parameters: dict[str, str], container: dict[str, Any], env: dict[str, str]
+        self,
+        node: Node,
+        kind: str,
+        parameters: dict[str, str],
+        container: dict[str, Any],
+        env: dict[str, str],
+        command: str = RAY,
     ) -> None:
         given = {
             "metrics-export-port": "8080",
@@ -168,27 +181,41 @@ class Rehearsal:
         }
         given.setdefault("memory", str(quantity(container["resources"]["limits"]["memory"])))
         flags = " ".join(f"--{key}" if value == "true" else f"--{key}={value}" for key, value in given.items())
+        ray = f"{sys.executable} -m {command} start {kind} {flags}"
+        node.start(f"ulimit -n 65536 || ulimit -n $(ulimit -Hn); {ray}", self._environment(container, env))
+
+    def _environment(self, container: dict[str, Any], env: dict[str, str]) -> dict[str, str]:
         token = self.network.folder / "token"
         token.write_text(TOKEN)
-        node.start(
-            f"ulimit -n 65536 || ulimit -n $(ulimit -Hn); {sys.executable} -m ray.scripts.scripts start {kind} {flags}",
-            {
-                "PYTHONPATH": str(ROOT),
-                "PYTHONDONTWRITEBYTECODE": "1",
-                "PYTHONUNBUFFERED": "1",
-                "RAY_AUTH_MODE": self._ray["authOptions"]["mode"],
-                "RAY_AUTH_TOKEN_PATH": str(token),
-                "RAY_TMPDIR": "/tmp",
-                # Four of them start at once here, on few CPUs.
-                "RAY_raylet_start_wait_time_s": "60",
-                "RAY_USAGE_STATS_ENABLED": "0",
-                **self._variables(container),
-                # All nodes share a few CPUs here: what Ray itself does is not to wait for ingress and engines.
-                "RAY_worker_niceness": "10",
-                **env,
-                **self._env,
-            },
-        )
+        return {
+            "PYTHONPATH": str(ROOT),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONUNBUFFERED": "1",
+            "RAY_AUTH_MODE": self._ray["authOptions"]["mode"],
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_TMPDIR": "/tmp",
+            # Four of them start at once here, on few CPUs.
+            "RAY_raylet_start_wait_time_s": "60",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            **self._variables(container),
+            # All nodes share a few CPUs here: what Ray itself does is not to wait for ingress and engines.
+            "RAY_worker_niceness": "10",
+            **env,
+            **self._env,
+        }
+
+    def _fork_workers(self) -> None:
+        """From now on nodes with ingress and engines fork, of one process that imports vLLM now."""
+        container = self._groups["engines"]["template"]["spec"]["containers"][0]
+        environment = self.network.environment | self._environment(container, _OF_WORKERS)
+        for_vllm = {
+            WANTS_VLLM: "1",
+            **logs.environment(Logs.model_validate(self.settings.get("logs") or {})),
+            # Serve's controller has them, and so have those that it starts.
+            **self.config["controller_options"]["runtime_env"]["env_vars"],
+        }
+        socket = self.network.closing.enter_context(forks_for_nodes(self.network.folder, environment, for_vllm))
+        self._start_ray = f"{MODULE} {socket}"
 
     def _variables(self, container: dict[str, Any]) -> dict[str, str]:
         return {entry["name"]: self._value(entry) for entry in container.get("env", ())}
@@ -231,6 +258,7 @@ class Rehearsal:
 
     def start(self) -> None:
         """All nodes, then Serve's settings."""
+        self._fork_workers()
         self.start_redis()
         self.await_start(self.start_head())
         self.serve(120)

@@ -17,6 +17,7 @@ IMPORTED = (
     "vllm.lora.request",
     "vllm.v1.executor.uniproc_executor",
     "vllm.v1.worker.cpu_worker",
+    "tests.vllm_worker_forks",
 )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
 from functools import partial
+from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,6 +18,7 @@ import pyarrow as pa
 
 from hycluster.batch import run
 from hycluster.batch.generate import Generate
+from hycluster.batch.input import apart
 from hycluster.batch.input.corpus import ShardPlan, read_shards, spans
 from hycluster.batch.input.tables import pack
 from hycluster.batch.job import Job
@@ -44,10 +46,23 @@ def drive(job: Job, kind: str | None, when: str, nth: int, overwrite: bool, begu
         kind: of :data:`WRITES`, or :data:`DELETION`; None lets it live.
         begun: file for the numbers of the shards whose generation was begun.
     """
+    _fork_reader()
     if kind is not None:
         arm(kind, when, nth)
     patch.object(run, "_generate", _generate_here(begun)).start()
-    run.run_job(job, engines=lambda _: nullcontext(stand_in()), overwrite=overwrite)
+    run.run_job(job, engines=lambda _: contextlib.nullcontext(stand_in()), overwrite=overwrite)
+
+
+def _fork_reader() -> None:
+    """The process that reads footers, while this one has no threads; else it would import what is here already."""
+    ours, theirs = Pipe()
+    if not os.fork():
+        ours.close()
+        with contextlib.suppress(ConnectionError):  # this one has been killed
+            apart.answer_calls(theirs.fileno())
+        os._exit(0)
+    theirs.close()
+    vars(apart._READER)["_line"] = ours
 
 
 def die(*_: Any, **__: Any) -> Any:

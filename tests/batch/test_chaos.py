@@ -113,11 +113,17 @@ def contents(output: str) -> tuple[list[Any], list[Any]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(processes: Any, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], list[Any]]:
+def done(processes: Any, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a job that nothing happened to; to be copied, not to be touched."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    output = str(folder / "out")
-    assert len(Drivers(processes, folder / "begun").run(make_job(texts, output))) == 26
-    rows = contents(output)
+    output = folder / "out"
+    assert len(Drivers(processes, folder / "begun").run(make_job(texts, str(output)))) == 26
+    return output
+
+
+@pytest.fixture(scope="module")
+def undisturbed(done: Path) -> tuple[list[Any], list[Any]]:
+    rows = contents(str(done))
     assert (len(rows[0]), len(rows[1])) == (1960, 40)
     return rows
 
@@ -186,11 +192,11 @@ def test_killed_at_a_write_to_an_object_store(
     ],
 )
 def test_killed_while_another_job_is_overwritten(
-    drivers: Drivers, texts: Path, tmp_path: Path, undisturbed: Any, kind: str, when: str, nth: int
+    drivers: Drivers, texts: Path, tmp_path: Path, done: Path, undisturbed: Any, kind: str, when: str, nth: int
 ) -> None:
     output = tmp_path / "out"
-    old, new = make_job(texts, str(output)), make_job(texts, str(output), prompt="new {text}")
-    drivers.run(old)
+    new = make_job(texts, str(output), prompt="new {text}")
+    shutil.copytree(done, output)
     (output / "notes.txt").write_text("mine")
     drivers.run(new, kind, when, nth, overwrite=True)
     # Nothing looks finished but the old job that was not touched yet.

@@ -16,11 +16,11 @@ from hycluster.batch.output.verify import verify_output
 from hycluster.batch.progress.status import Watcher
 from tests.batch.chaos_ray import HEARD, command_on_ray, drive_on_ray
 from tests.batch.conftest import write_texts
-from tests.batch.test_chaos import MOST_IN_FLIGHT, SHARD_ROWS, contents, make_job, processes, texts, undisturbed
+from tests.batch.test_chaos import MOST_IN_FLIGHT, SHARD_ROWS, contents, done, make_job, processes, texts, undisturbed
 from tests.located import at
 from tests.object_store import ObjectStore
 
-__all__ = ["processes", "texts", "undisturbed"]
+__all__ = ["done", "processes", "texts", "undisturbed"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 

@@ -20,10 +20,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from bench import tiny_llama
 from tests.nodes import Node, missing, network, wait_for
+from tests.ray_node_forks import RAYLET
 from tests.rehearsal import REDIS, Load, Rehearsal, redis_missing
 
 pytestmark = [
@@ -117,6 +119,14 @@ def test_it_is_as_the_overlay_says(rehearsal: Rehearsal) -> None:
     with load.going():
         time.sleep(AFTER_S)
     nobody_noticed(load)
+
+
+def test_who_needs_vllm_is_forked(rehearsal: Rehearsal) -> None:
+    for pid in set().union(*rehearsal.processes().values()):
+        process = psutil.Process(pid)
+        assert psutil.Process(process.ppid()).name() == "raylet"
+        # What a process was started with is its forks' too, whatever they have changed since.
+        assert process.environ().items() >= RAYLET.items()
 
 
 def test_the_controller_is_killed(rehearsal: Rehearsal) -> None:
