@@ -1,6 +1,6 @@
 """What metrics and traces cost an ingress process, to the half of a per cent: CPU time a request, in short slices.
 
-    python -m bench.overhead [--blocks 200] [--requests 64] [--callers 32] [--apart] [--step-ms 0]
+    python -m bench.overhead [--blocks 200] [--requests 64] [--callers 32] [--tokens 64] [--apart] [--step-ms 0]
 
 The process, on one core, has the whole HTTP ingress (uvicorn, vLLM's app, the gateway, its sockets) and a simulated
 engine, whose steps take no time, or all the same. It begins with them when all callers have asked, so that a message of
@@ -14,8 +14,10 @@ each block gives a ratio to its ``off``; told are the median of all blocks' and 
 
 off: nothing is counted or exported. metrics: what ``/metrics`` has. traces-1, traces-100: metrics, and so many per cent
 of the requests' traces are exported. keys: metrics, each caller has a key, limits of each kind that are far away, and a
-line in the usage ledger. Timelines, of which ``hycluster why`` lives, are kept on all sides. Where engines
-have models to run, a request costs them many times what it costs here: what is told in ms is to be set against that.
+line in the usage ledger. all-layers: metrics, and a request goes through all layers of vLLM's app
+(``hycluster/ingress/short_way.py``); ``--tokens 1`` shows best what that costs. Timelines, of which ``hycluster why``
+lives, are kept on all sides. Where engines have models to run, a request costs them many times what it costs here: what
+is told in ms is to be set against that.
 """
 
 from __future__ import annotations
@@ -55,16 +57,18 @@ BASE = "off"
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """Attributes: counts: it has metrics. share: of traces, exported. keys: it asks for a key, limits, and bills."""
+    """Attributes: counts: it has metrics. share: of traces, exported. keys: it asks for a key, limits, and bills.
+    short: a request that is right goes past the layers of vLLM's app."""
 
     counts: bool = True
     share: float | None = None
     keys: bool = False
+    short: bool = True
 
 
 SIDES = {
     BASE: Side(counts=False), "off-again": Side(counts=False), "metrics": Side(), "traces-1": Side(share=0.01),
-    "traces-100": Side(share=1.0), "keys": Side(keys=True),
+    "traces-100": Side(share=1.0), "keys": Side(keys=True), "all-layers": Side(short=False),
 }  # fmt: skip
 TOKENS = 64
 MANY = 10**9
@@ -93,13 +97,15 @@ def median_of(values: Sequence[float]) -> Median:
 class Caller:
     """A process that asks so much as it is told to."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, tokens: int = TOKENS) -> None:
         self._process = process
+        self._tokens = tokens
 
     async def ask(self, url: str, requests: int, callers: int, api_key: str | None = None) -> None:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         asked = {"url": url, "requests": requests, "concurrency": callers, "api_key": api_key}
+        asked["max_tokens"] = self._tokens
         self._process.stdin.write(json.dumps(asked).encode() + b"\n")
         said = json.loads(await self._process.stdout.readline())
         if said["failed"]:
@@ -107,14 +113,14 @@ class Caller:
 
 
 @contextlib.asynccontextmanager
-async def calling() -> AsyncIterator[Caller]:
+async def calling(tokens: int = TOKENS) -> AsyncIterator[Caller]:
     """One, on the cores that this process is not on."""
     command = (sys.executable, "-m", "bench.overhead", "--as-caller")
     process = await asyncio.create_subprocess_exec(
         *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
     )
     try:
-        yield Caller(process)
+        yield Caller(process, tokens)
     finally:
         assert process.stdin is not None
         process.stdin.close()
@@ -125,7 +131,7 @@ def call() -> None:
     """What that process does."""
     os.sched_setaffinity(0, others_than(own_core()))
     for line in sys.stdin:
-        said = uvloop.run(load.run(model="tiny", prompt_chars=64, max_tokens=TOKENS, pids=[], **json.loads(line)))
+        said = uvloop.run(load.run(model="tiny", prompt_chars=64, pids=[], **json.loads(line)))
         print(json.dumps({"failed": said.failed}), flush=True)
 
 
@@ -156,7 +162,7 @@ def step_together(callers: int) -> None:
     SimulatedEngine._step = begin_together  # type: ignore[method-assign, assignment]
 
 
-async def measure(blocks: int, requests: int, callers: int, step_s: float) -> dict[str, list[float]]:
+async def measure(blocks: int, requests: int, callers: int, step_s: float, tokens: int) -> dict[str, list[float]]:
     """By side, CPU ms a request in each block."""
     found: dict[str, list[float]] = {side: [] for side in SIDES}
     engine = Simulated(
@@ -167,13 +173,14 @@ async def measure(blocks: int, requests: int, callers: int, step_s: float) -> di
     async with contextlib.AsyncExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         endpoint = stack.enter_context(collector())
-        caller = await stack.enter_async_context(calling())
+        caller = await stack.enter_async_context(calling(tokens))
         source = tiny_llama.make(Path(folder) / "model")
         counting = await stack.enter_async_context(ingress(source, engine, counts=True))
         other = await stack.enter_async_context(ingress(source, engine, counts=False))
         keys = stack.enter_context(keyed(Path(folder), Auth().poll_s))
         keys.store.set_limit(FAR)
         guarded = await stack.enter_async_context(ingress(source, engine, counts=True, keys=keys))
+        layered = await stack.enter_async_context(ingress(source, engine, counts=True, short=False))
         key = keys.key()
         export = Export(recorder, Tracing(endpoint=endpoint, sample_ratio=1.0), environment={})
         stack.callback(export.close)
@@ -189,7 +196,8 @@ async def measure(blocks: int, requests: int, callers: int, step_s: float) -> di
                 if of.keys:
                     await caller.ask(guarded, requests, callers, key)
                 else:
-                    await caller.ask(counting if of.counts else other, requests, callers)
+                    plain = counting if of.short else layered
+                    await caller.ask(plain if of.counts else other, requests, callers)
                 if of.share is not None:
                     await asyncio.to_thread(recorder.flush)
                 ended_s = time.process_time()
@@ -234,6 +242,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=200)
     parser.add_argument("--requests", type=int, default=64, help="in each slice; so many times the callers")
     parser.add_argument("--callers", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of each answer")
     parser.add_argument("--apart", action="store_true", help="the engine does not wait for all callers")
     parser.add_argument("--step-ms", type=float, default=0.0, help="0: as fast as it computes")
     parser.add_argument("--as-caller", action="store_true", help=argparse.SUPPRESS)
@@ -249,7 +258,7 @@ def main() -> None:
     os.sched_setaffinity(0, {own_core()})
     with without_collector():
         import hycluster.ingress.http  # noqa: F401
-    found = uvloop.run(measure(args.blocks, args.requests, args.callers, args.step_ms / 1000))
+    found = uvloop.run(measure(args.blocks, args.requests, args.callers, args.step_ms / 1000, args.tokens))
     ratios, by_metrics = compared(found), compared(found, "metrics")
     print(f"\n{'side':<12}{'ms':>7}{'more than off, ms':>27}{'of off':>25}{'of metrics':>25}")
     for side, ms in found.items():

@@ -74,9 +74,10 @@ def collector() -> Iterator[str]:
 
 @contextlib.asynccontextmanager
 async def ingress(
-    source: Path, engine: Simulated = ENGINE, *, counts: bool, keys: Keyed | None = None
+    source: Path, engine: Simulated = ENGINE, *, counts: bool, keys: Keyed | None = None, short: bool = True
 ) -> AsyncIterator[str]:
-    """One that counts what comes, or nothing; and lets in who has a key, within limits that the database has."""
+    """One that counts what comes, or nothing; and lets in who has a key, within limits that the database has. Without
+    ``short`` each request goes through all layers of vLLM's app."""
     from vllm.envs import enable_envs_cache
 
     from hycluster.gateway.generation import Generator
@@ -94,7 +95,8 @@ async def ingress(
             generator = Generator({"tiny": gateway})
             generator.limiter = limiter
             uncounted = mock.patch("hycluster.ingress.http.Counted", lambda app, _: app)
-            with contextlib.nullcontext() if counts else uncounted:
+            layered = mock.patch("hycluster.ingress.http.ShortWay", lambda app: app)
+            with contextlib.nullcontext() if counts else uncounted, contextlib.nullcontext() if short else layered:
                 served = await serve_http(
                     generator, Http(port=0, host="127.0.0.1"), guard=keys.guard if keys is not None else None
                 )

@@ -63,6 +63,8 @@ class BlockNamer:
         if request.prompt_token_ids is None or request.prompt_embeds is not None:
             return np.empty(0, np.uint64)
         tokens = [*request.prompt_token_ids, *output] if output else request.prompt_token_ids
+        if len(tokens) < naming.tokens:
+            return np.empty(0, np.uint64)
         if request.mm_features:
             return _named_with_media(request, tokens, naming)
         if self._hasher is None or naming != self._naming:

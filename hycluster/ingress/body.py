@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 
 from fastapi import HTTPException, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -91,10 +91,11 @@ class BodyLimit:
                     raise refuse(error.http_status, error.message, **{KIND_HEADER: kind_of(error).__name__})
             return message
 
-        async def watched(message: Message) -> None:
+        # Called for each token of each stream, as are those of other layers: they hand on what is to be awaited.
+        def watched(message: Message) -> Awaitable[None]:
             nonlocal answering
             answering = True
-            await send(message)
+            return send(message)
 
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Awaitable
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -54,13 +55,13 @@ class Limited:
             return
         gateway, status = self._generator.gateways[model], 0
 
-        async def with_headers(message: Message) -> None:
+        def with_headers(message: Message) -> Awaitable[None]:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 told = ((name.encode(), value.encode()) for name, value in limiter.headers(met).items())
                 message["headers"] = [*message.get("headers", ()), *told]
-            await send(message)
+            return send(message)
 
         expected, prompts = _expected(gateway, scope["path"], asked)
         try:

@@ -109,14 +109,14 @@ class Counted:
                 left = True
             return message
 
-        async def counted_send(message: Message) -> None:
+        def counted_send(message: Message) -> Awaitable[None]:
             nonlocal status, written
             if message["type"] == "http.response.start":
                 # What is answered to nobody is no answer.
                 status = LEFT if left else message["status"]
             else:
                 written += len(message.get("body", b""))
-            await send(message)
+            return send(message)
 
         models: list[str] = []
         timelines: list[Timeline] = []

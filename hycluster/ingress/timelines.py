@@ -7,7 +7,7 @@ those that took longest, of all processes of the service. Neither says anything 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
@@ -100,9 +100,13 @@ class WithTimelines:
                 left |= message["type"] == "http.disconnect" and not whole
                 return message
 
-            # Called for each token of each stream.
-            async def seen(message: Message) -> None:
+            async def end(message: Message) -> None:
                 nonlocal whole
+                await send(message)
+                whole = True
+
+            # Called for each token of each stream.
+            def seen(message: Message) -> Awaitable[None]:
                 if message["type"] == "http.response.start":
                     _name(message, named)
                     status = timeline.attributes["http.response.status_code"] = message["status"]
@@ -115,8 +119,8 @@ class WithTimelines:
                         account.error = status >= 400
                 elif account is not None:
                     account.settle()
-                await send(message)
-                whole |= message["type"] == "http.response.body" and not message.get("more_body")
+                last = message["type"] == "http.response.body" and not message.get("more_body")
+                return end(message) if last else send(message)
 
             await self._app(scope, heard, seen)
             # What is answered to nobody is whole as well.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Awaitable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -26,21 +27,24 @@ class InOurWords:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun: Message | None = None
 
-        async def told(message: Message) -> None:
+        async def tell(message: Message) -> None:
             nonlocal begun
-            if message["type"] == "http.response.start" and message["status"] >= 400:
+            if begun is None:
                 begun = message
-            elif begun is None:
-                await send(message)
-            else:
-                start, begun = begun, None
-                body = message.get("body", b"")
-                if len(body) <= MOST_BYTES and not message.get("more_body"):
-                    body = _told(body)
-                    headers = [(k, v) for k, v in start.get("headers", ()) if k.lower() != b"content-length"]
-                    start = {**start, "headers": [*headers, (b"content-length", b"%d" % len(body))]}
-                await send(start)
-                await send({**message, "body": body})
+                return
+            start, begun = begun, None
+            body = message.get("body", b"")
+            if len(body) <= MOST_BYTES and not message.get("more_body"):
+                body = _told(body)
+                headers = [(k, v) for k, v in start.get("headers", ()) if k.lower() != b"content-length"]
+                start = {**start, "headers": [*headers, (b"content-length", b"%d" % len(body))]}
+            await send(start)
+            await send({**message, "body": body})
+
+        # Called for each token of each stream.
+        def told(message: Message) -> Awaitable[None]:
+            wrong = message["type"] == "http.response.start" and message["status"] >= 400
+            return tell(message) if wrong or begun is not None else send(message)
 
         await self._app(scope, receive, told)
 
