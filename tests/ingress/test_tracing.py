@@ -206,8 +206,11 @@ async def timelines_add_up(service: Service, http_s: float, grpc_s: float, moved
     by_http = await service.why("by-http")
     adds_up(by_http, http_s)
     assert (by_http["status"], by_http["model"], by_http["output_tokens"]) == ("ok", "tiny", TOKENS)
-    assert {"prepare", "send", "prefill", "decode"} <= {span["name"] for span in by_http["spans"]}
-    assert by_http["slowest_stage"] == "decode"
+    took_s = {span["name"]: span["duration_s"] for span in by_http["spans"]}
+    assert {"prepare", "send", "prefill", "decode"} <= took_s.keys()
+    assert took_s["decode"] >= 0.9 * (TOKENS - 1) * ENGINE.step_base_s
+    # Not always decode: a full garbage collection of a whole suite's heap takes a second, too.
+    assert by_http["slowest_stage"] == max(took_s, key=took_s.__getitem__)
     assert (await service.why("chatcmpl-by-http"))["id"] == "by-http"
     adds_up(await service.why("by-grpc"), grpc_s)
     adds_up(await service.why("f.parquet%230"))
