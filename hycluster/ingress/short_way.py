@@ -111,13 +111,13 @@ def _raising(router: ASGIApp) -> ASGIApp:
 
 def _is_plain(scope: Scope) -> bool:
     """JSON, and asked from no page."""
-    kind = b""
+    kinds = list[bytes]()
     for name, value in scope["headers"]:
         if name == b"content-type":
-            kind = value
+            kinds.append(value.partition(b";")[0])
         elif name == b"origin":
             return False
-    return bytes(kind.partition(b";")[0]) == b"application/json"
+    return kinds == [b"application/json"]
 
 
 async def _stream(response: StreamingResponse, receive: Receive, send: Send) -> None:

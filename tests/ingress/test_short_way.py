@@ -69,7 +69,7 @@ RIGHT = {
     "tools": chat(tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}], tool_choice="none"),
 }
 # What is refused: by the model's app, by the handler or by the gateway; or asked in an uncommon way.
-WRONG = {
+WRONG: dict[str, tuple[str, bytes, Any]] = {
     "no-json": (COMPLETIONS, b'{"prompt": ', JSON),
     "no-object": (COMPLETIONS, b"[1]", JSON),
     "empty": (COMPLETIONS, b"", JSON),
@@ -77,6 +77,7 @@ WRONG = {
     "nested": (COMPLETIONS, b'{"prompt": ' + b"[" * 3000, JSON),
     "no-kind": (*prompt()[:2], {}),
     "other-kind": (*prompt()[:2], {"content-type": "text/plain"}),
+    "two-kinds": (*prompt()[:2], [("content-type", "text/plain"), *JSON.items()]),
     "capitals": (*prompt()[:2], {"content-type": "Application/JSON"}),
     "from-a-page": (*prompt()[:2], JSON | {"origin": "https://example.org"}),
     "wrong-type": prompt(max_tokens="many"),
