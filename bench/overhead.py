@@ -15,7 +15,7 @@ each block gives a ratio to its ``off``; told are the median of all blocks' and 
 off: nothing is counted or exported. metrics: what ``/metrics`` has. traces-1, traces-100: metrics, and so many per cent
 of the requests' traces are exported. keys: metrics, each caller has a key, limits of each kind that are far away, and a
 line in the usage ledger. all-layers: metrics, and a request goes through all layers of vLLM's app
-(``hycluster/ingress/short_way.py``); ``--tokens 1`` shows best what that costs. Timelines, of which ``hycluster why``
+(``hycluster/ingress/fast_path.py``); ``--tokens 1`` shows best what that costs. Timelines, of which ``hycluster why``
 lives, are kept on all sides. Where engines have models to run, a request costs them many times what it costs here: what
 is told in ms is to be set against that.
 """

@@ -95,7 +95,7 @@ async def ingress(
             generator = Generator({"tiny": gateway})
             generator.limiter = limiter
             uncounted = mock.patch("hycluster.ingress.http.Counted", lambda app, _: app)
-            layered = mock.patch("hycluster.ingress.http.ShortWay", lambda app: app)
+            layered = mock.patch("hycluster.ingress.http.FastPath", lambda app: app)
             with contextlib.nullcontext() if counts else uncounted, contextlib.nullcontext() if short else layered:
                 served = await serve_http(
                     generator, Http(port=0, host="127.0.0.1"), guard=keys.guard if keys is not None else None

@@ -47,6 +47,7 @@ from hycluster.ingress.body import TOKENIZED_PATHS, BodyLimit
 from hycluster.ingress.connection import protocol
 from hycluster.ingress.dispatch import MODELS, ModelDispatch
 from hycluster.ingress.errors import answer_error, answer_generation_error, answer_http_error, answer_unreadable
+from hycluster.ingress.fast_path import FastPath
 from hycluster.ingress.first_wrong import quick_to_validate
 from hycluster.ingress.forms import anthropic_type, in_form
 from hycluster.ingress.guarded import Guarded
@@ -54,7 +55,6 @@ from hycluster.ingress.health import WithHealth
 from hycluster.ingress.limited import Limited
 from hycluster.ingress.metrics import Counted, Families, WithMetrics, families_of_this_process
 from hycluster.ingress.ports import bind, notice_lost_callers
-from hycluster.ingress.short_way import ShortWay
 from hycluster.ingress.tiered import Tiered
 from hycluster.ingress.timelines import RequestsRoute
 from hycluster.ingress.tls import Certificate
@@ -233,7 +233,7 @@ class ModelApp:
                     # Ahead of vLLM's own, which know one engine and one ingress process.
                     app.router.routes[:0] = adapter_routes(self._generator).routes
                 app.state.server = self._server or app.state.server
-                self._app, self._entry = app, InOurWords(ShortWay(app))
+                self._app, self._entry = app, InOurWords(FastPath(app))
         return self._app
 
     def controls(self, scope: Scope) -> bool:

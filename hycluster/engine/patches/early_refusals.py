@@ -28,11 +28,7 @@ _METHODS = ("create_chat_completion", "create_completion", "create_responses")
 _ASKED = ("lora_request", "priority", "session_id", "reasoning_parser_kwargs")
 
 
-def patch_streams(
-    handler: Any,
-    checking: Callable[[], AbstractContextManager[Callable[[], Awaitable[None]]]],
-    check: Callable[..., Any],
-) -> None:
+def patch_streams(handler: Any, checking: Checking, check: Callable[..., Any]) -> None:
     """Have a handler check before it gives a stream.
 
     Args:

@@ -105,7 +105,7 @@ async def serving(model: Model, pool: SimulatedPool, *, short: bool) -> AsyncIte
     from hycluster.ingress.http import serve_http
 
     async with open_gateway(model, pool.directory(model), router=Router(), admission=Admission(), wait_s=60) as gateway:
-        whole = mock.patch("hycluster.ingress.http.ShortWay", lambda app: app)
+        whole = mock.patch("hycluster.ingress.http.FastPath", lambda app: app)
         with contextlib.nullcontext() if short else whole:
             http = await serve_http(Generator({model.name: gateway}), Http(port=0), drain_timeout_s=1)
         try:
@@ -117,7 +117,7 @@ async def serving(model: Model, pool: SimulatedPool, *, short: bool) -> AsyncIte
 
 @contextlib.asynccontextmanager
 async def both(tiny_model: Path) -> AsyncIterator[tuple[Ingress, Ingress]]:
-    """One ingress with the short way, and one without."""
+    """One ingress with the fast path, and one without."""
     model = Model(name="tiny", source=str(tiny_model), simulated=ENGINE, engine={"max_model_len": 512})
     with SimulatedPool(ENGINE, 1) as pool:
         async with serving(model, pool, short=True) as short, serving(model, pool, short=False) as whole:
@@ -172,11 +172,11 @@ async def test_answers_are_those_of_the_whole_way(tiny_model: Path) -> None:
 
 
 async def test_what_a_handler_raises_is_answered_by_the_app(tiny_model: Path) -> None:
-    from hycluster.ingress.short_way import _Way
+    from hycluster.ingress.fast_path import _Handled
 
     async with both(tiny_model) as (short, _):
         for error, status in ((Overloaded("full", retry_after_s=3), 429), (KeyError("role"), 400), (OSError(), 500)):
-            with mock.patch.object(_Way, "ask", side_effect=error):
+            with mock.patch.object(_Handled, "ask", side_effect=error):
                 answer = await short.client.post(COMPLETIONS, content=body(prompt="hello"), headers=JSON)
             assert answer.status_code == status
             assert answer.json()["error"]["code"] == status
