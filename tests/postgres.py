@@ -31,35 +31,33 @@ class Postgres:
         self.url = f"postgresql+psycopg://{USER}@127.0.0.1:{self.port}/postgres"
         self._data = data
         self._bin = bin_folder
-        self._as: dict[str, str] = {"user": USER, "group": USER} if os.getuid() == 0 else {}
+        # Not `user=`: for it Python forks where it otherwise spawns, and what another test has left of gRPC in this
+        # process takes a fork's child down before it becomes the server.
+        self._as: list[str | Path] = (
+            ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"] if os.getuid() == 0 else []
+        )
         self._server: subprocess.Popen[bytes] | None = None
         if self._as:
             shutil.chown(data, USER, USER)
-        made: list[str | Path] = [
-            self._bin / "initdb",
-            "-D",
-            data,
-            "-U",
-            USER,
-            "--auth=trust",
-            "--no-sync",
-            "-E",
-            "UTF8",
-        ]
-        done = subprocess.run(made, check=False, capture_output=True, env=CLEAN, **self._as)  # type: ignore[call-overload]
+        options: list[str | Path] = ["-D", data, "-U", USER, "--auth=trust", "--no-sync", "-E", "UTF8"]
+        done = subprocess.run([*self._as, self._bin / "initdb", *options], check=False, capture_output=True, env=CLEAN)
         assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
 
     def start(self) -> None:
         """Returns when it can be asked."""
-        command = [self._bin / "postgres", "-D", self._data, "-p", str(self.port), "-h", "127.0.0.1", "-k", self._data]
+        command: list[str | Path] = [
+            self._bin / "postgres",
+            "-D",
+            self._data,
+            "-p",
+            str(self.port),
+            "-h",
+            "127.0.0.1",
+            "-k",
+            self._data,
+        ]
         log = (self._data / "log").open("ab")
-        self._server = subprocess.Popen(
-            [*command, "-F"],
-            stdout=log,
-            stderr=log,
-            env=CLEAN,
-            **self._as,  # type: ignore[call-overload]
-        )
+        self._server = subprocess.Popen([*self._as, *command, "-F"], stdout=log, stderr=log, env=CLEAN)
         log.close()
         ask: list[str | Path] = [self._bin / "pg_isready", "-h", "127.0.0.1", "-p", str(self.port)]
         end = time.monotonic() + START_S
