@@ -46,8 +46,7 @@ if TYPE_CHECKING:
     from hycluster.engine.vllm import VllmEngine
 
 SLOTS, STEP_TOKENS, CONTEXT_TOKENS, KV_TOKENS = 32, 1024, 16384, 131072
-# 2 layers x 2 (K, V) x 2 heads x 32 channels x 4 bytes.
-KV_TOKEN_BYTES = 1024
+KV_TENSORS, FLOAT_BYTES = 2, 4
 MODEST, CLIENT = 9, 1
 PROMPT, OUTPUT = (100, 600), (20, 120)
 # With so many of the modest ones' requests there at a time is measured what the engine can do; and this is asked of it.
@@ -274,14 +273,14 @@ def sustained(load: Load, seconds: float) -> float:
     return ended / (time.monotonic() - begun)
 
 
-def started(folder: Path) -> VllmEngine:
+def started(folder: Path, kv_token_bytes: int) -> VllmEngine:
     from hycluster.engine.vllm import VllmEngine
 
     model = Model(
         name="tiny",
         source=str(folder),
         engine={"max_model_len": CONTEXT_TOKENS, "max_num_seqs": SLOTS, "max_num_batched_tokens": STEP_TOKENS},
-        hardware=Hardware(kv_cache_gib=KV_TOKENS * KV_TOKEN_BYTES / 2**30),
+        hardware=Hardware(kv_cache_gib=KV_TOKENS * kv_token_bytes / 2**30),
     )
     return VllmEngine(model, model.source)
 
@@ -332,10 +331,14 @@ def main() -> None:
     parser.add_argument("--kinds", default=",".join(KINDS), help=f"of {', '.join(KINDS)}")
     parser.add_argument("--sides", default="alone,off,on", help="of alone, off, on; alone is among them")
     parser.add_argument("--rate", type=float, help="modest requests a second; default: by what the engine can do")
+    parser.add_argument("--hidden", type=int, default=64, help="of the model; at 64 a step takes little but Python")
+    parser.add_argument("--layers", type=int, default=2, help="of the model")
     args = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_NO_USAGE_STATS="1")
     with tempfile.TemporaryDirectory() as work:
-        engine = started(tiny_llama.make(Path(work) / "model", context_tokens=CONTEXT_TOKENS))
+        size = {"hidden": args.hidden, "layers": args.layers}
+        folder = tiny_llama.make(Path(work) / "model", context_tokens=CONTEXT_TOKENS, **size)
+        engine = started(folder, args.layers * KV_TENSORS * args.hidden * FLOAT_BYTES)
         load = Load(engine)
         sustained(load, 5)
         rate = args.rate or LOAD * sustained(load, 10)

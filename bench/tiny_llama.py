@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 
-def make(folder: Path, *, tokenizer: Path | None = None, context_tokens: int = 2048) -> Path:
+def make(
+    folder: Path, *, tokenizer: Path | None = None, context_tokens: int = 2048, hidden: int = 64, layers: int = 2
+) -> Path:
     """Write the model to ``folder`` unless it is there; returns the folder.
 
     Args:
         tokenizer: a model folder whose tokenizer and chat template are taken instead.
+        hidden, layers: its sizes; of heads of 32 channels.
     """
     if (folder / "model.safetensors").exists():
         return folder
@@ -26,11 +29,11 @@ def make(folder: Path, *, tokenizer: Path | None = None, context_tokens: int = 2
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(fast),
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
+        hidden_size=hidden,
+        intermediate_size=hidden * 5 // 2,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 32,
         max_position_embeddings=context_tokens,
         bos_token_id=fast.bos_token_id,
         eos_token_id=fast.eos_token_id,

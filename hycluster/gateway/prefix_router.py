@@ -24,6 +24,8 @@ Column = NDArray[np.float64]
 # How much more than its own seconds a computed token counts: all that come behind it wait for it, and it takes room
 # that others' prefixes had. Found on traces (docs/routing.md): more of it is more hits and longer queues.
 COMPUTED_WEIGHT = 4.0
+# And more for each request that is there: its steps wait, and where many are, more come back for a next turn.
+REQUEST_WEIGHT = 0.05
 # What goes is worth so large a share of what it takes to compute it, if it was used just now; half as much if it was
 # last used so long ago.
 EVICTED_SHARE, EVICTED_HALF_S = 0.3, 60.0
@@ -92,12 +94,14 @@ def predicted_ttft(view: PoolColumns, request: PrefixRequest) -> Column:
     """Seconds until its first token, with those that it costs others.
 
     What is to prefill before it, at the pace of steps that have the replica's rows in them; what of it is not cached,
-    weighted, since all that come later wait for that; and what has to go for it, by how lately that was of use.
+    weighted, since all that come later wait for that, and by the requests that are there; and what has to go for it,
+    by how lately that was of use.
     """
     step, new = view.step, _new_tokens(view, request)
     rows_s = step.base_s + step.sequence_s * view.decoding + step.kv_token_s * view.kv_tokens
     token_s = step.prefill_token_s + rows_s / step.step_tokens
-    costs: Column = (view.prefill_tokens + new) * token_s + (COMPUTED_WEIGHT - 1) * new * step.prefill_token_s
+    others = COMPUTED_WEIGHT - 1 + REQUEST_WEIGHT * view.requests
+    costs: Column = (view.prefill_tokens + new) * token_s + others * new * step.prefill_token_s
     if view.evicts_age_s is not None:
         worth = EVICTED_SHARE / (1 + view.evicts_age_s / EVICTED_HALF_S)
         costs += (new + request.output_tokens) * step.prefill_token_s * worth

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -44,11 +45,13 @@ def test_blocks_that_the_kv_cache_dropped_come_back_from_host_memory(featured: F
             cached = (answer["usage"].get("prompt_tokens_details") or {}).get("cached_tokens") or 0
             return answer["choices"][0]["token_ids"], cached
 
-        # Two replicas share them, each so many that its KV cache is full twice.
+        # Two replicas share them, each so many that its KV cache is full twice. Two at a time: of those that come one
+        # after the other, one of the replicas may get more by its cache's age.
         others = 2 * 2 * KV_TOKENS // len(tokens(0))
         first, cached = ask(0)
         assert cached == 0
-        assert all(ask(seed)[1] == 0 for seed in range(1, 1 + others))
+        with ThreadPoolExecutor(2) as callers:
+            assert not any(cached for _, cached in callers.map(ask, range(1, 1 + others)))
         reported()
         on_device, loaded = (
             total(ingress, f"vllm:{name}_total") for name in ("prefix_cache_hits", "kv_offload_load_bytes")

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,10 +59,17 @@ def values_of(series: Any, name: str, label: str) -> set[str]:
 
 
 def ask(featured: Featured, number: int = BY_HTTP) -> None:
-    """What the load generator counts; each request by a connection of its own, so at any ingress process."""
-    for index in range(number):
+    """What the load generator counts; each request by a connection of its own, so at any ingress process.
+
+    Some at a time: of requests that come one after the other, the replica whose cache is the calmer one gets all.
+    """
+
+    def complete(index: int) -> None:
         body = {"model": TINY, "prompt": f"{index} and so on", "max_tokens": TOKENS, "ignore_eos": True}
         httpx.post(f"{featured.served.http}/v1/completions", json=body, timeout=60).raise_for_status()
+
+    with ThreadPoolExecutor(8) as callers:
+        list(callers.map(complete, range(number)))
     sampling = Sampling(max_tokens=TOKENS, ignore_eos=True)
     for index in range(BY_GRPC):
         with Client(featured.served.grpc) as client:
