@@ -17,7 +17,7 @@ import os
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -54,6 +54,8 @@ HEAVY = (
 FORKING = ("batch/test_run", "batch/test_chaos_ray")
 # Alone on the machine, so when nothing else is left.
 LAST = ("integration/test_memory_pressure",)
+# Of the light ones, so many are told by name.
+_TOLD = 25
 _ROOMS = {f"integration/{name}": room for room, names in SHARED.items() for name in names} | dict.fromkeys(
     FORKS, "forks"
 )
@@ -145,16 +147,24 @@ def spent(reports: Iterable[pytest.TestReport], began_s: float) -> Iterator[str]
         began_s: when the run began, as ``time.time`` says.
     """
     rooms: defaultdict[str, float] = defaultdict(float)
+    light: defaultdict[str, float] = defaultdict(float)
     ends: dict[str, float] = {}
     for report in reports:
         room = room_of(report.nodeid)
         rooms[room if is_heavy(room) else "light"] += report.duration
+        if not is_heavy(room):
+            light[room] += report.duration
         if worker := getattr(report, "worker_id", None):
             ends[worker] = max(ends.get(worker, 0.0), report.stop - began_s)
-    longest = sorted(rooms.items(), key=lambda room: -room[1])
-    yield "rooms: " + ", ".join(f"{room} {seconds:.0f} s" for room, seconds in longest)
+    yield f"rooms: {_longest(rooms)}"
+    yield f"of the light ones: {_longest(light, _TOLD)}"
     for worker, end_s in sorted(ends.items()):
         yield f"{worker} ended its last test after {end_s:.0f} s"
+
+
+def _longest(rooms: Mapping[str, float], most: int | None = None) -> str:
+    longest = sorted(rooms.items(), key=lambda room: -room[1])[:most]
+    return ", ".join(f"{room} {seconds:.0f} s" for room, seconds in longest)
 
 
 @contextlib.contextmanager

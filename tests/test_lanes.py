@@ -134,6 +134,7 @@ def test_what_rooms_take_and_when_each_worker_ended_is_told() -> None:
     ]
     assert list(lanes.spent(reports, 90)) == [
         "rooms: served 50 s, light 11 s",
+        "of the light ones: test_top 6 s, test_cli 5 s",
         "gw0 ended its last test after 60 s",
         "gw1 ended its last test after 21 s",
     ]
