@@ -129,7 +129,7 @@ def test_how_long_steps_take_is_what_a_replica_has_learned() -> None:
     slow = ReplicaLoad(colocation=ColocationLoad(step_time_s=(0.01, 1e-6, 1.0, 0.0)))
 
     def chosen(load: ReplicaLoad | None) -> str:
-        rows = GatewayWork(requests=50, decoding=50)
+        rows = GatewayWork(requests=4, decoding=4)
         return choose([Replica("rows", 100, rows, load), Replica("idle")])
 
     assert (chosen(None), chosen(slow)) == ("rows", "idle")

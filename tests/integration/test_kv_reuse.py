@@ -17,6 +17,9 @@ from tests.integration.featured import BLOCK_TOKENS, KV_TOKENS, TINY, Featured
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
+# Prompts that are asked for twice.
+AGAIN = 16
+
 
 def tokens(seed: int, count: int = 2 * BLOCK_TOKENS + 50) -> list[int]:
     chance = random.Random(seed)
@@ -45,23 +48,25 @@ def test_blocks_that_the_kv_cache_dropped_come_back_from_host_memory(featured: F
             cached = (answer["usage"].get("prompt_tokens_details") or {}).get("cached_tokens") or 0
             return answer["choices"][0]["token_ids"], cached
 
-        # Two replicas share them, each so many that its KV cache is full twice. Two at a time: of those that come one
-        # after the other, one of the replicas may get more by its cache's age.
+        # Two replicas share them, each so many that its KV cache is full twice. Two at a time, so that each gets half.
         others = 2 * 2 * KV_TOKENS // len(tokens(0))
-        first, cached = ask(0)
-        assert cached == 0
         with ThreadPoolExecutor(2) as callers:
-            assert not any(cached for _, cached in callers.map(ask, range(1, 1 + others)))
-        reported()
-        on_device, loaded = (
-            total(ingress, f"vllm:{name}_total") for name in ("prefix_cache_hits", "kv_offload_load_bytes")
-        )
-        assert ask(0) == (first, 2 * BLOCK_TOKENS)
+            first = list(callers.map(ask, range(AGAIN)))
+            assert not any(cached for _, cached in callers.map(ask, range(AGAIN, AGAIN + others)))
+            reported()
+            on_device, loaded = (
+                total(ingress, f"vllm:{name}_total") for name in ("prefix_cache_hits", "kv_offload_load_bytes")
+            )
+            again = list(callers.map(ask, range(AGAIN)))
+        assert [answer for answer, _ in again] == [answer for answer, _ in first]
+        # Nobody is told of host memory, so a prompt comes to the replica that has it there, or to the other one.
+        found = [cached for _, cached in again if cached]
+        assert found == [2 * BLOCK_TOKENS] * len(found) != []
         reported()
         assert total(ingress, "vllm:prefix_cache_hits_total") == on_device
         # 2 layers x 2 (K, V) x 2 heads x 32 channels x 4 bytes.
-        assert total(ingress, "vllm:kv_offload_load_bytes_total") - loaded == 2 * BLOCK_TOKENS * 1024
-        assert total(ingress, "vllm:external_prefix_cache_hits_total") >= 2 * BLOCK_TOKENS
+        assert total(ingress, "vllm:kv_offload_load_bytes_total") - loaded == sum(found) * 1024
+        assert total(ingress, "vllm:external_prefix_cache_hits_total") >= sum(found)
 
 
 @pytest.mark.parametrize("session", [f"conversation-{number}" for number in range(4)])

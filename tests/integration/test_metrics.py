@@ -58,17 +58,18 @@ def values_of(series: Any, name: str, label: str) -> set[str]:
     return {dict(own)[label] for (one, own), value in series.items() if one == name and value}
 
 
-def ask(featured: Featured, number: int = BY_HTTP) -> None:
+def ask(featured: Featured, number: int = BY_HTTP, at_a_time: int = 1) -> None:
     """What the load generator counts; each request by a connection of its own, so at any ingress process.
 
-    Some at a time: of requests that come one after the other, the replica whose cache is the calmer one gets all.
+    Args:
+        at_a_time: of HTTP's. Of requests that come one after the other, the replica whose cache is calmer may get all.
     """
 
     def complete(index: int) -> None:
         body = {"model": TINY, "prompt": f"{index} and so on", "max_tokens": TOKENS, "ignore_eos": True}
         httpx.post(f"{featured.served.http}/v1/completions", json=body, timeout=60).raise_for_status()
 
-    with ThreadPoolExecutor(8) as callers:
+    with ThreadPoolExecutor(at_a_time) as callers:
         list(callers.map(complete, range(number)))
     sampling = Sampling(max_tokens=TOKENS, ignore_eos=True)
     for index in range(BY_GRPC):
@@ -78,7 +79,7 @@ def ask(featured: Featured, number: int = BY_HTTP) -> None:
 
 def test_sums_over_labels_are_what_was_asked(featured: Featured) -> None:
     before = read(featured)
-    ask(featured)
+    ask(featured, at_a_time=8)
     # One that is refused, and one to no route.
     for path, status in (("/v1/completions", 400), ("/wp-login.php", 404)):
         got = httpx.post(f"{featured.served.http}{path}", json={"model": TINY, "prompt": "x", "n": 0}, timeout=30)
@@ -205,9 +206,10 @@ def test_no_panel_is_empty(featured: Featured, stood_in: str, tmp_path: Path) ->
     with prometheus(targets, tmp_path) as running:
         eventually(running.healthy, 60, "both targets have been read")
         ask(featured, 6)
-        # A rate takes two scrapes of each series, and some of them have just begun.
+        # A rate takes two scrapes of each series that differ, and some of them have just begun.
         deadline = time.monotonic() + 120
         while (empty := empty_panels(running)) and time.monotonic() < deadline:
+            ask(featured, 1)
             time.sleep(1)
         assert empty == []
         # Nothing is wrong here, so no alert but those that look at what lasts.
