@@ -45,19 +45,11 @@ class Postgres:
 
     def start(self) -> None:
         """Returns when it can be asked."""
-        command: list[str | Path] = [
-            self._bin / "postgres",
-            "-D",
-            self._data,
-            "-p",
-            str(self.port),
-            "-h",
-            "127.0.0.1",
-            "-k",
-            self._data,
-        ]
+        options: list[str | Path] = ["-D", self._data, "-p", str(self.port), "-h", "127.0.0.1", "-k", self._data, "-F"]
         log = (self._data / "log").open("ab")
-        self._server = subprocess.Popen([*self._as, *command, "-F"], stdout=log, stderr=log, env=CLEAN)
+        self._server = subprocess.Popen(
+            [*self._as, self._bin / "postgres", *options], stdout=log, stderr=log, env=CLEAN
+        )
         log.close()
         ask: list[str | Path] = [self._bin / "pg_isready", "-h", "127.0.0.1", "-p", str(self.port)]
         end = time.monotonic() + START_S
